@@ -1,0 +1,41 @@
+# Every target sets up .venv by itself with plain venv and pip; nothing else is needed.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+DEMO ?= runs/demo
+
+.PHONY: help demo test checks bench clean
+
+help:
+	@echo "make demo    phantom studies -> shards -> 2-rank ZeRO-2 pre-training -> evaluation, all in $(DEMO)"
+	@echo "make test    every test"
+	@echo "make checks  format, lint, types, import arrows, sizes, config reference"
+	@echo "make bench   benchmarks: ratios against named rivals"
+	@echo "make clean   remove $(DEMO)"
+
+$(INSTALLED): pyproject.toml .ci/constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[cpu,dev]'
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/medvlp shards build phantom --out $(DEMO)/shards --studies 3000 --image-size 128 --seed 0 --workers 2
+	$(BIN)/medvlp shards view $(DEMO)/shards --out $(DEMO)/samples.png
+	$(BIN)/medvlp pretrain configs/demo.yaml data.root=$(DEMO)/shards run.dir=$(DEMO)/run --nproc 2
+	$(BIN)/medvlp evaluate $(DEMO)/run --data $(DEMO)/shards --task zero-shot --task retrieval --task linear-probe
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+checks: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q tests/test_repository.py
+
+bench: $(INSTALLED)
+	for benchmark in tests/benchmarks/[a-z]*.py; do $(BIN)/python $$benchmark || exit 1; done
+
+clean:
+	rm -rf $(DEMO)

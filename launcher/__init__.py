@@ -1,0 +1,1 @@
+"""The `medvlp` command: local launching of everything the library offers."""

@@ -1,0 +1,1 @@
+"""Pre-training of medical vision-language models on image-report pairs."""

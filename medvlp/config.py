@@ -1,0 +1,226 @@
+"""The schema of a run: one tree of dataclasses, every key with its default and meaning.
+
+`medvlp.config_files` reads YAML files and `key=value` overrides into it. A method's own keys live beside
+the method (a subclass of `MethodConfig`), so that adding one does not touch this file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from omegaconf import MISSING
+
+
+def key(default: Any, meaning: str, low: float | None = None, high: float | None = None) -> Any:
+    """A config key: its default, what `configs/reference.yaml` says beside it, and its closed range."""
+    metadata = {"help": meaning, "low": low, "high": high}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class RunConfig:
+    dir: str = key(
+        MISSING, "run folder: config, metrics, checkpoints, evaluation; an existing one is resumed"
+    )
+    name: str | None = key(None, "name shown in W&B and tables; default: the folder's name")
+
+
+@dataclass
+class TransformConfig:
+    crop: Literal["random", "center", "none"] = key(
+        "random", "crop of training images; evaluation always crops the center"
+    )
+    scale_min: float = key(
+        1.0, "smallest side of the random crop as a share of the full crop, in (0, 1]", 0.01, 1
+    )
+    flip: float = key(
+        0.0, "probability of a horizontal flip; changes left and right, so 0 for reports with sides", 0, 1
+    )
+    brightness: float = key(0.0, "largest relative change of brightness, in [0, 1)", 0, 0.99)
+    contrast: float = key(0.0, "largest relative change of contrast, in [0, 1)", 0, 0.99)
+
+
+@dataclass
+class DataConfig:
+    root: str = key(MISSING, "dataset folder or URL prefix (the place of index.json)")
+    split: str = key("train", "split to train on")
+    image_size: int = key(224, "side of the square image the encoder sees, in pixels", 8)
+    transform: TransformConfig = field(default_factory=TransformConfig)
+    sections: list[str] = key(["findings", "impression"], "report sections, in this order")
+    cleaning: Literal["none", "mgca"] = key(
+        "none", "mgca: lower case and no punctuation, as MGCA's preprocessing"
+    )
+    tokenizer: str | None = key(None, "folder or hub name; default: the dataset's tokenizer.json")
+    max_tokens: int = key(112, "tokens of a report with [CLS] and [SEP]; longer ones are cut", 4)
+    pad_to_max: bool = key(
+        False, "pad every batch to max_tokens instead of its longest report (published quirks)"
+    )
+    shuffle_block: int = key(4096, "samples permuted together; bounds how far a sample can travel", 1)
+    partitions: int = key(
+        1, "equal parts of the shards, so that a node reads only its part of a remote dataset", 1
+    )
+    tail: Literal["drop", "wrap"] = key(
+        "drop", "what happens to the samples that do not fill the last global batch of an epoch"
+    )
+    workers: int = key(2, "data-loading processes of each rank; 0 loads in the rank itself", 0)
+    prefetch: int = key(2, "batches each worker prepares ahead", 1)
+    max_bad_fraction: float = key(0.01, "share of corrupt samples above which the run stops", 0, 1)
+    cache_dir: str | None = key(
+        None, "node-local folder for remote shards and token ids; default: ~/.cache/medvlp"
+    )
+    cache_gigabytes: float = key(200.0, "size at which the oldest cached shards are removed", 0)
+
+
+@dataclass
+class ImageConfig:
+    name: str = key("vit_base_patch16_224", "any timm model")
+    pretrained: bool = key(False, "load timm's published weights (needs the hub or its cache)")
+    weights: str | None = key(None, "local .safetensors or .pth file with backbone weights")
+    options: dict[str, Any] = key({}, "more arguments of timm.create_model")
+    in_channels: int = key(3, "channels of the backbone; a grayscale image is repeated", 1)
+    mean: float = key(0.5, "mean of normalisation, on images scaled to [0, 1]")
+    std: float = key(0.5, "standard deviation of normalisation", 1e-06)
+    resize_to: int | None = key(
+        None, "side to which the encoder upsamples its input first (MGCA's ResNet: 299)", 8
+    )
+    local_stage: int | None = key(
+        None, "stage whose feature map is local (timm out_indices); default: the last"
+    )
+    frozen: bool = key(False, "keep the backbone fixed, batch-norm statistics included")
+    gradient_checkpointing: bool = key(False, "recompute activations in the backward pass to save memory")
+
+
+@dataclass
+class TextConfig:
+    name: str | None = key(
+        None, "folder or hub name of a transformers text model; default: built from options"
+    )
+    model_type: str = key("bert", "transformers model type when built from options")
+    options: dict[str, Any] = key({}, "config arguments of the transformers model (hidden_size, ...)")
+    layers: int | None = key(None, "keep only the first n layers", 1)
+    dropout: float | None = key(None, "all dropout probabilities; default: as the model's config says", 0, 1)
+    positions: bool = key(True, "false: every token gets position 0 (published MGCA code)")
+    token_types: bool = key(True, "false: no token-type embedding (published MGCA code)")
+    frozen: bool = key(False, "keep the encoder fixed")
+    gradient_checkpointing: bool = key(False, "recompute activations in the backward pass to save memory")
+
+
+@dataclass
+class MethodConfig:
+    name: str = key("mgca", "registered method; its own keys stand beside this one")
+    batch_norm: Literal["global", "local"] = key(
+        "global", "statistics of batch norms over all ranks, or over each rank alone"
+    )
+    negatives: Literal["global", "local"] = key(
+        "global", "negatives and Sinkhorn over all ranks, or over each rank alone"
+    )
+
+
+@dataclass
+class PrototypesConfig:
+    init: Literal["random", "kmeans"] = key(
+        "random", "kmeans: learned prototypes start from k-means of the first embeddings"
+    )
+    init_samples: int = key(8192, "samples embedded for the k-means start (a pass without gradient)", 1)
+    iterations: int = key(10, "k-means iterations of a start or refresh", 1)
+    sync: bool = key(True, "refresh clusters inline at the step boundary (deterministic)")
+    refresh_steps: int = key(100, "steps between refreshes of service clusters", 1)
+    bank_rows: int = key(16384, "embeddings each rank keeps for the refresh; the oldest are overwritten", 1)
+    blend: float = key(1.0, "share of the new centroids at a refresh, in (0, 1]", 0, 1)
+    balance: Literal["sinkhorn", "bias", "none"] = key(
+        "sinkhorn", "how assignments to service clusters are balanced"
+    )
+    temperature: float = key(0.1, "temperature of soft assignments to service clusters", 0.0001)
+
+
+@dataclass
+class TrainConfig:
+    seed: int = key(0, "seed of weights, order, augmentation and dropout")
+    steps: int | None = key(None, "optimiser steps; stands above epochs", 1)
+    epochs: float = key(50.0, "passes over the split when steps is not set", 0)
+    global_batch: int = key(144, "samples of one optimiser step over all ranks", 1)
+    micro_batch: int | None = key(
+        None, "samples of one forward pass on a rank; default: global_batch / ranks", 1
+    )
+    gradient_clip: float = key(0.0, "largest gradient norm; 0 turns clipping off", 0)
+    threads: int | None = key(None, "CPU threads of each rank; default: cores / local ranks", 1)
+
+
+@dataclass
+class OptimizerConfig:
+    name: Literal["adamw", "sgd"] = key("adamw", "optimizer")
+    lr: float = key(2e-5, "peak learning rate", 0)
+    min_lr: float = key(1e-8, "learning rate at the start of warm-up and the end of the cosine", 0)
+    warmup: float = key(0.1, "share of all steps with linearly rising learning rate, in [0, 1)", 0, 0.999)
+    image_lr_scale: float = key(1.0, "factor on the learning rate of the image encoder", 0)
+    text_lr_scale: float = key(1.0, "factor on the learning rate of the text encoder", 0)
+    betas: list[float] = key([0.9, 0.999], "decay rates of AdamW's moments; the first is SGD's momentum")
+    eps: float = key(1e-8, "AdamW's epsilon")
+    weight_decay: float = key(0.05, "weight decay", 0)
+    decay_all: bool = key(False, "true: decay biases and norms too (published MGCA code)")
+
+
+@dataclass
+class ZeroConfig:
+    stage: int = key(2, "what DeepSpeed shards over ranks: 0 | 1 | 2 | 3", 0, 3)
+    offload_optimizer: bool = key(False, "keep optimiser state in CPU memory")
+    offload_parameters: bool = key(False, "keep stage-3 parameters in CPU memory")
+
+
+@dataclass
+class CheckpointConfig:
+    every_steps: int = key(1000, "steps between checkpoints; the last step always saves one; 0: only that", 0)
+    keep_last: int = key(2, "newest checkpoints to keep; 0 keeps all", 0)
+    keep_every: int = key(0, "also keep checkpoints whose step is a multiple of this for ever; 0: none", 0)
+
+
+@dataclass
+class MonitorConfig:
+    log_every: int = key(
+        1, "steps between log lines (metrics.jsonl, console, W&B); metrics are read only then", 1
+    )
+    progress: bool = key(True, "rich progress bar on rank 0 when the console is a terminal")
+    wandb: Literal["auto", "online", "offline", "disabled"] = key(
+        "auto", "W&B mode; auto: online with an API key, else offline"
+    )
+    project: str = key("medvlp", "W&B project")
+    entity: str | None = key(None, "W&B entity")
+    tags: list[str] = key([], "W&B tags")
+    share_samples: bool = key(False, "allow report text and images to leave the run folder")
+
+
+@dataclass
+class EvaluationConfig:
+    split: str = key("test", "split to evaluate on")
+    batch: int = key(64, "images of one forward pass", 1)
+    bootstrap: int = key(1000, "resamples (by patient) of the 95 % intervals", 1)
+    seed: int = key(0, "seed of the bootstrap and of label fractions")
+    fractions: list[float] = key([0.01, 0.1, 1.0], "shares of the training labels of the linear probe")
+    prompts: str | None = key(
+        None, "YAML with prompts for each finding; default: templates with the finding's name"
+    )
+
+
+@dataclass
+class Config:
+    """Everything a run depends on; `precision` is fp32, bf16 or fp16."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    image: ImageConfig = field(default_factory=ImageConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    prototypes: PrototypesConfig = field(default_factory=PrototypesConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    precision: Literal["fp32", "bf16", "fp16"] = key("bf16", "number format of the model; fp16 needs CUDA")
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    deepspeed: dict[str, Any] = key(
+        {}, "merged over the generated DeepSpeed JSON, for anything not named here"
+    )
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

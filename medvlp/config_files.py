@@ -1,0 +1,203 @@
+"""YAML files and `key=value` overrides -> a checked `Config`; and the reference of every key."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from medvlp.config import Config, MethodConfig
+from shards.errors import MedvlpError
+
+
+class ConfigError(MedvlpError):
+    """A config file or override is wrong; the message names the key, the source and the remedy."""
+
+    exit_code = 2
+
+
+def load(
+    files: Sequence[Path | str], overrides: Sequence[str], schemas: Mapping[str, type[MethodConfig]]
+) -> Config:
+    """Merge YAML files left to right, then overrides, into a complete `Config`.
+
+    Args:
+        files: YAML files; later ones win.
+        overrides: `section.key=value` strings; the value is YAML.
+        schemas: method name -> its config class (`medvlp.methods.registry.schemas()`).
+
+    Raises:
+        ConfigError: unreadable file, unknown key, wrong type, value out of range, missing value, or an
+            impossible combination.
+    """
+    merged = merge(files, overrides, schemas)
+    absent = missing(merged)
+    if absent:
+        raise ConfigError(f"no value for {', '.join(absent)}: set it in a YAML file or as {absent[0]}=VALUE")
+    config = cast(Config, OmegaConf.to_object(merged))
+    _check_ranges(config, prefix="")
+    _check_combinations(config)
+    return config
+
+
+def merge(
+    files: Sequence[Path | str], overrides: Sequence[str], schemas: Mapping[str, type[MethodConfig]]
+) -> DictConfig:
+    """As `load`, but values may still be missing (`???`); returns the OmegaConf tree in struct mode."""
+    sources = [(str(file), _read(Path(file))) for file in files]
+    sources += [(f"override {text!r}", _parse_override(text)) for text in overrides]
+    tree = OmegaConf.structured(Config)
+    tree.method = OmegaConf.structured(_method_schema(sources, schemas))
+    for name, values in sources:
+        _check_keys(values, tree, name, prefix="")
+        try:
+            tree = OmegaConf.merge(tree, values)
+        except OmegaConfBaseException as error:
+            key = getattr(error, "full_key", None) or "a section"
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"{name}: {key}: {reason}") from error
+    OmegaConf.set_struct(tree, True)
+    return cast(DictConfig, tree)
+
+
+def missing(tree: DictConfig) -> list[str]:
+    """Keys that still need a value, sorted."""
+    return sorted(cast(set[str], OmegaConf.missing_keys(tree)))
+
+
+def to_yaml(config: Config | DictConfig) -> str:
+    """The whole tree as YAML; reads back through `load`."""
+    tree = config if isinstance(config, DictConfig) else OmegaConf.structured(config)
+    return str(OmegaConf.to_yaml(tree))
+
+
+def reference(schemas: Mapping[str, type[MethodConfig]]) -> str:
+    """Every key with its default, range and meaning as commented YAML: the content of `configs/reference.yaml`."""
+    lines = [
+        "# Every key with its default. Made by `medvlp config --reference`; a check keeps it true.",
+        "# The keys of each method stand at the end; use those of the method that `method.name` chooses.",
+        *_reference_lines(Config(), depth=0),
+        "",
+    ]
+    for name, schema in sorted(schemas.items()):
+        lines.append(f"# method.name={name}")
+        lines.append("# method:")
+        own = _reference_lines(schema(), depth=1, skip={item.name for item in dataclasses.fields(MethodConfig)})
+        lines.extend(f"# {line}" for line in own)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        values = OmegaConf.load(file)
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read ({error.strerror}); give the path of a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, DictConfig):
+        raise ConfigError(f"{file}: a config file holds `section:` mappings, not a list")
+    return cast(dict[str, Any], OmegaConf.to_container(values))
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    key, separator, _ = text.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError(f"override {text!r}: write section.key=value")
+    try:
+        return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist([text])))
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"override {text!r}: {str(error).splitlines()[0]}") from error
+
+
+def _method_schema(
+    sources: Sequence[tuple[str, dict[str, Any]]], schemas: Mapping[str, type[MethodConfig]]
+) -> MethodConfig:
+    """The config object of the method that the last source naming one chooses."""
+    chosen, origin = MethodConfig().name, "the default"
+    for name, values in sources:
+        section = values.get("method")
+        if isinstance(section, dict) and "name" in section:
+            chosen, origin = section["name"], name
+    if chosen not in schemas:
+        raise ConfigError(
+            f"{origin}: method.name: no method {chosen!r}{_suggestion(str(chosen), list(schemas))}; "
+            f"there are {', '.join(sorted(schemas))}"
+        )
+    return schemas[chosen](name=chosen)
+
+
+def _check_keys(values: Mapping[str, Any], tree: DictConfig, source: str, prefix: str) -> None:
+    """Refuse keys the schema does not have, naming the nearest valid one."""
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        if key not in tree:
+            nearest = _suggestion(path, [f"{prefix}{sibling}" for sibling in tree])
+            raise ConfigError(f"{source}: unknown key {path!r}{nearest}")
+        node = tree._get_node(key)
+        is_section = isinstance(node, DictConfig) and dataclasses.is_dataclass(OmegaConf.get_type(node))
+        if is_section and isinstance(value, Mapping):
+            _check_keys(value, cast(DictConfig, node), source, f"{path}.")
+        elif is_section:
+            raise ConfigError(f"{source}: {path} is a section with keys of its own, not a value")
+
+
+def _suggestion(word: str, candidates: Sequence[str]) -> str:
+    nearest = difflib.get_close_matches(word, candidates, n=1, cutoff=0.5)
+    return f" (did you mean {nearest[0]!r}?)" if nearest else ""
+
+
+def _check_ranges(section: Any, prefix: str) -> None:
+    for item in dataclasses.fields(section):
+        value = getattr(section, item.name)
+        path = f"{prefix}{item.name}"
+        if dataclasses.is_dataclass(value):
+            _check_ranges(value, f"{path}.")
+            continue
+        low, high = item.metadata.get("low"), item.metadata.get("high")
+        if isinstance(value, (int, float)) and (
+            (low is not None and value < low) or (high is not None and value > high) or value != value
+        ):
+            limits = f"from {low}" + (f" to {high}" if high is not None else " up")
+            raise ConfigError(f"{path}={value} is out of range: it goes {limits}")
+
+
+def _check_combinations(config: Config) -> None:
+    """Refuse values that are each valid but cannot stand together."""
+    if config.zero.offload_parameters and config.zero.stage != 3:
+        raise ConfigError("zero.offload_parameters=true needs zero.stage=3")
+    if config.zero.offload_optimizer and config.zero.stage == 0:
+        raise ConfigError("zero.offload_optimizer=true needs zero.stage of 1, 2 or 3")
+    if config.image.pretrained and config.image.weights:
+        raise ConfigError("image.pretrained=true and image.weights are two sources of weights: choose one")
+    if config.train.micro_batch and config.train.global_batch % config.train.micro_batch:
+        raise ConfigError(
+            f"train.micro_batch={config.train.micro_batch} does not divide "
+            f"train.global_batch={config.train.global_batch}"
+        )
+    if not all(0 < fraction <= 1 for fraction in config.evaluation.fractions):
+        raise ConfigError(f"evaluation.fractions={config.evaluation.fractions}: each is a share in (0, 1]")
+
+
+def _reference_lines(section: Any, depth: int, skip: frozenset[str] | set[str] = frozenset()) -> list[str]:
+    indent = "  " * depth
+    lines = []
+    for item in dataclasses.fields(section):
+        if item.name in skip:
+            continue
+        value = getattr(section, item.name)
+        if dataclasses.is_dataclass(value):
+            lines.append(f"{indent}{item.name}:")
+            lines.extend(_reference_lines(value, depth + 1))
+            continue
+        scalar = "???" if value == "???" else yaml.safe_dump(value, default_flow_style=True, width=1000)
+        text = scalar.removesuffix("...\n").strip()
+        choices = str(item.type).removeprefix("Literal[").removesuffix("]").replace('"', "")
+        options = f"[{choices.replace(', ', ' | ')}] " if str(item.type).startswith("Literal") else ""
+        lines.append(f"{indent}{item.name}: {text}  # {options}{item.metadata.get('help', '')}".rstrip(" #"))
+    return lines

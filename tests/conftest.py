@@ -1,0 +1,54 @@
+"""Fixtures every test may use: golden values, the maintainers' shared folder, the pool of gloo processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("WANDB_SILENT", "true")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """Root of the checkout."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """Folder of golden values; `MEDVLP_GOLDEN` drops in other seeds."""
+    return Path(os.environ.get("MEDVLP_GOLDEN", REPOSITORY / "tests" / "golden"))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The maintainers' folder of real data (`MEDVLP_SHARED`, default `../shared`); skips where it is not."""
+    folder = Path(os.environ.get("MEDVLP_SHARED", REPOSITORY.parent / "shared"))
+    if not (folder / "data").is_dir():
+        pytest.skip(f"needs real data: no folder {folder}/data (set MEDVLP_SHARED)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gloo_pool() -> Iterator[Callable[[int], object]]:
+    """`gloo_pool(world_size).run(function, *args)` -> one result per rank; processes are reused over tests."""
+    from tests.distributed_pool import GlooPool
+
+    pools: dict[int, GlooPool] = {}
+
+    def pool(world_size: int) -> GlooPool:
+        if world_size not in pools:
+            pools[world_size] = GlooPool(world_size)
+        return pools[world_size]
+
+    yield pool
+    for running in pools.values():
+        running.close()

@@ -1,0 +1,105 @@
+"""Config files: merging, and the message of every way to get them wrong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from medvlp import config_files
+from medvlp.config import MethodConfig
+from medvlp.config_files import ConfigError
+
+
+@dataclass
+class OtherConfig(MethodConfig):
+    temperature: float = 0.07
+
+
+SCHEMAS = {"mgca": MethodConfig, "other": OtherConfig}
+COMPLETE = ["run.dir=run", "data.root=data"]
+
+
+def load(*overrides: str, files: tuple[Path, ...] = ()) -> object:
+    return config_files.load(files, [*COMPLETE, *overrides], SCHEMAS)
+
+
+def test_later_sources_win(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("train: {seed: 1, steps: 10}\nimage: {options: {depth: 2}}\n")
+    second.write_text("train: {seed: 2}\nimage: {options: {embed_dim: 8}}\n")
+    config = load("train.steps=30", files=(first, second))
+    assert (config.train.seed, config.train.steps) == (2, 30)
+    assert config.image.options == {"depth": 2, "embed_dim": 8}
+
+
+def test_the_method_brings_its_own_keys() -> None:
+    config = load("method.name=other", "method.temperature=0.5")
+    assert isinstance(config.method, OtherConfig)
+    assert config.method.temperature == 0.5
+
+
+def test_a_stored_config_reads_back(tmp_path: Path) -> None:
+    config = load("method.name=other", "deepspeed.zero_optimization.overlap_comm=true", "text.dropout=0")
+    stored = tmp_path / "config.yaml"
+    stored.write_text(config_files.to_yaml(config))
+    assert config_files.load([stored], [], SCHEMAS) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("data.rot=x", ["'data.rot'", "'data.root'"]),
+        ("trian.steps=3", ["'trian'", "'train'"]),
+        ("method.temperature=1", ["'method.temperature'"]),
+        ("method.name=mgcaa", ["'mgcaa'", "'mgca'"]),
+        ("train.steps=abc", ["train.steps", "abc"]),
+        ("train.steps=1.5", ["train.steps"]),
+        ("precision=fp8", ["precision", "fp8", "bf16"]),
+        ("zero.stage=4", ["zero.stage=4", "3"]),
+        ("train=3", ["train is a section"]),
+        ("data.transform.flip=1.5", ["data.transform.flip=1.5"]),
+        ("optimizer.lr=nan", ["optimizer.lr"]),
+        ("justaword", ["section.key=value"]),
+        ("zero.offload_parameters=true", ["zero.stage=3"]),
+        ("train.micro_batch=7", ["train.micro_batch=7", "train.global_batch=144"]),
+    ],
+)
+def test_a_wrong_override_is_named(override: str, parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(override)
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+def test_a_wrong_key_names_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("checkpoint: {every_step: 5}\n")
+    with pytest.raises(ConfigError, match=r"mine\.yaml: unknown key 'checkpoint\.every_step'.*every_steps"):
+        load(files=(file,))
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "\x00"])
+def test_a_file_that_is_no_config_is_named(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "broken.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"broken\.yaml"):
+        load(files=(file,))
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(ConfigError, match="nowhere"):
+        load(files=(Path("nowhere.yaml"),))
+
+
+def test_missing_values_are_listed() -> None:
+    with pytest.raises(ConfigError, match=r"data\.root, run\.dir"):
+        config_files.load([], [], SCHEMAS)
+
+
+def test_the_reference_is_yaml_with_every_key() -> None:
+    text = config_files.reference(SCHEMAS)
+    tree = yaml.safe_load(text)
+    assert tree["train"]["global_batch"] == 144
+    assert "temperature: 0.07" in text

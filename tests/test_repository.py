@@ -1,0 +1,65 @@
+"""The repository's own rules: sizes of files and functions, the config reference, one README a folder."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from medvlp.config_files import reference
+from medvlp.methods.registry import schemas
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PACKAGES = ("shards", "medvlp", "launcher", "tests")
+LONGEST_FILE = 400
+LONGEST_FUNCTION = 80
+TOP_LEVEL = {
+    "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "Makefile",
+    "launcher", "medvlp", "shards", "configs", "tests", "slurm",
+}  # fmt: skip
+
+
+def python_files() -> Iterator[Path]:
+    for package in PACKAGES:
+        yield from sorted((REPOSITORY / package).rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", python_files(), ids=lambda file: str(file.relative_to(REPOSITORY)))
+def test_files_and_functions_are_short(file: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    assert text.count("\n") <= LONGEST_FILE
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert lines <= LONGEST_FUNCTION, f"{node.name} has {lines} lines"
+
+
+def test_the_config_reference_is_current() -> None:
+    stored = (REPOSITORY / "configs" / "reference.yaml").read_text(encoding="utf-8")
+    assert stored == reference(schemas()), "run: medvlp config --reference > configs/reference.yaml"
+
+
+def test_the_top_level_is_as_agreed() -> None:
+    tracked = {path.name for path in REPOSITORY.iterdir() if not path.name.startswith(".")}
+    generated = {"runs", "build", "dist", "medvlp.egg-info", "wandb"}
+    assert tracked - generated == TOP_LEVEL
+
+
+def test_configs_hold_only_yaml() -> None:
+    strangers = [path for path in (REPOSITORY / "configs").rglob("*") if path.is_file() and path.suffix != ".yaml"]
+    assert not strangers
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [
+        "launcher", "medvlp", "shards", "tests", "slurm", "shards/sources",
+        "medvlp/data", "medvlp/encoders", "medvlp/losses", "medvlp/methods",
+        "medvlp/prototypes", "medvlp/training", "medvlp/evaluation",
+    ],
+)  # fmt: skip
+def test_every_folder_says_what_lives_there(folder: str) -> None:
+    text = (REPOSITORY / folder / "README.md").read_text(encoding="utf-8")
+    assert len(text.split()) >= 30
