@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -68,7 +68,7 @@ def merge(
 
 def missing(tree: DictConfig) -> list[str]:
     """Keys that still need a value, sorted."""
-    return sorted(cast(set[str], OmegaConf.missing_keys(tree)))
+    return sorted(OmegaConf.missing_keys(tree))
 
 
 def to_yaml(config: Config | DictConfig) -> str:
@@ -78,7 +78,7 @@ def to_yaml(config: Config | DictConfig) -> str:
 
 
 def reference(schemas: Mapping[str, type[MethodConfig]]) -> str:
-    """Every key with its default, range and meaning as commented YAML: the content of `configs/reference.yaml`."""
+    """Every key with its default and meaning as commented YAML: the content of `configs/reference.yaml`."""
     lines = [
         "# Every key with its default. Made by `medvlp config --reference`; a check keeps it true.",
         "# The keys of each method stand at the end; use those of the method that `method.name` chooses.",
@@ -88,7 +88,9 @@ def reference(schemas: Mapping[str, type[MethodConfig]]) -> str:
     for name, schema in sorted(schemas.items()):
         lines.append(f"# method.name={name}")
         lines.append("# method:")
-        own = _reference_lines(schema(), depth=1, skip={item.name for item in dataclasses.fields(MethodConfig)})
+        own = _reference_lines(
+            schema(), depth=1, skip={item.name for item in dataclasses.fields(MethodConfig)}
+        )
         lines.extend(f"# {line}" for line in own)
     return "\n".join(lines).rstrip() + "\n"
 
@@ -97,7 +99,9 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         values = OmegaConf.load(file)
     except OSError as error:
-        raise ConfigError(f"{file}: cannot be read ({error.strerror}); give the path of a YAML file") from error
+        raise ConfigError(
+            f"{file}: cannot be read ({error.strerror}); give the path of a YAML file"
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, DictConfig):
@@ -136,8 +140,8 @@ def _check_keys(values: Mapping[str, Any], tree: DictConfig, source: str, prefix
     """Refuse keys the schema does not have, naming the nearest valid one."""
     for key, value in values.items():
         path = f"{prefix}{key}"
-        if key not in tree:
-            nearest = _suggestion(path, [f"{prefix}{sibling}" for sibling in tree])
+        if key not in tree.keys():  # noqa: SIM118 - "in tree" is false for keys that still need a value
+            nearest = _suggestion(path, [f"{prefix}{sibling}" for sibling in map(str, tree)])
             raise ConfigError(f"{source}: unknown key {path!r}{nearest}")
         node = tree._get_node(key)
         is_section = isinstance(node, DictConfig) and dataclasses.is_dataclass(OmegaConf.get_type(node))
@@ -186,6 +190,7 @@ def _check_combinations(config: Config) -> None:
 
 def _reference_lines(section: Any, depth: int, skip: frozenset[str] | set[str] = frozenset()) -> list[str]:
     indent = "  " * depth
+    hints = get_type_hints(type(section))
     lines = []
     for item in dataclasses.fields(section):
         if item.name in skip:
@@ -197,7 +202,7 @@ def _reference_lines(section: Any, depth: int, skip: frozenset[str] | set[str] =
             continue
         scalar = "???" if value == "???" else yaml.safe_dump(value, default_flow_style=True, width=1000)
         text = scalar.removesuffix("...\n").strip()
-        choices = str(item.type).removeprefix("Literal[").removesuffix("]").replace('"', "")
-        options = f"[{choices.replace(', ', ' | ')}] " if str(item.type).startswith("Literal") else ""
-        lines.append(f"{indent}{item.name}: {text}  # {options}{item.metadata.get('help', '')}".rstrip(" #"))
+        choices = " | ".join(get_args(hints[item.name])) if get_origin(hints[item.name]) is Literal else ""
+        meaning = f"[{choices}] {item.metadata['help']}" if choices else item.metadata.get("help", "")
+        lines.append(f"{indent}{item.name}: {text}  # {meaning}".rstrip(" #"))
     return lines

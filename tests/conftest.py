@@ -39,7 +39,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def gloo_pool() -> Iterator[Callable[[int], object]]:
-    """`gloo_pool(world_size).run(function, *args)` -> one result per rank; processes are reused over tests."""
+    """`gloo_pool(world_size).run(function, *args)` -> one result per rank; processes are reused."""
     from tests.distributed_pool import GlooPool
 
     pools: dict[int, GlooPool] = {}

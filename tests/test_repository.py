@@ -48,7 +48,9 @@ def test_the_top_level_is_as_agreed() -> None:
 
 
 def test_configs_hold_only_yaml() -> None:
-    strangers = [path for path in (REPOSITORY / "configs").rglob("*") if path.is_file() and path.suffix != ".yaml"]
+    strangers = [
+        path for path in (REPOSITORY / "configs").rglob("*") if path.is_file() and path.suffix != ".yaml"
+    ]
     assert not strangers
 
 
