@@ -31,7 +31,7 @@ class RunConfig:
 @dataclass
 class TransformConfig:
     crop: Literal["random", "center", "none"] = key(
-        "random", "crop of training images; evaluation always crops the center"
+        "random", "crop of training images; evaluation takes the center, or with none the whole image"
     )
     scale_min: float = key(
         1.0, "smallest side of the random crop as a share of the full crop, in (0, 1]", 0.01, 1

@@ -1,0 +1,1 @@
+"""From shards to batches: global order, reading, text, transforms, collation."""

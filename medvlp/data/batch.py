@@ -1,0 +1,75 @@
+"""What one training step receives: images, token ids and what is known about the samples."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+class _TensorRecord:
+    """Moves every tensor field of a dataclass; other fields are kept as they are."""
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        changes: dict[str, object] = {}
+        for item in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, item.name)
+            if isinstance(value, Tensor):
+                changes[item.name] = function(value)
+            elif isinstance(value, _TensorRecord):
+                changes[item.name] = value._map(function)
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:
+        """Return the record with every tensor on `device`."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """Return the record in page-locked memory (called by `DataLoader(pin_memory=True)`)."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+
+@dataclass
+class Text(_TensorRecord):
+    """Tokenised reports (or prompts), padded on the right.
+
+    Attributes:
+        input_ids: [B, L] int64, `[CLS]` first, `[SEP]` last, then `[PAD]`.
+        attention_mask: [B, L] int64, 1 on tokens, 0 on padding.
+        word_index: [B, L] int64; `[CLS]` is word 0, pieces "##x" share the index of their word,
+            `[SEP]` is a word of its own, padding is -1.
+        sentence_index: [B, L] int64; sentence of each token counted from 0; `[CLS]`, `[SEP]` and
+            padding are -1.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    word_index: Tensor
+    sentence_index: Tensor
+
+
+@dataclass
+class Batch(_TensorRecord):
+    """One micro-batch on one rank.
+
+    Attributes:
+        image: [B, 1, H, W] uint8; normalised on the device by the image encoder.
+        text: the tokenised reports.
+        sample: [B] int64, position of each sample in the index of its split (0 .. samples-1).
+        labels: [B, C] float32 in the order of the index's label names: 1, 0, -1 (uncertain), NaN (unknown).
+        keys: the B sample keys (for messages; never text).
+        skipped: corrupt samples that were replaced (training) or left out (evaluation) in this batch.
+        faults: what was wrong with them, one message each, naming shard and key.
+    """
+
+    image: Tensor
+    text: Text
+    sample: Tensor
+    labels: Tensor
+    keys: list[str]
+    skipped: int = 0
+    faults: list[str] = field(default_factory=list)

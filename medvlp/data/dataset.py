@@ -1,0 +1,155 @@
+"""Map-style datasets whose item is a whole micro-batch: read, decode, crop, look up token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import simplejpeg
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from medvlp.config import DataConfig
+from medvlp.data.batch import Batch
+from medvlp.data.order import Positions
+from medvlp.data.text import Tokenizer
+from medvlp.data.tokens import TokenStore
+from medvlp.data.transforms import DRAWS, SampleRandom, evaluation_view, training_view
+from shards.errors import DataError
+from shards.images import decode_image
+from shards.reader import ShardReader
+
+#: Other samples tried in place of a corrupt one before the run stops.
+REPLACEMENTS = 8
+
+
+class ImageReportDataset(Dataset[Batch | DataError]):
+    """What training and evaluation share: decoding, and batches from the token store.
+
+    Args:
+        reader: the shards.
+        split: which split.
+        store: its token ids, labels and keys.
+        tokenizer: the tokenizer the ids came from.
+        config: image size, transform, longest report.
+    """
+
+    def __init__(
+        self, reader: ShardReader, split: str, store: TokenStore, tokenizer: Tokenizer, config: DataConfig
+    ) -> None:
+        self.reader = reader
+        self.split = split
+        self.store = store
+        self.tokenizer = tokenizer
+        self.config = config
+        self._unreadable = frozenset(store.unreadable.tolist())
+        side = reader.index.image_size
+        # One buffer for all: it saves an allocation a sample and refuses images larger than the index says.
+        self._pixels = np.empty((side, side, 1), dtype=np.uint8)
+
+    def decode(self, position: int) -> NDArray[np.uint8]:
+        """Stored pixels [H, W] of a sample; valid until the next call.
+
+        Raises:
+            DataError: the sample cannot be read or decoded; names shard and key.
+        """
+        if position in self._unreadable:
+            raise self._fault(position, "its metadata cannot be read")
+        data = self.reader.image(self.split, position)
+        try:
+            if not data.startswith(b"\xff\xd8"):
+                return decode_image(data)
+            pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "GRAY", buffer=self._pixels)
+            return pixels[:, :, 0]
+        except (DataError, ValueError) as error:
+            raise self._fault(position, f"its image cannot be decoded ({error})") from error
+
+    def _fault(self, position: int, reason: str) -> DataError:
+        shard, _ = self.reader.locate(self.split, position)
+        (key,) = self.store.keys(np.array([position]))
+        return DataError(f"{shard.file}: sample {key}: {reason}")
+
+    def _batch(self, images: NDArray[np.uint8], rows: Positions, faults: list[str], skipped: int) -> Batch:
+        return Batch(
+            image=torch.from_numpy(images)[:, None],
+            text=self.tokenizer.assemble(
+                self.store.rows, rows, self.config.max_tokens, self.config.pad_to_max
+            ),
+            sample=torch.from_numpy(rows),
+            labels=torch.from_numpy(self.store.labels[rows]),
+            keys=self.store.keys(rows),
+            skipped=skipped,
+            faults=faults,
+        )
+
+
+class TrainingDataset(ImageReportDataset):
+    """Augmented micro-batches; a corrupt sample is replaced by one drawn from (seed, epoch, sample)."""
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        split: str,
+        store: TokenStore,
+        tokenizer: Tokenizer,
+        config: DataConfig,
+        seed: int,
+    ) -> None:
+        """As `ImageReportDataset`; `seed` is that of the run."""
+        super().__init__(reader, split, store, tokenizer, config)
+        self.seed = seed
+        self._trainable = np.flatnonzero(store.trainable())
+
+    def __getitem__(self, request: tuple[int, Positions]) -> Batch | DataError:
+        """The micro-batch of (epoch, positions).
+
+        An error that stops the run is returned instead of raised: `DataLoader` would wrap a raised one in the
+        worker's traceback.
+        """
+        epoch, positions = request
+        random = SampleRandom(self.seed, epoch)
+        size = self.config.image_size
+        images = np.empty((len(positions), size, size), dtype=np.uint8)
+        rows = positions.copy()
+        faults: list[str] = []
+        for row, position in enumerate(positions.tolist()):
+            for candidate in self._candidates(random, position):
+                try:
+                    pixels = self.decode(candidate)
+                except DataError as error:
+                    faults.append(str(error))
+                    continue
+                draws = random.uniform(candidate, DRAWS)
+                images[row] = training_view(pixels, size, self.config.transform, draws)
+                rows[row] = candidate
+                break
+            else:
+                return DataError(f"{REPLACEMENTS + 1} corrupt samples in a row, the last: {faults[-1]}")
+        return self._batch(images, rows, faults, int((rows != positions).sum()))
+
+    def _candidates(self, random: SampleRandom, position: int) -> Iterator[int]:
+        """The sample itself, then its replacements in this epoch."""
+        yield position
+        words = random.words(position, DRAWS + REPLACEMENTS)[DRAWS:]
+        yield from self._trainable[words % np.uint64(len(self._trainable))].tolist()
+
+
+class EvaluationDataset(ImageReportDataset):
+    """Batches without randomness; corrupt samples are left out, so a batch can be smaller or empty."""
+
+    def __getitem__(self, positions: Sequence[int]) -> Batch:
+        """The batch of these positions."""
+        size = self.config.image_size
+        images = np.empty((len(positions), size, size), dtype=np.uint8)
+        kept: list[int] = []
+        faults: list[str] = []
+        for position in positions:
+            try:
+                pixels = self.decode(position)
+            except DataError as error:
+                faults.append(str(error))
+                continue
+            images[len(kept)] = evaluation_view(pixels, size, self.config.transform.crop)
+            kept.append(position)
+        return self._batch(images[: len(kept)], np.array(kept, dtype=np.int64), faults, len(faults))

@@ -1,0 +1,262 @@
+"""Loaders: which rows a rank reads at which step, worker processes, and the count of corrupt samples."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from medvlp.config import Config, DataConfig
+from medvlp.config_files import ConfigError
+from medvlp.data.batch import Batch
+from medvlp.data.dataset import EvaluationDataset, ImageReportDataset, TrainingDataset
+from medvlp.data.order import Positions, SampleOrder, rank_rows
+from medvlp.data.text import Tokenizer
+from medvlp.data.tokens import TokenStore
+from shards.errors import DataError
+from shards.reader import ShardReader
+
+logger = logging.getLogger(__name__)
+
+#: Faults logged one by one; later ones at every power of two of their count.
+_LOGGED_FAULTS = 10
+
+
+class FaultCounter:
+    """Counts corrupt samples of one rank, logs them sparingly, and stops the run when there are too many.
+
+    A rank reads about 1/W of an epoch of N samples. It stops when its number of replaced samples exceeds
+
+        L + 3 * sqrt(L * (1 - 1/W))   with   L = max_bad_fraction * max(samples it has seen, N / W),
+
+    that is, its share of the allowed number plus three standard deviations of what chance can deal to one of
+    W ranks; with one rank just the allowed number.
+    """
+
+    def __init__(self, max_bad_fraction: float, samples: int, world_size: int) -> None:
+        self.max_bad_fraction = max_bad_fraction
+        self.share = samples / world_size
+        self.world_size = world_size
+        self.seen = 0
+        self.skipped = 0
+        self._logged = 0
+
+    def count(self, batch: Batch) -> None:
+        """Take in one micro-batch.
+
+        Raises:
+            DataError: too many corrupt samples.
+        """
+        self.seen += len(batch.keys)
+        self.skipped += batch.skipped
+        for fault in batch.faults:
+            self._logged += 1
+            if self._logged <= _LOGGED_FAULTS or self._logged.bit_count() == 1:
+                logger.warning("corrupt sample %d, skipped: %s", self._logged, fault)
+        expected = self.max_bad_fraction * max(self.seen, self.share)
+        if self.skipped > expected + 3 * math.sqrt(expected * (1 - 1 / self.world_size)):
+            raise DataError(
+                f"{self.skipped} of {self.seen} samples read by this rank are corrupt, more than "
+                f"data.max_bad_fraction={self.max_bad_fraction} allows; the last: {batch.faults[-1]}; "
+                "run medvlp shards verify"
+            )
+
+
+class MicroBatchSampler(Sampler[tuple[int, Positions]]):
+    """(epoch, positions) of every micro-batch of one rank, from a step on and without end."""
+
+    def __init__(
+        self,
+        order: SampleOrder,
+        trainable: Positions,
+        config: Config,
+        world_size: int,
+        rank: int,
+        micro_batch: int,
+        start_step: int,
+    ) -> None:
+        """Take an order over `trainable`, the positions in the split that may be drawn.
+
+        Raises:
+            ConfigError: the global batch does not fit the order or does not divide.
+        """
+        self.order = order
+        self.trainable = trainable
+        self.batch = config.train.global_batch
+        self.tail = config.data.tail
+        self.accumulation, rest = divmod(self.batch, micro_batch * world_size)
+        if rest:
+            raise ConfigError(
+                f"train.global_batch ({self.batch}) must be a multiple of train.micro_batch x ranks "
+                f"({micro_batch} x {world_size})"
+            )
+        self.world_size = world_size
+        self.rank = rank
+        self.start_step = start_step
+        self.steps_per_epoch = order.steps_per_epoch(self.batch, self.tail)
+        self._rows(np.arange(self.batch))
+
+    def _rows(self, positions: Positions) -> list[Positions]:
+        return rank_rows(positions, self.order.partitions, self.accumulation, self.world_size, self.rank)
+
+    def __iter__(self) -> Iterator[tuple[int, Positions]]:
+        step = self.start_step
+        while True:
+            epoch, drawn = self.order.batch(step, self.batch, self.tail)
+            for rows in self._rows(self.trainable[drawn]):
+                yield epoch, rows
+            step += 1
+
+
+class TrainingLoader:
+    """An endless stream of this rank's micro-batches; `accumulation` of them make one step.
+
+    Attributes:
+        steps_per_epoch: global batches of an epoch.
+        samples: samples of the split that have text (the others cannot be trained on).
+        accumulation: micro-batches of a step.
+    """
+
+    def __init__(self, dataset: TrainingDataset, sampler: MicroBatchSampler, config: DataConfig) -> None:
+        self.samples = len(sampler.trainable)
+        self.steps_per_epoch = sampler.steps_per_epoch
+        self.accumulation = sampler.accumulation
+        self._loader = _loader(dataset, sampler, config, workers=config.workers)
+        self._faults = FaultCounter(config.max_bad_fraction, self.samples, sampler.world_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield micro-batches from the start step on.
+
+        Raises:
+            DataError: too many corrupt samples.
+        """
+        for batch in self._loader:
+            if isinstance(batch, DataError):
+                raise batch
+            self._faults.count(batch)
+            yield batch
+
+
+def build_loader(
+    config: Config,
+    reader: ShardReader,
+    tokenizer: Tokenizer,
+    rank: int,
+    world_size: int,
+    micro_batch: int,
+    start_step: int = 0,
+) -> TrainingLoader:
+    """The training loader of one rank.
+
+    The samples of a step depend on nothing but the dataset, `train.seed`, the step and `train.global_batch`;
+    starting at a later step costs no reading.
+
+    Args:
+        config: the run.
+        reader: the dataset (`medvlp.data.cache.open_reader`).
+        tokenizer: tokenizer of the text encoder.
+        rank, world_size: place of this process.
+        micro_batch: samples of one forward pass on this rank.
+        start_step: first optimiser step, from 0.
+
+    Raises:
+        ConfigError: batch and split do not fit.
+        DataError: no such split, or too many unreadable samples.
+    """
+    data = config.data
+    store = TokenStore.open_or_build(reader, data.split, data, tokenizer)
+    mask = store.trainable()
+    trainable = np.flatnonzero(mask)
+    if rank == 0 and len(trainable) < len(store):
+        logger.warning(
+            "%d of %d samples of split %s have no text in the sections %s and are not trained on",
+            len(store) - len(trainable), len(store), data.split, ", ".join(data.sections),
+        )  # fmt: skip
+    ends = np.cumsum([shard.samples for shard in reader.index.split_shards(data.split)])
+    sizes = np.diff(np.concatenate([[0], np.cumsum(mask)])[np.concatenate([[0], ends])])
+    order = SampleOrder(sizes.tolist(), config.train.seed, data.shuffle_block, data.partitions)
+    sampler = MicroBatchSampler(order, trainable, config, world_size, rank, micro_batch, start_step)
+    dataset = TrainingDataset(reader, data.split, store, tokenizer, data, config.train.seed)
+    return TrainingLoader(dataset, sampler, data)
+
+
+class EvaluationLoader:
+    """Batches of a split in order, once per iteration."""
+
+    def __init__(self, dataset: EvaluationDataset, chunks: list[list[int]], config: DataConfig) -> None:
+        self.samples = sum(len(chunk) for chunk in chunks)
+        self._config = config
+        self._loader = _loader(dataset, chunks, config, workers=min(config.workers, len(chunks)))
+
+    def __len__(self) -> int:
+        """Number of batches, if no batch is lost to corrupt samples."""
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield batches; corrupt samples are left out, counted and logged.
+
+        Raises:
+            DataError: too many corrupt samples.
+        """
+        faults = FaultCounter(self._config.max_bad_fraction, self.samples, world_size=1)
+        for batch in self._loader:
+            faults.count(batch)
+            if batch.keys:
+                yield batch
+
+
+def evaluation_loader(
+    config: Config,
+    reader: ShardReader,
+    tokenizer: Tokenizer,
+    split: str,
+    batch: int,
+    positions: Sequence[int] | None = None,
+) -> EvaluationLoader:
+    """A split in index order: center crop, no randomness, every sample once, the last batch may be smaller.
+
+    Args:
+        config: the run; image size, sections, cleaning and workers are used.
+        reader: the dataset.
+        tokenizer: tokenizer of the text encoder (of the run, whatever dataset is evaluated).
+        split: which split.
+        batch: samples of a batch.
+        positions: only these samples of the split, in this order; default: all.
+    """
+    store = TokenStore.open_or_build(reader, split, config.data, tokenizer)
+    chosen = list(range(len(store)) if positions is None else positions)
+    chunks = [chosen[start : start + batch] for start in range(0, len(chosen), batch)]
+    return EvaluationLoader(
+        EvaluationDataset(reader, split, store, tokenizer, config.data), chunks, config.data
+    )
+
+
+def _loader(
+    dataset: ImageReportDataset, requests: Sampler[Any] | list[list[int]], config: DataConfig, workers: int
+) -> DataLoader[Any]:
+    """PyTorch's loader where each request is a whole batch."""
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=requests,
+        num_workers=workers,
+        prefetch_factor=config.prefetch if workers else None,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_start_worker,
+        # An own generator: the loader would otherwise advance the default one, which the checkpoint restores.
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+def _start_worker(worker: int) -> None:
+    cv2.setNumThreads(0)
+    # Signals for the rank's process group (torchrun's SIGTERM, Ctrl-C) are the rank's to act on: it saves and
+    # ends its workers. Those of its parent, and the loss of it, still end a worker.
+    os.setpgid(0, 0)

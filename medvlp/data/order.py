@@ -1,0 +1,195 @@
+"""The order of samples: a pure function of shard sizes, seed and epoch.
+
+Only raw Philox words and stable sorts are used: NumPy keeps raw bit streams fixed between versions, which it
+does not promise for `Generator.permutation`, so an order stays the same after an upgrade.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medvlp.config_files import ConfigError
+
+Positions = NDArray[np.int64]
+
+#: Purpose of a random stream; keeps the fixed partition of shards apart from the orders of epochs.
+_PARTITION, _SHARDS, _SAMPLES, _BLOCKS = range(4)
+_MASK = (1 << 64) - 1
+
+
+def random_words(count: int, seed: int, *purpose: int) -> NDArray[np.uint64]:
+    """`count` uniform 64-bit words of the stream named by `seed` and up to three more integers.
+
+    Args:
+        count: number of words.
+        seed: any integer (taken modulo 2**64).
+        purpose: at most three integers >= 0; different ones give independent streams.
+    """
+    first, second, third = (*purpose, 0, 0, 0)[:3]
+    counter = (first << 192) | (second << 128) | (third << 64)
+    # The high half of the key keeps these streams apart from those of `transforms.SampleRandom` (epochs).
+    return np.random.Philox(key=(seed & _MASK) | (_MASK << 64), counter=counter).random_raw(count)
+
+
+def _permutation(count: int, seed: int, *purpose: int) -> Positions:
+    return np.argsort(random_words(count, seed, *purpose), kind="stable")
+
+
+def _ranges(starts: Positions, sizes: Positions) -> Positions:
+    """Concatenation of `arange(start, start + size)` over all pairs."""
+    total = int(sizes.sum())
+    ends = np.cumsum(sizes)
+    shift: Positions = np.repeat(starts - (ends - sizes), sizes)
+    return np.arange(total, dtype=np.int64) + shift
+
+
+class SampleOrder:
+    """In which order the samples of a split are seen.
+
+    The shards, permuted once by the seed, are cut into `partitions` parts of equal size (to one sample; a
+    shard on a cut belongs to both sides). In every epoch each partition permutes its pieces of shards,
+    rotates the resulting sequence, cuts it into blocks of about `block` samples, permutes the samples inside
+    the blocks, and permutes the blocks. So every sample occurs exactly once, a window of `block` samples
+    touches few shards, and neighbours change from epoch to epoch. A node that always reads the same
+    partitions (see `rank_rows`) needs only their shards.
+
+    Tail policy: with "drop" the last samples of each partition that do not fill a global batch are left out
+    of the epoch; the order differs between epochs, so they are others every time. With "wrap" the last
+    global batch is filled from the start of the same epoch's order, so some samples are seen twice.
+    """
+
+    def __init__(self, shard_sizes: Sequence[int], seed: int, block: int = 4096, partitions: int = 1) -> None:
+        """Take the samples of each shard in index order.
+
+        Raises:
+            ConfigError: no samples, a block or partition count below 1, or more partitions than samples.
+        """
+        sizes = np.asarray(shard_sizes, dtype=np.int64)
+        self.samples = int(sizes.sum())
+        if self.samples < 1 or (sizes < 0).any():
+            raise ConfigError(f"the split has no samples to order (shard sizes {list(shard_sizes)[:8]})")
+        if block < 1:
+            raise ConfigError(f"data.shuffle_block must be at least 1, not {block}")
+        if not 1 <= partitions <= self.samples:
+            raise ConfigError(
+                f"data.partitions must lie in [1, {self.samples}] (the samples), not {partitions}"
+            )
+        self.seed = seed
+        self.block = block
+        self.partitions = partitions
+        self._pieces = self._partition(sizes)
+        self._cache: tuple[int, list[Positions]] | None = None
+
+    def _partition(self, sizes: Positions) -> list[tuple[Positions, Positions]]:
+        """(starts, sizes) of the pieces of shards that make up each partition."""
+        starts = np.cumsum(sizes) - sizes
+        order = _permutation(len(sizes), self.seed, _PARTITION)
+        starts, sizes = starts[order], sizes[order]
+        shard_ends = np.cumsum(sizes)
+        cuts = np.arange(self.partitions + 1) * self.samples // self.partitions
+        pieces = []
+        for low, high in itertools.pairwise(cuts.tolist()):
+            left = np.maximum(shard_ends - sizes, low)
+            right = np.minimum(shard_ends, high)
+            inside = right > left
+            offset = (left - (shard_ends - sizes))[inside]
+            pieces.append((starts[inside] + offset, (right - left)[inside]))
+        return pieces
+
+    def _partition_order(self, partition: int, epoch: int) -> Positions:
+        starts, sizes = self._pieces[partition]
+        stream = (epoch << 2, partition)
+        shuffled = _permutation(len(starts), self.seed, stream[0] | _SHARDS, stream[1])
+        positions = _ranges(starts[shuffled], sizes[shuffled])
+        count = len(positions)
+        blocks = max(1, round(count / self.block))
+        words = random_words(blocks + 1, self.seed, stream[0] | _BLOCKS, stream[1])
+        positions = np.roll(positions, int(words[-1] % np.uint64(count)))
+        rank_of_block = np.argsort(np.argsort(words[:-1], kind="stable"), kind="stable")
+        block_of_sample = rank_of_block[np.arange(count) * blocks // count]
+        keys = random_words(count, self.seed, stream[0] | _SAMPLES, stream[1])
+        return positions[np.lexsort((keys, block_of_sample))]
+
+    def partition_orders(self, epoch: int) -> list[Positions]:
+        """The order of every partition in this epoch (the last epoch asked for is kept)."""
+        if self._cache is None or self._cache[0] != epoch:
+            orders = [self._partition_order(partition, epoch) for partition in range(self.partitions)]
+            self._cache = (epoch, orders)
+        return self._cache[1]
+
+    def epoch_order(self, epoch: int) -> Positions:
+        """All positions of the split, each exactly once: int64 [samples], partition after partition."""
+        return np.concatenate(self.partition_orders(epoch))
+
+    def steps_per_epoch(self, global_batch: int, tail: str = "drop") -> int:
+        """Number of global batches of an epoch.
+
+        Raises:
+            ConfigError: unknown tail policy, a batch that the partitions do not divide, or (with "drop")
+                a batch larger than the split.
+        """
+        if global_batch < 1 or global_batch % self.partitions:
+            raise ConfigError(
+                f"train.global_batch ({global_batch}) must be a multiple of data.partitions "
+                f"({self.partitions})"
+            )
+        rows = global_batch // self.partitions
+        if tail == "wrap":
+            largest_partition = -(-self.samples // self.partitions)
+            return -(-largest_partition // rows)
+        if tail != "drop":
+            raise ConfigError(f"data.tail must be drop or wrap, not {tail!r}")
+        steps = self.samples // self.partitions // rows
+        if steps == 0:
+            raise ConfigError(
+                f"train.global_batch ({global_batch}) is larger than the split ({self.samples} samples in "
+                f"{self.partitions} partitions); make it smaller or set data.tail=wrap"
+            )
+        return steps
+
+    def batch(self, step: int, global_batch: int, tail: str = "drop") -> tuple[int, Positions]:
+        """Epoch and positions (int64 [global_batch]) of the global batch of training step `step`, from 0.
+
+        The rows of partition 0 come first, then those of partition 1, and so on.
+        """
+        epoch, index = divmod(step, self.steps_per_epoch(global_batch, tail))
+        rows = global_batch // self.partitions
+        window = np.arange(index * rows, (index + 1) * rows)
+        # With "drop" no index reaches the end; with "wrap" the modulo fills the last batch from the start.
+        return epoch, np.concatenate([part[window % len(part)] for part in self.partition_orders(epoch)])
+
+
+def rank_rows(
+    positions: Positions, partitions: int, accumulation: int, world_size: int, rank: int
+) -> list[Positions]:
+    """Cut a global batch into the micro-batches of one rank.
+
+    With one partition, micro-batch k of all ranks together is rows [k*m*W, (k+1)*m*W) for W ranks of m
+    samples, and rank r takes the r-th slice of m rows. With several partitions each micro-batch takes an
+    equal share of every partition, so that a rank meets the same partitions in every micro-batch.
+
+    Args:
+        positions: int64 [B] from `SampleOrder.batch`.
+        partitions: partitions of that order.
+        accumulation: micro-batches of a step.
+        world_size: number of ranks.
+        rank: this rank.
+
+    Returns:
+        `accumulation` arrays of B / (accumulation * world_size) positions.
+
+    Raises:
+        ConfigError: B does not divide evenly.
+    """
+    batch = len(positions)
+    if batch % (accumulation * world_size) or batch % (accumulation * partitions):
+        raise ConfigError(
+            f"train.global_batch ({batch}) must be a multiple of accumulation x ranks ({accumulation} x "
+            f"{world_size}) and of accumulation x data.partitions ({accumulation} x {partitions})"
+        )
+    grid = positions.reshape(partitions, accumulation, -1).transpose(1, 0, 2).reshape(accumulation, -1)
+    return list(grid.reshape(accumulation, world_size, -1)[:, rank])
