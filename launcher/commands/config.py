@@ -11,7 +11,8 @@ from launcher.arguments import split_arguments
 
 def config(
     arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="CONFIG... [KEY=VALUE...]", help="YAML files, then overrides")
+        list[str] | None,
+        typer.Argument(metavar="CONFIG... [KEY=VALUE...]", help="YAML files, then overrides"),
     ] = None,
     reference: Annotated[bool, typer.Option("--reference", help="print every key with its meaning")] = False,
 ) -> None:

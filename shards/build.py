@@ -1,0 +1,155 @@
+"""Builds the shards of a dataset over processes, keeping those an earlier run has finished.
+
+A build can be killed at any moment and started again, or divided into parts that share one folder: finished
+shards are recognised by their record in `.build/`, checked against its hashes, and kept.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from shards.build_state import BuildPlan, Rejection, ShardState, restore_states
+from shards.format import Shard, hash_file, index_file_name, sample_key
+from shards.identifiers import hash_identifiers, key_fingerprint
+from shards.plan import Part, PlannedShard, plan_shards
+from shards.sample import StoredImage, to_sample
+from shards.sources.base import Json, RejectedRecord, Source
+from shards.splits import DEFAULT_FRACTIONS, parse_fractions
+from shards.study import Study
+from shards.tokenizer import load_tokenizer
+from shards.workers import run_tasks
+from shards.writer import Sample, write_shard
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How a source becomes a dataset; the same source and options always give the same bytes.
+
+    Attributes:
+        name: name of the dataset; default: that of the source.
+        image: how images are stored.
+        records_per_shard: records of the source that share a tar.
+        fractions: share of patients in each split, where the source prescribes none.
+        split_seed: key of the hash that decides the split, up to 64 bytes.
+        hash_key: secret key with which patient and study ids are hashed; None keeps them.
+        tokenizer: folder or hub name; None trains one of at most `vocab_size` pieces.
+    """
+
+    name: str | None = None
+    image: StoredImage = field(default_factory=StoredImage)
+    records_per_shard: int = 512
+    fractions: dict[str, float] = field(default_factory=lambda: parse_fractions(DEFAULT_FRACTIONS))
+    split_seed: str = "medvlp"
+    hash_key: bytes | None = None
+    tokenizer: str | None = None
+    vocab_size: int = 30522
+
+    def arguments(self, source: Source) -> dict[str, Json]:
+        """Everything the bytes of the dataset depend on, as the index records it; no path, no secret."""
+        arguments = {
+            "source": {"name": source.name, **source.arguments},
+            "image": {"size": self.image.size, "format": self.image.format, "quality": self.image.quality},
+            "records_per_shard": self.records_per_shard,
+            "split": self.fractions,
+            "split_seed": self.split_seed,
+            "hash_key": key_fingerprint(self.hash_key) if self.hash_key else None,
+            "tokenizer": Path(self.tokenizer).name if self.tokenizer else None,
+            "vocab_size": self.vocab_size,
+        }
+        # Through JSON, so that it compares equal to what is read back from a file.
+        recorded: dict[str, Json] = json.loads(json.dumps(arguments))
+        return recorded
+
+
+def build_shards(
+    source: Source,
+    out: Path,
+    options: BuildOptions,
+    workers: int,
+    part: Part,
+    on_shard: Callable[[int, int], None],
+) -> None:
+    """Build the shards of `part` that are not finished yet; `shards.merge.merge` completes the dataset.
+
+    Args:
+        on_shard: called with (finished, all) shards of this part at the start and after each shard.
+
+    Raises:
+        DataError: `out` cannot be written or holds another dataset, or there is no such tokenizer.
+    """
+    if options.tokenizer is not None:
+        load_tokenizer(options.tokenizer)  # a wrong name must fail now, not after hours of building
+    plan = plan_shards(source, options.fractions, options.split_seed, options.records_per_shard)
+    BuildPlan(
+        name=options.name or source.name,
+        source=source.name,
+        label_names=source.label_names,
+        image_size=options.image.size,
+        records=len(source),
+        files=[planned.file for planned in plan],
+        tokenizer=options.tokenizer,
+        vocab_size=options.vocab_size,
+        arguments=options.arguments(source),
+    ).save(out)
+    restore_states(out, plan)
+    mine = part.of(plan)
+    missing = [planned for planned in mine if not _is_finished(out, planned)]
+    finished = len(mine) - len(missing)
+    on_shard(finished, len(mine))
+    for _ in run_tasks(_build_shard, (source, out, options), missing, workers):
+        finished += 1
+        on_shard(finished, len(mine))
+
+
+def _is_finished(out: Path, planned: PlannedShard) -> bool:
+    state = ShardState.load(out, planned.file)
+    return state is not None and state.is_intact(out)
+
+
+def _build_shard(shared: tuple[Source, Path, BuildOptions], planned: PlannedShard) -> None:
+    """Build one shard and record it as finished (runs in a worker process)."""
+    source, out, options = shared
+    rejected: list[Rejection] = []
+    samples = write_shard(out, planned.file, _samples(source, planned, options, rejected))
+    shard = None
+    if samples:
+        tar = out / planned.file
+        shard = Shard(
+            file=planned.file,
+            split=planned.split,
+            samples=samples,
+            bytes=tar.stat().st_size,
+            hash=hash_file(tar),
+            index_hash=hash_file(out / index_file_name(planned.file)),
+        )
+    ShardState(planned.file, shard, rejected).save(out)
+
+
+def _samples(
+    source: Source, planned: PlannedShard, options: BuildOptions, rejected: list[Rejection]
+) -> Iterator[Sample]:
+    """The samples of a shard in record order; what cannot be used is added to `rejected`."""
+    for record in planned.records:
+        try:
+            samples = [
+                _sample(study, sample_key(record, image), planned.split, options)
+                for image, study in enumerate(source.load(record))
+            ]
+        except RejectedRecord as rejection:
+            rejected.append(Rejection(record, rejection.reason))
+            continue
+        except Exception as error:
+            error.add_note(f"at record {record} of source {source.name!r}, for {planned.file}")
+            raise
+        yield from samples
+
+
+def _sample(study: Study, key: str, split: str, options: BuildOptions) -> Sample:
+    if study.split not in (None, split):
+        raise ValueError(f"the source loads a sample of split {study.split!r} that it planned for {split!r}")
+    if options.hash_key is not None:
+        study = hash_identifiers(study, options.hash_key)
+    return to_sample(study, key, options.image)

@@ -1,0 +1,165 @@
+"""What a build remembers on disk while it runs: its plan and, for every finished shard, what it holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from shards.atomic import atomic_write
+from shards.errors import DataError
+from shards.format import INDEX_NAME, REJECTED_NAME, Index, Shard, hash_file
+from shards.plan import PlannedShard
+from shards.sources.base import Json
+
+#: Folder inside the dataset, removed when the index is written.
+STATE_FOLDER = ".build"
+_PLAN_NAME = "plan.json"
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A record that became no sample, and why."""
+
+    record: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class ShardState:
+    """A finished shard; `shard` is None when all its records were rejected and there is no file."""
+
+    file: str
+    shard: Shard | None
+    rejected: list[Rejection]
+
+    def save(self, out: Path) -> None:
+        """Record the shard as finished."""
+        atomic_write(_state_path(out, self.file), json.dumps(dataclasses.asdict(self)).encode())
+
+    @classmethod
+    def load(cls, out: Path, file: str) -> Self | None:
+        """The state of a finished shard, or None."""
+        path = _state_path(out, file)
+        if not path.exists():
+            return None
+        try:
+            fields = json.loads(path.read_bytes())
+            shard = Shard(**fields["shard"]) if fields["shard"] else None
+            return cls(fields["file"], shard, [Rejection(**entry) for entry in fields["rejected"]])
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path} is damaged; delete it and run the build again") from error
+
+    def is_intact(self, out: Path) -> bool:
+        """Whether the shard's files are there and have the recorded hashes."""
+        if self.shard is None:
+            return True
+        hashes = {self.shard.file: self.shard.hash, self.shard.index_file: self.shard.index_hash}
+        return all(
+            (out / file).is_file() and hash_file(out / file) == value for file, value in hashes.items()
+        )
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """What all parts of a build agree on and `merge` needs to know.
+
+    Attributes:
+        name: name of the dataset; `source` that of its source.
+        label_names, image_size: as in the index.
+        records: number of records in the source.
+        files: tar names of all planned shards, in order.
+        tokenizer: folder or hub name, or None to train one of `vocab_size` pieces.
+        arguments: everything the bytes of the dataset depend on.
+    """
+
+    name: str
+    source: str
+    label_names: list[str]
+    image_size: int
+    records: int
+    files: list[str]
+    tokenizer: str | None
+    vocab_size: int
+    arguments: dict[str, Json]
+
+    def save(self, out: Path) -> None:
+        """Write the plan, or check that it is the one of the build going on in `out`.
+
+        Raises:
+            DataError: `out` holds a dataset, finished or not, that was built otherwise.
+        """
+        existing = self._existing_arguments(out)
+        if existing is not None and existing != self.arguments:
+            raise DataError(
+                f"{out} was built with other arguments ({_difference(existing, self.arguments)}); "
+                "choose another --out or delete it"
+            )
+        try:
+            (out / STATE_FOLDER).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"cannot create {out}: {error.strerror}; choose another --out") from error
+        atomic_write(out / STATE_FOLDER / _PLAN_NAME, json.dumps(dataclasses.asdict(self)).encode())
+
+    @classmethod
+    def load(cls, out: Path) -> Self:
+        """Read the plan of the build going on in `out`.
+
+        Raises:
+            DataError: no build is going on there.
+        """
+        path = out / STATE_FOLDER / _PLAN_NAME
+        try:
+            return cls(**json.loads(path.read_bytes()))
+        except FileNotFoundError as error:
+            raise DataError(f"{out} holds no unfinished build ({path} is missing)") from error
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{path} is damaged; delete it and run the build again") from error
+
+    @staticmethod
+    def _existing_arguments(out: Path) -> dict[str, Any] | None:
+        if (out / INDEX_NAME).exists():
+            return Index.load(out).arguments
+        if (out / STATE_FOLDER / _PLAN_NAME).exists():
+            return BuildPlan.load(out).arguments
+        return None
+
+
+def restore_states(out: Path, plan: list[PlannedShard]) -> None:
+    """Write the states of a finished dataset's shards again, from its index and list of rejected records.
+
+    So running a finished build once more checks it, and rebuilds only what is missing or damaged.
+    """
+    if not (out / INDEX_NAME).exists():
+        return
+    rejections = _read_rejections(out)
+    shards = {shard.file: shard for shard in Index.load(out).shards}
+    for planned in plan:
+        rejected = [rejections[record] for record in planned.records if record in rejections]
+        ShardState(planned.file, shards.get(planned.file), rejected).save(out)
+
+
+def _read_rejections(out: Path) -> dict[int, Rejection]:
+    path = out / REJECTED_NAME
+    if not path.exists():
+        return {}
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    return {entry["record"]: Rejection(entry["record"], entry["reason"]) for entry in entries}
+
+
+def _state_path(out: Path, file: str) -> Path:
+    return out / STATE_FOLDER / f"{file.removesuffix('.tar')}.json"
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """The first argument that differs, by its dotted name."""
+    for name in sorted(old.keys() | new.keys()):
+        before, after = old.get(name), new.get(name)
+        if before == after:
+            continue
+        if isinstance(before, dict) and isinstance(after, dict):
+            return f"{name}.{_difference(before, after)}"
+        return f"{name}: {json.dumps(before)} then, {json.dumps(after)} now"
+    return "nothing"

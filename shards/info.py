@@ -1,0 +1,102 @@
+"""Counts of a dataset for people: splits, labels, views and text lengths."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Group
+from rich.table import Table
+
+from shards.reader import ShardReader
+
+
+@dataclass(frozen=True)
+class SplitCounts:
+    """What the metadata of one split hold.
+
+    Attributes:
+        words: number of words of each report; `sentences` likewise.
+        views: view -> samples.
+        labels: finding -> value (1, 0, -1, None) -> samples.
+        boxes: number of boxes.
+    """
+
+    words: list[int]
+    sentences: list[int]
+    views: Counter[str]
+    labels: dict[str, Counter[int | None]]
+    boxes: int
+
+
+def count_split(reader: ShardReader, split: str) -> SplitCounts:
+    """Read the metadata of every sample of `split` and count."""
+    label_names = reader.index.label_names
+    counts = SplitCounts([], [], Counter(), {name: Counter() for name in label_names}, 0)
+    boxes = 0
+    for i in range(reader.sample_count(split)):
+        metadata = reader.metadata(split, i)
+        counts.words.append(sum(len(sentence.split()) for sentence in metadata["sentences"]))
+        counts.sentences.append(len(metadata["sentences"]))
+        counts.views[metadata["view"] or "unknown"] += 1
+        boxes += len(metadata["boxes"])
+        for name in label_names:
+            counts.labels[name][metadata["labels"].get(name)] += 1
+    return SplitCounts(counts.words, counts.sentences, counts.views, counts.labels, boxes)
+
+
+def describe(reader: ShardReader) -> Group:
+    """Tables of a whole dataset, ready for a rich console."""
+    counts = {split: count_split(reader, split) for split in reader.index.splits}
+    tables = [_split_table(reader, counts), _text_table(counts)]
+    if reader.index.label_names:
+        tables.append(_label_table(counts, reader.index.label_names))
+    return Group(*tables)
+
+
+def _split_table(reader: ShardReader, counts: dict[str, SplitCounts]) -> Table:
+    index = reader.index
+    table = Table(title=f"{index.name}: {index.image_size} px, {index.fingerprint}", title_justify="left")
+    table.add_column("split")
+    for heading in ("samples", "studies", "patients", "shards", "MB", "boxes"):
+        table.add_column(heading, justify="right")
+    table.add_column("views")
+    for split, totals in index.splits.items():
+        views = ", ".join(f"{view} {count}" for view, count in counts[split].views.most_common())
+        numbers = (totals.samples, totals.studies, totals.patients, totals.shards)
+        megabytes = f"{totals.bytes / 1e6:,.1f}"
+        table.add_row(split, *(f"{n:,}" for n in numbers), megabytes, f"{counts[split].boxes:,}", views)
+    return table
+
+
+def _text_table(counts: dict[str, SplitCounts]) -> Table:
+    table = Table(title="report length: median (5th to 95th percentile)", title_justify="left")
+    table.add_column("split")
+    for heading in ("words", "sentences", "without text"):
+        table.add_column(heading, justify="right")
+    for split, count in counts.items():
+        table.add_row(split, _spread(count.words), _spread(count.sentences), f"{count.words.count(0):,}")
+    return table
+
+
+def _label_table(counts: dict[str, SplitCounts], label_names: list[str]) -> Table:
+    table = Table(title="labels: present / absent / uncertain / not mentioned", title_justify="left")
+    table.add_column("finding")
+    for split in counts:
+        table.add_column(split, justify="right")
+    for name in label_names:
+        cells = []
+        for count in counts.values():
+            values = count.labels[name]
+            cells.append(" / ".join(f"{values[value]:,}" for value in (1, 0, -1, None)))
+        table.add_row(name, *cells)
+    return table
+
+
+def _spread(values: Sequence[int]) -> str:
+    if len(values) < 2:
+        return ", ".join(map(str, values))
+    cuts = statistics.quantiles(values, n=20, method="inclusive")
+    return f"{statistics.median(values):.0f} ({cuts[0]:.0f} to {cuts[-1]:.0f})"

@@ -1,0 +1,163 @@
+"""Completes a dataset whose shards are built: rejected records, tokenizer, totals and, last, the index."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shards.atomic import atomic_write
+from shards.build_state import STATE_FOLDER, BuildPlan, Rejection, ShardState
+from shards.errors import DataError
+from shards.format import (
+    INDEX_NAME,
+    METADATA_EXTENSION,
+    REJECTED_NAME,
+    TOKENIZER_NAME,
+    Index,
+    Shard,
+    SplitTotals,
+    fingerprint,
+    hash_bytes,
+)
+from shards.shard_index import ShardIndex
+from shards.tokenizer import load_tokenizer, tokenizer_bytes, train_wordpiece
+
+_TRAIN = "train"
+
+
+@dataclass(frozen=True)
+class BuildSummary:
+    """Counts at the end of a build.
+
+    Attributes:
+        records: records in the source.
+        rejected: reason -> number of records rejected for it.
+        splits: totals of each split.
+        leaking_patients: patients that are in more than one split.
+    """
+
+    records: int
+    rejected: dict[str, int]
+    splits: dict[str, SplitTotals]
+    leaking_patients: int
+
+    @property
+    def rejected_share(self) -> float:
+        """Share of the records that were rejected, in [0, 1]."""
+        return sum(self.rejected.values()) / max(self.records, 1)
+
+
+def merge(out: Path) -> BuildSummary:
+    """Write everything that stands beside the shards, and remove the build's own records.
+
+    Raises:
+        DataError: shards are missing, no record was accepted, or a file cannot be written.
+    """
+    plan = BuildPlan.load(out)
+    states = _all_states(out, plan)
+    rejections = sorted(
+        (rejection for state in states for rejection in state.rejected), key=lambda entry: entry.record
+    )
+    atomic_write(out / REJECTED_NAME, _rejected_lines(rejections, plan.source))
+    shards = [state.shard for state in states if state.shard is not None]
+    if not shards:
+        raise DataError(
+            f"none of the {plan.records} records could be used; {out / REJECTED_NAME} has the reasons"
+        )
+    splits, leaking = _totals(out, shards)
+    index = Index(
+        name=plan.name,
+        label_names=plan.label_names,
+        splits=splits,
+        shards=shards,
+        image_size=plan.image_size,
+        tokenizer=_write_tokenizer(out, plan, shards),
+        fingerprint=fingerprint(shards),
+        arguments=plan.arguments,
+    )
+    atomic_write(out / INDEX_NAME, index.to_json())
+    shutil.rmtree(out / STATE_FOLDER)
+    return BuildSummary(plan.records, dict(Counter(entry.reason for entry in rejections)), splits, leaking)
+
+
+def _all_states(out: Path, plan: BuildPlan) -> list[ShardState]:
+    states = {file: ShardState.load(out, file) for file in plan.files}
+    missing = [file for file, state in states.items() if state is None]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(plan.files)} shards are not built yet (the first is {missing[0]}); "
+            "run the missing parts first"
+        )
+    return [state for state in states.values() if state is not None]
+
+
+def _rejected_lines(rejections: list[Rejection], source: str) -> bytes:
+    lines = (
+        json.dumps({"record": entry.record, "source": source, "reason": entry.reason}) + "\n"
+        for entry in rejections
+    )
+    return "".join(lines).encode()
+
+
+def _totals(out: Path, shards: list[Shard]) -> tuple[dict[str, SplitTotals], int]:
+    """Totals of each split, and the number of patients in more than one."""
+    patients: dict[str, set[str]] = defaultdict(set)
+    studies: dict[str, set[tuple[str, str]]] = defaultdict(set)
+    for shard in shards:
+        for metadata in _metadata(out, shard):
+            patients[shard.split].add(metadata["patient_id"])
+            studies[shard.split].add((metadata["patient_id"], metadata["study_id"]))
+    totals = {
+        split: SplitTotals(
+            samples=sum(shard.samples for shard in shards if shard.split == split),
+            patients=len(patients[split]),
+            studies=len(studies[split]),
+            shards=sum(shard.split == split for shard in shards),
+            bytes=sum(shard.bytes for shard in shards if shard.split == split),
+        )
+        for split in patients
+    }
+    occurrences = Counter(patient for members in patients.values() for patient in members)
+    return totals, sum(count > 1 for count in occurrences.values())
+
+
+@dataclass(frozen=True)
+class _TrainTexts:
+    """The report of each training sample; can be iterated again and again."""
+
+    out: Path
+    shards: list[Shard]
+
+    def __iter__(self) -> Iterator[str]:
+        for shard in self.shards:
+            for metadata in _metadata(self.out, shard):
+                yield " ".join(metadata["sentences"])
+
+
+def _write_tokenizer(out: Path, plan: BuildPlan, shards: list[Shard]) -> str | None:
+    """Write `tokenizer.json` and return its hash; None where there is no text to train one on."""
+    if plan.tokenizer is not None:
+        tokenizer = load_tokenizer(plan.tokenizer)
+    else:
+        texts = _TrainTexts(out, [shard for shard in shards if shard.split == _TRAIN])
+        if not any(texts):
+            return None
+        tokenizer = train_wordpiece(texts, plan.vocab_size)
+    data = tokenizer_bytes(tokenizer)
+    atomic_write(out / TOKENIZER_NAME, data)
+    return hash_bytes(data)
+
+
+def _metadata(out: Path, shard: Shard) -> Iterator[dict[str, Any]]:
+    """The parsed `<key>.json` of every sample of a shard."""
+    shard_index = ShardIndex.from_bytes((out / shard.index_file).read_bytes(), shard.index_file)
+    with (out / shard.file).open("rb") as tar:
+        for row in range(shard.samples):
+            offset, size = shard_index.members(row)[METADATA_EXTENSION]
+            tar.seek(offset)
+            yield json.loads(tar.read(size))

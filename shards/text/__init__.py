@@ -1,0 +1,1 @@
+"""Report text: sections, sentences, cleaning. Pure functions of strings."""

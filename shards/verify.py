@@ -1,0 +1,206 @@
+"""Checks a dataset against its index and itself, and lists everything that is wrong."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import tarfile
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from shards.errors import DataError
+from shards.format import (
+    IMAGE_EXTENSIONS,
+    MASK_EXTENSION,
+    METADATA_EXTENSION,
+    TOKENIZER_NAME,
+    Index,
+    Shard,
+    fingerprint,
+    hash_file,
+)
+from shards.images import decode_image
+from shards.metadata import metadata_problems
+from shards.shard_index import ShardIndex
+from shards.workers import run_tasks
+
+_EXTENSIONS = frozenset({*IMAGE_EXTENSIONS, METADATA_EXTENSION, MASK_EXTENSION})
+
+#: Offset and size of a member's content in bytes.
+Span = tuple[int, int]
+
+
+@dataclass
+class ShardReport:
+    """What was found in one shard: problems, sample keys in order, and the patient of each sample."""
+
+    shard: Shard
+    problems: list[str] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    patients: list[str] = field(default_factory=list)
+
+
+def verify(root: Path, workers: int = 1) -> list[str]:
+    """Everything wrong with the dataset in `root`, one line each; empty when all is well.
+
+    Checks hashes, `.idx` against tar, that every image decodes to the stored size, the schema of every
+    metadata member, duplicate keys, patients in two splits, totals, and files the index does not know.
+    Lines hold shard names and sample keys, never patient ids or text.
+
+    Raises:
+        DataError: there is no readable index.
+    """
+    index = Index.load(root)
+    reports = sorted(
+        run_tasks(_check_shard, (root, index), index.shards, workers), key=lambda report: report.shard.file
+    )
+    problems = [problem for report in reports for problem in report.problems]
+    problems += _duplicate_keys(reports)
+    problems += _leaking_patients(reports)
+    problems += _totals_problems(index, reports)
+    return problems + _folder_problems(root, index)
+
+
+def _check_shard(shared: tuple[Path, Index], shard: Shard) -> ShardReport:
+    root, index = shared
+    report = ShardReport(shard)
+    for file, expected in ((shard.file, shard.hash), (shard.index_file, shard.index_hash)):
+        if not (root / file).is_file():
+            report.problems.append(f"{file}: missing")
+            return report
+        if hash_file(root / file) != expected:
+            report.problems.append(f"{file}: content differs from its hash in the index")
+    try:
+        spans = _check_tar(root / shard.file, index, report)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        report.problems.append(f"{shard.file}: not a readable tar ({error})")
+        return report
+    _check_spans(root, shard, spans, report)
+    return report
+
+
+def _check_tar(path: Path, index: Index, report: ShardReport) -> list[tuple[str, dict[str, Span]]]:
+    """Check sample after sample, one in memory at a time; return (key, {extension: (offset, size)})."""
+    spans = []
+    with tarfile.open(path, "r:") as archive:
+        for key, members in itertools.groupby(archive, key=lambda member: member.name.partition(".")[0]):
+            sample_spans: dict[str, Span] = {}
+            contents: dict[str, bytes] = {}
+            for member in members:
+                extension = member.name.partition(".")[2]
+                stream = archive.extractfile(member) if member.isfile() else None
+                if stream is None or "/" in key or extension not in _EXTENSIONS or extension in contents:
+                    report.problems.append(f"{path.name}: member {member.name!r} does not belong there")
+                    continue
+                sample_spans[extension] = (member.offset_data, member.size)
+                contents[extension] = stream.read()
+            problems = _sample_problems(contents, index, report)
+            report.problems += [f"{path.name}: sample {key}: {problem}" for problem in problems]
+            report.keys.append(key)
+            spans.append((key, sample_spans))
+    return spans
+
+
+def _check_spans(
+    root: Path, shard: Shard, actual: list[tuple[str, dict[str, Span]]], report: ShardReport
+) -> None:
+    try:
+        index = ShardIndex.from_bytes((root / shard.index_file).read_bytes(), shard.index_file)
+    except DataError as error:
+        report.problems.append(str(error))
+        return
+    if actual != [(key, index.members(row)) for row, key in enumerate(index.keys)]:
+        report.problems.append(f"{shard.index_file}: does not describe {shard.file}")
+
+
+def _sample_problems(contents: dict[str, bytes], index: Index, report: ShardReport) -> list[str]:
+    problems = []
+    images = [extension for extension in IMAGE_EXTENSIONS if extension in contents]
+    if len(images) != 1:
+        problems.append(f"has {len(images)} images instead of one")
+    for extension in images:
+        problems += _image_problems(contents[extension], index.image_size)
+    if MASK_EXTENSION in contents:
+        problems += _mask_problems(contents[MASK_EXTENSION], index.image_size)
+    if METADATA_EXTENSION not in contents:
+        return [*problems, "has no metadata"]
+    try:
+        metadata = json.loads(contents[METADATA_EXTENSION])
+    except ValueError:
+        return [*problems, "metadata is not JSON"]
+    schema_problems = metadata_problems(metadata, index.label_names)
+    if not schema_problems:
+        report.patients.append(metadata["patient_id"])
+    return problems + schema_problems
+
+
+def _image_problems(data: bytes, size: int) -> list[str]:
+    try:
+        shape = decode_image(data).shape
+    except DataError as error:
+        return [str(error)]
+    return [] if shape == (size, size) else [f"image is {shape[1]} x {shape[0]}, not {size} x {size}"]
+
+
+def _mask_problems(data: bytes, size: int) -> list[str]:
+    mask = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if mask is None:
+        return ["mask does not decode"]
+    return [] if mask.shape == (size, size) else ["mask does not have the size of the image"]
+
+
+def _duplicate_keys(reports: list[ShardReport]) -> list[str]:
+    first: dict[str, str] = {}
+    problems = []
+    for report in reports:
+        for key in report.keys:
+            if key in first:
+                problems.append(f"{report.shard.file}: sample {key} is in {first[key]} too")
+            first.setdefault(key, report.shard.file)
+    return problems
+
+
+def _leaking_patients(reports: list[ShardReport]) -> list[str]:
+    """One line for each patient in more than one split, naming a shard of each instead of the patient."""
+    places: dict[str, dict[str, str]] = defaultdict(dict)
+    for report in reports:
+        for patient in report.patients:
+            places[patient].setdefault(report.shard.split, report.shard.file)
+    return [
+        f"a patient is in more than one split ({', '.join(sorted(files))}): see {', '.join(files.values())}"
+        for files in places.values()
+        if len(files) > 1
+    ]
+
+
+def _totals_problems(index: Index, reports: list[ShardReport]) -> list[str]:
+    problems = [
+        f"{report.shard.file}: holds {len(report.keys)} samples, the index says {report.shard.samples}"
+        for report in reports
+        if len(report.keys) != report.shard.samples
+    ]
+    for split, totals in index.splits.items():
+        listed = sum(shard.samples for shard in index.shards if shard.split == split)
+        if listed != totals.samples:
+            problems.append(f"index: split {split} has {totals.samples} samples, its shards list {listed}")
+    if fingerprint(index.shards) != index.fingerprint:
+        problems.append("index: the fingerprint is not that of the listed shards")
+    return problems
+
+
+def _folder_problems(root: Path, index: Index) -> list[str]:
+    known = {shard.file for shard in index.shards}
+    problems = [
+        f"{path.name}: is not in the index" for path in sorted(root.glob("*.tar")) if path.name not in known
+    ]
+    if index.tokenizer is not None:
+        path = root / TOKENIZER_NAME
+        if not path.is_file():
+            problems.append(f"{TOKENIZER_NAME}: missing")
+        elif hash_file(path) != index.tokenizer:
+            problems.append(f"{TOKENIZER_NAME}: content differs from its hash in the index")
+    return problems
