@@ -21,6 +21,7 @@ app.add_typer(shards.app, name="shards")
 app.command("config")(config.config)
 app.command("pretrain")(pretrain.pretrain)
 app.command("evaluate")(evaluate.evaluate)
+app.command("compare")(evaluate.compare)
 
 
 def run() -> NoReturn:

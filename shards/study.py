@@ -46,7 +46,8 @@ class Study:
         labels: finding name -> 1 present, 0 absent, -1 uncertain, None not mentioned.
         entities: anatomy-observation statements.
         boxes: boxes of findings, in pixels of `image`.
-        mask: optional 8-bit label mask [height, width]; bit k marks finding k of the index.
+        mask: optional 8-bit index mask [height, width]: 0 background, k the finding number k (from 1) of the
+            source's label names.
         split: split the source prescribes ("train", "valid", "test"), or None to hash by patient.
         source: name of the source; `license`: licence of this very sample.
         extra: JSON-serialisable values a source wants to keep (never read by training).

@@ -1,0 +1,1 @@
+"""Evaluation of a pre-trained model beside baselines: zero-shot classification, retrieval, linear probes."""

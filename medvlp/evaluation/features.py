@@ -1,0 +1,144 @@
+"""One pass over a split: what every model makes of the images and reports, and the 32x32 pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional as F
+
+from medvlp.data.batch import Batch, Text
+from medvlp.evaluation.results import EvaluationError
+from medvlp.methods.base import Method
+
+#: Side of the images of the pixel baseline.
+PIXELS = 32
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a pass computes; pixels always."""
+
+    image: bool = False
+    text: bool = False
+    features: bool = False
+    #: Prompts for methods that score images against texts in their own way (see `scores_by_embedding`).
+    prompts: Text | None = None
+
+
+@dataclass
+class ModelArrays:
+    """What one model makes of a split; fields not asked for are None.
+
+    Attributes:
+        image, text: [N, D] unit-norm embeddings.
+        features: [N, F] backbone features.
+        scores: [N, prompts] similarities, only for methods with their own `score`.
+    """
+
+    image: NDArray[Any] | None = None
+    text: NDArray[Any] | None = None
+    features: NDArray[Any] | None = None
+    scores: NDArray[Any] | None = None
+
+
+@dataclass
+class SplitArrays:
+    """A split in numbers: positions `sample` [N] in the split, `pixels` [N, 1024], each model's arrays."""
+
+    sample: NDArray[Any]
+    pixels: NDArray[Any]
+    models: dict[str, ModelArrays] = field(default_factory=dict)
+
+
+def scores_by_embedding(method: Method) -> bool:
+    """Whether the method compares images and texts by inner products of embeddings (the base class does)."""
+    return type(method).score is Method.score
+
+
+@torch.no_grad()
+def embed(
+    models: Mapping[str, Method], batches: Iterable[Batch], wanted: Wanted, device: torch.device
+) -> SplitArrays:
+    """Run all models over the batches once, in evaluation mode and float32.
+
+    Args:
+        models: methods by name, on `device`; their training mode is restored afterwards.
+        batches: an evaluation loader's batches.
+        wanted: what to compute.
+        device: where the models are.
+
+    Raises:
+        EvaluationError: the loader yields no batch, or a model gives values that are not finite.
+    """
+    training = {name: method.training for name, method in models.items()}
+    for method in models.values():
+        method.eval()
+    prompts = wanted.prompts.to(device) if wanted.prompts is not None else None
+    parts: dict[str, dict[str, list[NDArray[Any]]]] = {name: {} for name in models}
+    samples, pixels = [], []
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+        for batch in batches:
+            samples.append(batch.sample.numpy().copy())
+            batch = batch.to(device)
+            pixels.append(shrink(batch.image))
+            for name, method in models.items():
+                for key, value in _forward(method, batch, wanted, prompts).items():
+                    parts[name].setdefault(key, []).append(value.float().cpu().numpy())
+    for name, method in models.items():
+        method.train(training[name])
+    if not samples:
+        raise EvaluationError("the split holds no readable sample")
+    arrays = {}
+    for name, of in parts.items():
+        joined = {key: np.concatenate(rows) for key, rows in of.items()}
+        for key, array in joined.items():
+            if not np.isfinite(array).all():
+                raise EvaluationError(
+                    f"the {name} network gives NaN or infinite values ({key}): if training has diverged, "
+                    "evaluate an earlier checkpoint"
+                )
+        arrays[name] = ModelArrays(**joined)
+    return SplitArrays(np.concatenate(samples), np.concatenate(pixels), arrays)
+
+
+def _forward(method: Method, batch: Batch, wanted: Wanted, prompts: Text | None) -> dict[str, torch.Tensor]:
+    found = {}
+    if wanted.image:
+        found["image"] = method.encode_image(batch.image)
+    if wanted.text:
+        found["text"] = method.encode_text(batch.text)
+    if wanted.features:
+        found["features"] = method.image_features(batch.image)
+    if prompts is not None and not scores_by_embedding(method):
+        found["scores"] = method.score(batch.image, prompts)
+    return found
+
+
+def shrink(image: torch.Tensor) -> NDArray[Any]:
+    """[B, 1, H, W] uint8 images -> [B, 1024] float32 means over a grid of 32x32 areas, in [0, 1]."""
+    small = F.interpolate(image.float() / 255, size=(PIXELS, PIXELS), mode="area")
+    return small.flatten(1).cpu().numpy()
+
+
+@torch.no_grad()
+def embed_texts(method: Method, text: Text, device: torch.device, batch: int = 64) -> NDArray[Any]:
+    """[N, D] embeddings of tokenised texts, in evaluation mode and float32."""
+    training = method.training
+    method.eval()
+    rows = [
+        method.encode_text(_rows(text, slice(start, start + batch)).to(device)).float().cpu().numpy()
+        for start in range(0, len(text.input_ids), batch)
+    ]
+    method.train(training)
+    return np.concatenate(rows)
+
+
+def _rows(text: Text, rows: slice) -> Text:
+    return Text(
+        text.input_ids[rows], text.attention_mask[rows], text.word_index[rows], text.sentence_index[rows]
+    )

@@ -1,0 +1,100 @@
+"""The result of an evaluation and its file, `evaluation.json`.
+
+schema_version  1
+model           name, run, checkpoint (folder name), step
+data            root, name, fingerprint, split; samples, patients and corrupt samples of each split used
+settings        tasks, labels, uncertain, bootstrap, seed, fractions, prompts, tokenizer fingerprint
+results         task -> model -> metric -> {value, low, high}
+                models: trained, untrained, pixels, chance; low and high bound the 95 % interval
+                (bootstrap by patient) or are null
+notes           task -> what stands beside its numbers: counts of each finding, findings that cannot be
+                evaluated and why, chosen thresholds and penalties with the split that chose them
+config          the resolved config of the run, with the overrides of this evaluation
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from medvlp.evaluation.bootstrap import Estimate
+from shards.atomic import atomic_write
+from shards.errors import MedvlpError
+
+SCHEMA_VERSION = 1
+Metrics = dict[str, Estimate]
+
+
+class EvaluationError(MedvlpError):
+    """An evaluation cannot be done or read; the message says what is missing and what to do."""
+
+    exit_code = 3
+
+
+@dataclass
+class TaskResult:
+    """One task: metrics of each model, and what stands beside them."""
+
+    models: dict[str, Metrics] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Evaluation:
+    """Everything in `evaluation.json` (see the module)."""
+
+    model: dict[str, Any]
+    data: dict[str, Any]
+    settings: dict[str, Any]
+    results: dict[str, dict[str, Metrics]] = field(default_factory=dict)
+    notes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+def write(evaluation: Evaluation, file: Path) -> None:
+    """Write the JSON file in one move: a reader sees the old file or the new one, never half of one.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    content = _without_nan({"schema_version": SCHEMA_VERSION, **asdict(evaluation)})
+    atomic_write(file, (json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode())
+
+
+def read(file: Path) -> Evaluation:
+    """Read an `evaluation.json`.
+
+    Raises:
+        EvaluationError: the file is missing, no JSON, or of another version.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        version = content.pop("schema_version")
+        if version != SCHEMA_VERSION:
+            raise EvaluationError(f"{file}: schema version {version}, this program reads {SCHEMA_VERSION}")
+        content["results"] = {
+            task: {
+                model: {metric: Estimate(**estimate) for metric, estimate in metrics.items()}
+                for model, metrics in models.items()
+            }
+            for task, models in content["results"].items()
+        }
+        return Evaluation(**content)
+    except OSError as error:
+        raise EvaluationError(
+            f"{file}: cannot be read ({error.strerror}); run `medvlp evaluate` first"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EvaluationError(f"{file}: not an evaluation.json of this program ({error})") from error
+
+
+def _without_nan(value: Any) -> Any:
+    """NaN (an undefined metric) as null: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

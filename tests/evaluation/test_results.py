@@ -1,0 +1,141 @@
+"""evaluation.json comes back as it was written; tables put several evaluations side by side or refuse to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from medvlp.evaluation import results, tables
+from medvlp.evaluation.bootstrap import Estimate
+from medvlp.evaluation.results import Evaluation, EvaluationError
+from shards.errors import DataError
+
+
+def make(trained: float, fingerprint: str = "abc", uncertain: str = "exclude") -> Evaluation:
+    return Evaluation(
+        model={"name": "run", "run": "runs/run", "checkpoint": "step-00000005", "step": 5},
+        data={"name": "phantom", "root": "shards", "fingerprint": fingerprint, "split": "test", "splits": {}},
+        settings={"uncertain": uncertain},
+        results={
+            "zero-shot": {
+                "trained": {
+                    "auroc/macro": Estimate(trained, 0.7, 0.9),
+                    "auroc/edema": Estimate(trained, 0.6, 0.95),
+                },
+                "untrained": {"auroc/macro": Estimate(0.5, 0.4, 0.6)},
+                "pixels": {"auroc/macro": Estimate(0.62, 0.55, 0.68)},
+                "chance": {"auroc/macro": Estimate(0.5)},
+            }
+        },
+        notes={"zero-shot": {"counts": {"edema": {"positives": 3, "negatives": 4, "excluded": 0}}}},
+        config={"train": {"seed": 0}},
+    )
+
+
+def test_a_result_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    file = tmp_path / "evaluation.json"
+    results.write(make(0.8), file)
+    assert results.read(file) == make(0.8)
+    content = json.loads(file.read_text())
+    assert content["schema_version"] == results.SCHEMA_VERSION
+    assert content["results"]["zero-shot"]["trained"]["auroc/macro"] == {
+        "value": 0.8,
+        "low": 0.7,
+        "high": 0.9,
+    }
+    assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
+
+
+def test_an_undefined_number_is_null(tmp_path: Path) -> None:
+    evaluation = make(float("nan"))
+    results.write(evaluation, tmp_path / "evaluation.json")
+    content = json.loads((tmp_path / "evaluation.json").read_text())
+    assert content["results"]["zero-shot"]["trained"]["auroc/macro"]["value"] is None
+    assert (
+        tables.cell(
+            results.read(tmp_path / "evaluation.json").results["zero-shot"]["trained"]["auroc/macro"], "auroc"
+        )
+        == "–"
+    )
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot write"):
+        results.write(make(0.8), tmp_path / "nowhere" / "evaluation.json")
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"schema_version": 99}', '{"schema_version": 1, "results": {}}']
+)
+def test_another_file_is_refused(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "evaluation.json"
+    file.write_text(content)
+    with pytest.raises(EvaluationError, match=r"evaluation\.json"):
+        results.read(file)
+    with pytest.raises(EvaluationError, match="cannot be read"):
+        results.read(tmp_path / "missing.json")
+
+
+def test_models_of_several_runs_stand_in_one_table_with_shared_baselines_once() -> None:
+    grid = tables.grid({"first": make(0.8), "second": make(0.9)}, "zero-shot")
+    assert list(grid.cells) == [
+        "first",
+        "first, untrained",
+        "second",
+        "second, untrained",
+        "pixels",
+        "chance",
+    ]
+    assert grid.metrics == ["auroc/macro"]
+    markdown = tables.markdown_table(grid)
+    assert "| model | AUROC macro |" in markdown
+    assert "| second | 0.900 (0.70–0.90) |" in markdown
+    assert "| chance | 0.500 |" in markdown
+    single = tables.grid({"first": make(0.8)}, "zero-shot", findings=True)
+    assert single.metrics == ["auroc/edema"]
+    assert "AUROC edema" in tables.markdown_table(single)
+
+
+def test_a_baseline_with_other_numbers_gets_a_row_of_its_own() -> None:
+    other = make(0.9)
+    other.results["zero-shot"]["pixels"] = {"auroc/macro": Estimate(0.7)}
+    grid = tables.grid({"first": make(0.8), "second": other}, "zero-shot")
+    assert grid.cells["second, pixels"]["auroc/macro"].value == 0.7
+    assert grid.cells["pixels"]["auroc/macro"].value == 0.62
+
+
+@pytest.mark.parametrize("other", [make(0.9, fingerprint="def"), make(0.9, uncertain="positive")])
+def test_results_of_different_data_do_not_stand_in_one_table(other: Evaluation) -> None:
+    with pytest.raises(EvaluationError, match="second: another dataset"):
+        tables.grid({"first": make(0.8), "second": other}, "zero-shot")
+
+
+def test_a_task_that_was_not_evaluated_is_named() -> None:
+    with pytest.raises(EvaluationError, match="task retrieval has not been evaluated"):
+        tables.grid({"first": make(0.8)}, "retrieval")
+
+
+def test_metrics_have_names_for_people() -> None:
+    assert tables.label("image_to_text/R@10") == "image→text R@10"
+    assert tables.label("text_to_image/P@5/macro") == "text→image P@5 macro"
+    assert tables.label("auroc@10%/macro") == "AUROC 10% macro"
+    assert tables.cell(Estimate(12.0, 8.0, 20.5), "image_to_text/median_rank") == "12 (8–20)"
+
+
+def test_what_a_table_leaves_out_stands_under_it() -> None:
+    notes = {
+        "threshold_split": None,
+        "fractions": {"1%": {"samples": 4, "patients": 2, "findings": 1, "unconverged": {"trained": 3}}},
+        "queries": 9,
+        "distinct_reports": 8,
+        "without_report": 1,
+        "not_evaluable": [{"finding": name, "reason": "no prompts"} for name in ("mass", "edema")],
+    }
+    text = "\n".join(tables.remarks(notes))
+    assert "no F1 and accuracy" in text
+    assert "1% of the labels: 4 images of 2 patients, 1 findings, 3 fits stopped" in text
+    assert "9 queries, 8 distinct reports, 1 samples without a report left out" in text
+    assert "no number for mass, edema: no prompts" in text
+    assert "best F1 on the split valid" in tables.remarks({"threshold_split": "valid"})[0]
