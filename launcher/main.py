@@ -7,6 +7,7 @@ from typing import NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from launcher.commands import config, evaluate, pretrain, shards
 from shards.errors import MedvlpError
@@ -29,7 +30,7 @@ def run() -> NoReturn:
     try:
         app()
     except MedvlpError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {error}", markup=True, highlight=False)
+        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {escape(str(error))}", highlight=False)
         sys.exit(error.exit_code)
     sys.exit(0)
 

@@ -34,7 +34,9 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         _fsync_folder(path.parent)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise DataError(f"cannot write {path}: {reason}; mend that, then run the same command again") from error
+        raise DataError(
+            f"cannot write {path}: {reason}; mend that, then run the same command again"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 

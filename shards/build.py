@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shards.build_state import BuildPlan, Rejection, ShardState, restore_states
+from shards.errors import DataError
 from shards.format import Shard, hash_file, index_file_name, sample_key
 from shards.identifiers import hash_identifiers, key_fingerprint
 from shards.plan import Part, PlannedShard, plan_shards
@@ -141,6 +142,8 @@ def _samples(
         except RejectedRecord as rejection:
             rejected.append(Rejection(record, rejection.reason))
             continue
+        except OSError as error:  # told apart from errors of writing the shard
+            raise DataError(f"cannot read record {record} of source {source.name!r}: {error}") from error
         except Exception as error:
             error.add_note(f"at record {record} of source {source.name!r}, for {planned.file}")
             raise

@@ -52,14 +52,23 @@ class ShardState:
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} is damaged; delete it and run the build again") from error
 
+    def has_files(self, out: Path) -> bool:
+        """Whether the shard's files are there, the tar in its full size."""
+        if self.shard is None:
+            return True
+        tar = out / self.shard.file
+        return (
+            (out / self.shard.index_file).is_file()
+            and tar.is_file()
+            and tar.stat().st_size == self.shard.bytes
+        )
+
     def is_intact(self, out: Path) -> bool:
         """Whether the shard's files are there and have the recorded hashes."""
         if self.shard is None:
             return True
         hashes = {self.shard.file: self.shard.hash, self.shard.index_file: self.shard.index_hash}
-        return all(
-            (out / file).is_file() and hash_file(out / file) == value for file, value in hashes.items()
-        )
+        return self.has_files(out) and all(hash_file(out / file) == value for file, value in hashes.items())
 
 
 @dataclass(frozen=True)

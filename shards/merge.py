@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shards.atomic import atomic_write
+from shards.atomic import atomic_write, remove_leftovers
 from shards.build_state import STATE_FOLDER, BuildPlan, Rejection, ShardState
 from shards.errors import DataError
 from shards.format import (
@@ -60,6 +60,8 @@ def merge(out: Path) -> BuildSummary:
     """
     plan = BuildPlan.load(out)
     states = _all_states(out, plan)
+    for name in (REJECTED_NAME, TOKENIZER_NAME, INDEX_NAME):
+        remove_leftovers(out, name)
     rejections = sorted(
         (rejection for state in states for rejection in state.rejected), key=lambda entry: entry.record
     )
@@ -87,7 +89,7 @@ def merge(out: Path) -> BuildSummary:
 
 def _all_states(out: Path, plan: BuildPlan) -> list[ShardState]:
     states = {file: ShardState.load(out, file) for file in plan.files}
-    missing = [file for file, state in states.items() if state is None]
+    missing = [file for file, state in states.items() if state is None or not state.has_files(out)]
     if missing:
         raise DataError(
             f"{len(missing)} of {len(plan.files)} shards are not built yet (the first is {missing[0]}); "

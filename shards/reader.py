@@ -174,8 +174,9 @@ def _image_extension(shard: Shard, key: str, members: dict[str, tuple[int, int]]
 
 def _parse(data: bytes, shard: Shard, key: str) -> dict[str, Any]:
     try:
-        metadata: dict[str, Any] = json.loads(data)
+        metadata = json.loads(data)
     except ValueError:
-        # `from None`: the decoder's message would quote report text.
-        raise DataError(f"{shard.file}: metadata of sample {key} is damaged") from None
+        metadata = None  # the decoder's error is not passed on: it holds report text
+    if not isinstance(metadata, dict):
+        raise DataError(f"{shard.file}: metadata of sample {key} is damaged")
     return metadata

@@ -92,7 +92,8 @@ def _check_tar(path: Path, index: Index, report: ShardReport) -> list[tuple[str,
             contents: dict[str, bytes] = {}
             for member in members:
                 extension = member.name.partition(".")[2]
-                stream = archive.extractfile(member) if member.isfile() else None
+                plain = member.isfile() and not member.issparse()
+                stream = archive.extractfile(member) if plain else None
                 if stream is None or "/" in key or extension not in _EXTENSIONS or extension in contents:
                     report.problems.append(f"{path.name}: member {member.name!r} does not belong there")
                     continue

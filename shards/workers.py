@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -62,6 +63,7 @@ def _start(function: Callable[[Any, Any], Any], shared: Any) -> None:
     global _job
     _job = (function, shared)
     cv2.setNumThreads(0)  # the processes are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent stops, and the workers with it
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

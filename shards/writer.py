@@ -24,7 +24,8 @@ class Sample:
 def write_shard(folder: Path, file: str, samples: Iterable[Sample]) -> int:
     """Write `folder / file` and its `.idx`, each under a temporary name first; return the number of samples.
 
-    Without any sample no file is written. The `.idx` comes last, so a tar that has one is complete.
+    Without any sample there is no file, and an older one is removed. The `.idx` comes last, so a tar that
+    has one is complete.
 
     Raises:
         DataError: a file cannot be written; nothing is left under a final name.
@@ -35,6 +36,8 @@ def write_shard(folder: Path, file: str, samples: Iterable[Sample]) -> int:
     iterator = iter(samples)
     first = next(iterator, None)
     if first is None:
+        (folder / file).unlink(missing_ok=True)
+        (folder / index_file_name(file)).unlink(missing_ok=True)
         return 0
     with (
         atomic_file(folder / file) as stream,

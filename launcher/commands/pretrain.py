@@ -1,0 +1,71 @@
+"""`medvlp pretrain`: train here, on the ranks it starts, or as one rank of a launcher that is already there."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from launcher.arguments import split_arguments
+from medvlp.ranks import LaunchError, detect
+
+
+def pretrain(
+    arguments: Annotated[
+        list[str], typer.Argument(metavar="CONFIG... [KEY=VALUE...]", help="YAML files, then overrides")
+    ],
+    nproc: Annotated[
+        int | None,
+        typer.Option("--nproc", min=1, help="ranks on this machine; default: one per GPU, else one"),
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="refuse a run folder that is not empty")] = False,
+) -> None:
+    """Pre-train a method on a dataset; an existing run folder is resumed.
+
+    Exit codes: 0 finished, 75 stopped by a signal after saving (start again to resume), 2 config, 3 data,
+    4 checkpoint or run folder, 5 loss not finite, 1 anything else.
+    """
+    from medvlp import config_files
+    from medvlp.methods.registry import schemas
+    from medvlp.training.batch_plan import plan_batch
+
+    place = detect()
+    if place.launcher != "none" and nproc is not None and nproc != place.local_world_size:
+        raise LaunchError(
+            f"--nproc {nproc} inside {place.launcher}, which already runs {place.local_world_size} ranks here: "
+            "leave --nproc out"
+        )
+    files, overrides = split_arguments(arguments)
+    config = config_files.load(files, overrides, schemas())
+    if place.launcher != "none":
+        raise typer.Exit(_train_rank(config, fresh))
+
+    import torch
+
+    from launcher import local
+
+    has_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    ranks = nproc or (torch.cuda.device_count() if has_cuda else 1)
+    plan_batch(config, ranks)
+    if ranks == 1:
+        os.environ |= local.library_environment(1, has_cuda, os.environ)
+        raise typer.Exit(_train_rank(config, fresh))
+    command = ["pretrain", *arguments, *(["--fresh"] if fresh else [])]
+    raise typer.Exit(local.launch(command, ranks, has_cuda))
+
+
+def _train_rank(config: object, fresh: bool) -> int:
+    """Train as one rank; errors that all ranks raise alike are shown by rank 0 alone."""
+    from launcher.local import die_with_launcher
+    from medvlp.training.errors import AgreedError
+    from medvlp.training.run import pretrain as train
+
+    die_with_launcher(os.environ)
+    try:
+        return train(config, fresh=fresh)  # type: ignore[arg-type]
+    except AgreedError as error:
+        if detect().rank > 0:
+            sys.exit(error.exit_code)
+        raise

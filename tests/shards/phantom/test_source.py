@@ -1,0 +1,192 @@
+"""The phantom source: the same bytes everywhere, exact annotations, a believable population."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shards.errors import DataError
+from shards.sources.phantom import FINDINGS, PhantomSource
+from shards.sources.phantom.anatomy import Anatomy
+from shards.sources.phantom.findings import NUMBERS
+from shards.sources.phantom.render import render
+from shards.sources.phantom.seeds import Stream, generator
+from shards.study import Study
+
+SIZE = 96
+NAMES = [spec.name for spec in FINDINGS]
+
+
+@pytest.fixture(scope="module")
+def studies() -> list[Study]:
+    source = PhantomSource(150, SIZE, seed=3)
+    return [source.load(i)[0] for i in range(len(source))]
+
+
+def fingerprint(source: PhantomSource, i: int) -> str:
+    """Hash of everything a study holds."""
+    (study,) = source.load(i)
+    assert study.mask is not None
+    text = json.dumps([study.sentences, study.labels, study.patient_id, study.view, study.extra])
+    boxes = repr(study.boxes) + repr(study.entities)
+    return hashlib.sha256(study.image.tobytes() + study.mask.tobytes() + (text + boxes).encode()).hexdigest()
+
+
+def test_same_seed_same_bytes_in_any_order_and_process() -> None:
+    numbers = [0, 1, 7, 30, 31]
+    forward = {i: fingerprint(PhantomSource(40, SIZE, 5), i) for i in numbers}
+    source = pickle.loads(pickle.dumps(PhantomSource(40, SIZE, 5)))
+    assert {i: fingerprint(source, i) for i in reversed(numbers)} == forward
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from test_source import *\n"
+        f"print(json.dumps([fingerprint(PhantomSource(40, {SIZE}, 5), i) for i in {numbers}]))"
+    )
+    folder = str(Path(__file__).parent)
+    printed = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=True)
+    assert json.loads(printed.stdout) == [forward[i] for i in numbers]
+
+
+def test_other_seeds_and_other_studies_differ() -> None:
+    prints = {fingerprint(PhantomSource(20, SIZE, seed), i) for seed in (0, 1) for i in range(5)}
+    assert len(prints) == 10
+
+
+def test_a_larger_source_begins_with_the_smaller_one() -> None:
+    small, large = PhantomSource(25, SIZE, 0), PhantomSource(300, SIZE, 0)
+    assert [small.split_key(i) for i in range(25)] == [large.split_key(i) for i in range(25)]
+    assert fingerprint(small, 24) == fingerprint(large, 24)
+
+
+@pytest.mark.parametrize("arguments", [(0, 64, 0), (10, 16, 0), (10, 9000, 0), (10, 64, -1)])
+def test_arguments_out_of_range_are_refused(arguments: tuple[int, int, int]) -> None:
+    with pytest.raises(DataError, match="phantom source"):
+        PhantomSource(*arguments)
+
+
+def test_studies_outside_the_source_are_refused() -> None:
+    source = PhantomSource(4, 64, 0)
+    for i in (-1, 4):
+        with pytest.raises(IndexError):
+            source.load(i)
+
+
+@pytest.mark.parametrize("size", [33, 64, 300])
+def test_any_size_is_drawn(size: int) -> None:
+    (study,) = PhantomSource(1, size, 0).load(0)
+    assert study.image.shape == (size, size)
+    assert study.image.dtype == np.uint8
+    assert study.image.std() > 15
+
+
+def test_labels_boxes_mask_and_entities_agree(studies: list[Study]) -> None:
+    for study in studies:
+        assert study.mask is not None
+        assert list(study.labels) == NAMES
+        boxed = {box.label for box in study.boxes}
+        marked = {NAMES[number - 1] for number in np.unique(study.mask) if number}
+        for name, value in study.labels.items():
+            assert (name in boxed) == (value != 0), (study.study_id, name)
+            stated = {entity.value for entity in study.entities if entity.observation == name}
+            assert stated <= {value}, (study.study_id, name)
+            assert bool(stated) or value == 0
+        assert marked == boxed
+        for box in study.boxes:
+            assert box.width >= 2
+            assert box.height >= 2
+            assert 0 <= box.x <= box.x + box.width <= SIZE
+            assert 0 <= box.y <= box.y + box.height <= SIZE
+            inside = study.mask[int(box.y) : int(box.y + box.height), int(box.x) : int(box.x + box.width)]
+            assert (inside > 0).any()
+
+
+def test_mask_pixels_of_a_finding_lie_in_its_boxes(studies: list[Study]) -> None:
+    for study in studies:
+        assert study.mask is not None
+        for name, number in NUMBERS.items():
+            left = study.mask == number
+            for box in study.boxes:
+                if box.label == name:
+                    left[int(box.y) : int(box.y + box.height), int(box.x) : int(box.x + box.width)] = False
+            assert not left.any()
+
+
+def test_a_finding_changes_the_pixels_of_its_box() -> None:
+    """The box is where the image differs from the same study without the finding."""
+    source = PhantomSource(300, SIZE, 11)
+    seen = set()
+    for i in range(300):
+        findings, _, view = source.plan(i)
+        if len(findings) != 1 or findings[0].name in seen or not findings[0].certain:
+            continue
+        seen.add(findings[0].name)
+        anatomy = Anatomy.draw(generator(11, Stream.ANATOMY, i))
+        with_it = render(anatomy, findings, view, SIZE, 11, i)
+        without = render(anatomy, (), view, SIZE, 11, i)
+        change = np.abs(with_it.image.astype(float) - without.image)
+        inside = np.zeros((SIZE, SIZE), bool)
+        for box in with_it.boxes:
+            inside[int(box.y) : int(box.y + box.height), int(box.x) : int(box.x + box.width)] = True
+        assert change[inside].mean() > 3 * change[~inside].mean(), findings[0].name
+        assert without.boxes == []
+    assert len(seen) >= 10
+
+
+def test_sides_are_the_patients(studies: list[Study]) -> None:
+    """The patient's left is the image's right."""
+    sided = (
+        "pneumothorax",
+        "consolidation",
+        "nodule",
+        "mass",
+        "atelectasis",
+        "fracture",
+        "pleural thickening",
+    )
+    checked = 0
+    for study in studies:
+        middle = {box.label: box.x + box.width / 2 for box in study.boxes}
+        for finding in study.extra["findings"]:
+            if finding["name"] in sided:
+                checked += 1
+                assert (middle[finding["name"]] > SIZE / 2) == (finding["side"] == "left")
+                assert any(finding["side"] in sentence.lower() for sentence in study.sentences)
+    assert checked > 60
+
+
+def test_population() -> None:
+    source = PhantomSource(3000, 64, 1)
+    plans = [source.plan(i) for i in range(len(source))]
+    share = {name: np.mean([any(f.name == name for f in plan[0]) for plan in plans]) for name in NAMES}
+    assert len(NAMES) >= 12
+    assert all(0.08 <= value <= 0.21 for value in share.values()), share
+    assert 0.15 <= np.mean([not plan[0] for plan in plans]) <= 0.28
+    assert 0.05 <= np.mean([not finding.certain for plan in plans for finding in plan[0]]) <= 0.15
+    sides = [finding.side for plan in plans for finding in plan[0]]
+    assert 0.9 < sides.count("left") / sides.count("right") < 1.1
+    patients = [source.split_key(i) for i in range(len(source))]
+    visits = np.unique(patients, return_counts=True)[1]
+    assert 0.65 < np.mean(visits == 1) < 0.75
+    assert visits.max() == 3
+    together = np.mean([{"edema", "cardiomegaly"} <= {finding.name for finding in plan[0]} for plan in plans])
+    assert together > 1.3 * share["edema"] * share["cardiomegaly"]
+
+
+def test_a_patient_keeps_the_body_and_may_keep_findings() -> None:
+    source = PhantomSource(400, 64, 2)
+    kept = sum(
+        finding.shape_seed in {old.shape_seed for old in prior}
+        for findings, prior, _ in map(source.plan, range(400))
+        if prior
+        for finding in findings
+    )
+    assert kept > 30
+    for i in range(1, 400):
+        same_patient = source.split_key(i) == source.split_key(i - 1)
+        assert (source.plan(i)[1] is not None) == same_patient

@@ -1,0 +1,142 @@
+"""Reading samples back: our reader, stock WebDataset, damaged shards, forked and pickled readers."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+
+from shards.errors import DataError
+from shards.images import decode_image
+from shards.reader import ShardReader
+from shards.sources.phantom import PhantomSource
+
+
+@pytest.fixture
+def damaged(phantom_dataset: Path, tmp_path: Path) -> Path:
+    """A copy of the dataset that a test may damage."""
+    return Path(shutil.copytree(phantom_dataset, tmp_path / "copy"))
+
+
+def read_all(reader: ShardReader) -> list[tuple[str, bytes]]:
+    """Key and image of every training sample."""
+    return [reader.read("train", i)[:2] for i in range(reader.sample_count("train"))]
+
+
+def open_files() -> int:
+    """Number of files this process has open."""
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_stock_webdataset_reads_the_same_samples(phantom_dataset: Path) -> None:
+    reader = ShardReader(phantom_dataset)
+    for split in reader.index.splits:
+        urls = [str(phantom_dataset / shard.file) for shard in reader.index.split_shards(split)]
+        stock = list(webdataset.WebDataset(urls, shardshuffle=False))
+        assert len(stock) == reader.sample_count(split) > 0
+        for i, sample in enumerate(stock):
+            key, image, metadata = reader.read(split, i)
+            assert (sample["__key__"], sample["jpg"]) == (key, image)
+            assert json.loads(sample["json"]) == metadata == reader.metadata(split, i)
+            assert sample.get("mask.png") == reader.mask(split, i)
+            assert reader.image(split, i) == image
+
+
+def test_samples_are_those_of_the_source(phantom_dataset: Path) -> None:
+    reader, source = ShardReader(phantom_dataset), PhantomSource(40, 64, 0)
+    keys = [reader.key(split, i) for split in reader.index.splits for i in range(reader.sample_count(split))]
+    assert sorted(keys) == [f"{record:08d}-0" for record in range(40)]
+    for i in range(0, reader.sample_count("train"), 5):
+        key, image, metadata = reader.read("train", i)
+        (study,) = source.load(int(key.split("-")[0]))
+        assert metadata["sections"] == study.sections
+        assert metadata["labels"] == study.labels
+        assert np.abs(decode_image(image).astype(int) - study.image).mean() < 4  # JPEG at quality 90
+
+
+def test_positions_out_of_range_and_unknown_splits(phantom_dataset: Path) -> None:
+    reader = ShardReader(phantom_dataset)
+    for i in (-1, reader.sample_count("test")):
+        with pytest.raises(IndexError):
+            reader.read("test", i)
+    with pytest.raises(DataError, match="no split"):
+        reader.read("dev", 0)
+
+
+def test_random_access_with_fewer_open_files_than_shards(
+    phantom_dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shards.reader._MAX_OPEN_FILES", 2)
+    reader = ShardReader(phantom_dataset)
+    expected = read_all(ShardReader(phantom_dataset))
+    before = open_files()
+    order = random.Random(0).choices(range(len(expected)), k=200)
+    assert [reader.read("train", i)[:2] for i in order] == [expected[i] for i in order]
+    assert open_files() - before == 2
+    reader.close()
+    assert open_files() == before
+
+
+def test_pickled_and_forked_readers_read_on(phantom_dataset: Path) -> None:
+    reader = ShardReader(phantom_dataset)
+    expected = read_all(reader)
+    assert read_all(pickle.loads(pickle.dumps(reader))) == expected
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    # The children share the parent's descriptors, and with them any file position.
+    children = [context.Process(target=lambda: results.put(read_all(reader))) for _ in range(2)]
+    for child in children:
+        child.start()
+    assert [results.get(timeout=60) for _ in children] == [expected] * 2
+    assert read_all(reader) == expected
+    for child in children:
+        child.join()
+
+
+def test_truncated_tar_names_shard_and_key(damaged: Path) -> None:
+    reader = ShardReader(damaged)
+    shard = reader.index.split_shards("train")[0]
+    os.truncate(damaged / shard.file, shard.bytes // 2)
+    with pytest.raises(DataError, match=rf"{shard.file}: truncated .* sample {reader.key('train', 9)}"):
+        reader.read("train", 9)
+    assert reader.read("train", 0)[0] == reader.key("train", 0)
+
+
+def test_missing_shard_and_foreign_index_are_data_errors(damaged: Path) -> None:
+    first, second = (shard for shard in ShardReader(damaged).index.split_shards("train")[:2])
+    (damaged / first.file).unlink()
+    with pytest.raises(DataError, match=f"{first.file}: cannot read sample"):
+        ShardReader(damaged).read("train", 0)
+    shutil.copy(
+        damaged / ShardReader(damaged).index.split_shards("test")[0].index_file, damaged / second.index_file
+    )
+    with pytest.raises(DataError, match=r"lists \d+ samples"):
+        ShardReader(damaged).read("train", first.samples)
+    (damaged / second.index_file).unlink()
+    with pytest.raises(DataError, match="cannot read shard index"):
+        ShardReader(damaged).read("train", first.samples)
+
+
+def test_damaged_metadata_is_an_error_without_its_text(damaged: Path) -> None:
+    reader = ShardReader(damaged)
+    tar = damaged / reader.index.split_shards("train")[0].file
+    tar.write_bytes(tar.read_bytes().replace(b'{"boxes"', b'["boxes"'))
+    with pytest.raises(DataError) as caught:
+        reader.metadata("train", 0)
+    assert str(caught.value) == f"{tar.name}: metadata of sample {reader.key('train', 0)} is damaged"
+
+
+def test_remote_root_needs_a_way_to_fetch(phantom_dataset: Path) -> None:
+    root = f"pipe:cat {phantom_dataset}"
+    with pytest.raises(DataError, match="cache"):
+        ShardReader(root)
+    reader = ShardReader(root, fetch=lambda file: phantom_dataset / file)
+    assert read_all(reader) == read_all(ShardReader(phantom_dataset))
