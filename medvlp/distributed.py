@@ -1,0 +1,268 @@
+"""The only file that names `torch.distributed`. Every function is right at world size 1 (no group at all).
+
+Two groups exist in a run: the default one (NCCL on CUDA, gloo on CPU) carries gradients and everything a
+loss needs; the *bookkeeping* group (always gloo) carries metrics, stop flags and checkpoint commits, so that
+these never queue behind, or wait for, work on the GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from medvlp.ranks import Ranks, detect
+
+#: How long a collective may wait for another rank before the run is declared dead.
+TIMEOUT = timedelta(minutes=30)
+
+# torch 2.14 renamed it and warns about the old name; older versions have only that.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+_bookkeeping: dist.ProcessGroup | None = None
+_owns_default_group = False
+
+
+def initialize(ranks: Ranks | None = None) -> torch.device:
+    """Join the process group that the launcher describes and return this rank's device.
+
+    A default group that already exists is kept (and left alive by `shutdown`). Without a launcher a group
+    of one process is made, which DeepSpeed needs.
+
+    Args:
+        ranks: place of this process; default: read from the environment.
+    """
+    global _bookkeeping, _owns_default_group
+    ranks = ranks or detect()
+    device = choose_device(ranks.local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # DeepSpeed and our own `local_rank` read these; srun does not set them.
+    os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))
+    if not is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if ranks.world_size == 1:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+        else:
+            dist.init_process_group(
+                backend,
+                init_method=f"tcp://{ranks.address}:{ranks.port}" if ranks.launcher == "srun" else "env://",
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+                timeout=TIMEOUT,
+                device_id=device if device.type == "cuda" else None,
+            )
+        _owns_default_group = True
+    if _bookkeeping is None:
+        _bookkeeping = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    return device
+
+
+def shutdown(graceful: bool = True) -> None:
+    """Leave the groups that `initialize` made; `graceful` waits for all ranks first (not after an error)."""
+    global _bookkeeping, _owns_default_group
+    if graceful:
+        barrier()
+    if _owns_default_group and is_initialized():
+        dist.destroy_process_group()
+        _bookkeeping = None
+    _owns_default_group = False
+
+
+def choose_device(local_rank: int) -> torch.device:
+    """The CUDA device of this local rank, or the CPU when there is none (or DS_ACCELERATOR=cpu)."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    # Slurm may show each task only its own GPU, which then is number 0 for all of them.
+    return torch.device("cuda", local_rank % torch.cuda.device_count())
+
+
+def is_initialized() -> bool:
+    """Whether a process group exists."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """Rank of this process, 0 without a group."""
+    return dist.get_rank() if is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of ranks, 1 without a group."""
+    return dist.get_world_size() if is_initialized() else 1
+
+
+def local_rank() -> int:
+    """Rank on this node as the launcher says it (`LOCAL_RANK`), else 0."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_main() -> bool:
+    """Whether this is rank 0."""
+    return rank() == 0
+
+
+class _GatherRows(torch.autograd.Function):
+    """Concatenate every rank's rows; the backward pass sums each row's gradients from all ranks.
+
+    Hand-written because `torch.distributed.nn.functional.all_gather` is deprecated and the functional
+    collectives' autograd forms are private.
+    """
+
+    @staticmethod
+    def forward(context, tensor: Tensor) -> Tensor:  # type: ignore[override]
+        context.rows = tensor.shape[0]
+        output = tensor.new_empty((world_size() * tensor.shape[0], *tensor.shape[1:]))
+        _all_gather(output, tensor.contiguous())
+        return output
+
+    @staticmethod
+    def backward(context, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        start = rank() * context.rows
+        return gradient[start : start + context.rows]
+
+
+class _ReduceSum(torch.autograd.Function):
+    """Sum over ranks; the backward pass sums the gradients over ranks."""
+
+    @staticmethod
+    def forward(context, tensor: Tensor) -> Tensor:  # type: ignore[override]
+        output = tensor.clone()
+        dist.all_reduce(output)
+        return output
+
+    @staticmethod
+    def backward(context, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)
+        return gradient
+
+
+def gather_with_gradient(tensor: Tensor) -> Tensor:
+    """[B, ...] on every rank (equal shapes) -> [ranks * B, ...] in rank order, with exact gradients.
+
+    With losses averaged over local rows and gradients averaged over ranks (as DeepSpeed does), the result
+    equals the single-process gradient on the concatenated batch.
+    """
+    return _GatherRows.apply(tensor) if world_size() > 1 else tensor
+
+
+def sum_with_gradient(tensor: Tensor) -> Tensor:
+    """Sum of `tensor` over ranks, differentiable."""
+    return _ReduceSum.apply(tensor) if world_size() > 1 else tensor
+
+
+@torch.no_grad()
+def gather_rows(tensor: Tensor) -> Tensor:
+    """[B, ...] on every rank (equal shapes) -> [ranks * B, ...] in rank order, without gradient."""
+    tensor = tensor.detach().contiguous()
+    if world_size() == 1:
+        return tensor
+    output = tensor.new_empty((world_size() * tensor.shape[0], *tensor.shape[1:]))
+    dist.all_gather_into_tensor(output, tensor)
+    return output
+
+
+def logsumexp_over_ranks(tensor: Tensor) -> Tensor:
+    """Element-wise log of the sum over ranks of exp(tensor), without gradient and without overflow."""
+    return gather_rows(tensor[None]).logsumexp(0)
+
+
+@torch.no_grad()
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """Sum over ranks without gradient, as a new tensor."""
+    output = tensor.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(output)
+    return output
+
+
+@torch.no_grad()
+def sum_on_host(tensor: Tensor) -> Tensor:
+    """Sum over ranks of a CPU tensor, as a new tensor, through the bookkeeping group."""
+    output = tensor.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(output, group=_bookkeeping)
+    return output
+
+
+@torch.no_grad()
+def broadcast_on_host(tensor: Tensor) -> Tensor:
+    """Rank 0's CPU tensor on every rank (in place, returned), through the bookkeeping group."""
+    if world_size() > 1:
+        dist.broadcast(tensor, src=0, group=_bookkeeping)
+    return tensor
+
+
+@torch.no_grad()
+def maximum_over_ranks(tensor: Tensor) -> Tensor:
+    """Element-wise maximum over ranks without gradient, as a new tensor."""
+    output = tensor.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(output, op=dist.ReduceOp.MAX)
+    return output
+
+
+@torch.no_grad()
+def broadcast_from_main(tensor: Tensor) -> Tensor:
+    """Rank 0's tensor on every rank (in place, returned for chaining)."""
+    if world_size() > 1:
+        dist.broadcast(tensor, src=0)
+    return tensor
+
+
+def barrier() -> None:
+    """Wait until every rank is here (bookkeeping group)."""
+    if world_size() > 1:
+        dist.barrier(group=_bookkeeping)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's JSON-serialisable value, in rank order, on every rank.
+
+    JSON instead of torch's object collectives, which unpickle what other processes send.
+    """
+    if world_size() == 1:
+        return [json.loads(json.dumps(value))]
+    payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
+    dist.all_gather(lengths, torch.tensor([payload.numel()]), group=_bookkeeping)
+    longest = max(int(length) for length in lengths)
+    padded = torch.zeros(longest, dtype=torch.uint8)
+    padded[: payload.numel()] = payload
+    buffers = [torch.zeros(longest, dtype=torch.uint8) for _ in lengths]
+    dist.all_gather(buffers, padded, group=_bookkeeping)
+    return [
+        json.loads(bytes(buffer[: int(length)].numpy()))
+        for buffer, length in zip(buffers, lengths, strict=True)
+    ]
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's JSON-serialisable value on every rank."""
+    return gather_objects(value if is_main() else None)[0]
+
+
+def mean_over_ranks(values: list[float]) -> list[float]:
+    """Mean of each number over ranks (bookkeeping group; every rank gives the same number of values)."""
+    return [total / world_size() for total in _reduce(values, dist.ReduceOp.SUM)]
+
+
+def greatest_over_ranks(values: list[float]) -> list[float]:
+    """Maximum of each number over ranks (bookkeeping group)."""
+    return _reduce(values, dist.ReduceOp.MAX)
+
+
+def _reduce(values: list[float], operation: Any) -> list[float]:
+    if world_size() == 1:
+        return list(values)
+    numbers = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(numbers, op=operation, group=_bookkeeping)
+    return [float(number) for number in numbers]

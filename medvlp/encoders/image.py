@@ -1,0 +1,264 @@
+"""Image backbones: any timm model, transformer or convolutional, behind one interface."""
+
+from __future__ import annotations
+
+import sys
+from types import MethodType
+from typing import Any, NamedTuple, Self
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers.attention import Attention
+from torch import Tensor, nn
+
+from medvlp.config import ImageConfig
+from medvlp.encoders.batch_norm import convert_batch_norms
+from medvlp.encoders.errors import EncoderError
+from medvlp.encoders.options import plain_options
+from medvlp.encoders.weights import read_weights
+
+
+class ImageFeatures(NamedTuple):
+    """What an image backbone returns, in the type of its parameters (a tuple: ZeRO-3's hooks look inside).
+
+    Attributes:
+        pooled: [B, D] image feature (class token or pooled map), before any projection.
+        local: [B, P, Dl] patch tokens after the final norm, or the pixels of a feature map, row-major.
+        grid: (rows, columns) of the local features; P = rows * columns.
+        attention: [B, heads, P] float32 last-block attention from the class token to the patches (softmax
+            over all tokens, detached), or None when it was not asked for.
+    """
+
+    pooled: Tensor
+    local: Tensor
+    grid: tuple[int, int]
+    attention: Tensor | None = None
+
+
+class ImageEncoder(nn.Module):
+    """A timm model as a backbone.
+
+    Attributes:
+        width: D of `ImageFeatures.pooled`; `local_width`: Dl; `grid`: (rows, columns) at `image_size`.
+        has_attention: whether `forward(..., attention=True)` works (a class token and plain attention).
+
+    Args:
+        config: the `image` section.
+        image_size: side of the images in pixels, before `config.resize_to`.
+        batch_norm: "global" (statistics over all ranks) or "local".
+
+    Raises:
+        EncoderError: unknown model, wrong options or weights, or an image size the model cannot take.
+    """
+
+    def __init__(self, config: ImageConfig, image_size: int, batch_norm: str = "global") -> None:
+        super().__init__()
+        self.config = config
+        self.image_size = image_size
+        backbone = _create_backbone(config, config.resize_to or image_size)
+        _check_patch_size(backbone, config, config.resize_to or image_size)
+        # ZeRO-3 gathers a module's own weights (class token, positions) when the module itself is called, so
+        # features, local map and pooling must happen in one call of the backbone.
+        backbone.local_stage = config.local_stage
+        backbone.forward = MethodType(_pooled_and_local, backbone)
+        convert_batch_norms(backbone, synchronise=batch_norm == "global")
+        self.backbone: Any = backbone
+        self.has_attention = self._listen_to_last_attention()
+        if config.frozen:
+            self.backbone.requires_grad_(False)
+        self.train(self.training)
+        self.width, self.local_width, self.grid = self._probe()
+
+    def forward(self, image: Tensor, attention: bool = False) -> ImageFeatures:
+        """Features of a batch of images.
+
+        Args:
+            image: [B, 1, H, W] uint8 (scaled to [0, 1] and normalised here, on its device), or floating
+                point and already normalised; a single channel is repeated to `in_channels`.
+            attention: also return the last block's class-token attention. Every block keeps fused
+                attention; the map is computed from the last block's queries and keys.
+
+        Raises:
+            EncoderError: the size does not fit the model, or there is no attention map to return.
+        """
+        if attention and not self.has_attention:
+            raise EncoderError(f"image.name={self.config.name} has no class-token attention map")
+        if not attention:
+            return ImageFeatures(*self._features(self.prepare(image)))
+        last: Any = self.backbone.blocks[-1].attn
+        last.q_norm.kept, last.k_norm.kept = [], []
+        try:
+            pooled, local, grid = self._features(self.prepare(image))
+            query, key = last.q_norm.kept[-1], last.k_norm.kept[-1]
+        finally:
+            last.q_norm.kept = last.k_norm.kept = None
+        return ImageFeatures(pooled, local, grid, _class_attention(query, key, last.scale, local.shape[1]))
+
+    def prepare(self, image: Tensor) -> Tensor:
+        """[B, 1, H, W] image -> normalised [B, in_channels, H', W'] in the parameters' type."""
+        dtype = next(self.backbone.parameters()).dtype
+        if image.dtype == torch.uint8:
+            # Normalised in float32: 1/255 steps are lost in bfloat16.
+            image = (image.float() / 255.0 - self.config.mean) / self.config.std
+        if self.config.resize_to is not None and image.shape[-1] != self.config.resize_to:
+            size = (self.config.resize_to, self.config.resize_to)
+            image = F.interpolate(image, size=size, mode="bilinear", align_corners=True)
+        image = image.to(dtype)
+        if image.shape[1] == 1:
+            image = image.expand(-1, self.config.in_channels, -1, -1)
+        # Channels last runs convolutions 1.4 times as fast on a CPU and feeds tensor cores directly on a GPU.
+        return image.contiguous(memory_format=torch.channels_last)
+
+    def train(self, mode: bool = True) -> Self:
+        """As `nn.Module.train`, but a frozen backbone stays in evaluation mode."""
+        super().train(mode)
+        if self.config.frozen:
+            self.backbone.eval()
+        return self
+
+    def _features(self, image: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.frozen):
+            try:
+                pooled, local = self.backbone(image)
+            except (AssertionError, RuntimeError, IndexError) as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                raise EncoderError(
+                    f"image.name={self.config.name} cannot take images of {tuple(image.shape[1:])} "
+                    f"(data.image_size, image.resize_to, image.local_stage): {error}"
+                ) from error
+        if local.ndim == 3:
+            return pooled, local, self._token_grid(image, local.shape[1])
+        return pooled, local.flatten(2).transpose(1, 2), (local.shape[2], local.shape[3])
+
+    def _token_grid(self, image: Tensor, patches: int) -> tuple[int, int]:
+        patch_embed = getattr(self.backbone, "patch_embed", None)
+        if patch_embed is not None and hasattr(patch_embed, "dynamic_feat_size"):
+            rows, columns = patch_embed.dynamic_feat_size(tuple(image.shape[-2:]))
+            if rows * columns == patches:
+                return rows, columns
+        side = round(patches**0.5)
+        if side * side != patches:
+            raise EncoderError(f"image.name={self.config.name}: {patches} patch tokens form no known grid")
+        return side, side
+
+    def _listen_to_last_attention(self) -> bool:
+        """Hook the last block's query and key norms (identities in most models); false if there are none."""
+        blocks = getattr(self.backbone, "blocks", None)
+        last = (
+            getattr(blocks[-1], "attn", None) if isinstance(blocks, nn.Sequential | nn.ModuleList) else None
+        )
+        class_token = getattr(self.backbone, "cls_token", None)
+        if not isinstance(last, Attention) or class_token is None:
+            return False
+
+        last.q_norm.register_forward_hook(_keep_output)
+        last.k_norm.register_forward_hook(_keep_output)
+        return True
+
+    @torch.no_grad()
+    def _probe(self) -> tuple[int, int, tuple[int, int]]:
+        """Widths and grid from one black image; also shows at build time that the size fits."""
+        training = self.training
+        self.eval()
+        channels = self.config.in_channels
+        features = self(torch.zeros(1, channels, self.image_size, self.image_size))
+        self.train(training)
+        if features.pooled.ndim != 2:
+            raise EncoderError(f"image.name={self.config.name} gives no pooled feature")
+        return features.pooled.shape[1], features.local.shape[2], features.grid
+
+
+def _keep_output(module: nn.Module, inputs: Any, output: Tensor) -> None:
+    """Forward hook: append the output to the list in `module.kept`, if there is one."""
+    kept = getattr(module, "kept", None)
+    if kept is not None:
+        kept.append(output.detach())
+
+
+@torch.no_grad()
+def _class_attention(query: Tensor, key: Tensor, scale: float, patches: int) -> Tensor:
+    """[B, heads, N, d] queries and keys -> [B, heads, P] attention from the class token to the patches."""
+    scores = (query[:, :, :1].float() * scale) @ key.float().transpose(-2, -1)
+    return scores.softmax(-1)[:, :, 0, -patches:]
+
+
+def _pooled_and_local(model: Any, image: Tensor) -> tuple[Tensor, Tensor]:
+    """Forward of a timm model -> pooled [B, D], and local tokens [B, P, Dl] or map [B, Dl, h, w]."""
+    if model.local_stage is not None:
+        final, stages = model.forward_intermediates(
+            image, indices=[model.local_stage], norm=True, output_fmt="NCHW"
+        )
+        local = stages[-1]
+    else:
+        final = local = model.forward_features(image)
+        if final.ndim == 3:
+            local = final[:, getattr(model, "num_prefix_tokens", 0) :]
+        elif getattr(model, "output_fmt", "NCHW") == "NHWC":
+            local = final.permute(0, 3, 1, 2)
+    return model.forward_head(final, pre_logits=True), local
+
+
+def _create_backbone(config: ImageConfig, size: int) -> Any:
+    """The timm model without classifier, at the input size where it has one."""
+    if not timm.is_model(config.name.split(".")[0]) and ":" not in config.name:
+        raise EncoderError(_unknown_model(config.name))
+    options = {"num_classes": 0, "in_chans": config.in_channels, **plain_options(config.options)}
+    options["pretrained"] = config.pretrained
+    weights = read_weights(config.weights) if config.weights is not None else None
+    if weights is not None:
+        # timm's loader then adapts input channels, position embeddings and drops the classifier.
+        options["pretrained"] = True
+        options["pretrained_cfg_overlay"] = {"state_dict": dict(weights), "custom_load": False}
+    try:
+        try:
+            model: Any = timm.create_model(config.name, **{"img_size": size, **options})
+        except TypeError as error:
+            if "img_size" not in str(error):
+                raise
+            model = timm.create_model(config.name, **options)
+    except (TypeError, ValueError, RuntimeError, AssertionError, OSError, KeyError) as error:
+        where = f"image.weights={config.weights}" if config.weights else "image.options"
+        raise EncoderError(f"image.name={config.name} cannot be built ({where}): {error}") from error
+    if weights is not None:
+        _check_complete(model, weights, config)
+    if config.gradient_checkpointing:
+        try:
+            model.set_grad_checkpointing(True)
+        except (AssertionError, AttributeError) as error:
+            raise EncoderError(
+                f"image.gradient_checkpointing=true: {config.name} does not support it"
+            ) from error
+    return model
+
+
+def _check_patch_size(model: Any, config: ImageConfig, size: int) -> None:
+    """Refuse images that whole patches do not cover: timm would leave out the last rows and columns."""
+    patch_embed = getattr(model, "patch_embed", None)
+    patch = getattr(patch_embed, "patch_size", None)
+    if patch is None or getattr(patch_embed, "dynamic_img_pad", False):
+        return
+    side = patch[0] if isinstance(patch, tuple) else patch
+    if size < side or size % side:
+        raise EncoderError(
+            f"image.name={config.name} cuts images into patches of {side} pixels, which do not divide "
+            f"{size}: set data.image_size or image.resize_to to a multiple"
+        )
+
+
+def _check_complete(model: nn.Module, weights: dict[str, Tensor], config: ImageConfig) -> None:
+    """Refuse weights that left parameters at random (timm's loader says so only in its log)."""
+    rename = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    given = set(rename(dict(weights), model) if rename else weights)
+    missing = sorted(name for name, _ in model.named_parameters() if name not in given)
+    if missing:
+        shown = ", ".join(missing[:3])
+        raise EncoderError(
+            f"image.weights={config.weights} lacks {len(missing)} parameters of {config.name}: {shown}"
+        )
+
+
+def _unknown_model(name: str) -> str:
+    similar = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:5]
+    return f"image.name={name} is not a timm model; similar names: {', '.join(similar) or 'none'}"

@@ -1,0 +1,45 @@
+"""Reading local weight files without unpickling code."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from medvlp.encoders.errors import EncoderError
+
+#: Keys under which training scripts wrap a model's weights.
+WRAPPERS = ("state_dict", "model", "model_state_dict")
+
+
+def read_weights(path: str) -> dict[str, Tensor]:
+    """Tensors of a `.safetensors` file or a torch file, names as stored ("module." of DDP removed).
+
+    Raises:
+        EncoderError: no such file, not a weight file, or one that needs unpickling of arbitrary objects.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise EncoderError(f"weights file {path} does not exist")
+    try:
+        if file.suffix == ".safetensors":
+            content: Any = load_file(file)
+        else:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise EncoderError(f"weights file {path} cannot be read as tensors: {error}") from error
+    while isinstance(content, dict):
+        inner = next((content[name] for name in WRAPPERS if isinstance(content.get(name), dict)), None)
+        if inner is None:
+            break
+        content = inner
+    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
+        raise EncoderError(f"weights file {path} holds no named tensors")
+    return {
+        name.removeprefix("module."): value for name, value in content.items() if isinstance(value, Tensor)
+    }

@@ -1,0 +1,48 @@
+"""Contrastive loss of paired embeddings and the retrieval accuracy inside a batch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def contrastive_logits(local: Tensor, gathered: Tensor, temperature: float | Tensor) -> Tensor:
+    """Cosine similarities of this rank's rows with every candidate, over the temperature.
+
+    Args:
+        local: [b, D] unit-norm embeddings of one modality on this rank.
+        gathered: [B, D] unit-norm embeddings of the other modality on all ranks, in rank order.
+        temperature: positive number or 0-d tensor.
+
+    Returns:
+        [b, B] logits.
+    """
+    return local @ gathered.T / temperature
+
+
+def paired_cross_entropy(logits: Tensor, offset: int = 0) -> Tensor:
+    """InfoNCE of one direction: mean over rows i of -log softmax(logits[i])[offset + i].
+
+    Args:
+        logits: [b, B], row i belongs to column offset + i.
+        offset: first column of this rank (rank * b).
+
+    Returns:
+        0-d loss. (ConVIRT, CLIP; MGCA section 3.1 "instance-wise alignment".)
+    """
+    labels = torch.arange(logits.shape[0], device=logits.device) + offset
+    return F.cross_entropy(logits, labels)
+
+
+@torch.no_grad()
+def in_batch_accuracy(logits: Tensor, offset: int = 0, k: int = 1) -> Tensor:
+    """Share of rows whose own column is among the k highest, in [0, 1]; a 0-d tensor.
+
+    Args:
+        logits: [b, B]; offset: as in `paired_cross_entropy`.
+        k: rank up to which a hit counts; more than B counts as B.
+    """
+    labels = torch.arange(logits.shape[0], device=logits.device) + offset
+    highest = logits.topk(min(k, logits.shape[1]), dim=1).indices
+    return (highest == labels[:, None]).any(1).float().mean()

@@ -1,0 +1,188 @@
+"""YOLOv3 for one scale: targets, loss, decoding; and the suppression of overlapping boxes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.ops import batched_nms, box_convert
+
+from medvlp.losses.normalise import at_least_float32
+
+
+@dataclass(frozen=True)
+class GridTargets:
+    """What each cell and anchor of a scale should predict.
+
+    Attributes:
+        present: [B, A, H, W] float, 1 where an anchor is responsible for a box.
+        background: [B, A, H, W] float, 1 where an anchor should predict no object (0 also where its shape
+            fits a box of the cell well enough, though another anchor is responsible).
+        offset: [B, A, H, W, 2] centre inside the cell, in [0, 1].
+        log_size: [B, A, H, W, 2] log of the box's size over the anchor's.
+        classes: [B, A, H, W, C] 1 for the classes of the cell's boxes.
+    """
+
+    present: Tensor
+    background: Tensor
+    offset: Tensor
+    log_size: Tensor
+    classes: Tensor
+
+
+def grid_targets(
+    boxes: Tensor, anchors: Tensor, grid: tuple[int, int], classes: int, ignore: float = 0.5
+) -> GridTargets:
+    """Assign every box to its cell and the anchor whose shape fits best.
+
+    Args:
+        boxes: [B, N, 5] (class, centre x, centre y, width, height), sizes relative to the image in [0, 1];
+            rows of zeros are padding.
+        anchors: [A, 2] widths and heights in cells.
+        grid: (rows H, columns W).
+        classes: number of classes C.
+        ignore: anchors whose shape overlaps the box's more than this are no background in its cell.
+
+    Returns:
+        The targets; of several boxes in one cell with one anchor the last one counts.
+    """
+    batch, count, _ = boxes.shape
+    rows, columns = grid
+    anchors = anchors.to(boxes)
+    valid = boxes.abs().sum(2) > 0
+    centre = boxes[..., 1:3] * boxes.new_tensor([columns, rows])
+    size = boxes[..., 3:5] * boxes.new_tensor([columns, rows])
+    last = torch.tensor([columns - 1, rows - 1], device=boxes.device)
+    cell = torch.minimum(centre.floor().long().clamp(min=0), last)
+    fit = _shape_overlap(size, anchors)
+    best = fit.argmax(2)
+
+    positions = len(anchors) * rows * columns
+    place = cell[..., 1] * columns + cell[..., 0]
+    own = torch.where(valid, best * rows * columns + place, positions)
+    number = torch.arange(count, device=boxes.device).expand(batch, count)
+    owner = torch.full((batch, positions + 1), -1, device=boxes.device)
+    owner = owner.scatter_reduce(1, own, number, "amax")[:, :positions]
+    present = owner >= 0
+
+    shapes = torch.arange(len(anchors), device=boxes.device)
+    fitting = (fit > ignore) & valid[..., None]
+    everywhere = shapes * rows * columns + place[..., None]
+    where_fitting = torch.where(fitting, everywhere, positions).flatten(1)
+    background = boxes.new_ones((batch, positions + 1)).scatter(1, where_fitting, 0.0)[:, :positions]
+
+    pick = owner.clamp(min=0)[..., None].expand(-1, -1, 2)
+    inside = (centre - cell).gather(1, pick)
+    relative = (size.gather(1, pick) / anchors.repeat_interleave(rows * columns, 0)).clamp(min=1e-16).log()
+    kinds = F.one_hot(boxes[..., 0].long(), classes).to(boxes.dtype)
+    category = boxes.new_zeros((batch, positions + 1, classes))
+    category = category.scatter_reduce(1, own[..., None].expand(-1, -1, classes), kinds, "amax")
+
+    def shaped(values: Tensor) -> Tensor:
+        return values.reshape(batch, len(anchors), rows, columns, *values.shape[2:])
+
+    mask = present[..., None]
+    return GridTargets(
+        shaped(present.to(boxes.dtype)),
+        shaped(background),
+        shaped(inside * mask),
+        shaped(torch.where(mask, relative, 0.0)),
+        shaped(category[:, :positions]),
+    )
+
+
+def detection_loss(output: Tensor, boxes: Tensor, anchors: Tensor, image_size: int) -> dict[str, Tensor]:
+    """YOLOv3 loss of one scale as MGCA's detection uses it.
+
+    Every term is a mean over all cells and anchors after predictions and targets were multiplied by their
+    mask, so that it shrinks with the grid.
+
+    Args:
+        output: [B, A * (5 + C), H, W] raw output (x, y, w, h, object, classes for each anchor).
+        boxes: [B, N, 5] as in `grid_targets`.
+        anchors: [A, 2] in pixels of the input image.
+        image_size: side of the input image in pixels.
+
+    Returns:
+        0-d tensors "x", "y", "w", "h", "object", "class" and the weighted sum "loss".
+    """
+    rows, columns = output.shape[-2:]
+    values = _by_anchor(at_least_float32(output), len(anchors))
+    cells = anchors.to(values) / values.new_tensor([image_size / columns, image_size / rows])
+    targets = grid_targets(boxes.to(values), cells, (rows, columns), values.shape[-1] - 5)
+    present, background = targets.present, targets.background
+    probability = values.sigmoid()
+
+    def cross_entropy(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        return F.binary_cross_entropy(prediction * mask, target * mask)
+
+    terms = {
+        "x": cross_entropy(probability[..., 0], targets.offset[..., 0], present),
+        "y": cross_entropy(probability[..., 1], targets.offset[..., 1], present),
+        "w": F.mse_loss(values[..., 2] * present, targets.log_size[..., 0] * present),
+        "h": F.mse_loss(values[..., 3] * present, targets.log_size[..., 1] * present),
+        "object": cross_entropy(probability[..., 4], present, present)
+        + 0.5 * cross_entropy(probability[..., 4], torch.zeros_like(present), background),
+        "class": cross_entropy(probability[..., 5:], targets.classes, present[..., None]),
+    }
+    box = terms["x"] + terms["y"] + terms["w"] + terms["h"]
+    return {"loss": 2.5 * box + terms["object"] + terms["class"]} | terms
+
+
+def decode_boxes(output: Tensor, anchors: Tensor, image_size: int) -> Tensor:
+    """Raw output of one scale -> [B, A * H * W, 5 + C] boxes.
+
+    Args:
+        output, anchors, image_size: as in `detection_loss`.
+
+    Returns:
+        Centre x, centre y, width, height in pixels, object probability, class probabilities.
+    """
+    rows, columns = output.shape[-2:]
+    values = _by_anchor(at_least_float32(output), len(anchors))
+    stride = values.new_tensor([image_size / columns, image_size / rows])
+    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    corner = torch.stack([x, y], -1).to(values)
+    centre = (values[..., :2].sigmoid() + corner) * stride
+    size = values[..., 2:4].exp() * anchors.to(values)[:, None, None]
+    return torch.cat([centre, size, values[..., 4:].sigmoid()], -1).flatten(1, 3)
+
+
+def suppress_overlaps(boxes: Tensor, confidence: float = 0.5, overlap: float = 0.5) -> list[Tensor]:
+    """Confident boxes of each image without those that a more confident one of the same class covers.
+
+    Args:
+        boxes: [B, N, 5 + C] from `decode_boxes`.
+        confidence: least object probability; overlap: least IoU that suppresses.
+
+    Returns:
+        For each image [n, 7]: left, top, right, bottom, object probability, class probability, class; most
+        confident first.
+    """
+    results = []
+    for image in boxes:
+        kept = image[image[:, 4] >= confidence]
+        corners = box_convert(kept[:, :4], "cxcywh", "xyxy")
+        probability, kind = kept[:, 5:].max(1)
+        order = batched_nms(corners, kept[:, 4], kind, overlap)
+        columns = [corners, kept[:, 4:5], probability[:, None], kind[:, None].to(kept.dtype)]
+        results.append(torch.cat(columns, 1)[order])
+    return results
+
+
+def _by_anchor(output: Tensor, anchors: int) -> Tensor:
+    """[B, A * V, H, W] -> [B, A, H, W, V]."""
+    batch, _, rows, columns = output.shape
+    return output.reshape(batch, anchors, -1, rows, columns).movedim(2, -1)
+
+
+def _shape_overlap(size: Tensor, anchors: Tensor) -> Tensor:
+    """[B, N, 2] sizes and [A, 2] anchors -> [B, N, A] IoU of boxes with one common corner.
+
+    Sides are one longer than they are, as pixel-index boxes have it (the published code's convention).
+    """
+    first, second = size[:, :, None] + 1, anchors + 1
+    shared = torch.minimum(first, second).prod(-1)
+    return shared / (first.prod(-1) + second.prod(-1) - shared + 1e-16)

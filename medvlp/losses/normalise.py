@@ -1,0 +1,31 @@
+"""Precision and length of embeddings before a loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Half-precision tensors as float32, others as they are: all losses compute in float32 or better."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def unit_norm(tensor: Tensor, epsilon: float = 1e-12) -> Tensor:
+    """Scale vectors to length 1, in float32 or better.
+
+    Args:
+        tensor: [..., D] vectors.
+        epsilon: vectors no longer than this become zero vectors with zero gradient
+            (`torch.nn.functional.normalize` would pass on 1e12 times the incoming gradient).
+
+    Returns:
+        [..., D] unit vectors.
+    """
+    tensor = at_least_float32(tensor)
+    # Decided on the largest entry: squares of short vectors underflow, the gradient of sqrt(0) is not finite.
+    largest = tensor.detach().abs().amax(-1, keepdim=True)
+    usable = ~(largest <= epsilon)  # NaN stays NaN
+    safe = torch.where(usable, tensor, torch.ones_like(tensor))
+    unit = safe / torch.linalg.vector_norm(safe, dim=-1, keepdim=True)
+    return torch.where(usable, unit, torch.zeros_like(unit))

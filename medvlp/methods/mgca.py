@@ -1,0 +1,130 @@
+"""MGCA: multi-granularity cross-modal alignment (Wang et al., NeurIPS 2022)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from medvlp.config import Config
+from medvlp.data.batch import Batch, Text
+from medvlp.encoders.errors import EncoderError
+from medvlp.encoders.image import ImageEncoder, ImageFeatures
+from medvlp.encoders.projection import ProjectionHead
+from medvlp.encoders.text import TextEncoder
+from medvlp.encoders.words import aggregate_words
+from medvlp.losses.normalise import unit_norm
+from medvlp.methods.base import Method
+from medvlp.methods.mgca_config import MGCAConfig
+from medvlp.methods.mgca_objective import MGCAEmbeddings, MGCAObjective
+from medvlp.methods.registry import register
+
+
+class MGCA(Method):
+    """Images and reports aligned as a whole, token by token, and through prototypes.
+
+    Args:
+        config: keys of the method.
+        image: image backbone; text: text backbone.
+
+    Raises:
+        EncoderError: attention weights are asked for and a backbone has none.
+    """
+
+    def __init__(self, config: MGCAConfig, image: ImageEncoder, text: TextEncoder) -> None:
+        super().__init__()
+        self.config = config
+        self.image_encoder, self.text_encoder = image, text
+        synchronise = config.batch_norm == "global"
+        sizes = (config.head_hidden, config.embedding, synchronise)
+        self.image_head = ProjectionHead(image.width, *sizes)
+        self.patch_head = ProjectionHead(image.local_width, *sizes)
+        self.report_head = ProjectionHead(text.width, *sizes)
+        self.word_head = ProjectionHead(text.width, *sizes)
+        self.objective = MGCAObjective(config)
+        self.patch_attention = _wants_attention("patch_weights", config.patch_weights, image.has_attention)
+        self.word_attention = _wants_attention("word_weights", config.word_weights, text.has_attention)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Losses of a batch: "loss/instance", "loss/word", "loss/patch", "loss/prototype", and "loss".
+
+        Besides the losses: "retrieval/top1" and "retrieval/top5", in-batch accuracy of both directions in
+        [0, 1].
+        """
+        config = self.config
+        image = self.image_encoder(batch.image, attention=self.patch_attention)
+        text = self.text_encoder(batch.text, attention=self.word_attention)
+        attention = text.cls_attention
+        words = aggregate_words(
+            text.hidden,
+            batch.text.attention_mask.float() if attention is None else attention,
+            batch.text,
+            config.separator_word,
+            config.attention_off_by_one,
+            config.lost_last_word,
+        )
+        counted = None if config.padding_statistics else words.valid
+        embeddings = MGCAEmbeddings(
+            image=self.image_head(image.pooled),
+            report=self.report_head(words.report),
+            patches=self.patch_head(image.local),
+            words=self.word_head(words.features, counted),
+            word_valid=words.valid,
+            word_attention=None if attention is None else words.attention,
+            patch_attention=None if image.attention is None else image.attention.mean(1),
+        )
+        if self.keep_embeddings:
+            kept = {"image": embeddings.image, "text": embeddings.report}
+            self.last_embeddings = {name: unit_norm(value.detach()).float() for name, value in kept.items()}
+        terms: dict[str, Tensor] = self.objective(embeddings, self.prototype_table)
+        return terms
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        return unit_norm(self.image_head(self.image_encoder(image).pooled)).float()
+
+    def encode_text(self, text: Text) -> Tensor:
+        return unit_norm(self.report_head(self.text_encoder(text).hidden[:, 0])).float()
+
+    def image_features(self, image: Tensor) -> Tensor:
+        features: ImageFeatures = self.image_encoder(image)
+        return features.pooled
+
+    def on_progress(self, epoch: int, step: int) -> None:
+        """Learned prototypes stay frozen during the first `freeze_epochs` epochs."""
+        self.objective.frozen = epoch < self.config.freeze_epochs
+
+    def parameters_without_decay(self) -> set[str]:
+        """The prototypes: frozen ones must not move, and their length has no meaning afterwards."""
+        return {"objective.prototypes.weight"} if self.objective.prototypes is not None else set()
+
+    @property
+    def uses_service(self) -> bool:
+        return self.config.prototype_source == "clusters"
+
+    def prototype_size(self) -> tuple[int, int]:
+        return self.config.prototypes, self.config.embedding
+
+    def set_prototypes(self, centroids: Tensor) -> None:
+        if self.objective.prototypes is None:
+            super().set_prototypes(centroids)
+        else:
+            self.objective.prototypes.set(centroids)
+
+
+def _wants_attention(name: str, choice: str, available: bool) -> bool:
+    if choice == "attention" and not available:
+        raise EncoderError(
+            f"method.{name}=attention: this backbone has no attention map; use auto or uniform"
+        )
+    return choice != "uniform" and available
+
+
+@register("mgca", MGCAConfig)
+def build(config: Config, vocab_size: int) -> MGCA:
+    """MGCA as the config describes it (see `medvlp.methods.registry.build_method`)."""
+    method: MGCAConfig = config.method  # type: ignore[assignment]
+    image = ImageEncoder(config.image, config.data.image_size, method.batch_norm)
+    text = TextEncoder(config.text, vocab_size)
+    if text.max_tokens is not None and config.data.max_tokens > text.max_tokens:
+        raise EncoderError(
+            f"data.max_tokens={config.data.max_tokens} exceeds the text model's {text.max_tokens} positions"
+        )
+    return MGCA(method, image, text)

@@ -1,0 +1,48 @@
+"""The keys of MGCA; those that reproduce unsound behaviour of the published code say (published)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from medvlp.config import MethodConfig, key
+
+
+@dataclass
+class MGCAConfig(MethodConfig):
+    name: str = key("mgca", "registered method; its own keys stand beside this one")
+    embedding: int = key(128, "width of the shared embedding space", 1)
+    head_hidden: int = key(2048, "width of the middle layer of the projection heads", 1)
+
+    instance_weight: float = key(1.0, "factor of the image-report contrastive loss", 0)
+    token_weight: float = key(1.0, "factor of the word and patch losses", 0)
+    prototype_weight: float = key(1.0, "factor of the prototype loss", 0)
+    instance_temperature: float = key(0.07, "temperature of the image-report contrast", 1e-4)
+    token_temperature: float = key(0.1, "temperature of the contrast of words and of patches", 1e-4)
+    attention_temperature: float = key(0.1, "temperature of the attention between words and patches", 1e-4)
+
+    prototypes: int = key(500, "number of prototypes", 1)
+    prototype_source: Literal["learned", "clusters"] = key(
+        "learned", "weights of the model, or clusters of the prototype service"
+    )
+    prototype_temperature: float = key(0.2, "temperature of the predicted prototype distributions", 1e-4)
+    sinkhorn_epsilon: float = key(0.05, "entropy regularisation of Sinkhorn; smaller is harder", 1e-4)
+    sinkhorn_iterations: int = key(3, "Sinkhorn rounds", 1)
+    freeze_epochs: int = key(1, "first epochs in which learned prototypes stay as they are", 0)
+
+    word_weights: Literal["auto", "attention", "uniform"] = key(
+        "auto", "weights of words; auto: [CLS] attention where the model has it, else uniform"
+    )
+    patch_weights: Literal["auto", "attention", "uniform"] = key(
+        "auto", "weights of patches; auto: class-token attention where the model has it, else uniform"
+    )
+    weight_quantile: float = key(
+        0.1, "attention weights are clamped to this quantile and its mirror image", 0, 0.5
+    )
+
+    normalise_patch_context: bool = key(True, "false: contexts of patches keep their length (published ViT)")
+    separator_word: bool = key(False, "true: [SEP] is a word (published)")
+    padding_negatives: bool = key(False, "true: empty word slots are negatives of the word loss (published)")
+    padding_statistics: bool = key(False, "true: empty word slots enter batch-norm statistics (published)")
+    attention_off_by_one: bool = key(False, "true: words take the next token's attention (published)")
+    lost_last_word: bool = key(False, "true: reports cut at max_tokens lose their last word (published)")

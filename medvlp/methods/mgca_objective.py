@@ -1,0 +1,134 @@
+"""MGCA's three alignments as one module that takes embeddings, so that its losses can be checked alone."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from medvlp import distributed
+from medvlp.losses.contrastive import contrastive_logits, in_batch_accuracy, paired_cross_entropy
+from medvlp.losses.cross_attention import clamped_weights, patch_loss, word_loss
+from medvlp.losses.normalise import unit_norm
+from medvlp.losses.prototype import swapped_prediction
+from medvlp.losses.sinkhorn import sinkhorn
+from medvlp.methods.mgca_config import MGCAConfig
+from medvlp.prototypes.learned import LearnedPrototypes
+from medvlp.prototypes.table import PrototypeTable
+
+
+class MGCAEmbeddings(NamedTuple):
+    """Outputs of the projection heads (not normalised) and what weights the tokens.
+
+    Attributes:
+        image, report: [B, D]. patches: [B, P, D]. words: [B, W, D].
+        word_valid: [B, W] bool, slots that hold a word.
+        word_attention: [B, W] attention of [CLS] to the words, 0 in empty slots; None: equal weights.
+        patch_attention: [B, P] attention of the class token to the patches; None: equal weights.
+    """
+
+    image: Tensor
+    report: Tensor
+    patches: Tensor
+    words: Tensor
+    word_valid: Tensor
+    word_attention: Tensor | None = None
+    patch_attention: Tensor | None = None
+
+
+class MGCAObjective(nn.Module):
+    """Instance-wise, token-wise and prototype alignment (MGCA, NeurIPS 2022, sections 3.1 to 3.3).
+
+    Holds the learned prototypes; `frozen` keeps them as they are.
+    """
+
+    def __init__(self, config: MGCAConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.frozen = False
+        self.prototypes: LearnedPrototypes | None = None
+        if config.prototype_source == "learned":
+            self.prototypes = LearnedPrototypes(config.prototypes, config.embedding)
+
+    def forward(self, embeddings: MGCAEmbeddings, table: PrototypeTable | None = None) -> dict[str, Tensor]:
+        """All terms as 0-d tensors; "loss" is their weighted sum.
+
+        Args:
+            embeddings: of this rank's samples.
+            table: clusters of the service, for `prototype_source: clusters`; None: no prototype loss yet.
+        """
+        image, report = unit_norm(embeddings.image), unit_norm(embeddings.report)
+        terms = self.instance(image, report)
+        terms |= self.tokens(embeddings)
+        terms["loss/prototype"] = self.prototype(image, report, table)
+        loss = (
+            self.config.instance_weight * terms["loss/instance"]
+            + self.config.token_weight * (terms["loss/word"] + terms["loss/patch"])
+            + self.config.prototype_weight * terms["loss/prototype"]
+        )
+        return {"loss": loss} | terms
+
+    def instance(self, image: Tensor, report: Tensor) -> dict[str, Tensor]:
+        """Contrastive loss between [B, D] unit-norm images and reports: the sum of both directions."""
+        if self.config.negatives == "global":
+            images = distributed.gather_with_gradient(image)
+            reports = distributed.gather_with_gradient(report)
+            offset = distributed.rank() * image.shape[0]
+        else:
+            images, reports, offset = image, report, 0
+        temperature = self.config.instance_temperature
+        to_reports = contrastive_logits(image, reports, temperature)
+        to_images = contrastive_logits(report, images, temperature)
+        loss = paired_cross_entropy(to_reports, offset) + paired_cross_entropy(to_images, offset)
+        terms = {"loss/instance": loss}
+        for k in (1, 5):
+            hits = in_batch_accuracy(to_reports, offset, k) + in_batch_accuracy(to_images, offset, k)
+            terms[f"retrieval/top{k}"] = 0.5 * hits
+        return terms
+
+    def tokens(self, embeddings: MGCAEmbeddings) -> dict[str, Tensor]:
+        """Word and patch losses; they compare tokens of one sample, never of different ones."""
+        config = self.config
+        patches, words = unit_norm(embeddings.patches), unit_norm(embeddings.words)
+        valid = embeddings.word_valid
+        attention = valid.float() if embeddings.word_attention is None else embeddings.word_attention
+        word_weights = clamped_weights(attention, valid & (attention != 0), config.weight_quantile)
+        if embeddings.patch_attention is None:
+            patch_weights = patches.new_full(patches.shape[:2], 1.0 / patches.shape[1])
+        else:
+            everywhere = torch.ones_like(embeddings.patch_attention, dtype=torch.bool)
+            patch_weights = clamped_weights(embeddings.patch_attention, everywhere, config.weight_quantile)
+        temperatures = (config.token_temperature, config.attention_temperature)
+        negatives = None if config.padding_negatives else valid
+        word = word_loss(words, patches, word_weights, negatives, *temperatures)
+        patch = patch_loss(
+            patches, words, patch_weights, valid, config.normalise_patch_context, *temperatures
+        )
+        return {"loss/word": word, "loss/patch": patch}
+
+    def prototype(self, image: Tensor, report: Tensor, table: PrototypeTable | None = None) -> Tensor:
+        """Swapped prediction of prototype assignments between [B, D] unit-norm images and reports."""
+        config = self.config
+        if self.prototypes is not None:
+            scores = self.prototypes(torch.cat([image, report]), self.frozen)
+        elif table is not None:
+            scores = table.scores(torch.cat([image, report]))
+        else:
+            return image.new_zeros(())
+        image_scores, report_scores = scores.chunk(2)
+        if self.prototypes is None and table is not None:
+            every_rank = config.negatives == "global"
+            codes = [table.soft_assign(x, config.sinkhorn_iterations, every_rank) for x in (image, report)]
+        else:
+            codes = [self._codes(image_scores), self._codes(report_scores)]
+        return swapped_prediction(
+            image_scores, report_scores, codes[0], codes[1], config.prototype_temperature
+        )
+
+    def _codes(self, scores: Tensor) -> Tensor:
+        config = self.config
+        if config.negatives == "global":
+            reduce = distributed.logsumexp_over_ranks
+            return sinkhorn(scores, config.sinkhorn_epsilon, config.sinkhorn_iterations, reduce)
+        return sinkhorn(scores, config.sinkhorn_epsilon, config.sinkhorn_iterations)

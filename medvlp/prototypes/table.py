@@ -1,0 +1,127 @@
+"""The read-only table of clusters that every rank assigns embeddings with."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medvlp.distributed import logsumexp_over_ranks
+from medvlp.losses.normalise import at_least_float32, unit_norm
+from medvlp.losses.sinkhorn import sinkhorn
+
+BALANCES = ("sinkhorn", "bias", "none")
+
+
+@dataclass(frozen=True)
+class PrototypeTable:
+    """One version of the clusters. All ranks hold the same one; assigning is one matrix product.
+
+    Attributes:
+        centroids: [K, D] float32, unit norm.
+        counts: [K] float32, embeddings of each cluster at the refresh.
+        log_bias: [K] float32 added to the scaled similarities when `balance` is "bias".
+        version: number of refreshes so far; cluster ids keep their meaning from one to the next.
+        temperature: of soft assignments, positive; the epsilon of Sinkhorn.
+        balance: "sinkhorn" | "bias" | "none".
+        fingerprint: hex digest of everything above, equal on all ranks that hold the same table.
+
+    Raises:
+        ValueError: shapes that do not fit, centroids that are not unit vectors, an unknown balance.
+    """
+
+    centroids: Tensor
+    counts: Tensor
+    log_bias: Tensor
+    version: int
+    temperature: float = 0.1
+    balance: str = "sinkhorn"
+    fingerprint: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        clusters = self.centroids.shape[0]
+        if self.centroids.ndim != 2 or self.counts.shape != (clusters,) or self.log_bias.shape != (clusters,):
+            raise ValueError("a prototype table needs centroids [K, D], counts [K] and log_bias [K]")
+        if self.balance not in BALANCES:
+            raise ValueError(f"prototypes.balance={self.balance!r} is not one of {', '.join(BALANCES)}")
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ValueError(f"prototypes.temperature={self.temperature} is not positive")
+        lengths = torch.linalg.vector_norm(self.centroids, dim=1)
+        if not torch.allclose(lengths, torch.ones_like(lengths), atol=1e-3):
+            raise ValueError("centroids of a prototype table are not unit vectors")
+        object.__setattr__(self, "fingerprint", self._digest())
+
+    @classmethod
+    def start(cls, centroids: Tensor, version: int = 0, **options: Any) -> Self:
+        """A table without counts or bias from [K, D] directions (normalised here)."""
+        zeros = torch.zeros(centroids.shape[0])
+        return cls(unit_norm(centroids).float().cpu(), zeros, zeros.clone(), version, **options)
+
+    def scores(self, embeddings: Tensor) -> Tensor:
+        """[B, D] unit-norm embeddings -> [B, K] cosine similarities in float32 or better."""
+        embeddings = at_least_float32(embeddings)
+        return embeddings @ self.centroids.to(embeddings.device, embeddings.dtype).T
+
+    def assign(self, embeddings: Tensor) -> Tensor:
+        """[B, D] -> [B] int64, the cluster with the highest (biased) score."""
+        return self._logits(embeddings).argmax(1)
+
+    def nearest(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """[B, D] -> ([B, k] cosine similarities, [B, k] cluster ids), most similar first."""
+        similarity, clusters = self.scores(embeddings).topk(min(k, self.centroids.shape[0]), dim=1)
+        return similarity, clusters
+
+    @torch.no_grad()
+    def soft_assign(self, embeddings: Tensor, iterations: int = 3, every_rank: bool = True) -> Tensor:
+        """[B, D] -> [B, K] float32 assignments whose rows sum to 1, without gradient.
+
+        "sinkhorn" balances over the batch (of all ranks unless `every_rank` is false; a collective then),
+        "bias" and "none" are a softmax of the biased or plain similarities.
+        """
+        if self.balance == "sinkhorn":
+            reduce = {"reduce": logsumexp_over_ranks} if every_rank else {}
+            return sinkhorn(self.scores(embeddings), self.temperature, iterations, **reduce)
+        return self._logits(embeddings).softmax(1).float()
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same table with its tensors on `device`."""
+        return dataclasses.replace(
+            self,
+            centroids=self.centroids.to(device),
+            counts=self.counts.to(device),
+            log_bias=self.log_bias.to(device),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers, for the checkpoint."""
+        return {
+            "centroids": self.centroids.cpu(),
+            "counts": self.counts.cpu(),
+            "log_bias": self.log_bias.cpu(),
+            "version": self.version,
+            "temperature": self.temperature,
+            "balance": self.balance,
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> Self:
+        """The inverse of `state_dict`."""
+        return cls(**state)
+
+    def _logits(self, embeddings: Tensor) -> Tensor:
+        logits = self.scores(embeddings) / self.temperature
+        if self.balance == "bias":
+            logits = logits + self.log_bias.to(logits.device, logits.dtype)
+        return logits
+
+    def _digest(self) -> str:
+        digest = hashlib.sha256(f"{self.version} {self.temperature!r} {self.balance}".encode())
+        for tensor in (self.centroids, self.counts, self.log_bias):
+            digest.update(np.ascontiguousarray(tensor.detach().float().cpu().numpy()).tobytes())
+        return digest.hexdigest()[:16]

@@ -1,0 +1,105 @@
+"""Which rank this process is, read from the environment that torchrun, deepspeed or srun leaves. No torch."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from shards.errors import MedvlpError
+
+
+class LaunchError(MedvlpError):
+    """The launcher's environment variables contradict each other or are incomplete."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Place of this process among all of them.
+
+    Attributes:
+        launcher: "torchrun" (also deepspeed, which sets the same variables), "srun" or "none".
+        rank, world_size: over all nodes; local_rank, local_world_size: on this node.
+        address, port: where rank 0 listens for the rendezvous.
+    """
+
+    launcher: str
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    address: str = "127.0.0.1"
+    port: int = 0
+
+
+def detect(environment: Mapping[str, str] = os.environ) -> Ranks:
+    """Read the place of this process.
+
+    A batch script's own process has SLURM_PROCID too but no step id: it is one process, not a rank of srun.
+
+    Raises:
+        LaunchError: RANK without WORLD_SIZE or an address, or a rank beyond the world size.
+    """
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        ranks = _torchrun(environment)
+    elif "SLURM_STEP_ID" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
+        ranks = _srun(environment)
+    elif "RANK" in environment:
+        raise LaunchError(
+            "RANK is set but WORLD_SIZE is not: unset RANK, or start with `medvlp pretrain --nproc N`"
+        )
+    else:
+        return Ranks("none")
+    if not 0 <= ranks.rank < ranks.world_size:
+        raise LaunchError(
+            f"rank {ranks.rank} does not exist among {ranks.world_size} ranks ({ranks.launcher})"
+        )
+    return ranks
+
+
+def _torchrun(environment: Mapping[str, str]) -> Ranks:
+    world_size = int(environment["WORLD_SIZE"])
+    if world_size > 1 and ("MASTER_ADDR" not in environment or "MASTER_PORT" not in environment):
+        raise LaunchError("RANK and WORLD_SIZE are set but MASTER_ADDR or MASTER_PORT is not")
+    return Ranks(
+        "torchrun",
+        rank=int(environment["RANK"]),
+        world_size=world_size,
+        local_rank=int(environment.get("LOCAL_RANK", "0")),
+        local_world_size=int(environment.get("LOCAL_WORLD_SIZE", str(world_size))),
+        address=environment.get("MASTER_ADDR", "127.0.0.1"),
+        port=int(environment.get("MASTER_PORT", "0")),
+    )
+
+
+def _srun(environment: Mapping[str, str]) -> Ranks:
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "127.0.0.1")
+    tasks = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE", "1")
+    return Ranks(
+        "srun",
+        rank=int(environment["SLURM_PROCID"]),
+        world_size=int(environment["SLURM_NTASKS"]),
+        local_rank=int(environment.get("SLURM_LOCALID", "0")),
+        local_world_size=tasks_on_node(tasks, int(environment.get("SLURM_NODEID", "0"))),
+        address=environment.get("MASTER_ADDR") or first_node(nodes),
+        port=int(environment.get("MASTER_PORT") or 10000 + int(environment.get("SLURM_JOB_ID", "0")) % 50000),
+    )
+
+
+def first_node(nodes: str) -> str:
+    """First host of a Slurm node list: "gpu[07-09,12],login1" -> "gpu07" (scontrol may be absent in a container)."""
+    match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?([^\[,]*)", nodes)
+    if match is None:
+        raise LaunchError(f"cannot read the Slurm node list {nodes!r}; set MASTER_ADDR")
+    return match[1] + (match[2] or "") + match[3]
+
+
+def tasks_on_node(tasks: str, node: int) -> int:
+    """Tasks of node `node` in Slurm's notation: "2(x3),1" means 2, 2, 2, 1."""
+    counts: list[int] = []
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks):
+        counts.extend([int(count)] * int(times or 1))
+    if node >= len(counts):
+        raise LaunchError(f"node {node} is not in the Slurm task list {tasks!r}")
+    return counts[node]
