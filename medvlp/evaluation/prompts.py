@@ -4,7 +4,7 @@ A prompt file is YAML with two optional sections:
 
     templates:                      # "{finding}" stands for the finding's name and each synonym
       positive: ["{finding}", ...]
-      negative: ["no {finding}", ...]
+      negative: ["no {finding}", ...]   # or statements of a normal study, without "{finding}"
     findings:
       pleural effusion:             # a label of the dataset; case, "_" and "-" do not matter
         synonyms: [effusion]        # fill the templates like the name itself
@@ -70,7 +70,7 @@ class PromptBook:
         sides = {"positive": self.positive, "negative": self.negative}
         sentences = {
             side: own.get(side)
-            or tuple(template.format(finding=name) for name in names for template in templates)
+            or tuple(dict.fromkeys(t.format(finding=name) for name in names for t in templates))
             for side, templates in sides.items()
         }
         return Prompts(**sentences)
@@ -103,9 +103,12 @@ def read(file: Path | str | None) -> PromptBook:
         ) from error
     content = _section(content, str(file), {"templates", "findings"})
     templates = _sides(content.get("templates"), f"{file}: templates", {"positive", "negative"})
-    for template in (sentence for side in templates.values() for sentence in side):
-        if "{finding}" not in template or template.replace("{finding}", "").count("{"):
-            raise PromptError(f"{file}: template {template!r} needs {{finding}} as its only placeholder")
+    for side, sentences in templates.items():
+        for template in sentences:
+            if template.replace("{finding}", "").count("{"):
+                raise PromptError(f"{file}: template {template!r} may hold no placeholder but {{finding}}")
+            if side == "positive" and "{finding}" not in template:
+                raise PromptError(f"{file}: positive template {template!r} needs {{finding}}")
     findings = {}
     for label, section in _section(content.get("findings"), f"{file}: findings", None).items():
         place = f"{file}: findings.{label}"

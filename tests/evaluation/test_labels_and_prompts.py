@@ -83,7 +83,7 @@ def test_a_prompt_file_adds_synonyms_templates_and_sentences(tmp_path: Path) -> 
     [
         ("templates: {positiv: ['{finding}']}", "unknown key 'positiv'"),
         ("templates: {positive: ['always']}", "needs {finding}"),
-        ("templates: {positive: ['{finding} {side}']}", "needs {finding}"),
+        ("templates: {positive: ['{finding} {side}']}", "no placeholder but {finding}"),
         ("findings: {edema: {synonyms: wet}}", "findings.edema.synonyms: expected a list"),
         ("findings: {edema: {synonyms: []}}", "expected a list"),
         ("findings: [edema]", "expected a mapping"),
@@ -98,6 +98,16 @@ def test_a_wrong_prompt_file_is_named_with_its_key(tmp_path: Path, content: str,
     assert str(file) in str(caught.value)
 
 
+def test_negatives_may_describe_a_normal_study(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.yaml"
+    file.write_text(
+        "templates: {negative: ['normal chest', 'no {finding}']}\nfindings: {edema: {synonyms: [wet]}}\n"
+    )
+    found = prompts.read(file).prompts("edema")
+    assert found is not None
+    assert found.negative == ("normal chest", "no edema", "no wet")
+
+
 def test_a_missing_prompt_file_is_named() -> None:
     with pytest.raises(prompts.PromptError, match=r"nowhere\.yaml"):
         prompts.read("nowhere.yaml")
@@ -109,7 +119,8 @@ def test_the_shipped_prompt_files_are_valid(repository: Path, name: str) -> None
     for finding in book.findings:
         found = book.prompts(finding)
         assert found is not None
-        assert len(found.positive) >= 4
+        assert len(found.positive) >= 2
+        assert len(found.negative) >= 4
         assert not set(found.positive) & set(found.negative)
 
 
