@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -30,6 +31,8 @@ def launch(arguments: Sequence[str], ranks: int, has_cuda: bool) -> int:
     Returns:
         0, or the exit code of the first rank that ended otherwise (128 + signal for one that was killed).
     """
+    # The ranks have said what was wrong; torch would add a line about the exit code to it.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     port = free_port()
     environments = {rank: rank_environment(rank, ranks, port, has_cuda) for rank in range(ranks)}
     context = start_processes(
@@ -57,7 +60,11 @@ def launch(arguments: Sequence[str], ranks: int, has_cuda: bool) -> int:
     if result is None or not result.failures:
         return 0
     first = min(result.failures.values(), key=lambda failure: failure.timestamp)
-    return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
+    if first.exitcode > 0:
+        return int(first.exitcode)
+    name = signal.Signals(-first.exitcode).name
+    print(f"error: rank {first.local_rank} was killed by {name} (out of memory?)", file=sys.stderr)
+    return int(128 - first.exitcode)
 
 
 def rank_environment(rank: int, ranks: int, port: int, has_cuda: bool) -> dict[str, str]:

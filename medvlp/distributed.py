@@ -24,7 +24,7 @@ TIMEOUT = timedelta(minutes=30)
 # torch 2.14 renamed it and warns about the old name; older versions have only that.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-_bookkeeping: dist.ProcessGroup | None = None
+_bookkeeping: Any = None
 _owns_default_group = False
 
 
@@ -47,7 +47,8 @@ def initialize(ranks: Ranks | None = None) -> torch.device:
     if not is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         if ranks.world_size == 1:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+            store = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
         else:
             dist.init_process_group(
                 backend,
@@ -115,14 +116,14 @@ class _GatherRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(context, tensor: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(context: Any, tensor: Tensor) -> Tensor:
         context.rows = tensor.shape[0]
         output = tensor.new_empty((world_size() * tensor.shape[0], *tensor.shape[1:]))
         _all_gather(output, tensor.contiguous())
         return output
 
     @staticmethod
-    def backward(context, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(context: Any, gradient: Tensor) -> Tensor:
         gradient = gradient.contiguous()
         dist.all_reduce(gradient)
         start = rank() * context.rows
@@ -133,13 +134,13 @@ class _ReduceSum(torch.autograd.Function):
     """Sum over ranks; the backward pass sums the gradients over ranks."""
 
     @staticmethod
-    def forward(context, tensor: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(context: Any, tensor: Tensor) -> Tensor:
         output = tensor.clone()
         dist.all_reduce(output)
         return output
 
     @staticmethod
-    def backward(context, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(context: Any, gradient: Tensor) -> Tensor:
         gradient = gradient.clone()
         dist.all_reduce(gradient)
         return gradient

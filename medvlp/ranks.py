@@ -88,7 +88,10 @@ def _srun(environment: Mapping[str, str]) -> Ranks:
 
 
 def first_node(nodes: str) -> str:
-    """First host of a Slurm node list: "gpu[07-09,12],login1" -> "gpu07" (scontrol may be absent in a container)."""
+    """First host of a Slurm node list: "gpu[07-09,12],login1" -> "gpu07".
+
+    Read here because a container often has no scontrol.
+    """
     match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?([^\[,]*)", nodes)
     if match is None:
         raise LaunchError(f"cannot read the Slurm node list {nodes!r}; set MASTER_ADDR")

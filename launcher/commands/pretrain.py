@@ -1,4 +1,4 @@
-"""`medvlp pretrain`: train here, on the ranks it starts, or as one rank of a launcher that is already there."""
+"""`medvlp pretrain`: train here, on ranks it starts, or as one rank of a launcher that is already there."""
 
 from __future__ import annotations
 
@@ -30,12 +30,13 @@ def pretrain(
     from medvlp import config_files
     from medvlp.methods.registry import schemas
     from medvlp.training.batch_plan import plan_batch
+    from medvlp.training.deepspeed_config import check_device
 
     place = detect()
     if place.launcher != "none" and nproc is not None and nproc != place.local_world_size:
         raise LaunchError(
-            f"--nproc {nproc} inside {place.launcher}, which already runs {place.local_world_size} ranks here: "
-            "leave --nproc out"
+            f"--nproc {nproc} inside {place.launcher}, which already runs {place.local_world_size} ranks "
+            "here: leave --nproc out"
         )
     files, overrides = split_arguments(arguments)
     config = config_files.load(files, overrides, schemas())
@@ -49,6 +50,7 @@ def pretrain(
     has_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     ranks = nproc or (torch.cuda.device_count() if has_cuda else 1)
     plan_batch(config, ranks)
+    check_device(config, "cuda" if has_cuda else "cpu")
     if ranks == 1:
         os.environ |= local.library_environment(1, has_cuda, os.environ)
         raise typer.Exit(_train_rank(config, fresh))

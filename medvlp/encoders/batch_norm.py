@@ -88,7 +88,8 @@ class GlobalBatchNorm(nn.SyncBatchNorm):
         output, total, mean, squares = _FusedAllRanks.apply(values, weight, bias, self.eps)
         if self.training and self.running_mean is not None:
             self._move_running_averages(total, mean, squares)
-        return output.to(input.dtype)
+        result: Tensor = output.to(input.dtype)
+        return result
 
     def _any_ranks(self, input: Tensor, mask: Tensor | None, use_batch: bool) -> Tensor:
         values = at_least_float32(input)

@@ -1,0 +1,41 @@
+"""How a global batch is cut into micro-batches: global = micro x accumulation x ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from medvlp.config import Config
+from medvlp.config_files import ConfigError
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """`global_batch` samples make an optimiser step, `micro_batch` a forward pass on a rank."""
+
+    global_batch: int
+    micro_batch: int
+    accumulation: int
+    world_size: int
+
+
+def plan_batch(config: Config, world_size: int) -> BatchPlan:
+    """Divide `train.global_batch` over ranks and accumulation steps.
+
+    Raises:
+        ConfigError: it does not divide; names values that would.
+    """
+    batch, micro = config.train.global_batch, config.train.micro_batch
+    if batch % world_size:
+        lower, upper = batch // world_size * world_size, -(-batch // world_size) * world_size
+        near = f"{lower} or {upper}" if lower else f"{upper}"
+        raise ConfigError(f"train.global_batch={batch} does not divide over {world_size} ranks; {near} would")
+    per_rank = batch // world_size
+    micro = per_rank if micro is None else micro
+    if micro > per_rank or per_rank % micro:
+        fitting = [size for size in range(1, per_rank + 1) if per_rank % size == 0]
+        nearest = min(fitting, key=lambda size: (abs(size - micro), -size))
+        raise ConfigError(
+            f"train.micro_batch={micro} does not divide the {per_rank} samples of each rank "
+            f"(train.global_batch={batch} over {world_size} ranks); {nearest} would"
+        )
+    return BatchPlan(batch, micro, per_rank // micro, world_size)

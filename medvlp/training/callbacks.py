@@ -1,0 +1,91 @@
+"""What the trainer tells its callbacks, and what a callback is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from medvlp.training.engine import Engine
+
+
+@dataclass
+class StepRecord:
+    """One finished optimiser step, as every callback sees it.
+
+    Attributes:
+        step: number of the step, from 1.
+        epoch: epoch it belongs to, from 0.
+        last: training ends after this step, finished or interrupted.
+        logged: metrics are read at this step (reading waits for the device).
+        losses: "loss" and the method's terms, 0-d, detached, mean over this rank's micro-batches.
+        keys: sample keys of this rank's micro-batches.
+        learning_rate: scheduled value, before the groups' factors.
+        samples: samples of the global batch.
+        skipped: corrupt samples replaced in this rank's micro-batches.
+        seconds: wall time of the step, `data_seconds` of it waiting for data (this rank).
+    """
+
+    step: int
+    epoch: int
+    last: bool
+    logged: bool
+    losses: dict[str, Tensor]
+    keys: list[str]
+    learning_rate: float
+    samples: int
+    skipped: int
+    seconds: float
+    data_seconds: float
+    engine: Engine
+
+
+class Callback(Protocol):
+    """Something that happens between steps. All ranks have the same callbacks in the same order."""
+
+    #: Key of this callback's state in a checkpoint.
+    name: str
+
+    def on_start(self, step: int) -> None:
+        """Training goes on after `step` finished steps (0: a new run)."""
+
+    def on_micro_batch(self, sample: Tensor, step: int) -> None:
+        """A micro-batch with samples [B] went forward and backward; `step` finished steps lie before it."""
+
+    def on_step(self, record: StepRecord) -> None:
+        """A step is finished."""
+
+    def on_end(self) -> None:
+        """Training has ended, in whatever way; release what is held. Errors here hide no earlier one."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values a resumed run needs (of this rank)."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+
+
+class BaseCallback:
+    """A callback that does nothing; subclasses override what they need."""
+
+    name = ""
+
+    def on_start(self, step: int) -> None:
+        """See `Callback`."""
+
+    def on_micro_batch(self, sample: Tensor, step: int) -> None:
+        """See `Callback`."""
+
+    def on_step(self, record: StepRecord) -> None:
+        """See `Callback`."""
+
+    def on_end(self) -> None:
+        """See `Callback`."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Callback`."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Callback`."""

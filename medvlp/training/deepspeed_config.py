@@ -1,0 +1,93 @@
+"""Our config -> DeepSpeed's JSON. Keys of `deepspeed:` are merged over it last."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from medvlp.config import Config, OptimizerConfig
+from medvlp.config_files import ConfigError
+from medvlp.training.batch_plan import BatchPlan
+
+
+def check_device(config: Config, device_type: str) -> None:
+    """Refuse what the device cannot do, before any group or model is made.
+
+    Raises:
+        ConfigError: fp16 or offload without CUDA.
+    """
+    if device_type == "cuda":
+        return
+    if config.precision == "fp16":
+        raise ConfigError("precision=fp16 needs a CUDA device and there is none here; use bf16 or fp32")
+    if config.zero.offload_optimizer or config.zero.offload_parameters:
+        raise ConfigError(
+            "zero.offload_* moves state from a GPU to the CPU, and there is no CUDA device here; turn it off"
+        )
+
+
+def deepspeed_json(config: Config, plan: BatchPlan, device_type: str) -> dict[str, Any]:
+    """The configuration dictionary for `deepspeed.initialize`.
+
+    Args:
+        config: the run's config.
+        plan: how the global batch is divided.
+        device_type: "cuda" or "cpu".
+    """
+    generated = {
+        "train_batch_size": plan.global_batch,
+        "train_micro_batch_size_per_gpu": plan.micro_batch,
+        "gradient_accumulation_steps": plan.accumulation,
+        "gradient_clipping": config.train.gradient_clip,
+        "steps_per_print": None,
+        "zero_optimization": _zero(config),
+        # Our groups hold torch's own AdamW or SGD, which DeepSpeed otherwise accepts only in part.
+        "zero_allow_untested_optimizer": True,
+        "optimizer": _optimizer(config.optimizer, device_type, config.zero.offload_optimizer),
+        "bf16": {"enabled": config.precision == "bf16"},
+        "fp16": {"enabled": config.precision == "fp16"},
+        "checkpoint": {"tag_validation": "Ignore"},
+    }
+    if config.precision != "fp32" and config.zero.stage > 0:  # stage 0 accumulates in the model's own type
+        generated["data_types"] = {"grad_accum_dtype": "fp32"}
+    return merge(generated, config.deepspeed)
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`; mappings are merged key by key, everything else is replaced."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        both = isinstance(value, Mapping) and isinstance(below, Mapping)
+        merged[key] = merge(below, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def _zero(config: Config) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": config.zero.stage}
+    if config.zero.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    if config.zero.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    return zero
+
+
+def _optimizer(config: OptimizerConfig, device_type: str, offload: bool) -> dict[str, Any]:
+    # The learning rate is set before every step; 0 makes the dummy step DeepSpeed starts with harmless.
+    if config.name == "sgd":
+        momentum = config.betas[0]
+        return {
+            "type": "SGD",
+            "params": {"lr": 0.0, "momentum": momentum, "weight_decay": config.weight_decay},
+        }
+    parameters: dict[str, Any] = {
+        "lr": 0.0,
+        "betas": list(config.betas),
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+    }
+    # DeepSpeed's own Adams are compiled on first use; torch's fused one is as fast and needs no compiler.
+    # With offload DeepSpeed insists on its CPU Adam.
+    if not offload:
+        parameters |= {"torch_adam": True, "fused": device_type == "cuda"}
+    return {"type": "AdamW", "params": parameters}

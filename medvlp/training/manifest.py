@@ -1,0 +1,145 @@
+"""`manifest.json`: what a checkpoint consists of. Without a true one there is no checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from medvlp import distributed
+from medvlp.training.errors import CheckpointError
+from medvlp.training.state_files import checksum
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+FOLDER_PATTERN = re.compile(r"step-(\d{8,})")
+
+
+@dataclass
+class Manifest:
+    """Description of one checkpoint.
+
+    Attributes:
+        step, epoch: finished optimiser steps; epoch of the last of them, from 0.
+        world_size, zero_stage, precision, global_batch: of the run that saved it.
+        config_hash: xxh3-128 of the resolved config.
+        wandb_run_id: the W&B run that goes on, or None.
+        created: UTC time in ISO 8601.
+        versions: versions of the libraries that wrote it.
+        files: path inside the folder -> {"bytes": size, "xxh3_128": checksum}.
+        format: version of this layout.
+    """
+
+    step: int
+    epoch: int
+    world_size: int
+    zero_stage: int
+    precision: str
+    global_batch: int
+    config_hash: str
+    wandb_run_id: str | None = None
+    created: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    format: int = 1
+
+    def to_json(self) -> str:
+        """The file's text."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read and check the manifest of a checkpoint folder.
+
+        Raises:
+            CheckpointError: no manifest, or not one of ours.
+        """
+        path = folder / MANIFEST
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            manifest = cls(**values)
+            sizes = [(str(name), int(entry["bytes"]), str(entry["xxh3_128"]))
+                     for name, entry in manifest.files.items()]  # fmt: skip
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{path} is missing: the checkpoint was never finished or is being deleted"
+            ) from None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{path} cannot be read as a manifest ({error})") from error
+        for name, _, _ in sizes:
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise CheckpointError(f"{path} names a file outside its folder: {name!r}")
+        return manifest
+
+    def problem(self, folder: Path, names: Sequence[str]) -> str | None:
+        """What is wrong with these files, or None when sizes and checksums are right."""
+        for name in names:
+            path, entry = folder / name, self.files[name]
+            try:
+                if path.stat().st_size != entry["bytes"]:
+                    return f"{path} has {path.stat().st_size} bytes, its manifest says {entry['bytes']}"
+                if checksum(path) != entry["xxh3_128"]:
+                    return f"{path} is damaged: its checksum differs from the manifest's"
+            except OSError as error:
+                return f"{path} cannot be read ({error.strerror})"
+        return None
+
+
+def step_folder(step: int) -> str:
+    """Name of the folder of a checkpoint after `step` steps."""
+    return f"step-{step:08d}"
+
+
+def step_folders(checkpoints: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of everything that looks like a checkpoint, oldest first."""
+    if not checkpoints.is_dir():
+        return []
+    found = [(FOLDER_PATTERN.fullmatch(path.name), path) for path in checkpoints.iterdir() if path.is_dir()]
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def newest_valid(run_dir: Path | str) -> Path | None:
+    """The newest checkpoint of a run whose files are all there and undamaged.
+
+    Damaged ones are skipped with a warning. In a process group all ranks call this together: each checks
+    its share of the files, and all get the same answer.
+
+    Returns:
+        The folder, or None when the run has no checkpoint at all.
+
+    Raises:
+        CheckpointError: there are checkpoints and none of them is good.
+    """
+    checkpoints = Path(run_dir) / "checkpoints"
+    names: list[str] = distributed.broadcast_object([path.name for _, path in step_folders(checkpoints)])
+    problems = []
+    for name in reversed(names):
+        problem = _problem_of_any_rank(checkpoints / name)
+        if problem is None:
+            return checkpoints / name
+        problems.append(problem)
+        if distributed.is_main():
+            logger.warning("checkpoint %s is not used: %s", name, problem)
+    if problems:
+        raise CheckpointError(
+            f"{checkpoints} has {len(problems)} checkpoints and none is good ({problems[0]}). Bring one "
+            "back from a copy, or start anew in another run.dir; nothing was changed"
+        )
+    return None
+
+
+def _problem_of_any_rank(folder: Path) -> str | None:
+    try:
+        manifest = Manifest.read(folder)
+        problem = manifest.problem(
+            folder, list(manifest.files)[distributed.rank() :: distributed.world_size()]
+        )
+    except CheckpointError as error:
+        problem = str(error)
+    return next((found for found in distributed.gather_objects(problem) if found), None)

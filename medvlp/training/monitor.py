@@ -1,0 +1,153 @@
+"""Metrics of a run: reduced over ranks, then to the console, `metrics.jsonl` and W&B."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from medvlp import distributed
+from medvlp.training.callbacks import BaseCallback, StepRecord
+from medvlp.training.metrics_file import MetricsFile
+from medvlp.training.wandb_run import WandbRun
+
+logger = logging.getLogger(__name__)
+
+GIB = 2**30
+
+
+class Monitor(BaseCallback):
+    """Reads, reduces and writes the metrics of logged steps.
+
+    Losses, `grad_norm` and `lr` are those of the logged step; `samples_per_second`, `step_seconds` and
+    `data_wait` (share of the time spent waiting for data) cover all steps since the last logged one.
+
+    Args:
+        path: of `metrics.jsonl`.
+        total_steps: steps of the run.
+        wandb_run: where rank 0 sends metrics; None on other ranks.
+        console: of the progress bar; None for none.
+    """
+
+    name = "monitor"
+
+    def __init__(self, path: Path, total_steps: int, wandb_run: WandbRun | None, console: Console | None):
+        self.path = path
+        self.total_steps = total_steps
+        self.wandb_run = wandb_run
+        self.extra: dict[str, float] = {}
+        self.skipped = 0
+        self._file: MetricsFile | None = None
+        self._progress = _progress_bar(console) if console is not None else None
+        self._bar: Any = None
+        self._clear()
+
+    def _clear(self) -> None:
+        self._seconds, self._data_seconds, self._samples = 0.0, 0.0, 0
+
+    def add(self, figures: dict[str, float]) -> None:
+        """Figures, equal on all ranks, that join the next logged line."""
+        self.extra |= figures
+
+    def on_start(self, step: int) -> None:
+        """Cut lines of steps that will be done again; start the bar."""
+        if distributed.is_main():
+            self._file = MetricsFile(self.path, step)
+        if self._progress is not None:
+            self._progress.start()
+            self._bar = self._progress.add_task("training", total=self.total_steps, completed=step)
+
+    def on_step(self, record: StepRecord) -> None:
+        """Sum up times; at logged steps read, reduce and write."""
+        self._seconds += record.seconds
+        self._data_seconds += record.data_seconds
+        self._samples += record.samples
+        self.skipped += record.skipped
+        if self._progress is not None:
+            self._progress.update(self._bar, completed=record.step)
+        if record.logged or record.last:
+            self._write(record, self._reduce(record))
+            self._clear()
+
+    def _reduce(self, record: StepRecord) -> dict[str, float | None]:
+        """All metrics of this step; all ranks call this together and get the same."""
+        terms = sorted(record.losses)
+        read = torch.stack([record.losses[term].float() for term in terms]).tolist()
+        count = len(terms)
+        local = [*read, self._seconds, self._data_seconds, float(self.skipped)]
+        means = distributed.mean_over_ranks(local)
+        seconds, data_seconds, skipped = means[count:]
+        memory = distributed.greatest_over_ranks([_memory(record.engine.device)])[0]
+        values = {
+            "loss": means[terms.index("loss")],
+            **{
+                term if "/" in term else f"loss/{term}": mean
+                for term, mean in zip(terms, means[:count], strict=True)
+                if term != "loss"
+            },
+            "lr": record.learning_rate,
+            "grad_norm": record.engine.gradient_norm(),
+            "samples_per_second": self._samples / seconds,
+            "step_seconds": seconds * record.samples / self._samples,
+            "data_wait": data_seconds / seconds,
+            "memory_gib": memory / GIB,
+            "skipped_samples": round(skipped * distributed.world_size()),
+            **self.extra,
+        }
+        self.extra = {}
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        return {"step": record.step, "epoch": record.epoch, **finite}
+
+    def _write(self, record: StepRecord, metrics: dict[str, float | None]) -> None:
+        if self._file is None:
+            return
+        self._file.write(metrics)
+        if self.wandb_run is not None:
+            self.wandb_run.log(metrics, record.step)
+        logger.info(
+            "step %d/%d epoch %d loss %.4f lr %.2e grad %s %.1f samples/s data wait %.0f%%",
+            record.step,
+            self.total_steps,
+            record.epoch,
+            metrics["loss"] if metrics["loss"] is not None else math.nan,
+            record.learning_rate,
+            "-" if metrics["grad_norm"] is None else f"{metrics['grad_norm']:.3g}",
+            metrics["samples_per_second"],
+            100 * (metrics["data_wait"] or 0.0),
+        )
+
+    def on_end(self) -> None:
+        """Close the bar, the file and the W&B run."""
+        if self._progress is not None:
+            self._progress.stop()
+        if self._file is not None:
+            self._file.close()
+        if self.wandb_run is not None:
+            self.wandb_run.finish()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Samples skipped so far on this rank, and figures not yet logged."""
+        return {"skipped": self.skipped, "extra": self.extra}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `state_dict`."""
+        self.skipped = state.get("skipped", 0)
+        self.extra = dict(state.get("extra", {}))
+
+
+def _memory(device: torch.device) -> float:
+    """Bytes: the peak of CUDA's allocator, or what this process holds in memory on a CPU."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    return float(psutil.Process().memory_info().rss)
+
+
+def _progress_bar(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console)

@@ -1,0 +1,198 @@
+"""One pre-training run on this rank: join the group, build everything, train, close."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.logging import RichHandler
+
+from medvlp import distributed
+from medvlp.config import Config
+from medvlp.data.cache import open_reader
+from medvlp.data.loader import TrainingLoader, build_loader
+from medvlp.data.text import Tokenizer
+from medvlp.methods.base import Method
+from medvlp.methods.registry import build_method
+from medvlp.prototypes.initialise import initialise_prototypes
+from medvlp.prototypes.service import build_service
+from medvlp.ranks import detect
+from medvlp.training.batch_plan import BatchPlan, plan_batch
+from medvlp.training.callbacks import Callback
+from medvlp.training.checkpointing import CheckpointCallback, check_fits, restore_randomness
+from medvlp.training.deepspeed_config import check_device
+from medvlp.training.engine import Engine
+from medvlp.training.errors import AgreedError
+from medvlp.training.finite import FiniteCheck
+from medvlp.training.interrupts import EXIT_INTERRUPTED, Interrupts
+from medvlp.training.manifest import Manifest, newest_valid
+from medvlp.training.monitor import Monitor
+from medvlp.training.prototype_refresh import PrototypeRefresh
+from medvlp.training.randomness import seed_rank, seed_weights
+from medvlp.training.run_folder import describe_run, open_run_folder
+from medvlp.training.schedule import total_steps, warmup_cosine
+from medvlp.training.trainer import Trainer
+from medvlp.training.wandb_run import WandbRun
+from shards.errors import MedvlpError
+from shards.reader import ShardReader
+
+logger = logging.getLogger(__name__)
+
+
+def pretrain(config: Config, fresh: bool = False) -> int:
+    """Train this rank's part of a run, resuming what is in `run.dir`.
+
+    Args:
+        config: complete and validated.
+        fresh: refuse a run folder that is not empty.
+
+    Returns:
+        0 when the run is finished, `EXIT_INTERRUPTED` when a signal ended it after a checkpoint.
+
+    Raises:
+        MedvlpError: anything the user can mend; see `medvlp.training.errors` and `shards.errors`.
+    """
+    ranks = detect()
+    console = configure_logging(ranks.rank)
+    plan = plan_batch(config, ranks.world_size)
+    check_device(config, distributed.choose_device(ranks.local_rank).type)
+    torch.set_num_threads(config.train.threads or max(1, (os.cpu_count() or 1) // ranks.local_world_size))
+    with Interrupts() as interrupts:
+        device = distributed.initialize(ranks)
+        finished = False
+        try:
+            _train(config, plan, device, interrupts, console if config.monitor.progress else None, fresh)
+            finished = True
+        finally:
+            distributed.shutdown(graceful=finished)
+    if interrupts.stopped_by:
+        logger.warning("stopped by %s after a checkpoint; the same command resumes", interrupts.stopped_by)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def configure_logging(rank: int) -> Console:
+    """Rank 0 tells what happens, the others only warn."""
+    console = Console(stderr=True)
+    handler: logging.Handler
+    if rank == 0 and console.is_terminal:
+        handler = RichHandler(console=console, show_path=False, markup=False)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler()
+        prefix = "" if rank == 0 else f"rank {rank}: "
+        handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
+    for name in ("medvlp", "shards"):
+        package = logging.getLogger(name)
+        package.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+        package.handlers = [handler]
+        package.propagate = False
+    return console
+
+
+def _train(
+    config: Config,
+    plan: BatchPlan,
+    device: torch.device,
+    interrupts: Interrupts,
+    console: Console | None,
+    fresh: bool,
+) -> None:
+    reader, tokenizer = _open_data(config)
+    open_run_folder(Path(config.run.dir), fresh)
+    checkpoint = newest_valid(config.run.dir)
+    manifest = None if checkpoint is None else Manifest.read(checkpoint)
+    if manifest is not None:
+        check_fits(manifest, config, plan)
+    describe_run(config, plan.world_size)
+    step = 0 if manifest is None else manifest.step
+
+    def loader(start_step: int) -> TrainingLoader:
+        rank = distributed.rank()
+        return build_loader(config, reader, tokenizer, rank, plan.world_size, plan.micro_batch, start_step)
+
+    seed_weights(config.train.seed)
+    method = build_method(config, tokenizer.vocab_size).to(device)
+    if manifest is None:
+        _start_prototypes(config, method, loader(0))
+    engine = Engine(method, config, plan, device)
+    data = loader(step)
+    rates = warmup_cosine(
+        total_steps(config, data.steps_per_epoch),
+        config.optimizer.warmup,
+        config.optimizer.lr,
+        config.optimizer.min_lr,
+    )
+    callbacks, saving = _callbacks(config, method, engine, len(rates), manifest, console)
+    seed_rank(config.train.seed, distributed.rank())
+    batches = iter(data)
+    if checkpoint is not None:
+        saving.load(checkpoint)
+        restore_randomness(checkpoint)
+        logger.info("resuming %s after step %d of %d", config.run.dir, step, len(rates))
+    trainer = Trainer(engine, batches, rates, data.steps_per_epoch, callbacks, config.monitor.log_every, step)
+    trainer.train(interrupts)
+    engine.close()
+
+
+def _open_data(config: Config) -> tuple[ShardReader, Tokenizer]:
+    """Reader and tokenizer; what is wrong with them on any rank is raised on all."""
+    opened, problem = None, None
+    try:
+        opened = (open_reader(config.data), Tokenizer.load(config.data.tokenizer, config.data.root))
+    except MedvlpError as error:
+        problem = [str(error), error.exit_code]
+    failed = next((found for found in distributed.gather_objects(problem) if found), None)
+    if failed is not None:
+        raise AgreedError(failed[0], exit_code=failed[1])
+    assert opened is not None
+    return opened
+
+
+def _start_prototypes(config: Config, method: Method, data: TrainingLoader) -> None:
+    if method.prototype_size() is None or method.uses_service:
+        return
+    method.train()
+    clusters = initialise_prototypes(method, data, config.prototypes, config.train.seed)
+    if clusters is not None:
+        logger.info(
+            "prototypes start from k-means; mean cosine to the own centroid %.3f", clusters.similarity
+        )
+
+
+def _callbacks(
+    config: Config,
+    method: Method,
+    engine: Engine,
+    steps: int,
+    manifest: Manifest | None,
+    console: Console | None,
+) -> tuple[list[Callback], CheckpointCallback]:
+    """All callbacks in the order in which they see a step: check, refresh, log, save."""
+    run_dir = Path(config.run.dir)
+    wandb_run = None
+    if distributed.is_main():
+        run_id = None if manifest is None else manifest.wandb_run_id
+        wandb_run = WandbRun(config.monitor, run_dir, config.run.name or run_dir.name, asdict(config), run_id)
+    run_id = distributed.broadcast_object(None if wandb_run is None else wandb_run.id)
+    bar = console if console is not None and console.is_terminal and distributed.is_main() else None
+    monitor = Monitor(run_dir / "metrics.jsonl", steps, wandb_run, bar)
+    finite = FiniteCheck(
+        [config.checkpoint.every_steps],
+        gradient=config.precision != "fp16",
+        advice=f"The newest good checkpoint is in {run_dir / 'checkpoints'}. Look at these samples; "
+        "lower optimizer.lr, set train.gradient_clip, or use precision=fp32",
+    )
+    callbacks: list[Callback] = [finite]
+    if method.uses_service:
+        size = method.prototype_size()
+        assert size is not None  # `uses_service` promises it
+        service = build_service(config.prototypes, size, config.train.seed)
+        callbacks.append(PrototypeRefresh(method, service, engine.device, monitor.add))
+    callbacks.append(monitor)
+    saving = CheckpointCallback(config, engine, list(callbacks), run_id)
+    return [*callbacks, saving], saving

@@ -1,0 +1,125 @@
+"""The run folder: config, environment, and the rule that a fresh run needs an empty one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import xxhash
+import yaml
+
+from medvlp import distributed
+from medvlp.config import Config
+from medvlp.config_files import to_yaml
+from medvlp.training.errors import RunFolderError
+
+logger = logging.getLogger(__name__)
+
+CONFIG = "config.yaml"
+ENVIRONMENT = "environment.json"
+#: Packages whose versions can change results or formats.
+PACKAGES = (
+    "medvlp", "torch", "torchvision", "deepspeed", "transformers", "tokenizers", "timm", "numpy",
+    "safetensors", "opencv-python-headless", "simplejpeg", "faiss-cpu", "faiss-gpu", "omegaconf", "wandb",
+    "webdataset",
+)  # fmt: skip
+
+
+def open_run_folder(folder: Path, fresh: bool) -> None:
+    """Make the run folder; all ranks call this together, rank 0 acts.
+
+    Raises:
+        RunFolderError: it cannot be made or written, or `fresh` and it holds something.
+    """
+    problem = None
+    if distributed.is_main():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if fresh and any(folder.iterdir()):
+                problem = f"{folder} is not empty and --fresh asks for a new run: choose another run.dir"
+            probe = folder / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            problem = f"run.dir={folder} cannot be used: {error.strerror}; choose another run.dir"
+    problem = distributed.broadcast_object(problem)
+    if problem:
+        raise RunFolderError(problem)
+
+
+def describe_run(config: Config, world_size: int) -> None:
+    """Write `config.yaml` and `environment.json` (rank 0); name config keys changed since the last start."""
+    if not distributed.is_main():
+        return
+    folder = Path(config.run.dir)
+    text = to_yaml(config)
+    if (folder / CONFIG).exists():
+        changed = changed_keys((folder / CONFIG).read_text(encoding="utf-8"), text)
+        if changed:
+            logger.warning("config differs from the last start in %s: %s", folder, ", ".join(changed))
+    (folder / CONFIG).write_text(text, encoding="utf-8")
+    environment = {
+        "command": sys.argv,
+        "git": git_revision(),
+        "packages": library_versions(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "world_size": world_size,
+    }
+    (folder / ENVIRONMENT).write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+
+
+def config_hash(config: Config) -> str:
+    """xxh3-128 of the resolved config."""
+    text = json.dumps(dataclasses.asdict(config), sort_keys=True)
+    return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def changed_keys(before: str, after: str) -> list[str]:
+    """Dotted keys whose values differ between two YAML texts."""
+    first, second = _flat(yaml.safe_load(before)), _flat(yaml.safe_load(after))
+    return sorted(key for key in first.keys() | second.keys() if first.get(key) != second.get(key))
+
+
+def library_versions() -> dict[str, str]:
+    """Installed versions of `PACKAGES`."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def git_revision() -> dict[str, Any] | None:
+    """Commit of this code and whether tracked files differ from it; None outside a git checkout."""
+    where = ["git", "-C", str(Path(__file__).resolve().parent)]
+    try:
+        commit = subprocess.run([*where, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        status = subprocess.run(
+            [*where, "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return {"commit": commit.stdout.strip(), "modified": bool(status.stdout.strip())}
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat

@@ -1,0 +1,124 @@
+"""The W&B side of a run. Whatever happens to W&B or the network, training goes on."""
+
+from __future__ import annotations
+
+import logging
+import netrc
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import wandb
+
+from medvlp.config import MonitorConfig
+
+logger = logging.getLogger(__name__)
+
+#: Seconds to wait for the server at the start (W&B's own WANDB_INIT_TIMEOUT stands above it) and at the end.
+INIT_TIMEOUT = 30.0
+FINISH_TIMEOUT = 60.0
+
+
+def resolve_mode(mode: str) -> str:
+    """ "auto" -> "online" with an API key (environment or netrc), else "offline"; other modes unchanged."""
+    if mode != "auto":
+        return mode
+    if os.environ.get("WANDB_MODE") in ("online", "offline", "disabled"):
+        return os.environ["WANDB_MODE"]
+    return "online" if os.environ.get("WANDB_API_KEY") or _key_in_netrc() else "offline"
+
+
+def _key_in_netrc() -> bool:
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+class WandbRun:
+    """One W&B run, continued under the same id after a restart.
+
+    Report text and images are never sent: only numbers and the config are, and W&B's capture of the console
+    (error messages may name samples) and of code is off.
+
+    Attributes:
+        id: of the run, also when offline; None when disabled.
+    """
+
+    def __init__(
+        self, config: MonitorConfig, run_dir: Path, name: str, settings: Mapping[str, Any], run_id: str | None
+    ):
+        """Start or continue a run.
+
+        Args:
+            config: the `monitor` section.
+            run_dir: W&B's files go below it.
+            name: shown in W&B.
+            settings: the resolved config, shown in W&B.
+            run_id: of the run to continue; None begins one.
+        """
+        self._run: Any = None
+        self.id: str | None = None
+        mode = resolve_mode(config.wandb)
+        if mode == "disabled":
+            return
+        self.id = run_id or secrets.token_hex(4)
+        arguments: dict[str, Any] = {
+            "project": config.project,
+            "entity": config.entity,
+            "tags": list(config.tags) or None,
+            "dir": str(run_dir),
+            "name": name,
+            "id": self.id,
+            "config": dict(settings),
+        }
+        if mode == "online":
+            try:
+                self._run = wandb.init(mode="online", resume="allow", settings=_settings(), **arguments)
+                return
+            except Exception as error:  # W&B raises many kinds, none of which is worth the training run
+                reason = " ".join(str(error).split())[:200]
+                logger.warning(
+                    "W&B cannot be reached (%s); this run is logged offline: wandb sync it later", reason
+                )
+                wandb.teardown()
+        self._attempt("start", lambda: wandb.init(mode="offline", settings=_settings(), **arguments))
+
+    def log(self, metrics: Mapping[str, float | None], step: int) -> None:
+        """Send the metrics of a step (None is left out)."""
+        if self._run is not None:
+            values = {name: value for name, value in metrics.items() if value is not None}
+            self._attempt("log", lambda: self._run.log(values, step=step))
+
+    def finish(self) -> None:
+        """Send what is left, for at most `FINISH_TIMEOUT` seconds."""
+        if self._run is not None:
+            self._attempt("finish", self._run.finish)
+            self._run = None
+
+    def _attempt(self, what: str, action: Any) -> None:
+        try:
+            result = action()
+        except Exception as error:  # see __init__
+            logger.warning("W&B could not %s (%s); training goes on without it", what, error)
+            self._run = None
+            return
+        if what == "start":
+            self._run = result
+
+
+def _settings() -> wandb.Settings:
+    timeout = float(os.environ.get("WANDB_INIT_TIMEOUT", INIT_TIMEOUT))
+    return wandb.Settings(
+        init_timeout=timeout,
+        login_timeout=timeout,
+        finish_timeout=FINISH_TIMEOUT,
+        console="off",
+        disable_code=True,
+        disable_git=True,
+        silent=True,
+    )

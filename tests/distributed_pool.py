@@ -1,0 +1,155 @@
+"""A reusable pool of real processes joined by gloo, so that tests of several ranks start quickly."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import pickle
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch.distributed as dist
+import torch.multiprocessing
+
+ROOT = Path(__file__).resolve().parent.parent
+#: Seconds the other ranks get to end after one has failed; they usually wait in a collective for ever.
+GRACE = 5.0
+
+
+class RankError(RuntimeError):
+    """A function failed on some rank; the message holds the tracebacks, `errors` the exceptions' names."""
+
+    def __init__(self, message: str, errors: dict[int, str]):
+        super().__init__(message)
+        self.errors = errors
+
+
+def free_port() -> int:
+    """A TCP port on loopback that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _serve(rank: int, world_size: int, store: str, connection: Connection) -> None:
+    sys.path.insert(0, str(ROOT))
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    while True:
+        try:
+            message = connection.recv_bytes()
+        except EOFError:
+            return
+        try:
+            function, arguments = pickle.loads(message)
+            answer = pickle.dumps((True, function(*arguments)))
+        except BaseException as error:
+            answer = pickle.dumps((False, (type(error).__name__, traceback.format_exc())))
+        connection.send_bytes(answer)
+
+
+class GlooPool:
+    """`world_size` spawned processes with one default gloo group, kept between calls of `run`.
+
+    The functions given to `run` are module-level functions of test files (they travel by name) and must
+    leave the default group alive. A pool whose ranks no longer agree is replaced at the next `run`.
+    """
+
+    def __init__(self, world_size: int, timeout: float = 120.0):
+        """Nothing starts before the first `run`; `timeout` is in seconds and bounds every `run`."""
+        self.world_size = world_size
+        self.timeout = timeout
+        self._processes: list[Any] = []
+        self._connections: list[Connection] = []
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def _start(self) -> None:
+        # Not daemons (data loaders need children), so an open pool would keep the interpreter from ending.
+        atexit.register(self.close)
+        self._folder = tempfile.TemporaryDirectory(prefix="gloo-pool-")
+        store = str(Path(self._folder.name) / "store")
+        context = torch.multiprocessing.get_context("spawn")
+        environment = {
+            "DS_ACCELERATOR": "cpu",
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_WORLD_SIZE": str(self.world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+        }
+        # Spawned children inherit the environment; OpenMP reads it before any of our code runs there.
+        with mock.patch.dict(os.environ, environment):
+            for rank in range(self.world_size):
+                ours, theirs = context.Pipe()
+                arguments = (rank, self.world_size, store, theirs)
+                process = context.Process(target=_serve, args=arguments, daemon=False)
+                process.start()
+                theirs.close()
+                self._processes.append(process)
+                self._connections.append(ours)
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Call `function(*arguments)` on every rank; return the results in rank order.
+
+        Raises:
+            RankError: with the traceback of every rank that failed, died or did not answer in time.
+        """
+        if not self._processes:
+            self._start()
+        message = pickle.dumps((function, arguments))
+        for connection in self._connections:
+            connection.send_bytes(message)
+        answers = self._collect()
+        failures = {rank: answer[1] for rank, answer in answers.items() if not answer[0]}
+        if not failures:
+            return [answers[rank][1] for rank in range(self.world_size)]
+        errors = {rank: name for rank, (name, _) in failures.items()}
+        if len(failures) < self.world_size or len(set(errors.values())) > 1:
+            self.close()
+        report = "\n".join(f"--- rank {rank}:\n{text}" for rank, (_, text) in sorted(failures.items()))
+        raise RankError(f"{function.__qualname__} failed on ranks {sorted(failures)}\n{report}", errors)
+
+    def _collect(self) -> dict[int, tuple[bool, Any]]:
+        answers: dict[int, tuple[bool, Any]] = {}
+        deadline = time.monotonic() + self.timeout
+        while len(answers) < self.world_size:
+            pending = {c: rank for rank, c in enumerate(self._connections) if rank not in answers}
+            ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                for rank in pending.values():
+                    answers[rank] = (False, ("TimeoutError", "no answer in time (waiting for another rank?)"))
+            for connection in ready:
+                rank = pending[connection]  # type: ignore[index]
+                try:
+                    answers[rank] = pickle.loads(connection.recv_bytes())  # type: ignore[union-attr]
+                except (EOFError, ConnectionResetError):
+                    self._processes[rank].join(GRACE)
+                    code = self._processes[rank].exitcode
+                    answers[rank] = (False, ("ProcessDied", f"the process ended with code {code}"))
+                if not answers[rank][0]:
+                    deadline = min(deadline, time.monotonic() + GRACE)
+        return answers
+
+    def close(self) -> None:
+        """End the processes; the next `run` starts new ones."""
+        atexit.unregister(self.close)
+        for connection in self._connections:
+            connection.close()
+        for process in self._processes:
+            process.join(GRACE)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._processes, self._connections = [], []
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None

@@ -1,0 +1,152 @@
+"""`medvlp pretrain` as a user starts it: processes, signals, exit codes, errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from launcher.main import app
+from medvlp.config_files import ConfigError
+from medvlp.ranks import LaunchError
+from tests.training.runs import TINY, read_metrics
+
+pytestmark = pytest.mark.dist
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("phantoms") / "data"
+    finished = medvlp(
+        "shards", "build", "phantom", "--out", str(root), "--studies", "60", "--image-size", "64"
+    )
+    assert finished.returncode == 0, finished.stderr
+    return root
+
+
+def environment() -> dict[str, str]:
+    kept = {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
+    return kept | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
+
+def medvlp(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "launcher.main", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=150, env=environment())
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "launcher.main", *arguments]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
+    )
+
+
+def wait_for_steps(run: Path, steps: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (run / "metrics.jsonl").exists() and len(
+            (run / "metrics.jsonl").read_text().splitlines()
+        ) >= steps:
+            return
+        time.sleep(0.1)
+    process.kill()
+    pytest.fail(f"no {steps} steps in time: {process.communicate()[0]}")
+
+
+def arguments(data: Path, run: Path, *more: str) -> list[str]:
+    return ["pretrain", *TINY, f"data.root={data}", f"run.dir={run}", *more]
+
+
+def test_two_ranks_are_stopped_resumed_and_leave_a_whole_run_folder(data, tmp_path):
+    run = tmp_path / "run"
+    command = arguments(data, run, "train.steps=400", "monitor.wandb=offline", "zero.stage=2", "--nproc", "2")
+    process = start(*command)
+    wait_for_steps(run, 3, process)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 75, output
+    assert "stopped by SIGTERM after a checkpoint" in output
+    lines = read_metrics(run)
+    stopped = lines[-1]["step"]
+    assert 3 <= stopped < 400
+    assert (run / "checkpoints/latest").read_text().strip() == f"step-{stopped:08d}"
+
+    resumed = medvlp(*command[:-2], f"train.steps={stopped + 2}", "--nproc", "2")
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"after step {stopped} of {stopped + 2}" in resumed.stderr
+    assert "config differs from the last start" in resumed.stderr
+    assert [line["step"] for line in read_metrics(run)] == list(range(1, stopped + 3))
+    told = json.loads((run / "environment.json").read_text())
+    assert told["world_size"] == 2
+    assert "torch" in told["packages"]
+    assert "pretrain" in told["command"]
+
+
+def test_a_killed_launcher_takes_its_ranks_with_it(data, tmp_path):
+    run = tmp_path / "run"
+    process = start(*arguments(data, run, "train.steps=400", "--nproc", "2"))
+    wait_for_steps(run, 1, process)
+    process.kill()
+    process.communicate(timeout=60)
+    size = (run / "metrics.jsonl").stat().st_size
+    time.sleep(1.5)
+    assert (run / "metrics.jsonl").stat().st_size == size
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["train.global_batch=15", "--nproc", "2"], "train.global_batch=15 does not divide over 2 ranks"),
+        (["train.micro_batch=3"], "train.micro_batch=3 does not divide"),
+        (["precision=fp16"], "precision=fp16 needs a CUDA device"),
+        (["optimizer.learning_rate=1"], "unknown key"),
+    ],
+)
+def test_mistakes_in_the_config_end_before_anything_starts(tmp_path, more, message):
+    result = CliRunner().invoke(app, arguments(tmp_path / "data", tmp_path / "run", *more))
+    assert isinstance(result.exception, ConfigError)
+    assert message in str(result.exception)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_found_by_the_ranks_is_one_clear_line(data, tmp_path):
+    finished = medvlp(*arguments(data, tmp_path / "run", "data.root=/nowhere", "--nproc", "2"))
+    assert finished.returncode == 3, finished.stderr
+    assert finished.stderr.strip().splitlines() == ["error: data folder /nowhere does not exist"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_inside_another_launcher_nproc_is_refused(tmp_path, monkeypatch):
+    srun = {
+        "SLURM_STEP_ID": "0",
+        "SLURM_PROCID": "0",
+        "SLURM_NTASKS": "2",
+        "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+    }
+    for name, value in srun.items():
+        monkeypatch.setenv(name, value)
+    result = CliRunner().invoke(app, arguments(tmp_path, tmp_path / "run", "--nproc", "2"))
+    assert isinstance(result.exception, LaunchError)
+    assert "--nproc 2 inside srun" in str(result.exception)
+
+
+def test_torchrun_is_joined(data, tmp_path):
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
+        "--rdzv-endpoint", "127.0.0.1:0", "-m", "launcher.main",
+        *arguments(data, tmp_path / "run", "train.steps=2"),
+    ]  # fmt: skip
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=150, env=environment())
+    assert finished.returncode == 0, finished.stderr
+    assert len(read_metrics(tmp_path / "run")) == 2
+    told = json.loads((tmp_path / "run/environment.json").read_text())
+    assert told["world_size"] == 2

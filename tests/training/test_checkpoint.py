@@ -1,0 +1,162 @@
+"""Writing, verifying, choosing and deleting checkpoints, without an engine."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medvlp.config import CheckpointConfig
+from medvlp.training import checkpoint
+from medvlp.training.errors import CheckpointError
+from medvlp.training.manifest import Manifest, newest_valid, step_folder
+from medvlp.training.state_files import StateFile, read_state
+from tests.training.tiny import TinyMethod
+
+
+def save(
+    run_dir: Path, step: int, config: CheckpointConfig | None = None, method: TinyMethod | None = None
+) -> Path:
+    folder = checkpoint.prepare(run_dir / "checkpoints", step)
+    weights = (method or TinyMethod()).state_dict()
+    files = [
+        StateFile(folder / "weights.safetensors", weights),
+        StateFile(folder / "ranks" / "rank-00000.pt", {"x": torch.arange(5), "n": [1, None, "a"]}),
+    ]
+    manifest = Manifest(step, 0, 1, 0, "fp32", 8, "hash", files=checkpoint.write(folder, files))
+    return checkpoint.commit(folder, manifest, config or CheckpointConfig(keep_last=0))
+
+
+def test_what_is_saved_is_verified_and_read_back(tmp_path):
+    method = TinyMethod()
+    folder = save(tmp_path, 5, method=method)
+    assert folder.name == "step-00000005"
+    assert (tmp_path / "checkpoints/latest").read_text().strip() == folder.name
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["step"] == 5
+    assert set(manifest["files"]) == {"weights.safetensors", "ranks/rank-00000.pt"}
+    assert newest_valid(tmp_path) == folder
+    other = TinyMethod()
+    checkpoint.load_weights(folder, other)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(method.state_dict().values(), other.state_dict().values(), strict=True)
+    )
+    assert read_state(folder / "ranks/rank-00000.pt")["n"] == [1, None, "a"]
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_a_run_without_checkpoints_has_none(tmp_path):
+    assert newest_valid(tmp_path) is None
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / f".{step_folder(5)}.partial").mkdir()
+    assert newest_valid(tmp_path) is None
+
+
+def flip(folder: Path) -> None:
+    path = folder / "ranks/rank-00000.pt"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def escape(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["../../secret"] = {"bytes": 1, "xxh3_128": ""}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (flip, "checksum differs"),
+        (lambda folder: (folder / "weights.safetensors").write_bytes(b""), "has 0 bytes"),
+        (lambda folder: (folder / "weights.safetensors").unlink(), "cannot be read"),
+        (lambda folder: (folder / "manifest.json").unlink(), "is missing"),
+        (lambda folder: (folder / "manifest.json").write_text('{"step": 1}'), "cannot be read as a manifest"),
+        (escape, "outside its folder"),
+    ],
+)
+def test_a_damaged_newest_one_is_passed_over_with_a_warning(tmp_path, caplog, damage, message):
+    old, new = save(tmp_path, 5), save(tmp_path, 10)
+    damage(new)
+    with caplog.at_level("WARNING", logger="medvlp"):
+        assert newest_valid(tmp_path) == old
+    assert message in caplog.text
+    damage(old)
+    with pytest.raises(CheckpointError, match="2 checkpoints and none is good"):
+        newest_valid(tmp_path)
+
+
+def test_saving_over_a_damaged_one_replaces_it_and_drops_an_abandoned_future(tmp_path):
+    save(tmp_path, 5)
+    flip(save(tmp_path, 10))
+    save(tmp_path, 15)
+    assert newest_valid(save(tmp_path, 10).parent.parent).name == step_folder(10)
+    assert not (tmp_path / "checkpoints" / step_folder(15)).exists()
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    steps=st.sets(st.integers(1, 40), min_size=1, max_size=6),
+    last=st.integers(0, 3),
+    every=st.sampled_from([0, 4]),
+)
+def test_what_is_kept(tmp_path_factory, steps, last, every):
+    run = tmp_path_factory.mktemp("keep")
+    for step in sorted(steps):
+        folder = run / "checkpoints" / step_folder(step)
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+    checkpoint.prune(run / "checkpoints", max(steps), CheckpointConfig(keep_last=last, keep_every=every))
+    kept = {int(path.name[5:]) for path in (run / "checkpoints").iterdir()}
+    newest = set(sorted(steps)[-last:]) if last else steps
+    assert kept == newest | {step for step in steps if every and step % every == 0}
+    shutil.rmtree(run)
+
+
+def test_deleting_removes_the_manifest_first(tmp_path, monkeypatch):
+    folder = save(tmp_path, 5)
+
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.remove(folder)
+    assert folder.exists()
+    assert not (folder / "manifest.json").exists()
+
+
+def test_a_disk_that_refuses_is_one_clear_error_and_keeps_the_old(tmp_path, monkeypatch):
+    old = save(tmp_path, 5)
+
+    def full(self):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(StateFile, "write", full)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        save(tmp_path, 10)
+    assert newest_valid(tmp_path) == old
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+def test_code_in_a_state_file_is_not_executed(tmp_path, capsys):
+    torch.save({"x": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        read_state(tmp_path / "evil.pt")
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_weights_of_another_method_are_refused(tmp_path):
+    folder = save(tmp_path, 5)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        checkpoint.load_weights(folder, torch.nn.Linear(2, 2))

@@ -1,0 +1,123 @@
+"""metrics.jsonl across restarts, and what W&B's own reader finds in its offline files."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from medvlp.config import MonitorConfig
+from medvlp.training.metrics_file import MetricsFile
+from medvlp.training.wandb_run import WandbRun, resolve_mode
+from tests.training.runs import read_metrics, train
+
+
+def records(folder: Path) -> dict[str, list[dict]]:
+    """type -> records of the .wandb files below a folder, oldest first, read by `wandb leet inspect`."""
+    found: dict[str, list[dict]] = {}
+    wandb = Path(sys.executable).with_name("wandb")
+    for file in sorted(folder.rglob("*.wandb"), key=lambda path: path.stat().st_mtime):
+        command = [str(wandb), "leet", "inspect", "--json", str(file)]
+        output = subprocess.run(
+            command, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL
+        ).stdout
+        for line in output.splitlines():
+            record = json.loads(line)
+            found.setdefault(record["type"], []).append(record[record["type"]])
+    return found
+
+
+def test_lines_beyond_the_step_and_torn_ones_are_cut(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, step=0)
+    for step in (1, 2, 3):
+        file.write({"step": step, "loss": None if step == 2 else 0.5})
+    file.close()
+    with path.open("a") as torn:
+        torn.write('{"step": 4, "lo')
+    file = MetricsFile(path, step=2)
+    file.write({"step": 3, "loss": 0.25})
+    file.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1, "loss": 0.5},
+        {"step": 2, "loss": None},
+        {"step": 3, "loss": 0.25},
+    ]
+
+
+@pytest.mark.dist
+def test_metrics_of_a_run_and_its_offline_wandb_files(gloo_pool, overrides, tmp_path):
+    options = ["monitor.wandb=offline", "train.steps=4", "checkpoint.every_steps=2", "run.name=a name"]
+    pool = gloo_pool(2)
+    pool.run(train, overrides(*options))
+    run = tmp_path / "run"
+    lines = read_metrics(run)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    wanted = {
+        "epoch", "loss", "loss/instance", "lr", "samples_per_second", "step_seconds", "data_wait",
+        "grad_norm", "memory_gib", "skipped_samples",
+    }  # fmt: skip
+    assert wanted <= lines[0].keys()
+    assert lines[0]["samples_per_second"] == pytest.approx(16 / lines[0]["step_seconds"])
+    assert 0 <= lines[0]["data_wait"] <= 1
+
+    shutil.rmtree(run / "checkpoints/step-00000004")
+    pool.run(train, overrides(*options))
+    assert read_metrics(run)[:2] == lines[:2]
+    found = records(run / "wandb")
+    assert len(found["run"]) == 2
+    ids = {record["run_id"] for record in found["run"]}
+    assert ids == {json.loads((run / "checkpoints/step-00000002/manifest.json").read_text())["wandb_run_id"]}
+    assert found["run"][0]["display_name"] == "a name"
+    history = [record["item"] for record in found["history"]]
+    assert [item["step"] for item in history] == [1, 2, 3, 4, 3, 4]
+    assert [item["_step"] for item in history] == [1, 2, 3, 4, 3, 4]
+    for item, line in zip(history, lines, strict=False):
+        assert {name: item[name] for name in line} == line
+
+
+@pytest.mark.dist
+def test_metrics_are_read_only_at_logged_steps(gloo_pool, overrides, tmp_path):
+    gloo_pool(2).run(train, overrides("monitor.log_every=2", "train.steps=3"))
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [2, 3]
+
+
+def test_the_mode(monkeypatch, tmp_path):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert resolve_mode("auto") == "offline"
+    assert resolve_mode("disabled") == "disabled"
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password key\n")
+    (tmp_path / "netrc").chmod(0o600)
+    assert resolve_mode("auto") == "online"
+    (tmp_path / "netrc").unlink()
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    assert resolve_mode("auto") == "online"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert resolve_mode("auto") == "disabled"
+
+
+def test_an_unreachable_server_is_a_warning_and_the_run_is_logged_offline(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", "local-" + "0" * 40)
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
+    with caplog.at_level("WARNING", logger="medvlp"):
+        run = WandbRun(MonitorConfig(wandb="online"), tmp_path, "name", {"train": {"steps": 1}}, "abcd1234")
+    assert "W&B cannot be reached" in caplog.text
+    run.log({"loss": 0.5, "grad_norm": None}, step=1)
+    run.finish()
+    offline = next((tmp_path / "wandb").glob("offline-run-*"))
+    found = records(offline)
+    assert found["run"][0]["run_id"] == "abcd1234"
+    assert found["history"][0]["item"]["loss"] == 0.5
+
+
+def test_disabled_leaves_nothing(tmp_path):
+    run = WandbRun(MonitorConfig(wandb="disabled"), tmp_path, "name", {}, None)
+    run.log({"loss": 1.0}, 1)
+    run.finish()
+    assert run.id is None
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,124 @@
+"""A run that resumes equals one that never stopped: weights bit for bit, and the metrics."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.training.runs import read_metrics, train, train_expecting_error
+
+pytestmark = pytest.mark.dist
+
+MEASURED = ("samples_per_second", "step_seconds", "data_wait", "memory_gib")
+
+
+def weights(run_dir: Path, step: int = 4) -> bytes:
+    return (run_dir / "checkpoints" / f"step-{step:08d}" / "weights.safetensors").read_bytes()
+
+
+def comparable(run_dir: Path) -> list[dict]:
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in read_metrics(run_dir)]
+
+
+def killed_after(run_dir: Path, copy: Path, step: int) -> None:
+    """Copy a run as if it had been killed before its next checkpoint, while it wrote a line of metrics."""
+    shutil.copytree(run_dir, copy)
+    for folder in (copy / "checkpoints").glob("step-*"):
+        if int(folder.name[5:]) > step:
+            shutil.rmtree(folder)
+    with (copy / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')
+
+
+DROPOUT = ["text.dropout=0.2", "checkpoint.every_steps=2", "image.options={drop_path_rate: 0.2}"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "more"),
+    [
+        (0, "fp32", ["data.workers=0"]),
+        (1, "fp32", ["data.workers=2"]),
+        (2, "fp32", ["data.workers=1", "train.micro_batch=4"]),
+        (3, "fp32", ["data.workers=0"]),
+        (0, "bf16", ["data.workers=0"]),
+        (1, "bf16", ["data.workers=0"]),
+        (2, "bf16", ["data.workers=0"]),
+        (3, "bf16", ["data.workers=0"]),
+    ],
+)
+def test_resuming_is_bit_identical(gloo_pool, overrides, tmp_path, stage, precision, more):
+    options = [*DROPOUT, f"zero.stage={stage}", f"precision={precision}", *more]
+    pool = gloo_pool(2)
+    assert pool.run(train, overrides(*options, run="whole")) == [0, 0]
+    killed_after(tmp_path / "whole", tmp_path / "resumed", step=2)
+    assert pool.run(train, overrides(*options, run="resumed")) == [0, 0]
+    assert weights(tmp_path / "resumed") == weights(tmp_path / "whole")
+    assert weights(tmp_path / "resumed", 2) != weights(tmp_path / "resumed", 4)
+    assert comparable(tmp_path / "resumed") == comparable(tmp_path / "whole")
+    assert [line["step"] for line in read_metrics(tmp_path / "resumed")] == [1, 2, 3, 4]
+
+
+def test_dropout_really_draws(gloo_pool, overrides, tmp_path):
+    """Without restored random states the test above would have to fail: another seed gives other metrics."""
+    pool = gloo_pool(2)
+    pool.run(train, overrides(*DROPOUT, "train.steps=2", run="drop"))
+    pool.run(train, overrides("train.steps=2", run="none"))
+    assert comparable(tmp_path / "drop")[0]["loss"] != comparable(tmp_path / "none")[0]["loss"]
+
+
+def test_clusters_of_the_service_resume_too(gloo_pool, overrides, tmp_path):
+    options = [
+        *DROPOUT, "method.prototype_source=clusters", "prototypes.refresh_steps=2", "prototypes.balance=bias",
+        "train.steps=5", "checkpoint.every_steps=3",
+    ]  # fmt: skip
+    pool = gloo_pool(2)
+    pool.run(train, overrides(*options, run="whole"))
+    killed_after(tmp_path / "whole", tmp_path / "resumed", step=3)
+    pool.run(train, overrides(*options, run="resumed"))
+    assert weights(tmp_path / "resumed", 5) == weights(tmp_path / "whole", 5)
+    timed = {"prototypes/seconds"}
+    for found, expected in zip(comparable(tmp_path / "resumed"), comparable(tmp_path / "whole"), strict=True):
+        assert {k: found[k] for k in found.keys() - timed} == {
+            k: expected[k] for k in expected.keys() - timed
+        }
+    assert "prototypes/version" in comparable(tmp_path / "whole")[1]
+
+
+def test_kmeans_start_and_a_finished_run_started_again(gloo_pool, overrides, tmp_path):
+    options = ["prototypes.init=kmeans", "prototypes.init_samples=32", "train.steps=2"]
+    pool = gloo_pool(2)
+    pool.run(train, overrides(*options))
+    random_start = overrides("train.steps=2", run="random")
+    pool.run(train, random_start)
+    assert weights(tmp_path / "run", 2) != weights(tmp_path / "random", 2)
+    before = weights(tmp_path / "run", 2)
+    assert pool.run(train, overrides(*options)) == [0, 0]
+    assert weights(tmp_path / "run", 2) == before
+    assert len(read_metrics(tmp_path / "run")) == 2
+
+
+def test_damaged_checkpoints_are_passed_over_and_another_layout_is_refused(gloo_pool, overrides, tmp_path):
+    pool = gloo_pool(2)
+    options = ["checkpoint.every_steps=2", "checkpoint.keep_last=0"]
+    pool.run(train, overrides(*options))
+    expected = weights(tmp_path / "run")
+    with (tmp_path / "run/checkpoints/step-00000004/weights.safetensors").open("r+b") as file:
+        file.seek(5000)
+        file.write(b"damage")
+    assert pool.run(train, overrides(*options)) == [0, 0]
+    assert weights(tmp_path / "run") == expected
+    for change, message in [
+        ("zero.stage=1", "zero.stage was 2 and is 1"),
+        ("precision=bf16", "precision was fp32"),
+    ]:
+        kind, text, code = pool.run(train_expecting_error, overrides(*options, change))[0]
+        assert (kind, code) == ("CheckpointError", 4)
+        assert message in text
+    kind, text, _ = gloo_pool(1).run(train_expecting_error, overrides(*options))[0]
+    assert kind == "CheckpointError"
+    assert "the number of ranks was 2 and is 1" in text
+    for folder in (tmp_path / "run/checkpoints").glob("step-*"):
+        (folder / "manifest.json").write_text("{")
+    kind, text, _ = pool.run(train_expecting_error, overrides(*options))[1]
+    assert kind == "CheckpointError"
+    assert "2 checkpoints and none is good" in text

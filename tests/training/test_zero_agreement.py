@@ -1,0 +1,67 @@
+"""Every ZeRO stage on two ranks computes what one process computes on the same global batches."""
+
+import pytest
+
+from tests.training.runs import read_metrics, train
+
+pytestmark = pytest.mark.dist
+
+NETS = ["test_vit.r160_in1k", "test_resnet.r160_in1k"]
+
+
+def losses(pool, overrides, tmp_path, name, *more):
+    pool.run(train, overrides(*more, run=name))
+    return [(line["loss"], line["grad_norm"]) for line in read_metrics(tmp_path / name)]
+
+
+def largest_difference(found, expected, column=0):
+    assert len(found) == len(expected) > 0
+    return max(abs(a[column] - b[column]) / abs(b[column]) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_fp32_over_twenty_steps(gloo_pool, overrides, tmp_path, net):
+    options = [f"image.name={net}", "train.steps=20", "optimizer.lr=2e-5"]
+    expected = losses(gloo_pool(1), overrides, tmp_path, "one", *options, "zero.stage=0")
+    other = losses(gloo_pool(1), overrides, tmp_path, "other", *options, "optimizer.lr=2.1e-5")
+    assert largest_difference(other, expected) > 1e-4, "the test would not see a wrong update"
+    for stage in range(4):
+        found = losses(gloo_pool(2), overrides, tmp_path, f"stage{stage}", *options, f"zero.stage={stage}")
+        difference = largest_difference(found, expected)
+        print(f"{net} fp32 stage {stage}: largest relative difference {difference:.1e}")
+        assert difference < 1e-4
+        assert largest_difference(found, expected, column=1) < 1e-3
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_bf16(gloo_pool, overrides, tmp_path, net):
+    options = [f"image.name={net}", "train.steps=5", "precision=bf16", "optimizer.lr=2e-5"]
+    expected = losses(gloo_pool(1), overrides, tmp_path, "one", *options, "zero.stage=0")
+    for stage in range(4):
+        found = losses(gloo_pool(2), overrides, tmp_path, f"stage{stage}", *options, f"zero.stage={stage}")
+        difference = largest_difference(found, expected)
+        print(f"{net} bf16 stage {stage}: largest relative difference {difference:.1e}")
+        assert difference < 0.02
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_accumulation_is_the_same_on_one_and_two_ranks(gloo_pool, overrides, tmp_path, stage):
+    """Two micro-batches of eight: each is the batch of one contrast, whoever computes it."""
+    one = losses(gloo_pool(1), overrides, tmp_path, "one", "train.micro_batch=8", f"zero.stage={stage}")
+    two = losses(gloo_pool(2), overrides, tmp_path, "two", "train.micro_batch=4", f"zero.stage={stage}")
+    whole = losses(gloo_pool(1), overrides, tmp_path, "whole", f"zero.stage={stage}")
+    assert largest_difference(two, one) < 1e-4
+    assert largest_difference(whole, one) > 1e-3
+
+
+def test_clipping_and_learning_rate_scales_agree_across_stages(gloo_pool, overrides, tmp_path):
+    options = [
+        "train.gradient_clip=1",
+        "optimizer.image_lr_scale=0",
+        "optimizer.name=sgd",
+        "optimizer.lr=0.01",
+    ]
+    expected = losses(gloo_pool(1), overrides, tmp_path, "one", *options, "zero.stage=0")
+    for stage in (1, 3):
+        found = losses(gloo_pool(2), overrides, tmp_path, f"stage{stage}", *options, f"zero.stage={stage}")
+        assert largest_difference(found, expected) < 1e-4
