@@ -19,7 +19,7 @@ $(INSTALLED): pyproject.toml .ci/constraints.txt
 	touch $@
 
 demo: $(INSTALLED)
-	$(BIN)/medvlp shards build phantom --out $(DEMO)/shards --studies 3000 --image-size 128 --seed 0 --workers 2
+	$(BIN)/medvlp shards build phantom --out $(DEMO)/shards --studies 5000 --image-size 128 --seed 0 --workers 2
 	$(BIN)/medvlp shards view $(DEMO)/shards --out $(DEMO)/samples.png
 	$(BIN)/medvlp pretrain configs/demo.yaml data.root=$(DEMO)/shards run.dir=$(DEMO)/run --nproc 2
 	$(BIN)/medvlp evaluate $(DEMO)/run --data $(DEMO)/shards --task zero-shot --task retrieval --task linear-probe

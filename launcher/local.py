@@ -7,15 +7,23 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std, start_processes
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+from medvlp.training.errors import LostPeerError
+from shards.errors import MedvlpError
 
 #: Signals the ranks act on (they save a checkpoint and stop).
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 #: Tells a rank which process it must not outlive.
 PARENT = "MEDVLP_LAUNCHER_PID"
+#: Path of the file that the first rank with an error makes; only that rank shows its error.
+FIRST_ERROR = "MEDVLP_FIRST_ERROR"
 
 
 def launch(arguments: Sequence[str], ranks: int, has_cuda: bool) -> int:
@@ -33,12 +41,21 @@ def launch(arguments: Sequence[str], ranks: int, has_cuda: bool) -> int:
     """
     # The ranks have said what was wrong; torch would add a line about the exit code to it.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    port = free_port()
-    environments = {rank: rank_environment(rank, ranks, port, has_cuda) for rank in range(ranks)}
+    with tempfile.TemporaryDirectory(prefix="medvlp-launch-") as folder:
+        port, first_error = free_port(), Path(folder) / "first-error"
+        environments = {
+            rank: rank_environment(rank, ranks, port, has_cuda) | {FIRST_ERROR: str(first_error)}
+            for rank in range(ranks)
+        }
+        failures = _run_processes(arguments, environments)
+    return _exit_code(failures)
+
+
+def _run_processes(arguments: Sequence[str], environments: dict[int, dict[str, str]]) -> list[ProcessFailure]:
     context = start_processes(
         name="medvlp",
         entrypoint=sys.executable,
-        args=dict.fromkeys(range(ranks), ("-m", "launcher.main", *arguments)),
+        args=dict.fromkeys(environments, ("-m", "launcher.main", *arguments)),
         envs=environments,
         logs_specs=DefaultLogsSpecs(redirects=Std.NONE),
     )
@@ -57,14 +74,37 @@ def launch(arguments: Sequence[str], ranks: int, has_cuda: bool) -> int:
         result = context.wait(period=0.1)
     finally:
         context.close()
-    if result is None or not result.failures:
+    return [] if result is None else list(result.failures.values())
+
+
+def _exit_code(failures: list[ProcessFailure]) -> int:
+    if not failures:
         return 0
-    first = min(result.failures.values(), key=lambda failure: failure.timestamp)
+    # A rank that lost another one ends after it, yet may be noticed before it.
+    causes = [failure for failure in failures if failure.exitcode != LostPeerError.exit_code]
+    if not causes:
+        print("error: the ranks lost the connection to each other", file=sys.stderr)
+    first = min(causes or failures, key=lambda failure: failure.timestamp)
     if first.exitcode > 0:
         return int(first.exitcode)
     name = signal.Signals(-first.exitcode).name
     print(f"error: rank {first.local_rank} was killed by {name} (out of memory?)", file=sys.stderr)
     return int(128 - first.exitcode)
+
+
+def may_show_error(error: MedvlpError, environment: Mapping[str, str]) -> bool:
+    """Whether this rank is the one to show its error: the first that did not just lose another rank."""
+    if FIRST_ERROR not in environment:
+        return True
+    if isinstance(error, LostPeerError):
+        return False
+    try:
+        Path(environment[FIRST_ERROR]).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # a full disk must not hide the message about it
+        return True
+    return True
 
 
 def rank_environment(rank: int, ranks: int, port: int, has_cuda: bool) -> dict[str, str]:

@@ -155,6 +155,7 @@ class OptimizerConfig:
     lr: float = key(2e-5, "peak learning rate", 0)
     min_lr: float = key(1e-8, "learning rate at the start of warm-up and the end of the cosine", 0)
     warmup: float = key(0.1, "share of all steps with linearly rising learning rate, in [0, 1)", 0, 0.999)
+    warmup_steps: int | None = key(None, "length of the warm-up in steps; stands above warmup", 0)
     image_lr_scale: float = key(1.0, "factor on the learning rate of the image encoder", 0)
     text_lr_scale: float = key(1.0, "factor on the learning rate of the text encoder", 0)
     betas: list[float] = key([0.9, 0.999], "decay rates of AdamW's moments; the first is SGD's momentum")

@@ -24,6 +24,11 @@ TIMEOUT = timedelta(minutes=30)
 # torch 2.14 renamed it and warns about the old name; older versions have only that.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
+#: What gloo and NCCL say when the process at the other end is gone.
+_LOST_PEER = (
+    "Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited",
+)  # fmt: skip
+
 _bookkeeping: Any = None
 _owns_default_group = False
 
@@ -73,6 +78,11 @@ def shutdown(graceful: bool = True) -> None:
         dist.destroy_process_group()
         _bookkeeping = None
     _owns_default_group = False
+
+
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank has ended (gloo and NCCL tell it in words only)."""
+    return any(text in str(error) for text in _LOST_PEER)
 
 
 def choose_device(local_rank: int) -> torch.device:

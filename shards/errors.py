@@ -9,6 +9,12 @@ class MedvlpError(Exception):
     exit_code: int = 1
 
 
+class UsageError(MedvlpError):
+    """A value on the command line that cannot be."""
+
+    exit_code = 2
+
+
 class DataError(MedvlpError):
     """A dataset, shard, sample or source file cannot be used as it is."""
 

@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 
-from shards.errors import DataError
+from shards.errors import UsageError
 
 DEFAULT_FRACTIONS = "train=0.8,valid=0.1,test=0.1"
 
@@ -25,7 +25,7 @@ def parse_fractions(text: str) -> dict[str, float]:
     """`train=0.8,valid=0.1,test=0.1` -> shares by split name.
 
     Raises:
-        DataError: not of that form, or the shares do not add up to 1.
+        UsageError: not of that form, or the shares do not add up to 1.
     """
     fractions: dict[str, float] = {}
     for part in text.split(","):
@@ -33,9 +33,9 @@ def parse_fractions(text: str) -> dict[str, float]:
         try:
             fractions[normalise_split(name)] = float(share)
         except ValueError as error:
-            raise DataError(f"--split {text!r}: write it as {DEFAULT_FRACTIONS}") from error
+            raise UsageError(f"--split {text!r}: write it as {DEFAULT_FRACTIONS}") from error
     if any(not 0 <= share <= 1 for share in fractions.values()) or abs(sum(fractions.values()) - 1) > 1e-9:
-        raise DataError(f"--split {text!r}: the shares must lie in [0, 1] and add up to 1")
+        raise UsageError(f"--split {text!r}: the shares must lie in [0, 1] and add up to 1")
     return fractions
 
 

@@ -13,9 +13,12 @@ from shards.reader import ShardReader
 
 _CELL = 320
 _MARGIN = 10
-_TEXT_HEIGHT = 210
+_GAP = 4
+_MOST_LINES = 18
 _FONT_SIZE = 12
 _LINE = 15
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
 _BACKGROUND = (255, 255, 255)
 _INK = (20, 20, 20)
 _LABEL_INK = (160, 30, 30)
@@ -26,7 +29,7 @@ def contact_sheet(reader: ShardReader, split: str, samples: int, columns: int, s
     """Draw `samples` randomly chosen samples of `split`, `columns` in a row.
 
     Each cell shows the image with its boxes and, below, key, view, findings that are present ("?" marks
-    uncertain ones) and as much of the text as fits. The same seed chooses the same samples.
+    uncertain ones) and as much of the report, by sections, as fits. The same seed chooses the same samples.
 
     Raises:
         DataError: the dataset has no such split, or a sample cannot be read.
@@ -34,66 +37,76 @@ def contact_sheet(reader: ShardReader, split: str, samples: int, columns: int, s
     total = reader.sample_count(split)
     chosen = sorted(random.Random(seed).sample(range(total), min(samples, total)))
     columns = min(columns, len(chosen))
-    rows = -(-len(chosen) // columns)
-    width, height = _CELL + _MARGIN, _CELL + _TEXT_HEIGHT + _MARGIN
-    sheet = Image.new("RGB", (columns * width + _MARGIN, rows * height + _MARGIN), _BACKGROUND)
     font = ImageFont.load_default(_FONT_SIZE)
-    for place, i in enumerate(chosen):
-        left = _MARGIN + place % columns * width
-        top = _MARGIN + place // columns * height
-        key, image, metadata = reader.read(split, i)
-        colours = _colours(metadata["boxes"])
-        sheet.paste(_picture(decode_image(image), metadata["boxes"], colours, font), (left, top))
-        _write_text(ImageDraw.Draw(sheet), key, metadata, left, top + _CELL + 4, font)
+    cells = [_cell(*reader.read(split, i), font) for i in chosen]
+    rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
+    heights = [max(cell.height for cell in row) + _MARGIN for row in rows]
+    size = (columns * (_CELL + _MARGIN) + _MARGIN, sum(heights) + _MARGIN)
+    sheet = Image.new("RGB", size, _BACKGROUND)
+    top = _MARGIN
+    for row, height in zip(rows, heights, strict=True):
+        for column, cell in enumerate(row):
+            sheet.paste(cell, (_MARGIN + column * (_CELL + _MARGIN), top))
+        top += height
     return sheet
+
+
+def _cell(key: str, image: bytes, metadata: dict[str, Any], font: Font) -> Image.Image:
+    """One sample: the image with its boxes, and its text below."""
+    picture = _picture(decode_image(image), metadata["boxes"], _colours(metadata["boxes"]), font)
+    lines = _lines(ImageDraw.Draw(picture), key, metadata, font)
+    cell = Image.new("RGB", (_CELL, _CELL + _GAP + len(lines) * _LINE), _BACKGROUND)
+    cell.paste(picture, (0, 0))
+    draw = ImageDraw.Draw(cell)
+    for number, (line, ink) in enumerate(lines):
+        draw.text((0, _CELL + _GAP + number * _LINE), line, fill=ink, font=font)
+    return cell
 
 
 def _picture(
     image: np.ndarray[Any, np.dtype[np.uint8]],
     boxes: list[dict[str, Any]],
     colours: dict[str, tuple[int, int, int]],
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    font: Font,
 ) -> Image.Image:
-    """The image at cell size with its boxes and their labels."""
+    """The image at cell size with its boxes and, above them, their labels, none of which hides another."""
     picture = Image.fromarray(image).convert("RGB").resize((_CELL, _CELL), Image.Resampling.BICUBIC)
     scale = _CELL / image.shape[0]
     draw = ImageDraw.Draw(picture)
     for box in boxes:
         left, top = box["x"] * scale, box["y"] * scale
         right, bottom = left + box["width"] * scale, top + box["height"] * scale
-        label, colour = box["label"], colours[box["label"]]
-        draw.rectangle((left, top, right, bottom), outline=colour, width=2)
-        corner = (max(0.0, min(left + 3, _CELL - draw.textlength(label, font=font))), max(0.0, top - _LINE))
-        draw.text(corner, label, fill=colour, font=font, stroke_width=2, stroke_fill=_INK)
+        draw.rectangle((left, top, right, bottom), outline=colours[box["label"]], width=2)
+    taken: list[tuple[float, float, float]] = []
+    for box in sorted(boxes, key=lambda box: (box["y"], box["x"])):
+        label = box["label"]
+        length = draw.textlength(label, font=font)
+        left = max(0.0, min(box["x"] * scale + 3, _CELL - length))
+        top = max(0.0, box["y"] * scale - _LINE)
+        while any(abs(top - y) < _LINE and left < end and start < left + length for start, end, y in taken):
+            top += _LINE
+        taken.append((left, left + length, top))
+        draw.text((left, top), label, fill=colours[label], font=font, stroke_width=2, stroke_fill=_INK)
     return picture
 
 
-def _write_text(
-    draw: ImageDraw.ImageDraw,
-    key: str,
-    metadata: dict[str, Any],
-    left: int,
-    top: int,
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
-) -> None:
+def _lines(
+    draw: ImageDraw.ImageDraw, key: str, metadata: dict[str, Any], font: Font
+) -> list[tuple[str, tuple[int, int, int]]]:
+    """The text of a cell as lines with their colours; what does not fit ends in "..."."""
     marks = {1: "", -1: "?"}
     labels = [name + marks[value] for name, value in metadata["labels"].items() if value in marks]
+    known = any(value is not None for value in metadata["labels"].values())
     blocks = [
         (f"{key}  {metadata['view']}  {metadata['license']}".rstrip(), _INK),
-        (", ".join(labels) or "no finding", _LABEL_INK),
-        (" ".join(metadata["sentences"]), _INK),
+        (", ".join(labels) or ("no label present" if known else "not labelled"), _LABEL_INK),
+        *((f"{name.upper()}: {text}", _INK) for name, text in metadata["sections"].items()),
     ]
     lines = [(line, ink) for text, ink in blocks for line in _wrap(draw, text, font)]
-    room = _TEXT_HEIGHT // _LINE
-    if len(lines) > room:
-        lines = [*lines[: room - 1], ("...", _INK)]
-    for number, (line, ink) in enumerate(lines):
-        draw.text((left, top + number * _LINE), line, fill=ink, font=font)
+    return lines if len(lines) <= _MOST_LINES else [*lines[: _MOST_LINES - 1], ("...", _INK)]
 
 
-def _wrap(
-    draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
-) -> list[str]:
+def _wrap(draw: ImageDraw.ImageDraw, text: str, font: Font) -> list[str]:
     """Break text into lines of the cell's width in pixels; a word wider than that is cut."""
     lines = [""]
     for word in text.split():

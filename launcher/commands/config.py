@@ -12,7 +12,7 @@ from launcher.arguments import split_arguments
 def config(
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(metavar="CONFIG... [KEY=VALUE...]", help="YAML files, then overrides"),
+        typer.Argument(metavar="CONFIG|KEY=VALUE", help="YAML files, then overrides"),
     ] = None,
     reference: Annotated[bool, typer.Option("--reference", help="print every key with its meaning")] = False,
 ) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from shards.errors import MedvlpError
+from shards.errors import UsageError
 
 if TYPE_CHECKING:
     from medvlp.evaluation.results import Evaluation
@@ -17,18 +17,12 @@ if TYPE_CHECKING:
 RESULT_NAME = "evaluation.json"
 
 
-class UsageError(MedvlpError):
-    """Arguments of the command that cannot stand together."""
-
-    exit_code = 2
-
-
 def evaluate(
     source: Annotated[
         Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="run folder or checkpoint folder")
     ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE...]", help="over the run's config")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="over the run's config")
     ] = None,
     data: Annotated[
         str | None, typer.Option("--data", help="dataset folder or URL; default: the run's own")
@@ -53,7 +47,7 @@ def evaluate(
         Path | None, typer.Option("--out", help=f"result file; default: {RESULT_NAME} in the run folder")
     ] = None,
     findings: Annotated[
-        bool, typer.Option("--findings", help="also print a table of single findings")
+        bool, typer.Option("--findings", help="also print every metric of every finding")
     ] = False,
 ) -> None:
     """Evaluate a run and write evaluation.json: every number with a 95 % interval, beside two baselines."""
@@ -79,7 +73,7 @@ def evaluate(
 
 def compare(
     sources: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="run folders or evaluation files, first one on top")
+        list[Path], typer.Argument(metavar="RUN", help="run folders or evaluation files, first one on top")
     ],
     markdown: Annotated[bool, typer.Option("--markdown", help="Markdown with a row for each model")] = False,
     findings: Annotated[bool, typer.Option("--findings", help="also single findings")] = False,
@@ -103,8 +97,12 @@ def _print_tables(evaluations: dict[str, Evaluation], findings: bool, markdown: 
     # A pipe or log file has no width; the tables need this much to stay on one line a row.
     console = Console() if sys.stdout.isatty() else Console(width=110)
     for task in first.results:
-        for single in (False, True) if findings else (False,):
-            grid = tables.grid(evaluations, task, single)
+        grids = [tables.grid(evaluations, task)]
+        if findings:
+            grids.append(tables.grid(evaluations, task, findings=True))
+        elif task == "zero-shot" and not markdown:
+            grids.append(tables.auroc_by_finding(tables.grid(evaluations, task, findings=True)))
+        for grid in grids:
             if markdown:
                 typer.echo(f"{task}: {title}\n\n{tables.markdown_table(grid)}")
             else:

@@ -10,11 +10,12 @@ import typer
 
 from launcher.arguments import split_arguments
 from medvlp.ranks import LaunchError, detect
+from shards.errors import MedvlpError
 
 
 def pretrain(
     arguments: Annotated[
-        list[str], typer.Argument(metavar="CONFIG... [KEY=VALUE...]", help="YAML files, then overrides")
+        list[str], typer.Argument(metavar="CONFIG|KEY=VALUE", help="YAML files, then overrides")
     ],
     nproc: Annotated[
         int | None,
@@ -24,8 +25,9 @@ def pretrain(
 ) -> None:
     """Pre-train a method on a dataset; an existing run folder is resumed.
 
-    Exit codes: 0 finished, 75 stopped by a signal after saving (start again to resume), 2 config, 3 data,
-    4 checkpoint or run folder, 5 loss not finite, 1 anything else.
+    Exit codes: 0 finished; 75 stopped by a signal after saving (start again
+    to resume); 2 config; 3 data; 4 checkpoint or run folder; 5 loss not
+    finite; 6 lost another rank; 1 anything else.
     """
     from medvlp import config_files
     from medvlp.methods.registry import schemas
@@ -59,15 +61,16 @@ def pretrain(
 
 
 def _train_rank(config: object, fresh: bool) -> int:
-    """Train as one rank; errors that all ranks raise alike are shown by rank 0 alone."""
-    from launcher.local import die_with_launcher
+    """Train as one rank; of errors that several ranks raise, one is shown."""
+    from launcher.local import die_with_launcher, may_show_error
     from medvlp.training.errors import AgreedError
     from medvlp.training.run import pretrain as train
 
     die_with_launcher(os.environ)
     try:
         return train(config, fresh=fresh)  # type: ignore[arg-type]
-    except AgreedError as error:
-        if detect().rank > 0:
+    except MedvlpError as error:
+        agreed = isinstance(error, AgreedError)
+        if (agreed and detect().rank > 0) or not (agreed or may_show_error(error, os.environ)):
             sys.exit(error.exit_code)
         raise

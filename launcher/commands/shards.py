@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from shards.build import BuildOptions, build_shards
-from shards.errors import DataError
+from shards.errors import DataError, UsageError
 from shards.identifiers import KEY_VARIABLE, read_key
 from shards.info import describe
 from shards.merge import BuildSummary, merge
@@ -219,7 +219,7 @@ def _report(summary: BuildSummary, out: Path, max_rejected: float) -> None:
 
 def _stored_image(size: int, image_format: str, quality: int) -> StoredImage:
     if image_format not in ("jpg", "png"):
-        raise DataError(f"--image-format {image_format!r}: choose jpg or png")
+        raise UsageError(f"--image-format {image_format!r}: choose jpg or png")
     return StoredImage(size, image_format, quality)
 
 
@@ -228,5 +228,5 @@ def _parse_part(text: str | None) -> Part:
         return Part(0, 1)
     number, _, count = text.partition("/")
     if not (number.isdecimal() and count.isdecimal() and 0 <= int(number) <= int(count) and int(count) > 0):
-        raise DataError(f"--part {text!r}: write it as i/n, for example 0/4 to 3/4")
+        raise UsageError(f"--part {text!r}: write it as i/n, for example 0/4 to 3/4")
     return Part(int(number), int(count))

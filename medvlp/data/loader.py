@@ -174,6 +174,11 @@ def build_loader(
     store = TokenStore.open_or_build(reader, data.split, data, tokenizer)
     mask = store.trainable()
     trainable = np.flatnonzero(mask)
+    if not len(trainable):
+        raise ConfigError(
+            f"no sample of split {data.split} has text in data.sections={list(data.sections)}; "
+            "`medvlp shards view` shows the sections there are"
+        )
     if rank == 0 and len(trainable) < len(store):
         logger.warning(
             "%d of %d samples of split %s have no text in the sections %s and are not trained on",

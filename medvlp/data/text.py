@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from medvlp.config_files import ConfigError
 from medvlp.data.batch import Text
 from medvlp.data.cache import read_remote
+from medvlp.hub import hub_reason, quiet_hub
 from shards.format import TOKENIZER_NAME, is_remote, locate
 
 SpecialTokens = tuple[str, str, str]
@@ -110,10 +111,13 @@ class Tokenizer:
     def _load_pretrained(cls, spec: str) -> Tokenizer:
         import transformers  # takes seconds to import, and most runs use the dataset's own tokenizer
 
+        if not Path(spec).exists() and (Path(spec).is_absolute() or spec.startswith(".")):
+            raise ConfigError(f"data.tokenizer: folder {spec} does not exist")
         try:
-            pretrained = transformers.AutoTokenizer.from_pretrained(spec, use_fast=True)
+            with quiet_hub():
+                pretrained = transformers.AutoTokenizer.from_pretrained(spec, use_fast=True)
         except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(f"data.tokenizer: cannot load {spec!r}: {error}") from error
+            raise ConfigError(f"data.tokenizer: cannot load {spec!r}: {hub_reason(error)}") from error
         if not getattr(pretrained, "is_fast", False):
             raise ConfigError(f"data.tokenizer: {spec!r} has no fast (Rust) tokenizer")
         special = (

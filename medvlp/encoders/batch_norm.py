@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medvlp.distributed import gather_with_gradient, sum_over_ranks, world_size
+from medvlp.distributed import gather_with_gradient, world_size
 from medvlp.losses.normalise import at_least_float32
 
 
@@ -62,8 +62,6 @@ class GlobalBatchNorm(nn.SyncBatchNorm):
             output = self._one_rank(input)
         elif mask is None and use_batch and shared and input.is_cuda:
             output = super().forward(input)
-        elif mask is None and use_batch and shared and self.affine:
-            output = self._fused_all_ranks(input)
         else:
             output = self._any_ranks(input, mask, use_batch)
         result: Tensor = self.act(self.drop(output))
@@ -81,15 +79,6 @@ class GlobalBatchNorm(nn.SyncBatchNorm):
         use_batch = self.training or self.running_mean is None
         averages = (self.running_mean, self.running_var)
         return F.batch_norm(input, *averages, weight, bias, use_batch, momentum or 0.0, self.eps)
-
-    def _fused_all_ranks(self, input: Tensor) -> Tensor:
-        values = at_least_float32(input)
-        weight, bias = self.weight.to(values.dtype), self.bias.to(values.dtype)
-        output, total, mean, squares = _FusedAllRanks.apply(values, weight, bias, self.eps)
-        if self.training and self.running_mean is not None:
-            self._move_running_averages(total, mean, squares)
-        result: Tensor = output.to(input.dtype)
-        return result
 
     def _any_ranks(self, input: Tensor, mask: Tensor | None, use_batch: bool) -> Tensor:
         values = at_least_float32(input)
@@ -146,45 +135,6 @@ class GlobalBatchNorm(nn.SyncBatchNorm):
             if value is not None and changed.dtype in (torch.float16, torch.bfloat16):
                 setattr(self, name, value.to(changed.device).float())
         return self
-
-
-class _FusedAllRanks(torch.autograd.Function):
-    """Batch norm over all ranks from torch's fused CPU kernels, for feature maps without a mask.
-
-    The same function as `GlobalBatchNorm._any_ranks`, several times as fast; torch's own cross-rank kernels
-    (SyncBatchNorm) exist for CUDA only.
-    """
-
-    @staticmethod
-    def forward(
-        context: Any, values: Tensor, weight: Tensor, bias: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the output, and the count [], mean [C] and centred squares [C] over all ranks."""
-        _, mean, inverse = torch.native_batch_norm(values, None, None, None, None, True, 0.0, eps)
-        count = values.new_tensor(float(values.numel() // values.shape[1]))
-        squares = (inverse.square().reciprocal() - eps).clamp(min=0) * count
-        count, mean, squares = _merge_ranks(count, mean, squares)
-        variance = squares / count
-        context.save_for_backward(values, weight, mean, variance, count)
-        context.eps = eps
-        context.mark_non_differentiable(count, mean, squares)
-        return F.batch_norm(values, mean, variance, weight, bias, False, 0.0, eps), count, mean, squares
-
-    @staticmethod
-    def backward(context: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        values, weight, mean, variance, count = context.saved_tensors
-        # With fixed statistics the kernel gives the direct part of the gradient and the two sums that the
-        # indirect parts, through mean and variance, are made of.
-        direct, for_weight, for_bias = torch.ops.aten.native_batch_norm_backward(
-            gradient, values, weight, mean, variance, None, None, False, context.eps, [True, True, True]
-        )
-        by_mean, by_variance = sum_over_ranks(torch.stack([for_bias, for_weight])) / count
-        inverse = torch.rsqrt(variance + context.eps)
-        slope = weight * inverse.square() * by_variance
-        offset = weight * inverse * by_mean - slope * mean
-        shape = (1, -1, *([1] * (values.ndim - 2)))
-        direct.addcmul_(values, slope.view(shape), value=-1).sub_(offset.view(shape))
-        return direct, for_weight, for_bias, None
 
 
 def _merge_ranks(count: Tensor, mean: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:

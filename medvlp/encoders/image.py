@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from types import MethodType
 from typing import Any, NamedTuple, Self
@@ -17,6 +18,7 @@ from medvlp.encoders.batch_norm import convert_batch_norms
 from medvlp.encoders.errors import EncoderError
 from medvlp.encoders.options import plain_options
 from medvlp.encoders.weights import read_weights
+from medvlp.hub import hub_reason, quiet_hub
 
 
 class ImageFeatures(NamedTuple):
@@ -212,15 +214,13 @@ def _create_backbone(config: ImageConfig, size: int) -> Any:
         options["pretrained"] = True
         options["pretrained_cfg_overlay"] = {"state_dict": dict(weights), "custom_load": False}
     try:
-        try:
-            model: Any = timm.create_model(config.name, **{"img_size": size, **options})
-        except TypeError as error:
-            if "img_size" not in str(error):
-                raise
-            model = timm.create_model(config.name, **options)
+        with quiet_hub():
+            model = _at_size(config.name, size, options)
     except (TypeError, ValueError, RuntimeError, AssertionError, OSError, KeyError) as error:
         where = f"image.weights={config.weights}" if config.weights else "image.options"
-        raise EncoderError(f"image.name={config.name} cannot be built ({where}): {error}") from error
+        raise EncoderError(
+            f"image.name={config.name} cannot be built ({where}): {hub_reason(error)}"
+        ) from error
     if weights is not None:
         _check_complete(model, weights, config)
     if config.gradient_checkpointing:
@@ -231,6 +231,15 @@ def _create_backbone(config: ImageConfig, size: int) -> Any:
                 f"image.gradient_checkpointing=true: {config.name} does not support it"
             ) from error
     return model
+
+
+def _at_size(name: str, size: int, options: dict[str, Any]) -> Any:
+    try:
+        return timm.create_model(name, **{"img_size": size, **options})
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+    return timm.create_model(name, **options)
 
 
 def _check_patch_size(model: Any, config: ImageConfig, size: int) -> None:
@@ -260,5 +269,8 @@ def _check_complete(model: nn.Module, weights: dict[str, Tensor], config: ImageC
 
 
 def _unknown_model(name: str) -> str:
-    similar = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:5]
-    return f"image.name={name} is not a timm model; similar names: {', '.join(similar) or 'none'}"
+    base = name.split(".")[0]
+    similar = difflib.get_close_matches(base, timm.list_models(), n=3)
+    similar += [model for model in timm.list_models(f"*{base.split('_')[0]}*") if model not in similar]
+    shown = f"similar names: {', '.join(similar[:5])}" if similar else "`timm.list_models()` lists them"
+    return f"image.name={name} is not a timm model; {shown}"

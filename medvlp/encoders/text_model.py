@@ -15,6 +15,7 @@ from transformers.masking_utils import sdpa_mask
 from medvlp.config import TextConfig
 from medvlp.encoders.errors import EncoderError
 from medvlp.encoders.options import plain_options
+from medvlp.hub import hub_reason, quiet_hub
 
 #: Name under which our attention function is registered with transformers.
 ATTENTION = "medvlp_sdpa"
@@ -78,7 +79,8 @@ def create_text_model(config: TextConfig, vocab_size: int) -> PreTrainedModel:
     """
     where = f"text.name={config.name}" if config.name else f"text.model_type={config.model_type}"
     try:
-        settings = _settings(config, vocab_size)
+        with quiet_hub():
+            settings = _settings(config, vocab_size)
         model_class: Any = transformers.MODEL_MAPPING[type(settings)]
         # The few models without fused attention (DeBERTa) keep their own and expose no attention map.
         fused = getattr(model_class, "_supports_sdpa", False)
@@ -89,9 +91,12 @@ def create_text_model(config: TextConfig, vocab_size: int) -> PreTrainedModel:
             settings._attn_implementation = options.pop("attn_implementation")
             model: PreTrainedModel = model_class(settings, **options)
         else:
-            model = model_class.from_pretrained(config.name, config=settings, dtype=torch.float32, **options)
+            with quiet_hub():
+                model = model_class.from_pretrained(
+                    config.name, config=settings, dtype=torch.float32, **options
+                )
     except (ValueError, TypeError, KeyError, OSError, RuntimeError, AttributeError) as error:
-        raise EncoderError(f"{where} cannot be built: {error}") from error
+        raise EncoderError(f"{where} cannot be built: {hub_reason(error)}") from error
     _check_vocabulary(model, vocab_size, where)
     if config.dropout is not None:
         for module in model.modules():

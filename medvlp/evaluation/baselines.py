@@ -5,59 +5,93 @@ The other baseline, the untrained network, is the method itself before its first
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import RidgeCV
+from sklearn.linear_model import Ridge, RidgeCV
 from sklearn.preprocessing import StandardScaler, normalize
 
 Floats = NDArray[np.float64]
 
 #: Strengths of the penalty to choose from; pixels are standardised, so the range fits any image source.
 ALPHAS = tuple(10.0**power for power in range(7))
+#: Share of known rows from which on targets choose their penalties together.
+TOGETHER = 0.9
 #: Most frequent words and word pairs of the training reports that the TF-IDF vectors hold.
 VOCABULARY = 2048
 
 
-class PixelRidge:
-    """Linear regression on standardised pixels; the penalty is the best by leave-one-out error."""
+@dataclass(frozen=True)
+class FittedRidge:
+    """Linear predictions from pixels: `weights` [P, C] and `intercepts` [C] for standardised pixels."""
 
-    def __init__(self, pixels: NDArray[Any]):
-        """`pixels` [N, P] of the training split set mean and scale (they need no label)."""
-        self._scaler = StandardScaler().fit(pixels.astype(np.float64))
-        self._targets = 0
-        self._fitted: list[tuple[NDArray[np.int64], RidgeCV]] = []
-
-    def fit(self, pixels: NDArray[Any], targets: Floats) -> Self:
-        """Fit [N, C] targets of [N, P] pixels, each on the rows where it is known (not NaN)."""
-        inputs = self._scaler.transform(pixels.astype(np.float64))
-        known = ~np.isnan(targets)
-        # Targets with the same known rows share one decomposition of the inputs.
-        patterns, pattern_of = np.unique(known, axis=1, return_inverse=True)
-        self._targets = targets.shape[1]
-        self._fitted = []
-        for number, rows in enumerate(patterns.T):
-            columns = np.flatnonzero(pattern_of.ravel() == number)
-            if rows.any():
-                self._fitted.append(
-                    (columns, RidgeCV(ALPHAS).fit(inputs[rows], targets[np.ix_(rows, columns)]))
-                )
-        return self
+    scaler: StandardScaler
+    weights: Floats
+    intercepts: Floats
 
     def predict(self, pixels: NDArray[Any]) -> Floats:
         """[M, C] predictions from [M, P] pixels; columns without any known target are 0."""
-        inputs = self._scaler.transform(pixels.astype(np.float64))
-        predicted = np.zeros((len(pixels), self._targets))
-        for columns, ridge in self._fitted:
-            predicted[:, columns] = ridge.predict(inputs).reshape(len(pixels), -1)
+        predicted: Floats = self.scaler.transform(pixels.astype(np.float64)) @ self.weights + self.intercepts
         return predicted
 
 
+class PixelRidge:
+    """Linear regression on the standardised pixels of one split, each target with a penalty of its own.
+
+    The penalty is the best by leave-one-out error. Targets known in nearly all rows choose theirs together,
+    unknown values at the mean of the known ones, so the pixels are decomposed once and not once a target.
+    The regression itself always leaves a target's unknown rows out. Fits are kept: tasks ask for the same.
+    """
+
+    def __init__(self, pixels: NDArray[Any]):
+        """`pixels` [N, P] of the training split set mean and scale (they need no label)."""
+        self._scaler = StandardScaler()
+        self._inputs = self._scaler.fit_transform(pixels.astype(np.float64))
+        self._fitted: dict[str, FittedRidge] = {}
+
+    def fit(self, targets: Floats, rows: NDArray[np.int64] | None = None) -> FittedRidge:
+        """Fit [n, C] targets (NaN: unknown) of the n `rows` of the split (default: all N of them)."""
+        rows = np.arange(len(self._inputs)) if rows is None else rows
+        key = hashlib.sha256(rows.tobytes() + targets.tobytes() + str(targets.shape).encode()).hexdigest()
+        if key not in self._fitted:
+            self._fitted[key] = FittedRidge(self._scaler, *_ridge(self._inputs[rows], targets))
+        return self._fitted[key]
+
+
+def _ridge(inputs: Floats, targets: Floats) -> tuple[Floats, Floats]:
+    """Weights [P, C] and intercepts [C]; see `PixelRidge`."""
+    labelled = (~np.isnan(targets)).any(axis=1)
+    inputs, targets = inputs[labelled], targets[labelled]
+    known = ~np.isnan(targets)
+    weights, intercepts = np.zeros((inputs.shape[1], targets.shape[1])), np.zeros(targets.shape[1])
+    together = np.flatnonzero(known.any(axis=0) & (known.mean(axis=0) >= TOGETHER))
+    penalties: dict[Any, float] = {}
+    if len(together):
+        some = targets[:, together]
+        filled = np.where(known[:, together], some, np.nanmean(some, axis=0))
+        chosen = RidgeCV(ALPHAS, alpha_per_target=True).fit(inputs, filled)
+        weights[:, together] = np.atleast_2d(chosen.coef_).T
+        intercepts[together] = chosen.intercept_
+        penalties = dict(zip(together, np.broadcast_to(chosen.alpha_, len(together)), strict=True))
+    for column in np.flatnonzero(known.any(axis=0) & ~known.all(axis=0)):
+        rows = known[:, column]
+        alone = Ridge(penalties[column], solver="cholesky") if column in penalties else RidgeCV(ALPHAS)
+        alone.fit(inputs[rows], targets[rows, column])
+        weights[:, column], intercepts[column] = alone.coef_, alone.intercept_
+    return weights, intercepts
+
+
 def report_embeddings(
-    pixels: NDArray[Any], reports: Sequence[str], test_pixels: NDArray[Any], test_reports: Sequence[str]
+    ridge: PixelRidge,
+    rows: NDArray[np.int64],
+    reports: Sequence[str],
+    test_pixels: NDArray[Any],
+    test_reports: Sequence[str],
 ) -> tuple[Floats, Floats]:
     """Retrieval without a network: images and reports as unit vectors in the space of report words.
 
@@ -65,7 +99,7 @@ def report_embeddings(
     from its pixels. (Without the mean taken off, the most ordinary reports would rank first for every image.)
 
     Args:
-        pixels: [N, P] training pixels; reports: the N training reports.
+        ridge: of the training pixels; rows: the n of them with a report; reports: their n reports.
         test_pixels: [M, P]; test_reports: the M reports to rank.
 
     Returns:
@@ -74,5 +108,5 @@ def report_embeddings(
     words = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), max_features=VOCABULARY)
     targets = words.fit_transform(reports).toarray()
     mean = targets.mean(axis=0)
-    images = PixelRidge(pixels).fit(pixels, targets - mean).predict(test_pixels)
+    images = ridge.fit(targets - mean, rows).predict(test_pixels)
     return normalize(images), normalize(words.transform(test_reports).toarray() - mean)

@@ -84,7 +84,8 @@ def evaluate(
     taught = [] if train is None else [row for row, report in enumerate(train.reports) if report.strip()]
     if train is not None and taught:
         images, texts = report_embeddings(
-            train.arrays.pixels[taught],
+            train.ridge,
+            np.array(taught),
             [train.reports[row] for row in taught],
             split.arrays.pixels[rows],
             [split.reports[row] for row in rows],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from medvlp.evaluation.results import Evaluation, EvaluationError, TaskResult
 from medvlp.evaluation.splits import Split, columns, selection_split
 from medvlp.evaluation.zero_shot import Ensemble, ZeroShot, prompts_of
 from medvlp.methods.base import Method
+from shards.errors import UsageError
 from shards.reader import ShardReader
 
 TASKS = ("zero-shot", "retrieval", "linear-probe")
@@ -53,15 +55,15 @@ class Request:
     device: str = "auto"
 
     def check(self) -> None:
-        """Raise EvaluationError for a value that does not exist."""
+        """Raise UsageError for a value that does not exist."""
         choices = {"--task": (self.tasks, TASKS), "--uncertain": ((self.uncertain,), get_args(Uncertain))}
         choices["--device"] = ((self.device,), ("auto", "cpu", "cuda"))
         for option, (values, known) in choices.items():
             for value in values:
                 if value not in known:
-                    raise EvaluationError(f"{option} {value}: there are {', '.join(known)}")
+                    raise UsageError(f"{option} {value}: there are {', '.join(known)}")
         if self.device == "cuda" and not torch.cuda.is_available():
-            raise EvaluationError("--device cuda: this machine has no usable CUDA device")
+            raise UsageError("--device cuda: this machine has no usable CUDA device")
 
 
 def evaluate(request: Request, say: Callable[[str], None]) -> Evaluation:
@@ -102,7 +104,8 @@ def evaluate(request: Request, say: Callable[[str], None]) -> Evaluation:
         config=dataclasses.asdict(config),
     )
     for task in request.tasks or TASKS:
-        say(task)
+        say(f"{task}: started")
+        start = time.monotonic()
         try:
             result = session.tasks[task]()
         except EvaluationError as error:
@@ -112,6 +115,7 @@ def evaluate(request: Request, say: Callable[[str], None]) -> Evaluation:
             evaluation.notes[task] = {"left_out": str(error)}
             continue
         evaluation.results[task], evaluation.notes[task] = result.models, result.notes
+        say(f"{task}: done in {time.monotonic() - start:.0f} s")
     if not evaluation.results:
         raise EvaluationError(f"{config.data.root}: no task can be evaluated on it (see the lines above)")
     evaluation.data = session.data()
@@ -244,7 +248,10 @@ class _Session:
         wanted = self._wanted(name)
         models = self.models if wanted.image or wanted.text or wanted.features else {}
         self.say(
-            f"embedding {self.reader.sample_count(name)} samples of {name}" if models else f"reading {name}"
+            f"  embedding {self.reader.sample_count(name)} samples of {name} with {len(models)} networks "
+            f"({', '.join(models)})"
+            if models
+            else f"  reading {self.reader.sample_count(name)} samples of {name}"
         )
         settings, data = self.config.evaluation, self.config.data
         loader = evaluation_loader(self.config, self.reader, self.tokenizer, name, settings.batch)

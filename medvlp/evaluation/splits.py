@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from medvlp.evaluation.baselines import PixelRidge
 from medvlp.evaluation.features import SplitArrays
 from medvlp.evaluation.results import EvaluationError
+from shards.errors import UsageError
 
 #: Splits on which thresholds and penalties may be chosen, in this order; never the evaluated one.
 SELECTION_ORDER = ("valid", "train")
@@ -34,6 +37,11 @@ class Split:
     labels: NDArray[Any]
     arrays: SplitArrays
 
+    @cached_property
+    def ridge(self) -> PixelRidge:
+        """The pixel baseline taught by this split, one for all tasks."""
+        return PixelRidge(self.arrays.pixels)
+
 
 def selection_split(available: Sequence[str], evaluated: str, trained_on: bool = False) -> str | None:
     """The split that chooses thresholds and penalties when `evaluated` is reported; None if there is none.
@@ -50,13 +58,14 @@ def columns(label_names: Sequence[str], chosen: Sequence[str]) -> list[int]:
     """Positions of the chosen labels (all for none chosen).
 
     Raises:
-        EvaluationError: the dataset has no such label, or none at all.
+        UsageError: the dataset has no such label.
+        EvaluationError: it has none at all.
     """
     if not label_names:
         raise EvaluationError("the dataset has no labels; only the task retrieval can be evaluated on it")
     for name in chosen:
         if name not in label_names:
-            raise EvaluationError(f"--label {name!r}: the dataset has {', '.join(label_names)}")
+            raise UsageError(f"--label {name!r}: the dataset has {', '.join(label_names)}")
     return [label_names.index(name) for name in chosen] if chosen else list(range(len(label_names)))
 
 

@@ -42,7 +42,8 @@ def grid(evaluations: Mapping[str, Evaluation], task: str, findings: bool = Fals
     Args:
         evaluations: evaluations by the name their models get in the table.
         task: "zero-shot", "retrieval" or "linear-probe".
-        findings: rows for single findings instead of the summary.
+        findings: rows for single findings (and accuracy, which rare findings make look high) instead of
+            the summary.
 
     Raises:
         EvaluationError: an evaluation has no such task, or they are not of the same split of the same data.
@@ -70,14 +71,21 @@ def grid(evaluations: Mapping[str, Evaluation], task: str, findings: bool = Fals
     return Grid(task, [metric for metric in names if _is_summary(metric) != findings], ordered)
 
 
+def auroc_by_finding(of: Grid) -> Grid:
+    """The AUROC rows of a grid of single findings: the short table of zero-shot classification."""
+    return Grid(of.task, [metric for metric in of.metrics if metric.startswith("auroc/")], of.cells)
+
+
 def console_table(of: Grid, title: str) -> Table:
-    """A rich table with a row for each metric and a column for each model."""
+    """A rich table with a row for each metric (or finding) and a column for each model."""
+    by_finding = _is_by_finding(of)
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("metric", no_wrap=True)
+    table.add_column("AUROC by finding" if by_finding else "metric", no_wrap=True)
     for model in of.cells:
         table.add_column(_NAMES.get(model, model), justify="right")
     for metric in of.metrics:
-        table.add_row(label(metric), *(cell(metrics.get(metric), metric) for metrics in of.cells.values()))
+        name = label(metric.removeprefix("auroc/") if by_finding else metric)
+        table.add_row(name, *(cell(metrics.get(metric), metric) for metrics in of.cells.values()))
     return table
 
 
@@ -141,5 +149,11 @@ def label(metric: str) -> str:
     return " ".join(words)
 
 
+def _is_by_finding(of: Grid) -> bool:
+    return all(metric.startswith("auroc/") and not _is_summary(metric) for metric in of.metrics)
+
+
 def _is_summary(metric: str) -> bool:
+    if metric.startswith("accuracy"):
+        return False
     return metric.endswith("/macro") or "/R@" in metric or metric.endswith("/median_rank")

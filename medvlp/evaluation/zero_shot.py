@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medvlp.evaluation.baselines import PixelRidge
+from medvlp.evaluation.baselines import FittedRidge
 from medvlp.evaluation.bootstrap import PatientBootstrap
 from medvlp.evaluation.classification import Selection, chance, score_findings
 from medvlp.evaluation.features import ModelArrays
@@ -129,8 +129,7 @@ class ZeroShot:
             result.notes["pixels"] = f"not available: no training labels of {', '.join(unlabelled)}"
         else:
             result.notes["pixels"] = f"ridge regression trained with all labels of {self.train.name}"
-            pixels = self.train.arrays.pixels
-            scorers["pixels"] = partial(_pixel_scores, PixelRidge(pixels).fit(pixels, targets))
+            scorers["pixels"] = partial(_pixel_scores, self.train.ridge.fit(targets))
         result.notes["thresholds"] = {}
         for model, scorer in scorers.items():
             selection = None
@@ -169,5 +168,5 @@ class ZeroShot:
         }
 
 
-def _pixel_scores(ridge: PixelRidge, split: Split) -> Floats:
+def _pixel_scores(ridge: FittedRidge, split: Split) -> Floats:
     return ridge.predict(split.arrays.pixels)

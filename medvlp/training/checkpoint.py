@@ -69,6 +69,8 @@ def prepare(checkpoints: Path, step: int) -> Path:
 def write(folder: Path, files: Sequence[StateFile]) -> dict[str, dict[str, Any]]:
     """Write this rank's files below `folder`, durably; all ranks call this together.
 
+    What a full disk has let through is deleted again: it would be in the way of making room.
+
     Returns:
         The manifest's entries of all ranks' files.
 
@@ -85,7 +87,12 @@ def write(folder: Path, files: Sequence[StateFile]) -> dict[str, dict[str, Any]]
         for parent in {file.path.parent for file in files}:
             fsync_folder(parent)
 
-    together(write_all, f"the checkpoint cannot be written to {folder.parent}")
+    try:
+        together(write_all, f"the checkpoint cannot be written to {folder.parent}")
+    except CheckpointError:
+        if distributed.is_main():
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     return {name: entry for of_rank in distributed.gather_objects(entries) for name, entry in of_rank.items()}
 
 

@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import safetensors
+from torch import Tensor, nn
 
 from medvlp import distributed
 from medvlp.config import Config
@@ -23,12 +24,14 @@ from medvlp.training.state_files import StateFile, read_state
 
 logger = logging.getLogger(__name__)
 
+_REMEDY = "Resume with the config it was made with (config.yaml in the run folder), or choose a new run.dir"
+
 
 def check_fits(manifest: Manifest, config: Config, plan: BatchPlan) -> None:
     """Refuse a checkpoint this run cannot continue exactly.
 
     Raises:
-        CheckpointError: world size, ZeRO stage, precision or global batch differ.
+        CheckpointError: world size, ZeRO stage, precision, global batch or optimizer differ.
     """
     differences = [
         f"{name} was {then} and is {now}"
@@ -37,6 +40,7 @@ def check_fits(manifest: Manifest, config: Config, plan: BatchPlan) -> None:
             ("zero.stage", manifest.zero_stage, config.zero.stage),
             ("precision", manifest.precision, config.precision),
             ("train.global_batch", manifest.global_batch, plan.global_batch),
+            ("optimizer.name", manifest.optimizer or config.optimizer.name, config.optimizer.name),
         ]
         if then != now
     ]
@@ -46,6 +50,27 @@ def check_fits(manifest: Manifest, config: Config, plan: BatchPlan) -> None:
             f"{'; '.join(differences)}. Resuming with another layout (elastic resume) is not there yet: "
             "use the old values, or a new run.dir"
         )
+
+
+def check_weights(folder: Path, method: nn.Module) -> None:
+    """Refuse a checkpoint whose weights have other names or shapes than the method's; reads only the header.
+
+    Raises:
+        CheckpointError: they differ, with the first difference.
+    """
+    with safetensors.safe_open(folder / checkpoint.WEIGHTS, framework="pt") as file:
+        saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    now = {name: tuple(value.shape) for name, value in method.state_dict().items()}
+    for name in sorted(saved.keys() | now.keys()):
+        if saved.get(name) != now.get(name):
+            raise CheckpointError(
+                f"{folder} is of another model: {name} is {_shape(saved.get(name))} there and "
+                f"{_shape(now.get(name))} in this config. {_REMEDY}"
+            )
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else f"of shape {list(shape)}"
 
 
 class CheckpointCallback(BaseCallback):
@@ -91,6 +116,7 @@ class CheckpointCallback(BaseCallback):
             zero_stage=self.engine.zero_stage,
             precision=self.config.precision,
             global_batch=self.engine.plan.global_batch,
+            optimizer=self.config.optimizer.name,
             config_hash=config_hash(self.config),
             wandb_run_id=self.wandb_run_id,
             versions=library_versions(),
@@ -114,8 +140,19 @@ class CheckpointCallback(BaseCallback):
         return files
 
     def load(self, folder: Path) -> None:
-        """Restore this rank's engine and callbacks from a verified checkpoint; a collective."""
-        self.engine.load_state(folder)
+        """Restore this rank's engine and callbacks from a verified checkpoint; a collective.
+
+        Raises:
+            CheckpointError: it is not of this config (other parts frozen, other parameter groups).
+        """
+        try:
+            self.engine.load_state(folder)
+        except (RuntimeError, KeyError, ValueError, IndexError, AssertionError, AttributeError) as error:
+            if isinstance(error, RuntimeError) and distributed.is_lost_peer(error):
+                raise
+            text = " ".join(str(error).split())[:200]
+            reason = f"it holds no {text}" if isinstance(error, KeyError) else text
+            raise CheckpointError(f"{folder} does not fit this config ({reason}). {_REMEDY}") from error
         state = read_state(folder / _rank_file(distributed.rank()))
         for callback in self.callbacks:
             callback.load_state_dict(state["callbacks"].get(callback.name, {}))

@@ -1,4 +1,4 @@
-"""Errors of a training run. All ranks raise them with the same message, so that showing one is enough."""
+"""Errors of a training run. All ranks raise most of them alike, so that showing one is enough."""
 
 from __future__ import annotations
 
@@ -29,6 +29,12 @@ class RunFolderError(AgreedError):
     """The run folder cannot be made or used."""
 
     exit_code = 4
+
+
+class LostPeerError(MedvlpError):
+    """Another rank ended while this one waited for it; that one's message tells the reason."""
+
+    exit_code = 6
 
 
 class NotFiniteError(AgreedError):

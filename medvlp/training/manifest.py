@@ -33,6 +33,7 @@ class Manifest:
         created: UTC time in ISO 8601.
         versions: versions of the libraries that wrote it.
         files: path inside the folder -> {"bytes": size, "xxh3_128": checksum}.
+        optimizer: name of the optimiser whose state it holds.
         format: version of this layout.
     """
 
@@ -47,6 +48,7 @@ class Manifest:
     created: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    optimizer: str = ""
     format: int = 1
 
     def to_json(self) -> str:

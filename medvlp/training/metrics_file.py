@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+
+from medvlp.training.errors import RunFolderError
 
 
 class MetricsFile:
@@ -15,29 +18,49 @@ class MetricsFile:
     Args:
         path: the file.
         step: finished steps of the run; later lines (and a torn last one) are removed.
+
+    Raises:
+        RunFolderError: here and in the methods: the disk refused.
     """
 
     def __init__(self, path: Path, step: int):
-        if path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
-            partial = path.with_suffix(".partial")
-            with partial.open("w", encoding="utf-8") as file:
-                file.writelines(line + "\n" for line in kept)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        with self._named_errors():
+            if path.exists():
+                _cut(path, step)
+            self._file = path.open("a", encoding="utf-8")
 
     def write(self, metrics: Mapping[str, float | None]) -> None:
         """Append one line; None becomes null."""
-        self._file.write(json.dumps(metrics, allow_nan=False) + "\n")
-        self._file.flush()
+        with self._named_errors():
+            self._file.write(json.dumps(metrics, allow_nan=False) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Make the lines durable."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with self._named_errors():
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunFolderError(
+                f"cannot write {self._path}: {error.strerror or error}; mend that, then start again to resume"
+            ) from error
+
+
+def _cut(path: Path, step: int) -> None:
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    partial = path.with_suffix(".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines(line + "\n" for line in lines if _step(line) <= step)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
 
 
 def _step(line: str) -> float:

@@ -126,10 +126,12 @@ class Monitor(BaseCallback):
         """Close the bar, the file and the W&B run."""
         if self._progress is not None:
             self._progress.stop()
-        if self._file is not None:
-            self._file.close()
-        if self.wandb_run is not None:
-            self.wandb_run.finish()
+        try:
+            if self._file is not None:
+                self._file.close()
+        finally:
+            if self.wandb_run is not None:
+                self.wandb_run.finish()
 
     def state_dict(self) -> dict[str, Any]:
         """Samples skipped so far on this rank, and figures not yet logged."""

@@ -23,10 +23,10 @@ from medvlp.prototypes.service import build_service
 from medvlp.ranks import detect
 from medvlp.training.batch_plan import BatchPlan, plan_batch
 from medvlp.training.callbacks import Callback
-from medvlp.training.checkpointing import CheckpointCallback, check_fits, restore_randomness
+from medvlp.training.checkpointing import CheckpointCallback, check_fits, check_weights, restore_randomness
 from medvlp.training.deepspeed_config import check_device
 from medvlp.training.engine import Engine
-from medvlp.training.errors import AgreedError
+from medvlp.training.errors import AgreedError, LostPeerError
 from medvlp.training.finite import FiniteCheck
 from medvlp.training.interrupts import EXIT_INTERRUPTED, Interrupts
 from medvlp.training.manifest import Manifest, newest_valid
@@ -34,7 +34,7 @@ from medvlp.training.monitor import Monitor
 from medvlp.training.prototype_refresh import PrototypeRefresh
 from medvlp.training.randomness import seed_rank, seed_weights
 from medvlp.training.run_folder import describe_run, open_run_folder
-from medvlp.training.schedule import total_steps, warmup_cosine
+from medvlp.training.schedule import total_steps, warmup_cosine, warmup_steps
 from medvlp.training.trainer import Trainer
 from medvlp.training.wandb_run import WandbRun
 from shards.errors import MedvlpError
@@ -67,10 +67,17 @@ def pretrain(config: Config, fresh: bool = False) -> int:
         try:
             _train(config, plan, device, interrupts, console if config.monitor.progress else None, fresh)
             finished = True
+        except RuntimeError as error:
+            if not distributed.is_lost_peer(error):
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise LostPeerError(
+                f"rank {ranks.rank} lost another rank, whose own message says why ({reason})"
+            ) from error
         finally:
             distributed.shutdown(graceful=finished)
     if interrupts.stopped_by:
-        logger.warning("stopped by %s after a checkpoint; the same command resumes", interrupts.stopped_by)
+        logger.info("stopped by %s after a checkpoint; the same command resumes", interrupts.stopped_by)
         return EXIT_INTERRUPTED
     return 0
 
@@ -108,7 +115,6 @@ def _train(
     manifest = None if checkpoint is None else Manifest.read(checkpoint)
     if manifest is not None:
         check_fits(manifest, config, plan)
-    describe_run(config, plan.world_size)
     step = 0 if manifest is None else manifest.step
 
     def loader(start_step: int) -> TrainingLoader:
@@ -117,23 +123,27 @@ def _train(
 
     seed_weights(config.train.seed)
     method = build_method(config, tokenizer.vocab_size).to(device)
-    if manifest is None:
+    if checkpoint is not None:
+        check_weights(checkpoint, method)
+    else:
         _start_prototypes(config, method, loader(0))
     engine = Engine(method, config, plan, device)
     data = loader(step)
-    rates = warmup_cosine(
-        total_steps(config, data.steps_per_epoch),
-        config.optimizer.warmup,
-        config.optimizer.lr,
-        config.optimizer.min_lr,
-    )
+    steps = total_steps(config, data.steps_per_epoch)
+    warmup = warmup_steps(config, steps)
+    rates = warmup_cosine(steps, warmup, config.optimizer.lr, config.optimizer.min_lr)
     callbacks, saving = _callbacks(config, method, engine, len(rates), manifest, console)
     seed_rank(config.train.seed, distributed.rank())
     batches = iter(data)
     if checkpoint is not None:
         saving.load(checkpoint)
         restore_randomness(checkpoint)
-        logger.info("resuming %s after step %d of %d", config.run.dir, step, len(rates))
+        if step >= len(rates):
+            logger.info("%s is finished (step %d); more train.steps continue it", config.run.dir, step)
+        else:
+            logger.info("resuming %s after step %d of %d", config.run.dir, step, len(rates))
+    # Not earlier: the config of a start that fails is not the run's.
+    describe_run(config, plan.world_size)
     trainer = Trainer(engine, batches, rates, data.steps_per_epoch, callbacks, config.monitor.log_every, step)
     trainer.train(interrupts)
     engine.close()

@@ -19,6 +19,8 @@ from medvlp import distributed
 from medvlp.config import Config
 from medvlp.config_files import to_yaml
 from medvlp.training.errors import RunFolderError
+from shards.atomic import atomic_write
+from shards.errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -55,16 +57,32 @@ def open_run_folder(folder: Path, fresh: bool) -> None:
 
 
 def describe_run(config: Config, world_size: int) -> None:
-    """Write `config.yaml` and `environment.json` (rank 0); name config keys changed since the last start."""
-    if not distributed.is_main():
-        return
+    """Write `config.yaml` and `environment.json` (rank 0); name config keys changed since the last start.
+
+    All ranks call this together.
+
+    Raises:
+        RunFolderError: they cannot be written.
+    """
+    problem = None
+    if distributed.is_main():
+        try:
+            _write_description(config, world_size)
+        except (DataError, OSError) as error:
+            problem = str(error)
+    problem = distributed.broadcast_object(problem)
+    if problem:
+        raise RunFolderError(problem)
+
+
+def _write_description(config: Config, world_size: int) -> None:
     folder = Path(config.run.dir)
     text = to_yaml(config)
     if (folder / CONFIG).exists():
-        changed = changed_keys((folder / CONFIG).read_text(encoding="utf-8"), text)
+        changed = changed_keys((folder / CONFIG).read_text(encoding="utf-8", errors="replace"), text)
         if changed:
             logger.warning("config differs from the last start in %s: %s", folder, ", ".join(changed))
-    (folder / CONFIG).write_text(text, encoding="utf-8")
+    atomic_write(folder / CONFIG, text.encode())
     environment = {
         "command": sys.argv,
         "git": git_revision(),
@@ -74,7 +92,7 @@ def describe_run(config: Config, world_size: int) -> None:
         "host": platform.node(),
         "world_size": world_size,
     }
-    (folder / ENVIRONMENT).write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+    atomic_write(folder / ENVIRONMENT, (json.dumps(environment, indent=2) + "\n").encode())
 
 
 def config_hash(config: Config) -> str:
@@ -84,8 +102,14 @@ def config_hash(config: Config) -> str:
 
 
 def changed_keys(before: str, after: str) -> list[str]:
-    """Dotted keys whose values differ between two YAML texts."""
-    first, second = _flat(yaml.safe_load(before)), _flat(yaml.safe_load(after))
+    """Dotted keys whose values differ between two YAML texts; everything, if `before` is no config at all."""
+    try:
+        earlier = yaml.safe_load(before)
+    except yaml.YAMLError:
+        earlier = None
+    if not isinstance(earlier, dict):
+        return ["everything (the stored config cannot be read)"]
+    first, second = _flat(earlier), _flat(yaml.safe_load(after))
     return sorted(key for key in first.keys() | second.keys() if first.get(key) != second.get(key))
 
 

@@ -15,17 +15,27 @@ def total_steps(config: Config, steps_per_epoch: int) -> int:
     return max(1, round(config.train.epochs * steps_per_epoch))
 
 
-def warmup_cosine(steps: int, warmup_share: float, peak: float, low: float) -> NDArray[np.float64]:
+def warmup_steps(config: Config, steps: int) -> int:
+    """Steps of the warm-up: `optimizer.warmup_steps`, else the share `optimizer.warmup` of all steps."""
+    if config.optimizer.warmup_steps is not None:
+        return config.optimizer.warmup_steps
+    return int(config.optimizer.warmup * steps)
+
+
+def warmup_cosine(steps: int, warmup: int, peak: float, low: float) -> NDArray[np.float64]:
     """Learning rate of each step: linear from `low` to `peak`, then half a cosine back towards `low`.
 
-    The warm-up takes int(warmup_share * steps) steps. Source: MGCA's published schedule (its cycle is
-    restarted after the last step; a run here ends there).
+    Source: MGCA's published schedule (its cycle is restarted after the last step; a run here ends there).
+
+    Args:
+        steps: steps of the run.
+        warmup: steps of the rise; a run that is shorter ends before the peak.
+        peak, low: largest and smallest learning rate.
 
     Returns:
         [steps] values; step 0 is `low` when there is a warm-up, else `peak`.
     """
-    warmup = int(warmup_share * steps)
     step = np.arange(steps, dtype=np.float64)
     rising = low + (peak - low) * step / max(warmup, 1)
-    falling = low + (peak - low) * (1 + np.cos(np.pi * (step - warmup) / (steps - warmup))) / 2
+    falling = low + (peak - low) * (1 + np.cos(np.pi * (step - warmup) / max(steps - warmup, 1))) / 2
     return np.where(step < warmup, rising, falling)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import safetensors.torch
 import torch
@@ -21,15 +21,54 @@ class StateFile:
     content: Any
 
     def write(self) -> None:
-        """Write `.safetensors` or torch's zip format, then fsync."""
+        """Write `.safetensors` or torch's zip format, then fsync.
+
+        Raises:
+            OSError: the disk refused.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("wb") as file:
             if self.path.suffix == ".safetensors":
                 file.write(safetensors.torch.save(self.content))
             else:
-                torch.save(self.content, file)
+                _save(self.content, file)
             file.flush()
             os.fsync(file.fileno())
+
+
+def _save(content: Any, file: BinaryIO) -> None:
+    """`torch.save`, which hides a full disk behind a RuntimeError about the position in its zip file."""
+    guarded = _RememberingFile(file)
+    try:
+        torch.save(content, cast("BinaryIO", guarded))
+    except RuntimeError:
+        if guarded.refusal is None:
+            raise
+        raise guarded.refusal from None
+
+
+class _RememberingFile:
+    """A file to write to that keeps the first error of the disk."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.refusal: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        """As the file's own."""
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.refusal = self.refusal or error
+            raise
+
+    def flush(self) -> None:
+        """As the file's own."""
+        try:
+            self._file.flush()
+        except OSError as error:
+            self.refusal = self.refusal or error
+            raise
 
 
 def read_state(path: Path, classes: Sequence[type] = ()) -> Any:

@@ -98,6 +98,19 @@ def test_models_of_several_runs_stand_in_one_table_with_shared_baselines_once() 
     assert "AUROC edema" in tables.markdown_table(single)
 
 
+def test_the_short_tables_hold_the_main_numbers_only() -> None:
+    evaluation = make(0.8)
+    for metric in ("accuracy/macro", "f1/macro", "f1/edema"):
+        evaluation.results["zero-shot"]["trained"][metric] = Estimate(0.7)
+    assert tables.grid({"run": evaluation}, "zero-shot").metrics == ["auroc/macro", "f1/macro"]
+    single = tables.grid({"run": evaluation}, "zero-shot", findings=True)
+    assert set(single.metrics) == {"auroc/edema", "accuracy/macro", "f1/edema"}
+    short = tables.auroc_by_finding(single)
+    assert short.metrics == ["auroc/edema"]
+    table = tables.console_table(short, "")
+    assert (table.columns[0].header, list(table.columns[0].cells)) == ("AUROC by finding", ["edema"])
+
+
 def test_a_baseline_with_other_numbers_gets_a_row_of_its_own() -> None:
     other = make(0.9)
     other.results["zero-shot"]["pixels"] = {"auroc/macro": Estimate(0.7)}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from sklearn.linear_model import LogisticRegression, Ridge, RidgeCV
+from sklearn.preprocessing import StandardScaler
 
-from medvlp.evaluation import retrieval
-from medvlp.evaluation.baselines import PixelRidge, report_embeddings
+from medvlp.evaluation import linear_probe, retrieval
+from medvlp.evaluation.baselines import ALPHAS, PixelRidge, report_embeddings
 from medvlp.evaluation.bootstrap import PatientBootstrap
 from medvlp.evaluation.features import ModelArrays, SplitArrays
 from medvlp.evaluation.linear_probe import LinearProbe, patient_fraction
@@ -246,17 +248,50 @@ def test_pixel_ridge_fits_each_finding_on_its_known_labels() -> None:
     pixels = rng.normal(size=(200, 30))
     targets = np.stack([pixels[:, 0] > 0, pixels[:, 1] > 0, pixels[:, 2] > 0], axis=1).astype(float)
     targets[50:, 1], targets[:, 2] = np.nan, np.nan
-    predicted = PixelRidge(pixels).fit(pixels[:150], targets[:150]).predict(pixels[150:])
-    alone = PixelRidge(pixels).fit(pixels[:50], targets[:50, 1:2]).predict(pixels[150:])
+    ridge = PixelRidge(pixels)
+    predicted = ridge.fit(targets[:150], np.arange(150)).predict(pixels[150:])
+    alone = ridge.fit(targets[:50, 1:2], np.arange(50)).predict(pixels[150:])
     np.testing.assert_allclose(predicted[:, 1], alone[:, 0])
     assert np.corrcoef(predicted[:, 0], pixels[150:, 0])[0, 1] > 0.8
     assert (predicted[:, 2] == 0).all()
 
 
+def test_pixel_ridge_leaves_out_the_few_unknown_rows_and_keeps_its_fits() -> None:
+    rng = np.random.default_rng(1)
+    pixels = rng.normal(size=(200, 30))
+    targets = (pixels[:, :2] + rng.normal(size=(200, 2)) > 0).astype(float)
+    targets[:10, 1] = np.nan
+    ridge = PixelRidge(pixels)
+    fitted = ridge.fit(targets)
+    assert ridge.fit(targets.copy()) is fitted
+    assert ridge.fit(targets[:100], np.arange(100)) is not fitted
+    inputs = StandardScaler().fit_transform(pixels)
+    whole = RidgeCV(ALPHAS).fit(inputs, targets[:, 0])
+    np.testing.assert_allclose(fitted.predict(pixels)[:, 0], whole.predict(inputs))
+    part = [Ridge(alpha).fit(inputs[10:], targets[10:, 1]).predict(inputs) for alpha in ALPHAS]
+    assert any(np.allclose(fitted.predict(pixels)[:, 1], scores) for scores in part)
+
+
+@pytest.mark.parametrize("newton_features", [512, 1])
+def test_both_solvers_reach_the_solution_of_a_fit_from_scratch(
+    newton_features: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_probe, "NEWTON_FEATURES", newton_features)
+    rng = np.random.default_rng(2)
+    features = rng.normal(size=(300, 6))
+    labels = (features[:, :2] + rng.normal(size=(300, 2)) > 0).astype(float)
+    fitted = linear_probe.fit((features[:200], labels[:200]), (features[200:], labels[200:]), features)
+    for column in range(2):
+        scratch = LogisticRegression(C=fitted.penalty, tol=1e-8).fit(features[:200], labels[:200, column])
+        np.testing.assert_allclose(
+            fitted.scores[:, column], scratch.decision_function(features), atol=0.02, rtol=0.02
+        )
+
+
 def test_report_embeddings_are_unit_vectors_that_share_a_space() -> None:
     split = make_split("train", 200, 3)
     images, texts = report_embeddings(
-        split.arrays.pixels[:150], split.reports[:150], split.arrays.pixels[150:], split.reports[150:]
+        split.ridge, np.arange(150), split.reports[:150], split.arrays.pixels[150:], split.reports[150:]
     )
     np.testing.assert_allclose(np.linalg.norm(images, axis=1), 1)
     np.testing.assert_allclose(np.linalg.norm(texts, axis=1), 1)

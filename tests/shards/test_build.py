@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from shards.build import BuildOptions, build_shards
-from shards.errors import DataError
+from shards.errors import DataError, UsageError
 from shards.format import Index
 from shards.merge import merge
 from shards.plan import Part, plan_shards
@@ -247,6 +247,6 @@ def test_split_shares_are_kept_and_adding_patients_moves_none() -> None:
 
 
 @pytest.mark.parametrize("text", ["train=0.8", "train", "train=a", "train=1.5,test=-0.5", "a/b=1", ""])
-def test_wrong_split_shares_are_a_data_error(text: str) -> None:
-    with pytest.raises(DataError, match="--split"):
+def test_wrong_split_shares_are_a_usage_error(text: str) -> None:
+    with pytest.raises(UsageError, match="--split"):
         parse_fractions(text)

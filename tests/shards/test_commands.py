@@ -12,7 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from launcher.commands.shards import app
-from shards.errors import DataError
+from shards.errors import DataError, UsageError
 from shards.format import Index
 from shards.reader import ShardReader
 from tests.shards.toy_data import Rows, folder_bytes, write_csv
@@ -128,7 +128,8 @@ def test_leaking_source_is_warned_about_when_built(
 )
 def test_wrong_option_is_one_clear_error(arguments: list[str], message: str, tmp_path: Path) -> None:
     result = run(*PHANTOM, "--out", tmp_path, *arguments, check=False)
-    assert isinstance(result.exception, DataError)
+    assert isinstance(result.exception, UsageError)
+    assert result.exception.exit_code == 2
     assert message in str(result.exception)
     assert folder_bytes(tmp_path) == {}
 

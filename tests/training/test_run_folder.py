@@ -11,6 +11,8 @@ from tests.training.runs import read_metrics, train, train_expecting_error, trai
 def test_changed_keys_are_named():
     before, after = "{a: {b: 1, c: [1]}, d: x}", "{a: {b: 2, c: [1]}, e: null, d: x}"
     assert changed_keys(before, after) == ["a.b"]
+    for unreadable in ("a: [", "- no config", ""):
+        assert "cannot be read" in changed_keys(unreadable, after)[0]
 
 
 @pytest.mark.dist
@@ -28,6 +30,44 @@ def test_a_fresh_run_needs_an_empty_folder_and_the_stored_config_repeats_it(gloo
     assert pool.run(train_from_file, file, [f"run.dir={tmp_path / 'second'}"]) == [0]
     losses = [[line["loss"] for line in read_metrics(tmp_path / name)] for name in ("first", "second")]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.dist
+def test_a_start_that_fails_leaves_no_config_and_a_fresh_start_may_follow(gloo_pool, overrides, tmp_path):
+    pool = gloo_pool(1)
+    for change, message in [
+        ("image.name=test_vti.r160_in1k", "similar names: test_vit"),
+        ("data.max_tokens=600", "data.max_tokens=600 exceeds the text model's 512 positions"),
+        ("data.sections=[nothing]", "no sample of split train has text in data.sections=['nothing']"),
+        ("data.tokenizer=/nowhere/tokenizer", "data.tokenizer: folder /nowhere/tokenizer does not exist"),
+        ("data.split=trian", "has no split 'trian'"),
+    ]:
+        _, text, code = pool.run(train_expecting_error, overrides(change), True)[0]
+        assert message in text
+        assert code in (2, 3)
+    assert pool.run(train, overrides("train.steps=1"), True) == [0]
+
+
+@pytest.mark.dist
+def test_a_checkpoint_of_another_config_is_refused_and_the_stored_config_stays(
+    gloo_pool, overrides, tmp_path
+):
+    pool = gloo_pool(1)
+    assert pool.run(train, overrides("train.steps=1")) == [0]
+    config = (tmp_path / "run/config.yaml").read_text()
+    for change, message in [
+        (
+            "method.prototypes=16",
+            "objective.prototypes.weight is of shape [8, 16] there and of shape [16, 16]",
+        ),
+        ("optimizer.name=sgd", "optimizer.name was adamw and is sgd"),
+        ("text.frozen=true", "does not fit this config (it holds no 'text_encoder"),
+    ]:
+        kind, text, code = pool.run(train_expecting_error, overrides("train.steps=2", change))[0]
+        assert (kind, code) == ("CheckpointError", 4)
+        assert message in text
+        assert (tmp_path / "run/config.yaml").read_text() == config
+    assert pool.run(train, overrides("train.steps=2")) == [0]
 
 
 @pytest.mark.dist
