@@ -201,7 +201,8 @@ class EvaluationConfig:
     seed: int = key(0, "seed of the bootstrap and of label fractions")
     fractions: list[float] = key([0.01, 0.1, 1.0], "shares of the training labels of the linear probe")
     prompts: str | None = key(
-        None, "YAML with prompts for each finding; default: templates with the finding's name"
+        None,
+        "YAML with prompts; a relative path is looked for beside the config file first; default: templates",
     )
 
 

@@ -15,6 +15,9 @@ from omegaconf.errors import OmegaConfBaseException
 from medvlp.config import Config, MethodConfig
 from shards.errors import MedvlpError
 
+#: Keys that name files; in a config file they are looked for beside it, then in the working directory.
+FILE_KEYS = (("evaluation", "prompts"), ("image", "weights"))
+
 
 class ConfigError(MedvlpError):
     """A config file or override is wrong; the message names the key, the source and the remedy."""
@@ -106,7 +109,17 @@ def _read(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, DictConfig):
         raise ConfigError(f"{file}: a config file holds `section:` mappings, not a list")
-    return cast(dict[str, Any], OmegaConf.to_container(values))
+    return _anchored(cast(dict[str, Any], OmegaConf.to_container(values)), file.parent)
+
+
+def _anchored(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Make relative paths of files that lie beside a config file absolute: a run may start anywhere."""
+    for section, key in FILE_KEYS:
+        inner = values.get(section)
+        path = inner.get(key) if isinstance(inner, dict) else None
+        if isinstance(path, str) and (folder / path).is_file():
+            values[section] = {**cast(dict[str, Any], inner), key: str((folder / path).resolve())}
+    return values
 
 
 def _parse_override(text: str) -> dict[str, Any]:

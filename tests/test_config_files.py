@@ -35,6 +35,15 @@ def test_later_sources_win(tmp_path: Path) -> None:
     assert config.image.options == {"depth": 2, "embed_dim": 8}
 
 
+def test_files_beside_a_config_file_are_found_from_anywhere(tmp_path: Path) -> None:
+    (tmp_path / "prompts.yaml").write_text("templates: {}\n")
+    file = tmp_path / "mine.yaml"
+    file.write_text("evaluation: {prompts: prompts.yaml}\nimage: {weights: elsewhere.pth}\n")
+    config = load(files=(file,))
+    assert config.evaluation.prompts == str((tmp_path / "prompts.yaml").resolve())
+    assert config.image.weights == "elsewhere.pth"
+
+
 def test_the_method_brings_its_own_keys() -> None:
     config = load("method.name=other", "method.temperature=0.5")
     assert isinstance(config.method, OtherConfig)

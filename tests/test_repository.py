@@ -26,7 +26,7 @@ def python_files() -> Iterator[Path]:
         yield from sorted((REPOSITORY / package).rglob("*.py"))
 
 
-@pytest.mark.parametrize("file", python_files(), ids=lambda file: str(file.relative_to(REPOSITORY)))
+@pytest.mark.parametrize("file", list(python_files()), ids=lambda file: str(file.relative_to(REPOSITORY)))
 def test_files_and_functions_are_short(file: Path) -> None:
     text = file.read_text(encoding="utf-8")
     assert text.count("\n") <= LONGEST_FILE
