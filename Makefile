@@ -22,7 +22,7 @@ $(INSTALLED): pyproject.toml .ci/constraints.txt
 demo: $(INSTALLED)
 	$(BIN)/medvlp shards build phantom --out $(DEMO)/shards --studies 5000 --image-size 128 --seed 0 --workers 2
 	$(BIN)/medvlp shards view $(DEMO)/shards --out $(DEMO)/samples.png
-	$(BIN)/medvlp pretrain configs/demo.yaml data.root=$(DEMO)/shards run.dir=$(DEMO)/run method.batch_norm=local --nproc 2
+	$(BIN)/medvlp pretrain configs/demo.yaml data.root=$(DEMO)/shards run.dir=$(DEMO)/run method.batch_norm=local monitor.log_every=10 --nproc 2
 	$(BIN)/medvlp evaluate $(DEMO)/run --data $(DEMO)/shards --task zero-shot --task retrieval --task linear-probe
 
 test: $(INSTALLED)
