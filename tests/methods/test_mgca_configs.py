@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from medvlp.config import Config
 from medvlp.config_files import load
@@ -24,7 +25,10 @@ def load_files(*names: str, overrides: list[str] | None = None) -> Config:
 @pytest.mark.parametrize("model", sorted(path.stem for path in (CONFIGS / "models").glob("*.yaml")))
 def test_every_model_file_goes_over_every_mgca_file(model: str) -> None:
     for method in ("mgca", "mgca-resnet50", "mgca-official"):
-        load_files(f"methods/{method}", f"models/{model}")
+        over, alone = load_files(f"methods/{method}", f"models/{model}"), load_files(f"models/{model}")
+        named = OmegaConf.load(CONFIGS / "models" / f"{model}.yaml")
+        for section in set(named) & {"image", "text"}:
+            assert getattr(over, section).name == getattr(alone, section).name
 
 
 def test_official_turns_on_everything_published() -> None:
