@@ -26,7 +26,7 @@ class Wanted:
     image: bool = False
     text: bool = False
     features: bool = False
-    #: Prompts for methods that score images against texts in their own way (see `scores_by_embedding`).
+    #: Prompts for methods that score pairs in their own way (see `Method.scores_by_embedding`).
     prompts: Text | None = None
 
 
@@ -53,11 +53,6 @@ class SplitArrays:
     sample: NDArray[Any]
     pixels: NDArray[Any]
     models: dict[str, ModelArrays] = field(default_factory=dict)
-
-
-def scores_by_embedding(method: Method) -> bool:
-    """Whether the method compares images and texts by inner products of embeddings (the base class does)."""
-    return type(method).score is Method.score
 
 
 @torch.no_grad()
@@ -114,7 +109,7 @@ def _forward(method: Method, batch: Batch, wanted: Wanted, prompts: Text | None)
         found["text"] = method.encode_text(batch.text)
     if wanted.features:
         found["features"] = method.image_features(batch.image)
-    if prompts is not None and not scores_by_embedding(method):
+    if prompts is not None and not method.scores_by_embedding:
         found["scores"] = method.score(batch.image, prompts)
     return found
 

@@ -19,7 +19,7 @@ from medvlp.data.report import report_sentences
 from medvlp.data.text import Tokenizer
 from medvlp.evaluation import loading, prompts, retrieval
 from medvlp.evaluation.bootstrap import PatientBootstrap
-from medvlp.evaluation.features import Wanted, embed, embed_texts, scores_by_embedding
+from medvlp.evaluation.features import Wanted, embed, embed_texts
 from medvlp.evaluation.labels import Uncertain
 from medvlp.evaluation.linear_probe import LinearProbe
 from medvlp.evaluation.results import Evaluation, EvaluationError, TaskResult
@@ -175,7 +175,7 @@ class _Session:
             bootstrap=PatientBootstrap(split.patients, settings.bootstrap, settings.seed),
         )
         embedded = {
-            name: embed_texts(method, self.prompt_text, self.device) if scores_by_embedding(method) else None
+            name: embed_texts(method, self.prompt_text, self.device) if method.scores_by_embedding else None
             for name, method in self.models.items()
         }
         return task.evaluate(embedded)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -10,17 +11,31 @@ from medvlp.data.batch import Batch, Text
 from medvlp.prototypes.table import PrototypeTable
 
 
-class Method(nn.Module, abc.ABC):
-    """A pre-training objective with its encoders.
+class Progress(NamedTuple):
+    """Where training stands before an optimiser step.
 
-    A method imports no DeepSpeed, no W&B and no files. Every random draw comes from torch's default
-    generators, which the checkpoint restores.
+    Attributes:
+        epoch: of the step about to be made, from 0.
+        step: finished steps.
+        steps: steps of the whole run.
+        phase: number of the optimiser phase (`optimizer.phases`) the step belongs to, from 0; always 0
+            without phases.
+    """
+
+    epoch: int
+    step: int
+    steps: int
+    phase: int = 0
+
+
+class Objective(nn.Module):
+    """What the trainer may ask of anything that is trained; all of it has a default.
 
     Attributes:
         prototype_table: clusters of the prototype service this step may use (set by the trainer; None
-            until there are some, and always None for methods without `uses_service`).
+            until there are some, and always None for objectives without `uses_service`).
         keep_embeddings: when true, `forward` leaves its detached unit-norm embeddings in `last_embeddings`
-            (set by the trainer for methods with `uses_service`).
+            (set by the trainer for objectives with `uses_service`).
         last_embeddings: modality ("image", "text") -> [B, D] float32 of the last `forward`.
     """
 
@@ -30,6 +45,41 @@ class Method(nn.Module, abc.ABC):
     def __init__(self) -> None:
         super().__init__()
         self.last_embeddings: dict[str, Tensor] = {}
+
+    def on_progress(self, progress: Progress) -> None:
+        """Called before every optimiser step."""
+
+    def parameters_without_decay(self) -> set[str]:
+        """Names of parameters that never get weight decay, not even with `optimizer.decay_all`.
+
+        A frozen parameter has zero gradients, so that Adam leaves it exactly unchanged unless it decays.
+        """
+        return set()
+
+    @property
+    def uses_service(self) -> bool:
+        """Whether the trainer should run a prototype service (see medvlp/prototypes)."""
+        return False
+
+    def prototype_size(self) -> tuple[int, int] | None:
+        """(number, width) of the prototypes, learned or from the service; None without any."""
+        return None
+
+    def set_prototypes(self, centroids: Tensor) -> None:
+        """Write [K, D] unit-norm centroids into the learned prototypes (before the engine takes the weights).
+
+        Raises:
+            NotImplementedError: there are no learned prototypes.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no learned prototypes")
+
+
+class Method(Objective, abc.ABC):
+    """A pre-training objective with its encoders.
+
+    A method imports no DeepSpeed, no W&B and no files. Every random draw comes from torch's default
+    generators, which the checkpoint restores.
+    """
 
     @abc.abstractmethod
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -45,39 +95,46 @@ class Method(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def encode_text(self, text: Text) -> Tensor:
-        """Tokenised texts -> [B, D] unit-norm float32 embeddings in the shared space."""
+        """Tokenised texts -> [B, D] unit-norm float32 embeddings in the shared space.
+
+        Raises:
+            NotImplementedError: the method embeds no reports (`embeds_reports` is false).
+        """
 
     @abc.abstractmethod
     def image_features(self, image: Tensor) -> Tensor:
         """[B, 1, H, W] uint8 images -> [B, F] backbone features before any projection (linear probes)."""
 
+    @property
+    def prototype_user(self) -> Objective:
+        """The part whose prototypes the trainer starts and refreshes: the method, or a module of it."""
+        return self
+
+    @property
+    def embeds_reports(self) -> bool:
+        """Whether `encode_text` works; without it there is no retrieval of reports."""
+        return True
+
+    @property
+    def scores_by_embedding(self) -> bool:
+        """Whether `score` is the dot product of embeddings, so that each side is embedded once."""
+        return True
+
     def score(self, image: Tensor, prompts: Text) -> Tensor:
         """[B, 1, H, W] images and N prompts -> [B, N] scores for zero-shot use (higher is more alike)."""
         return self.encode_image(image) @ self.encode_text(prompts).T
 
-    def on_progress(self, epoch: int, step: int) -> None:
-        """Called before every optimiser step with the epoch (from 0) and global step (from 0)."""
+    def ground(self, image: Tensor, prompts: Text) -> Tensor:
+        """Where in the images the prompts are seen.
 
-    def parameters_without_decay(self) -> set[str]:
-        """Names of parameters that never get weight decay, not even with `optimizer.decay_all`.
+        Args:
+            image: [B, 1, H, W] uint8. prompts: N tokenised texts.
 
-        A frozen parameter has zero gradients, so that Adam leaves it exactly unchanged unless it decays.
-        """
-        return set()
-
-    @property
-    def uses_service(self) -> bool:
-        """Whether the trainer should run a prototype service for this method (see medvlp/prototypes)."""
-        return False
-
-    def prototype_size(self) -> tuple[int, int] | None:
-        """(number, width) of the method's prototypes, learned or from the service; None without any."""
-        return None
-
-    def set_prototypes(self, centroids: Tensor) -> None:
-        """Write [K, D] unit-norm centroids into the learned prototypes (before the engine takes the weights).
+        Returns:
+            [B, N, rows, columns] float32 maps on the encoder's grid, higher where a prompt is seen. Their
+            range is the method's own: compare inside a map, not between methods.
 
         Raises:
-            NotImplementedError: the method has no learned prototypes.
+            NotImplementedError: the method has no such map.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no learned prototypes")
+        raise NotImplementedError(f"{type(self).__name__} does not ground text in images")

@@ -5,25 +5,26 @@ from __future__ import annotations
 from torch import Tensor
 
 from medvlp.config import Config
-from medvlp.data.batch import Batch, Text
+from medvlp.data.batch import Text
 from medvlp.encoders.errors import EncoderError
 from medvlp.encoders.image import ImageEncoder, ImageFeatures
 from medvlp.encoders.projection import ProjectionHead
-from medvlp.encoders.text import TextEncoder
+from medvlp.encoders.text import TextEncoder, TextFeatures
 from medvlp.encoders.words import aggregate_words
 from medvlp.losses.normalise import unit_norm
-from medvlp.methods.base import Method
+from medvlp.methods.base import Progress
 from medvlp.methods.mgca_config import MGCAConfig
 from medvlp.methods.mgca_objective import MGCAEmbeddings, MGCAObjective
+from medvlp.methods.pair import Alignment, EncodedPair, PairMethod, build_encoders
 from medvlp.methods.registry import register
 
 
-class MGCA(Method):
+class MGCA(Alignment):
     """Images and reports aligned as a whole, token by token, and through prototypes.
 
     Args:
         config: keys of the method.
-        image: image backbone; text: text backbone.
+        image: image backbone; text: text backbone (only their sizes are read).
 
     Raises:
         EncoderError: attention weights are asked for and a backbone has none.
@@ -32,7 +33,6 @@ class MGCA(Method):
     def __init__(self, config: MGCAConfig, image: ImageEncoder, text: TextEncoder) -> None:
         super().__init__()
         self.config = config
-        self.image_encoder, self.text_encoder = image, text
         synchronise = config.batch_norm == "global"
         sizes = (config.head_hidden, config.embedding, synchronise)
         self.image_head = ProjectionHead(image.width, *sizes)
@@ -40,18 +40,17 @@ class MGCA(Method):
         self.report_head = ProjectionHead(text.width, *sizes)
         self.word_head = ProjectionHead(text.width, *sizes)
         self.objective = MGCAObjective(config)
-        self.patch_attention = _wants_attention("patch_weights", config.patch_weights, image.has_attention)
-        self.word_attention = _wants_attention("word_weights", config.word_weights, text.has_attention)
+        self.image_attention = _wants_attention("patch_weights", config.patch_weights, image.has_attention)
+        self.text_attention = _wants_attention("word_weights", config.word_weights, text.has_attention)
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, pair: EncodedPair) -> dict[str, Tensor]:
         """Losses of a batch: "loss/instance", "loss/word", "loss/patch", "loss/prototype", and "loss".
 
         Besides the losses: "retrieval/top1" and "retrieval/top5", in-batch accuracy of both directions in
         [0, 1].
         """
         config = self.config
-        image = self.image_encoder(batch.image, attention=self.patch_attention)
-        text = self.text_encoder(batch.text, attention=self.word_attention)
+        image, text, batch = pair
         attention = text.cls_attention
         words = aggregate_words(
             text.hidden,
@@ -77,19 +76,15 @@ class MGCA(Method):
         terms: dict[str, Tensor] = self.objective(embeddings, self.prototype_table)
         return terms
 
-    def encode_image(self, image: Tensor) -> Tensor:
-        return unit_norm(self.image_head(self.image_encoder(image).pooled)).float()
+    def embed_image(self, features: ImageFeatures) -> Tensor:
+        return unit_norm(self.image_head(features.pooled)).float()
 
-    def encode_text(self, text: Text) -> Tensor:
-        return unit_norm(self.report_head(self.text_encoder(text).hidden[:, 0])).float()
+    def embed_text(self, features: TextFeatures, text: Text) -> Tensor:
+        return unit_norm(self.report_head(features.hidden[:, 0])).float()
 
-    def image_features(self, image: Tensor) -> Tensor:
-        features: ImageFeatures = self.image_encoder(image)
-        return features.pooled
-
-    def on_progress(self, epoch: int, step: int) -> None:
+    def on_progress(self, progress: Progress) -> None:
         """Learned prototypes stay frozen during the first `freeze_epochs` epochs."""
-        self.objective.frozen = epoch < self.config.freeze_epochs
+        self.objective.frozen = progress.epoch < self.config.freeze_epochs
 
     def parameters_without_decay(self) -> set[str]:
         """The prototypes: frozen ones must not move, and their length has no meaning afterwards."""
@@ -118,13 +113,8 @@ def _wants_attention(name: str, choice: str, available: bool) -> bool:
 
 
 @register("mgca", MGCAConfig)
-def build(config: Config, vocab_size: int) -> MGCA:
+def build(config: Config, vocab_size: int) -> PairMethod:
     """MGCA as the config describes it (see `medvlp.methods.registry.build_method`)."""
     method: MGCAConfig = config.method  # type: ignore[assignment]
-    image = ImageEncoder(config.image, config.data.image_size, method.batch_norm)
-    text = TextEncoder(config.text, vocab_size)
-    if text.max_tokens is not None and config.data.max_tokens > text.max_tokens:
-        raise EncoderError(
-            f"data.max_tokens={config.data.max_tokens} exceeds the text model's {text.max_tokens} positions"
-        )
-    return MGCA(method, image, text)
+    image, text = build_encoders(config, vocab_size)
+    return PairMethod(image, text, MGCA(method, image, text))

@@ -16,16 +16,23 @@ from medvlp.data.batch import Batch, Text
 from medvlp.prototypes.kmeans import Clusters, spherical_kmeans
 
 
-class HasPrototypes(Protocol):
-    """The part of `medvlp.methods.base.Method` that is needed here; a method is also an `nn.Module`."""
-
-    def encode_image(self, image: Tensor) -> Tensor: ...
-
-    def encode_text(self, text: Text) -> Tensor: ...
+class PrototypeUser(Protocol):
+    """The part of `medvlp.methods.base.Objective` that is needed here."""
 
     def prototype_size(self) -> tuple[int, int] | None: ...
 
     def set_prototypes(self, centroids: Tensor) -> None: ...
+
+
+class HasPrototypes(Protocol):
+    """The part of `medvlp.methods.base.Method` that is needed here; a method is also an `nn.Module`."""
+
+    @property
+    def prototype_user(self) -> PrototypeUser: ...
+
+    def encode_image(self, image: Tensor) -> Tensor: ...
+
+    def encode_text(self, text: Text) -> Tensor: ...
 
 
 def initialise_prototypes(
@@ -50,7 +57,7 @@ def initialise_prototypes(
     Raises:
         TooFewRowsError: fewer embeddings than prototypes.
     """
-    size = method.prototype_size()
+    size = method.prototype_user.prototype_size()
     if config.init != "kmeans" or size is None:
         return None
     assert isinstance(method, nn.Module)
@@ -72,7 +79,7 @@ def initialise_prototypes(
     local = torch.cat(rows) if rows else torch.zeros(0, size[1])
     positions = torch.cat(places) if places else torch.zeros(0, dtype=torch.int64)
     clusters = spherical_kmeans(local, size[0], config.iterations, seed, positions=positions)
-    method.set_prototypes(clusters.centroids)
+    method.prototype_user.set_prototypes(clusters.centroids)
     return clusters
 
 

@@ -33,11 +33,11 @@ class PrototypeRefresh(BaseCallback):
         log: Callable[[dict[str, float]], None],
     ):
         self.method, self.service, self.device, self.log = method, service, device, log
-        method.keep_embeddings = True
+        method.prototype_user.keep_embeddings = True
 
     def on_micro_batch(self, sample: Tensor, step: int) -> None:
         """Remember the method's last embeddings."""
-        self.service.update(self.method.last_embeddings, sample, step)
+        self.service.update(self.method.prototype_user.last_embeddings, sample, step)
 
     def on_step(self, record: StepRecord) -> None:
         """Refresh when due; all ranks swap to the new table at the same step."""
@@ -46,7 +46,7 @@ class PrototypeRefresh(BaseCallback):
             self._hand_over()
 
     def _hand_over(self) -> None:
-        self.method.prototype_table = self.service.table and self.service.table.to(self.device)
+        self.method.prototype_user.prototype_table = self.service.table and self.service.table.to(self.device)
 
     def state_dict(self) -> dict[str, Any]:
         """The service's state: the table, and this rank's bank."""

@@ -164,7 +164,7 @@ def _open_data(config: Config) -> tuple[ShardReader, Tokenizer]:
 
 
 def _start_prototypes(config: Config, method: Method, data: TrainingLoader) -> None:
-    if method.prototype_size() is None or method.uses_service:
+    if method.prototype_user.prototype_size() is None or method.prototype_user.uses_service:
         return
     method.train()
     clusters = initialise_prototypes(method, data, config.prototypes, config.train.seed)
@@ -198,8 +198,8 @@ def _callbacks(
         "lower optimizer.lr, set train.gradient_clip, or use precision=fp32",
     )
     callbacks: list[Callback] = [finite]
-    if method.uses_service:
-        size = method.prototype_size()
+    if method.prototype_user.uses_service:
+        size = method.prototype_user.prototype_size()
         assert size is not None  # `uses_service` promises it
         service = build_service(config.prototypes, size, config.train.seed)
         callbacks.append(PrototypeRefresh(method, service, engine.device, monitor.add))

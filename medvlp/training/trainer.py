@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from medvlp.data.batch import Batch
+from medvlp.methods.base import Progress
 from medvlp.training.callbacks import Callback, StepRecord
 from medvlp.training.engine import Engine
 from medvlp.training.interrupts import Interrupts
@@ -68,7 +69,7 @@ class Trainer:
         started = time.perf_counter()
         epoch, learning_rate = self.step // self.steps_per_epoch, float(self.learning_rates[self.step])
         logged = (self.step + 1) % self.log_every == 0 or self.step + 1 == len(self.learning_rates)
-        self.engine.method.on_progress(epoch, self.step)
+        self.engine.method.on_progress(Progress(epoch, self.step, len(self.learning_rates)))
         self.engine.set_learning_rate(learning_rate)
         accumulation = self.engine.plan.accumulation
         losses: dict[str, torch.Tensor] = {}

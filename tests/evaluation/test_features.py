@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from medvlp.data.batch import Batch, Text
-from medvlp.evaluation.features import Wanted, embed, embed_texts, scores_by_embedding, shrink
+from medvlp.evaluation.features import Wanted, embed, embed_texts, shrink
 from medvlp.evaluation.results import EvaluationError
 from medvlp.methods.base import Method
 
@@ -37,6 +37,8 @@ class Linear(Method):
 
 class Biased(Linear):
     """Scores pairs in a way of its own."""
+
+    scores_by_embedding = False
 
     def score(self, image: Tensor, prompts: Text) -> Tensor:
         return super().score(image, prompts) + torch.arange(len(prompts.input_ids))
@@ -89,8 +91,8 @@ def test_only_what_is_wanted_is_computed() -> None:
 
 def test_a_method_with_its_own_score_is_run_on_the_prompts() -> None:
     plain, biased, prompts = Linear(), Biased(), make_text(3, 2)
-    assert scores_by_embedding(plain)
-    assert not scores_by_embedding(biased)
+    assert plain.scores_by_embedding
+    assert not biased.scores_by_embedding
     found = embed({"plain": plain, "biased": biased}, make_batches(5), Wanted(prompts=prompts), CPU).models
     assert found["plain"].scores is None
     with torch.no_grad():

@@ -9,8 +9,8 @@ import torch
 
 from medvlp.config import Config
 from medvlp.data.batch import Batch, Text
-from medvlp.methods.mgca import MGCA
 from medvlp.methods.mgca_config import MGCAConfig
+from medvlp.methods.pair import PairMethod
 from medvlp.methods.registry import build_method
 
 VOCABULARY = 60
@@ -40,11 +40,11 @@ def small_config(image: str = "vit", **method: Any) -> Config:
     return config
 
 
-def small_mgca(image: str = "vit", seed: int = 0, **method: Any) -> MGCA:
+def small_mgca(image: str = "vit", seed: int = 0, **method: Any) -> PairMethod:
     """The method of `small_config` with weights from `seed`."""
     torch.manual_seed(seed)
     built = build_method(small_config(image, **method), VOCABULARY)
-    assert isinstance(built, MGCA)
+    assert isinstance(built, PairMethod)
     return built
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from medvlp.config import PrototypesConfig
 from medvlp.encoders.errors import EncoderError
 from medvlp.losses.normalise import unit_norm
+from medvlp.methods.base import Progress
 from medvlp.methods.registry import UnknownMethodError, build_method, schemas
 from medvlp.prototypes.initialise import initialise_prototypes
 from medvlp.prototypes.kmeans import TooFewRowsError
@@ -109,7 +110,7 @@ def test_weights_and_terms_add_up() -> None:
 
 def test_training_lowers_the_loss_and_finds_the_pairs() -> None:
     model = small_mgca(freeze_epochs=0)
-    model.on_progress(0, 0)
+    model.on_progress(Progress(0, 0, 60))
     batch = small_batch([3, 7, 1, 5, 2, 6])
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     first = model(batch)["loss"].item()
@@ -124,14 +125,14 @@ def test_training_lowers_the_loss_and_finds_the_pairs() -> None:
 
 def test_frozen_prototypes_get_zero_gradients() -> None:
     model = small_mgca()
-    weight = model.objective.prototypes.weight
+    weight = model.alignment.objective.prototypes.weight
     for epoch, frozen in ((0, True), (1, False)):
         model.zero_grad()
-        model.on_progress(epoch, 0)
+        model.on_progress(Progress(epoch, 0, 2))
         model(small_batch([3, 4]))["loss"].backward()
         assert (weight.grad == 0).all() == frozen
-    assert model.parameters_without_decay() == {"objective.prototypes.weight"}
-    assert "objective.prototypes.weight" in dict(model.named_parameters())
+    assert model.parameters_without_decay() == {"alignment.objective.prototypes.weight"}
+    assert "alignment.objective.prototypes.weight" in dict(model.named_parameters())
 
 
 def test_no_weight_is_changed_by_forward() -> None:
@@ -171,29 +172,30 @@ def test_deepcopy_is_independent() -> None:
 def test_clusters_replace_learned_prototypes() -> None:
     model = small_mgca(prototype_source="clusters")
     batch = small_batch([3, 7, 1, 5])
-    assert model.uses_service
+    assert model.prototype_user.uses_service
     assert model.parameters_without_decay() == set()
     assert not any("prototypes" in name for name, _ in model.named_parameters())
     assert model(batch)["loss/prototype"] == 0
-    model.keep_embeddings = True
+    model.prototype_user.keep_embeddings = True
     model(batch)
-    service = build_service(PrototypesConfig(bank_rows=32, iterations=3), model.prototype_size())
-    service.update(model.last_embeddings, batch.sample, step=1)
+    size = model.prototype_user.prototype_size()
+    service = build_service(PrototypesConfig(bank_rows=32, iterations=3), size)
+    service.update(model.prototype_user.last_embeddings, batch.sample, step=1)
     assert service.refresh()["prototypes/rows"] == 8
-    model.prototype_table = service.table
+    model.prototype_user.prototype_table = service.table
     terms = model(batch)
     assert terms["loss/prototype"] > 0
     terms["loss/prototype"].backward()
-    assert model.image_head.linear1.weight.grad.abs().sum() > 0
+    assert model.alignment.image_head.linear1.weight.grad.abs().sum() > 0
     with pytest.raises(NotImplementedError):
-        model.set_prototypes(torch.eye(6, 8))
+        model.prototype_user.set_prototypes(torch.eye(6, 8))
 
 
 def test_cluster_loss_prefers_pairs_that_agree() -> None:
     model = small_mgca(prototype_source="clusters", prototypes=4, embedding=4)
     table = PrototypeTable.start(torch.eye(4))
-    agree = model.objective.prototype(torch.eye(4), torch.eye(4), table)
-    disagree = model.objective.prototype(torch.eye(4), torch.eye(4).roll(1, 0), table)
+    agree = model.alignment.objective.prototype(torch.eye(4), torch.eye(4), table)
+    disagree = model.alignment.objective.prototype(torch.eye(4), torch.eye(4).roll(1, 0), table)
     assert agree < disagree
 
 
@@ -208,13 +210,13 @@ def test_kmeans_start() -> None:
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(part.training for part in model.modules())
     for name, value in model.state_dict().items():
-        if name == "objective.prototypes.weight":
+        if name == "alignment.objective.prototypes.weight":
             torch.testing.assert_close(value, clusters.centroids)
         else:
             assert torch.equal(value, state[name]), name
     embeddings = torch.cat([model.encode_image(batches[0].image), model.encode_text(batches[0].text)])
-    started = model.objective.prototypes(embeddings).amax(1).mean()
-    random = (embeddings @ unit_norm(state["objective.prototypes.weight"]).T).amax(1).mean()
+    started = model.alignment.objective.prototypes(embeddings).amax(1).mean()
+    random = (embeddings @ unit_norm(state["alignment.objective.prototypes.weight"]).T).amax(1).mean()
     assert started > random + 0.1
 
 
@@ -225,7 +227,7 @@ def test_kmeans_start_options_and_errors() -> None:
     with pytest.raises(TooFewRowsError, match=r"init_samples"):
         initialise_prototypes(model, [batch], PrototypesConfig(init="kmeans", init_samples=2), seed=0)
     with pytest.raises(ValueError, match="centroids"):
-        model.set_prototypes(torch.eye(3))
+        model.prototype_user.set_prototypes(torch.eye(3))
 
 
 def test_registry_and_errors() -> None:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from medvlp.config import OptimizerConfig, PrototypesConfig
 from medvlp.distributed import rank
+from medvlp.methods.base import Progress
 from medvlp.prototypes.initialise import initialise_prototypes
 from medvlp.training.batch_plan import BatchPlan
 from medvlp.training.engine import Engine
@@ -74,7 +75,7 @@ def kmeans_start(ranks: int) -> np.ndarray:
     own = [rows_of(batch, rank() * each, (rank() + 1) * each) for batch in batches] if ranks > 1 else batches
     config = PrototypesConfig(init="kmeans", init_samples=48, iterations=5)
     initialise_prototypes(model, own, config, seed=0)
-    return model.objective.prototypes.weight.detach().numpy()
+    return model.alignment.objective.prototypes.weight.detach().numpy()
 
 
 @pytest.mark.dist
@@ -94,11 +95,11 @@ def train_with_deepspeed(stage: int, precision: str, frozen_steps: int, steps: i
     config.deepspeed = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if stage == 3 else {}
     model = small_mgca()
     engine = Engine(model, config, BatchPlan(8, 4, 1, 2), torch.device("cpu"))
-    name = "objective.prototypes.weight"
+    name = "alignment.objective.prototypes.weight"
     own = rows_of(small_batch(WORDS), rank() * 4, rank() * 4 + 4)
     history = [copy.deepcopy(engine.full_weights().get(name))]
     for step in range(steps):
-        model.on_progress(epoch=0 if step < frozen_steps else 1, step=step)
+        model.on_progress(Progress(0 if step < frozen_steps else 1, step, steps))
         engine.set_learning_rate(1e-2)
         engine.backward(engine.forward(own)["loss"])
         engine.step()

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from medvlp import distributed
 from medvlp.data.batch import Batch, Text
-from medvlp.methods.base import Method
+from medvlp.methods.base import Method, Progress
 
 VOCABULARY = 50
 
@@ -52,8 +52,8 @@ class TinyMethod(Method):
         loss = F.cross_entropy(scores, target)
         return {"loss": loss, "image_to_text": loss.detach()}
 
-    def on_progress(self, epoch: int, step: int) -> None:
-        self.progress.append((epoch, step))
+    def on_progress(self, progress: Progress) -> None:
+        self.progress.append((progress.epoch, progress.step))
 
 
 def random_batch(seed: int, rows: int, rank: int = 0, world_size: int = 1) -> Batch:

@@ -1,0 +1,122 @@
+"""Methods whose losses start from one encoding of image and report: two encoders and an alignment."""
+
+from __future__ import annotations
+
+import abc
+from typing import NamedTuple
+
+from torch import Tensor
+
+from medvlp.config import Config
+from medvlp.data.batch import Batch, Text
+from medvlp.encoders.errors import EncoderError
+from medvlp.encoders.image import ImageEncoder, ImageFeatures
+from medvlp.encoders.text import TextEncoder, TextFeatures
+from medvlp.methods.base import Method, Objective, Progress
+
+
+class EncodedPair(NamedTuple):
+    """What the encoders make of a batch (a tuple: ZeRO-3's hooks look inside)."""
+
+    image: ImageFeatures
+    text: TextFeatures
+    batch: Batch
+
+
+class Alignment(Objective, abc.ABC):
+    """Heads and losses of a method on top of the two encoders, which it does not own.
+
+    Alignments of different methods can share one pair of encoders (`medvlp.methods.combination`).
+
+    Attributes:
+        image_attention, text_attention: whether `forward` needs the encoders' attention maps.
+    """
+
+    image_attention: bool = False
+    text_attention: bool = False
+
+    @abc.abstractmethod
+    def forward(self, pair: EncodedPair) -> dict[str, Tensor]:
+        """As `Method.forward`, from encoded pairs."""
+
+    @abc.abstractmethod
+    def embed_image(self, features: ImageFeatures) -> Tensor:
+        """[B, D] unit-norm float32 embeddings of images in the shared space."""
+
+    @abc.abstractmethod
+    def embed_text(self, features: TextFeatures, text: Text) -> Tensor:
+        """[B, D] unit-norm float32 embeddings of texts in the shared space."""
+
+    @property
+    def scores_by_embedding(self) -> bool:
+        """See `Method.scores_by_embedding`."""
+        return True
+
+    def score(self, image: ImageFeatures, prompts: TextFeatures, text: Text) -> Tensor:
+        """[B, N] scores of B images with N prompts (see `Method.score`); `text` are the prompts' tokens."""
+        return self.embed_image(image) @ self.embed_text(prompts, text).T
+
+    def ground(self, image: ImageFeatures, prompts: TextFeatures, text: Text) -> Tensor:
+        """[B, N, P] maps over the patches (see `Method.ground`)."""
+        raise NotImplementedError(f"{type(self).__name__} does not ground text in images")
+
+
+class PairMethod(Method):
+    """An image encoder, a text encoder and the alignment between them."""
+
+    def __init__(self, image: ImageEncoder, text: TextEncoder, alignment: Alignment) -> None:
+        super().__init__()
+        self.image_encoder, self.text_encoder, self.alignment = image, text, alignment
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        image = self.image_encoder(batch.image, attention=self.alignment.image_attention)
+        text = self.text_encoder(batch.text, attention=self.alignment.text_attention)
+        terms: dict[str, Tensor] = self.alignment(EncodedPair(image, text, batch))
+        return terms
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        return self.alignment.embed_image(self.image_encoder(image))
+
+    def encode_text(self, text: Text) -> Tensor:
+        return self.alignment.embed_text(self.text_encoder(text), text)
+
+    def image_features(self, image: Tensor) -> Tensor:
+        features: ImageFeatures = self.image_encoder(image)
+        return features.pooled
+
+    @property
+    def scores_by_embedding(self) -> bool:
+        return self.alignment.scores_by_embedding
+
+    def score(self, image: Tensor, prompts: Text) -> Tensor:
+        return self.alignment.score(self.image_encoder(image), self.text_encoder(prompts), prompts)
+
+    def ground(self, image: Tensor, prompts: Text) -> Tensor:
+        features: ImageFeatures = self.image_encoder(image)
+        maps = self.alignment.ground(features, self.text_encoder(prompts), prompts)
+        return maps.reshape(*maps.shape[:2], *features.grid)
+
+    def on_progress(self, progress: Progress) -> None:
+        self.alignment.on_progress(progress)
+
+    def parameters_without_decay(self) -> set[str]:
+        return {f"alignment.{name}" for name in self.alignment.parameters_without_decay()}
+
+    @property
+    def prototype_user(self) -> Objective:
+        return self.alignment
+
+
+def build_encoders(config: Config, vocab_size: int) -> tuple[ImageEncoder, TextEncoder]:
+    """Image and text encoder as the config describes them.
+
+    Raises:
+        EncoderError: one of them cannot be built, or the text model is too short for `data.max_tokens`.
+    """
+    image = ImageEncoder(config.image, config.data.image_size, config.method.batch_norm)
+    text = TextEncoder(config.text, vocab_size)
+    if text.max_tokens is not None and config.data.max_tokens > text.max_tokens:
+        raise EncoderError(
+            f"data.max_tokens={config.data.max_tokens} exceeds the text model's {text.max_tokens} positions"
+        )
+    return image, text
