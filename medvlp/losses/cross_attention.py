@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from medvlp.losses.diagonal_contrast import diagonal_contrast
 from medvlp.losses.normalise import unit_norm
 
 
@@ -38,7 +39,7 @@ def own_context_loss(
 
     Args:
         tokens: [B, N, D] unit-norm tokens.
-        context: [B, N, D] what each token gathered from the other modality.
+        context: [B, N, D] what each token gathered from the other modality, no longer than 1.
         weights: [B, N] weight of each token.
         valid: [B, N] bool; other tokens are no negatives. None: all are.
         temperature: of the contrast.
@@ -46,15 +47,7 @@ def own_context_loss(
     Returns:
         0-d loss: mean over samples of half the weighted sum of both directions.
     """
-    logits = tokens @ context.transpose(1, 2) / temperature
-    if valid is not None:
-        pairs = valid[:, :, None] & valid[:, None, :]
-        # Every token keeps itself, so that rows of padding are 0 instead of infinite.
-        itself = torch.eye(logits.shape[1], dtype=torch.bool, device=logits.device)
-        logits = logits.masked_fill(~(pairs | itself), -torch.inf)
-    own = logits.diagonal(dim1=1, dim2=2)
-    both = (logits.logsumexp(2) - own) + (logits.logsumexp(1) - own)
-    return 0.5 * (weights * both).sum(1).mean()
+    return 0.5 * (weights * diagonal_contrast(tokens, context, valid, temperature)).sum(1).mean()
 
 
 def word_loss(

@@ -23,9 +23,6 @@ def unit_norm(tensor: Tensor, epsilon: float = 1e-12) -> Tensor:
         [..., D] unit vectors.
     """
     tensor = at_least_float32(tensor)
-    # Decided on the largest entry: squares of short vectors underflow, the gradient of sqrt(0) is not finite.
-    largest = tensor.detach().abs().amax(-1, keepdim=True)
-    usable = ~(largest <= epsilon)  # NaN stays NaN
-    safe = torch.where(usable, tensor, torch.ones_like(tensor))
-    unit = safe / torch.linalg.vector_norm(safe, dim=-1, keepdim=True)
-    return torch.where(usable, unit, torch.zeros_like(unit))
+    length = torch.linalg.vector_norm(tensor, dim=-1, keepdim=True)
+    short = length <= epsilon  # NaN stays NaN
+    return tensor * torch.where(short, 0.0, 1.0 / torch.where(short, 1.0, length))
