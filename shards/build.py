@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from shards.build_state import BuildPlan, Rejection, ShardState, restore_states
+from shards.entities import extractor
 from shards.errors import DataError
 from shards.format import Shard, hash_file, index_file_name, sample_key
 from shards.identifiers import hash_identifiers, key_fingerprint
@@ -37,6 +39,7 @@ class BuildOptions:
         split_seed: key of the hash that decides the split, up to 64 bytes.
         hash_key: secret key with which patient and study ids are hashed; None keeps them.
         tokenizer: folder or hub name; None trains one of at most `vocab_size` pieces.
+        entities: "rules" reads them from the report (`shards.entities.extractor`); None keeps the source's.
     """
 
     name: str | None = None
@@ -47,6 +50,7 @@ class BuildOptions:
     hash_key: bytes | None = None
     tokenizer: str | None = None
     vocab_size: int = 30522
+    entities: Literal["rules"] | None = None
 
     def arguments(self, source: Source) -> dict[str, Json]:
         """Everything the bytes of the dataset depend on, as the index records it; no path, no secret."""
@@ -60,6 +64,8 @@ class BuildOptions:
             "tokenizer": Path(self.tokenizer).name if self.tokenizer else None,
             "vocab_size": self.vocab_size,
         }
+        if self.entities is not None:
+            arguments["entities"] = {"by": self.entities, "version": extractor.VERSION}
         # Through JSON, so that it compares equal to what is read back from a file.
         recorded: dict[str, Json] = json.loads(json.dumps(arguments))
         return recorded
@@ -153,6 +159,8 @@ def _samples(
 def _sample(study: Study, key: str, split: str, options: BuildOptions) -> Sample:
     if study.split not in (None, split):
         raise ValueError(f"the source loads a sample of split {study.split!r} that it planned for {split!r}")
+    if options.entities == "rules":
+        study = replace(study, entities=extractor.extract(study.sections))
     if options.hash_key is not None:
         study = hash_identifiers(study, options.hash_key)
     return to_sample(study, key, options.image)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from launcher.commands.annotate import annotate
 from shards.build import BuildOptions, build_shards
 from shards.errors import DataError, UsageError
 from shards.identifiers import KEY_VARIABLE, read_key
@@ -103,10 +104,15 @@ def build_table(
     image_format: Format = "jpg",
     jpeg_quality: Quality = 90,
     name: Name = None,
+    entities: Annotated[
+        str | None, typer.Option(metavar="rules", help="rules: extract entities from the reports")
+    ] = None,
 ) -> None:
     """Build from a table of reports and a folder of images (see shards/sources/README.md)."""
     from shards.sources.table import TableSource
 
+    if entities not in (None, "rules"):
+        raise UsageError(f"--entities {entities!r}: choose rules, or leave it out")
     options = BuildOptions(
         name=name or table.stem,
         image=_stored_image(image_size, image_format, jpeg_quality),
@@ -115,8 +121,12 @@ def build_table(
         hash_key=read_key(hash_key) if hash_ids else None,
         tokenizer=tokenizer,
         vocab_size=vocab_size,
+        entities="rules" if entities else None,
     )
     _build(TableSource(table, images, map_file), out, options, workers, part, max_rejected)
+
+
+app.command("annotate")(annotate)
 
 
 @app.command("merge")

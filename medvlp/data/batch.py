@@ -64,6 +64,8 @@ class Batch(_TensorRecord):
         keys: the B sample keys (for messages; never text).
         skipped: corrupt samples that were replaced (training) or left out (evaluation) in this batch.
         faults: what was wrong with them, one message each, naming shard and key.
+        entities: [B, 51, 75] int8, anatomies x observations of `shards.entities.vocabulary`: 1 present,
+            0 absent, -1 not mentioned (or uncertain); None unless the loader was asked for them.
     """
 
     image: Tensor
@@ -73,3 +75,4 @@ class Batch(_TensorRecord):
     keys: list[str]
     skipped: int = 0
     faults: list[str] = field(default_factory=list)
+    entities: Tensor | None = None

@@ -15,7 +15,8 @@ from medvlp.data.batch import Batch
 from medvlp.data.order import Positions
 from medvlp.data.text import Tokenizer
 from medvlp.data.tokens import TokenStore
-from medvlp.data.transforms import DRAWS, SampleRandom, evaluation_view, training_view
+from medvlp.data.transforms import DRAWS, SampleRandom, evaluation_view, is_flipped, training_view
+from shards.entities.matrix import mirrored
 from shards.errors import DataError
 from shards.images import decode_image
 from shards.reader import ShardReader
@@ -33,16 +34,24 @@ class ImageReportDataset(Dataset[Batch | DataError]):
         store: its token ids, labels and keys.
         tokenizer: the tokenizer the ids came from.
         config: image size, transform, longest report.
+        entities: fill `Batch.entities`.
     """
 
     def __init__(
-        self, reader: ShardReader, split: str, store: TokenStore, tokenizer: Tokenizer, config: DataConfig
+        self,
+        reader: ShardReader,
+        split: str,
+        store: TokenStore,
+        tokenizer: Tokenizer,
+        config: DataConfig,
+        entities: bool = False,
     ) -> None:
         self.reader = reader
         self.split = split
         self.store = store
         self.tokenizer = tokenizer
         self.config = config
+        self.entities = entities
         self._unreadable = frozenset(store.unreadable.tolist())
         side = reader.index.image_size
         # One buffer for all: it saves an allocation a sample and refuses images larger than the index says.
@@ -81,6 +90,7 @@ class ImageReportDataset(Dataset[Batch | DataError]):
             keys=self.store.keys(rows),
             skipped=skipped,
             faults=faults,
+            entities=torch.from_numpy(self.store.entities.matrices(rows)) if self.entities else None,
         )
 
 
@@ -95,9 +105,10 @@ class TrainingDataset(ImageReportDataset):
         tokenizer: Tokenizer,
         config: DataConfig,
         seed: int,
+        entities: bool = False,
     ) -> None:
         """As `ImageReportDataset`; `seed` is that of the run."""
-        super().__init__(reader, split, store, tokenizer, config)
+        super().__init__(reader, split, store, tokenizer, config, entities)
         self.seed = seed
         self._trainable = np.flatnonzero(store.trainable())
 
@@ -112,6 +123,7 @@ class TrainingDataset(ImageReportDataset):
         size = self.config.image_size
         images = np.empty((len(positions), size, size), dtype=np.uint8)
         rows = positions.copy()
+        flipped = np.zeros(len(positions), dtype=bool)
         faults: list[str] = []
         for row, position in enumerate(positions.tolist()):
             for candidate in self._candidates(random, position):
@@ -123,10 +135,15 @@ class TrainingDataset(ImageReportDataset):
                 draws = random.uniform(candidate, DRAWS)
                 images[row] = training_view(pixels, size, self.config.transform, draws)
                 rows[row] = candidate
+                flipped[row] = is_flipped(self.config.transform, draws)
                 break
             else:
                 return DataError(f"{REPLACEMENTS + 1} corrupt samples in a row, the last: {faults[-1]}")
-        return self._batch(images, rows, faults, int((rows != positions).sum()))
+        batch = self._batch(images, rows, faults, int((rows != positions).sum()))
+        if batch.entities is not None and self.config.transform.flip_entities == "swap":
+            matrices = batch.entities.numpy()
+            matrices[flipped] = mirrored(matrices[flipped])
+        return batch
 
     def _candidates(self, random: SampleRandom, position: int) -> Iterator[int]:
         """The sample itself, then its replacements in this epoch."""

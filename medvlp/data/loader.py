@@ -152,6 +152,7 @@ def build_loader(
     world_size: int,
     micro_batch: int,
     start_step: int = 0,
+    entities: bool = False,
 ) -> TrainingLoader:
     """The training loader of one rank.
 
@@ -165,13 +166,19 @@ def build_loader(
         rank, world_size: place of this process.
         micro_batch: samples of one forward pass on this rank.
         start_step: first optimiser step, from 0.
+        entities: fill `Batch.entities`.
 
     Raises:
         ConfigError: batch and split do not fit.
-        DataError: no such split, or too many unreadable samples.
+        DataError: no such split, too many unreadable samples, or no entities where they are needed.
     """
     data = config.data
     store = TokenStore.open_or_build(reader, data.split, data, tokenizer)
+    if entities and not len(store.entities.cells):
+        raise DataError(
+            f"{reader.root}: no sample of split {data.split!r} has an entity (present or absent), which the "
+            "method learns from; annotate the dataset with medvlp shards annotate"
+        )
     mask = store.trainable()
     trainable = np.flatnonzero(mask)
     if not len(trainable):
@@ -188,7 +195,7 @@ def build_loader(
     sizes = np.diff(np.concatenate([[0], np.cumsum(mask)])[np.concatenate([[0], ends])])
     order = SampleOrder(sizes.tolist(), config.train.seed, data.shuffle_block, data.partitions)
     sampler = MicroBatchSampler(order, trainable, config, world_size, rank, micro_batch, start_step)
-    dataset = TrainingDataset(reader, data.split, store, tokenizer, data, config.train.seed)
+    dataset = TrainingDataset(reader, data.split, store, tokenizer, data, config.train.seed, entities)
     return TrainingLoader(dataset, sampler, data)
 
 
@@ -224,6 +231,7 @@ def evaluation_loader(
     split: str,
     batch: int,
     positions: Sequence[int] | None = None,
+    entities: bool = False,
 ) -> EvaluationLoader:
     """A split in index order: center crop, no randomness, every sample once, the last batch may be smaller.
 
@@ -234,12 +242,13 @@ def evaluation_loader(
         split: which split.
         batch: samples of a batch.
         positions: only these samples of the split, in this order; default: all.
+        entities: fill `Batch.entities`; a sample without entities mentions nothing.
     """
     store = TokenStore.open_or_build(reader, split, config.data, tokenizer)
     chosen = list(range(len(store)) if positions is None else positions)
     chunks = [chosen[start : start + batch] for start in range(0, len(chosen), batch)]
     return EvaluationLoader(
-        EvaluationDataset(reader, split, store, tokenizer, config.data), chunks, config.data
+        EvaluationDataset(reader, split, store, tokenizer, config.data, entities), chunks, config.data
     )
 
 

@@ -39,12 +39,60 @@ def _permutation(count: int, seed: int, *purpose: int) -> Positions:
     return np.argsort(random_words(count, seed, *purpose), kind="stable")
 
 
-def _ranges(starts: Positions, sizes: Positions) -> Positions:
-    """Concatenation of `arange(start, start + size)` over all pairs."""
-    total = int(sizes.sum())
-    ends = np.cumsum(sizes)
-    shift: Positions = np.repeat(starts - (ends - sizes), sizes)
-    return np.arange(total, dtype=np.int64) + shift
+class PartitionOrder:
+    """The order of one partition in one epoch, worked out block by block where it is asked for.
+
+    Sorting the keys of ten million samples takes seconds; of the one or two blocks that a global batch lies
+    in, a millisecond.
+
+    Args:
+        starts, sizes: pieces of shards in this epoch's order.
+        rotation: samples at the end of their concatenation that come first.
+        block_words: a random word for each block; blocks are permuted in the order of these.
+        keys: a random word for each sample; samples of a block are permuted in the order of these.
+    """
+
+    def __init__(
+        self,
+        starts: Positions,
+        sizes: Positions,
+        rotation: int,
+        block_words: NDArray[np.uint64],
+        keys: NDArray[np.uint64],
+    ) -> None:
+        self._starts, self._ends = starts, np.cumsum(sizes)
+        self._rotation, self._keys = rotation, keys
+        self._blocks = np.argsort(block_words, kind="stable")
+        # Sample i of the rotated sequence is in block i * blocks // count.
+        self._cuts = -(-np.arange(len(block_words) + 1) * len(keys) // len(block_words))
+        self._offsets = np.concatenate([[0], np.cumsum(np.diff(self._cuts)[self._blocks])])
+        self._sorted: dict[int, Positions] = {}
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __getitem__(self, places: Positions) -> Positions:
+        """Positions in the split (int64) of the samples at these places of the order."""
+        of_place = np.searchsorted(self._offsets, places, side="right") - 1
+        positions = np.empty(len(places), dtype=np.int64)
+        wanted = np.unique(of_place).tolist()
+        # Neighbouring batches share blocks; older ones are not asked for again.
+        self._sorted = {block: self._sorted[block] for block in wanted if block in self._sorted}
+        for block in wanted:
+            here = of_place == block
+            if block not in self._sorted:
+                self._sorted[block] = self._sort(block)
+            positions[here] = self._sorted[block][places[here] - self._offsets[block]]
+        return positions
+
+    def _sort(self, block: int) -> Positions:
+        low, high = self._cuts[self._blocks[block]], self._cuts[self._blocks[block] + 1]
+        inside = low + np.argsort(self._keys[low:high], kind="stable")
+        place = (inside - self._rotation) % len(self._keys)
+        piece = np.searchsorted(self._ends, place, side="right")
+        before = np.where(piece > 0, self._ends[piece - 1], 0)
+        positions: Positions = self._starts[piece] + place - before
+        return positions
 
 
 class SampleOrder:
@@ -82,7 +130,7 @@ class SampleOrder:
         self.block = block
         self.partitions = partitions
         self._pieces = self._partition(sizes)
-        self._cache: tuple[int, list[Positions]] | None = None
+        self._cache: tuple[int, list[PartitionOrder]] | None = None
 
     def _partition(self, sizes: Positions) -> list[tuple[Positions, Positions]]:
         """(starts, sizes) of the pieces of shards that make up each partition."""
@@ -100,21 +148,18 @@ class SampleOrder:
             pieces.append((starts[inside] + offset, (right - left)[inside]))
         return pieces
 
-    def _partition_order(self, partition: int, epoch: int) -> Positions:
+    def _partition_order(self, partition: int, epoch: int) -> PartitionOrder:
         starts, sizes = self._pieces[partition]
         stream = (epoch << 2, partition)
         shuffled = _permutation(len(starts), self.seed, stream[0] | _SHARDS, stream[1])
-        positions = _ranges(starts[shuffled], sizes[shuffled])
-        count = len(positions)
+        count = int(sizes.sum())
         blocks = max(1, round(count / self.block))
         words = random_words(blocks + 1, self.seed, stream[0] | _BLOCKS, stream[1])
-        positions = np.roll(positions, int(words[-1] % np.uint64(count)))
-        rank_of_block = np.argsort(np.argsort(words[:-1], kind="stable"), kind="stable")
-        block_of_sample = rank_of_block[np.arange(count) * blocks // count]
         keys = random_words(count, self.seed, stream[0] | _SAMPLES, stream[1])
-        return positions[np.lexsort((keys, block_of_sample))]
+        rotation = int(words[-1] % np.uint64(count))
+        return PartitionOrder(starts[shuffled], sizes[shuffled], rotation, words[:-1], keys)
 
-    def partition_orders(self, epoch: int) -> list[Positions]:
+    def partition_orders(self, epoch: int) -> list[PartitionOrder]:
         """The order of every partition in this epoch (the last epoch asked for is kept)."""
         if self._cache is None or self._cache[0] != epoch:
             orders = [self._partition_order(partition, epoch) for partition in range(self.partitions)]
@@ -123,7 +168,7 @@ class SampleOrder:
 
     def epoch_order(self, epoch: int) -> Positions:
         """All positions of the split, each exactly once: int64 [samples], partition after partition."""
-        return np.concatenate(self.partition_orders(epoch))
+        return np.concatenate([part[np.arange(len(part))] for part in self.partition_orders(epoch)])
 
     def steps_per_epoch(self, global_batch: int, tail: str = "drop") -> int:
         """Number of global batches of an epoch.

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import tokenizers
@@ -19,10 +20,16 @@ from medvlp.data.cache import read_remote
 from medvlp.hub import hub_reason, quiet_hub
 from shards.format import TOKENIZER_NAME, is_remote, locate
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 SpecialTokens = tuple[str, str, str]
 
 #: Names of the tokens that open, close and pad a text, where nothing else says them: BERT's, then RoBERTa's.
 _SPECIAL_TOKENS: tuple[SpecialTokens, ...] = (("[CLS]", "[SEP]", "[PAD]"), ("<s>", "</s>", "<pad>"))
+
+#: Names of the token that hides a word: BERT's, RoBERTa's.
+_MASK_TOKENS = ("[MASK]", "<mask>")
 
 
 @dataclass(frozen=True)
@@ -137,6 +144,36 @@ class Tokenizer:
         transformers.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
             tokenizer_object=self._backend, cls_token=cls_token, sep_token=sep_token, pad_token=pad_token
         ).save_pretrained(str(folder))
+
+    def to_transformers(self, max_tokens: int) -> PreTrainedTokenizerFast:
+        """A transformers tokenizer that gives a text the ids `tokenize` gives it.
+
+        It opens and closes texts with this tokenizer's special tokens, cuts at `max_tokens` with
+        `truncation=True`, and takes names of special tokens inside a text for ordinary words.
+        """
+        import transformers
+
+        opening, closing, padding = self._special
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        backend.post_processor = tokenizers.processors.TemplateProcessing(
+            single=[opening, "$A", closing],
+            pair=[opening, "$A", closing, "$B:1", f"{closing}:1"],
+            special_tokens=[(opening, self.cls_id), (closing, self.sep_id)],
+        )
+        named = {"cls_token": opening, "sep_token": closing, "pad_token": padding}
+        unknown = getattr(backend.model, "unk_token", None)
+        if unknown is not None:
+            named["unk_token"] = unknown
+        mask = next((name for name in _MASK_TOKENS if backend.token_to_id(name) is not None), None)
+        if mask is not None:
+            named["mask_token"] = mask
+        return transformers.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+            tokenizer_object=backend,
+            model_max_length=max_tokens,
+            model_input_names=["input_ids", "attention_mask"],
+            split_special_tokens=True,
+            **named,
+        )
 
     def encode(self, reports: Sequence[Sequence[str]]) -> TokenRows:
         """Token ids of reports given as lists of sentences, whole and without special tokens.

@@ -1,4 +1,4 @@
-"""Token ids, labels and keys of a split: computed once, kept beside the shards, mapped by every worker."""
+"""Token ids, labels, entities and keys of a split: computed once, kept beside the shards, then mapped."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ from safetensors.numpy import save
 
 from medvlp.config import DataConfig
 from medvlp.data.cache import cache_folder
+from medvlp.data.entities import EntityRows
 from medvlp.data.report import report_sentences
 from medvlp.data.text import Tokenizer, TokenRows
 from shards.atomic import atomic_write, remove_leftovers
+from shards.entities import matrix
+from shards.entities.matrix import Triple
 from shards.errors import DataError
 from shards.format import TOOL_VERSION, is_remote
 from shards.reader import ShardReader
@@ -28,7 +31,7 @@ from shards.reader import ShardReader
 logger = logging.getLogger(__name__)
 
 #: Raise when the stored arrays or the way to compute them change.
-_VERSION = 1
+_VERSION = 2
 _CHUNK = 2048
 
 
@@ -39,6 +42,7 @@ class TokenStore:
         path: the file.
         rows: token ids and sentence numbers of all reports.
         labels: float32 [N, C] in the order of the index's label names: 1, 0, -1, NaN (unknown).
+        entities: the anatomy-observation matrices of all samples.
         unreadable: int64, positions of samples whose metadata could not be read; they have no text.
     """
 
@@ -55,6 +59,7 @@ class TokenStore:
                 arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
             self.rows = TokenRows(arrays["ids"], arrays["sentences"], arrays["offsets"])
             self.labels: NDArray[np.float32] = arrays["labels"]
+            self.entities = EntityRows(arrays["entity_cells"], arrays["entity_offsets"])
             self.unreadable: NDArray[np.int64] = arrays["unreadable"]
             self._keys: NDArray[np.uint8] = arrays["keys"]
         except (SafetensorError, OSError, KeyError) as error:
@@ -120,7 +125,14 @@ class TokenStore:
 
 
 def _store_hash(reader: ShardReader, split: str, config: DataConfig, tokenizer: Tokenizer) -> str:
-    parts: list[Any] = [_VERSION, TOOL_VERSION, tokenizer.fingerprint, list(config.sections), config.cleaning]
+    parts: list[Any] = [
+        _VERSION,
+        matrix.VERSION,
+        TOOL_VERSION,
+        tokenizer.fingerprint,
+        list(config.sections),
+        config.cleaning,
+    ]
     parts += [reader.index.fingerprint, reader.index.label_names, split]
     return xxhash.xxh3_64_hexdigest(json.dumps(parts).encode())
 
@@ -178,6 +190,7 @@ def _build(reader: ShardReader, split: str, config: DataConfig, tokenizer: Token
     names = reader.index.label_names
     ids, sentences, lengths = [], [], []
     labels = np.full((count, len(names)), np.nan, dtype=np.float32)
+    entities: list[list[Triple]] = []
     unreadable = []
     position = 0
     for rows, metadata in _chunks(reader, split, config, tokenizer):
@@ -185,12 +198,14 @@ def _build(reader: ShardReader, split: str, config: DataConfig, tokenizer: Token
         sentences.append(rows.sentences)
         lengths.append(np.diff(rows.offsets))
         for sample in metadata:
+            entities.append(sample["entities"] if sample else [])
             if sample is None:
                 unreadable.append(position)
             else:
                 values = [sample["labels"].get(name) for name in names]
                 labels[position] = [np.nan if value is None else value for value in values]
             position += 1
+    packed = EntityRows.pack(entities)
     keys = np.array([reader.key(split, i).encode() for i in range(count)], dtype=np.bytes_)
     return save(
         {
@@ -198,6 +213,8 @@ def _build(reader: ShardReader, split: str, config: DataConfig, tokenizer: Token
             "sentences": np.concatenate(sentences),
             "offsets": np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64),
             "labels": labels,
+            "entity_cells": packed.cells,
+            "entity_offsets": packed.offsets,
             "unreadable": np.array(unreadable, dtype=np.int64),
             "keys": keys.view(np.uint8).reshape(count, keys.itemsize),
         },

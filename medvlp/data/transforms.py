@@ -56,6 +56,11 @@ def evaluation_view(image: Image, size: int, crop: str) -> Image:
     return image[top : top + size, left : left + size]
 
 
+def is_flipped(config: TransformConfig, uniform: list[float]) -> bool:
+    """Whether `training_view` flips the image for these numbers."""
+    return uniform[3] < config.flip
+
+
 def training_view(image: Image, size: int, config: TransformConfig, uniform: list[float]) -> Image:
     """The augmented [size, size] view of an image [H, W].
 
@@ -69,7 +74,7 @@ def training_view(image: Image, size: int, config: TransformConfig, uniform: lis
         config: what to change, and how much.
         uniform: `DRAWS` numbers in [0, 1) of this sample.
     """
-    draw_side, draw_top, draw_left, draw_flip, draw_brightness, draw_contrast = uniform
+    draw_side, draw_top, draw_left, _, draw_brightness, draw_contrast = uniform
     if config.crop != "random":
         image = evaluation_view(image, size, config.crop)
     else:
@@ -80,7 +85,7 @@ def training_view(image: Image, size: int, config: TransformConfig, uniform: lis
         top = int(draw_top * (image.shape[0] - side + 1))
         left = int(draw_left * (image.shape[1] - side + 1))
         image = resize(image[top : top + side, left : left + side], size)
-    if draw_flip < config.flip:
+    if is_flipped(config, uniform):
         image = image[:, ::-1]
     if config.brightness > 0 or config.contrast > 0:
         brightness = 1 + config.brightness * (2 * draw_brightness - 1)

@@ -1,0 +1,226 @@
+"""Gives every sample of a dataset its entities, in a new dataset whose other bytes are the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shards.atomic import atomic_write, remove_leftovers
+from shards.build_state import STATE_FOLDER, ShardState
+from shards.entities import extractor
+from shards.entities.radgraph import read_radgraph
+from shards.errors import DataError
+from shards.format import (
+    INDEX_NAME,
+    METADATA_EXTENSION,
+    REJECTED_NAME,
+    TOKENIZER_NAME,
+    Index,
+    Shard,
+    fingerprint,
+    hash_file,
+    index_file_name,
+)
+from shards.metadata import metadata_bytes
+from shards.shard_index import ShardIndex
+from shards.study import Entity
+from shards.workers import run_tasks
+from shards.writer import Sample, write_shard
+
+_PLAN_NAME = "annotation.json"
+#: Study id -> entities; None where the rules read the report.
+_Known = Mapping[str, list[Entity]] | None
+
+
+@dataclass(frozen=True)
+class AnnotationSummary:
+    """Counts at the end: samples, those with at least one entity, and those no RadGraph report belongs to."""
+
+    samples: int
+    annotated: int
+    unmatched: int
+
+
+@dataclass(frozen=True)
+class _ShardTask:
+    shard: Shard
+    known: _Known
+
+
+def annotate(
+    dataset: Path,
+    out: Path,
+    radgraph: Path | None,
+    overwrite: bool,
+    workers: int,
+    on_shard: Callable[[int, int], None],
+) -> AnnotationSummary:
+    """Write `dataset` to `out` with entities; killed and started again, it keeps the shards it has finished.
+
+    Args:
+        dataset: folder of a finished dataset; it is not changed.
+        out: folder of the new dataset.
+        radgraph: output of a RadGraph model (`radgraph.read_radgraph`), whose ids are the samples' study ids;
+            None: the rules of `extractor` read the reports.
+        overwrite: replace entities that samples have already.
+        workers: processes.
+        on_shard: called with (finished, all) shards at the start and after each shard.
+
+    Raises:
+        DataError: no dataset, samples with entities and no `overwrite`, a RadGraph file that cannot be read
+            or fits no sample, or an `out` that holds something else or cannot be written.
+    """
+    index = Index.load(dataset)
+    if out.resolve() == dataset.resolve():
+        raise DataError(f"--out must be another folder than {dataset}")
+    if not overwrite and "entities" in index.arguments:
+        raise DataError(f"{dataset} is annotated already; --overwrite replaces its entities")
+    by: dict[str, Any] = {"by": "rules", "version": extractor.VERSION}
+    if radgraph is not None:
+        by = {"by": "radgraph", "hash": hash_file(radgraph) if radgraph.is_file() else None}
+    arguments = {**index.arguments, "entities": {**by, "dataset": index.fingerprint}}
+    known = None if radgraph is None else read_radgraph(radgraph)
+    _start(out, arguments)
+    missing = [shard for shard in index.shards if not _is_finished(out, shard)]
+    finished = len(index.shards) - len(missing)
+    on_shard(finished, len(index.shards))
+    tasks = [_ShardTask(shard, _of_shard(dataset, shard, known)) for shard in missing]
+    for _ in run_tasks(_annotate_shard, (dataset, out, overwrite), tasks, workers):
+        finished += 1
+        on_shard(finished, len(index.shards))
+    summary = _summary(out, index, known)
+    if known is not None and summary.unmatched == summary.samples:
+        raise DataError(
+            f"{radgraph}: none of its ids is the study id of a sample of {dataset} (were the ids hashed?)"
+        )
+    _finish(dataset, out, index, arguments)
+    return summary
+
+
+def _start(out: Path, arguments: Mapping[str, Any]) -> None:
+    """Record what `out` becomes, or check that it is the annotation going on or finished there."""
+    plan = out / STATE_FOLDER / _PLAN_NAME
+    if (out / INDEX_NAME).exists():
+        index = Index.load(out)
+        existing: object = index.arguments
+        known = {shard.file: shard for shard in index.shards}
+    else:
+        existing = json.loads(plan.read_bytes()) if plan.is_file() else None
+        known = {}
+        if existing is None and out.is_dir() and any(out.iterdir()):
+            raise DataError(f"{out} is not empty; choose another --out")
+    if existing is not None and existing != arguments:
+        raise DataError(f"{out} holds another dataset or annotation; choose another --out or delete it")
+    try:
+        (out / STATE_FOLDER).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot create {out}: {error.strerror}; choose another --out") from error
+    atomic_write(plan, json.dumps(arguments).encode())
+    for file, shard in known.items():
+        ShardState(file, shard, []).save(out)
+
+
+def _is_finished(out: Path, shard: Shard) -> bool:
+    state = ShardState.load(out, shard.file)
+    return state is not None and state.is_intact(out)
+
+
+def _of_shard(dataset: Path, shard: Shard, known: _Known) -> _Known:
+    """The part of the known entities that a shard needs: a worker process gets no more."""
+    if known is None:
+        return None
+    studies = (metadata["study_id"] for _, _, metadata in _samples(dataset, shard))
+    return {study: known[study] for study in studies if study in known}
+
+
+def _annotate_shard(shared: tuple[Path, Path, bool], task: _ShardTask) -> None:
+    """Write one shard with entities and record it as finished (runs in a worker process)."""
+    dataset, out, overwrite = shared
+    file = task.shard.file
+    if hash_file(dataset / file) != task.shard.hash:
+        raise DataError(f"{dataset / file}: content differs from its hash; run medvlp shards verify")
+
+    def annotated() -> Iterator[Sample]:
+        for key, members, metadata in _samples(dataset, task.shard):
+            if metadata["entities"] and not overwrite:
+                raise DataError(
+                    f"{file}: sample {key} has entities already; --overwrite replaces those of all samples"
+                )
+            if task.known is None:
+                entities = extractor.extract(metadata["sections"])
+            else:
+                entities = task.known.get(metadata["study_id"], [])
+            rows = [[entity.anatomy, entity.observation, entity.value] for entity in entities]
+            content = metadata_bytes({**metadata, "entities": rows})
+            yield Sample(key, {**members, METADATA_EXTENSION: content})
+
+    samples = write_shard(out, file, annotated())
+    tar = out / file
+    shard = dataclasses.replace(
+        task.shard,
+        samples=samples,
+        bytes=tar.stat().st_size,
+        hash=hash_file(tar),
+        index_hash=hash_file(out / index_file_name(file)),
+    )
+    ShardState(file, shard, []).save(out)
+
+
+def _samples(root: Path, shard: Shard) -> Iterator[tuple[str, dict[str, bytes], dict[str, Any]]]:
+    """Key, members in tar order and parsed metadata of every sample of a shard."""
+    try:
+        shard_index = ShardIndex.from_bytes((root / shard.index_file).read_bytes(), shard.index_file)
+        with (root / shard.file).open("rb") as tar:
+            for row, key in enumerate(shard_index.keys):
+                members = {}
+                spans = sorted(shard_index.members(row).items(), key=lambda item: item[1])
+                for extension, (offset, size) in spans:
+                    tar.seek(offset)
+                    members[extension] = tar.read(size)
+                yield key, members, _metadata(members, shard, key)
+    except OSError as error:
+        raise DataError(f"{root / shard.file}: cannot be read ({error.strerror})") from error
+
+
+def _metadata(members: Mapping[str, bytes], shard: Shard, key: str) -> dict[str, Any]:
+    try:
+        metadata: dict[str, Any] = json.loads(members[METADATA_EXTENSION])
+        metadata["study_id"], metadata["sections"], metadata["entities"]
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{shard.file}: metadata of sample {key} is damaged") from None
+    return metadata
+
+
+def _summary(out: Path, index: Index, known: _Known) -> AnnotationSummary:
+    samples = annotated = unmatched = 0
+    for shard in index.shards:
+        for _, _, metadata in _samples(out, shard):
+            samples += 1
+            annotated += bool(metadata["entities"])
+            unmatched += known is not None and metadata["study_id"] not in known
+    return AnnotationSummary(samples, annotated, unmatched)
+
+
+def _finish(dataset: Path, out: Path, index: Index, arguments: dict[str, Any]) -> None:
+    """Write what stands beside the shards and, last, the index."""
+    for name in (TOKENIZER_NAME, REJECTED_NAME, INDEX_NAME):
+        remove_leftovers(out, name)
+    for name in (TOKENIZER_NAME, REJECTED_NAME):
+        if (dataset / name).is_file():
+            atomic_write(out / name, (dataset / name).read_bytes())
+    states = [ShardState.load(out, shard.file) for shard in index.shards]
+    shards = [state.shard for state in states if state is not None and state.shard is not None]
+    splits = {
+        split: dataclasses.replace(totals, bytes=sum(s.bytes for s in shards if s.split == split))
+        for split, totals in index.splits.items()
+    }
+    new = dataclasses.replace(
+        index, splits=splits, shards=shards, fingerprint=fingerprint(shards), arguments=arguments
+    )
+    atomic_write(out / INDEX_NAME, new.to_json())
+    shutil.rmtree(out / STATE_FOLDER)

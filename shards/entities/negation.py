@@ -1,0 +1,186 @@
+"""Whether a sentence says that something is present, absent or uncertain: cues and how far they reach.
+
+A scan from left to right, in the manner of NegEx and ConText (Chapman 2001, Harkema 2009): a cue sets the
+state for what follows it, until another cue or a boundary; cues that stand behind act on what is before them.
+The cue list and the comma rules are ours, made on radiology reports.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+Span = tuple[int, int]
+
+PRESENT, ABSENT, UNCERTAIN = 1, 0, -1
+
+_SEEN = (
+    r"(?:seen|identified|visuali[sz]ed|noted|demonstrated|evident|present|appreciated|apparent|detected|"
+    r"found)"
+)
+_BE = r"(?:is|are|was|were|be|been|being)"
+# Kind of cue -> its forms. Kinds are tried in this order at every place of the sentence, so a form that
+# begins like another one stands before it.
+_CUES: dict[str, tuple[str, ...]] = {
+    # Looks like a negation, says that something is (still) there: the scan passes over it.
+    "pseudo": (
+        r"no (?:\w+ ){0,2}?(?:change|increase|decrease|improvement|progression|resolution)s?\b"
+        r"(?: (?:in|of|from))?",
+        r"without (?:\w+ )?(?:change|resolution|improvement)(?: (?:in|of))?",
+        r"(?:has|have|had) not (?:\w+ )?(?:resolved|cleared|changed|improved)",
+        r"not (?:\w+ ){0,2}?(?:changed|different|resolved|without|free of|clear of)",
+        r"not (?:only|necessarily)",
+        r"no(?:t)? (?:longer )?(?:\w+ )?(?:excluded|ruled out) ?$",
+        r"(?:consistent|compatible|associated|in keeping) with",
+    ),
+    # Behind what it speaks about.
+    "uncertain_before": (
+        rf"(?:cannot|can not|could not|can't|not) (?:entirely |completely |definitively )?{_BE} "
+        r"(?:\w+ )?(?:excluded|ruled out)",
+        rf"(?:{_BE} )?not (?:entirely |completely |definitively )?(?:excluded|ruled out)",
+        rf"{_BE} (?:also )?(?:possible|suspected|questioned|suggested|considered|likely|probable|favou?red)",
+        r"(?:(?:is|are|appears?) )?(?:un|less )likely",
+        r"(?:may|might|could) be present",
+        r"\?",
+    ),
+    "absent_before": (
+        rf"(?:{_BE} |has |have )?not (?:\w+ ){{0,2}}?{_SEEN}",
+        r"(?:has|have|had) (?:\w+ )?(?:resolved|cleared|disappeared)",
+        rf"(?:{_BE} )?no longer (?:\w+ )?{_SEEN}",
+        rf"{_BE} (?:\w+ )?(?:absent|resolved|excluded|ruled out)",
+    ),
+    # Not about this patient now: what follows is left out.
+    "elsewhere": (
+        r"history of", r"h/o", r"status post", r"s/p",
+        r"(?:to |please )?(?:evaluate|assess|evaluation|assessment|check|look)(?:ed)? for",
+        r"(?:to )?(?:rule|ruling) out", r"to (?:exclude|evaluate|assess|confirm|document|ensure)",
+        r"(?:if|should) (?:there|the|clinical\w*|symptom\w*|concern\w*)", r"recommend\w*", r"advised?",
+        r"symptoms? of", r"clinical (?:concern|suspicion) (?:for|of)", r"(?:pre|post)-?operative",
+    ),
+    "uncertain": (
+        r"(?:cannot|can not|could not|can't|not) (?:entirely |completely )?(?:exclude|rule out)",
+        r"possib(?:le|ly|ility)(?: of)?", r"probabl[ey]", r"(?:most |very |more )?likely", r"perhaps",
+        r"(?:may|might|could|can) (?:also )?(?:represent|reflect|be|indicate|suggest|relate)",
+        r"suspected", r"presum(?:ed|ably)", r"question(?:able)?(?: of)?", r"questioned",
+        r"differential", r"borderline", r"equivocal", r"uncertain",
+    ),
+    # Acts on both sides.
+    "versus": (r"versus", r"vs\.?"),
+    # Uncertain too, but under a negation the negation holds: "no opacity to suggest pneumonia".
+    "weak": (
+        r"(?:to )?suggest(?:s|ed|ing|ive|ion)?(?: of)?", r"(?:suspicious|worrisome|concerning|concern|"
+        r"suspicion) (?:for|of)", r"(?:to )?indicate(?:s)?", r"(?:which )?raises?",
+    ),
+    "absent": (
+        r"no evidence (?:of|for)", r"no (?:signs?|indication|radiographic (?:evidence|findings?)) of",
+        r"(?:negative|clear|free) (?:for|of)", r"absence of", r"without(?: evidence of)?", r"resolved",
+        r"resolution of", r"clearing of", r"neither", r"nor", r"not", r"non", r"no", r"never", r"lacks?",
+        r"rather than",
+    ),
+    "boundary": (
+        r"[;:]", r"\b(?:but|however|although|though|except|otherwise|while|whereas|yet|nevertheless)\b",
+        r"\b(?:aside|apart|other than)(?: from)?\b", r"\bthere (?:is|are|has|have)\b", r"\bwith\b",
+        r"\band (?=(?:the|there|a|an|is|are|stable|unchanged|normal|clear|unremarkable|persistent|mild|low)"
+        r"\b)",
+        r"\bdue to\b", r"\bin (?:the setting|this patient)\b", r"\bsecondary to\b", r"\.(?=\s|$)",
+    ),
+}  # fmt: skip
+
+
+def _cue_pattern() -> re.Pattern[str]:
+    groups = []
+    for kind, forms in _CUES.items():
+        either = "|".join(forms)
+        groups.append(f"(?P<{kind}>{either})" if kind == "boundary" else rf"(?P<{kind}>\b(?:{either})(?!\w))")
+    groups.append(r"(?P<comma>,)")
+    return re.compile("|".join(groups))
+
+
+_CUE = _cue_pattern()
+_LIST_ITEM = re.compile(r"\s*(?:or|nor)\b|[^;:]*?,?\s(?:or|nor)\s")
+_VERB = re.compile(r"\b(?:is|are|was|were|appears?|remains?|shows?|demonstrates?|has|have)\b")
+# How a new statement opens after a comma, instead of the next item of a list.
+_OPENS = re.compile(
+    r"\s*(?:and )?(?:the|there|a|an|this|these|with|new|stable|unchanged|small|mild|moderate|minimal|trace|"
+    r"tiny|persistent|increas\w+|decreas\w+|worsening|improv\w+|possibl[ey]|probabl[ey]|likely|questionable|"
+    r"normal|clear|unremarkable|low|bibasilar|left|right|bilateral|which|suggest\w*|consistent|compatible)\b"
+)
+
+
+@dataclass(frozen=True)
+class _Cue:
+    start: int
+    end: int
+    kind: str
+
+
+def assertions(sentence: str, mentions: Sequence[Span]) -> list[int | None]:
+    """What a sentence asserts about its mentions: 1 present, 0 absent, -1 uncertain, None not of this study.
+
+    Args:
+        sentence: one sentence in lower case.
+        mentions: (start, end) of each mention in characters, in order and without overlap.
+    """
+    # A cue inside a mention ("borderline" is a finding too) still acts on what follows.
+    cues = list(_cues(sentence))
+    values: list[int | None] = []
+    for start, _ in mentions:
+        values.append(_state_at(start, cues))
+    for cue in cues:
+        if not cue.kind.endswith(("_before", "versus")):
+            continue
+        first = max(
+            (other.end for other in cues if other.kind == "boundary" and other.end <= cue.start), default=0
+        )
+        before = [number for number, (_, end) in enumerate(mentions) if end <= cue.start]
+        if cue.kind == "versus":
+            before = before[-1:]
+        for number in before:
+            start, end = mentions[number]
+            if first <= start and end <= cue.start and values[number] is not None:
+                values[number] = _after(values[number], cue.kind)
+    return values
+
+
+def _after(value: int | None, kind: str) -> int | None:
+    """Value of a mention before a cue that acts backwards; a second negation does not undo the first."""
+    if kind != "absent_before":
+        return UNCERTAIN
+    return ABSENT if value != UNCERTAIN else UNCERTAIN
+
+
+def _state_at(position: int, cues: Sequence[_Cue]) -> int | None:
+    state: int | None = PRESENT
+    for cue in cues:
+        if cue.start >= position:
+            break
+        if cue.kind == "boundary":
+            state = PRESENT
+        elif cue.kind == "absent":
+            state = ABSENT
+        elif cue.kind == "elsewhere":
+            state = state if state == ABSENT else None
+        elif cue.kind in ("uncertain", "versus") or (cue.kind == "weak" and state != ABSENT):
+            state = UNCERTAIN
+    return state
+
+
+def _cues(sentence: str) -> Iterator[_Cue]:
+    """Cues in order; a comma that ends the reach of what is before it comes as a boundary."""
+    for match in _CUE.finditer(sentence):
+        kind = match.lastgroup or ""
+        if kind == "comma":
+            if _ends_statement(sentence[match.end() :]):
+                yield _Cue(match.start(), match.end(), "boundary")
+        elif kind != "pseudo":
+            yield _Cue(match.start(), match.end(), kind)
+
+
+def _ends_statement(rest: str) -> bool:
+    """Whether a comma before `rest` separates statements, not items of one list ("no a, b, or c")."""
+    rest = re.split(r"[;:]|\.\s|\b(?:but|however|although)\b", rest, maxsplit=1)[0]
+    listed = _LIST_ITEM.match(rest)
+    if listed and not _VERB.search(listed[0]):
+        return False
+    return bool(_OPENS.match(rest) or _VERB.search(rest.split(",", 1)[0]))

@@ -1,0 +1,160 @@
+"""The rules on sentences as reports have them."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shards.entities.extractor import extract, extract_sentence
+from shards.entities.landmarks import landmark
+from shards.entities.observations import observation_class
+
+Triples = set[tuple[str, str, int]]
+
+
+def triples(sentence: str) -> Triples:
+    return {
+        (landmark(entity.anatomy), observation_class(entity.observation), entity.value)
+        for entity in extract_sentence(sentence)
+    }
+
+
+NO_EFFUSION, NO_PNEUMOTHORAX = ("pleural_unspec", "effusion", 0), ("pleural_unspec", "pneumothorax", 0)
+NO_CONSOLIDATION = ("lung_volumes", "consolidation", 0)
+NORMAL_HEART = {("heart_size", "normal", 1), ("heart_size", "cardiomegaly", 0)}
+
+
+@pytest.mark.parametrize(
+    ("sentence", "expected"),
+    [
+        ("No pleural effusion or pneumothorax.", {NO_EFFUSION, NO_PNEUMOTHORAX}),
+        (
+            "No focal consolidation, pleural effusion, or pneumothorax identified.",
+            {NO_CONSOLIDATION, NO_EFFUSION, NO_PNEUMOTHORAX},
+        ),
+        ("Lungs are clear without focal consolidation.", {("lung_volumes", "clear", 1), NO_CONSOLIDATION}),
+        ("NEITHER CONSOLIDATION NOR PNEUMOTHORAX IS SEEN.", {NO_CONSOLIDATION, NO_PNEUMOTHORAX}),
+        ("Pleural effusion and pneumothorax are not seen.", {NO_EFFUSION, NO_PNEUMOTHORAX}),
+        ("No pneumothorax, small left effusion.", {NO_PNEUMOTHORAX, ("left_pleural", "effusion", 1)}),
+        (
+            "No effusion but persistent left basilar opacity.",
+            {NO_EFFUSION, ("left_lower_lung", "opacity", 1)},
+        ),
+        ("No pneumothorax and the heart is normal.", {NO_PNEUMOTHORAX, *NORMAL_HEART}),
+        ("Heart size is normal.", NORMAL_HEART),
+        (
+            "Heart size and mediastinal contours are within normal limits.",
+            {*NORMAL_HEART, ("mediastinal", "normal", 1)},
+        ),
+        (
+            "The heart is normal in size and the lungs are clear.",
+            {*NORMAL_HEART, ("lung_volumes", "clear", 1)},
+        ),
+        ("Stable cardiomegaly.", {("heart_size", "cardiomegaly", 1)}),
+        (
+            "The cardiac silhouette is enlarged.",
+            {("heart_size", "enlarge", 1), ("heart_size", "cardiomegaly", 1)},
+        ),
+        (
+            "Opacity may represent atelectasis.",
+            {("lung_volumes", "opacity", 1), ("lung_volumes", "atelectasis", -1)},
+        ),
+        ("Cannot exclude small left pneumothorax.", {("left_pleural", "pneumothorax", -1)}),
+        ("Pneumonia cannot be excluded.", {("lung_volumes", "pneumonia", -1)}),
+        ("Possible right pleural effusion.", {("right_pleural", "effusion", -1)}),
+        (
+            "Atelectasis versus pneumonia.",
+            {("lung_volumes", "atelectasis", -1), ("lung_volumes", "pneumonia", -1)},
+        ),
+        (
+            "No opacity to suggest pneumonia.",
+            {("lung_volumes", "opacity", 0), ("lung_volumes", "pneumonia", 0)},
+        ),
+        ("The lungs are not without opacity.", {("lung_volumes", "opacity", 1)}),
+        ("The left effusion has not resolved.", {("left_pleural", "effusion", 1)}),
+        ("No change in left pleural effusion.", {("left_pleural", "effusion", 1)}),
+        ("Previously seen left effusion has resolved.", {("left_pleural", "effusion", 0)}),
+        ("The pneumothorax of the prior study is no longer seen.", {NO_PNEUMOTHORAX}),
+        ("History of pneumonia.", set()),
+        ("Evaluate for pneumothorax.", set()),
+        (
+            "Right upper and left lower lobe opacities.",
+            {("upper_right_lobe", "opacity", 1), ("lower_left_lobe", "opacity", 1)},
+        ),
+        (
+            "Opacity in the right middle and lower lobes.",
+            {("middle_right_lobe", "opacity", 1), ("lower_right_lobe", "opacity", 1)},
+        ),
+        ("Bilateral pleural effusions.", {("left_pleural", "effusion", 1), ("right_pleural", "effusion", 1)}),
+        (
+            "Low lung volumes with bibasilar atelectasis.",
+            {("lung_volumes", "low", 1), ("lung_bases", "atelectasis", 1)},
+        ),
+        ("Blunting of the right costophrenic angle.", {("right_costophrenic", "blunt", 1)}),
+        ("Elevated right hemidiaphragm.", {("right_diaphragm", "elevation", 1)}),
+        ("Left chest tube as medical device.", {("left_pleural", "tube", 1), ("left_pleural", "device", 1)}),
+        ("Tip of the PICC line in the SVC.", {("svc", "tip", 1), ("svc", "picc", 1)}),
+        ("No acute findings.", {("unspecified", "finding", 0)}),
+        ("Findings as above.", set()),
+        ("PA and lateral views of the chest.", set()),
+        ("", set()),
+    ],
+)
+def test_sentence(sentence: str, expected: Triples) -> None:
+    assert triples(sentence) == expected
+
+
+def test_only_sections_about_this_study_are_read() -> None:
+    sections = {
+        "indication": "Pneumonia.",
+        "history": "Left effusion.",
+        "comparison": "Pneumothorax.",
+        "findings": "No effusion. No effusion.",
+        "impression": "Cardiomegaly.",
+    }
+    assert [(entity.observation, entity.value) for entity in extract(sections)] == [
+        ("effusion", 0),
+        ("cardiomegaly", 1),
+    ]
+
+
+WORDS = (
+    *(
+        "no",
+        "left",
+        "right",
+        "lower",
+        "lobe",
+        "opacity",
+        ",",
+        "and",
+        "or",
+        ".",
+        "the",
+        "is",
+        "effusion",
+        "in",
+    ),
+    *("possible", "without", "but", "seen", "5th", "rib"),
+)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.sampled_from(WORDS), max_size=40), st.text(max_size=40))
+def test_any_text_gives_well_formed_entities_once(words: list[str], text: str) -> None:
+    for report in (" ".join(words), text):
+        entities = extract({"findings": report})
+        assert len(set(entities)) == len(entities)
+        assert all(e.value in (-1, 0, 1) and e.anatomy and e.observation for e in entities)
+
+
+@pytest.mark.parametrize(
+    "word", ["diffuse ", "left ", "no ", "in ", "fifth and ", "upper, ", "opacity ", "a", " ", ","]
+)
+def test_time_stays_bounded_on_a_sentence_without_end(word: str) -> None:
+    start = time.perf_counter()
+    extract_sentence("mild " + word * 400 + "effusion")
+    assert time.perf_counter() - start < 5
