@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from launcher.commands import config, evaluate, pretrain, shards
+from launcher.commands import checkpoints, config, evaluate, export, pretrain, shards
 from shards.errors import MedvlpError
 
 app = typer.Typer(
@@ -23,6 +23,8 @@ app.command("config")(config.config)
 app.command("pretrain")(pretrain.pretrain)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(evaluate.compare)
+app.command("export")(export.export)
+app.command("checkpoints")(checkpoints.checkpoints)
 
 
 def run() -> NoReturn:

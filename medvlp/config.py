@@ -39,6 +39,9 @@ class TransformConfig:
     flip: float = key(
         0.0, "probability of a horizontal flip; changes left and right, so 0 for reports with sides", 0, 1
     )
+    flip_entities: Literal["swap", "keep"] = key(
+        "swap", "left and right anatomies of a flipped image's entities change places, or stay (published)"
+    )
     brightness: float = key(0.0, "largest relative change of brightness, in [0, 1)", 0, 0.99)
     contrast: float = key(0.0, "largest relative change of contrast, in [0, 1)", 0, 0.99)
 
@@ -146,7 +149,39 @@ class TrainConfig:
         None, "samples of one forward pass on a rank; default: global_batch / ranks", 1
     )
     gradient_clip: float = key(0.0, "largest gradient norm; 0 turns clipping off", 0)
+    max_bad_steps: int = key(
+        3, "steps in a row that may be skipped because loss or gradient is NaN, infinite or a spike", 0
+    )
+    spike_sigma: float = key(
+        0.0,
+        "standard deviations above the mean of the last 100 steps from which a loss is a spike and its step "
+        "is skipped (8 is a start); 0: only NaN and infinity are",
+        0,
+    )
+    max_minutes: float | None = key(
+        None, "save a checkpoint and stop, as on a signal, this long after the start", 0
+    )
+    start_timeout_minutes: float = key(
+        30.0, "longest time a rank may spend on one part of the start or of the first step", 0.01
+    )
+    step_timeout_seconds: float = key(
+        600.0,
+        "after the first step, longest time a rank may spend on one part of a step (loading, computing, one "
+        "checkpoint) before the run ends, naming the rank that did not arrive; 0: wait for ever",
+        0,
+    )
     threads: int | None = key(None, "CPU threads of each rank; default: cores / local ranks", 1)
+
+
+@dataclass
+class PhaseConfig:
+    """One part of a run with an optimiser and a learning-rate schedule of its own."""
+
+    epochs: float = key(MISSING, "length of the phase in passes over the split", 0)
+    lr: float = key(MISSING, "peak learning rate", 0)
+    start_lr: float = key(0.0, "learning rate of the first warm-up step", 0)
+    min_lr: float = key(0.0, "learning rate the cosine falls towards", 0)
+    warmup_epochs: float = key(0.0, "passes with linearly rising learning rate", 0)
 
 
 @dataclass
@@ -156,6 +191,17 @@ class OptimizerConfig:
     min_lr: float = key(1e-8, "learning rate at the start of warm-up and the end of the cosine", 0)
     warmup: float = key(0.1, "share of all steps with linearly rising learning rate, in [0, 1)", 0, 0.999)
     warmup_steps: int | None = key(None, "length of the warm-up in steps; stands above warmup", 0)
+    schedule: Literal["cosine", "epoch_cosine"] = key(
+        "cosine",
+        "cosine: a new learning rate at every step; epoch_cosine: at every epoch, with the warm-up inside "
+        "epoch 0 (MeDSLIP)",
+    )
+    warmup_stair: int = key(1, "steps of the warm-up between two rises, with epoch_cosine", 1)
+    phases: list[PhaseConfig] = key(
+        [],
+        "parts of the run, each with a fresh optimizer and its own schedule (PRIOR); with any, lr, min_lr "
+        "and the warm-up stand there, and the run is as long as all of them",
+    )
     image_lr_scale: float = key(1.0, "factor on the learning rate of the image encoder", 0)
     text_lr_scale: float = key(1.0, "factor on the learning rate of the text encoder", 0)
     betas: list[float] = key([0.9, 0.999], "decay rates of AdamW's moments; the first is SGD's momentum")
@@ -174,8 +220,22 @@ class ZeroConfig:
 @dataclass
 class CheckpointConfig:
     every_steps: int = key(1000, "steps between checkpoints; the last step always saves one; 0: only that", 0)
+    every_minutes: float = key(
+        0.0, "also save when the last checkpoint is this old (rank 0's clock); 0: no", 0
+    )
+    asynchronous: bool = key(
+        True, "copy the state to host memory and write it while training goes on; false: wait for the disk"
+    )
     keep_last: int = key(2, "newest checkpoints to keep; 0 keeps all", 0)
     keep_every: int = key(0, "also keep checkpoints whose step is a multiple of this for ever; 0: none", 0)
+    keep_best: str | None = key(
+        None, "also keep the checkpoint with the best value of this logged metric (a name in metrics.jsonl)"
+    )
+    best_mode: Literal["min", "max"] = key(
+        "min", "whether the best value of keep_best is the lowest or highest"
+    )
+    retries: int = key(3, "times a failed write to disk is tried again before the run stops", 0)
+    retry_seconds: float = key(2.0, "pause before the first retry; every further one is twice as long", 0)
 
 
 @dataclass

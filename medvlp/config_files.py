@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from medvlp.config import Config, MethodConfig
@@ -157,11 +157,29 @@ def _check_keys(values: Mapping[str, Any], tree: DictConfig, source: str, prefix
             nearest = _suggestion(path, [f"{prefix}{sibling}" for sibling in map(str, tree)])
             raise ConfigError(f"{source}: unknown key {path!r}{nearest}")
         node = tree._get_node(key)
+        if isinstance(node, ListConfig) and dataclasses.is_dataclass(node._metadata.element_type):
+            _check_items(value, node._metadata.element_type, source, path)
+            continue
         is_section = isinstance(node, DictConfig) and dataclasses.is_dataclass(OmegaConf.get_type(node))
         if is_section and isinstance(value, Mapping):
             _check_keys(value, cast(DictConfig, node), source, f"{path}.")
         elif is_section:
             raise ConfigError(f"{source}: {path} is a section with keys of its own, not a value")
+
+
+def _check_items(values: Any, schema: Any, source: str, path: str) -> None:
+    """`_check_keys` for a list whose items are sections of one schema."""
+    if not isinstance(values, list) or not all(isinstance(item, Mapping) for item in values):
+        raise ConfigError(f"{source}: {path} is a list of sections: [{{key: value, ...}}, ...]")
+    for number, item in enumerate(values):
+        where = f"{path}[{number}]"
+        tree = OmegaConf.structured(schema)
+        _check_keys(item, tree, source, f"{where}.")
+        try:
+            OmegaConf.merge(tree, item)
+        except OmegaConfBaseException as error:
+            key = f"{where}.{getattr(error, 'full_key', None) or 'a key'}"
+            raise ConfigError(f"{source}: {key}: {str(error).splitlines()[0]}") from error
 
 
 def _suggestion(word: str, candidates: Sequence[str]) -> str:
@@ -175,6 +193,10 @@ def _check_ranges(section: Any, prefix: str) -> None:
         path = f"{prefix}{item.name}"
         if dataclasses.is_dataclass(value):
             _check_ranges(value, f"{path}.")
+            continue
+        if isinstance(value, list) and value and dataclasses.is_dataclass(value[0]):
+            for number, inner in enumerate(value):
+                _check_ranges(inner, f"{path}[{number}].")
             continue
         low, high = item.metadata.get("low"), item.metadata.get("high")
         if isinstance(value, (int, float)) and (
@@ -197,6 +219,21 @@ def _check_combinations(config: Config) -> None:
             f"train.micro_batch={config.train.micro_batch} does not divide "
             f"train.global_batch={config.train.global_batch}"
         )
+    if config.optimizer.phases and config.train.steps is not None:
+        raise ConfigError(
+            "optimizer.phases and train.steps both say how long the run is: remove one (epochs of a phase "
+            "may be fractions)"
+        )
+    if config.optimizer.phases and config.optimizer.schedule != "cosine":
+        raise ConfigError(
+            f"optimizer.phases needs optimizer.schedule=cosine, not {config.optimizer.schedule}"
+        )
+    for number, phase in enumerate(config.optimizer.phases):
+        if phase.epochs <= 0 or phase.warmup_epochs >= phase.epochs:
+            raise ConfigError(
+                f"optimizer.phases[{number}]: epochs={phase.epochs} must be above 0 and above "
+                f"warmup_epochs={phase.warmup_epochs}"
+            )
     if not all(0 < fraction <= 1 for fraction in config.evaluation.fractions):
         raise ConfigError(f"evaluation.fractions={config.evaluation.fractions}: each is a share in (0, 1]")
 
@@ -218,4 +255,8 @@ def _reference_lines(section: Any, depth: int, skip: frozenset[str] | set[str] =
         choices = " | ".join(get_args(hints[item.name])) if get_origin(hints[item.name]) is Literal else ""
         meaning = f"[{choices}] {item.metadata['help']}" if choices else item.metadata.get("help", "")
         lines.append(f"{indent}{item.name}: {text}  # {meaning}".rstrip(" #"))
+        inner = get_args(hints[item.name])
+        if get_origin(hints[item.name]) is list and dataclasses.is_dataclass(inner[0]):
+            lines.append(f"{indent}# Each of {item.name}:")
+            lines.extend(f"{indent}#   {line}" for line in _reference_lines(cast(type, inner[0])(), depth=0))
     return lines

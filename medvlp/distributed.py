@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,13 +29,20 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 #: What gloo and NCCL say when the process at the other end is gone.
 _LOST_PEER = (
     "Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited",
+    "Timed out waiting",
 )  # fmt: skip
+
+#: How much longer than asked gloo waits, and how long NCCL may take to write its flight recorder, in seconds.
+_SPARE_SECONDS, _DUMP_SECONDS = 60.0, 30.0
+
+#: The ranks did not all meet in time (`dist.DistNetworkError`: the place where they meet is not there).
+RendezvousError = (dist.DistStoreError, dist.DistNetworkError)
 
 _bookkeeping: Any = None
 _owns_default_group = False
 
 
-def initialize(ranks: Ranks | None = None) -> torch.device:
+def initialize(ranks: Ranks | None = None, timeout: timedelta = TIMEOUT) -> torch.device:
     """Join the process group that the launcher describes and return this rank's device.
 
     A default group that already exists is kept (and left alive by `shutdown`). Without a launcher a group
@@ -41,6 +50,7 @@ def initialize(ranks: Ranks | None = None) -> torch.device:
 
     Args:
         ranks: place of this process; default: read from the environment.
+        timeout: how long joining, and any collective, may wait for another rank (see `set_timeout`).
     """
     global _bookkeeping, _owns_default_group
     ranks = ranks or detect()
@@ -53,20 +63,57 @@ def initialize(ranks: Ranks | None = None) -> torch.device:
         backend = "nccl" if device.type == "cuda" else "gloo"
         if ranks.world_size == 1:
             store = dist.HashStore()  # type: ignore[attr-defined]
-            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         else:
             dist.init_process_group(
                 backend,
                 init_method=f"tcp://{ranks.address}:{ranks.port}" if ranks.launcher == "srun" else "env://",
                 rank=ranks.rank,
                 world_size=ranks.world_size,
-                timeout=TIMEOUT,
+                timeout=timeout,
                 device_id=device if device.type == "cuda" else None,
             )
         _owns_default_group = True
     if _bookkeeping is None:
-        _bookkeeping = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        _bookkeeping = dist.new_group(backend="gloo", timeout=timeout)
     return device
+
+
+def record_flights(folder: Path) -> None:
+    """Have NCCL remember its last collectives, and write them into `folder` when one times out.
+
+    Call it before `initialize`; what the user has set stands. NCCL's part has never run for lack of a machine
+    with several GPUs; elsewhere it changes nothing. (Before torch 2.14 two of them had other names;
+    torch warns about those.)
+    """
+    for name, value in {
+        "TORCH_FR_BUFFER_SIZE": "2000",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_DUMP_TEMP_FILE": str(folder / "flight-"),
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def wait_for_flight_recorder() -> None:
+    """Give NCCL, whose collectives time out at this moment, the time to write what it remembers."""
+    if is_initialized() and dist.get_backend() == "nccl":
+        time.sleep(_DUMP_SECONDS)
+
+
+def set_timeout(seconds: float | None) -> None:
+    """How long a collective of any group may wait from now on; None: as long as `TIMEOUT`.
+
+    On gloo a little longer, so that who looks at the clock (the training loop's watchdog) can say first which
+    rank is missing; NCCL's watchdog has nobody to interrupt it and writes its dump meanwhile.
+    """
+    for group in list(dist.distributed_c10d._world.pg_map):  # DeepSpeed's groups too; no public list of them
+        spare = 0.0 if dist.get_backend(group) == "nccl" else _SPARE_SECONDS
+        dist.set_timeout(TIMEOUT if seconds is None else timedelta(seconds=seconds + spare), group)
+
+
+def shared_store() -> Any:
+    """The store the ranks met in: `set`, `check` and `multi_get`, on a connection of its own."""
+    return dist.distributed_c10d._get_default_store().clone()
 
 
 def shutdown(graceful: bool = True) -> None:

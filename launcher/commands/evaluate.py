@@ -51,8 +51,9 @@ def evaluate(
     ] = False,
 ) -> None:
     """Evaluate a run and write evaluation.json: every number with a 95 % interval, beside two baselines."""
-    from medvlp.evaluation import loading, results
+    from medvlp.evaluation import results
     from medvlp.evaluation.run import Request, evaluate
+    from medvlp.training import saved_run
 
     for text in overrides or []:
         if "=" not in text:
@@ -65,7 +66,7 @@ def evaluate(
     evaluation = evaluate(
         request, lambda line: console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
     )
-    target = out or loading.locate(source).run / RESULT_NAME
+    target = out or saved_run.locate(source).run / RESULT_NAME
     results.write(evaluation, target)
     _print_tables({evaluation.model["name"]: evaluation}, findings)
     typer.echo(str(target))
@@ -93,21 +94,23 @@ def _print_tables(evaluations: dict[str, Evaluation], findings: bool, markdown: 
     from medvlp.evaluation import tables
 
     first = next(iter(evaluations.values()))
-    title = f"{first.data['name']}, split {first.data['split']}, 95 % intervals by patient"
+    if markdown:
+        for task in first.results:
+            typer.echo(tables.markdown_section(evaluations, task, findings))
+        return
+    title = tables.caption(evaluations)
     # A pipe or log file has no width; the tables need this much to stay on one line a row.
     console = Console() if sys.stdout.isatty() else Console(width=110)
     for task in first.results:
         grids = [tables.grid(evaluations, task)]
         if findings:
             grids.append(tables.grid(evaluations, task, findings=True))
-        elif task == "zero-shot" and not markdown:
+        elif task == "zero-shot":
             grids.append(tables.auroc_by_finding(tables.grid(evaluations, task, findings=True)))
         for grid in grids:
-            if markdown:
-                typer.echo(f"{task}: {title}\n\n{tables.markdown_table(grid)}")
-            else:
+            if grid.metrics:
                 console.print(tables.console_table(grid, f"{task}: {title}"))
         # All evaluations are of the same data, so what one cannot say about it none can.
-        for line in tables.remarks(first.notes[task]):
-            typer.echo(f"- {line}" if markdown else f" {line}")
+        for line in tables.remarks(first.notes[task]) + tables.unavailable(evaluations, task):
+            typer.echo(f" {line}")
         typer.echo()

@@ -26,8 +26,9 @@ def pretrain(
     """Pre-train a method on a dataset; an existing run folder is resumed.
 
     Exit codes: 0 finished; 75 stopped by a signal after saving (start again
-    to resume); 2 config; 3 data; 4 checkpoint or run folder; 5 loss not
-    finite; 6 lost another rank; 1 anything else.
+    to resume); 2 config; 3 data; 4 checkpoint or run folder; 5 too many bad
+    steps in a row; 6 lost another rank; 7 a rank did not arrive in time;
+    128 + n killed by signal n; 1 anything else.
     """
     from medvlp import config_files
     from medvlp.methods.registry import schemas

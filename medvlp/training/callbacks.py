@@ -18,6 +18,7 @@ class StepRecord:
         step: number of the step, from 1.
         epoch: epoch it belongs to, from 0.
         last: training ends after this step, finished or interrupted.
+        applied: the weights were updated; false for a bad step, which leaves no trace in them.
         logged: metrics are read at this step (reading waits for the device).
         losses: "loss" and the method's terms, 0-d, detached, mean over this rank's micro-batches.
         keys: sample keys of this rank's micro-batches.
@@ -30,6 +31,7 @@ class StepRecord:
     step: int
     epoch: int
     last: bool
+    applied: bool
     logged: bool
     losses: dict[str, Tensor]
     keys: list[str]
@@ -65,6 +67,9 @@ class Callback(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
 
+    def load_states(self, states: list[dict[str, Any]]) -> None:
+        """Take over from a run of another number of ranks; `states` are those of its ranks, in order."""
+
 
 class BaseCallback:
     """A callback that does nothing; subclasses override what they need."""
@@ -89,3 +94,7 @@ class BaseCallback:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Callback`."""
+
+    def load_states(self, states: list[dict[str, Any]]) -> None:
+        """See `Callback`; what is the same on all ranks needs no more than rank 0's."""
+        self.load_state_dict(states[0])

@@ -1,115 +1,128 @@
-"""The run's side of checkpoints: when to save, what a run's state is, and whether one fits this run."""
+"""The run's side of checkpoints: when to save, what a run's state is, and taking it up again."""
 
 from __future__ import annotations
 
+import json
 import logging
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
-from torch import Tensor, nn
+import torch
 
 from medvlp import distributed
 from medvlp.config import Config
-from medvlp.training import checkpoint
-from medvlp.training.batch_plan import BatchPlan
+from medvlp.training import checkpoint, optimizer_files
 from medvlp.training.callbacks import BaseCallback, Callback, StepRecord
+from medvlp.training.checkpoint_writer import CheckpointWriter
 from medvlp.training.engine import Engine
 from medvlp.training.errors import CheckpointError
-from medvlp.training.manifest import Manifest
-from medvlp.training.randomness import random_state, restore_random_state
+from medvlp.training.fitting import REMEDY, check_trainable
+from medvlp.training.host_copies import HostCopies
+from medvlp.training.manifest import FORMAT, Manifest
+from medvlp.training.optimizer_files import OptimizerFiles
+from medvlp.training.randomness import random_state, restore_random_state, seed_rank
 from medvlp.training.run_folder import config_hash, library_versions
 from medvlp.training.state_files import StateFile, read_state
 
 logger = logging.getLogger(__name__)
 
-_REMEDY = "Resume with the config it was made with (config.yaml in the run folder), or choose a new run.dir"
-
-
-def check_fits(manifest: Manifest, config: Config, plan: BatchPlan) -> None:
-    """Refuse a checkpoint this run cannot continue exactly.
-
-    Raises:
-        CheckpointError: world size, ZeRO stage, precision, global batch or optimizer differ.
-    """
-    differences = [
-        f"{name} was {then} and is {now}"
-        for name, then, now in [
-            ("the number of ranks", manifest.world_size, plan.world_size),
-            ("zero.stage", manifest.zero_stage, config.zero.stage),
-            ("precision", manifest.precision, config.precision),
-            ("train.global_batch", manifest.global_batch, plan.global_batch),
-            ("optimizer.name", manifest.optimizer or config.optimizer.name, config.optimizer.name),
-        ]
-        if then != now
-    ]
-    if differences:
-        raise CheckpointError(
-            f"the checkpoint of step {manifest.step} in {config.run.dir} does not fit: "
-            f"{'; '.join(differences)}. Resuming with another layout (elastic resume) is not there yet: "
-            "use the old values, or a new run.dir"
-        )
-
-
-def check_weights(folder: Path, method: nn.Module) -> None:
-    """Refuse a checkpoint whose weights have other names or shapes than the method's; reads only the header.
-
-    Raises:
-        CheckpointError: they differ, with the first difference.
-    """
-    with safetensors.safe_open(folder / checkpoint.WEIGHTS, framework="pt") as file:
-        saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    now = {name: tuple(value.shape) for name, value in method.state_dict().items()}
-    for name in sorted(saved.keys() | now.keys()):
-        if saved.get(name) != now.get(name):
-            raise CheckpointError(
-                f"{folder} is of another model: {name} is {_shape(saved.get(name))} there and "
-                f"{_shape(now.get(name))} in this config. {_REMEDY}"
-            )
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "absent" if shape is None else f"of shape {list(shape)}"
-
 
 class CheckpointCallback(BaseCallback):
-    """Saves every `checkpoint.every_steps` steps and after the last step.
+    """Saves every `checkpoint.every_steps` steps, every `every_minutes` minutes, and after the last step.
 
     Args:
         config: the run's config.
         engine: what holds the weights and optimiser state.
         callbacks: those with state; this one is not among them.
         wandb_run_id: stored for the next start.
+        metrics: gives the last logged metrics, for `keep_best`.
+        log: takes the seconds the loop stood still for a save.
+
+    Attributes:
+        alive: called with a place and the finished steps while the ranks wait for a slow disk, so that nobody
+            takes them for dead.
     """
 
     name = "checkpoint"
 
     def __init__(
-        self, config: Config, engine: Engine, callbacks: list[Callback], wandb_run_id: str | None = None
+        self,
+        config: Config,
+        engine: Engine,
+        callbacks: list[Callback],
+        wandb_run_id: str | None = None,
+        metrics: Callable[[], Mapping[str, float]] = dict,
+        log: Callable[[dict[str, float]], None] = lambda figures: None,
     ):
         self.config = config
         self.engine = engine
         self.callbacks = callbacks
         self.wandb_run_id = wandb_run_id
+        self.metrics, self.log = metrics, log
+        self.alive: Callable[[str, int], None] = lambda place, step: None
         self.folder = Path(config.run.dir) / "checkpoints"
+        self._writer = CheckpointWriter(self.folder, config.checkpoint)
+        self._copies = HostCopies(engine.device)
+        self._last = time.monotonic()
+        self._description: dict[str, Any] = {
+            "config_hash": config_hash(config),
+            "versions": library_versions(),
+        }
+
+    def on_start(self, step: int) -> None:
+        """Clean up behind a killed start; the clock of `every_minutes` starts."""
+        self._writer.clear()
+        self._last = time.monotonic()
 
     def on_step(self, record: StepRecord) -> None:
-        """Save when it is time."""
+        """Finish what was written meanwhile; save when it is time; after the last step wait for the disk."""
+        self._writer.poll()
         every = self.config.checkpoint.every_steps
-        if record.last or (every > 0 and record.step % every == 0):
+        if record.last or (every > 0 and record.step % every == 0) or self._minutes_are_over():
             self.save(record.step, record.epoch)
+        if record.last:
+            self._writer.wait(self.alive)
 
-    def save(self, step: int, epoch: int) -> Path:
-        """Write a checkpoint; all ranks call this together.
+    def on_end(self) -> None:
+        """After an error a checkpoint on its way stays unfinished: the other ranks may be gone."""
+        self._writer.abandon()
+
+    def _minutes_are_over(self) -> bool:
+        minutes = self.config.checkpoint.every_minutes
+        if minutes == 0:
+            return False
+        over = distributed.is_main() and time.monotonic() - self._last >= 60 * minutes
+        return bool(distributed.greatest_over_ranks([float(over)])[0])
+
+    def save(self, step: int, epoch: int) -> None:
+        """Copy the state and start to write it; all ranks call this together.
+
+        Waits for the last checkpoint first, and with `asynchronous: false` for this one too.
 
         Raises:
-            CheckpointError: the disk refused.
+            CheckpointError: the disk refused this or the last one.
         """
-        started = time.perf_counter()
-        partial = checkpoint.prepare(self.folder, step)
-        entries = checkpoint.write(partial, self._collect(partial))
-        manifest = Manifest(
+        started = self._last = time.monotonic()
+        self._writer.wait(self.alive)
+        waited = time.monotonic() - started
+        files = self._collect(checkpoint.partial_folder(self.folder, step))
+        self._writer.start(files, self._manifest(step, epoch))
+        if not self.config.checkpoint.asynchronous:
+            self._writer.wait(self.alive)
+        stall = time.monotonic() - started
+        wait_seconds, stall_seconds = distributed.greatest_over_ranks([waited, stall])
+        self.log({"checkpoint/wait_seconds": wait_seconds, "checkpoint/stall_seconds": stall_seconds})
+
+    def _manifest(self, step: int, epoch: int) -> Manifest:
+        metrics = dict(self.metrics())
+        best = self.config.checkpoint.keep_best
+        if best is not None and metrics and best not in metrics and distributed.is_main():
+            logger.warning(
+                "checkpoint.keep_best=%s has not been logged yet; logged so far: %s", best, ", ".join(metrics)
+            )
+        return Manifest(
             step=step,
             epoch=epoch,
             world_size=distributed.world_size(),
@@ -117,50 +130,81 @@ class CheckpointCallback(BaseCallback):
             precision=self.config.precision,
             global_batch=self.engine.plan.global_batch,
             optimizer=self.config.optimizer.name,
-            config_hash=config_hash(self.config),
             wandb_run_id=self.wandb_run_id,
-            versions=library_versions(),
-            files=dict(sorted(entries.items())),
+            metrics=metrics,
+            format=FORMAT,
+            **self._description,
         )
-        final = checkpoint.commit(partial, manifest, self.config.checkpoint)
-        size = sum(entry["bytes"] for entry in entries.values()) / 1e6
-        logger.info("checkpoint %s: %.1f MB in %.1f s", final.name, size, time.perf_counter() - started)
-        return final
 
     def _collect(self, folder: Path) -> list[StateFile]:
-        files = self.engine.collect_state(folder)
-        weights: dict[str, Tensor] = self.engine.full_weights()
-        if distributed.is_main():
-            files.append(StateFile(folder / checkpoint.WEIGHTS, weights))
-        state: dict[str, Any] = {
+        """Copies of this rank's state in host memory, as files to be written."""
+        rank = distributed.rank()
+        weights = {}
+        for name, whole in self.engine.whole_parameters():
+            if rank == 0:
+                weights[name] = self._copies.copy(f"weights/{name}", whole, torch.float32)
+        buffers = self._copies.copy_tree("buffers", self.engine.buffers())
+        tensors, starts = self.engine.optimizer_state()
+        state = {
             "random": random_state(),
             "callbacks": {callback.name: callback.state_dict() for callback in self.callbacks},
+            "engine": self.engine.counters(),
+            "buffers": {} if rank == 0 else buffers,
         }
-        files.append(StateFile(folder / _rank_file(distributed.rank()), state))
+        files = [
+            StateFile(
+                folder / optimizer_files.file_name(rank),
+                {name: self._copies.copy(f"optimizer/{name}", tensor) for name, tensor in tensors.items()},
+                {"starts": json.dumps(starts)},
+            ),
+            StateFile(folder / _rank_file(rank), self._copies.copy_tree("rank", state)),
+        ]
+        if rank == 0:
+            files.append(StateFile(folder / checkpoint.WEIGHTS, weights | buffers))
+        self._copies.finish()
         return files
 
     def load(self, folder: Path) -> None:
-        """Restore this rank's engine and callbacks from a verified checkpoint; a collective.
+        """Restore this rank's optimiser, buffers and callbacks from a verified checkpoint of any layout.
+
+        The method must have had these weights (`checkpoint.load_weights`) when the engine was made.
 
         Raises:
-            CheckpointError: it is not of this config (other parts frozen, other parameter groups).
+            CheckpointError: it is not of this config (other parts frozen, another bank size).
         """
+        saved, rank = Manifest.read(folder).world_size, distributed.rank()
+        state = read_state(folder / _rank_file(min(rank, saved - 1)))
+        check_trainable(folder, state["engine"]["trainable"], self.engine.method)
+        self.engine.load_state(folder / checkpoint.WEIGHTS, OptimizerFiles(folder), state["engine"])
+        if rank < saved:
+            for name, buffer in self.engine.buffers().items():
+                if name in state["buffers"]:
+                    buffer.copy_(state["buffers"][name])
         try:
-            self.engine.load_state(folder)
-        except (RuntimeError, KeyError, ValueError, IndexError, AssertionError, AttributeError) as error:
+            if saved == distributed.world_size():
+                for callback in self.callbacks:
+                    callback.load_state_dict(state["callbacks"].get(callback.name, {}))
+            else:
+                every = [read_state(folder / _rank_file(other))["callbacks"] for other in range(saved)]
+                for callback in self.callbacks:
+                    callback.load_states([states.get(callback.name, {}) for states in every])
+        except (RuntimeError, KeyError, ValueError) as error:
             if isinstance(error, RuntimeError) and distributed.is_lost_peer(error):
                 raise
             text = " ".join(str(error).split())[:200]
-            reason = f"it holds no {text}" if isinstance(error, KeyError) else text
-            raise CheckpointError(f"{folder} does not fit this config ({reason}). {_REMEDY}") from error
-        state = read_state(folder / _rank_file(distributed.rank()))
-        for callback in self.callbacks:
-            callback.load_state_dict(state["callbacks"].get(callback.name, {}))
+            raise CheckpointError(f"{folder} does not fit this config ({text}). {REMEDY}") from error
 
 
-def restore_randomness(folder: Path) -> None:
-    """Put this rank's random generators back, last before the first step: set-up draws from them."""
-    restore_random_state(read_state(folder / _rank_file(distributed.rank()))["random"])
+def restore_randomness(folder: Path, seed: int) -> None:
+    """Put this rank's random generators back, last before the first step: set-up draws from them.
+
+    A rank that the saved run did not have is seeded by (`seed`, its number, the step).
+    """
+    manifest, rank = Manifest.read(folder), distributed.rank()
+    if rank < manifest.world_size:
+        restore_random_state(read_state(folder / _rank_file(rank))["random"])
+    else:
+        seed_rank(seed, rank, manifest.step)
 
 
 def _rank_file(rank: int) -> str:

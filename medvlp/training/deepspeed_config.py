@@ -38,7 +38,8 @@ def deepspeed_json(config: Config, plan: BatchPlan, device_type: str) -> dict[st
         "train_batch_size": plan.global_batch,
         "train_micro_batch_size_per_gpu": plan.micro_batch,
         "gradient_accumulation_steps": plan.accumulation,
-        "gradient_clipping": config.train.gradient_clip,
+        # In fp32 at stage 0 its clipping fails without gradients, which is how `Engine` skips a bad step.
+        "gradient_clipping": 0.0 if is_plain(config) else config.train.gradient_clip,
         "steps_per_print": None,
         "zero_optimization": _zero(config),
         # Our groups hold torch's own AdamW or SGD, which DeepSpeed otherwise accepts only in part.
@@ -51,6 +52,11 @@ def deepspeed_json(config: Config, plan: BatchPlan, device_type: str) -> dict[st
     if config.precision != "fp32" and config.zero.stage > 0:  # stage 0 accumulates in the model's own type
         generated["data_types"] = {"grad_accum_dtype": "fp32"}
     return merge(generated, config.deepspeed)
+
+
+def is_plain(config: Config) -> bool:
+    """Whether DeepSpeed leaves the optimiser as torch made it: `Engine` then clips and checks gradients."""
+    return config.zero.stage == 0 and config.precision == "fp32"
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

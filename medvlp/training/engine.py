@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import deepspeed
+import safetensors
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
@@ -15,16 +18,17 @@ from medvlp.config import Config
 from medvlp.data.batch import Batch
 from medvlp.methods.base import Method
 from medvlp.training.batch_plan import BatchPlan
-from medvlp.training.deepspeed_config import deepspeed_json
-from medvlp.training.deepspeed_files import CollectingCheckpointEngine
+from medvlp.training.deepspeed_config import deepspeed_json, is_plain
+from medvlp.training.optimizer_files import OptimizerFiles
+from medvlp.training.optimizer_shards import Shard, find_shards, load_masters, load_shards, shard_tensors
 from medvlp.training.parameter_groups import parameter_groups
-from medvlp.training.state_files import StateFile
 
 # DeepSpeed 0.19 still uses the names that torch 2.14 renamed.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
 
-#: Name of the folder, inside a checkpoint, of the files DeepSpeed reads back.
-STATE_FOLDER = "deepspeed"
+#: What DeepSpeed counts, and what its loss scalers remember (under the same names at every stage).
+_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class Engine:
@@ -35,6 +39,7 @@ class Engine:
         device: where it runs.
         plan: micro-batch, accumulation and ranks.
         zero_stage: 0 to 3.
+        applied: whether the last optimiser step updated the weights; the same on all ranks.
     """
 
     def __init__(self, method: Method, config: Config, plan: BatchPlan, device: torch.device):
@@ -43,6 +48,7 @@ class Engine:
         self.device = device
         self.plan = plan
         self.zero_stage = config.zero.stage
+        self._precision = config.precision
         method.to(device)
         groups, self._scales = parameter_groups(method, config.optimizer)
         _refuse_shared_memory_collectives()
@@ -56,11 +62,9 @@ class Engine:
         self._masters: dict[int, Tensor] = {}
         if config.zero.stage == 0 and config.precision != "fp32":
             self._repair_stage_zero()
-        self._engine.checkpoint_engine = self._files = CollectingCheckpointEngine()
-        # It would copy scripts weights.safetensors makes needless, and on a full disk fail on rank 0 alone.
-        self._engine._copy_recovery_script = lambda folder: None
-        self._plain = config.zero.stage == 0 and config.precision == "fp32"
+        self._plain, self._clip = is_plain(config), config.train.gradient_clip
         self._norm: Tensor | float | None = None
+        self.applied = True
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The method's loss and terms for one micro-batch on this rank."""
@@ -72,43 +76,117 @@ class Engine:
         self._engine.backward(loss)
 
     def step(self) -> None:
-        """Count one micro-batch; at the last of a global batch clip, update weights, clear gradients."""
-        if self._plain and self._engine.is_gradient_accumulation_boundary():
-            # DeepSpeed knows the norm at every other stage and precision.
-            self._norm = nn.utils.get_total_norm(
-                [p.grad for p in self.method.parameters() if p.grad is not None]
-            )
+        """Count one micro-batch; at the last of a global batch clip, update weights, clear gradients.
+
+        A gradient that is not finite changes neither weights nor optimiser state; `applied` becomes false.
+        """
+        boundary = self._engine.is_gradient_accumulation_boundary()
+        if self._plain and boundary:
+            self._prepare_plain_step()
         self._engine.step()
         if not self._plain:
             self._norm = self._engine.get_global_grad_norm()
+            self.applied = not boundary or self._engine.was_step_applied()
+
+    def _prepare_plain_step(self) -> None:
+        """Do what DeepSpeed does at every other stage: find the norm, refuse a bad one, clip."""
+        parameters = [p for p in self.method.parameters() if p.grad is not None]
+        self._norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self.applied = bool(torch.isfinite(self._norm))  # waits for the device, as DeepSpeed's check does
+        if not self.applied:
+            self.method.zero_grad(set_to_none=True)  # the optimiser passes over them
+        elif self._clip > 0:
+            nn.utils.clip_grads_with_norm_(parameters, self._clip, self._norm)
 
     def gradient_norm(self) -> float:
         """Norm of the last step's gradient over all parameters, before clipping (waits for the device)."""
         return float(self._norm) if self._norm is not None else float("nan")
-
-    def gradient_is_finite(self) -> Tensor:
-        """0-d bool on the device: whether the last step's gradient norm is finite (does not wait)."""
-        return torch.isfinite(torch.as_tensor(0.0 if self._norm is None else self._norm, device=self.device))
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Set the scheduled learning rate, times each group's factor, for the next step."""
         for group, scale in zip(self._optimizer.param_groups, self._scales, strict=True):
             group["lr"] = learning_rate * scale
 
-    def collect_state(self, folder: Path) -> list[StateFile]:
-        """This rank's DeepSpeed state (weights, optimiser) as files to be written below `folder`.
+    @torch.no_grad()
+    def restart_optimizer(self) -> None:
+        """Make the next step a fresh optimiser's first: moments and step counters become zero in place.
 
-        The tensors are the live ones: write or copy them before the next step. All ranks call this together.
+        In place, because the state's tensors are what DeepSpeed shards, offloads and saves. Zero moments with
+        a zero counter are what Adam and SGD with momentum start from.
         """
-        self._files.collected.clear()
-        self._engine.save_checkpoint(str(folder), tag=STATE_FOLDER, save_latest=False)
-        return list(self._files.collected)
+        for state in self._engine.basic_optimizer.state.values():
+            for name, value in state.items():
+                if isinstance(value, Tensor):
+                    value.zero_()
+                else:
+                    state[name] = 0  # DeepSpeed's CPU Adam counts its steps in an int
 
-    def load_state(self, folder: Path) -> None:
-        """Restore what `collect_state` gave, at the same world size and stage; a collective."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag=STATE_FOLDER)
-        if path is None:
-            raise FileNotFoundError(f"{folder / STATE_FOLDER}: DeepSpeed finds no state here")
+    def _shards(self) -> list[Shard]:
+        named = self.method.named_parameters()
+        return find_shards(named, self._optimizer, self.zero_stage, distributed.rank(), self._masters)
+
+    def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """This rank's part of the optimiser state: `<key>:<parameter>` -> 1-D tensor, and where parts begin.
+
+        The tensors are the live ones: copy them before the next step.
+        """
+        shards = self._shards()
+        if self.zero_stage == 0:  # every rank holds everything and writes its share
+            ranks = distributed.world_size()
+            shards = [shard.share(distributed.rank(), ranks) for shard in shards]
+        tensors = shard_tensors(shards, self._engine.basic_optimizer)
+        return tensors, {shard.name: shard.start for shard in shards}
+
+    def counters(self) -> dict[str, Any]:
+        """Plain values beside the optimiser state, the same on all ranks: counters, loss scaling, names."""
+        return {
+            "counters": {name: int(getattr(self._engine, name)) for name in _COUNTERS},
+            "scaler": {
+                name: getattr(self._scaler(), name) for name in _SCALER if hasattr(self._scaler(), name)
+            },
+            "trainable": [name for name, p in self.method.named_parameters() if p.requires_grad],
+            "parameters": [name for name, _ in self.method.named_parameters(remove_duplicate=False)],
+            "groups": len(self._optimizer.param_groups),
+        }
+
+    def load_state(self, weights: Path, files: OptimizerFiles, counters: dict[str, Any]) -> None:
+        """Restore masters and optimiser state saved at any world size and stage.
+
+        The method must have had these weights when the engine was made.
+
+        Args:
+            weights: file with the whole float32 weights.
+            files: the optimiser state.
+            counters: from `counters`.
+        """
+        shards = self._shards()
+        if self._precision != "fp32":  # else the weights themselves are the masters
+            with safetensors.safe_open(weights, framework="pt") as masters:
+                load_masters(shards, masters)
+        load_shards(shards, self._engine.basic_optimizer, files)
+        for name, value in counters["counters"].items():
+            setattr(self._engine, name, value)
+        for name, value in counters["scaler"].items():
+            if hasattr(self._scaler(), name):
+                setattr(self._scaler(), name, value)
+
+    def _scaler(self) -> Any:
+        for name in ("loss_scale_config", "loss_scaler"):
+            if hasattr(self._optimizer, name):
+                return getattr(self._optimizer, name)
+        return None
+
+    @torch.no_grad()
+    def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter (in float32 where it is trained), gathered one at a time; a collective."""
+        for name, parameter in self.method.named_parameters(remove_duplicate=False):
+            full = self._masters.get(id(parameter))
+            yield name, (_full_parameter(parameter) if full is None else full).detach()
+
+    def buffers(self) -> dict[str, Tensor]:
+        """This rank's live buffers, those that belong to the method's state."""
+        names = {name for name, _ in self.method.named_parameters(remove_duplicate=False)}
+        return {name: value for name, value in self.method.state_dict().items() if name not in names}
 
     @torch.no_grad()
     def full_weights(self) -> dict[str, Tensor]:
@@ -117,16 +195,11 @@ class Engine:
         Gathers one parameter at a time. All ranks call this together.
         """
         weights: dict[str, Tensor] = {}
-        names = set()
-        for name, parameter in self.method.named_parameters(remove_duplicate=False):
-            names.add(name)
-            full = self._masters.get(id(parameter))
-            full = _full_parameter(parameter) if full is None else full
+        for name, full in self.whole_parameters():
             if distributed.is_main():
-                weights[name] = full.detach().to("cpu", torch.float32, copy=True).contiguous()
+                weights[name] = full.to("cpu", torch.float32, copy=True).contiguous()
         if distributed.is_main():
-            buffers = {name: b for name, b in self.method.state_dict().items() if name not in names}
-            weights |= {name: buffer.detach().cpu().clone() for name, buffer in buffers.items()}
+            weights |= {name: buffer.detach().cpu().clone() for name, buffer in self.buffers().items()}
         return weights
 
     def _repair_stage_zero(self) -> None:

@@ -37,7 +37,19 @@ class LostPeerError(MedvlpError):
     exit_code = 6
 
 
+class HangError(MedvlpError):
+    """A rank no longer arrives. Its exit code is what counts: a thread ends the process with it."""
+
+    exit_code = 7
+
+
+class DataWorkerError(MedvlpError):
+    """A data-loading process of this rank was killed."""
+
+    exit_code = 3
+
+
 class NotFiniteError(AgreedError):
-    """The loss or the gradient became NaN or infinite; the message names step, ranks and samples."""
+    """Too many steps in a row had a bad loss or gradient; the message names step, ranks and samples."""
 
     exit_code = 5

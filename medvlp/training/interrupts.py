@@ -1,8 +1,12 @@
-"""Signals that ask a run to save and stop. A handler only notes them; the ranks agree between two steps."""
+"""Requests to save and stop: signals, and the end of the time. The ranks agree on one between two steps."""
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
+import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -13,21 +17,44 @@ EXIT_INTERRUPTED = 75
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
+#: A second signal so soon after the first is the same request (Ctrl-C reaches launcher and ranks at once).
+SAME_REQUEST_SECONDS = 1.0
+
+#: What a rank says instead of a signal's number when the time is over.
+_TIME_IS_OVER = 1000
+
 
 class Interrupts:
     """Context manager that catches `SIGNALS`; the previous handlers are restored on leaving.
 
+    The first signal asks for a checkpoint at the next step boundary. A second one ends the process at once
+    with 128 + its number. A thread listens for them, so that this works while the main thread waits in a
+    collective or for a disk, where Python runs no signal handlers.
+
+    Args:
+        max_minutes: time from entering to the request that no signal makes; None for no limit. Rank 0's
+            clock counts.
+
     Attributes:
-        stopped_by: name of the signal all ranks agreed on, or None.
+        stopped_by: what all ranks agreed on, or None: the name of a signal, or "train.max_minutes".
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_minutes: float | None = None) -> None:
         self.stopped_by: str | None = None
+        self.max_minutes = max_minutes
         self._received = 0
+        self._received_at = 0.0
+        self._started = time.monotonic()
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self._started = time.monotonic()
+        self._listening, self._writing = socket.socketpair()
+        self._writing.setblocking(False)
+        self._previous_fd = signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
+        self._previous = {number: signal.signal(number, _leave_to_thread) for number in SIGNALS}
+        self._thread = threading.Thread(target=self._listen, name="medvlp-signals", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(
@@ -35,13 +62,38 @@ class Interrupts:
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._previous_fd)
+        self._writing.close()  # ends the thread
+        self._thread.join()
+        self._listening.close()
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._received = number
+    def _listen(self) -> None:
+        while numbers := self._listening.recv(64):
+            for number in numbers:
+                if number in SIGNALS:
+                    self._note(number)
+
+    def _note(self, number: int) -> None:
+        now = time.monotonic()
+        if not self._received:
+            self._received, self._received_at = number, now
+        elif now - self._received_at > SAME_REQUEST_SECONDS:
+            os._exit(128 + number)
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop; the same answer on every rank. All ranks call this together."""
-        number = int(distributed.greatest_over_ranks([float(self._received)])[0])
+        own = self._received
+        if not own and distributed.is_main() and self._time_is_over():
+            own = _TIME_IS_OVER
+        number = int(distributed.greatest_over_ranks([float(own)])[0])
         if number:
-            self.stopped_by = signal.Signals(number).name
+            over = number == _TIME_IS_OVER
+            self.stopped_by = "train.max_minutes" if over else signal.Signals(number).name
         return number != 0
+
+    def _time_is_over(self) -> bool:
+        return self.max_minutes is not None and time.monotonic() - self._started >= 60 * self.max_minutes
+
+
+def _leave_to_thread(number: int, frame: FrameType | None) -> None:
+    """The handler that makes Python write the signal's number to the thread's socket."""

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import xxhash
+
 from medvlp import distributed
 from medvlp.training.errors import CheckpointError
 from medvlp.training.state_files import checksum
@@ -18,6 +20,8 @@ from medvlp.training.state_files import checksum
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+#: Version of the layout that this code writes and resumes from.
+FORMAT = 2
 FOLDER_PATTERN = re.compile(r"step-(\d{8,})")
 
 
@@ -34,7 +38,9 @@ class Manifest:
         versions: versions of the libraries that wrote it.
         files: path inside the folder -> {"bytes": size, "xxh3_128": checksum}.
         optimizer: name of the optimiser whose state it holds.
+        metrics: the last logged ones.
         format: version of this layout.
+        checksum: xxh3-128 of the file's text with nothing here; written by `to_json`.
     """
 
     step: int
@@ -49,11 +55,15 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     optimizer: str = ""
-    format: int = 1
+    metrics: dict[str, float] = field(default_factory=dict)
+    format: int = 1  # of files that do not say it
+    checksum: str = ""
 
     def to_json(self) -> str:
-        """The file's text."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        """The file's text, with its checksum."""
+        values = dataclasses.asdict(self) | {"checksum": ""}
+        digest = xxhash.xxh3_128_hexdigest(_text(values).encode())
+        return _text(values | {"checksum": digest})
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -64,8 +74,8 @@ class Manifest:
         """
         path = folder / MANIFEST
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            manifest = cls(**values)
+            text = path.read_text(encoding="utf-8")
+            manifest = cls(**json.loads(text))
             sizes = [(str(name), int(entry["bytes"]), str(entry["xxh3_128"]))
                      for name, entry in manifest.files.items()]  # fmt: skip
         except FileNotFoundError:
@@ -77,6 +87,8 @@ class Manifest:
         for name, _, _ in sizes:
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
                 raise CheckpointError(f"{path} names a file outside its folder: {name!r}")
+        if (manifest.checksum or manifest.format >= FORMAT) and manifest.to_json() != text:
+            raise CheckpointError(f"{path} is damaged: it is not as it was written")
         return manifest
 
     def problem(self, folder: Path, names: Sequence[str]) -> str | None:
@@ -91,6 +103,10 @@ class Manifest:
             except OSError as error:
                 return f"{path} cannot be read ({error.strerror})"
         return None
+
+
+def _text(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=2) + "\n"
 
 
 def step_folder(step: int) -> str:

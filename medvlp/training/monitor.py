@@ -33,6 +33,9 @@ class Monitor(BaseCallback):
         total_steps: steps of the run.
         wandb_run: where rank 0 sends metrics; None on other ranks.
         console: of the progress bar; None for none.
+
+    Attributes:
+        latest: finite metrics of the last logged step, the same on all ranks.
     """
 
     name = "monitor"
@@ -42,6 +45,7 @@ class Monitor(BaseCallback):
         self.total_steps = total_steps
         self.wandb_run = wandb_run
         self.extra: dict[str, float] = {}
+        self.latest: dict[str, float] = {}
         self.skipped = 0
         self._file: MetricsFile | None = None
         self._progress = _progress_bar(console) if console is not None else None
@@ -101,7 +105,8 @@ class Monitor(BaseCallback):
             **self.extra,
         }
         self.extra = {}
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self.latest = {name: value for name, value in values.items() if math.isfinite(value)}
+        finite = {name: self.latest.get(name) for name in values}
         return {"step": record.step, "epoch": record.epoch, **finite}
 
     def _write(self, record: StepRecord, metrics: dict[str, float | None]) -> None:
@@ -141,6 +146,11 @@ class Monitor(BaseCallback):
         """See `state_dict`."""
         self.skipped = state.get("skipped", 0)
         self.extra = dict(state.get("extra", {}))
+
+    def load_states(self, states: list[dict[str, Any]]) -> None:
+        """Rank 0 goes on counting for all ranks."""
+        self.load_state_dict(states[0])
+        self.skipped = sum(state.get("skipped", 0) for state in states) if distributed.is_main() else 0
 
 
 def _memory(device: torch.device) -> float:

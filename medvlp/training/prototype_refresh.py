@@ -33,14 +33,19 @@ class PrototypeRefresh(BaseCallback):
         log: Callable[[dict[str, float]], None],
     ):
         self.method, self.service, self.device, self.log = method, service, device, log
+        self._embeddings: list[tuple[dict[str, Tensor], Tensor, int]] = []
         method.prototype_user.keep_embeddings = True
 
     def on_micro_batch(self, sample: Tensor, step: int) -> None:
-        """Remember the method's last embeddings."""
-        self.service.update(self.method.prototype_user.last_embeddings, sample, step)
+        """Keep the method's last embeddings until it is known whether the step was a good one."""
+        self._embeddings.append((self.method.prototype_user.last_embeddings, sample, step))
 
     def on_step(self, record: StepRecord) -> None:
-        """Refresh when due; all ranks swap to the new table at the same step."""
+        """Remember the step's embeddings; refresh when due. All ranks swap tables at the same step."""
+        if record.applied:
+            for embeddings, sample, step in self._embeddings:
+                self.service.update(embeddings, sample, step)
+        self._embeddings.clear()
         if self.service.refresh_due(record.step):
             self.log(self.service.refresh())
             self._hand_over()
@@ -56,3 +61,7 @@ class PrototypeRefresh(BaseCallback):
         """See `state_dict`."""
         self.service.load_state_dict(state)
         self._hand_over()
+
+    def load_states(self, states: list[dict[str, Any]]) -> None:
+        """The table is the same on all ranks; the banks held other ranks' samples and fill again."""
+        self.load_state_dict({name: value for name, value in states[0].items() if name != "bank"})

@@ -16,9 +16,10 @@ def seed_weights(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def seed_rank(seed: int, rank: int) -> None:
-    """Seed every default generator for training: differently on each rank."""
-    own = int(np.random.SeedSequence([seed % 2**63, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+def seed_rank(seed: int, rank: int, step: int = 0) -> None:
+    """Seed every default generator for training: differently on each rank, and by the step it joins at."""
+    words = [seed % 2**63, rank] + ([step] if step else [])
+    own = int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
     seed_weights(own)
 
 

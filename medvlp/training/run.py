@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -17,24 +18,29 @@ from medvlp.data.cache import open_reader
 from medvlp.data.loader import TrainingLoader, build_loader
 from medvlp.data.text import Tokenizer
 from medvlp.methods.base import Method
-from medvlp.methods.registry import build_method
+from medvlp.methods.registry import build_method, reads_entities
 from medvlp.prototypes.initialise import initialise_prototypes
 from medvlp.prototypes.service import build_service
-from medvlp.ranks import detect
+from medvlp.ranks import Ranks, detect
+from medvlp.training.bad_steps import BadSteps
 from medvlp.training.batch_plan import BatchPlan, plan_batch
 from medvlp.training.callbacks import Callback
-from medvlp.training.checkpointing import CheckpointCallback, check_fits, check_weights, restore_randomness
+from medvlp.training.checkpoint import load_weights
+from medvlp.training.checkpointing import CheckpointCallback, restore_randomness
 from medvlp.training.deepspeed_config import check_device
 from medvlp.training.engine import Engine
-from medvlp.training.errors import AgreedError, LostPeerError
-from medvlp.training.finite import FiniteCheck
+from medvlp.training.errors import AgreedError, DataWorkerError, LostPeerError
+from medvlp.training.events import EventLog
+from medvlp.training.fitting import check_fits, check_weights
+from medvlp.training.hangs import Watchdog
 from medvlp.training.interrupts import EXIT_INTERRUPTED, Interrupts
-from medvlp.training.manifest import Manifest, newest_valid
+from medvlp.training.manifest import Manifest, newest_valid, step_folders
 from medvlp.training.monitor import Monitor
 from medvlp.training.prototype_refresh import PrototypeRefresh
 from medvlp.training.randomness import seed_rank, seed_weights
 from medvlp.training.run_folder import describe_run, open_run_folder
-from medvlp.training.schedule import total_steps, warmup_cosine, warmup_steps
+from medvlp.training.schedule import build_schedule
+from medvlp.training.step_guard import StepGuard
 from medvlp.training.trainer import Trainer
 from medvlp.training.wandb_run import WandbRun
 from shards.errors import MedvlpError
@@ -61,25 +67,48 @@ def pretrain(config: Config, fresh: bool = False) -> int:
     plan = plan_batch(config, ranks.world_size)
     check_device(config, distributed.choose_device(ranks.local_rank).type)
     torch.set_num_threads(config.train.threads or max(1, (os.cpu_count() or 1) // ranks.local_world_size))
-    with Interrupts() as interrupts:
-        device = distributed.initialize(ranks)
+    run_dir, start_seconds = Path(config.run.dir), 60 * config.train.start_timeout_minutes
+    distributed.record_flights(run_dir)
+    with Interrupts(config.train.max_minutes) as interrupts:
+        device = _join(ranks, start_seconds)
         finished = False
         try:
-            _train(config, plan, device, interrupts, console if config.monitor.progress else None, fresh)
+            with Watchdog(run_dir, start_seconds, config.train.step_timeout_seconds) as watchdog:
+                shown = console if config.monitor.progress else None
+                _train(config, plan, device, interrupts, watchdog, shown, fresh)
             finished = True
         except RuntimeError as error:
-            if not distributed.is_lost_peer(error):
-                raise
-            reason = " ".join(str(error).split())[:200]
-            raise LostPeerError(
-                f"rank {ranks.rank} lost another rank, whose own message says why ({reason})"
-            ) from error
+            raise _named(error, ranks.rank) from error
         finally:
             distributed.shutdown(graceful=finished)
     if interrupts.stopped_by:
         logger.info("stopped by %s after a checkpoint; the same command resumes", interrupts.stopped_by)
         return EXIT_INTERRUPTED
     return 0
+
+
+def _join(ranks: Ranks, seconds: float) -> torch.device:
+    try:
+        return distributed.initialize(ranks, timedelta(seconds=seconds))
+    except distributed.RendezvousError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise LostPeerError(
+            f"rank {ranks.rank}: not all of the {ranks.world_size} ranks met at {ranks.address}:{ranks.port} "
+            f"within {seconds:g} s (train.start_timeout_minutes): {reason}"
+        ) from error
+
+
+def _named(error: RuntimeError, rank: int) -> Exception:
+    """The error a user can act on, or the one given."""
+    reason = " ".join(str(error).split())[:200]
+    if distributed.is_lost_peer(error):
+        return LostPeerError(f"rank {rank} lost another rank, whose own message says why ({reason})")
+    if "DataLoader worker" in reason:  # torch has no class for it
+        return DataWorkerError(
+            f"rank {rank}: a data-loading process ended ({reason}); the system may have killed it for "
+            "memory: lower data.workers, data.prefetch or the batch, and start again to resume"
+        )
+    return error
 
 
 def configure_logging(rank: int) -> Console:
@@ -106,10 +135,13 @@ def _train(
     plan: BatchPlan,
     device: torch.device,
     interrupts: Interrupts,
+    watchdog: Watchdog,
     console: Console | None,
     fresh: bool,
 ) -> None:
+    watchdog.mark("opening the dataset")
     reader, tokenizer = _open_data(config)
+    watchdog.mark("looking for a checkpoint")
     open_run_folder(Path(config.run.dir), fresh)
     checkpoint = newest_valid(config.run.dir)
     manifest = None if checkpoint is None else Manifest.read(checkpoint)
@@ -118,35 +150,63 @@ def _train(
     step = 0 if manifest is None else manifest.step
 
     def loader(start_step: int) -> TrainingLoader:
-        rank = distributed.rank()
-        return build_loader(config, reader, tokenizer, rank, plan.world_size, plan.micro_batch, start_step)
+        rank, entities = distributed.rank(), reads_entities(config.method.name)
+        return build_loader(
+            config, reader, tokenizer, rank, plan.world_size, plan.micro_batch, start_step, entities
+        )
 
+    watchdog.mark("building the method")
     seed_weights(config.train.seed)
     method = build_method(config, tokenizer.vocab_size).to(device)
+    method.prepare(tokenizer)
     if checkpoint is not None:
         check_weights(checkpoint, method)
+        load_weights(checkpoint, method)
     else:
         _start_prototypes(config, method, loader(0))
     engine = Engine(method, config, plan, device)
     data = loader(step)
-    steps = total_steps(config, data.steps_per_epoch)
-    warmup = warmup_steps(config, steps)
-    rates = warmup_cosine(steps, warmup, config.optimizer.lr, config.optimizer.min_lr)
-    callbacks, saving = _callbacks(config, method, engine, len(rates), manifest, console)
+    schedule = build_schedule(config, data.steps_per_epoch)
+    guard = StepGuard(method, config.train.spike_sigma, device)
+    callbacks, saving = _callbacks(config, method, engine, guard, schedule.steps, manifest, console)
+    saving.alive = watchdog.mark
     seed_rank(config.train.seed, distributed.rank())
     batches = iter(data)
     if checkpoint is not None:
+        watchdog.mark("loading the checkpoint")
         saving.load(checkpoint)
-        restore_randomness(checkpoint)
-        if step >= len(rates):
+        restore_randomness(checkpoint, config.train.seed)
+        if step >= schedule.steps:
             logger.info("%s is finished (step %d); more train.steps continue it", config.run.dir, step)
         else:
-            logger.info("resuming %s after step %d of %d", config.run.dir, step, len(rates))
+            logger.info("resuming %s after step %d of %d", config.run.dir, step, schedule.steps)
     # Not earlier: the config of a start that fails is not the run's.
     describe_run(config, plan.world_size)
-    trainer = Trainer(engine, batches, rates, data.steps_per_epoch, callbacks, config.monitor.log_every, step)
+    trainer = Trainer(
+        engine, batches, schedule, data.steps_per_epoch, callbacks, guard, watchdog,
+        config.monitor.log_every, step,
+    )  # fmt: skip
+    _note_start(config, checkpoint, step, schedule.steps)
     trainer.train(interrupts)
+    if distributed.is_main():
+        kind = "interrupt" if interrupts.stopped_by else "finish"
+        EventLog(config.run.dir).note(kind, trainer.step, by=interrupts.stopped_by)
     engine.close()
+
+
+def _note_start(config: Config, checkpoint: Path | None, step: int, steps: int) -> None:
+    """Write into the run's history that it starts or goes on, and what was passed over for that."""
+    if not distributed.is_main():
+        return
+    events = EventLog(config.run.dir)
+    for newer, folder in step_folders(Path(config.run.dir) / "checkpoints"):
+        if newer > step:
+            events.note("checkpoint_passed_over", newer, checkpoint=folder.name)
+    ranks = distributed.world_size()
+    if checkpoint is None:
+        events.note("start", step, steps=steps, ranks=ranks)
+    else:
+        events.note("resume", step, steps=steps, ranks=ranks, checkpoint=checkpoint.name)
 
 
 def _open_data(config: Config) -> tuple[ShardReader, Tokenizer]:
@@ -178,6 +238,7 @@ def _callbacks(
     config: Config,
     method: Method,
     engine: Engine,
+    guard: StepGuard,
     steps: int,
     manifest: Manifest | None,
     console: Console | None,
@@ -191,18 +252,13 @@ def _callbacks(
     run_id = distributed.broadcast_object(None if wandb_run is None else wandb_run.id)
     bar = console if console is not None and console.is_terminal and distributed.is_main() else None
     monitor = Monitor(run_dir / "metrics.jsonl", steps, wandb_run, bar)
-    finite = FiniteCheck(
-        [config.checkpoint.every_steps],
-        gradient=config.precision != "fp16",
-        advice=f"The newest good checkpoint is in {run_dir / 'checkpoints'}. Look at these samples; "
-        "lower optimizer.lr, set train.gradient_clip, or use precision=fp32",
-    )
-    callbacks: list[Callback] = [finite]
+    limit, loss_scaling = config.train.max_bad_steps, config.precision == "fp16"
+    callbacks: list[Callback] = [BadSteps(guard, limit, run_dir, monitor.add, loss_scaling)]
     if method.prototype_user.uses_service:
         size = method.prototype_user.prototype_size()
         assert size is not None  # `uses_service` promises it
         service = build_service(config.prototypes, size, config.train.seed)
         callbacks.append(PrototypeRefresh(method, service, engine.device, monitor.add))
     callbacks.append(monitor)
-    saving = CheckpointCallback(config, engine, list(callbacks), run_id)
+    saving = CheckpointCallback(config, engine, list(callbacks), run_id, lambda: monitor.latest, monitor.add)
     return [*callbacks, saving], saving

@@ -5,15 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from medvlp.data.batch import Batch
 from medvlp.methods.base import Progress
 from medvlp.training.callbacks import Callback, StepRecord
 from medvlp.training.engine import Engine
+from medvlp.training.hangs import Watchdog
 from medvlp.training.interrupts import Interrupts
+from medvlp.training.schedule import Schedule
+from medvlp.training.step_guard import StepGuard
 
 
 class Trainer:
@@ -22,9 +23,11 @@ class Trainer:
     Args:
         engine: DeepSpeed around the method.
         batches: this rank's micro-batches, from the first one of the next step on.
-        learning_rates: [steps] learning rate of every step.
+        schedule: learning rate and optimiser phase of every step.
         steps_per_epoch: steps after which a new epoch begins.
         callbacks: called in order after every step.
+        guard: what keeps bad steps from changing anything.
+        watchdog: is told where this rank is.
         log_every: steps between those at which metrics are read.
         step: finished steps.
     """
@@ -33,17 +36,21 @@ class Trainer:
         self,
         engine: Engine,
         batches: Iterator[Batch],
-        learning_rates: NDArray[np.float64],
+        schedule: Schedule,
         steps_per_epoch: int,
         callbacks: Sequence[Callback],
+        guard: StepGuard,
+        watchdog: Watchdog,
         log_every: int = 1,
         step: int = 0,
     ):
         self.engine = engine
         self.batches = batches
-        self.learning_rates = learning_rates
+        self.schedule = schedule
         self.steps_per_epoch = steps_per_epoch
         self.callbacks = callbacks
+        self.guard = guard
+        self.watchdog = watchdog
         self.log_every = log_every
         self.step = step
 
@@ -53,47 +60,65 @@ class Trainer:
         try:
             for callback in self.callbacks:
                 callback.on_start(self.step)
-            while self.step < len(self.learning_rates):
+            while self.step < self.schedule.steps:
                 record = self._train_step()
-                finished = self.step == len(self.learning_rates)
+                finished = self.step == self.schedule.steps
+                self.watchdog.mark("the agreement on going on", record.step - 1)
                 record.last = interrupts.agreed() or finished
                 for callback in self.callbacks:
+                    self.watchdog.mark(f"the callback {callback.name!r}", record.step - 1)
                     callback.on_step(record)
+                self.watchdog.first_step_is_done()
                 if record.last:
                     break
         finally:
+            self.watchdog.mark("the end")
+            self.watchdog.last_step_is_done()
             for callback in reversed(self.callbacks):
                 callback.on_end()
 
     def _train_step(self) -> StepRecord:
         started = time.perf_counter()
-        epoch, learning_rate = self.step // self.steps_per_epoch, float(self.learning_rates[self.step])
-        logged = (self.step + 1) % self.log_every == 0 or self.step + 1 == len(self.learning_rates)
-        self.engine.method.on_progress(Progress(epoch, self.step, len(self.learning_rates)))
+        epoch, learning_rate = self.step // self.steps_per_epoch, float(self.schedule.rates[self.step])
+        logged = (self.step + 1) % self.log_every == 0 or self.step + 1 == self.schedule.steps
+        if self.schedule.restarts_at(self.step):
+            self.engine.restart_optimizer()
+            self.guard.forget()
+        phase = int(self.schedule.phases[self.step])
+        self.engine.method.on_progress(Progress(epoch, self.step, self.schedule.steps, phase))
         self.engine.set_learning_rate(learning_rate)
         accumulation = self.engine.plan.accumulation
         losses: dict[str, torch.Tensor] = {}
         keys: list[str] = []
         skipped, waited = 0, 0.0
-        for _ in range(accumulation):
+        self.guard.begin()
+        for number in range(1, accumulation + 1):
+            self.watchdog.mark("loading data", self.step)
             asked = time.perf_counter()
             batch = next(self.batches)
             waited += time.perf_counter() - asked
+            self.watchdog.mark("forward and backward", self.step)
             keys += batch.keys
             skipped += batch.skipped
             outputs = self.engine.forward(batch.to(self.engine.device))
-            self.engine.backward(outputs["loss"])
-            self.engine.step()
             for name, value in outputs.items():
                 share = value.detach().float() / accumulation
                 losses[name] = losses[name] + share if name in losses else share
+            loss = outputs["loss"]
+            if number == accumulation:
+                loss = loss * self.guard.allowance(losses["loss"])
+            self.engine.backward(loss)
+            self.engine.step()
             for callback in self.callbacks:
                 callback.on_micro_batch(batch.sample, self.step)
+        if not self.engine.applied:
+            self.guard.undo()
         self.step += 1
         return StepRecord(
             step=self.step,
             epoch=epoch,
             last=False,
+            applied=self.engine.applied,
             logged=logged,
             losses=losses,
             keys=keys,

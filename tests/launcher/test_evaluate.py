@@ -65,8 +65,10 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def save(config: Config, step: int, seed: int) -> None:
     """A checkpoint as training writes it, of a model with the weights of another seed than the run's."""
     torch.manual_seed(seed)
-    method = build_method(config, Tokenizer.load(None, config.data.root).vocab_size)
-    folder = checkpoint.prepare(Path(config.run.dir) / "checkpoints", step)
+    tokenizer = Tokenizer.load(None, config.data.root)
+    method = build_method(config, tokenizer.vocab_size)
+    method.prepare(tokenizer)
+    folder = checkpoint.partial_folder(Path(config.run.dir) / "checkpoints", step)
     weights = {name: value.contiguous() for name, value in method.state_dict().items()}
     entries = checkpoint.write(folder, [StateFile(folder / checkpoint.WEIGHTS, weights)])
     manifest = Manifest(step, 0, 1, 0, "fp32", 8, config_hash="", files=entries)
@@ -123,6 +125,32 @@ def test_a_run_is_evaluated_beside_its_baselines(run: Path, shards: Path, medvlp
         "auroc@100%",
     }
     assert found.config["method"]["name"] == "mgca"
+
+
+MEDSLIP = [
+    "method.name=medslip", "method.width=16", "method.layers=1", "method.heads=2", "text.frozen=true",
+]  # fmt: skip
+
+
+def test_a_method_that_embeds_no_reports_has_no_retrieval(
+    shards: Path, medvlp, tmp_path: Path, repository: Path
+) -> None:
+    folder = tmp_path / "medslip"
+    tiny = [override for override in TINY if not override.startswith("method.")]
+    settings = [f"data.root={shards}", f"run.dir={folder}", *tiny, *MEDSLIP]
+    config = config_files.load([], settings, schemas())
+    save(config, 4, seed=4)
+    (folder / "config.yaml").write_text(config_files.to_yaml(config))
+    prompts = repository / "configs" / "tasks" / "zero-shot-phantom-medslip.yaml"
+    result = medvlp("evaluate", folder, "--data", shards, *ALL_TASKS, f"evaluation.prompts={prompts}")
+    assert result.exit_code == 0, result.exception
+    found = results.read(folder / "evaluation.json")
+    assert "retrieval of medslip: not available: the method medslip does not embed reports" in result.output
+    assert "does not embed reports" in found.notes["retrieval"]["not_available"]
+    assert found.results["retrieval"] == {}
+    for task in ("zero-shot", "linear-probe"):
+        assert set(found.results[task]) == {"trained", "untrained", "pixels", "chance"}
+    assert found.notes["zero-shot"]["prompts"]["mass"]["negative"] == []
 
 
 def test_a_checkpoint_folder_is_that_checkpoint_and_numbers_repeat(

@@ -1,5 +1,6 @@
 """Writing, verifying, choosing and deleting checkpoints, without an engine."""
 
+import errno
 import json
 import pickle
 import shutil
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from medvlp.config import CheckpointConfig
 from medvlp.training import checkpoint
+from medvlp.training.checkpoint_writer import CheckpointWriter
 from medvlp.training.errors import CheckpointError
 from medvlp.training.manifest import Manifest, newest_valid, step_folder
 from medvlp.training.state_files import StateFile, read_state
@@ -21,14 +23,22 @@ from tests.training.tiny import TinyMethod
 def save(
     run_dir: Path, step: int, config: CheckpointConfig | None = None, method: TinyMethod | None = None
 ) -> Path:
-    folder = checkpoint.prepare(run_dir / "checkpoints", step)
-    weights = (method or TinyMethod()).state_dict()
-    files = [
-        StateFile(folder / "weights.safetensors", weights),
+    folder = checkpoint.partial_folder(run_dir / "checkpoints", step)
+    whole = manifest(step)
+    whole.files = checkpoint.write(folder, state(run_dir / "checkpoints", step, method))
+    return checkpoint.commit(folder, whole, config or CheckpointConfig(keep_last=0))
+
+
+def state(checkpoints: Path, step: int, method: TinyMethod | None = None) -> list[StateFile]:
+    folder = checkpoint.partial_folder(checkpoints, step)
+    return [
+        StateFile(folder / "weights.safetensors", (method or TinyMethod()).state_dict()),
         StateFile(folder / "ranks" / "rank-00000.pt", {"x": torch.arange(5), "n": [1, None, "a"]}),
     ]
-    manifest = Manifest(step, 0, 1, 0, "fp32", 8, "hash", files=checkpoint.write(folder, files))
-    return checkpoint.commit(folder, manifest, config or CheckpointConfig(keep_last=0))
+
+
+def manifest(step: int, **metrics: float) -> Manifest:
+    return Manifest(step, 0, 1, 0, "fp32", 8, "hash", metrics=metrics)
 
 
 def test_what_is_saved_is_verified_and_read_back(tmp_path):
@@ -36,9 +46,9 @@ def test_what_is_saved_is_verified_and_read_back(tmp_path):
     folder = save(tmp_path, 5, method=method)
     assert folder.name == "step-00000005"
     assert (tmp_path / "checkpoints/latest").read_text().strip() == folder.name
-    manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["step"] == 5
-    assert set(manifest["files"]) == {"weights.safetensors", "ranks/rank-00000.pt"}
+    written = json.loads((folder / "manifest.json").read_text())
+    assert written["step"] == 5
+    assert set(written["files"]) == {"weights.safetensors", "ranks/rank-00000.pt"}
     assert newest_valid(tmp_path) == folder
     other = TinyMethod()
     checkpoint.load_weights(folder, other)
@@ -65,9 +75,9 @@ def flip(folder: Path) -> None:
 
 
 def escape(folder: Path) -> None:
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["../../secret"] = {"bytes": 1, "xxh3_128": ""}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    written = json.loads((folder / "manifest.json").read_text())
+    written["files"]["../../secret"] = {"bytes": 1, "xxh3_128": ""}
+    (folder / "manifest.json").write_text(json.dumps(written))
 
 
 @pytest.mark.parametrize(
@@ -119,6 +129,38 @@ def test_what_is_kept(tmp_path_factory, steps, last, every):
     shutil.rmtree(run)
 
 
+@pytest.mark.parametrize(("mode", "best"), [("min", 5), ("max", 3)])
+def test_the_best_is_kept(tmp_path, mode, best):
+    config = CheckpointConfig(keep_last=1, keep_best="auroc", best_mode=mode)
+    for step, value in enumerate([0.5, 0.2, 0.9, 0.4, 0.2, None, 0.6], start=1):
+        metrics = {} if value is None else {"auroc": value, "loss": float(step)}
+        folder = checkpoint.partial_folder(tmp_path / "checkpoints", step)
+        whole = manifest(step, **metrics)
+        whole.files = checkpoint.write(folder, state(tmp_path / "checkpoints", step))
+        checkpoint.commit(folder, whole, config)
+    kept = {int(path.name[5:]) for path in (tmp_path / "checkpoints").glob("step-*")}
+    assert kept == {7, best}
+
+
+def test_a_commit_that_was_cut_off_can_be_repeated(tmp_path, monkeypatch):
+    folder = checkpoint.partial_folder(tmp_path / "checkpoints", 5)
+    whole = manifest(5)
+    whole.files = checkpoint.write(folder, state(tmp_path / "checkpoints", 5))
+    calls = []
+
+    def refuse_once(path):
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(checkpoint, "fsync_folder", refuse_once)
+    with pytest.raises(OSError, match="Input/output error"):
+        checkpoint.commit(folder, whole, CheckpointConfig())
+    assert not (tmp_path / "checkpoints/latest").exists()
+    assert checkpoint.commit(folder, whole, CheckpointConfig()) == newest_valid(tmp_path)
+    assert (tmp_path / "checkpoints/latest").read_text().strip() == "step-00000005"
+
+
 def test_deleting_removes_the_manifest_first(tmp_path, monkeypatch):
     folder = save(tmp_path, 5)
 
@@ -135,13 +177,18 @@ def test_deleting_removes_the_manifest_first(tmp_path, monkeypatch):
 def test_a_disk_that_refuses_is_one_clear_error_and_keeps_the_old(tmp_path, monkeypatch):
     old = save(tmp_path, 5)
 
-    def full(self):
-        raise OSError(28, "No space left on device")
+    def full(self, given_up):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(StateFile, "write", full)
-    with pytest.raises(CheckpointError, match="No space left on device"):
-        save(tmp_path, 10)
+    writer = CheckpointWriter(tmp_path / "checkpoints", CheckpointConfig(retries=0))
+    writer.start(state(writer.checkpoints, 10), manifest(10))
+    with pytest.raises(
+        CheckpointError, match=r"step 10 cannot be written .*No space left on device \(rank 0\)"
+    ):
+        writer.wait()
     assert newest_valid(tmp_path) == old
+    assert not writer.busy
 
 
 class Evil:

@@ -50,3 +50,47 @@ def test_whole_weights_are_the_methods_at_every_stage(gloo_pool):
         before, _ = gloo_pool(2).run(first_update, stage, "fp32")[0]
         assert before.keys() == expected.keys()
         assert all(torch.equal(before[name], expected[name]) for name in expected)
+
+
+def update_after_idle_steps(stage: int, precision: str, optimizer: str, idle: int, restart: bool) -> dict:
+    """All weights after `idle` steps that change only the optimiser's state, and one step that counts."""
+    from medvlp.training.batch_plan import plan_batch
+    from medvlp.training.engine import Engine
+
+    config = Config()
+    config.zero.stage, config.precision, config.train.global_batch = stage, precision, 8
+    config.optimizer.name = optimizer
+    device = distributed.initialize()
+    torch.manual_seed(0)
+    engine = Engine(TinyMethod(), config, plan_batch(config, distributed.world_size()), device)
+    for seed in range(1, idle + 1):
+        make_step(engine, seed, 0.0)
+    if restart:
+        engine.restart_optimizer()
+    make_step(engine, 0, 0.01)
+    make_step(engine, 99, 0.01)
+    weights = engine.full_weights()
+    engine.close()
+    return {name: value for name, value in weights.items() if name != "mean"}
+
+
+def make_step(engine, seed: int, learning_rate: float) -> None:
+    """One step on the global batch of a seed."""
+    engine.set_learning_rate(learning_rate)
+    outputs = engine.forward(random_batch(seed, 8, distributed.rank(), distributed.world_size()))
+    engine.backward(outputs["loss"])
+    engine.step()
+
+
+@pytest.mark.parametrize(
+    ("precision", "optimizer", "stage"),
+    [(precision, "adamw", stage) for precision in ("fp32", "bf16") for stage in range(4)]
+    + [("fp32", "sgd", 0), ("fp32", "sgd", 3), ("bf16", "sgd", 2)],
+)
+def test_a_restarted_optimizer_steps_as_a_fresh_one(gloo_pool, precision, optimizer, stage):
+    pool = gloo_pool(2)
+    fresh = pool.run(update_after_idle_steps, stage, precision, optimizer, 0, False)[0]
+    restarted = pool.run(update_after_idle_steps, stage, precision, optimizer, 2, True)[0]
+    assert all(torch.equal(fresh[name], restarted[name]) for name in fresh)
+    carried_on = pool.run(update_after_idle_steps, stage, precision, optimizer, 2, False)[0]
+    assert not all(torch.equal(fresh[name], carried_on[name]) for name in fresh), "the test would see nothing"

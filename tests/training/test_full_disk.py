@@ -10,7 +10,7 @@ import torch
 
 from medvlp.training.errors import RunFolderError
 from medvlp.training.metrics_file import MetricsFile
-from medvlp.training.state_files import StateFile, _save
+from medvlp.training.state_files import StateFile, _CheckedFile, _save
 from tests.training.runs import read_metrics, train, train_expecting_error
 
 FULL = Path("/dev/full")
@@ -32,12 +32,12 @@ class SmallDisk(io.BytesIO):
 @pytest.mark.parametrize("room", [0, 100, 5000])
 def test_torch_does_not_hide_a_full_disk(room):
     with pytest.raises(OSError, match="No space left"):
-        _save({"weight": torch.zeros(3000)}, SmallDisk(room))
+        _save({"weight": torch.zeros(3000)}, _CheckedFile(SmallDisk(room)))
 
 
 def test_other_errors_of_saving_stay_what_they_are():
     with pytest.raises(AttributeError):
-        _save({"function": lambda: None}, io.BytesIO())
+        _save({"function": lambda: None}, _CheckedFile(io.BytesIO()))
 
 
 def test_a_state_file_reports_a_full_disk(tmp_path):
@@ -72,14 +72,14 @@ def train_with_file_limit(overrides: list[str], limit: int):
 @pytest.mark.dist
 def test_a_checkpoint_that_does_not_fit_leaves_the_earlier_one_and_no_debris(gloo_pool, overrides, tmp_path):
     pool = gloo_pool(2)
-    options = overrides("checkpoint.keep_last=0")
+    options = overrides("checkpoint.keep_last=0", "checkpoint.retries=1", "checkpoint.retry_seconds=0.1")
     assert pool.run(train, [*options, "train.steps=1"]) == [0, 0]
     errors = pool.run(train_with_file_limit, [*options, "train.steps=3"], 100_000)
     assert errors[0] == errors[1]
     kind, text, code = errors[0]
     assert (kind, code) == ("CheckpointError", 4)
     assert "cannot be written" in text
-    assert "File too large" in text
+    assert "File too large after 2 tries" in text
     assert "Earlier checkpoints are untouched" in text
     folders = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
     assert folders == ["latest", "step-00000001"]

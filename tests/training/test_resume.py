@@ -17,7 +17,10 @@ def weights(run_dir: Path, step: int = 4) -> bytes:
 
 
 def comparable(run_dir: Path) -> list[dict]:
-    return [{k: v for k, v in line.items() if k not in MEASURED} for line in read_metrics(run_dir)]
+    return [
+        {k: v for k, v in line.items() if k not in MEASURED and not k.startswith("checkpoint/")}
+        for line in read_metrics(run_dir)
+    ]
 
 
 def killed_after(run_dir: Path, copy: Path, step: int) -> None:
@@ -97,7 +100,7 @@ def test_kmeans_start_and_a_finished_run_started_again(gloo_pool, overrides, tmp
     assert len(read_metrics(tmp_path / "run")) == 2
 
 
-def test_damaged_checkpoints_are_passed_over_and_another_layout_is_refused(gloo_pool, overrides, tmp_path):
+def test_damaged_checkpoints_are_passed_over_and_another_run_is_refused(gloo_pool, overrides, tmp_path):
     pool = gloo_pool(2)
     options = ["checkpoint.every_steps=2", "checkpoint.keep_last=0"]
     pool.run(train, overrides(*options))
@@ -108,15 +111,14 @@ def test_damaged_checkpoints_are_passed_over_and_another_layout_is_refused(gloo_
     assert pool.run(train, overrides(*options)) == [0, 0]
     assert weights(tmp_path / "run") == expected
     for change, message in [
-        ("zero.stage=1", "zero.stage was 2 and is 1"),
+        ("train.global_batch=8", "train.global_batch was 16 and is 8"),
         ("precision=bf16", "precision was fp32"),
+        ("optimizer.name=sgd", "optimizer.name was adamw"),
+        ("text.frozen=true", "was trained there and is frozen here"),
     ]:
         kind, text, code = pool.run(train_expecting_error, overrides(*options, change))[0]
         assert (kind, code) == ("CheckpointError", 4)
         assert message in text
-    kind, text, _ = gloo_pool(1).run(train_expecting_error, overrides(*options))[0]
-    assert kind == "CheckpointError"
-    assert "the number of ranks was 2 and is 1" in text
     for folder in (tmp_path / "run/checkpoints").glob("step-*"):
         (folder / "manifest.json").write_text("{")
     kind, text, _ = pool.run(train_expecting_error, overrides(*options))[1]

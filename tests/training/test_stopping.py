@@ -1,16 +1,15 @@
-"""Signals and losses that are not finite: all ranks stop at the same step."""
+"""Signals and the end of the time: all ranks stop at the same step, after a checkpoint."""
 
+import json
 import os
 import signal
+import time
 
 import pytest
-import torch
 
 from medvlp import distributed
-from medvlp.config import Config
 from medvlp.training.interrupts import EXIT_INTERRUPTED, Interrupts
 from tests.training.runs import read_metrics, train
-from tests.training.tiny import TinyMethod, random_batch
 
 
 def test_a_signal_is_noted_and_the_handlers_come_back():
@@ -18,9 +17,41 @@ def test_a_signal_is_noted_and_the_handlers_come_back():
     with Interrupts() as interrupts:
         assert not interrupts.agreed()
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert interrupts.agreed()
+        wait_until(lambda: interrupts.agreed())
     assert interrupts.stopped_by == "SIGUSR1"
     assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.01)
+
+
+def test_a_second_signal_ends_the_process_but_not_the_same_request_twice(monkeypatch):
+    from medvlp.training import interrupts as module
+
+    ended = []
+    monkeypatch.setattr(module.os, "_exit", ended.append)
+    monkeypatch.setattr(module, "SAME_REQUEST_SECONDS", 0.2)
+    with Interrupts() as interrupts:
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_until(lambda: interrupts._received)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.3)
+        assert ended == []
+        os.kill(os.getpid(), signal.SIGINT)
+        wait_until(lambda: ended)
+    assert ended == [128 + signal.SIGINT]
+
+
+def test_the_time_is_a_request_too():
+    with Interrupts(max_minutes=60) as interrupts:
+        assert not interrupts.agreed()
+    with Interrupts(max_minutes=0) as interrupts:
+        assert interrupts.agreed()
+    assert interrupts.stopped_by == "train.max_minutes"
 
 
 def train_and_signal_one_rank(overrides: list[str], stop_at: int) -> int:
@@ -52,61 +83,9 @@ def test_a_signal_to_one_rank_saves_on_all_and_resuming_is_identical(gloo_pool, 
     names = "checkpoints/step-00000005/weights.safetensors"
     assert (tmp_path / "run" / names).read_bytes() == (tmp_path / "whole" / names).read_bytes()
     assert len(read_metrics(tmp_path / "run")) == 5
-
-
-class Exploding(TinyMethod):
-    """Its loss becomes NaN on rank 1 at the third step (after that the weights would be NaN)."""
-
-    def forward(self, batch):
-        outputs = super().forward(batch)
-        if distributed.rank() == 1 and self.progress[-1][1] == 2:
-            outputs["loss"] = outputs["loss"] * torch.nan
-        return outputs
-
-
-def explode(run_dir: str, log_every: int) -> tuple[str, list[str], list[tuple[int, int]]]:
-    """Error text, checkpoints left, and the calls of `on_progress`."""
-    from pathlib import Path
-
-    import numpy as np
-
-    from medvlp.training.batch_plan import plan_batch
-    from medvlp.training.checkpointing import CheckpointCallback
-    from medvlp.training.engine import Engine
-    from medvlp.training.errors import NotFiniteError
-    from medvlp.training.finite import FiniteCheck
-    from medvlp.training.trainer import Trainer
-
-    config = Config()
-    config.run.dir, config.data.root = run_dir, ""
-    config.train.global_batch, config.precision, config.checkpoint.every_steps = 8, "fp32", 2
-    device = distributed.initialize()
-    rank, world_size = distributed.rank(), distributed.world_size()
-    torch.manual_seed(0)
-    method = Exploding()
-    engine = Engine(method, config, plan_batch(config, world_size), device)
-    check = FiniteCheck([config.checkpoint.every_steps], gradient=True, advice="Look at them.")
-    saving = CheckpointCallback(config, engine, [check])
-    batches = (random_batch(step, 8, rank, world_size) for step in range(100))
-    trainer = Trainer(engine, batches, np.full(20, 1e-3), 3, [check, saving], log_every=log_every)
-    text = ""
-    try:
-        with Interrupts() as interrupts:
-            trainer.train(interrupts)
-    except NotFiniteError as error:
-        text = str(error)
-    engine.close()
-    return text, sorted(path.name for path in Path(run_dir, "checkpoints").glob("step-*")), method.progress
-
-
-@pytest.mark.dist
-@pytest.mark.parametrize("log_every", [1, 100])
-def test_a_loss_that_is_not_finite_stops_all_ranks_before_it_is_saved(gloo_pool, tmp_path, log_every):
-    results = gloo_pool(2).run(explode, str(tmp_path), log_every)
-    assert results[0] == results[1]
-    text, checkpoints, progress = results[0]
-    assert "not finite at step 3" in text
-    assert "0002-0004, 0002-0005, 0002-0006, 0002-0007" in text
-    assert text.endswith("Look at them.")
-    assert checkpoints == ["step-00000002"]
-    assert progress[:4] == [(0, 0), (0, 1), (0, 2), (1, 3)][: len(progress)]
+    events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
+    assert [(event["kind"], event["step"]) for event in events] == [
+        ("start", 0), ("interrupt", 3), ("resume", 3), ("finish", 5),
+    ]  # fmt: skip
+    assert events[1]["by"] == "SIGTERM"
+    assert events[2]["checkpoint"] == "step-00000003"

@@ -1,0 +1,126 @@
+"""`medvlp checkpoints`: what checkpoints a run has, whether they are whole, and other forms of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from shards.errors import UsageError
+
+if TYPE_CHECKING:
+    from medvlp.training.manifest import Manifest
+
+
+def checkpoints(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="run folder")],
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="read every file and compare its checksum; exit 4 if one is damaged"),
+    ] = False,
+    step: Annotated[
+        int | None, typer.Option("--step", help="checkpoint to convert; default: the newest good one")
+    ] = None,
+    universal: Annotated[
+        Path | None,
+        typer.Option("--to-universal", help="write it as a DeepSpeed universal checkpoint to this folder"),
+    ] = None,
+    plain: Annotated[
+        Path | None,
+        typer.Option("--to-safetensors", help="write weights and optimiser state, whole, to this folder"),
+    ] = None,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="delete what checkpoint.keep_* of the run's config does not keep")
+    ] = False,
+    keep_last: Annotated[
+        int | None, typer.Option("--keep-last", min=1, help="with --prune: stands above checkpoint.keep_last")
+    ] = None,
+) -> None:
+    """List the checkpoints of a run; verify, convert or prune them."""
+    from medvlp.training.conversion import to_safetensors, to_universal
+    from medvlp.training.errors import CheckpointError, RunFolderError
+    from medvlp.training.manifest import newest_valid, step_folder
+
+    folder = run / "checkpoints"
+    if not folder.is_dir():
+        raise RunFolderError(f"{run} is no run folder: it has no folder checkpoints/")
+    if keep_last is not None and not prune:
+        raise UsageError("--keep-last says what --prune keeps; give both")
+    if prune:
+        _prune(run, keep_last)
+    if universal is not None or plain is not None:
+        source = folder / step_folder(step) if step is not None else newest_valid(run)
+        if source is None or not source.is_dir():
+            raise CheckpointError(f"{folder} has no checkpoint{'' if step is None else f' of step {step}'}")
+        for convert, out in ((to_universal, universal), (to_safetensors, plain)):
+            if out is not None:
+                convert(source, out)
+                typer.echo(f"{source.name} -> {out}")
+    damaged = _list(run, verify)
+    if damaged:
+        raise CheckpointError(f"{len(damaged)} of the checkpoints in {folder} cannot be used: {damaged[0]}")
+
+
+def _list(run: Path, verify: bool) -> list[str]:
+    """Print the table; returns what is wrong, if it was looked for."""
+    from medvlp.training.errors import CheckpointError
+    from medvlp.training.manifest import Manifest, step_folders
+
+    table = Table(title=f"checkpoints of {run}")
+    for column in ("step", "epoch", "size", "created", "ranks", "ZeRO", "loss", "state"):
+        table.add_column(column, justify="left" if column in ("created", "state") else "right")
+    problems = []
+    for step, folder in step_folders(run / "checkpoints"):
+        try:
+            manifest = Manifest.read(folder)
+        except CheckpointError as error:
+            problems.append(str(error))
+            table.add_row(str(step), "", "", "", "", "", "", f"damaged: {error}")
+            continue
+        problem = manifest.problem(folder, list(manifest.files)) if verify else _missing(manifest, folder)
+        if problem:
+            problems.append(problem)
+        good = "verified" if verify else "complete"
+        table.add_row(*_row(manifest), f"damaged: {problem}" if problem else good)
+    Console(soft_wrap=False).print(table)
+    return problems if verify else []
+
+
+def _missing(manifest: Manifest, folder: Path) -> str | None:
+    """What sizes alone tell, without reading the files."""
+    for name, entry in manifest.files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+            return f"{path} is missing or has another size"
+    return None
+
+
+def _row(manifest: Manifest) -> tuple[str, ...]:
+    size = sum(entry["bytes"] for entry in manifest.files.values())
+    loss = manifest.metrics.get("loss")
+    return (
+        str(manifest.step), str(manifest.epoch), f"{size / 1e6:.1f} MB", manifest.created,
+        str(manifest.world_size), str(manifest.zero_stage), "" if loss is None else f"{loss:.4f}",
+    )  # fmt: skip
+
+
+def _prune(run: Path, keep_last: int | None) -> None:
+    from medvlp import config_files
+    from medvlp.methods.registry import schemas
+    from medvlp.training.errors import CheckpointError
+    from medvlp.training.manifest import newest_valid
+    from medvlp.training.retention import prune
+    from medvlp.training.run_folder import CONFIG
+
+    newest = newest_valid(run)
+    if newest is None:
+        raise CheckpointError(f"{run} has no checkpoint to keep")
+    config = config_files.load([str(run / CONFIG)], [], schemas()).checkpoint
+    if keep_last is not None:
+        config.keep_last = keep_last
+    # Damaged ones count for nothing; what lies beyond the newest good one is damaged.
+    for folder in prune(newest.parent, int(newest.name.removeprefix("step-")), config):
+        typer.echo(f"deleted {folder}")

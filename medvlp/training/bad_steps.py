@@ -1,0 +1,122 @@
+"""Counts steps skipped for a bad loss or gradient, names their samples, stops the run when it repeats."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from medvlp import distributed
+from medvlp.training.callbacks import BaseCallback, StepRecord
+from medvlp.training.errors import NotFiniteError
+from medvlp.training.events import EventLog
+from medvlp.training.step_guard import Finding, StepGuard
+
+logger = logging.getLogger(__name__)
+
+#: Sample keys of each rank named in a message; `events.jsonl` has all.
+_NAMED_KEYS = 8
+
+_REASONS = {
+    "loss_not_finite": "the loss is not finite",
+    "loss_spike": "the loss is a spike (train.spike_sigma)",
+    "gradient_not_finite": "the gradient is not finite",
+}
+
+
+class BadSteps(BaseCallback):
+    """What follows a skipped step: a line in `events.jsonl`, a count, and after too many in a row an error.
+
+    Args:
+        guard: what found them.
+        limit: skipped steps in a row that are borne.
+        run_dir: the run folder.
+        log: takes the metric `train/bad_steps`, the skipped steps of the whole run.
+        loss_scaling: fp16, where gradients that are too large skip a step by design: those are not counted.
+    """
+
+    name = "bad_steps"
+
+    def __init__(
+        self,
+        guard: StepGuard,
+        limit: int,
+        run_dir: Path | str,
+        log: Callable[[dict[str, float]], None],
+        loss_scaling: bool = False,
+    ):
+        self.guard, self.limit, self.log, self.loss_scaling = guard, limit, log, loss_scaling
+        self.run_dir = Path(run_dir)
+        self.events = EventLog(run_dir)
+        self.count = 0
+        self.in_a_row = 0
+
+    def on_step(self, record: StepRecord) -> None:
+        """Look into a step that was not applied; all ranks know of it alike.
+
+        Raises:
+            NotFiniteError: there were more than `limit` in a row.
+        """
+        if record.applied:
+            self.in_a_row = 0
+        else:
+            self._examine(record)
+        if record.logged or record.last:
+            self.log({"train/bad_steps": float(self.count)})
+
+    def _examine(self, record: StepRecord) -> None:
+        own = self.guard.finding()
+        told = distributed.gather_objects([own.loss, own.finite, own.spike, record.keys])
+        findings = [(Finding(loss, finite, spike), keys) for loss, finite, spike, keys in told]
+        kind = _kind([finding for finding, _ in findings])
+        if kind == "gradient_not_finite" and self.loss_scaling:
+            return
+        self.count += 1
+        self.in_a_row += 1
+        ranks = [
+            {"rank": rank, "loss": finding.loss, "keys": keys}
+            for rank, (finding, keys) in enumerate(findings)
+            if kind != "loss_not_finite" or not finding.finite
+        ]
+        text = f"step {record.step}: {_REASONS[kind]} on {'; '.join(_place(entry) for entry in ranks)}"
+        if distributed.is_main():
+            self.events.note(kind, record.step, ranks=ranks, in_a_row=self.in_a_row)
+            logger.warning("skipped %s", text)
+        if self.in_a_row > self.limit:
+            raise NotFiniteError(
+                f"{text}. That makes {self.in_a_row} skipped steps in a row "
+                f"(train.max_bad_steps={self.limit}); none of them changed the weights. {self._remedy()}"
+            )
+
+    def _remedy(self) -> str:
+        latest = self.run_dir / "checkpoints" / "latest"
+        saved = latest.read_text(encoding="utf-8").strip() if latest.is_file() else ""
+        newest = (
+            f"The newest checkpoint is {latest.parent / saved}. " if saved else "There is no checkpoint yet. "
+        )
+        return (
+            f"{newest}Look at these samples ({self.events.path} lists all); lower optimizer.lr, set "
+            "train.gradient_clip, or use precision=fp32"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts, and the statistics of the loss."""
+        return {"count": self.count, "in_a_row": self.in_a_row, "guard": self.guard.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `state_dict`."""
+        self.count, self.in_a_row = state.get("count", 0), state.get("in_a_row", 0)
+        self.guard.load_state_dict(state.get("guard", {}))
+
+
+def _kind(findings: list[Finding]) -> str:
+    if not all(finding.finite for finding in findings):
+        return "loss_not_finite"
+    return "loss_spike" if any(finding.spike for finding in findings) else "gradient_not_finite"
+
+
+def _place(entry: dict[str, Any]) -> str:
+    keys = entry["keys"]
+    more = f" and {len(keys) - _NAMED_KEYS} more" if len(keys) > _NAMED_KEYS else ""
+    return f"rank {entry['rank']} (loss {entry['loss']:.4g}, samples {', '.join(keys[:_NAMED_KEYS])}{more})"

@@ -1,0 +1,196 @@
+"""Ends a run in which a rank no longer arrives, and says which one and where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from medvlp import distributed
+from medvlp.training.errors import HangError
+from medvlp.training.events import EventLog
+
+#: Seconds to wait for the store's answer, and that the ranks which do not speak leave to the one that does.
+_STORE_SECONDS, _SPEAKER_SECONDS = 5.0, 10.0
+
+
+class Place(NamedTuple):
+    """Where a rank is.
+
+    Attributes:
+        marks: places it has passed; all ranks pass the same.
+        step: finished steps; None before there are any.
+        name: of the place.
+        beat: number of this message.
+    """
+
+    marks: int
+    step: int | None
+    name: str
+    beat: int
+
+
+class Watchdog:
+    """Watches that this rank moves from place to place, and tells the other ranks where it is.
+
+    Marking a place costs an attribute. One thread puts the place into the process group's store every few
+    seconds, another looks at the clock. When this rank has been in one place for too long it reads where the
+    others are. A rank that does not answer (stopped, gone), or that has passed fewer places, is the one the
+    others wait for. Every rank then ends with `HangError.exit_code`; the first that still answers says why.
+
+    Args:
+        run_dir: the run folder, for `events.jsonl`.
+        start_seconds: limit for each place until `first_step_is_done`, and after `last_step_is_done`.
+        step_seconds: limit between them; 0: none.
+    """
+
+    def __init__(self, run_dir: Path | str, start_seconds: float, step_seconds: float):
+        self.run_dir = Path(run_dir)
+        self.limit = start_seconds
+        self.start_seconds, self.step_seconds = start_seconds, step_seconds
+        self._place = Place(0, None, "the start", 0)
+        self._since = time.monotonic()
+        self._done = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    def mark(self, name: str, step: int | None = None) -> None:
+        """This rank has come to the place `name`, of the step after `step` finished ones."""
+        self._since = time.monotonic()
+        self._place = Place(self._place.marks + 1, step, name, 0)
+
+    def first_step_is_done(self) -> None:
+        """From now on places are passed quickly: shorten the limit, and the collectives' own time-outs."""
+        self._set_limit(self.step_seconds)
+
+    def last_step_is_done(self) -> None:
+        """Closing may take its time again (a tracker that uploads)."""
+        self._set_limit(self.start_seconds)
+
+    def _set_limit(self, seconds: float) -> None:
+        if seconds != self.limit:
+            self.limit = seconds
+            distributed.set_timeout(seconds or None)
+
+    def __enter__(self) -> Self:
+        """Start watching; needs the process group."""
+        self._store = distributed.shared_store()
+        self._rank, self._ranks = distributed.rank(), distributed.world_size()
+        self._since = time.monotonic()
+        for target in (self._publish, self._watch):
+            self._threads.append(threading.Thread(target=target, name="medvlp-watchdog", daemon=True))
+            self._threads[-1].start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._done.set()
+        for thread in self._threads:
+            thread.join(timeout=_STORE_SECONDS)  # the publisher may wait for a store that is gone
+
+    def _interval(self) -> float:
+        return min(5.0, max(0.2, (self.limit or 60.0) / 20))
+
+    def _publish(self) -> None:
+        beat = 0
+        while not self._done.is_set():
+            beat += 1
+            try:
+                self._store.set(_key(self._rank), json.dumps(self._place._replace(beat=beat)))
+            except RuntimeError:  # rank 0 has ended; whoever waits for it finds that out
+                return
+            self._done.wait(self._interval())
+
+    def _watch(self) -> None:
+        looked = time.monotonic()
+        while not self._done.wait(self._interval()):
+            now = time.monotonic()
+            if now - looked > 3 * self._interval() + 1:  # this process itself was stopped for a while
+                self._since = now
+            looked = now
+            if self.limit and now - self._since > self.limit:
+                self._investigate()
+                looked = time.monotonic()
+
+    def _investigate(self) -> None:
+        marks, limit = self._place.marks, self.limit
+        before = self._places()
+        self._done.wait(3 * self._interval() + 0.5)
+        after = self._places()
+        if self._done.is_set() or self._place.marks != marks:
+            return
+        answering = [rank for rank in after if rank == self._rank or before.get(rank) != after[rank]]
+        text = self._story(after, answering, limit)
+        if self._rank != min(answering, default=self._rank):
+            time.sleep(_SPEAKER_SECONDS)
+        else:
+            print(f"error: {text}", file=sys.stderr, flush=True)
+            _within(
+                _STORE_SECONDS, lambda: EventLog(self.run_dir).note("hang", self._place.step or 0, text=text)
+            )
+        distributed.wait_for_flight_recorder()
+        os._exit(HangError.exit_code)
+
+    def _places(self) -> dict[int, Place]:
+        """Where the ranks are, as far as the store tells; {} when it does not answer."""
+        found: dict[int, Place] = {}
+
+        def read() -> None:
+            keys = {rank: _key(rank) for rank in range(self._ranks)}
+            known = {rank: key for rank, key in keys.items() if self._store.check([key])}
+            values = self._store.multi_get(list(known.values()))
+            found.update({rank: Place(*json.loads(v)) for rank, v in zip(known, values, strict=True)})
+
+        return dict(found) if _within(_STORE_SECONDS, read) else {}
+
+    def _story(self, places: dict[int, Place], answering: list[int], limit: float) -> str:
+        own = self._place
+        key = "train.step_timeout_seconds" if limit == self.step_seconds else "train.start_timeout_minutes"
+        head = f"rank {self._rank} has waited {limit:g} s ({key}) in {_where(own)}. "
+        if not places:
+            return (
+                head + "Rank 0, which keeps the store of the process group, does not answer: is it stopped?"
+            )
+        silent = [rank for rank in range(self._ranks) if rank not in answering]
+        if silent:
+            parts = [
+                f"rank {rank} does not answer"
+                + (f" (last in {_where(places[rank])})" if rank in places else "")
+                for rank in silent
+            ]
+            return head + "; ".join(parts) + ": a stopped process, or its machine is gone"
+        furthest = max(place.marks for place in places.values())
+        behind = [rank for rank in places if places[rank].marks < furthest]
+        if behind:
+            parts = [f"rank {rank} is still in {_where(places[rank])}" for rank in behind]
+            return head + "The others wait for it: " + "; ".join(parts)
+        return head + "So have all ranks: the network between them, or a disk they share, does not answer"
+
+
+def _key(rank: int) -> str:
+    return f"medvlp/place/{rank}"
+
+
+def _where(place: Place) -> str:
+    return place.name if place.step is None else f"{place.name} of step {place.step + 1}"
+
+
+def _within(seconds: float, action: Callable[[], object]) -> bool:
+    """Whether `action` ended by itself in time; it may hang on a disk or a socket."""
+    ended = threading.Event()
+
+    def run() -> None:
+        try:
+            action()
+        except RuntimeError:  # the store's connection is lost: the same as no answer
+            return
+        ended.set()
+
+    threading.Thread(target=run, daemon=True).start()
+    return ended.wait(seconds)

@@ -1,0 +1,150 @@
+"""Where DeepSpeed 0.19 keeps each parameter's master weight and optimiser state, at every ZeRO stage.
+
+Beside `engine.py` the only file that knows DeepSpeed's inside. It reads the places instead of calling
+DeepSpeed's own checkpoint functions, whose files fit one world size and stage only, repeat the weights, and
+are unpickled without limits where they are converted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from medvlp.training.optimizer_files import STEP, OptimizerFiles, entry_name
+
+
+class Shard(NamedTuple):
+    """The part of one trainable parameter that this rank's optimiser updates.
+
+    Attributes:
+        name: of the parameter.
+        start, stop: range of the flattened parameter.
+        owner: tensor the optimiser updates and keeps its state under; the parameter itself, its master, or a
+            flat tensor with many parameters.
+        offset: where the range begins in the flattened `owner`.
+    """
+
+    name: str
+    start: int
+    stop: int
+    owner: Tensor
+    offset: int
+
+    def of(self, state: Tensor) -> Tensor:
+        """View of this shard's elements in a (contiguous) state tensor of `owner`."""
+        return state.reshape(-1).narrow(0, self.offset, self.stop - self.start)
+
+    def share(self, rank: int, ranks: int) -> Shard:
+        """This rank's part, where all ranks hold the same: what it writes of it."""
+        count = self.stop - self.start
+        low, high = count * rank // ranks, count * (rank + 1) // ranks
+        return self._replace(start=self.start + low, stop=self.start + high, offset=self.offset + low)
+
+
+def find_shards(
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    optimizer: Any,
+    stage: int,
+    rank: int,
+    masters: Mapping[int, Tensor],
+) -> list[Shard]:
+    """Shards of this rank, in the order of the parameters.
+
+    Args:
+        parameters: of the method, by name; frozen ones are passed over.
+        optimizer: DeepSpeed's.
+        stage: of ZeRO.
+        rank: this rank among those that share the state.
+        masters: at stage 0 in 16 bit the float32 master of each parameter, by `id`.
+    """
+    shards = []
+    for name, parameter in parameters:
+        if not parameter.requires_grad:
+            continue
+        if stage == 0:
+            owner = masters.get(id(parameter), parameter)
+            shards.append(Shard(name, 0, owner.numel(), owner, 0))
+        elif stage < 3:
+            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+            if mapping is not None:  # None: the parameter lies wholly in other ranks' parts
+                # The same thing in DeepSpeed's two optimisers for these stages (bf16 at stage 1 has its own).
+                parts = getattr(optimizer, "single_partition_of_fp32_groups", None)
+                parts = optimizer.fp32_groups_flat_partition if parts is None else parts
+                owner = parts[mapping.param_group_index]
+                place, held = mapping.lp_fragment_address, mapping.hp_fragment_address
+                shards.append(Shard(name, place.start, place.start + place.numel, owner, held.start))
+        else:
+            group, offset, count = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            start, total = count * rank, parameter.ds_numel  # type: ignore[attr-defined]
+            if start < total:  # beyond it lies padding
+                owner = optimizer.fp32_partitioned_groups_flat[group]
+                shards.append(Shard(name, start, min(start + count, total), owner, offset))
+    return shards
+
+
+def shard_tensors(shards: Iterable[Shard], optimizer: Any) -> dict[str, Tensor]:
+    """Optimiser state of these shards: `<key>:<name>` -> live 1-D view (`step`: [1]).
+
+    Args:
+        shards: from `find_shards`.
+        optimizer: torch's or DeepSpeed's CPU Adam, the one that holds the state.
+    """
+    tensors = {}
+    for shard in shards:
+        for key, value in optimizer.state.get(shard.owner, {}).items():
+            if key == STEP:
+                tensors[entry_name(key, shard.name)] = torch.as_tensor(value, dtype=torch.float32).reshape(1)
+            elif isinstance(value, Tensor) and value.shape == shard.owner.shape:
+                tensors[entry_name(key, shard.name)] = shard.of(value)
+    return tensors
+
+
+@torch.no_grad()
+def load_shards(shards: Iterable[Shard], optimizer: Any, files: OptimizerFiles) -> None:
+    """Put stored optimiser state into a fresh optimiser.
+
+    Where parameters share one counter (ZeRO 1 to 3) and the stored counters differ (a part of the model that
+    had no gradient in some steps, at stage 0), the largest is taken.
+    """
+    for shard in shards:
+        state = optimizer.state[shard.owner]
+        for key in files.keys(shard.name):
+            if key not in state:
+                state[key] = torch.zeros_like(shard.owner)
+            stored = files.part(shard.name, key, shard.start, shard.stop)
+            if stored.numel() == shard.owner.numel():  # whole, perhaps in another memory format
+                state[key].copy_(stored.view(shard.owner.shape))
+            else:
+                shard.of(state[key]).copy_(stored)
+        step = files.step(shard.name)
+        if step is not None:
+            step = max(step, float(state.get(STEP, 0.0)))
+            state[STEP] = _counter(step, shard.owner, optimizer)
+
+
+def _counter(step: float, owner: Tensor, optimizer: Any) -> Tensor | int:
+    """The counter as the optimiser keeps it: torch's a tensor, DeepSpeed's CPU Adam an int."""
+    if not isinstance(optimizer, torch.optim.Adam):
+        return int(step)
+    defaults = optimizer.defaults
+    on_device = defaults.get("fused") or defaults.get("capturable")
+    return torch.tensor(step, dtype=torch.float32, device=owner.device if on_device else "cpu")
+
+
+@torch.no_grad()
+def load_masters(shards: Iterable[Shard], weights: Any) -> None:
+    """Put whole stored float32 weights into the masters.
+
+    Args:
+        shards: from `find_shards`.
+        weights: an opened safetensors file with the whole parameters.
+    """
+    for shard in shards:
+        stored = weights.get_tensor(shard.name).float().reshape(-1)[shard.start : shard.stop]
+        if stored.numel() == shard.owner.numel():
+            shard.owner.copy_(stored.view(shard.owner.shape))
+        else:
+            shard.of(shard.owner).copy_(stored)

@@ -1,0 +1,59 @@
+"""Which checkpoints of a run are kept, and how one is deleted."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from medvlp.config import CheckpointConfig
+from medvlp.training.errors import CheckpointError
+from medvlp.training.manifest import MANIFEST, Manifest, step_folders
+
+
+def prune(checkpoints: Path, step: int, config: CheckpointConfig) -> list[Path]:
+    """Delete what the config does not keep, and checkpoints beyond `step`.
+
+    A run that fell back behind damaged checkpoints has left those beyond.
+
+    Returns:
+        The deleted folders.
+
+    Raises:
+        OSError: one cannot be deleted.
+    """
+    gone = doomed(checkpoints, step, config)
+    for folder in gone:
+        remove(folder)
+    return gone
+
+
+def doomed(checkpoints: Path, step: int, config: CheckpointConfig) -> list[Path]:
+    """What `prune` would delete: all but the newest, the multiples of `keep_every`, and the best."""
+    folders = step_folders(checkpoints)
+    past = [(number, path) for number, path in folders if number <= step]
+    kept = {path for _, path in (past[-config.keep_last :] if config.keep_last else past)}
+    kept |= {path for number, path in past if config.keep_every and number % config.keep_every == 0}
+    best = best_of([path for _, path in past], config)
+    return [path for _, path in folders if path not in kept and path != best]
+
+
+def best_of(folders: list[Path], config: CheckpointConfig) -> Path | None:
+    """The folder with the best value of `keep_best`, the newest of equals; None where none has a value."""
+    if config.keep_best is None:
+        return None
+    sign = 1.0 if config.best_mode == "max" else -1.0
+    scored = []
+    for folder in folders:
+        try:
+            value = Manifest.read(folder).metrics.get(config.keep_best)
+        except CheckpointError:  # not whole: nothing to keep it for
+            continue
+        if value is not None:
+            scored.append((sign * value, folder.name, folder))
+    return max(scored)[2] if scored else None
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint, its manifest first: a half-deleted one must not look whole."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder)

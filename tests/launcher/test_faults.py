@@ -1,0 +1,142 @@
+"""Ranks and data workers that are stopped or killed during `medvlp pretrain --nproc 2`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.training.runs import TINY
+
+pytestmark = pytest.mark.dist
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("phantoms") / "data"
+    build = ["shards", "build", "phantom", "--out", str(root), "--studies", "60", "--image-size", "64"]
+    subprocess.run([sys.executable, "-m", "launcher.main", *build], check=True, env=environment())
+    return root
+
+
+def environment() -> dict[str, str]:
+    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    return {name: value for name, value in os.environ.items() if name not in ranks} | {"OMP_NUM_THREADS": "1"}
+
+
+class Run:
+    """A run of two ranks that would take hours, after its first steps."""
+
+    def __init__(self, data: Path, folder: Path, *more: str, steps: int = 3):
+        self.folder = folder
+        command = [
+            sys.executable, "-m", "launcher.main", "pretrain", *TINY, f"data.root={data}",
+            f"run.dir={folder}", "train.steps=100000", *more, "--nproc", "2",
+        ]  # fmt: skip
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
+        )
+        deadline = time.monotonic() + 120
+        while self.steps() < steps:
+            if time.monotonic() > deadline or self.process.poll() is not None:
+                self.process.kill()
+                pytest.fail(f"no steps in time: {self.process.communicate()[0]}")
+            time.sleep(0.1)
+
+    def steps(self) -> int:
+        metrics = self.folder / "metrics.jsonl"
+        return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+    def rank(self, number: int) -> psutil.Process:
+        children = psutil.Process(self.process.pid).children()
+        return next(child for child in children if child.environ().get("RANK") == str(number))
+
+    def events(self) -> list[dict[str, Any]]:
+        lines = (self.folder / "events.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    def wait_for_event(self, kind: str) -> None:
+        deadline = time.monotonic() + 60
+        while kind not in [event["kind"] for event in self.events()] and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+    def end(self, seconds: float) -> tuple[int, str, float]:
+        """Exit code, output, and seconds until the end."""
+        started = time.monotonic()
+        try:
+            output = self.process.communicate(timeout=seconds)[0]
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            pytest.fail(f"the job did not end: {self.process.communicate()[0]}")
+        return self.process.returncode, output, time.monotonic() - started
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_stopped_rank_is_named_and_ends_the_job(data, tmp_path, stopped):
+    run = Run(data, tmp_path / "run", "train.step_timeout_seconds=3")
+    os.kill(run.rank(stopped).pid, signal.SIGSTOP)
+    if stopped == 0:  # goes on once it is named; the other has to be killed, half a minute later
+        run.wait_for_event("hang")
+        os.kill(run.rank(stopped).pid, signal.SIGCONT)
+    code, output, seconds = run.end(75)
+    print(f"rank {stopped} stopped: ended after {seconds:.1f} s")
+    assert code == 7, output
+    expected = "rank 1 does not answer (last in" if stopped else "Rank 0, which keeps the store"
+    assert output.count("error: ") == 1, output
+    assert expected in output
+    assert f"rank {1 - stopped} has waited 3 s (train.step_timeout_seconds)" in output
+    assert [event["kind"] for event in run.events()] == ["start", "hang"]
+
+
+def test_a_killed_rank_ends_the_job_at_once(data, tmp_path):
+    run = Run(data, tmp_path / "run")
+    os.kill(run.rank(1).pid, signal.SIGKILL)
+    code, output, seconds = run.end(60)
+    print(f"rank 1 killed: ended after {seconds:.1f} s")
+    assert code == 128 + signal.SIGKILL, output
+    assert "error: rank 1 was killed by SIGKILL" in output
+    assert seconds < 45
+
+
+def test_a_killed_data_worker_is_named(data, tmp_path):
+    run = Run(data, tmp_path / "run", "data.workers=1")
+    (worker,) = run.rank(1).children()
+    os.kill(worker.pid, signal.SIGKILL)
+    code, output, seconds = run.end(60)
+    print(f"data worker killed: ended after {seconds:.1f} s")
+    assert code == 3, output
+    assert "error: rank 1: a data-loading process ended" in output
+    assert "lower data.workers" in output
+
+
+def test_a_second_signal_ends_the_job_at_once(data, tmp_path):
+    run = Run(data, tmp_path / "run", "checkpoint.every_steps=1")
+    ranks = [run.rank(0).pid, run.rank(1).pid]
+    os.kill(ranks[1], signal.SIGSTOP)  # so that the first signal cannot be acted on
+    run.process.send_signal(signal.SIGTERM)
+    time.sleep(1.5)
+    assert run.process.poll() is None
+    run.process.send_signal(signal.SIGTERM)
+    os.kill(ranks[1], signal.SIGCONT)
+    code, output, _ = run.end(60)
+    assert code == 128 + signal.SIGTERM, output
+    saved = (tmp_path / "run/checkpoints/latest").read_text().strip()
+    assert (tmp_path / "run/checkpoints" / saved / "manifest.json").is_file()
+
+
+def test_the_end_of_the_time_saves_and_stops(data, tmp_path):
+    run = Run(data, tmp_path / "run", "train.max_minutes=0.05", steps=0)
+    code, output, _ = run.end(60)
+    assert code == 75, output
+    assert "stopped by train.max_minutes after a checkpoint" in output
+    assert (tmp_path / "run/checkpoints/latest").read_text().strip() == f"step-{run.steps():08d}"
+    told = [(event["kind"], event.get("by")) for event in run.events()]
+    assert told == [("start", None), ("interrupt", "train.max_minutes")]

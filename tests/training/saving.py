@@ -1,0 +1,79 @@
+"""What the processes of the gloo pool do in tests of checkpoints: a tiny engine that trains, saves, loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from medvlp import distributed
+from medvlp.config import Config
+from medvlp.training import checkpoint
+from medvlp.training.batch_plan import plan_batch
+from medvlp.training.checkpointing import CheckpointCallback
+from medvlp.training.engine import Engine
+from medvlp.training.manifest import newest_valid
+from tests.training.tiny import TinyMethod, random_batch
+
+BATCH = 12
+
+
+def tiny_config(run_dir: str, stage: int, precision: str = "fp32", optimizer: str = "adamw") -> Config:
+    """Of a run with a global batch of 12; keeps every checkpoint."""
+    config = Config()
+    config.run.dir, config.data.root = run_dir, ""
+    config.train.global_batch, config.precision, config.zero.stage = BATCH, precision, stage
+    config.checkpoint.keep_last, config.checkpoint.retry_seconds = 0, 0.01
+    config.optimizer.name = optimizer
+    return config
+
+
+def start(config: Config, folder: Path | None = None) -> tuple[Engine, CheckpointCallback]:
+    """An engine around `TinyMethod`, from the checkpoint `folder` if there is one."""
+    device = distributed.initialize()
+    torch.manual_seed(0)
+    method = TinyMethod()
+    if folder is not None:
+        checkpoint.load_weights(folder, method)
+    engine = Engine(method, config, plan_batch(config, distributed.world_size()), device)
+    saving = CheckpointCallback(config, engine, [])
+    if folder is not None:
+        saving.load(folder)
+    return engine, saving
+
+
+def train_steps(engine: Engine, first: int, last: int) -> list[float]:
+    """Losses of steps `first` to `last`, whose batches depend on nothing but the step."""
+    losses = []
+    for step in range(first, last + 1):
+        engine.set_learning_rate(1e-3)
+        batch = random_batch(step, BATCH, distributed.rank(), distributed.world_size())
+        loss = engine.forward(batch)["loss"]
+        engine.backward(loss)
+        engine.step()
+        losses += distributed.mean_over_ranks([float(loss.detach())])
+    return losses
+
+
+def train_and_save(config: Config, step: int) -> list[float]:
+    """Train a new engine for some steps and save it."""
+    engine, saving = start(config)
+    losses = train_steps(engine, 1, step)
+    saving.save(step, 0)
+    saving._writer.wait()
+    engine.close()
+    return losses
+
+
+def load_and_save(config: Config, out: str, steps: int = 0) -> list[float]:
+    """Load the newest checkpoint, save it as it is into the run folder `out`, then train on."""
+    folder = newest_valid(config.run.dir)
+    assert folder is not None
+    config.run.dir = out
+    engine, saving = start(config, folder)
+    step = int(folder.name.removeprefix("step-"))
+    saving.save(step, 0)
+    saving._writer.wait()
+    losses = train_steps(engine, step + 1, step + steps)
+    engine.close()
+    return losses

@@ -1,0 +1,191 @@
+"""A step with a bad loss or gradient leaves no trace; too many in a row stop all ranks."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from medvlp import distributed
+from medvlp.config import Config
+from tests.training.tiny import TinyMethod, random_batch
+
+BAD_STEP = 2
+
+
+class Poisoned(TinyMethod):
+    """TinyMethod with a batch norm, whose third step is bad in one of several ways."""
+
+    def __init__(self, poison: str):
+        super().__init__()
+        self.poison = poison
+        self.norm = torch.nn.BatchNorm1d(16, affine=False)
+
+    def forward(self, batch):
+        outputs = super().forward(batch)
+        embedded = self.norm(self.encode_image(batch.image).to(self.norm.running_mean.dtype)).float()
+        outputs["loss"] = outputs["loss"] + embedded.square().mean()
+        if self.progress[-1][1] >= BAD_STEP and distributed.rank() == 1:
+            self._poison(outputs)
+        elif self.progress[-1][1] == BAD_STEP and self.poison == "spike":
+            outputs["loss"] = outputs["loss"] + 100
+        return outputs
+
+    def _poison(self, outputs):
+        persistent = self.poison == "for ever"
+        if self.progress[-1][1] > BAD_STEP and not persistent:
+            return
+        if self.poison in ("loss", "for ever"):
+            outputs["loss"] = outputs["loss"] * torch.nan
+        if self.poison == "detached loss":
+            outputs["loss"] = outputs["loss"] + torch.inf
+        if self.poison == "gradient":
+            outputs["loss"].register_hook(lambda gradient: gradient * torch.nan)
+        if self.poison in ("loss", "gradient"):
+            self.mean.fill_(torch.nan)
+
+
+def run_steps(
+    run_dir: str, poison: str, stage: int, precision: str, micro: int, clip: float = 0.0, steps: int = 5,
+    limit: int = 3, sigma: float = 0.0, skip_seed: bool = False,
+) -> dict:  # fmt: skip
+    """Train; the state afterwards. `skip_seed`: without poison and without the batches of the bad step."""
+    from medvlp.training.bad_steps import BadSteps
+    from medvlp.training.batch_plan import plan_batch
+    from medvlp.training.callbacks import BaseCallback
+    from medvlp.training.engine import Engine
+    from medvlp.training.errors import NotFiniteError
+    from medvlp.training.hangs import Watchdog
+    from medvlp.training.interrupts import Interrupts
+    from medvlp.training.schedule import Schedule
+    from medvlp.training.step_guard import StepGuard
+    from medvlp.training.trainer import Trainer
+
+    class Applied(BaseCallback):
+        def on_step(self, record):
+            applied.append(record.applied)
+
+    config = Config()
+    config.zero.stage, config.precision = stage, precision
+    config.train.global_batch, config.train.micro_batch, config.train.gradient_clip = 8, micro, clip
+    device = distributed.initialize()
+    rank, world_size = distributed.rank(), distributed.world_size()
+    torch.manual_seed(0)
+    method = Poisoned(poison)
+    plan = plan_batch(config, world_size)
+    engine = Engine(method, config, plan, device)
+    guard = StepGuard(method, sigma, device)
+    figures, applied = {}, []
+    bad = BadSteps(guard, limit, run_dir, figures.update)
+    seeds = [seed for seed in range(100) if not (skip_seed and seed == BAD_STEP)]
+    batches = (
+        random_batch(1000 * seed + part, 8 // plan.accumulation, rank, world_size)
+        for seed in seeds
+        for part in range(plan.accumulation)
+    )
+    schedule = Schedule(np.full(steps - skip_seed, 1e-3), np.zeros(steps, dtype=np.int64))
+    trainer = Trainer(engine, batches, schedule, 3, [Applied(), bad], guard, Watchdog(run_dir, 1, 1))
+    text = ""
+    try:
+        with Interrupts() as interrupts:
+            trainer.train(interrupts)
+    except NotFiniteError as error:
+        text = str(error)
+    weights = {**engine.full_weights(), **{name: b.clone() for name, b in engine.buffers().items()}}
+    engine.close()
+    return {"weights": weights, "applied": applied, "figures": figures, "text": text, "step": trainer.step}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("poison", "stage", "precision", "micro", "clip"),
+    [
+        *[("loss", stage, precision, 4, 0.0) for stage in range(4) for precision in ("fp32", "bf16")],
+        *[("gradient", stage, "fp32", 2, 1.0) for stage in range(4)],
+        ("loss", 0, "bf16", 2, 1.0),
+        ("loss", 2, "bf16", 2, 1.0),
+        ("detached loss", 0, "fp32", 4, 0.0),
+        ("detached loss", 2, "bf16", 4, 0.0),
+    ],
+)
+def test_a_bad_step_leaves_no_trace(gloo_pool, tmp_path, poison, stage, precision, micro, clip):
+    pool = gloo_pool(2)
+    for name in ("bad", "good"):
+        (tmp_path / name).mkdir()
+    common = (stage, precision, micro, clip)
+    bad = pool.run(run_steps, str(tmp_path / "bad"), poison, *common)
+    good = pool.run(run_steps, str(tmp_path / "good"), "none", *common, 5, 3, 0.0, True)
+    for found, expected in zip(bad, good, strict=True):
+        assert found["applied"] == [True, True, False, True, True]
+        assert expected["applied"] == [True] * 4
+        assert found["figures"] == {"train/bad_steps": 1.0}
+        assert found["weights"].keys() == expected["weights"].keys()
+        for name, value in found["weights"].items():
+            assert torch.equal(value, expected["weights"][name]), name
+    (line,) = [json.loads(line) for line in (tmp_path / "bad/events.jsonl").read_text().splitlines()]
+    kind = "gradient_not_finite" if poison == "gradient" else "loss_not_finite"
+    assert (line["kind"], line["step"], line["in_a_row"]) == (kind, 3, 1)
+    assert [entry["rank"] for entry in line["ranks"]] == ([0, 1] if poison == "gradient" else [1])
+    assert "2000-0002" in line["ranks"][-1]["keys"] or "2000-0004" in line["ranks"][-1]["keys"]
+    assert not (tmp_path / "good/events.jsonl").exists()
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("limit", [0, 2])
+def test_too_many_in_a_row_stop_all_ranks(gloo_pool, tmp_path, limit):
+    Path(tmp_path, "checkpoints").mkdir()
+    Path(tmp_path, "checkpoints/latest").write_text("step-00000002\n")
+    results = gloo_pool(2).run(run_steps, str(tmp_path), "for ever", 2, "fp32", 4, 0.0, 20, limit)
+    assert results[0]["text"] == results[1]["text"]
+    assert [result["step"] for result in results] == [3 + limit] * 2
+    text = results[0]["text"]
+    assert f"step {3 + limit}: the loss is not finite on rank 1 (loss nan, samples" in text
+    assert f"{limit + 1} skipped steps in a row (train.max_bad_steps={limit})" in text
+    assert f"The newest checkpoint is {tmp_path}/checkpoints/step-00000002" in text
+    assert all(torch.isfinite(value).all() for value in results[0]["weights"].values())
+
+
+@pytest.mark.dist
+def test_a_spike_is_skipped_by_all_ranks_when_asked(gloo_pool, tmp_path, monkeypatch):
+    for name, sigma, expected in [("on", 8.0, False), ("off", 0.0, True)]:
+        (tmp_path / name).mkdir()
+        results = gloo_pool(2).run(spike_after_two_steps, str(tmp_path / name), sigma)
+        assert [result["applied"] for result in results] == [[True, True, expected, True, True]] * 2
+    (line,) = [json.loads(line) for line in (tmp_path / "on/events.jsonl").read_text().splitlines()]
+    assert line["kind"] == "loss_spike"
+    assert [entry["rank"] for entry in line["ranks"]] == [0, 1]
+    assert line["ranks"][0]["loss"] > 90 > line["ranks"][1]["loss"]
+
+
+def spike_after_two_steps(run_dir: str, sigma: float) -> dict:
+    """Rank 0's loss leaps at the third step; two steps are enough to know a spike here."""
+    from medvlp.training import step_guard
+
+    usual, step_guard.WARMUP = step_guard.WARMUP, 2
+    try:
+        return run_steps(run_dir, "spike", 2, "fp32", 4, sigma=sigma)
+    finally:
+        step_guard.WARMUP = usual
+
+
+def test_the_running_statistics_are_those_of_accepted_losses():
+    from medvlp.training.step_guard import WARMUP, StepGuard
+
+    guard = StepGuard(torch.nn.Linear(1, 1), 5.0, torch.device("cpu"))
+    losses = np.random.default_rng(0).normal(2.0, 0.1, WARMUP)
+    for loss in losses:
+        assert guard.allowance(torch.tensor(loss)).item() == 1
+    assert guard.state_dict()["mean"].item() == pytest.approx(losses.mean())
+    assert guard.state_dict()["variance"].item() == pytest.approx(losses.var())
+    before = {name: value.item() for name, value in guard.state_dict().items()}
+    assert guard.allowance(torch.tensor(2.9)).isnan()
+    assert guard.finding().spike
+    assert guard.allowance(torch.tensor(torch.inf)).isnan()
+    assert {name: value.item() for name, value in guard.state_dict().items()} == before
+    assert guard.allowance(torch.tensor(0.1)).item() == 1  # low losses are welcome
+    other = StepGuard(torch.nn.Linear(1, 1), 5.0, torch.device("cpu"))
+    other.load_state_dict(guard.state_dict())
+    assert other.allowance(torch.tensor(9.0)).isnan()
+    other.forget()
+    assert other.allowance(torch.tensor(9.0)).item() == 1

@@ -1,0 +1,57 @@
+"""Every file of a real checkpoint in turn cut, flipped and deleted: named, passed over, never loaded."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from medvlp.training.errors import CheckpointError
+from medvlp.training.manifest import newest_valid
+from tests.training.saving import tiny_config, train_and_save
+
+
+def cut(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 1)
+
+
+def flip(place: float) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[int(place * (len(data) - 1))] ^= 0x10
+        path.write_bytes(data)
+
+    return damage
+
+
+DAMAGES = {"cut": cut, "first": flip(0.0), "middle": flip(0.5), "last": flip(1.0), "deleted": Path.unlink}
+
+
+@pytest.fixture(scope="module")
+def run_of_two(gloo_pool, tmp_path_factory):
+    """A run of two ranks with checkpoints of steps 1 and 2."""
+    folder = tmp_path_factory.mktemp("whole")
+    for step in (1, 2):
+        gloo_pool(2).run(train_and_save, tiny_config(str(folder), 2, "bf16"), step)
+    return folder
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_every_file_in_turn(run_of_two, tmp_path, caplog, damage):
+    whole = run_of_two / "checkpoints"
+    names = [str(path.relative_to(whole)) for path in (whole / "step-00000002").rglob("*") if path.is_file()]
+    assert len(names) == 6
+    for number, name in enumerate(names):
+        run = tmp_path / str(number)
+        shutil.copytree(whole, run / "checkpoints")
+        DAMAGES[damage](run / "checkpoints" / name)
+        caplog.clear()
+        with caplog.at_level("WARNING", logger="medvlp"):
+            found = newest_valid(run)
+        assert found.name == "step-00000001", name
+        assert Path(name).name in caplog.text
+        shutil.rmtree(run / "checkpoints/step-00000001")
+        with pytest.raises(CheckpointError, match="none is good"):
+            newest_valid(run)

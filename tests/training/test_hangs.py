@@ -1,0 +1,74 @@
+"""The watchdog's verdict on ranks that are behind, silent, or all in one place; and the event log."""
+
+import json
+import logging
+
+import pytest
+
+from medvlp import distributed
+from medvlp.training.events import EventLog
+from medvlp.training.hangs import Place, Watchdog
+
+
+@pytest.fixture
+def watchdog(tmp_path):
+    dog = Watchdog(tmp_path, start_seconds=1800, step_seconds=60)
+    dog._rank, dog._ranks = 0, 3
+    dog.mark("forward and backward", 41)
+    return dog
+
+
+def places(*marks: int) -> dict[int, Place]:
+    names = {5: "loading data", 6: "forward and backward"}
+    return {rank: Place(mark, 41, names[mark], beat=9) for rank, mark in enumerate(marks)}
+
+
+@pytest.mark.parametrize(
+    ("found", "answering", "expected"),
+    [
+        (places(6, 5, 6), [0, 1, 2], "The others wait for it: rank 1 is still in loading data of step 42"),
+        (places(6, 6, 6), [0, 2], "rank 1 does not answer (last in forward and backward of step 42)"),
+        (places(6, 6), [0, 1], "rank 2 does not answer: a stopped process"),
+        (places(6, 6, 6), [0, 1, 2], "So have all ranks"),
+        ({}, [], "Rank 0, which keeps the store of the process group, does not answer"),
+    ],
+)
+def test_the_rank_that_did_not_arrive_is_named(watchdog, found, answering, expected):
+    text = watchdog._story(found, answering, 60)
+    assert text.startswith(
+        "rank 0 has waited 60 s (train.step_timeout_seconds) in forward and backward of step"
+    )
+    assert expected in text
+    assert "train.start_timeout_minutes" in watchdog._story(found, answering, 1800)
+
+
+def test_a_rank_that_moves_is_left_alone(tmp_path, monkeypatch):
+    """With limits of a second, two seconds in many places are no hang; the limit returns at the end."""
+    import time
+
+    monkeypatch.setattr("os._exit", lambda code: pytest.fail(f"ended with {code}"))
+    distributed.initialize()
+    with Watchdog(tmp_path, 1.0, 0.8) as dog:
+        for step in range(10):
+            dog.mark("loading data", step)
+            time.sleep(0.2)
+            dog.first_step_is_done()
+        assert dog.limit == 0.8
+        dog.last_step_is_done()
+        assert dog.limit == 1.0
+        assert dog._places()[0].name == "loading data"
+    distributed.shutdown()
+    assert not (tmp_path / "events.jsonl").exists()
+
+
+def test_events_are_lines_of_json_over_all_starts(tmp_path, caplog):
+    EventLog(tmp_path).note("start", 0, ranks=2)
+    EventLog(tmp_path).note("loss_not_finite", 3, ranks=[{"rank": 1, "loss": float("nan")}])
+    first, second = (json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines())
+    assert (first["kind"], first["step"], first["ranks"]) == ("start", 0, 2)
+    assert second["ranks"] == [{"rank": 1, "loss": None}]
+    assert first["time"] <= second["time"]
+    assert first["time"].endswith("+00:00")
+    logging.getLogger("medvlp").propagate = True
+    EventLog(tmp_path / "nowhere").note("start", 0)
+    assert "cannot note the event 'start'" in caplog.text

@@ -1,0 +1,38 @@
+"""PRIOR resumed inside its third stage equals a run that never stopped, noise and phases included."""
+
+import pytest
+
+from tests.training.runs import train
+from tests.training.test_resume import comparable, killed_after, weights
+
+pytestmark = pytest.mark.dist
+
+#: 80 studies make about 4 steps an epoch: stages 1 and 2 of one step each, then four of stage 3.
+PRIOR = [
+    "method.name=prior", "method.embedding=16", "method.pool_heads=2", "method.prototypes=8",
+    "method.queries=4", "method.decoder_layers=1", "method.decoder_heads=2", "method.decoder_hidden=16",
+    "method.image_decoder_width=16", "method.bank_schedule=exponential", "checkpoint.every_steps=4",
+    "optimizer.phases=[{epochs: 0.25, lr: 1e-3}, {epochs: 0.25, lr: 1e-3}, {epochs: 1.0, lr: 1e-3}]",
+]  # fmt: skip
+#: Of the tiny run, which PRIOR's config or the phases do not have.
+DROPPED = ("method.", "train.steps", "optimizer.lr")
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_resuming_in_the_third_stage_is_bit_identical(gloo_pool, overrides, tmp_path, stage):
+    def options(run: str) -> list[str]:
+        tiny = [text for text in overrides(run=run) if not text.startswith(DROPPED)]
+        return [*tiny, *PRIOR, f"zero.stage={stage}"]
+
+    pool = gloo_pool(2)
+    assert pool.run(train, options("whole")) == [0, 0]
+    lines = comparable(tmp_path / "whole")
+    last = lines[-1]["step"]
+    assert last > 4
+    assert "loss/bank" not in lines[0]
+    assert "loss/sentence" not in lines[1]
+    assert all("loss/sentence" in line for line in lines[2:])
+    killed_after(tmp_path / "whole", tmp_path / "resumed", step=4)
+    assert pool.run(train, options("resumed")) == [0, 0]
+    assert weights(tmp_path / "resumed", last) == weights(tmp_path / "whole", last)
+    assert comparable(tmp_path / "resumed") == lines
