@@ -35,7 +35,7 @@ class ModelArrays:
     """What one model makes of a split; fields not asked for are None.
 
     Attributes:
-        image, text: [N, D] unit-norm embeddings.
+        image, text: [N, D] unit-norm embeddings; no `text` of methods that embed no reports.
         features: [N, F] backbone features.
         scores: [N, prompts] similarities, only for methods with their own `score`.
     """
@@ -105,7 +105,7 @@ def _forward(method: Method, batch: Batch, wanted: Wanted, prompts: Text | None)
     found = {}
     if wanted.image:
         found["image"] = method.encode_image(batch.image)
-    if wanted.text:
+    if wanted.text and method.embeds_reports:
         found["text"] = method.encode_text(batch.text)
     if wanted.features:
         found["features"] = method.image_features(batch.image)

@@ -9,7 +9,7 @@ A prompt file is YAML with two optional sections:
       pleural effusion:             # a label of the dataset; case, "_" and "-" do not matter
         synonyms: [effusion]        # fill the templates like the name itself
         positive: [...]             # whole sentences instead of the filled templates
-        negative: [...]
+        negative: [...]             # [] for methods that score a finding without denying it (MeDSLIP)
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class PromptError(MedvlpError):
 
 @dataclass(frozen=True)
 class Prompts:
-    """The sentences of one finding."""
+    """The sentences of one finding; `negative` may be empty."""
 
     positive: tuple[str, ...]
     negative: tuple[str, ...]
@@ -69,8 +69,9 @@ class PromptBook:
         names = (normalise(label), *own.get("synonyms", ()))
         sides = {"positive": self.positive, "negative": self.negative}
         sentences = {
-            side: own.get(side)
-            or tuple(dict.fromkeys(t.format(finding=name) for name in names for t in templates))
+            side: own[side]
+            if side in own
+            else tuple(dict.fromkeys(t.format(finding=name) for name in names for t in templates))
             for side, templates in sides.items()
         }
         return Prompts(**sentences)
@@ -134,7 +135,7 @@ def _section(value: Any, place: str, keys: set[str] | None) -> dict[str, Any]:
 def _sides(value: Any, place: str, keys: set[str]) -> dict[str, tuple[str, ...]]:
     sides = {}
     for key, sentences in _section(value, place, keys).items():
-        valid = isinstance(sentences, list) and sentences
+        valid = isinstance(sentences, list) and (sentences or key == "negative")
         if not valid or not all(isinstance(sentence, str) and sentence.strip() for sentence in sentences):
             raise PromptError(f"{place}.{key}: expected a list of sentences")
         sides[key] = tuple(sentences)

@@ -8,7 +8,8 @@ results         task -> model -> metric -> {value, low, high}
                 models: trained, untrained, pixels, chance; low and high bound the 95 % interval
                 (bootstrap by patient) or are null
 notes           task -> what stands beside its numbers: counts of each finding, findings that cannot be
-                evaluated and why, chosen thresholds and penalties with the split that chose them
+                evaluated and why, chosen thresholds and penalties with the split that chose them;
+                `not_available`: why the method cannot do the task at all (its results are then empty)
 config          the resolved config of the run, with the overrides of this evaluation
 """
 

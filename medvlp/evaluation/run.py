@@ -17,15 +17,17 @@ from medvlp.data.cache import open_reader
 from medvlp.data.loader import evaluation_loader
 from medvlp.data.report import report_sentences
 from medvlp.data.text import Tokenizer
-from medvlp.evaluation import loading, prompts, retrieval
+from medvlp.evaluation import prompts, retrieval
 from medvlp.evaluation.bootstrap import PatientBootstrap
 from medvlp.evaluation.features import Wanted, embed, embed_texts
 from medvlp.evaluation.labels import Uncertain
 from medvlp.evaluation.linear_probe import LinearProbe
+from medvlp.evaluation.loading import load_models
 from medvlp.evaluation.results import Evaluation, EvaluationError, TaskResult
 from medvlp.evaluation.splits import Split, columns, selection_split
 from medvlp.evaluation.zero_shot import Ensemble, ZeroShot, prompts_of
 from medvlp.methods.base import Method
+from medvlp.training import saved_run
 from shards.errors import UsageError
 from shards.reader import ShardReader
 
@@ -74,20 +76,20 @@ def evaluate(request: Request, say: Callable[[str], None]) -> Evaluation:
         say: receives one line of progress at a time.
 
     Raises:
-        MedvlpError: something needed is missing or wrong (see the classes of `loading`, `prompts`, `splits`).
+        MedvlpError: something needed is missing or wrong (see `saved_run`, `prompts`, `splits`).
     """
     request.check()
-    source = loading.locate(request.source)
-    config = loading.load_config(source, request.overrides)
-    tokenizer = loading.load_tokenizer(source, config)
+    source = saved_run.locate(request.source)
+    config = saved_run.load_config(source, request.overrides)
+    tokenizer = saved_run.load_tokenizer(source, config)
     if request.data is not None:
         config.data.root = request.data
     device = torch.device("cuda" if request.device != "cpu" and torch.cuda.is_available() else "cpu")
-    models = loading.load_models(source, config, tokenizer, device)
+    models = load_models(source, config, tokenizer, device)
     session = _Session(request, config, tokenizer, models, device, open_reader(config.data), say)
     evaluation = Evaluation(
         model={
-            "name": config.run.name or source.run.resolve().name,
+            "name": source.name(config),
             "run": str(source.run),
             "checkpoint": source.checkpoint.name,
             "step": source.step,
@@ -181,6 +183,9 @@ class _Session:
         return task.evaluate(embedded)
 
     def retrieval(self) -> TaskResult:
+        if not all(method.embeds_reports for method in self.models.values()):
+            method_name = self.config.method.name
+            return TaskResult(notes={"not_available": f"the method {method_name} does not embed reports"})
         split, settings = self.split(self.evaluated), self.config.evaluation
         chosen = columns(self.names, self.request.labels) if self.names else []
         return retrieval.evaluate(

@@ -61,7 +61,8 @@ def grid(evaluations: Mapping[str, Evaluation], task: str, findings: bool = Fals
             raise EvaluationError(
                 f"{name}: task {task} has not been evaluated (medvlp evaluate ... --task {task})"
             )
-        for model, metrics in evaluation.results[task].items():
+        # A method that cannot do the task at all has a row or column of dashes.
+        for model, metrics in (evaluation.results[task] or {"trained": {}}).items():
             shared = len(evaluations) == 1 or (
                 model in SHARED_MODELS and cells.get(model, metrics) == metrics
             )
@@ -97,6 +98,22 @@ def markdown_table(of: Grid) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
+def caption(evaluations: Mapping[str, Evaluation]) -> str:
+    """What all tables of these evaluations are of: dataset, split, and what the intervals mean."""
+    data = next(iter(evaluations.values())).data
+    return f"{data['name']}, split {data['split']}, 95 % intervals by patient"
+
+
+def markdown_section(evaluations: Mapping[str, Evaluation], task: str, findings: bool = False) -> str:
+    """One task as Markdown: its tables (also of single findings) and the remarks under them."""
+    grids = [grid(evaluations, task)] + ([grid(evaluations, task, findings=True)] if findings else [])
+    tables = [f"{task}: {caption(evaluations)}\n\n{markdown_table(of)}" for of in grids if of.metrics]
+    # All evaluations are of the same data, so what one cannot say about it none can.
+    notes = next(iter(evaluations.values())).notes[task]
+    lines = remarks(notes) + unavailable(evaluations, task)
+    return "\n".join([*tables, *(f"- {line}" for line in lines)]) + "\n"
+
+
 def cell(estimate: Estimate | None, metric: str) -> str:
     """ "0.812 (0.78–0.84)"; ranks without decimals; "–" where there is no number."""
     if estimate is None or estimate.value is None:
@@ -107,6 +124,12 @@ def cell(estimate: Estimate | None, metric: str) -> str:
         return text
     digits = max(digits - 1, 0)
     return f"{text} ({estimate.low:.{digits}f}–{estimate.high:.{digits}f})"
+
+
+def unavailable(evaluations: Mapping[str, Evaluation], task: str) -> list[str]:
+    """What cannot be said about single models: "TASK of NAME: not available: the method ..."."""
+    reasons = {name: evaluation.notes[task].get("not_available") for name, evaluation in evaluations.items()}
+    return [f"{task} of {name}: not available: {reason}" for name, reason in reasons.items() if reason]
 
 
 def remarks(notes: Mapping[str, Any]) -> list[str]:

@@ -3,7 +3,8 @@
 Score of a finding = similarity to its positive prompts - similarity to its negative prompts. (The published
 softmax over the two similarities is a rising function of this difference, so every metric here is the same.)
 The prompts of a side are an ensemble: their embeddings are averaged and normalised again. A method that
-scores image-text pairs in its own way (it overrides `Method.score`) has its scores averaged instead.
+scores image-text pairs in its own way (it overrides `Method.score`) has its scores averaged instead. A
+finding without negative prompts has the score of its positive ones.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def finding_scores(
         positive, negative = ensemble.rows[name]
         if prompt_embeddings is None:
             assert arrays.scores is not None, "a method with its own score has been run on the prompts"
-            scores.append(arrays.scores[:, positive].mean(axis=1) - arrays.scores[:, negative].mean(axis=1))
+            scores.append(_mean(arrays.scores[:, positive]) - _mean(arrays.scores[:, negative]))
         else:
             assert arrays.image is not None, "image embeddings have been asked for"
             direction = _center(prompt_embeddings[positive]) - _center(prompt_embeddings[negative])
@@ -77,9 +78,15 @@ def finding_scores(
     return np.stack(scores, axis=1)
 
 
+def _mean(scores: NDArray[Any]) -> Floats:
+    """[N] means of [N, prompts] scores; 0 without a prompt."""
+    mean: Floats = scores.astype(np.float64).sum(axis=1) / max(scores.shape[1], 1)
+    return mean
+
+
 def _center(embeddings: NDArray[Any]) -> Floats:
-    """Unit vector of the mean of unit vectors."""
-    mean = embeddings.astype(np.float64).mean(axis=0)
+    """Unit vector of the mean of unit vectors; 0 for none."""
+    mean = embeddings.astype(np.float64).sum(axis=0) / max(len(embeddings), 1)
     direction: Floats = mean / max(float(np.linalg.norm(mean)), 1e-12)
     return direction
 

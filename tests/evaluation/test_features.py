@@ -44,6 +44,15 @@ class Biased(Linear):
         return super().score(image, prompts) + torch.arange(len(prompts.input_ids))
 
 
+class Mute(Biased):
+    """Embeds no reports."""
+
+    embeds_reports = False
+
+    def encode_text(self, text: Text) -> Tensor:
+        raise NotImplementedError
+
+
 def make_text(rows: int, seed: int) -> Text:
     ids = torch.randint(0, 10, (rows, 5), generator=torch.Generator().manual_seed(seed))
     return Text(ids, torch.ones_like(ids), torch.zeros_like(ids), torch.zeros_like(ids))
@@ -98,6 +107,12 @@ def test_a_method_with_its_own_score_is_run_on_the_prompts() -> None:
     with torch.no_grad():
         expected = biased.eval().score(make_batches(12)[0].image, prompts)
     np.testing.assert_allclose(found["biased"].scores, expected, atol=1e-6)
+
+
+def test_a_method_that_embeds_no_reports_has_no_text() -> None:
+    arrays = embed({"m": Mute()}, make_batches(4), Wanted(image=True, text=True), CPU).models["m"]
+    assert arrays.text is None
+    assert arrays.image is not None
 
 
 def test_texts_are_embedded_in_batches_without_dropout() -> None:

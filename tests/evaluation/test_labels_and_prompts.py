@@ -11,6 +11,8 @@ from medvlp.evaluation import prompts
 from medvlp.evaluation.labels import Count, binary, counts, not_evaluable
 from medvlp.evaluation.results import EvaluationError
 from medvlp.evaluation.splits import columns, report_groups, selection_split
+from shards.entities.observations import observation_class
+from shards.entities.vocabulary import DESCRIPTIONS
 from shards.errors import UsageError
 from shards.sources.phantom import FINDINGS
 from shards.sources.phantom.phrases import NORMAL
@@ -108,6 +110,25 @@ def test_negatives_may_describe_a_normal_study(tmp_path: Path) -> None:
     found = prompts.read(file).prompts("edema")
     assert found is not None
     assert found.negative == ("normal chest", "no edema", "no wet")
+
+
+def test_a_finding_may_have_no_negatives_but_not_no_positives(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.yaml"
+    file.write_text("findings: {edema: {positive: [wet lungs], negative: []}}")
+    assert prompts.read(file).prompts("edema") == prompts.Prompts(("wet lungs",), ())
+    file.write_text("findings: {edema: {positive: []}}")
+    with pytest.raises(prompts.PromptError, match="positive: expected a list"):
+        prompts.read(file)
+
+
+def test_the_shipped_medslip_prompts_are_rows_of_its_book(repository: Path) -> None:
+    book = prompts.read(repository / "configs" / "tasks" / "zero-shot-phantom-medslip.yaml")
+    assert not book.unused([spec.name for spec in FINDINGS])
+    for spec in FINDINGS:
+        found = book.prompts(spec.name)
+        assert found is not None
+        assert found.negative == ()
+        assert [DESCRIPTIONS[observation_class(spec.name)]] == list(found.positive)
 
 
 def test_a_missing_prompt_file_is_named() -> None:

@@ -152,3 +152,17 @@ def test_what_a_table_leaves_out_stands_under_it() -> None:
     assert "9 queries, 8 distinct reports, 1 samples without a report left out" in text
     assert "no number for mass, edema: no prompts" in text
     assert "best F1 on the split valid" in tables.remarks({"threshold_split": "valid"})[0]
+
+
+def test_a_task_a_method_cannot_do_is_said_and_stands_as_dashes() -> None:
+    able, unable = make(0.8), make(0.7)
+    unable.results["zero-shot"] = {}
+    unable.notes["zero-shot"] = {"not_available": "the method medslip does not embed reports"}
+    reason = "zero-shot of two: not available: the method medslip does not embed reports"
+    both = {"one": able, "two": unable}
+    assert tables.grid(both, "zero-shot").cells["two"] == {}
+    section = tables.markdown_section(both, "zero-shot")
+    assert "| two | – |" in section
+    assert f"- {reason}" in section
+    assert tables.unavailable({"one": able}, "zero-shot") == []
+    assert tables.markdown_section({"two": unable}, "zero-shot") == f"- {reason}\n"

@@ -120,6 +120,18 @@ def test_a_method_with_its_own_score_has_its_scores_averaged(splits: dict[str, S
     assert found["auroc/macro"].value == pytest.approx(expected["auroc/macro"].value)
 
 
+def test_a_finding_without_negative_prompts_has_the_score_of_its_positives(splits: dict[str, Split]) -> None:
+    ensemble = Ensemble.of({name: Prompts((name, f"some {name}"), ()) for name in NAMES})
+    axes = np.eye(8)[[0, 0, 1, 1]]
+    embedded = zero_shot(splits, ensemble=ensemble).evaluate({"trained": axes}).models["trained"]
+    assert embedded["auroc/macro"].value > 0.9
+    for split in splits.values():
+        arrays = split.arrays.models["trained"]
+        arrays.scores = arrays.image @ axes.T
+    scored = zero_shot(splits, ensemble=ensemble).evaluate({"trained": None}).models["trained"]
+    assert scored["auroc/macro"].value == pytest.approx(embedded["auroc/macro"].value)
+
+
 def test_findings_without_both_classes_or_prompts_are_listed(splits: dict[str, Split]) -> None:
     splits["test"].labels[:, 1] = 0
     splits["test"].labels[0, 1] = 1

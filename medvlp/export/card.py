@@ -1,0 +1,245 @@
+"""The model card: `README.md` of an export."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from medvlp.config import Config
+from medvlp.encoders.image import ImageEncoder
+from medvlp.encoders.text import TextEncoder
+from medvlp.export.card_code import loading_code
+from medvlp.export.data_facts import DataFacts
+from medvlp.training.manifest import Manifest
+
+#: Sections of the config the card repeats; config.yaml has all of them. None of these keys names a place.
+_SUMMARY = {
+    "image": ("name", "pretrained", "options", "in_channels", "resize_to", "local_stage", "frozen"),
+    "text": ("model_type", "options", "layers", "dropout", "positions", "token_types", "frozen"),
+    "data": ("split", "image_size", "sections", "cleaning", "max_tokens", "tail"),
+    "optimizer": ("name", "lr", "min_lr", "betas", "weight_decay"),
+    "train": ("seed", "gradient_clip"),
+}
+
+
+@dataclass(frozen=True)
+class Results:
+    """An evaluation of the run: the step it evaluated, and its tables as Markdown."""
+
+    step: int
+    markdown: str
+
+
+@dataclass(frozen=True)
+class Card:
+    """Everything the card tells of.
+
+    Attributes:
+        name: of the run.
+        config, manifest: of the run and the checkpoint.
+        data: what it was trained on.
+        image, text: the encoders; text is None where the method trains none of its own.
+        heads: name -> tensor of everything else.
+        results: the run's evaluation, or None.
+    """
+
+    name: str
+    config: Config
+    manifest: Manifest
+    data: DataFacts
+    image: ImageEncoder
+    text: TextEncoder | None
+    heads: Mapping[str, Tensor]
+    results: Results | None
+
+
+def model_card(card: Card) -> str:
+    """The Markdown text; its Python block runs as it is inside the exported folder."""
+    code = loading_code(card.config, card.image, card.text)
+    sections = {
+        "Intended use and limits": _intended_use(),
+        "Files": _files(card),
+        "How to load": f"In this folder:\n\n```python\n{code}```\n",
+        "Preprocessing": _preprocessing(card),
+        "Training data": _data(card.data),
+        "Training": _training(card),
+        "Evaluation": _evaluation(card),
+        "Licence": _licence(card),
+    }
+    tags = ("medical", "image-text", card.config.method.name)
+    header = "".join(["---\nlibrary_name: timm\ntags:\n", *(f"- {tag}\n" for tag in tags), "---\n"])
+    body = "\n".join(f"## {heading}\n\n{text}" for heading, text in sections.items())
+    return f"{header}\n# {card.name}\n\n{_summary(card)}\n\n{body}"
+
+
+def _summary(card: Card) -> str:
+    text = f" and {card.text.model.config.model_type} (text)" if card.text is not None else ""
+    return (
+        f"Encoders pre-trained on image-report pairs with the method {card.config.method.name}: "
+        f"{card.config.image.name} (image){text}, after {card.manifest.step:,} optimiser steps. "
+        "Made by `medvlp export`."
+    )
+
+
+def _intended_use() -> str:
+    return (
+        "For research: as a starting point for training, for feature extraction, for comparison of methods. "
+        "**Not for clinical use**: this is no medical device, and nothing here was validated for diagnosis, "
+        "triage or any decision about a patient.\n\n"
+        "Expect it to fail outside its training data: other devices, views, populations, languages and "
+        "reporting habits. It takes over whatever errors and biases the reports have. Measure it on your own "
+        "data, by subgroup, before relying on a number.\n"
+    )
+
+
+def _files(card: Card) -> str:
+    lines = [
+        f"- `image/`: image encoder for timm, {_size(card.image.backbone)}; {card.image.width} features",
+    ]
+    if card.text is not None:
+        lines.append(
+            f"- `text/`: text encoder and tokenizer for transformers, {_size(card.text.model)}; "
+            f"{card.text.width} features a token"
+        )
+    count = sum(value.numel() for value in card.heads.values())
+    lines += [
+        f"- `heads.safetensors`: everything else of the method under its names there, {count:,} values",
+        "- `config.yaml`: the whole config of the run",
+    ]
+    lines += ["", *_remarks(card)]
+    rows = [f"| `{name}` | {values:,} |" for name, values in _modules(card.heads).items()]
+    table = ["", "| in heads.safetensors | values |", "|---|---:|", *rows] if rows else []
+    return "\n".join([*lines, *table]) + "\n"
+
+
+def _remarks(card: Card) -> list[str]:
+    """What is missing from the folder, and what in it was not trained here."""
+    method = card.config.method.name
+    remarks = ["Left out: optimiser, scheduler and random states; the run's checkpoint has them."]
+    if card.text is None:
+        remarks.append(f"Left out: `text/`; the method {method} has no text encoder of this form.")
+    frozen = [
+        ("image/", card.config.image.frozen),
+        ("text/", card.config.text.frozen and card.text is not None),
+    ]
+    return remarks + [
+        f"`{part}` was frozen: it holds the weights training started from." for part, fixed in frozen if fixed
+    ]
+
+
+def _modules(heads: Mapping[str, Tensor]) -> dict[str, int]:
+    """First two parts of the names -> number of values below them."""
+    sizes: dict[str, int] = {}
+    for name, value in heads.items():
+        module = ".".join(name.split(".")[:2])
+        sizes[module] = sizes.get(module, 0) + value.numel()
+    return sizes
+
+
+def _preprocessing(card: Card) -> str:
+    config, side = card.config, card.config.data.image_size
+    crop = (
+        "the whole image is resized"
+        if config.data.transform.crop == "none"
+        else "the center is cut out (a smaller image is resized)"
+    )
+    channels = f", repeated to {config.image.in_channels} channels" if config.image.in_channels > 1 else ""
+    lines = [
+        f"- Images: 8-bit gray, stored fitted into a square of {card.data.stored_size} pixels; of that "
+        f"{crop} to {side}×{side}. Divided by 255, minus {config.image.mean}, divided by "
+        f"{config.image.std}{channels}.",
+    ]
+    if config.image.resize_to is not None:
+        lines.append(
+            f"- Then resized to {config.image.resize_to}×{config.image.resize_to}, bilinear, corners aligned."
+        )
+    if card.text is not None:
+        cleaning = (
+            "as they are"
+            if config.data.cleaning == "none"
+            else "lower case, without punctuation (MGCA's cleaning)"
+        )
+        lines.append(
+            f"- Reports: sections {', '.join(config.data.sections)}, {cleaning}, sentences joined by one "
+            f"space, cut at {config.data.max_tokens} tokens."
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _data(data: DataFacts) -> str:
+    known = [licence for licence in data.licences if licence]
+    licence = "; ".join(known) if known else "not stored with the samples"
+    if known and "" in data.licences:
+        licence += "; of some samples not stored"
+    return (
+        f"- dataset {data.name}, `{data.fingerprint}`, split {data.split}\n"
+        f"- {data.totals.samples:,} samples of {data.totals.studies:,} studies and "
+        f"{data.totals.patients:,} patients\n"
+        f"- licence as stored (read from {data.asked} samples): {licence}\n\n"
+        "No image, report or identifier of the data is in this folder, apart from what weights and the words "
+        "of the tokenizer may hold.\n"
+    )
+
+
+def _training(card: Card) -> str:
+    manifest, config = card.manifest, card.config
+    master = (
+        "" if manifest.precision == "fp32" else " with float32 master weights, which are the ones exported"
+    )
+    facts = {
+        "optimiser steps": f"{manifest.step:,} (epoch {manifest.epoch + 1})",
+        "samples seen": f"{manifest.step * manifest.global_batch:,}, {manifest.global_batch} a step",
+        "precision": f"{manifest.precision}{master}",
+        "ranks, ZeRO stage": f"{manifest.world_size}, {manifest.zero_stage}",
+        "saved": manifest.created,
+        "config": f"xxh3-128 `{manifest.config_hash}`",
+        "versions": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
+    }
+    tree = dataclasses.asdict(config)
+    values = {f"method.{key}": value for key, value in tree["method"].items()}
+    values |= {f"{section}.{key}": tree[section][key] for section, keys in _SUMMARY.items() for key in keys}
+    told = "".join(f"- {name}: {value}\n" for name, value in facts.items() if value)
+    rows = "".join(f"| `{key}` | {_plain(value)} |\n" for key, value in values.items())
+    return f"{told}\n| config | |\n|---|---|\n{rows}"
+
+
+def _evaluation(card: Card) -> str:
+    if card.results is None:
+        return "None is stored with the run.\n"
+    if card.results.step != card.manifest.step:
+        return (
+            f"The evaluation stored with the run is of step {card.results.step:,}, not of these weights "
+            f"(step {card.manifest.step:,}), and is left out.\n"
+        )
+    return card.results.markdown
+
+
+def _licence(card: Card) -> str:
+    image, text = card.config.image, card.config.text
+    started = [f"published weights of {image.name}"] if image.pretrained else []
+    started += ["weights from a local file (image)"] if image.weights else []
+    if card.text is not None and text.name is not None:
+        started.append("a published text model (`text.name` in config.yaml)")
+    start = (
+        f"Training started from {', '.join(started)}."
+        if started
+        else "All weights were trained from scratch."
+    )
+    return (
+        f"{start} This program chooses no licence for the result: the terms of the data and of such weights "
+        "hold. Set one here before you publish, and look through config.yaml, which names paths of the "
+        "machine it was trained on.\n"
+    )
+
+
+def _size(module: nn.Module) -> str:
+    return f"{sum(parameter.numel() for parameter in module.parameters()):,} parameters"
+
+
+def _plain(value: Any) -> str:
+    """A value inside a table cell."""
+    return str(value).replace("|", "\\|").replace("\n", " ")

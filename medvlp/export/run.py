@@ -1,0 +1,112 @@
+"""One export from beginning to end: build, load, write, compare, describe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import safetensors.torch
+from torch import Tensor
+
+from medvlp.config import Config
+from medvlp.data.text import Tokenizer
+from medvlp.encoders.image import ImageEncoder
+from medvlp.encoders.text import TextEncoder
+from medvlp.export.card import Card, Results, model_card
+from medvlp.export.data_facts import read_facts
+from medvlp.export.errors import ExportError
+from medvlp.export.folder import check_free, new_folder
+from medvlp.export.image import write_image
+from medvlp.export.text import write_text
+from medvlp.methods.base import Method
+from medvlp.methods.registry import build_method
+from medvlp.training import saved_run
+from medvlp.training.checkpoint import load_weights
+from medvlp.training.run_folder import CONFIG
+
+#: Everything of the method that is in neither encoder.
+HEADS = "heads.safetensors"
+#: Where the encoders' weights stand in a method's state dict.
+_IMAGE, _TEXT = "image_encoder.backbone.", "text_encoder.model."
+
+
+def export(
+    source: saved_run.SavedRun,
+    out: Path,
+    say: Callable[[str], None],
+    data: str | None = None,
+    results: Results | None = None,
+) -> Path:
+    """Write `image/`, `text/`, `heads.safetensors`, `config.yaml` and `README.md` into a new folder.
+
+    Before the folder gets its name, both encoders are read back with plain timm and transformers and
+    compared with the trained ones.
+
+    Args:
+        source: a run and a verified checkpoint of it (`medvlp.training.saved_run.locate`).
+        out: a folder that does not exist or is empty.
+        say: receives one line of progress at a time.
+        data: where the training data are now; default: where the config says.
+        results: the run's evaluation for the card.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ExportError: the folder is in use or cannot be written, or the method cannot be exported.
+        MedvlpError: run, checkpoint or data are not usable (see `saved_run`, `data_facts`).
+    """
+    check_free(out)
+    config = saved_run.load_config(source, [] if data is None else [f"data.root={data}"])
+    tokenizer = saved_run.load_tokenizer(source, config)
+    facts = read_facts(config.data)
+    say(f"loading {source.checkpoint.name}")
+    method = _load_method(source, config, tokenizer)
+    image, text = _encoders(method, config.method.name)
+    heads = _heads(method, text is not None)
+    with new_folder(out) as folder:
+        say(f"image/: {config.image.name} for timm")
+        (folder / "image").mkdir()
+        write_image(image, folder / "image")
+        if text is None:
+            say(f"text/ left out: method {config.method.name} has no text encoder of this form")
+        else:
+            say(f"text/: {text.model.config.model_type} for transformers, with its tokenizer")
+            (folder / "text").mkdir()
+            write_text(text, tokenizer, config.data.max_tokens, folder / "text")
+        safetensors.torch.save_file(heads, folder / HEADS)
+        (folder / CONFIG).write_bytes((source.run / CONFIG).read_bytes())
+        card = Card(source.name(config), config, source.manifest, facts, image, text, heads, results)
+        (folder / "README.md").write_text(model_card(card), encoding="utf-8")
+    return out
+
+
+def _load_method(source: saved_run.SavedRun, config: Config, tokenizer: Tokenizer) -> Method:
+    """The trained method on the CPU in evaluation mode."""
+    # Every weight comes from the checkpoint, so those training started from need not be at hand any more.
+    image = (config.image.pretrained, config.image.weights)
+    config.image.pretrained, config.image.weights = False, None
+    try:
+        method = build_method(config, tokenizer.vocab_size)
+    finally:
+        config.image.pretrained, config.image.weights = image
+    load_weights(source.checkpoint, method)
+    return method.eval()
+
+
+def _encoders(method: Method, name: str) -> tuple[ImageEncoder, TextEncoder | None]:
+    image, text = getattr(method, "image_encoder", None), getattr(method, "text_encoder", None)
+    if not isinstance(image, ImageEncoder):
+        raise ExportError(
+            f"method {name} keeps no image encoder as `image_encoder`: only its checkpoint "
+            "(weights.safetensors) holds its weights"
+        )
+    return image, text if isinstance(text, TextEncoder) else None
+
+
+def _heads(method: Method, has_text: bool) -> dict[str, Tensor]:
+    """All of the state dict that is not in image/ or text/, under the method's own names."""
+    elsewhere = (_IMAGE, _TEXT) if has_text else (_IMAGE,)
+    state: dict[str, Tensor] = method.state_dict()
+    # Copies, because safetensors refuses tensors that share memory.
+    return {name: value.clone() for name, value in state.items() if not name.startswith(elsewhere)}
