@@ -49,17 +49,27 @@ class ImageEncoder(nn.Module):
         config: the `image` section.
         image_size: side of the images in pixels, before `config.resize_to`.
         batch_norm: "global" (statistics over all ranks) or "local".
+        ends_at_local: remove what comes after `config.local_stage`, for methods that read the local features
+            only; the pooled feature is then that of the same stage.
 
     Raises:
         EncoderError: unknown model, wrong options or weights, or an image size the model cannot take.
     """
 
-    def __init__(self, config: ImageConfig, image_size: int, batch_norm: str = "global") -> None:
+    def __init__(
+        self,
+        config: ImageConfig,
+        image_size: int,
+        batch_norm: str = "global",
+        ends_at_local: bool = False,
+    ) -> None:
         super().__init__()
         self.config = config
         self.image_size = image_size
         backbone = _create_backbone(config, config.resize_to or image_size)
         _check_patch_size(backbone, config, config.resize_to or image_size)
+        if ends_at_local and config.local_stage is not None:
+            _end_at_stage(backbone, config.local_stage, config.name)
         # ZeRO-3 gathers a module's own weights (class token, positions) when the module itself is called, so
         # features, local map and pooling must happen in one call of the backbone.
         backbone.local_stage = config.local_stage
@@ -100,17 +110,19 @@ class ImageEncoder(nn.Module):
     def prepare(self, image: Tensor) -> Tensor:
         """[B, 1, H, W] image -> normalised [B, in_channels, H', W'] in the parameters' type."""
         dtype = next(self.backbone.parameters()).dtype
-        if image.dtype == torch.uint8:
-            # Normalised in float32: 1/255 steps are lost in bfloat16.
-            image = (image.float() / 255.0 - self.config.mean) / self.config.std
-        if self.config.resize_to is not None and image.shape[-1] != self.config.resize_to:
-            size = (self.config.resize_to, self.config.resize_to)
-            image = F.interpolate(image, size=size, mode="bilinear", align_corners=True)
-        image = image.to(dtype)
+        image = self.normalise(image).to(dtype)
         if image.shape[1] == 1:
             image = image.expand(-1, self.config.in_channels, -1, -1)
         # Channels last runs convolutions 1.4 times as fast on a CPU and feeds tensor cores directly on a GPU.
         return image.contiguous(memory_format=torch.channels_last)
+
+    def normalise(self, image: Tensor) -> Tensor:
+        """[B, 1, H, W] image -> [B, 1, H', W'] in the config's scale and size; uint8 as float32."""
+        image = normalise_image(image, self.config.mean, self.config.std)
+        if self.config.resize_to is not None and image.shape[-1] != self.config.resize_to:
+            size = (self.config.resize_to, self.config.resize_to)
+            image = F.interpolate(image, size=size, mode="bilinear", align_corners=True)
+        return image
 
     def train(self, mode: bool = True) -> Self:
         """As `nn.Module.train`, but a frozen backbone stays in evaluation mode."""
@@ -119,10 +131,11 @@ class ImageEncoder(nn.Module):
             self.backbone.eval()
         return self
 
-    def _features(self, image: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    def run_backbone(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Prepared images -> pooled [B, D], and local tokens [B, P, Dl] or map [B, Dl, h, w]."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.frozen):
             try:
-                pooled, local = self.backbone(image)
+                features: tuple[Tensor, Tensor] = self.backbone(image)
             except (AssertionError, RuntimeError, IndexError) as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
@@ -130,6 +143,10 @@ class ImageEncoder(nn.Module):
                     f"image.name={self.config.name} cannot take images of {tuple(image.shape[1:])} "
                     f"(data.image_size, image.resize_to, image.local_stage): {error}"
                 ) from error
+        return features
+
+    def _features(self, image: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        pooled, local = self.run_backbone(image)
         if local.ndim == 3:
             return pooled, local, self._token_grid(image, local.shape[1])
         return pooled, local.flatten(2).transpose(1, 2), (local.shape[2], local.shape[3])
@@ -170,6 +187,14 @@ class ImageEncoder(nn.Module):
         if features.pooled.ndim != 2:
             raise EncoderError(f"image.name={self.config.name} gives no pooled feature")
         return features.pooled.shape[1], features.local.shape[2], features.grid
+
+
+def normalise_image(image: Tensor, mean: float, std: float) -> Tensor:
+    """uint8 images scaled to [0, 1] and normalised, in float32; floating-point images as they are.
+
+    Not in the parameters' type: steps of 1/255 are lost in bfloat16.
+    """
+    return (image.float() / 255.0 - mean) / std if image.dtype == torch.uint8 else image
 
 
 def _keep_output(module: nn.Module, inputs: Any, output: Tensor) -> None:
@@ -254,6 +279,19 @@ def _check_patch_size(model: Any, config: ImageConfig, size: int) -> None:
             f"image.name={config.name} cuts images into patches of {side} pixels, which do not divide "
             f"{size}: set data.image_size or image.resize_to to a multiple"
         )
+
+
+def _end_at_stage(model: Any, stage: int, name: str) -> None:
+    """Remove the stages after `stage`, which would neither be used nor trained."""
+    pool = getattr(getattr(model, "global_pool", None), "pool_type", None)
+    try:
+        model.prune_intermediate_layers([stage], prune_norm=False, prune_head=False)
+        if pool is not None:  # convolutional models lose their pooling with the stages
+            model.reset_classifier(0, pool)
+    except (AttributeError, AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise EncoderError(
+            f"image.name={name} cannot end at image.local_stage={stage}: {' '.join(str(error).split())}"
+        ) from error
 
 
 def _check_complete(model: nn.Module, weights: dict[str, Tensor], config: ImageConfig) -> None:

@@ -71,11 +71,7 @@ class TextEncoder(nn.Module):
         Raises:
             EncoderError: texts longer than the model's positions, or no attention to return.
         """
-        length = text.input_ids.shape[1]
-        if self.max_tokens is not None and length > self.max_tokens:
-            raise EncoderError(
-                f"{self._name()} takes {self.max_tokens} tokens, not {length}: lower data.max_tokens"
-            )
+        self.check_length(text)
         if not attention:
             return TextFeatures(self._hidden(text))
         last: Any = self._last_attention[0]
@@ -89,6 +85,14 @@ class TextEncoder(nn.Module):
             last.recorded = None
         return TextFeatures(hidden, recorded[-1][1].mean(1))
 
+    def check_length(self, text: Text) -> None:
+        """Refuse texts longer than the model's positions (`EncoderError`)."""
+        length = text.input_ids.shape[1]
+        if self.max_tokens is not None and length > self.max_tokens:
+            raise EncoderError(
+                f"{self._name()} takes {self.max_tokens} tokens, not {length}: lower data.max_tokens"
+            )
+
     def train(self, mode: bool = True) -> Self:
         """As `nn.Module.train`, but a frozen model stays in evaluation mode."""
         super().train(mode)
@@ -96,10 +100,15 @@ class TextEncoder(nn.Module):
             self.model.eval()
         return self
 
-    def _hidden(self, text: Text) -> Tensor:
+    def _hidden(self, text: Text, embedded: Tensor | None = None) -> Tensor:
+        """[B, L, D] hidden states; `embedded` [B, L, E] stands in for the tokens' embeddings."""
         mask = text.attention_mask.clone()
         mask[:, 0] = 1
-        inputs: dict[str, Any] = {"input_ids": text.input_ids, "attention_mask": mask}
+        inputs: dict[str, Any] = {"attention_mask": mask}
+        if embedded is None:
+            inputs["input_ids"] = text.input_ids
+        else:
+            inputs["inputs_embeds"] = embedded
         if not self.config.positions:
             inputs["position_ids"] = torch.zeros_like(text.input_ids)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.frozen):

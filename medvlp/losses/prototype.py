@@ -40,3 +40,17 @@ def swapped_prediction(
     text_to_image = soft_cross_entropy(text_scores / temperature, image_codes)
     image_to_text = soft_cross_entropy(image_scores / temperature, text_codes)
     return 0.5 * (text_to_image + image_to_text)
+
+
+def score_divergence(target_scores: Tensor, scores: Tensor) -> Tensor:
+    """KL(p || q) of each row, p = softmax(target_scores) and q = softmax(scores); both sides get gradient.
+
+    Args:
+        target_scores, scores: [..., K].
+
+    Returns:
+        [...] divergences in nats, at least 0. (The "kl" loss of PRIOR's published code.)
+    """
+    target = at_least_float32(target_scores).log_softmax(-1)
+    predicted = at_least_float32(scores).log_softmax(-1)
+    return (target.exp() * (target - predicted)).sum(-1)

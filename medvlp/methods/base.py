@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from medvlp.data.batch import Batch, Text
+from medvlp.data.text import Tokenizer
 from medvlp.prototypes.table import PrototypeTable
 
 
@@ -55,6 +56,11 @@ class Objective(nn.Module):
         A frozen parameter has zero gradients, so that Adam leaves it exactly unchanged unless it decays.
         """
         return set()
+
+    @property
+    def prototype_user(self) -> Objective:
+        """The part whose prototypes the trainer starts and refreshes: the objective, or a module of it."""
+        return self
 
     @property
     def uses_service(self) -> bool:
@@ -105,10 +111,11 @@ class Method(Objective, abc.ABC):
     def image_features(self, image: Tensor) -> Tensor:
         """[B, 1, H, W] uint8 images -> [B, F] backbone features before any projection (linear probes)."""
 
-    @property
-    def prototype_user(self) -> Objective:
-        """The part whose prototypes the trainer starts and refreshes: the method, or a module of it."""
-        return self
+    def prepare(self, tokenizer: Tokenizer) -> None:
+        """Called once after the build, on the device and before any weights are loaded or sharded.
+
+        For methods that keep encoded texts as buffers. Buffers are saved, so a loaded state replaces them.
+        """
 
     @property
     def embeds_reports(self) -> bool:

@@ -14,13 +14,15 @@ from medvlp.encoders.words import aggregate_words
 from medvlp.losses.normalise import unit_norm
 from medvlp.methods.base import Progress
 from medvlp.methods.mgca_config import MGCAConfig
-from medvlp.methods.mgca_objective import MGCAEmbeddings, MGCAObjective
+from medvlp.methods.mgca_objective import MGCAEmbeddings, MGCAObjective, MGCATokens
 from medvlp.methods.pair import Alignment, EncodedPair, PairMethod, build_encoders
 from medvlp.methods.registry import register
 
 
 class MGCA(Alignment):
     """Images and reports aligned as a whole, token by token, and through prototypes.
+
+    Modules of terms whose weight is 0 do not exist.
 
     Args:
         config: keys of the method.
@@ -36,19 +38,34 @@ class MGCA(Alignment):
         synchronise = config.batch_norm == "global"
         sizes = (config.head_hidden, config.embedding, synchronise)
         self.image_head = ProjectionHead(image.width, *sizes)
-        self.patch_head = ProjectionHead(image.local_width, *sizes)
         self.report_head = ProjectionHead(text.width, *sizes)
-        self.word_head = ProjectionHead(text.width, *sizes)
         self.objective = MGCAObjective(config)
-        self.image_attention = _wants_attention("patch_weights", config.patch_weights, image.has_attention)
-        self.text_attention = _wants_attention("word_weights", config.word_weights, text.has_attention)
+        if config.token_weight > 0:
+            self.patch_head = ProjectionHead(image.local_width, *sizes)
+            self.word_head = ProjectionHead(text.width, *sizes)
+            self.image_attention = _wants_attention(
+                "patch_weights", config.patch_weights, image.has_attention
+            )
+            self.text_attention = _wants_attention("word_weights", config.word_weights, text.has_attention)
 
     def forward(self, pair: EncodedPair) -> dict[str, Tensor]:
         """Losses of a batch: "loss/instance", "loss/word", "loss/patch", "loss/prototype", and "loss".
 
-        Besides the losses: "retrieval/top1" and "retrieval/top5", in-batch accuracy of both directions in
-        [0, 1].
+        A term whose weight is 0 is left out. Besides the losses: "retrieval/top1" and "retrieval/top5",
+        in-batch accuracy of both directions in [0, 1].
         """
+        embeddings = MGCAEmbeddings(
+            image=self.image_head(pair.image.pooled),
+            report=self.report_head(pair.text.hidden[:, 0]),
+            tokens=self._tokens(pair) if self.config.token_weight > 0 else None,
+        )
+        if self.keep_embeddings:
+            kept = {"image": embeddings.image, "text": embeddings.report}
+            self.last_embeddings = {name: unit_norm(value.detach()).float() for name, value in kept.items()}
+        terms: dict[str, Tensor] = self.objective(embeddings, self.prototype_table)
+        return terms
+
+    def _tokens(self, pair: EncodedPair) -> MGCATokens:
         config = self.config
         image, text, batch = pair
         attention = text.cls_attention
@@ -61,20 +78,13 @@ class MGCA(Alignment):
             config.lost_last_word,
         )
         counted = None if config.padding_statistics else words.valid
-        embeddings = MGCAEmbeddings(
-            image=self.image_head(image.pooled),
-            report=self.report_head(words.report),
+        return MGCATokens(
             patches=self.patch_head(image.local),
             words=self.word_head(words.features, counted),
             word_valid=words.valid,
             word_attention=None if attention is None else words.attention,
             patch_attention=None if image.attention is None else image.attention.mean(1),
         )
-        if self.keep_embeddings:
-            kept = {"image": embeddings.image, "text": embeddings.report}
-            self.last_embeddings = {name: unit_norm(value.detach()).float() for name, value in kept.items()}
-        terms: dict[str, Tensor] = self.objective(embeddings, self.prototype_table)
-        return terms
 
     def embed_image(self, features: ImageFeatures) -> Tensor:
         return unit_norm(self.image_head(features.pooled)).float()
@@ -92,9 +102,11 @@ class MGCA(Alignment):
 
     @property
     def uses_service(self) -> bool:
-        return self.config.prototype_source == "clusters"
+        return self.config.prototype_weight > 0 and self.config.prototype_source == "clusters"
 
-    def prototype_size(self) -> tuple[int, int]:
+    def prototype_size(self) -> tuple[int, int] | None:
+        if self.config.prototype_weight == 0:
+            return None
         return self.config.prototypes, self.config.embedding
 
     def set_prototypes(self, centroids: Tensor) -> None:

@@ -18,23 +18,29 @@ from medvlp.prototypes.learned import LearnedPrototypes
 from medvlp.prototypes.table import PrototypeTable
 
 
-class MGCAEmbeddings(NamedTuple):
-    """Outputs of the projection heads (not normalised) and what weights the tokens.
+class MGCATokens(NamedTuple):
+    """Projected patches and words (not normalised) and what weights them.
 
     Attributes:
-        image, report: [B, D]. patches: [B, P, D]. words: [B, W, D].
+        patches: [B, P, D]. words: [B, W, D].
         word_valid: [B, W] bool, slots that hold a word.
         word_attention: [B, W] attention of [CLS] to the words, 0 in empty slots; None: equal weights.
         patch_attention: [B, P] attention of the class token to the patches; None: equal weights.
     """
 
-    image: Tensor
-    report: Tensor
     patches: Tensor
     words: Tensor
     word_valid: Tensor
     word_attention: Tensor | None = None
     patch_attention: Tensor | None = None
+
+
+class MGCAEmbeddings(NamedTuple):
+    """Projected images and reports [B, D] (not normalised), and their tokens if those are aligned."""
+
+    image: Tensor
+    report: Tensor
+    tokens: MGCATokens | None = None
 
 
 class MGCAObjective(nn.Module):
@@ -48,25 +54,29 @@ class MGCAObjective(nn.Module):
         self.config = config
         self.frozen = False
         self.prototypes: LearnedPrototypes | None = None
-        if config.prototype_source == "learned":
+        if config.prototype_weight > 0 and config.prototype_source == "learned":
             self.prototypes = LearnedPrototypes(config.prototypes, config.embedding)
 
     def forward(self, embeddings: MGCAEmbeddings, table: PrototypeTable | None = None) -> dict[str, Tensor]:
-        """All terms as 0-d tensors; "loss" is their weighted sum.
+        """All terms with a weight as 0-d tensors; "loss" is their weighted sum.
 
         Args:
             embeddings: of this rank's samples.
             table: clusters of the service, for `prototype_source: clusters`; None: no prototype loss yet.
         """
+        config = self.config
         image, report = unit_norm(embeddings.image), unit_norm(embeddings.report)
-        terms = self.instance(image, report)
-        terms |= self.tokens(embeddings)
-        terms["loss/prototype"] = self.prototype(image, report, table)
-        loss = (
-            self.config.instance_weight * terms["loss/instance"]
-            + self.config.token_weight * (terms["loss/word"] + terms["loss/patch"])
-            + self.config.prototype_weight * terms["loss/prototype"]
-        )
+        loss = image.new_zeros(())
+        terms: dict[str, Tensor] = {}
+        if config.instance_weight > 0:
+            terms |= self.instance(image, report)
+            loss = loss + config.instance_weight * terms["loss/instance"]
+        if config.token_weight > 0 and embeddings.tokens is not None:
+            terms |= self.tokens(embeddings.tokens)
+            loss = loss + config.token_weight * (terms["loss/word"] + terms["loss/patch"])
+        if config.prototype_weight > 0:
+            terms["loss/prototype"] = self.prototype(image, report, table)
+            loss = loss + config.prototype_weight * terms["loss/prototype"]
         return {"loss": loss} | terms
 
     def instance(self, image: Tensor, report: Tensor) -> dict[str, Tensor]:
@@ -87,18 +97,18 @@ class MGCAObjective(nn.Module):
             terms[f"retrieval/top{k}"] = 0.5 * hits
         return terms
 
-    def tokens(self, embeddings: MGCAEmbeddings) -> dict[str, Tensor]:
+    def tokens(self, tokens: MGCATokens) -> dict[str, Tensor]:
         """Word and patch losses; they compare tokens of one sample, never of different ones."""
         config = self.config
-        patches, words = unit_norm(embeddings.patches), unit_norm(embeddings.words)
-        valid = embeddings.word_valid
-        attention = valid.float() if embeddings.word_attention is None else embeddings.word_attention
+        patches, words = unit_norm(tokens.patches), unit_norm(tokens.words)
+        valid = tokens.word_valid
+        attention = valid.float() if tokens.word_attention is None else tokens.word_attention
         word_weights = clamped_weights(attention, valid & (attention != 0), config.weight_quantile)
-        if embeddings.patch_attention is None:
+        if tokens.patch_attention is None:
             patch_weights = patches.new_full(patches.shape[:2], 1.0 / patches.shape[1])
         else:
-            everywhere = torch.ones_like(embeddings.patch_attention, dtype=torch.bool)
-            patch_weights = clamped_weights(embeddings.patch_attention, everywhere, config.weight_quantile)
+            everywhere = torch.ones_like(tokens.patch_attention, dtype=torch.bool)
+            patch_weights = clamped_weights(tokens.patch_attention, everywhere, config.weight_quantile)
         temperatures = (config.token_temperature, config.attention_temperature)
         negatives = None if config.padding_negatives else valid
         word = word_loss(words, patches, word_weights, negatives, *temperatures)

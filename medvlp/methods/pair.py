@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import abc
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -104,7 +105,11 @@ class PairMethod(Method):
 
     @property
     def prototype_user(self) -> Objective:
-        return self.alignment
+        return self.alignment.prototype_user
+
+
+ImageType = TypeVar("ImageType", bound=ImageEncoder)
+TextType = TypeVar("TextType", bound=TextEncoder)
 
 
 def build_encoders(config: Config, vocab_size: int) -> tuple[ImageEncoder, TextEncoder]:
@@ -113,8 +118,18 @@ def build_encoders(config: Config, vocab_size: int) -> tuple[ImageEncoder, TextE
     Raises:
         EncoderError: one of them cannot be built, or the text model is too short for `data.max_tokens`.
     """
-    image = ImageEncoder(config.image, config.data.image_size, config.method.batch_norm)
-    text = TextEncoder(config.text, vocab_size)
+    return build_encoders_of(ImageEncoder, TextEncoder, config, vocab_size)
+
+
+def build_encoders_of(
+    image_encoder: Callable[..., ImageType],
+    text_encoder: Callable[..., TextType],
+    config: Config,
+    vocab_size: int,
+) -> tuple[ImageType, TextType]:
+    """As `build_encoders`, for encoders that take the same arguments as the plain ones."""
+    image = image_encoder(config.image, config.data.image_size, config.method.batch_norm)
+    text = text_encoder(config.text, vocab_size)
     if text.max_tokens is not None and config.data.max_tokens > text.max_tokens:
         raise EncoderError(
             f"data.max_tokens={config.data.max_tokens} exceeds the text model's {text.max_tokens} positions"

@@ -12,7 +12,14 @@ from medvlp.methods.base import Method
 from shards.errors import MedvlpError
 
 #: Modules that register a method when they are imported.
-MODULES = ("medvlp.methods.mgca",)
+MODULES = (
+    "medvlp.methods.mgca",
+    "medvlp.methods.mpma",
+    "medvlp.methods.place",
+    "medvlp.methods.medslip",
+    "medvlp.methods.prior",
+    "medvlp.methods.combination",
+)
 
 Build = Callable[[Config, int], Method]
 BuildType = TypeVar("BuildType", bound=Build)
@@ -31,23 +38,30 @@ class UnknownMethodError(MedvlpError, KeyError):
 class Entry:
     """A registered method: the schema of its keys and the function that builds it.
 
-    `build(config, vocab_size)` receives the whole config and the number of tokens of the tokenizer.
+    `build(config, vocab_size)` receives the whole config and the number of tokens of the tokenizer;
+    `entities` says that the method reads `Batch.entities`.
     """
 
     config: type[MethodConfig]
     build: Build
+    entities: bool = False
 
 
 REGISTRY: dict[str, Entry] = {}
 
 
-def register(name: str, config: type[MethodConfig]) -> Callable[[BuildType], BuildType]:
-    """Decorator of a method's build function `(config, vocab_size) -> Method`."""
+def register(
+    name: str, config: type[MethodConfig], entities: bool = False
+) -> Callable[[BuildType], BuildType]:
+    """Decorator of a method's build function `(config, vocab_size) -> Method`.
+
+    `entities=True` makes training fill `Batch.entities`, and refuse a dataset that has none.
+    """
 
     def decorate(build: BuildType) -> BuildType:
         if name in REGISTRY and REGISTRY[name].build is not build:
             raise ValueError(f"method {name!r} is registered twice")
-        REGISTRY[name] = Entry(config, build)
+        REGISTRY[name] = Entry(config, build, entities)
         return build
 
     return decorate
@@ -75,8 +89,21 @@ def build_method(config: Config, vocab_size: int) -> Method:
         UnknownMethodError: no such method.
         EncoderError: an encoder that cannot be built or does not fit the method.
     """
+    return _entry(config.method.name).build(config, vocab_size)
+
+
+def reads_entities(name: str) -> bool:
+    """Whether method `name` reads `Batch.entities`.
+
+    Raises:
+        UnknownMethodError: no such method.
+    """
+    return _entry(name).entities
+
+
+def _entry(name: str) -> Entry:
     entries = _entries()
-    if config.method.name not in entries:
+    if name not in entries:
         known = ", ".join(sorted(entries))
-        raise UnknownMethodError(f"method.name={config.method.name!r} is not a method; known: {known}")
-    return entries[config.method.name].build(config, vocab_size)
+        raise UnknownMethodError(f"method.name={name!r} is not a method; known: {known}")
+    return entries[name]

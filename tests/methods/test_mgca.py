@@ -242,3 +242,12 @@ def test_registry_and_errors() -> None:
     config.text.options = {**config.text.options, "max_position_embeddings": 8}
     with pytest.raises(EncoderError, match=r"data\.max_tokens=16"):
         build_method(config, VOCABULARY)
+
+
+def test_a_term_without_weight_is_neither_computed_nor_built() -> None:
+    model = small_mgca(token_weight=0.0, prototype_weight=0.0)
+    terms = model(small_batch([3, 4]))
+    assert set(terms) == {"loss", "loss/instance", "retrieval/top1", "retrieval/top5"}
+    assert terms["loss"] == terms["loss/instance"]
+    assert not any("patch_head" in name or "prototypes" in name for name in model.state_dict())
+    assert model.prototype_user.prototype_size() is None

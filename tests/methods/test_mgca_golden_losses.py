@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from medvlp.methods.mgca_config import MGCAConfig
-from medvlp.methods.mgca_objective import MGCAEmbeddings, MGCAObjective
+from medvlp.methods.mgca_objective import MGCAEmbeddings, MGCAObjective, MGCATokens
 from tests.golden_files import Golden, every
 
 # float64 agrees to rounding; in float32 the published code itself errs by about 1e-5 (exp(x / 0.05)).
@@ -38,11 +38,13 @@ def build(golden: Golden, dtype: torch.dtype) -> tuple[MGCAObjective, MGCAEmbedd
     embeddings = MGCAEmbeddings(
         image=leaves["in_img"],
         report=leaves["in_rep"],
-        patches=leaves["in_patch"],
-        words=leaves["in_word"],
-        word_valid=~golden("in_pad_mask"),
-        word_attention=golden("in_attn", dtype),
-        patch_attention=attention,
+        tokens=MGCATokens(
+            patches=leaves["in_patch"],
+            words=leaves["in_word"],
+            word_valid=~golden("in_pad_mask"),
+            word_attention=golden("in_attn", dtype),
+            patch_attention=attention,
+        ),
     )
     return objective, embeddings
 
@@ -89,9 +91,10 @@ def test_gradients(
     objective, embeddings = build(golden, DTYPES[precision])
     values = objective(embeddings)
     sum(values[name] for name in terms).backward()
+    leaves = embeddings.tokens._asdict() | embeddings._asdict()
     for short, field in inputs.items():
         torch.testing.assert_close(
-            getattr(embeddings, field).grad,
+            leaves[field].grad,
             golden(f"grad_{precision}_{published}_wrt_{short}"),
             **TOLERANCE[precision],
         )

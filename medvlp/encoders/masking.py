@@ -1,0 +1,114 @@
+"""Which patches and words of a sample are hidden at a step: a function of (seed, step, sample).
+
+Drawn by hashing instead of from torch's generators, so that a sample gets the same masks on every rank layout
+and after every resume, as its augmentation does.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from medvlp.data.batch import Text
+
+#: Numbers of the independent streams of one sample.
+PATCHES, WORDS = 0, 1
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_WORD = 1 << 64
+
+
+class PatchMask(NamedTuple):
+    """Patches of each sample, numbered row by row and ascending.
+
+    Attributes:
+        visible: [B, V] int64. hidden: [B, P - V] int64.
+    """
+
+    visible: Tensor
+    hidden: Tensor
+
+
+def sample_noise(sample: Tensor, count: int, seed: int, step: int, stream: int) -> Tensor:
+    """Uniform 64-bit integers for each sample, the same wherever and whenever they are asked for.
+
+    Args:
+        sample: [B] int64 numbers of the samples.
+        count: numbers of each sample.
+        seed, step, stream: non-negative; another value of any gives independent numbers.
+
+    Returns:
+        [B, count] int64 over the whole range. (SplitMix64: Steele et al., OOPSLA 2014.)
+    """
+    key = 0
+    for part in (seed, step, stream):
+        key = _finalise((key + _GOLDEN + part) % _WORD)
+    start = _mix(sample + _signed(key))
+    counter = torch.arange(1, count + 1, device=sample.device) * _signed(_GOLDEN)
+    return _mix(start[:, None] + counter)
+
+
+def draw_patches(noise: Tensor, ratio: float) -> PatchMask:
+    """Hide the given share of patches: those with the highest noise.
+
+    Args:
+        noise: [B, P] numbers.
+        ratio: share of hidden patches in [0, 1); rounded to whole patches, and one always stays visible.
+    """
+    patches = noise.shape[1]
+    visible = min(patches, max(1, round(patches * (1 - ratio))))
+    order = noise.argsort(dim=1)
+    return PatchMask(order[:, :visible].sort(dim=1).values, order[:, visible:].sort(dim=1).values)
+
+
+def is_word(text: Text) -> Tensor:
+    """[B, L] bool, tokens of the report itself: neither [CLS], [SEP] nor padding."""
+    return (text.sentence_index >= 0) & (text.attention_mask > 0)
+
+
+def draw_words(text: Text, noise: Tensor, ratio: float) -> Tensor:
+    """Hide the given share of each report's words, all pieces of a word together.
+
+    Args:
+        text: the reports; `word_index`, `sentence_index` and `attention_mask` are read.
+        noise: [B, L] numbers, one for each possible word.
+        ratio: share of hidden words in [0, 1]; rounded half up to whole words, and with a ratio above 0 at
+            least one word of every report that has any.
+
+    Returns:
+        [B, L] bool, true on hidden tokens; never on [CLS], [SEP] or padding.
+    """
+    words = is_word(text)
+    length = words.shape[1]
+    # Tokens outside every word go to one slot more, which is cut off.
+    slot = text.word_index.masked_fill(~words, length)
+    exists = words.new_zeros((words.shape[0], length + 1))
+    exists = exists.scatter(1, slot, torch.ones_like(words))[:, :length]
+    number = exists.sum(1)
+    hidden = (number * ratio + 0.5).floor().long()
+    if ratio > 0:
+        hidden = hidden.maximum((number > 0).long())
+    # Words that do not exist come last.
+    place = noise.masked_fill(~exists, torch.iinfo(torch.int64).max).argsort(dim=1).argsort(dim=1)
+    chosen = exists & (place < hidden[:, None])
+    return words & chosen.gather(1, slot.clamp(max=length - 1))
+
+
+def _signed(value: int) -> int:
+    return value - _WORD if value >= _WORD // 2 else value
+
+
+def _finalise(value: int) -> int:
+    """SplitMix64's output function on a Python integer."""
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) % _WORD
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) % _WORD
+    return value ^ (value >> 31)
+
+
+def _mix(values: Tensor) -> Tensor:
+    """`_finalise` on int64, whose products wrap; its right shift keeps the sign, hence the masks."""
+    values = (values ^ ((values >> 30) & ((1 << 34) - 1))) * _signed(0xBF58476D1CE4E5B9)
+    values = (values ^ ((values >> 27) & ((1 << 37) - 1))) * _signed(0x94D049BB133111EB)
+    return values ^ ((values >> 31) & ((1 << 33) - 1))

@@ -1,0 +1,127 @@
+"""Losses of several methods on one pair of encoders: a mixture that none of the papers has."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from medvlp.config import Config, MethodConfig
+from medvlp.config_files import ConfigError
+from medvlp.data.batch import Text
+from medvlp.encoders.image import ImageEncoder, ImageFeatures
+from medvlp.encoders.text import TextEncoder, TextFeatures
+from medvlp.methods.base import Objective, Progress
+from medvlp.methods.combination_config import CombinationConfig
+from medvlp.methods.mgca import MGCA
+from medvlp.methods.pair import Alignment, EncodedPair, PairMethod, build_encoders
+from medvlp.methods.place import PLACE
+from medvlp.methods.prior import PRIOR
+from medvlp.methods.registry import register
+
+PartConfig = TypeVar("PartConfig", bound=MethodConfig)
+
+
+class Combination(Alignment):
+    """Weighted sum of the losses of MGCA, PRIOR and PLACE, each with heads of its own.
+
+    Every term of a part is chosen by the part's own weights: one of weight 0 is neither built nor computed.
+    `negatives` and `batch_norm` of the combination stand above those of its parts.
+
+    Args:
+        config: keys of the method.
+        image: image backbone; text: text backbone (only their sizes and normalisation are read).
+        staged: PRIOR follows the optimiser phases.
+
+    Raises:
+        ConfigError: `embeds_with` names a part without weight, or a part's keys contradict each other.
+    """
+
+    def __init__(
+        self, config: CombinationConfig, image: ImageEncoder, text: TextEncoder, staged: bool = False
+    ) -> None:
+        super().__init__()
+        self.config = config
+        weights = {"mgca": config.mgca_weight, "prior": config.prior_weight, "place": config.place_weight}
+        self.weights = {name: weight for name, weight in weights.items() if weight > 0}
+        if config.embeds_with not in self.weights:
+            raise ConfigError(
+                f"method.embeds_with={config.embeds_with}, but method.{config.embeds_with}_weight is 0"
+            )
+        self.parts = nn.ModuleDict()
+        if "mgca" in self.weights:
+            self.parts["mgca"] = MGCA(_over_ranks(config.mgca, config), image, text)
+        if "prior" in self.weights:
+            self.parts["prior"] = PRIOR(_over_ranks(config.prior, config), image, text, staged)
+        if "place" in self.weights:
+            self.parts["place"] = PLACE(_over_ranks(config.place, config), image, text)
+        self.image_attention = any(part.image_attention for part in self._parts().values())
+        self.text_attention = any(part.text_attention for part in self._parts().values())
+
+    def forward(self, pair: EncodedPair) -> dict[str, Tensor]:
+        """Losses of a batch: "loss", and every term of a part as "PART/...", its total as "PART/loss"."""
+        loss = torch.zeros((), device=pair.image.pooled.device)
+        terms: dict[str, Tensor] = {}
+        for name, part in self._parts().items():
+            own: dict[str, Tensor] = part(pair)
+            loss = loss + self.weights[name] * own["loss"]
+            terms |= {f"{name}/{term}": value for term, value in own.items()}
+        return {"loss": loss} | terms
+
+    def embed_image(self, features: ImageFeatures) -> Tensor:
+        return self._embedding().embed_image(features)
+
+    def embed_text(self, features: TextFeatures, text: Text) -> Tensor:
+        return self._embedding().embed_text(features, text)
+
+    @property
+    def scores_by_embedding(self) -> bool:
+        return self._embedding().scores_by_embedding
+
+    def score(self, image: ImageFeatures, prompts: TextFeatures, text: Text) -> Tensor:
+        return self._embedding().score(image, prompts, text)
+
+    def ground(self, image: ImageFeatures, prompts: TextFeatures, text: Text) -> Tensor:
+        return self._embedding().ground(image, prompts, text)
+
+    def on_progress(self, progress: Progress) -> None:
+        """Every part follows the training."""
+        for part in self._parts().values():
+            part.on_progress(progress)
+
+    def parameters_without_decay(self) -> set[str]:
+        return {
+            f"parts.{name}.{parameter}"
+            for name, part in self._parts().items()
+            for parameter in part.parameters_without_decay()
+        }
+
+    @property
+    def prototype_user(self) -> Objective:
+        """MGCA where it is a part: only its prototypes are started and refreshed from embeddings."""
+        return self._parts().get("mgca", self)
+
+    def _embedding(self) -> Alignment:
+        return self._parts()[self.config.embeds_with]
+
+    def _parts(self) -> dict[str, Alignment]:
+        return {name: part for name, part in self.parts.items() if isinstance(part, Alignment)}
+
+
+def _over_ranks(part: PartConfig, config: CombinationConfig) -> PartConfig:
+    return dataclasses.replace(part, negatives=config.negatives, batch_norm=config.batch_norm)
+
+
+@register("combination", CombinationConfig)
+def build(config: Config, vocab_size: int) -> PairMethod:
+    """The combination as the config describes it (see `medvlp.methods.registry.build_method`)."""
+    method: CombinationConfig = config.method  # type: ignore[assignment]
+    if config.prototypes.init == "kmeans" and method.embeds_with != "mgca":
+        raise ConfigError(
+            "prototypes.init=kmeans clusters the method's embeddings for MGCA's prototypes: it needs "
+            "method.embeds_with=mgca"
+        )
+    image, text = build_encoders(config, vocab_size)
+    return PairMethod(image, text, Combination(method, image, text, staged=bool(config.optimizer.phases)))

@@ -1,0 +1,302 @@
+"""MPMA: multi-task paired masking with alignment (IEEE Transactions on Multimedia, 2023), our reconstruction.
+
+The paper's abstract is all that is public. From it: image and report are masked as a pair and reconstructed
+jointly; global and local alignment (GLA) gives the reconstruction semantic features; memory-augmented
+cross-modal fusion (MA-CMF) brings the image into the report's reconstruction. Everything else, every number
+included, is ours, filled from MAE, MRM (ICLR 2023), M3AE (MICCAI 2022) and MGCA.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from medvlp import distributed
+from medvlp.config import Config
+from medvlp.config_files import ConfigError
+from medvlp.data.batch import Batch, Text
+from medvlp.encoders.errors import EncoderError
+from medvlp.encoders.image import ImageFeatures
+from medvlp.encoders.image_decoder import ImageDecoder
+from medvlp.encoders.masked_image import MaskedImageEncoder
+from medvlp.encoders.masked_text import MaskedTextEncoder
+from medvlp.encoders.masking import (
+    PATCHES,
+    WORDS,
+    PatchMask,
+    draw_patches,
+    draw_words,
+    is_word,
+    sample_noise,
+)
+from medvlp.encoders.memory_fusion import MemoryFusion
+from medvlp.encoders.text import TextFeatures
+from medvlp.losses.masked_reconstruction import (
+    masked_patch_loss,
+    masked_token_accuracy,
+    masked_token_loss,
+    patch_targets,
+)
+from medvlp.methods.base import Method, Progress
+from medvlp.methods.mpma_alignment import GlobalLocalAlignment
+from medvlp.methods.mpma_config import MPMAConfig
+from medvlp.methods.pair import build_encoders_of
+from medvlp.methods.registry import register
+
+
+class PairMasks(NamedTuple):
+    """What is hidden of a batch of pairs.
+
+    Attributes:
+        patches: visible and hidden patches of each image. words: [B, L] bool, hidden tokens of each report.
+    """
+
+    patches: PatchMask
+    words: Tensor
+
+
+class EncodedViews(NamedTuple):
+    """Encodings of a batch by what reads them; with paired masking both of a modality are the same.
+
+    Attributes:
+        masked_image, masked_text: encodings of what is visible, from which the rest is reconstructed.
+        image, text: what the alignment compares and what the other modality's reconstruction reads.
+        words: [B, L] bool, words that `text` has seen.
+    """
+
+    masked_image: ImageFeatures | None
+    masked_text: TextFeatures | None
+    image: ImageFeatures | None
+    text: TextFeatures | None
+    words: Tensor
+
+
+class MPMA(Method):
+    """One masked pair, encoded once, is reconstructed in both modalities and aligned.
+
+    Masks are drawn anew at each step from (seed, step, sample): the same on every rank layout.
+
+    Args:
+        config: keys of the method.
+        image, text: the encoders.
+        seed: of the masks.
+
+    Raises:
+        EncoderError: widths and heads that do not fit, or a word embedding that cannot be tied.
+    """
+
+    def __init__(
+        self, config: MPMAConfig, image: MaskedImageEncoder, text: MaskedTextEncoder, seed: int
+    ) -> None:
+        super().__init__()
+        self.config, self.seed, self.step = config, seed, 0
+        self.image_encoder, self.text_encoder = image, text
+        self.decoder: ImageDecoder | None = None
+        if config.image_weight:
+            self.decoder = ImageDecoder(
+                image.local_width,
+                image.grid,
+                image.patch_side**2,
+                config.decoder_width,
+                config.decoder_layers,
+                config.decoder_heads,
+                text.width if config.decoder_reads_report else None,
+            )
+        self.fusion: MemoryFusion | None = None
+        if config.report_weight:
+            self.fusion = MemoryFusion(
+                text.width,
+                image.local_width,
+                config.fusion_layers,
+                config.fusion_heads,
+                config.fusion_hidden,
+                config.fusion_dropout,
+                config.memory,
+                config.memory_slots,
+                config.memory_highest,
+            )
+            self.report_head = _report_head(text, config.tie_words)
+        self.alignment: GlobalLocalAlignment | None = None
+        if config.global_weight or config.local_weight:
+            self.alignment = GlobalLocalAlignment(config, image.width, image.local_width, text.width)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Losses of a batch: "loss/image", "loss/report", "loss/global", "loss/local", and "loss".
+
+        Terms of weight 0 are left out. Besides the losses: "report/accuracy", share of hidden tokens that
+        are predicted, and the alignment's metrics (see `GlobalLocalAlignment`).
+        """
+        config = self.config
+        masks = self.draw_masks(batch)
+        views = self._encode(batch, masks)
+        terms: dict[str, Tensor] = {}
+        if self.decoder is not None:
+            terms["loss/image"] = self._image_loss(self.decoder, batch, masks, views)
+        if self.fusion is not None:
+            terms |= self._report_loss(self.fusion, batch, masks, views)
+        if self.alignment is not None:
+            assert views.image is not None, "images are encoded for the alignment"
+            assert views.text is not None, "reports are encoded for the alignment"
+            terms |= self.alignment(views.image, views.text.hidden, views.words)
+        weights = {
+            "loss/image": config.image_weight,
+            "loss/report": config.report_weight,
+            "loss/global": config.global_weight,
+            "loss/local": config.local_weight,
+        }
+        loss = torch.stack([weights[name] * terms[name] for name in weights if name in terms]).sum()
+        return {"loss": loss, **terms}
+
+    def draw_masks(self, batch: Batch) -> PairMasks:
+        """The masks of a batch at the present step."""
+        rows, columns = self.image_encoder.grid
+        length = batch.text.input_ids.shape[1]
+        draw = partial(sample_noise, batch.sample, seed=self.seed, step=self.step)
+        return PairMasks(
+            draw_patches(draw(rows * columns, stream=PATCHES), self.config.image_mask_ratio),
+            draw_words(batch.text, draw(length, stream=WORDS), self.config.text_mask_ratio),
+        )
+
+    def on_progress(self, progress: Progress) -> None:
+        """Every step has masks of its own."""
+        self.step = progress.step
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        return self._global_alignment().embed_image(self.image_encoder(image)).float()
+
+    def encode_text(self, text: Text) -> Tensor:
+        alignment = self._global_alignment()
+        return alignment.embed_report(self.text_encoder(text).hidden, is_word(text)).float()
+
+    @property
+    def embeds_reports(self) -> bool:
+        return self.config.global_weight > 0
+
+    def image_features(self, image: Tensor) -> Tensor:
+        features: ImageFeatures = self.image_encoder(image)
+        return features.pooled
+
+    def ground(self, image: Tensor, prompts: Text) -> Tensor:
+        """Mean cosine of the prompts' words with every patch, in [-1, 1] (see `Method.ground`)."""
+        if self.alignment is None or not self.config.local_weight:
+            raise NotImplementedError("method.local_weight=0: MPMA without local alignment does not ground")
+        features: ImageFeatures = self.image_encoder(image)
+        hidden = self.text_encoder(prompts).hidden
+        maps = self.alignment.ground(features, hidden, is_word(prompts)).float()
+        return maps.reshape(*maps.shape[:2], *features.grid)
+
+    def fused_features(self, image: Tensor, text: Text) -> Tensor:
+        """[B, D + F] features of pairs for multi-modal tasks: fused [CLS] and pooled image.
+
+        Raises:
+            NotImplementedError: `method.report_weight=0`, so that there is no fusion.
+        """
+        if self.fusion is None:
+            raise NotImplementedError("method.report_weight=0: MPMA without reports to fuse")
+        features: ImageFeatures = self.image_encoder(image)
+        fused = self.fusion(self.text_encoder(text).hidden, _tokens(features), text.attention_mask > 0)
+        return torch.cat([fused[:, 0], features.pooled], dim=1)
+
+    def parameters_without_decay(self) -> set[str]:
+        """The temperature's parameter."""
+        return {name for name, _ in self.named_parameters() if name.startswith("alignment.temperature.")}
+
+    def _encode(self, batch: Batch, masks: PairMasks) -> EncodedViews:
+        words = is_word(batch.text)
+        paired = self.config.masking == "paired"
+        masked_image = masked_text = image = text = None
+        if paired or self.decoder is not None:
+            masked_image = self.image_encoder(batch.image, visible=masks.patches.visible)
+        if paired or self.fusion is not None:
+            masked_text = self.text_encoder(batch.text, hidden=masks.words)
+        if paired:
+            return EncodedViews(masked_image, masked_text, masked_image, masked_text, words & ~masks.words)
+        if self.alignment is not None or self.fusion is not None:
+            image = self.image_encoder(batch.image)
+        if self.alignment is not None or (self.decoder is not None and self.decoder.reads_report):
+            text = self.text_encoder(batch.text)
+        return EncodedViews(masked_image, masked_text, image, text, words)
+
+    def _image_loss(
+        self, decoder: ImageDecoder, batch: Batch, masks: PairMasks, views: EncodedViews
+    ) -> Tensor:
+        encoder = self.image_encoder
+        targets = patch_targets(
+            encoder.normalise(batch.image), encoder.patch_side, self.config.normalise_pixels
+        )
+        assert views.masked_image is not None, "masked images are encoded for the decoder"
+        report: tuple[Any, ...] = ()
+        if decoder.reads_report:
+            assert views.text is not None, "reports are encoded for a decoder that reads them"
+            mask = batch.text.attention_mask > 0
+            mask[:, 0] = True
+            report = (views.text.hidden, mask)
+        predicted = decoder(_tokens(views.masked_image), masks.patches, *report)
+        return masked_patch_loss(predicted, targets, masks.patches.hidden)
+
+    def _report_loss(
+        self, fusion: MemoryFusion, batch: Batch, masks: PairMasks, views: EncodedViews
+    ) -> dict[str, Tensor]:
+        assert views.masked_text is not None, "masked reports are encoded for the fusion"
+        assert views.image is not None, "images are encoded for the fusion"
+        text = batch.text
+        fused = fusion(views.masked_text.hidden, _tokens(views.image), text.attention_mask > 0)
+        # Of every position, because a choice of the hidden ones would have to wait for the device.
+        logits = self.report_head(fused)
+        count = distributed.sum_over_ranks(masks.words.sum().float()) / distributed.world_size()
+        return {
+            "loss/report": masked_token_loss(logits, text.input_ids, masks.words, count),
+            "report/accuracy": masked_token_accuracy(logits.detach(), text.input_ids, masks.words),
+        }
+
+    def _global_alignment(self) -> GlobalLocalAlignment:
+        if self.alignment is None or not self.config.global_weight:
+            raise NotImplementedError("method.global_weight=0: MPMA without a shared embedding space")
+        return self.alignment
+
+
+def _tokens(image: ImageFeatures) -> Tensor:
+    """[B, 1 + P, D] pooled feature and patches."""
+    return torch.cat([image.pooled[:, None], image.local], dim=1)
+
+
+def _report_head(text: MaskedTextEncoder, tied: bool) -> nn.Sequential:
+    embedding: Any = text.model.get_input_embeddings()
+    width = text.width
+    last = nn.Linear(width, embedding.num_embeddings)
+    if tied:
+        if embedding.embedding_dim != width:
+            raise EncoderError(
+                f"method.tie_words=true: the text model embeds tokens at width {embedding.embedding_dim}, "
+                f"its hidden states have {width}"
+            )
+        last.weight = embedding.weight
+    return nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width), last)
+
+
+@register("mpma", MPMAConfig)
+def build(config: Config, vocab_size: int) -> MPMA:
+    """MPMA as the config describes it (see `medvlp.methods.registry.build_method`).
+
+    Raises:
+        ConfigError: every weight is 0, or a first temperature outside its bounds.
+        EncoderError: see `MPMA`, `MaskedImageEncoder` and `MaskedTextEncoder`.
+    """
+    method: MPMAConfig = config.method  # type: ignore[assignment]
+    if not (method.image_weight or method.report_weight or method.global_weight or method.local_weight):
+        raise ConfigError("method.image_weight, report_weight, global_weight and local_weight are all 0")
+    if not method.temperature_min < method.temperature < method.temperature_max:
+        raise ConfigError(
+            f"method.temperature={method.temperature} must lie between method.temperature_min="
+            f"{method.temperature_min} and method.temperature_max={method.temperature_max}"
+        )
+    image, text = build_encoders_of(
+        partial(MaskedImageEncoder, fixed_positions=method.fixed_positions),
+        partial(MaskedTextEncoder, mask_token=method.mask_token),
+        config,
+        vocab_size,
+    )
+    return MPMA(method, image, text, config.train.seed)

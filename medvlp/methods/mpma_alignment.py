@@ -1,0 +1,146 @@
+"""MPMA's global and local alignment (GLA) as one module on encoded pairs."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from medvlp import distributed
+from medvlp.encoders.image import ImageFeatures
+from medvlp.encoders.projection import ProjectionHead
+from medvlp.losses.contrastive import contrastive_logits, in_batch_accuracy, paired_cross_entropy
+from medvlp.losses.cross_attention import patch_loss, word_loss
+from medvlp.losses.normalise import at_least_float32, unit_norm
+from medvlp.methods.mpma_config import MPMAConfig
+
+
+class LearnedTemperature(nn.Module):
+    """A temperature that training moves between two bounds.
+
+    Bounded by a sigmoid on the log scale: at the end of a clamp the gradient is 0, and the temperature would
+    stay there for ever.
+
+    Args:
+        start, low, high: first value and bounds, low < start < high.
+    """
+
+    def __init__(self, start: float, low: float, high: float) -> None:
+        super().__init__()
+        self.low, self.span = low, math.log(high / low)
+        share = math.log(start / low) / self.span
+        self.position = nn.Parameter(torch.tensor([math.log(share / (1 - share))]))
+
+    def forward(self) -> Tensor:
+        """The temperature, 0-d, in float32 or better."""
+        share = at_least_float32(self.position).sigmoid().squeeze(0)
+        return self.low * (self.span * share).exp()
+
+
+class GlobalLocalAlignment(nn.Module):
+    """Contrast of images with reports, and of patches and words with what they gather from each other.
+
+    Only the name is the paper's; the form follows CLIP (global) and MGCA and LoVT (local). A part whose
+    weight is 0 has no heads.
+
+    Args:
+        config: keys of the method.
+        image_width, patch_width, text_width: of the encoders' features.
+    """
+
+    def __init__(self, config: MPMAConfig, image_width: int, patch_width: int, text_width: int) -> None:
+        super().__init__()
+        self.config = config
+        if config.global_weight:
+            read = patch_width if config.summary == "mean" else image_width
+            self.image_head = _head(read, config)
+            self.report_head = _head(text_width, config)
+            self.temperature = LearnedTemperature(
+                config.temperature, config.temperature_min, config.temperature_max
+            )
+        if config.local_weight:
+            self.patch_head = nn.Linear(patch_width, config.embedding)
+            self.word_head = nn.Linear(text_width, config.embedding)
+
+    def forward(self, image: ImageFeatures, hidden: Tensor, words: Tensor) -> dict[str, Tensor]:
+        """Losses of a batch: "loss/global" and "loss/local", without those of weight 0.
+
+        Args:
+            image: features of the patches the encoder saw.
+            hidden: [B, L, D] hidden states of the reports.
+            words: [B, L] bool, tokens of the report that were not hidden from the encoder.
+
+        Besides the losses: "retrieval/top1" and "retrieval/top5", in-batch accuracy of both directions, and
+        "alignment/temperature".
+        """
+        terms: dict[str, Tensor] = {}
+        if self.config.global_weight:
+            terms |= self._global(self.embed_image(image), self.embed_report(hidden, words))
+        if self.config.local_weight:
+            terms["loss/local"] = self._local(self.embed_patches(image), self.embed_words(hidden), words)
+        return terms
+
+    def embed_image(self, image: ImageFeatures) -> Tensor:
+        """[B, E] unit-norm embeddings of images."""
+        summary = image.local.mean(1) if self.config.summary == "mean" else image.pooled
+        return unit_norm(self.image_head(summary))
+
+    def embed_report(self, hidden: Tensor, words: Tensor) -> Tensor:
+        """[B, E] unit-norm embeddings of reports with [B, L, D] hidden states and [B, L] visible words."""
+        summary = _mean(hidden, words) if self.config.summary == "mean" else hidden[:, 0]
+        return unit_norm(self.report_head(summary))
+
+    def embed_patches(self, image: ImageFeatures) -> Tensor:
+        """[B, P, E] unit-norm embeddings of patches."""
+        return unit_norm(self.patch_head(image.local))
+
+    def embed_words(self, hidden: Tensor) -> Tensor:
+        """[B, L, E] unit-norm embeddings of tokens."""
+        return unit_norm(self.word_head(hidden))
+
+    def ground(self, image: ImageFeatures, hidden: Tensor, words: Tensor) -> Tensor:
+        """[B, N, P] mean cosine of every patch with the words of N prompts, in [-1, 1]."""
+        prompts = _mean(self.embed_words(hidden), words)
+        return torch.einsum("bpd,nd->bnp", self.embed_patches(image), prompts)
+
+    def _global(self, image: Tensor, report: Tensor) -> dict[str, Tensor]:
+        if self.config.negatives == "global":
+            images = distributed.gather_with_gradient(image)
+            reports = distributed.gather_with_gradient(report)
+            offset = distributed.rank() * image.shape[0]
+        else:
+            images, reports, offset = image, report, 0
+        temperature = self.temperature()
+        to_reports = contrastive_logits(image, reports, temperature)
+        to_images = contrastive_logits(report, images, temperature)
+        both = paired_cross_entropy(to_reports, offset) + paired_cross_entropy(to_images, offset)
+        terms = {"loss/global": 0.5 * both, "alignment/temperature": temperature.detach()}
+        for k in (1, 5):
+            hits = in_batch_accuracy(to_reports, offset, k) + in_batch_accuracy(to_images, offset, k)
+            terms[f"retrieval/top{k}"] = 0.5 * hits
+        return terms
+
+    def _local(self, patches: Tensor, tokens: Tensor, words: Tensor) -> Tensor:
+        """Token losses of each pair by itself; nothing is gathered."""
+        config = self.config
+        temperatures = (config.token_temperature, config.attention_temperature)
+        word_weights = words / words.sum(1, keepdim=True).clamp(min=1)
+        patch_weights = patches.new_full(patches.shape[:2], 1.0 / patches.shape[1])
+        of_words = word_loss(tokens, patches, word_weights, words, *temperatures)
+        of_patches = patch_loss(patches, tokens, patch_weights, words, True, *temperatures)
+        return 0.5 * (of_words + of_patches)
+
+
+def _head(width: int, config: MPMAConfig) -> nn.Module:
+    if config.head == "batch_norm":
+        return ProjectionHead(width, config.head_hidden, config.embedding, config.batch_norm == "global")
+    return nn.Sequential(
+        nn.Linear(width, config.head_hidden), nn.GELU(), nn.Linear(config.head_hidden, config.embedding)
+    )
+
+
+def _mean(tokens: Tensor, valid: Tensor) -> Tensor:
+    """[B, L, D] tokens -> [B, D] mean of the valid ones, 0 without any."""
+    weights = (valid / valid.sum(1, keepdim=True).clamp(min=1)).to(tokens.dtype)
+    return (weights[:, None] @ tokens).squeeze(1)

@@ -1,0 +1,102 @@
+"""PLACE's contrastive losses on embeddings, over one rank or all of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from medvlp import distributed
+from medvlp.losses.contrastive import contrastive_logits, in_batch_accuracy, paired_cross_entropy
+from medvlp.losses.cross_attention import patch_loss, word_loss
+from medvlp.losses.normalise import unit_norm
+from medvlp.losses.observation_alignment import (
+    ObservationPairs,
+    allowed_negatives,
+    hungarian_pairs,
+    mean_of_reports,
+    observation_contrast,
+    soft_pairs,
+)
+from medvlp.methods.place_config import PLACEConfig
+
+
+def instance_terms(image: Tensor, report: Tensor, config: PLACEConfig) -> dict[str, Tensor]:
+    """Mean of both directions of the contrast between [B, D] unit-norm images and reports, and accuracies."""
+    everywhere = config.negatives == "global"
+    images = distributed.gather_with_gradient(image) if everywhere else image
+    reports = distributed.gather_with_gradient(report) if everywhere else report
+    offset = distributed.rank() * image.shape[0] if everywhere else 0
+    to_reports = contrastive_logits(image, reports, config.instance_temperature)
+    to_images = contrastive_logits(report, images, config.instance_temperature)
+    loss = 0.5 * (paired_cross_entropy(to_reports, offset) + paired_cross_entropy(to_images, offset))
+    terms = {"loss/instance": loss}
+    for k in (1, 5):
+        hits = in_batch_accuracy(to_reports, offset, k) + in_batch_accuracy(to_images, offset, k)
+        terms[f"retrieval/top{k}"] = 0.5 * hits
+    return terms
+
+
+def observation_terms(
+    observations: Tensor, sentences: Tensor, valid: Tensor, soft: bool, config: PLACEConfig
+) -> dict[str, Tensor]:
+    """Contrast between the observations of images and the sentences of their reports.
+
+    Args:
+        observations: [B, M, D] unit-norm. sentences: [B, S, D] unit-norm; valid: [B, S] bool. S is the same
+            on all ranks, so that sentences can be gathered.
+        soft: soft matching instead of the Hungarian one.
+        config: keys of the method.
+
+    Returns:
+        "loss/observation"; "observation/similarity": mean cosine of the pairs; "observation/excluded":
+        share of the other pairs that are no negatives because their sentences say the same.
+    """
+    if soft:
+        pairs = soft_pairs(observations, sentences, valid, config.assignment_temperature)
+    else:
+        pairs = hungarian_pairs(observations, sentences, valid)
+    threshold = config.false_negative_threshold if config.false_negative_threshold < 1 else None
+    batch, slots = valid.shape
+    own = torch.arange(slots, device=valid.device)
+    anchors = candidates = pairs
+    if config.negative_scope == "batch":
+        anchors = candidates = ObservationPairs(*(field.flatten(0, 1) for field in pairs))
+        own = torch.arange(batch * slots, device=valid.device)
+        if config.negatives == "global":
+            candidates = ObservationPairs(
+                distributed.gather_with_gradient(anchors.image),
+                distributed.gather_with_gradient(anchors.text),
+                distributed.gather_rows(anchors.kept.byte()).bool(),
+            )
+            own = own + distributed.rank() * batch * slots
+    allowed = allowed_negatives(anchors.text, candidates.text, candidates.kept, threshold)
+    losses = observation_contrast(anchors, candidates, allowed, own, config.observation_temperature)
+    similarity = (pairs.image * pairs.text).sum(2).detach()
+    return {
+        "loss/observation": mean_of_reports(losses.view(batch, slots), pairs.kept),
+        "observation/similarity": mean_of_reports(similarity, pairs.kept),
+        "observation/excluded": _share_excluded(anchors.kept, candidates.kept, allowed, own),
+    }
+
+
+def token_terms(patches: Tensor, words: Tensor, valid: Tensor, config: PLACEConfig) -> dict[str, Tensor]:
+    """MGCA's word and patch losses with equal weights of all words and of all patches.
+
+    Args:
+        patches: [B, P, D], words: [B, W, D], not normalised. valid: [B, W] bool.
+    """
+    patches, words = unit_norm(patches), unit_norm(words)
+    word_weights = valid / valid.sum(1, keepdim=True).clamp(min=1)
+    patch_weights = patches.new_full(patches.shape[:2], 1.0 / patches.shape[1])
+    temperatures = (config.token_temperature, config.attention_temperature)
+    return {
+        "loss/word": word_loss(words, patches, word_weights, valid, *temperatures),
+        "loss/patch": patch_loss(patches, words, patch_weights, valid, True, *temperatures),
+    }
+
+
+def _share_excluded(kept: Tensor, candidates: Tensor, allowed: Tensor, own: Tensor) -> Tensor:
+    """0-d share of existing (anchor, other candidate) pairs that are not `allowed`."""
+    others = kept[..., :, None] & candidates[..., None, :]
+    others = others.scatter(-1, own.expand(kept.shape)[..., None], False)
+    return (others & ~allowed).sum() / others.sum().clamp(min=1)

@@ -1,0 +1,221 @@
+"""PRIOR: prototype representation joint learning from images and reports (Cheng et al., ICCV 2023)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from medvlp.config import Config
+from medvlp.config_files import ConfigError
+from medvlp.data.batch import Text
+from medvlp.encoders.attention_pool import AttentionPool
+from medvlp.encoders.image import ImageEncoder, ImageFeatures, normalise_image
+from medvlp.encoders.sentences import sentence_means
+from medvlp.encoders.text import TextEncoder, TextFeatures
+from medvlp.losses.normalise import unit_norm
+from medvlp.methods.base import Progress
+from medvlp.methods.pair import Alignment, EncodedPair, PairMethod, build_encoders
+from medvlp.methods.prior_config import STAGES, PRIORConfig
+from medvlp.methods.prior_layout import patch_vectors
+from medvlp.methods.prior_objective import PRIORObjective, PRIORParts
+from medvlp.methods.registry import register
+
+_NO_SHARED_SPACE = "with method.global_weights of 0 PRIOR has no embeddings of images and reports"
+
+
+class PRIOR(Alignment):
+    """Images and reports aligned as a whole and sentence by sentence, with a bank of sentence prototypes.
+
+    Args:
+        config: keys of the method.
+        image: image backbone; text: text backbone (only their sizes and the normalisation are read).
+        staged: the stage is the optimiser phase + 1; false: `config.stage` throughout.
+
+    Raises:
+        ConfigError: factors that do not make a loss in every stage.
+        EncoderError: sizes that do not fit the encoders.
+    """
+
+    reached: Tensor
+
+    def __init__(
+        self, config: PRIORConfig, image: ImageEncoder, text: TextEncoder, staged: bool = False
+    ) -> None:
+        super().__init__()
+        _check_weights(config, staged)
+        self.config, self.staged = config, staged
+        self._normalisation = (image.config.mean, image.config.std)
+        self.size = config.reconstruction_size or image.image_size
+        stages = range(1, STAGES + 1) if staged else [config.stage]
+        self.patch_projection = _projection(image.local_width, config.embedding)
+        self.sentence_projection = _projection(text.width, config.embedding)
+        self.objective = PRIORObjective(config, stages, image.grid, self.size)
+        self.image_pool: AttentionPool | None = None
+        if self._embeds_images(stages):
+            places = image.grid[0] * image.grid[1]
+            self.image_pool = AttentionPool(image.local_width, config.pool_heads, places)
+            self.image_projection = _projection(image.local_width, config.embedding)
+        # Where training stood, kept with the weights: evaluation needs the stage and the bank's temperature.
+        self.register_buffer("reached", torch.tensor([self.objective.stage, 0, 1]))
+        self.register_load_state_dict_post_hook(_follow_reached)  # type: ignore[no-untyped-call]
+
+    def forward(self, pair: EncodedPair) -> dict[str, Tensor]:
+        """Losses of a batch by the terms of the stage, "loss", retrieval accuracies and temperatures.
+
+        The terms: "loss/global", "loss/local_image", "loss/local_text", "loss/bank", "loss/image",
+        "loss/sentence", "loss/score", "loss/generated". With "sentence", "score" or "generated" the host
+        waits for the device once, for the matching.
+        """
+        weights = self.config.weights(self.objective.stage)
+        sentences, valid = self._sentences(pair.text, pair.batch.text)
+        parts = PRIORParts(
+            image=self._image(pair.image) if "global" in weights else None,
+            patches=self._patches(pair.image),
+            sentences=sentences,
+            valid=valid,
+            target=self._target(pair.batch.image) if "image" in weights else None,
+        )
+        terms: dict[str, Tensor] = self.objective(parts)
+        return terms
+
+    def embed_image(self, features: ImageFeatures) -> Tensor:
+        return unit_norm(self._image(features)).float()
+
+    def embed_text(self, features: TextFeatures, text: Text) -> Tensor:
+        sentences, valid = self._mixed_sentences(features, text)
+        if self.objective.report_pool is None:
+            raise NotImplementedError(_NO_SHARED_SPACE)
+        return unit_norm(self.objective.report_pool(sentences, valid)).float()
+
+    @property
+    def scores_by_embedding(self) -> bool:
+        return self.config.zero_shot == "embedding"
+
+    def score(self, image: ImageFeatures, prompts: TextFeatures, text: Text) -> Tensor:
+        """Cosines, or as the published code: they depend on the other prompts given in the same call."""
+        cosine = self.embed_image(image) @ self.embed_text(prompts, text).T
+        if self.config.zero_shot == "embedding":
+            return cosine
+        assert self.objective.scale is not None
+        sentences, valid = self._mixed_sentences(prompts, text)
+        context = self.objective.cross_attention(
+            self._patches(image), sentences[None, :, 0], valid[None, :, 0]
+        )
+        attention = 0.5 * (context.image_weights.float().mean(1) + context.text_weights.float().mean(2))
+        scaled = self.objective.scale(cosine, exponential=False)
+        scores: Tensor = scaled.softmax(1) + 0.5 * attention.softmax(1)
+        return scores
+
+    def ground(self, image: ImageFeatures, prompts: TextFeatures, text: Text) -> Tensor:
+        """[B, N, P] sigmoid attention in [0, 1] of prompts to patches, mean over a prompt's sentences."""
+        if self.config.local_layout != "correct":
+            raise NotImplementedError("method.local_layout=official_view leaves patches without a place")
+        sentences, valid = self._mixed_sentences(prompts, text)
+        flat = sentences.flatten(0, 1)[None], valid.flatten()[None]
+        weights = self.objective.cross_attention(self._patches(image), *flat).text_weights.float()
+        maps = weights.view(len(weights), *valid.shape, -1).masked_fill(~valid[None, :, :, None], 0)
+        mean: Tensor = maps.sum(2) / valid.sum(1).clamp(min=1)[None, :, None]
+        return mean
+
+    def on_progress(self, progress: Progress) -> None:
+        """Set the stage and the bank's temperature of the next step."""
+        stage = min(progress.phase + 1, STAGES) if self.staged else self.config.stage
+        self._reach(stage, progress.step, progress.steps)
+        for slot, value in enumerate((stage, progress.step, progress.steps)):
+            self.reached[slot].fill_(value)  # a copy from the host would wait for the device
+
+    def _reach(self, stage: int, step: int, steps: int) -> None:
+        share = step / max(1, steps)
+        factor = {"fixed": 1.0, "linear": 1 - 0.9 * share, "exponential": 0.1**share}
+        self.objective.stage = stage
+        self.objective.temperature = self.config.bank_temperature * factor[self.config.bank_schedule]
+
+    def _embeds_images(self, stages: range | list[int]) -> bool:
+        """Whether a report embedding is learned with images, so that there is a shared space."""
+        return any("global" in self.config.weights(stage) for stage in stages)
+
+    def _image(self, features: ImageFeatures) -> Tensor:
+        if self.image_pool is None:
+            raise NotImplementedError(_NO_SHARED_SPACE)
+        projected: Tensor = self.image_projection(self.image_pool(features.local))
+        return projected
+
+    def _patches(self, features: ImageFeatures) -> Tensor:
+        projected: Tensor = self.patch_projection(patch_vectors(features.local, self.config))
+        return projected
+
+    def _sentences(self, features: TextFeatures, text: Text) -> tuple[Tensor, Tensor]:
+        """[B, S, E] projected means of the tokens of each sentence, and [B, S] which slots hold one.
+
+        The projection is linear, so the mean of the projected tokens is the projected mean.
+        """
+        if self.objective.generates:
+            slots = self.config.queries
+        else:
+            slots = min(self.config.max_sentences, text.sentence_index.shape[1])
+            if not text.sentence_index.is_cuda:  # on a CPU their number is there without waiting
+                slots = max(1, min(slots, int(text.sentence_index.max()) + 1))
+        means, valid = sentence_means(features.hidden, text, slots)
+        return self.sentence_projection(means), valid
+
+    def _mixed_sentences(self, features: TextFeatures, text: Text) -> tuple[Tensor, Tensor]:
+        """Sentences as the losses see them: from the bank, where the stage has it."""
+        if self.config.zero_shot == "official":
+            # A prompt is one sentence, to which [SEP] belongs.
+            tokens = F.pad(text.attention_mask[:, 1:] - 1, (1, 0), value=-1)
+            text = dataclasses.replace(text, sentence_index=tokens)
+        sentences, valid = self._sentences(features, text)
+        if self.objective.stage >= self.config.bank_stage:
+            sentences = self.objective.banked(sentences).sentences.to(sentences.dtype)
+        return sentences, valid
+
+    def _target(self, image: Tensor) -> Tensor:
+        """[B, 1, size, size] normalised image in float32."""
+        target = normalise_image(image, *self._normalisation).mean(1, keepdim=True)
+        if target.shape[-1] != self.size:
+            target = F.interpolate(target, size=(self.size, self.size), mode="area")
+        return target
+
+
+def _projection(width: int, embedding: int) -> nn.Linear:
+    """A linear layer that keeps the length of its input (published initialisation)."""
+    layer = nn.Linear(width, embedding)
+    nn.init.normal_(layer.weight, std=width**-0.5)
+    return layer
+
+
+def _check_weights(config: PRIORConfig, staged: bool) -> None:
+    names = [name for name in vars(config) if name.endswith("_weights")]
+    for name in names:
+        values = getattr(config, name)
+        if len(values) != STAGES or min(values) < 0:
+            raise ConfigError(
+                f"method.{name}={values}: give one factor of at least 0 for each of {STAGES} stages"
+            )
+    for stage in range(1, STAGES + 1) if staged else [config.stage]:
+        if not config.weights(stage):
+            raise ConfigError(
+                f"every method.*_weights is 0 in stage {stage}, which leaves no loss to train on"
+            )
+
+
+def _follow_reached(module: nn.Module, incompatible: object) -> None:
+    """After loading weights: the stage and temperature they were trained with."""
+    assert isinstance(module, PRIOR)
+    module._reach(*module.reached.tolist())
+
+
+@register("prior", PRIORConfig)
+def build(config: Config, vocab_size: int) -> PairMethod:
+    """PRIOR as the config describes it (see `medvlp.methods.registry.build_method`)."""
+    method: PRIORConfig = config.method  # type: ignore[assignment]
+    if config.prototypes.init != "random":
+        raise ConfigError(
+            f"prototypes.init={config.prototypes.init}: PRIOR's bank holds sentences, not embeddings of "
+            "images and reports; set prototypes.init=random"
+        )
+    image, text = build_encoders(config, vocab_size)
+    return PairMethod(image, text, PRIOR(method, image, text, staged=bool(config.optimizer.phases)))

@@ -1,0 +1,77 @@
+"""The keys of PRIOR; those that reproduce unsound behaviour of the published code say (published)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from medvlp.config import MethodConfig, key
+
+#: Stages of the training, from 1.
+STAGES = 3
+
+
+@dataclass
+class PRIORConfig(MethodConfig):
+    name: str = key("prior", "registered method; its own keys stand beside this one")
+    embedding: int = key(768, "width of the shared embedding space", 1)
+    pool_heads: int = key(8, "heads of the attention pools of images and reports", 1)
+    stage: int = key(3, "stage of the whole run; with optimizer.phases, phase i is stage i", 1, STAGES)
+
+    global_weights: list[float] = key([1.0, 1.0, 10.0], "image-report contrast: factor in each stage")
+    local_image_weights: list[float] = key([1.0, 1.0, 1.0], "patches and their contexts: factors")
+    local_text_weights: list[float] = key([1.0, 1.0, 1.0], "sentences and their contexts: factors")
+    bank_weights: list[float] = key(
+        [0.0, 10.0, 10.0], "distance of sentences to the bank's mixtures: factors"
+    )
+    image_weights: list[float] = key([0.0, 0.0, 1.0], "reconstruction of the image: factors")
+    sentence_weights: list[float] = key([0.0, 0.0, 10.0], "generation of sentence prototypes: factors")
+    score_weights: list[float] = key([0.0, 0.0, 1.0], "prototype scores of generated sentences: factors")
+    generated_weights: list[float] = key([0.0, 0.0, 1.0], "generated reports against true ones: factors")
+    temperature: float = key(0.07, "learned temperatures of the contrasts start here", 1e-4)
+
+    bank_stage: int = key(2, "first stage whose sentences go through the bank", 1, STAGES + 1)
+    prototypes: int = key(512, "sentence prototypes in the bank", 1)
+    bank_temperature: float = key(0.9, "temperature of the bank's softmax", 1e-3)
+    bank_schedule: Literal["fixed", "linear", "exponential"] = key(
+        "fixed", "how the bank's temperature falls to a tenth over the run"
+    )
+    bank_noise: Literal["training", "always", "never"] = key(
+        "training", "when Gumbel noise is added to the bank's scores; always: at test time too (published)"
+    )
+    max_sentences: int = key(64, "sentences of a report that take part where none are generated", 1)
+
+    queries: int = key(16, "generated sentences; where they are, reports are cut to as many", 1)
+    decoder_layers: int = key(8, "layers of the sentence decoder", 1)
+    decoder_heads: int = key(12, "attention heads of the sentence decoder", 1)
+    decoder_hidden: int = key(3072, "width of the sentence decoder's feed-forward layers", 1)
+    decoder_dropout: float = key(0.1, "dropout of the sentence decoder", 0, 1)
+    image_decoder_width: int = key(768, "channels of the image decoder's first block; they halve", 1)
+    reconstruction_size: int | None = key(
+        None, "side of the reconstructed image in pixels; default: the image's", 8
+    )
+    channel_dropout: float = key(0.5, "share of the image's feature channels that the decoder misses", 0, 1)
+
+    local_layout: Literal["correct", "official_view"] = key(
+        "correct", "official_view: patches are slices across channels and places (published)"
+    )
+    wrong_permutation: bool = key(False, "true: matched sentences change places the wrong way (published)")
+    causal_decoder: bool = key(False, "true: generated sentence i sees only those before it (published)")
+    rank_means: bool = key(False, "true: means over sentences are those of each rank alone (published)")
+    zero_shot: Literal["embedding", "official"] = key(
+        "embedding", "scores of prompts: cosines, or cosines and local attention without exp (published)"
+    )
+
+    def weights(self, stage: int) -> dict[str, float]:
+        """The terms of stage 1, 2 or 3 that are computed, with their factors."""
+        factors = {
+            "global": self.global_weights,
+            "local_image": self.local_image_weights,
+            "local_text": self.local_text_weights,
+            "bank": self.bank_weights,
+            "image": self.image_weights,
+            "sentence": self.sentence_weights,
+            "score": self.score_weights,
+            "generated": self.generated_weights,
+        }
+        return {term: values[stage - 1] for term, values in factors.items() if values[stage - 1]}

@@ -1,0 +1,223 @@
+"""PRIOR's losses in its three stages, as one module that takes projected features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from medvlp import distributed
+from medvlp.encoders.attention_pool import AttentionPool
+from medvlp.encoders.learned_scale import LearnedScale
+from medvlp.encoders.local_attention import LocalContext, LocalCrossAttention
+from medvlp.encoders.sentence_decoder import SentenceDecoder
+from medvlp.encoders.upsampling import UpsamplingDecoder
+from medvlp.losses.contrastive import contrastive_logits, in_batch_accuracy, paired_cross_entropy
+from medvlp.losses.masked_mean import masked_mean
+from medvlp.losses.normalise import at_least_float32, unit_norm
+from medvlp.losses.prototype import score_divergence
+from medvlp.losses.sentence_contrast import sentence_contrast
+from medvlp.losses.set_prediction import reorder, set_distance
+from medvlp.losses.simsiam import simsiam
+from medvlp.methods.prior_config import PRIORConfig
+from medvlp.methods.prior_layout import feature_map
+from medvlp.prototypes.sentence_bank import BankedSentences, SentenceBank, gumbel_noise
+
+#: Terms that need sentences from the bank whatever the stage.
+_BANKED = {"bank", "sentence", "score", "generated"}
+#: Terms that need generated sentences.
+_GENERATED = {"sentence", "score", "generated"}
+
+
+class PRIORParts(NamedTuple):
+    """What the losses start from.
+
+    Attributes:
+        image: [B, E] projected global features; None where no term contrasts images with reports.
+        patches: [B, P, E] projected patches.
+        sentences: [B, S, E] sentence embeddings. valid: [B, S] bool, slots that hold one.
+        target: [B, 1, H, W] normalised image; None where it is not reconstructed.
+        noise: Gumbel noise [B, S, K] of the true and of the generated sentences; None: drawn here.
+    """
+
+    image: Tensor | None
+    patches: Tensor
+    sentences: Tensor
+    valid: Tensor
+    target: Tensor | None = None
+    noise: tuple[Tensor, Tensor] | None = None
+
+
+class PRIORObjective(nn.Module):
+    """Global and local alignment, sentence bank, image and sentence decoders (PRIOR, ICCV 2023).
+
+    Only the parts that some term of the stages to come needs are built.
+
+    Attributes:
+        stage: 1, 2 or 3. temperature: of the bank's softmax. Both are set from outside before a step.
+
+    Args:
+        config: keys of the method.
+        stages: the stages this objective will be in.
+        grid: (rows, columns) of the patches.
+        size: side of the reconstructed image in pixels.
+    """
+
+    def __init__(self, config: PRIORConfig, stages: Sequence[int], grid: tuple[int, int], size: int) -> None:
+        super().__init__()
+        self.config, self.grid = config, grid
+        self.stage, self.temperature = stages[0], config.bank_temperature
+        width = config.embedding
+        terms = {term for stage in stages for term in config.weights(stage)}
+        contrasts = bool(terms & {"global", "generated"})
+        self.report_pool = AttentionPool(width, config.pool_heads) if contrasts else None
+        self.scale = LearnedScale(config.temperature) if contrasts else None
+        self.cross_attention = LocalCrossAttention(width)
+        self.predictor = _predictor(width) if "local_image" in terms else None
+        self.local_scale = LearnedScale(config.temperature) if "local_text" in terms else None
+        mixes = bool(terms & _BANKED) or max(stages) >= config.bank_stage
+        self.bank = SentenceBank(config.prototypes, width) if mixes else None
+        self.channel_dropout = nn.Dropout2d(config.channel_dropout)
+        self.image_decoder = self.sentence_decoder = None
+        if "image" in terms:
+            sizes = config.image_decoder_width, grid, size, config.batch_norm == "global"
+            self.image_decoder = UpsamplingDecoder(2 * width, *sizes)
+        if terms & _GENERATED:
+            self.sentence_decoder = SentenceDecoder(
+                width,
+                config.queries,
+                config.decoder_layers,
+                config.decoder_heads,
+                config.decoder_hidden,
+                config.decoder_dropout,
+                config.causal_decoder,
+            )
+
+    @property
+    def generates(self) -> bool:
+        """Whether sentences are generated in this stage, so that reports are cut to `queries` sentences."""
+        return bool(_GENERATED & self.config.weights(self.stage).keys())
+
+    def forward(self, parts: PRIORParts) -> dict[str, Tensor]:
+        """All terms of the stage as 0-d tensors; "loss" is their weighted sum."""
+        weights = self.config.weights(self.stage)
+        sentences, valid = parts.sentences, parts.valid
+        noise = parts.noise or (None, None)
+        banked = None
+        if self.stage >= self.config.bank_stage or _BANKED & weights.keys():
+            banked = self.banked(sentences, noise[0])
+        if banked is not None and self.stage >= self.config.bank_stage:
+            sentences = banked.sentences.to(parts.patches.dtype)
+        terms: dict[str, Tensor] = {}
+        if "global" in weights:
+            assert parts.image is not None
+            assert self.report_pool is not None
+            terms |= self._global(parts.image, self.report_pool(sentences, valid))
+        if weights.keys() & {"local_image", "local_text", "image"}:
+            context = self.cross_attention(parts.patches, sentences, valid)
+            terms |= self._local(parts, sentences, context, weights)
+        if banked is not None and "bank" in weights:
+            distance = (banked.sentences - at_least_float32(parts.sentences)).abs().mean(2)
+            terms["loss/bank"] = masked_mean(distance, valid, self._mean_over_ranks)
+        if banked is not None and _GENERATED & weights.keys():
+            terms |= self._generation(parts, banked, weights, noise[1])
+        loss = torch.stack([weight * terms[f"loss/{name}"] for name, weight in weights.items()]).sum()
+        return {"loss": loss} | terms
+
+    def banked(self, sentences: Tensor, noise: Tensor | None = None) -> BankedSentences:
+        """[B, S, E] sentences as mixtures of the bank's prototypes, with the noise that is due."""
+        assert self.bank is not None
+        wanted = self.config.bank_noise
+        if noise is None and (wanted == "always" or (wanted == "training" and self.training)):
+            noise = gumbel_noise((*sentences.shape[:-1], self.config.prototypes), sentences)
+        mixed: BankedSentences = self.bank(sentences, self.temperature, noise)
+        return mixed
+
+    def _global(self, image: Tensor, report: Tensor) -> dict[str, Tensor]:
+        """Contrast of images and reports, its accuracy inside the batch, and its temperature."""
+        assert self.scale is not None
+        loss, to_reports, to_images, offset = self._contrast(image, report)
+        terms = {"loss/global": loss}
+        for k in (1, 5):
+            hits = in_batch_accuracy(to_reports, offset, k) + in_batch_accuracy(to_images, offset, k)
+            terms[f"retrieval/top{k}"] = 0.5 * hits
+        terms["temperature/global"] = 1 / self.scale(loss.new_ones(())).detach().squeeze()
+        return terms
+
+    def _contrast(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Mean of both directions' InfoNCE between [B, E] vectors; with the logits and the first column."""
+        assert self.scale is not None
+        first, second, offset = unit_norm(first), unit_norm(second), 0
+        firsts, seconds = first, second
+        if self.config.negatives == "global":
+            firsts, seconds = (distributed.gather_with_gradient(value) for value in (first, second))
+            offset = distributed.rank() * first.shape[0]
+        to_second = contrastive_logits(self.scale(first), seconds, 1.0)
+        to_first = contrastive_logits(self.scale(second), firsts, 1.0)
+        loss = 0.5 * (paired_cross_entropy(to_second, offset) + paired_cross_entropy(to_first, offset))
+        return loss, to_second, to_first, offset
+
+    def _local(
+        self, parts: PRIORParts, sentences: Tensor, context: LocalContext, weights: dict[str, float]
+    ) -> dict[str, Tensor]:
+        """Local alignment of patches and of sentences, and the reconstructed image."""
+        patches, terms = parts.patches, {}
+        some = parts.valid.any(1)
+        if "local_image" in weights:
+            assert self.predictor is not None
+            predicted = self.predictor(patches), self.predictor(context.image)
+            each = simsiam(patches, context.image, *predicted).mean(1)
+            terms["loss/local_image"] = (each * some).mean()
+        if "local_text" in weights:
+            assert self.local_scale is not None
+            scaled = self.local_scale(unit_norm(sentences))
+            terms["loss/local_text"] = sentence_contrast(scaled, unit_norm(context.text), parts.valid)
+            terms["temperature/local"] = 1 / self.local_scale(scaled.new_ones(())).detach().squeeze()
+        if "image" in weights:
+            assert self.image_decoder is not None
+            assert parts.target is not None
+            masked = self.channel_dropout(feature_map(patches, self.grid, self.config))
+            of_text = feature_map(context.image, self.grid, self.config)
+            image = self.image_decoder(torch.cat([masked, of_text], 1))
+            terms["loss/image"] = F.l1_loss(at_least_float32(image), parts.target)
+        return terms
+
+    def _generation(
+        self, parts: PRIORParts, banked: BankedSentences, weights: dict[str, float], noise: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Sentences generated from the image, against the bank's mixtures of the true ones."""
+        assert self.sentence_decoder is not None
+        valid, terms = parts.valid, {}
+        target = banked.sentences.masked_fill(~valid[:, :, None], 0)
+        generated = self.sentence_decoder(parts.patches)
+        generated = reorder(generated, target, self.config.wrong_permutation)
+        if "sentence" in weights:
+            terms["loss/sentence"] = (set_distance(generated, target) * valid.any(1)).mean()
+        if not weights.keys() & {"score", "generated"}:
+            return terms
+        again = self.banked(generated, noise)
+        if "score" in weights:
+            divergence = score_divergence(banked.scores, again.scores)
+            terms["loss/score"] = masked_mean(divergence, valid, self._mean_over_ranks)
+        if "generated" in weights:
+            assert self.report_pool is not None
+            dtype = parts.patches.dtype
+            reports = (self.report_pool(side.sentences.to(dtype), valid) for side in (again, banked))
+            terms["loss/generated"] = self._contrast(*reports)[0]
+        return terms
+
+    def _mean_over_ranks(self, count: Tensor) -> Tensor:
+        """What `masked_mean` divides by: the mean over ranks, or this rank's own number."""
+        if self.config.rank_means or self.config.negatives == "local":
+            return count
+        return distributed.sum_over_ranks(count) / distributed.world_size()
+
+
+def _predictor(width: int) -> nn.Sequential:
+    """SimSiam's bottleneck without batch norm, as published."""
+    first = nn.Linear(width, max(1, width // 2))
+    nn.init.normal_(first.weight, std=width**-0.5)
+    return nn.Sequential(first, nn.ReLU(), nn.Linear(first.out_features, width))

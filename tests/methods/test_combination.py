@@ -1,0 +1,152 @@
+"""The combination: parts with weights on shared encoders, its config, corners, and several ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from medvlp.config import Config
+from medvlp.config_files import ConfigError, load
+from medvlp.distributed import rank, world_size
+from medvlp.methods.base import Progress
+from medvlp.methods.combination_config import CombinationConfig
+from medvlp.methods.mgca_config import MGCAConfig
+from medvlp.methods.pair import PairMethod
+from medvlp.methods.place_config import PLACEConfig
+from medvlp.methods.prior_config import PRIORConfig
+from medvlp.methods.registry import build_method, schemas
+from tests.methods import small_mgca
+from tests.methods.small_mgca import VOCABULARY, rows_of
+from tests.methods.small_place import SMALL as SMALL_PLACE
+from tests.methods.small_place import report_batch
+
+NONE = [0.0, 0.0, 0.0]
+REPORTS = [[3, 2], [4], [1, 1, 1], [2, 5]]
+
+
+def small_config(image: str = "vit", prior: dict[str, Any] | None = None, **method: Any) -> Config:
+    """The shipped recipe in small: MGCA, PRIOR's bank, PLACE's correlations."""
+    config = small_mgca.small_config(image)
+    bank: dict[str, Any] = {
+        "stage": 2,
+        "embedding": 8,
+        "prototypes": 6,
+        "bank_noise": "never",
+        "global_weights": NONE,
+        "local_image_weights": NONE,
+        "local_text_weights": [1.0, 1.0, 1.0],
+        "bank_weights": [0.0, 10.0, 10.0],
+    }
+    place = {**SMALL_PLACE, "instance_weight": 0.0, "observation_weight": 0.0, "diversity_weight": 0.0}
+    config.method = CombinationConfig(
+        mgca=MGCAConfig(embedding=8, head_hidden=16, prototypes=6),
+        prior=PRIORConfig(**{**bank, **(prior or {})}),
+        place=PLACEConfig(**place),
+        **method,
+    )
+    return config
+
+
+def small_combination(image: str = "vit", **method: Any) -> PairMethod:
+    torch.manual_seed(0)
+    built = build_method(small_config(image, **method), VOCABULARY)
+    assert isinstance(built, PairMethod)
+    return built
+
+
+@pytest.mark.parametrize("image", ["vit", "resnet"])
+def test_the_loss_is_the_weighted_sum_of_the_parts(image: str) -> None:
+    model = small_combination(image, mgca_weight=1.0, prior_weight=0.25, place_weight=3.0)
+    terms = model(report_batch(REPORTS))
+    expected = terms["mgca/loss"] + 0.25 * terms["prior/loss"] + 3.0 * terms["place/loss"]
+    torch.testing.assert_close(terms["loss"], expected)
+    assert {"mgca/loss/instance", "prior/loss/bank", "place/loss/correlation"} <= set(terms)
+    assert "prior/loss/global" not in terms
+    terms["loss"].backward()
+    for name in ("alignment.parts.mgca", "alignment.parts.prior", "alignment.parts.place", "image_encoder"):
+        gradients = [p.grad for n, p in model.named_parameters() if n.startswith(name) and p.grad is not None]
+        assert sum(gradient.abs().sum() for gradient in gradients) > 0, name
+
+
+def test_a_part_alone_is_that_method() -> None:
+    alone = small_combination(prior_weight=0.0, place_weight=0.0)
+    torch.manual_seed(0)
+    config = small_mgca.small_config()
+    mgca = build_method(config, VOCABULARY)
+    renamed = {name.replace("parts.mgca.", ""): value for name, value in alone.state_dict().items()}
+    mgca.load_state_dict(renamed)
+    batch = report_batch(REPORTS)
+    torch.testing.assert_close(alone(batch)["loss"], mgca(batch)["loss"])
+    alone.eval(), mgca.eval()
+    torch.testing.assert_close(alone.encode_image(batch.image), mgca.encode_image(batch.image))
+    assert alone.prototype_user.prototype_size() == (6, 8)
+    assert alone.parameters_without_decay() == {"alignment.parts.mgca.objective.prototypes.weight"}
+
+
+def test_progress_reaches_every_part() -> None:
+    model = small_combination()
+    model.on_progress(Progress(epoch=0, step=0, steps=10))
+    parts = model.alignment.parts
+    assert parts["mgca"].objective.frozen
+    model.on_progress(Progress(epoch=5, step=5, steps=10))
+    assert not parts["mgca"].objective.frozen
+    assert not parts["place"].soft
+
+
+def test_ranks_of_the_parts_follow_the_combination() -> None:
+    model = small_combination(negatives="local", batch_norm="local")
+    assert {part.config.negatives for part in model.alignment.parts.values()} == {"local"}
+
+
+@pytest.mark.parametrize("reports", [[[1]], [[], []], [[12]], [[], [3]]])
+def test_corners_stay_finite(reports: list[list[int]]) -> None:
+    model = small_combination()
+    terms = model(report_batch(reports))
+    terms["loss"].backward()
+    assert all(value.isfinite() for value in terms.values())
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_the_embedding_part_needs_a_weight() -> None:
+    with pytest.raises(ConfigError, match="embeds_with=mgca"):
+        small_combination(mgca_weight=0.0)
+
+
+def test_keys_of_parts_are_checked_and_named(tmp_path) -> None:
+    file = tmp_path / "combination.yaml"
+    file.write_text("method: {name: combination, place: {patch_dorp: 0.5}}\n")
+    with pytest.raises(ConfigError, match=r"method\.place\.patch_dorp.*method\.place\.patch_drop"):
+        load([file], [], schemas())
+    file.write_text("method: {name: combination, mgca: {prototypes: 0}}\n")
+    with pytest.raises(ConfigError, match=r"method\.mgca\.prototypes=0 is out of range"):
+        load([file], ["data.root=/nowhere", "run.dir=/nowhere"], schemas())
+
+
+def gradients(reports: list[list[int]]) -> dict[str, np.ndarray]:
+    """Mean over ranks of the gradient of each rank's rows."""
+    model = small_combination().double()
+    share = len(reports) // world_size()
+    batch = rows_of(report_batch(reports), rank() * share, (rank() + 1) * share, trim=False)
+    model(batch)["loss"].backward()
+    found = {}
+    for name, parameter in model.named_parameters():
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        if world_size() > 1:
+            torch.distributed.all_reduce(gradient)
+        found[name] = (gradient / world_size()).numpy()
+    return found
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_gradient_equals_that_of_one_process(gloo_pool, ranks: int) -> None:
+    reports = [[3, 2], [4], [1, 1, 1], [2, 5], [2], [6, 1], [3, 3], [1, 4]]
+    expected = gradients(reports)
+    for found in gloo_pool(ranks).run(gradients, reports):
+        for name, gradient in found.items():
+            # Sinkhorn codes are float32, so gradients agree to about 1e-7 of the largest.
+            scale = np.abs(expected[name]).max()
+            np.testing.assert_allclose(gradient, expected[name], atol=2e-6 * max(1e-3, scale), err_msg=name)

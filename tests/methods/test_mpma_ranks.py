@@ -1,0 +1,116 @@
+"""MPMA on several ranks: the single-process gradient with the same masks, and every ZeRO stage."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from medvlp.config import OptimizerConfig
+from medvlp.distributed import rank
+from medvlp.methods.base import Progress
+from medvlp.training.batch_plan import BatchPlan
+from medvlp.training.engine import Engine
+from tests.methods.small_mgca import rows_of, small_batch
+from tests.methods.small_mpma import small_config, small_mpma
+
+pytestmark = pytest.mark.dist
+
+WORDS = [3, 7, 1, 5, 2, 6, 4, 1]
+NO_GRADIENT = ("key.bias", "qkv.bias", "head.linear1.bias", "head.linear2.bias")
+SUMS = ("loss", "loss/image", "loss/report", "loss/global", "loss/local")
+
+
+def gradients(ranks: int, method: dict) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Terms and gradients averaged over ranks, in float64, of this rank's part of one batch."""
+    model = small_mpma(**method).double()
+    model.on_progress(Progress(0, 17, 100))
+    batch = small_batch(WORDS)
+    each = len(WORDS) // ranks
+    own = rows_of(batch, rank() * each, (rank() + 1) * each) if ranks > 1 else batch
+    terms = model(own)
+    terms["loss"].backward()
+    averaged = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            gradient = parameter.grad.clone()
+            if ranks > 1:
+                dist.all_reduce(gradient)
+            averaged[name] = (gradient / ranks).numpy()
+    return {name: terms[name].item() for name in SUMS}, averaged
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(
+    "method", [{}, {"masking": "separate", "memory": "retrieval", "summary": "mean", "head": "mlp"}]
+)
+def test_gradient_equals_the_single_process_one(gloo_pool, ranks: int, method: dict) -> None:
+    terms, expected = gradients(1, method)
+    results = gloo_pool(ranks).run(gradients, ranks, method)
+    for name, value in terms.items():
+        assert np.mean([own[name] for own, _ in results]) == pytest.approx(value, rel=1e-6), name
+    for _, averaged in results:
+        for name, value in expected.items():
+            # Retrieval and the temperature compute in float32.
+            scale = max(1e-3, np.abs(value).max())
+            np.testing.assert_allclose(averaged[name], value, atol=2e-6 * scale, err_msg=name)
+
+
+def test_local_negatives_are_one_ranks_own(gloo_pool) -> None:
+    local = {"negatives": "local", "batch_norm": "local"}
+    results = gloo_pool(2).run(gradients, 2, local)
+    for (own, _), start in zip(results, (0, 4), strict=True):
+        model = small_mpma(**local).double()
+        model.on_progress(Progress(0, 17, 100))
+        alone = model(rows_of(small_batch(WORDS), start, start + 4))
+        assert own["loss/global"] == pytest.approx(alone["loss/global"].item(), rel=1e-9)
+    whole, _ = gradients(1, {})
+    assert abs(np.mean([own["loss/global"] for own, _ in results]) - whole["loss/global"]) > 1e-2
+
+
+def train_with_deepspeed(stage: int, precision: str, method: dict) -> dict[str, np.ndarray]:
+    """Weights on rank 0 after three steps."""
+    config = small_config(**method)
+    config.zero.stage, config.precision = stage, precision
+    # Adam would scale the rounding noise in the gradients of key biases, which are 0, to full steps.
+    config.optimizer = OptimizerConfig(name="sgd", weight_decay=0.0)
+    # Everything is sharded, however small.
+    config.deepspeed = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if stage == 3 else {}
+    model = small_mpma(**method)
+    engine = Engine(model, config, BatchPlan(8, 4, 1, 2), torch.device("cpu"))
+    own = rows_of(small_batch(WORDS), rank() * 4, rank() * 4 + 4)
+    for step in range(3):
+        model.on_progress(Progress(0, step, 3))
+        engine.set_learning_rate(0.05)
+        engine.backward(engine.forward(own)["loss"])
+        engine.step()
+    weights = engine.full_weights()
+    engine.close()
+    return {name: value.numpy() for name, value in weights.items()}
+
+
+@pytest.mark.parametrize(
+    "method", [{"tie_words": True}, {"memory": "retrieval", "decoder_reads_report": True}]
+)
+def test_every_zero_stage_trains_alike(gloo_pool, method: dict) -> None:
+    expected = gloo_pool(2).run(train_with_deepspeed, 0, "fp32", method)[0]
+    start = small_mpma(**method).state_dict()
+    for stage in (2, 3):
+        found = gloo_pool(2).run(train_with_deepspeed, stage, "fp32", method)[0]
+        assert set(found) == set(expected)
+        for name, value in expected.items():
+            np.testing.assert_allclose(found[name], value, atol=2e-5, err_msg=f"stage {stage}: {name}")
+    fixed = "image_encoder.backbone.pos_embed"
+    np.testing.assert_array_equal(expected[fixed], start[fixed].numpy())
+    moved = [name for name in expected if np.abs(expected[name] - start[name].numpy()).max() > 1e-7]
+    assert "text_encoder.mask_embedding.weight" in moved
+    assert "decoder.mask_token" in moved
+    # Softmax leaves the bias of keys without gradient, a batch norm that of the layer before it.
+    still = {name for name in set(expected) - set(moved) if not name.endswith(NO_GRADIENT)}
+    assert still == {fixed}
+
+
+def test_sixteen_bit_at_stage_three(gloo_pool) -> None:
+    for weights in gloo_pool(2).run(train_with_deepspeed, 3, "bf16", {}):
+        assert all(np.isfinite(value).all() for value in weights.values())

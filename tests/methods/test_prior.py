@@ -1,0 +1,306 @@
+"""PRIOR as a whole: corners, precisions, stages, options, the bank's schedule, embeddings, errors."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medvlp.config import PhaseConfig
+from medvlp.config_files import ConfigError
+from medvlp.encoders.errors import EncoderError
+from medvlp.losses.masked_mean import masked_mean
+from medvlp.losses.sentence_contrast import sentence_contrast
+from medvlp.losses.simsiam import simsiam
+from medvlp.methods.base import Progress
+from medvlp.methods.registry import build_method, schemas
+from medvlp.prototypes.sentence_bank import gumbel_noise
+from tests.methods.small_mgca import VOCABULARY, rows_of
+from tests.methods.small_prior import report_batch, small_prior, small_prior_config
+
+OFFICIAL: dict[str, Any] = {
+    "bank_noise": "always",
+    "local_layout": "official_view",
+    "wrong_permutation": True,
+    "causal_decoder": True,
+    "rank_means": True,
+    "zero_shot": "official",
+}
+ALIGNED = {"loss/global", "loss/local_image", "loss/local_text"}
+TERMS = {
+    1: ALIGNED,
+    2: ALIGNED | {"loss/bank"},
+    3: ALIGNED | {"loss/bank", "loss/image", "loss/sentence", "loss/score", "loss/generated"},
+}
+METRICS = {"loss", "retrieval/top1", "retrieval/top5", "temperature/global", "temperature/local"}
+REPORTS = [[3, 2], [1, 4, 2, 1], [5], [2, 2, 2], [1], [3, 3]]
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    reports=st.lists(st.lists(st.integers(1, 4), max_size=6), min_size=1, max_size=4),
+    stage=st.sampled_from([1, 2, 3]),
+    official=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    image=st.sampled_from(["vit", "resnet"]),
+)
+def test_any_batch_gives_finite_loss_and_gradients(
+    reports: list[list[int]], stage: int, official: bool, dtype: torch.dtype, image: str
+) -> None:
+    model = small_prior(image, stage=stage, **(OFFICIAL if official else {})).to(dtype)
+    batch = report_batch(reports)
+    copies = [value.clone() for value in (batch.image, batch.text.input_ids, batch.text.sentence_index)]
+    terms = model(batch)
+    assert set(terms) == TERMS[stage] | METRICS
+    assert all(value.ndim == 0 and value.isfinite() for value in terms.values())
+    assert terms["loss"].dtype == torch.float32
+    terms["loss"].backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        # Batch norms of equal values multiply rounding by 300, which fp16 cannot always hold.
+        assert parameter.grad.isfinite().all() or dtype == torch.float16, name
+    for before, after in zip(
+        copies, (batch.image, batch.text.input_ids, batch.text.sentence_index), strict=True
+    ):
+        assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_fp16_gradients_are_finite(stage: int) -> None:
+    model = small_prior(stage=stage).half()
+    model(report_batch(REPORTS))["loss"].backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+
+
+def test_reports_of_one_sentence_or_none_add_nothing_to_the_local_losses() -> None:
+    one = small_prior(stage=1)(report_batch([[4]]))
+    assert one["loss/local_text"] == 0
+    assert one["loss/local_image"] != 0
+    for stage in (1, 2, 3):
+        none = small_prior(stage=stage)(report_batch([[], []]))
+        for name in TERMS[stage] - {"loss/global", "loss/generated", "loss/image"}:
+            assert none[name] == 0, name
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_neither_padding_nor_order_of_samples_matters(stage: int) -> None:
+    batch = report_batch(REPORTS, length=16)
+    short = rows_of(batch, 0, len(REPORTS))
+    assert short.text.input_ids.shape[1] < 16
+    model = small_prior(stage=stage)
+    whole = model(batch)
+    flipped_text = type(batch.text)(*(value.flip(0) for value in vars(batch.text).values()))
+    flipped = type(batch)(batch.image.flip(0), flipped_text, batch.sample, batch.labels, batch.keys)
+    for other in (short, flipped):
+        for name, value in model(other).items():
+            torch.testing.assert_close(value, whole[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_sentences_beyond_the_limits_take_no_part() -> None:
+    reports = [[1] * 9, [1] * 8]
+    first_four = report_batch(reports)
+    beyond = first_four.text.sentence_index >= 4
+    assert beyond.any()
+    cut = report_batch(reports)
+    cut.text.sentence_index[beyond] = -1
+    for options in ({"stage": 3}, {"stage": 2, "max_sentences": 4}):
+        model = small_prior(**options)
+        torch.testing.assert_close(model(first_four)["loss"], model(cut)["loss"])
+    model = small_prior(stage=2)
+    assert abs(model(first_four)["loss"] - model(cut)["loss"]) > 1e-4
+
+
+def test_weights_and_terms_add_up_and_zero_weights_cost_nothing() -> None:
+    model = small_prior(global_weights=[0, 0, 3.0], score_weights=[0, 0, 0.5], image_weights=[0, 0, 0])
+    assert model.alignment.objective.image_decoder is None
+    terms = model(report_batch(REPORTS))
+    assert "loss/image" not in terms
+    factors = {
+        "global": 3,
+        "local_image": 1,
+        "local_text": 1,
+        "bank": 10,
+        "sentence": 10,
+        "score": 0.5,
+        "generated": 1,
+    }
+    expected = sum(factor * terms[f"loss/{name}"] for name, factor in factors.items())
+    torch.testing.assert_close(terms["loss"], expected)
+
+
+def test_bank_and_local_text_alone() -> None:
+    off = {
+        f"{name}_weights": [0.0, 0.0, 0.0]
+        for name in ("global", "local_image", "image", "sentence", "score", "generated")
+    }
+    model = small_prior(stage=2, **off)
+    terms = model(report_batch(REPORTS))
+    assert {name for name in terms if name.startswith("loss/")} == {"loss/local_text", "loss/bank"}
+    terms["loss"].backward()
+    without = {name for name, parameter in model.alignment.named_parameters() if parameter.grad is None}
+    image_side = {"query1", "key2", "value2"}  # patches attend to sentences in the other losses only
+    assert {name.split(".")[2] for name in without} == image_side
+    with pytest.raises(NotImplementedError, match="global_weights"):
+        model.encode_image(report_batch(REPORTS).image)
+
+
+def test_phases_are_stages() -> None:
+    config = small_prior_config()
+    config.optimizer.phases = [PhaseConfig(epochs=1, lr=1e-4)] * 3
+    model = build_method(config, VOCABULARY)
+    batch = report_batch(REPORTS)
+    for phase in (0, 1, 2):
+        model.on_progress(Progress(phase, phase, 3, phase))
+        assert set(model(batch)) == TERMS[phase + 1] | METRICS
+    without = small_prior(stage=2)
+    without.on_progress(Progress(0, 0, 3, 2))
+    assert set(without(batch)) == TERMS[2] | METRICS
+
+
+@pytest.mark.parametrize(
+    ("schedule", "temperatures"),
+    [
+        ("fixed", [0.9, 0.9, 0.9]),
+        ("linear", [0.9, 0.495, 0.09]),
+        ("exponential", [0.9, 0.9 * 0.1**0.5, 0.09]),
+    ],
+)
+def test_bank_temperature_and_stage_come_back_with_the_weights(
+    schedule: str, temperatures: list[float]
+) -> None:
+    config = small_prior_config(bank_schedule=schedule)
+    config.optimizer.phases = [PhaseConfig(epochs=1, lr=1e-4)] * 3
+    model = build_method(config, VOCABULARY)
+    for phase, expected in enumerate(temperatures):
+        model.on_progress(Progress(0, 50 * phase, 100, phase))
+        assert model.alignment.objective.temperature == pytest.approx(expected)
+        loaded = build_method(config, VOCABULARY)
+        assert loaded.alignment.objective.stage == 1
+        loaded.load_state_dict(model.state_dict())
+        assert loaded.alignment.objective.stage == phase + 1
+        assert loaded.alignment.objective.temperature == pytest.approx(expected)
+
+
+def test_noise_is_gumbel_drawn_from_the_default_generator_in_training_only() -> None:
+    torch.manual_seed(3)
+    noise = gumbel_noise((200_000,), torch.zeros(1))
+    assert noise.mean().item() == pytest.approx(0.5772, abs=0.01)
+    assert noise.std().item() == pytest.approx(math.pi / 6**0.5, abs=0.01)
+    batch = report_batch(REPORTS)
+    model = small_prior(stage=2, bank_noise="training")
+    losses = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        losses.append(model(batch)["loss"].item())
+    assert losses[0] == losses[1] != losses[2]
+    model.eval()
+    assert torch.equal(model.encode_text(batch.text), model.encode_text(batch.text))
+    always = small_prior(stage=2, bank_noise="always").eval()
+    assert not torch.equal(always.encode_text(batch.text), always.encode_text(batch.text))
+
+
+def test_training_lowers_the_loss_and_finds_the_pairs() -> None:
+    model = small_prior(prototypes=24, temperature=0.1)
+    batch = report_batch(REPORTS)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    first = model(batch)
+    for _ in range(30):
+        optimizer.zero_grad()
+        terms = model(batch)
+        terms["loss"].backward()
+        optimizer.step()
+    assert terms["loss"] < 0.5 * first["loss"]
+    for name in ("loss/global", "loss/image", "loss/bank", "loss/sentence"):
+        assert terms[name] < first[name], name
+    assert terms["retrieval/top1"] == 1
+
+
+def test_embeddings_scores_and_maps() -> None:
+    model = small_prior().eval()
+    batch = report_batch(REPORTS)
+    image, text = model.encode_image(batch.image), model.encode_text(batch.text)
+    for embedding in (image, text):
+        assert embedding.shape == (6, 16)
+        torch.testing.assert_close(embedding.norm(dim=1), torch.ones(6))
+    assert model.scores_by_embedding
+    torch.testing.assert_close(model.score(batch.image, batch.text), image @ text.T)
+    maps = model.ground(batch.image[:2], batch.text)
+    assert maps.shape == (2, 6, *model.image_encoder.grid)
+    assert ((maps > 0) & (maps < 1)).all()
+    features, hidden = model.image_encoder(batch.image), model.text_encoder(batch.text)
+    alignment = model.alignment
+    sentences, valid = alignment._mixed_sentences(hidden, batch.text)
+    alone = alignment.objective.cross_attention(alignment._patches(features)[1:2], sentences[3:4], valid[3:4])
+    expected = alone.text_weights[0][valid[3]].mean(0)
+    torch.testing.assert_close(maps[1, 3].flatten(), expected)
+
+
+def test_official_scores() -> None:
+    model = small_prior(**{**OFFICIAL, "bank_noise": "never"}).eval()
+    assert not model.scores_by_embedding
+    batch, prompts = report_batch(REPORTS), report_batch([[3], [5], [2]], seed=1).text
+    scores = model.score(batch.image, prompts)
+    torch.testing.assert_close(scores.sum(1), torch.full((6,), 1.5))
+    alignment = model.alignment
+    cosine = model.encode_image(batch.image) @ model.encode_text(prompts).T
+    scaled = alignment.objective.scale.log_scale.item() * cosine
+    rest = 2 * (scores - scaled.softmax(1))
+    torch.testing.assert_close(rest.sum(1), torch.ones(6))
+    assert rest.std() > 0
+    ends = prompts.attention_mask.sum(1) - 1
+    changed = prompts.input_ids.clone()
+    changed[torch.arange(3), ends] = 7
+    assert not torch.allclose(
+        model.score(batch.image, type(prompts)(changed, *list(vars(prompts).values())[1:])), scores
+    )
+    with pytest.raises(NotImplementedError, match="official_view"):
+        model.ground(batch.image, prompts)
+
+
+def test_reconstruction_at_another_size_is_of_the_same_image() -> None:
+    batch = report_batch(REPORTS)
+    target = small_prior(reconstruction_size=16).alignment._target(batch.image)
+    blocks = (batch.image.double() / 255).unfold(2, 2, 2).unfold(3, 2, 2).mean((4, 5))
+    torch.testing.assert_close(target.double(), (blocks - 0.5) / 0.5, rtol=1e-5, atol=1e-5)
+    assert small_prior(reconstruction_size=16)(batch)["loss/image"].isfinite()
+
+
+def test_losses_in_the_corners() -> None:
+    zero = torch.zeros(2, 3, 4, requires_grad=True)
+    assert (simsiam(zero, zero, zero, zero) == 0).all()
+    same = torch.randn(2, 3, 4)
+    torch.testing.assert_close(simsiam(same, same, same, same), -torch.ones(2, 3))
+    nothing = torch.zeros(2, 3, dtype=torch.bool)
+    loss = sentence_contrast(zero, zero, nothing) + masked_mean(zero.sum(2), nothing)
+    assert loss == 0
+    loss.backward()
+    assert (zero.grad == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"global_weights": [1.0]}, ConfigError, r"method\.global_weights"),
+        ({"stage": 1, **{f"{n}_weights": [0, 1, 1] for n in ("global", "local_image", "local_text")}},
+         ConfigError, "no loss"),
+        ({"pool_heads": 3}, EncoderError, r"method\.pool_heads=3"),
+        ({"decoder_heads": 3}, EncoderError, r"method\.decoder_heads=3"),
+        ({"image_decoder_width": 2}, EncoderError, r"method\.image_decoder_width=2"),
+    ],
+)  # fmt: skip
+def test_errors(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        small_prior(**options)
+
+
+def test_registry_and_kmeans_start() -> None:
+    assert "prior" in schemas()
+    config = small_prior_config()
+    config.prototypes.init = "kmeans"
+    with pytest.raises(ConfigError, match=r"prototypes\.init=random"):
+        build_method(config, VOCABULARY)
