@@ -3,15 +3,19 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 DEMO ?= runs/demo
+BENCH ?= runs/bench
+METHODS := infonce mgca prior mpma medslip place combination
 
-.PHONY: help demo test checks bench clean
+.PHONY: help demo test checks bench bench-methods drill clean
 
 help:
 	@echo "make demo    phantom studies -> shards -> 2-rank ZeRO-2 pre-training -> evaluation, all in $(DEMO)"
 	@echo "make test    every test"
 	@echo "make checks  format, lint, types, import arrows, sizes, config reference"
 	@echo "make bench   benchmarks: ratios against named rivals"
-	@echo "make clean   remove $(DEMO)"
+	@echo "make bench-methods  every method trained on the same phantoms with the same budget, evaluated, one table"
+	@echo "make drill   kill, starve and damage runs; every one must come back as if nothing had happened"
+	@echo "make clean   remove $(DEMO) and $(BENCH)"
 
 $(INSTALLED): pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv .venv
@@ -38,5 +42,15 @@ checks: $(INSTALLED)
 bench: $(INSTALLED)
 	for benchmark in tests/benchmarks/[a-z]*.py; do $(BIN)/python $$benchmark || exit 1; done
 
+bench-methods: $(INSTALLED)
+	$(BIN)/medvlp shards build phantom --out $(BENCH)/shards --studies 5000 --image-size 128 --seed 2 --workers 2
+	for method in $(METHODS); do \
+	  case $$method in mpma) encoder=vit_phantom;; *) encoder=resnet_phantom;; esac; \
+	  $(BIN)/medvlp pretrain configs/benchmarks/phantom.yaml configs/models/$$encoder.yaml configs/benchmarks/$$method.yaml \
+	    data.root=$(BENCH)/shards run.dir=$(BENCH)/$$method --nproc 2 && \
+	  $(BIN)/medvlp evaluate $(BENCH)/$$method || exit 1; \
+	done
+	$(BIN)/medvlp compare $(METHODS:%=$(BENCH)/%) --markdown
+
 clean:
-	rm -rf $(DEMO)
+	rm -rf $(DEMO) $(BENCH)

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from medvlp import config_files
-from medvlp.config import MethodConfig
+from medvlp.config import Config, MethodConfig
 from medvlp.config_files import ConfigError
 
 
@@ -22,7 +22,7 @@ SCHEMAS = {"mgca": MethodConfig, "other": OtherConfig}
 COMPLETE = ["run.dir=run", "data.root=data"]
 
 
-def load(*overrides: str, files: tuple[Path, ...] = ()) -> object:
+def load(*overrides: str, files: tuple[Path, ...] = ()) -> Config:
     return config_files.load(files, [*COMPLETE, *overrides], SCHEMAS)
 
 
@@ -74,12 +74,35 @@ def test_a_stored_config_reads_back(tmp_path: Path) -> None:
         ("justaword", ["section.key=value"]),
         ("zero.offload_parameters=true", ["zero.stage=3"]),
         ("train.micro_batch=7", ["train.micro_batch=7", "train.global_batch=144"]),
+        ("optimizer.phases={epochs: 1}", ["optimizer.phases is a list of sections"]),
+        ("optimizer.phases=[{epochs: 1, lr: 1, rate: 2}]", ["unknown key 'optimizer.phases[0].rate'"]),
+        ("optimizer.phases=[{epochs: 1, lr: fast}]", ["optimizer.phases[0].lr", "'fast'"]),
+        ("optimizer.phases=[{epochs: 1}]", ["no value for optimizer.phases[0].lr"]),
+        ("optimizer.phases=[{epochs: 1, lr: -1}]", ["optimizer.phases[0].lr=-1.0 is out of range"]),
+        ("optimizer.phases=[{epochs: 0, lr: 1}]", ["optimizer.phases[0]: epochs=0.0 must be above 0"]),
     ],
 )
 def test_a_wrong_override_is_named(override: str, parts: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         load(override)
     assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+def test_phases_are_read_from_a_file_and_replaced_as_a_whole(tmp_path: Path) -> None:
+    file = tmp_path / "phases.yaml"
+    file.write_text(
+        "optimizer:\n  phases:\n  - {epochs: 1, lr: 1e-5, warmup_epochs: 0.5}\n  - {epochs: 2, lr: 1}\n"
+    )
+    config = load(files=(file,))
+    assert [phase.lr for phase in config.optimizer.phases] == [1e-5, 1.0]
+    again = tmp_path / "again.yaml"
+    again.write_text(config_files.to_yaml(config))
+    assert config_files.load([again], [], SCHEMAS) == config
+    assert len(load("optimizer.phases=[{epochs: 3, lr: 2}]", files=(file,)).optimizer.phases) == 1
+    with pytest.raises(ConfigError, match=r"optimizer\.phases and train\.steps"):
+        load("train.steps=5", files=(file,))
+    with pytest.raises(ConfigError, match=r"optimizer\.schedule=cosine, not epoch_cosine"):
+        load("optimizer.schedule=epoch_cosine", files=(file,))
 
 
 def test_a_wrong_key_names_its_file(tmp_path: Path) -> None:

@@ -57,9 +57,9 @@ def test_configs_hold_only_yaml() -> None:
 @pytest.mark.parametrize(
     "folder",
     [
-        "launcher", "medvlp", "shards", "tests", "slurm", "shards/sources",
+        "launcher", "medvlp", "shards", "tests", "slurm", "shards/sources", "shards/entities",
         "medvlp/data", "medvlp/encoders", "medvlp/losses", "medvlp/methods",
-        "medvlp/prototypes", "medvlp/training", "medvlp/evaluation",
+        "medvlp/prototypes", "medvlp/training", "medvlp/evaluation", "medvlp/export",
     ],
 )  # fmt: skip
 def test_every_folder_says_what_lives_there(folder: str) -> None:
