@@ -250,6 +250,7 @@ class MonitorConfig:
     project: str = key("medvlp", "W&B project")
     entity: str | None = key(None, "W&B entity")
     tags: list[str] = key([], "W&B tags")
+    log_samples: bool = key(False, "write the sample keys of every step into samples.jsonl of the run folder")
     share_samples: bool = key(False, "allow report text and images to leave the run folder")
 
 

@@ -7,7 +7,6 @@ import os
 import pickle
 import socket
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -39,10 +38,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _serve(rank: int, world_size: int, store: str, connection: Connection) -> None:
+def _serve(rank: int, world_size: int, port: int, connection: Connection) -> None:
     sys.path.insert(0, str(ROOT))
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     while True:
         try:
             message = connection.recv_bytes()
@@ -69,13 +69,13 @@ class GlooPool:
         self.timeout = timeout
         self._processes: list[Any] = []
         self._connections: list[Connection] = []
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._store: dist.TCPStore | None = None
 
     def _start(self) -> None:
         # Not daemons (data loaders need children), so an open pool would keep the interpreter from ending.
         atexit.register(self.close)
-        self._folder = tempfile.TemporaryDirectory(prefix="gloo-pool-")
-        store = str(Path(self._folder.name) / "store")
+        # The ranks meet in this process: no file, whose size a test may limit, and no port to guess.
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         context = torch.multiprocessing.get_context("spawn")
         environment = {
             "DS_ACCELERATOR": "cpu",
@@ -90,7 +90,7 @@ class GlooPool:
         with mock.patch.dict(os.environ, environment):
             for rank in range(self.world_size):
                 ours, theirs = context.Pipe()
-                arguments = (rank, self.world_size, store, theirs)
+                arguments = (rank, self.world_size, self._store.port, theirs)
                 process = context.Process(target=_serve, args=arguments, daemon=False)
                 process.start()
                 theirs.close()
@@ -150,6 +150,4 @@ class GlooPool:
                 process.kill()
                 process.join()
         self._processes, self._connections = [], []
-        if self._folder is not None:
-            self._folder.cleanup()
-            self._folder = None
+        self._store = None

@@ -31,7 +31,8 @@ class ProjectionHead(nn.Module):
 
         Args:
             features: vectors or tokens.
-            mask: bool of the leading shape; other positions do not enter the batch statistics.
+            mask: bool of the leading shape; other positions do not enter the batch statistics and come out as
+                zeros (where few positions count, scaling the others by 1/deviation can overflow float16).
         """
         hidden = self.linear1(features)
         hidden = self._normalise(self.norm1, hidden, mask).relu()
@@ -40,4 +41,5 @@ class ProjectionHead(nn.Module):
     @staticmethod
     def _normalise(norm: GlobalBatchNorm, values: Tensor, mask: Tensor | None) -> Tensor:
         normalised: Tensor = norm(values.movedim(-1, 1), mask)
-        return normalised.movedim(1, -1)
+        output = normalised.movedim(1, -1)
+        return output if mask is None else output.masked_fill(~mask[..., None], 0.0)

@@ -13,6 +13,7 @@ from medvlp.config_files import ConfigError
 from medvlp.data.batch import Text
 from medvlp.encoders.attention_pool import AttentionPool
 from medvlp.encoders.image import ImageEncoder, ImageFeatures, normalise_image
+from medvlp.encoders.linear_head import LinearHead
 from medvlp.encoders.sentences import sentence_means
 from medvlp.encoders.text import TextEncoder, TextFeatures
 from medvlp.losses.normalise import unit_norm
@@ -50,14 +51,14 @@ class PRIOR(Alignment):
         self._normalisation = (image.config.mean, image.config.std)
         self.size = config.reconstruction_size or image.image_size
         stages = range(1, STAGES + 1) if staged else [config.stage]
-        self.patch_projection = _projection(image.local_width, config.embedding)
-        self.sentence_projection = _projection(text.width, config.embedding)
+        self.patch_projection = _head(image.local_width, config)
+        self.sentence_projection = _head(text.width, config)
         self.objective = PRIORObjective(config, stages, image.grid, self.size)
         self.image_pool: AttentionPool | None = None
         if self._embeds_images(stages):
             places = image.grid[0] * image.grid[1]
             self.image_pool = AttentionPool(image.local_width, config.pool_heads, places)
-            self.image_projection = _projection(image.local_width, config.embedding)
+            self.image_projection = _head(image.local_width, config)
         # Where training stood, kept with the weights: evaluation needs the stage and the bank's temperature.
         self.register_buffer("reached", torch.tensor([self.objective.stage, 0, 1]))
         self.register_load_state_dict_post_hook(_follow_reached)  # type: ignore[no-untyped-call]
@@ -88,7 +89,7 @@ class PRIOR(Alignment):
         sentences, valid = self._mixed_sentences(features, text)
         if self.objective.report_pool is None:
             raise NotImplementedError(_NO_SHARED_SPACE)
-        return unit_norm(self.objective.report_pool(sentences, valid)).float()
+        return unit_norm(self.objective.report(sentences, valid)).float()
 
     @property
     def scores_by_embedding(self) -> bool:
@@ -150,7 +151,7 @@ class PRIOR(Alignment):
     def _sentences(self, features: TextFeatures, text: Text) -> tuple[Tensor, Tensor]:
         """[B, S, E] projected means of the tokens of each sentence, and [B, S] which slots hold one.
 
-        The projection is linear, so the mean of the projected tokens is the projected mean.
+        The projection is linear (its batch norm sees sentences): means are projected instead of tokens.
         """
         if self.objective.generates:
             slots = self.config.queries
@@ -159,7 +160,7 @@ class PRIOR(Alignment):
             if not text.sentence_index.is_cuda:  # on a CPU their number is there without waiting
                 slots = max(1, min(slots, int(text.sentence_index.max()) + 1))
         means, valid = sentence_means(features.hidden, text, slots)
-        return self.sentence_projection(means), valid
+        return self.sentence_projection(means, valid), valid
 
     def _mixed_sentences(self, features: TextFeatures, text: Text) -> tuple[Tensor, Tensor]:
         """Sentences as the losses see them: from the bank, where the stage has it."""
@@ -180,11 +181,8 @@ class PRIOR(Alignment):
         return target
 
 
-def _projection(width: int, embedding: int) -> nn.Linear:
-    """A linear layer that keeps the length of its input (published initialisation)."""
-    layer = nn.Linear(width, embedding)
-    nn.init.normal_(layer.weight, std=width**-0.5)
-    return layer
+def _head(width: int, config: PRIORConfig) -> LinearHead:
+    return LinearHead(width, config.embedding, config.head_norm == "batch", config.batch_norm == "global")
 
 
 def _check_weights(config: PRIORConfig, staged: bool) -> None:

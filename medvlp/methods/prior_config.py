@@ -16,6 +16,9 @@ class PRIORConfig(MethodConfig):
     name: str = key("prior", "registered method; its own keys stand beside this one")
     embedding: int = key(768, "width of the shared embedding space", 1)
     pool_heads: int = key(8, "heads of the attention pools of images and reports", 1)
+    head_norm: Literal["none", "batch"] = key(
+        "none", "batch: projections and reports end in a batch norm; for encoders without published weights"
+    )
     stage: int = key(3, "stage of the whole run; with optimizer.phases, phase i is stage i", 1, STAGES)
 
     global_weights: list[float] = key([1.0, 1.0, 10.0], "image-report contrast: factor in each stage")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from medvlp import distributed
 from medvlp.encoders.attention_pool import AttentionPool
+from medvlp.encoders.batch_norm import GlobalBatchNorm
 from medvlp.encoders.learned_scale import LearnedScale
 from medvlp.encoders.local_attention import LocalContext, LocalCrossAttention
 from medvlp.encoders.sentence_decoder import SentenceDecoder
@@ -75,6 +76,10 @@ class PRIORObjective(nn.Module):
         contrasts = bool(terms & {"global", "generated"})
         self.report_pool = AttentionPool(width, config.pool_heads) if contrasts else None
         self.scale = LearnedScale(config.temperature) if contrasts else None
+        self.report_norm: GlobalBatchNorm | None = None
+        if "global" in terms and config.head_norm == "batch":
+            synchronise = config.batch_norm == "global"
+            self.report_norm = GlobalBatchNorm(width, affine=False, synchronise=synchronise)
         self.cross_attention = LocalCrossAttention(width)
         self.predictor = _predictor(width) if "local_image" in terms else None
         self.local_scale = LearnedScale(config.temperature) if "local_text" in terms else None
@@ -114,8 +119,7 @@ class PRIORObjective(nn.Module):
         terms: dict[str, Tensor] = {}
         if "global" in weights:
             assert parts.image is not None
-            assert self.report_pool is not None
-            terms |= self._global(parts.image, self.report_pool(sentences, valid))
+            terms |= self._global(parts.image, self.report(sentences, valid))
         if weights.keys() & {"local_image", "local_text", "image"}:
             context = self.cross_attention(parts.patches, sentences, valid)
             terms |= self._local(parts, sentences, context, weights)
@@ -135,6 +139,12 @@ class PRIORObjective(nn.Module):
             noise = gumbel_noise((*sentences.shape[:-1], self.config.prototypes), sentences)
         mixed: BankedSentences = self.bank(sentences, self.temperature, noise)
         return mixed
+
+    def report(self, sentences: Tensor, valid: Tensor) -> Tensor:
+        """[B, E] embeddings of reports from [B, S, E] sentences, as they are contrasted with images."""
+        assert self.report_pool is not None
+        pooled: Tensor = self.report_pool(sentences, valid)
+        return pooled if self.report_norm is None else self.report_norm(pooled)
 
     def _global(self, image: Tensor, report: Tensor) -> dict[str, Tensor]:
         """Contrast of images and reports, its accuracy inside the batch, and its temperature."""

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from medvlp.training.errors import RunFolderError
 
@@ -30,8 +31,8 @@ class MetricsFile:
                 _cut(path, step)
             self._file = path.open("a", encoding="utf-8")
 
-    def write(self, metrics: Mapping[str, float | None]) -> None:
-        """Append one line; None becomes null."""
+    def write(self, metrics: Mapping[str, Any]) -> None:
+        """Append one line of numbers, texts and lists; None becomes null."""
         with self._named_errors():
             self._file.write(json.dumps(metrics, allow_nan=False) + "\n")
             self._file.flush()

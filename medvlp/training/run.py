@@ -39,6 +39,7 @@ from medvlp.training.monitor import Monitor
 from medvlp.training.prototype_refresh import PrototypeRefresh
 from medvlp.training.randomness import seed_rank, seed_weights
 from medvlp.training.run_folder import describe_run, open_run_folder
+from medvlp.training.sample_log import SampleLog
 from medvlp.training.schedule import build_schedule
 from medvlp.training.step_guard import StepGuard
 from medvlp.training.trainer import Trainer
@@ -260,5 +261,7 @@ def _callbacks(
         service = build_service(config.prototypes, size, config.train.seed)
         callbacks.append(PrototypeRefresh(method, service, engine.device, monitor.add))
     callbacks.append(monitor)
+    if config.monitor.log_samples:
+        callbacks.append(SampleLog(run_dir / "samples.jsonl"))
     saving = CheckpointCallback(config, engine, list(callbacks), run_id, lambda: monitor.latest, monitor.add)
     return [*callbacks, saving], saving

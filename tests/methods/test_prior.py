@@ -270,6 +270,21 @@ def test_reconstruction_at_another_size_is_of_the_same_image() -> None:
     assert small_prior(reconstruction_size=16)(batch)["loss/image"].isfinite()
 
 
+def test_batch_norm_heads_spread_what_random_encoders_give() -> None:
+    batch = report_batch(REPORTS)
+    similar = {}
+    for norm in ("none", "batch"):
+        model = small_prior(head_norm=norm)
+        model(batch)["loss"].backward()
+        assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+        for _ in range(30):
+            model(batch)  # running averages
+        images = model.eval().encode_image(batch.image)
+        similar[norm] = (images @ images.T).mean()
+    assert similar["none"] > 0.8
+    assert similar["batch"] < 0.5
+
+
 def test_losses_in_the_corners() -> None:
     zero = torch.zeros(2, 3, 4, requires_grad=True)
     assert (simsiam(zero, zero, zero, zero) == 0).all()

@@ -41,10 +41,15 @@ def gradients(
 
 @pytest.mark.dist
 @pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize(("stage", "image"), [(1, "vit"), (2, "vit"), (3, "vit"), (3, "resnet")])
-def test_gradient_equals_the_single_process_one(gloo_pool: Any, ranks: int, stage: int, image: str) -> None:
-    terms, expected = gradients(1, image, {"stage": stage})
-    results = gloo_pool(ranks).run(gradients, ranks, image, {"stage": stage})
+@pytest.mark.parametrize(
+    ("stage", "image", "norm"),
+    [(1, "vit", "none"), (2, "vit", "none"), (3, "vit", "none"), (3, "resnet", "batch")],
+)
+def test_gradient_equals_the_single_process_one(
+    gloo_pool: Any, ranks: int, stage: int, image: str, norm: str
+) -> None:
+    terms, expected = gradients(1, image, {"stage": stage, "head_norm": norm})
+    results = gloo_pool(ranks).run(gradients, ranks, image, {"stage": stage, "head_norm": norm})
     for name, value in terms.items():
         mean = np.mean([own[name] for own, _ in results])
         assert mean == pytest.approx(value, rel=1e-6, abs=1e-9), name

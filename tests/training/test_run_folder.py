@@ -61,7 +61,7 @@ def test_a_checkpoint_of_another_config_is_refused_and_the_stored_config_stays(
             "alignment.objective.prototypes.weight is of shape [8, 16] there and of shape [16, 16]",
         ),
         ("optimizer.name=sgd", "optimizer.name was adamw and is sgd"),
-        ("text.frozen=true", "does not fit this config (it holds no 'text_encoder"),
+        ("text.frozen=true", "and is frozen here"),
     ]:
         kind, text, code = pool.run(train_expecting_error, overrides("train.steps=2", change))[0]
         assert (kind, code) == ("CheckpointError", 4)

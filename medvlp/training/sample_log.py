@@ -1,0 +1,46 @@
+"""`samples.jsonl`: the sample keys of every step, for who wants to count what a run has seen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from medvlp import distributed
+from medvlp.training.callbacks import BaseCallback, StepRecord
+from medvlp.training.metrics_file import MetricsFile
+
+
+class SampleLog(BaseCallback):
+    """Writes {"step", "epoch", "keys": [keys of rank 0, of rank 1, ...]} for each step, each step once.
+
+    Costs a gathering of the keys over ranks in every step, so it is off unless `monitor.log_samples` asks.
+    It must stand before the checkpoint among the callbacks: then a saved step has its line.
+
+    Args:
+        path: of `samples.jsonl`.
+    """
+
+    name = "sample_log"
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._file: MetricsFile | None = None
+
+    def on_start(self, step: int) -> None:
+        """Cut lines of steps that will be done again."""
+        if distributed.is_main():
+            self._file = MetricsFile(self.path, step)
+
+    def on_step(self, record: StepRecord) -> None:
+        """Write the line of this step; all ranks call this together.
+
+        Raises:
+            RunFolderError: the disk refused.
+        """
+        keys = distributed.gather_objects(record.keys)
+        if self._file is not None:
+            self._file.write({"step": record.step, "epoch": record.epoch, "keys": keys})
+
+    def on_end(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
