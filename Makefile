@@ -4,6 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 DEMO ?= runs/demo
 BENCH ?= runs/bench
+DRILL ?= runs/drill
 METHODS := infonce mgca prior mpma medslip place combination
 
 .PHONY: help demo test checks bench bench-methods drill clean
@@ -15,7 +16,7 @@ help:
 	@echo "make bench   benchmarks: ratios against named rivals"
 	@echo "make bench-methods  every method trained on the same phantoms with the same budget, evaluated, one table"
 	@echo "make drill   kill, starve and damage runs; every one must come back as if nothing had happened"
-	@echo "make clean   remove $(DEMO) and $(BENCH)"
+	@echo "make clean   remove $(DEMO), $(BENCH) and $(DRILL)"
 
 $(INSTALLED): pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv .venv
@@ -52,5 +53,8 @@ bench-methods: $(INSTALLED)
 	done
 	$(BIN)/medvlp compare $(METHODS:%=$(BENCH)/%) --markdown
 
+drill: $(INSTALLED)
+	$(BIN)/python -m tests.drills --out $(DRILL)
+
 clean:
-	rm -rf $(DEMO) $(BENCH)
+	rm -rf $(DEMO) $(BENCH) $(DRILL)

@@ -56,6 +56,7 @@ class DataConfig:
     cleaning: Literal["none", "mgca"] = key(
         "none", "mgca: lower case and no punctuation, as MGCA's preprocessing"
     )
+    shuffle_sentences: bool = key(False, "true: the sentences of a report in another order at every access")
     tokenizer: str | None = key(None, "folder or hub name; default: the dataset's tokenizer.json")
     max_tokens: int = key(112, "tokens of a report with [CLS] and [SEP]; longer ones are cut", 4)
     pad_to_max: bool = key(

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from medvlp.config import DataConfig
-from medvlp.data.batch import Batch
+from medvlp.data.batch import Batch, Text
 from medvlp.data.order import Positions
-from medvlp.data.text import Tokenizer
+from medvlp.data.sentence_order import shuffle_sentences
+from medvlp.data.text import Tokenizer, TokenRows
 from medvlp.data.tokens import TokenStore
 from medvlp.data.transforms import DRAWS, SampleRandom, evaluation_view, is_flipped, training_view
 from shards.entities.matrix import mirrored
@@ -23,6 +24,8 @@ from shards.reader import ShardReader
 
 #: Other samples tried in place of a corrupt one before the run stops.
 REPLACEMENTS = 8
+#: Random words of a sample that its augmentation and its replacements use.
+USED = DRAWS + REPLACEMENTS
 
 
 class ImageReportDataset(Dataset[Batch | DataError]):
@@ -79,12 +82,15 @@ class ImageReportDataset(Dataset[Batch | DataError]):
         (key,) = self.store.keys(np.array([position]))
         return DataError(f"{shard.file}: sample {key}: {reason}")
 
-    def _batch(self, images: NDArray[np.uint8], rows: Positions, faults: list[str], skipped: int) -> Batch:
+    def _text(self, tokens: TokenRows, rows: Positions) -> Text:
+        return self.tokenizer.assemble(tokens, rows, self.config.max_tokens, self.config.pad_to_max)
+
+    def _batch(
+        self, images: NDArray[np.uint8], rows: Positions, text: Text, faults: list[str], skipped: int
+    ) -> Batch:
         return Batch(
             image=torch.from_numpy(images)[:, None],
-            text=self.tokenizer.assemble(
-                self.store.rows, rows, self.config.max_tokens, self.config.pad_to_max
-            ),
+            text=text,
             sample=torch.from_numpy(rows),
             labels=torch.from_numpy(self.store.labels[rows]),
             keys=self.store.keys(rows),
@@ -139,7 +145,14 @@ class TrainingDataset(ImageReportDataset):
                 break
             else:
                 return DataError(f"{REPLACEMENTS + 1} corrupt samples in a row, the last: {faults[-1]}")
-        batch = self._batch(images, rows, faults, int((rows != positions).sum()))
+        if self.config.shuffle_sentences:
+            tokens = shuffle_sentences(
+                self.store.rows, rows, lambda sample, count: random.words(sample, USED + count)[USED:]
+            )
+            text = self._text(tokens, np.arange(len(rows)))
+        else:
+            text = self._text(self.store.rows, rows)
+        batch = self._batch(images, rows, text, faults, int((rows != positions).sum()))
         if batch.entities is not None and self.config.transform.flip_entities == "swap":
             matrices = batch.entities.numpy()
             matrices[flipped] = mirrored(matrices[flipped])
@@ -148,7 +161,7 @@ class TrainingDataset(ImageReportDataset):
     def _candidates(self, random: SampleRandom, position: int) -> Iterator[int]:
         """The sample itself, then its replacements in this epoch."""
         yield position
-        words = random.words(position, DRAWS + REPLACEMENTS)[DRAWS:]
+        words = random.words(position, USED)[DRAWS:]
         yield from self._trainable[words % np.uint64(len(self._trainable))].tolist()
 
 
@@ -169,4 +182,5 @@ class EvaluationDataset(ImageReportDataset):
                 continue
             images[len(kept)] = evaluation_view(pixels, size, self.config.transform.crop)
             kept.append(position)
-        return self._batch(images[: len(kept)], np.array(kept, dtype=np.int64), faults, len(faults))
+        rows = np.array(kept, dtype=np.int64)
+        return self._batch(images[: len(kept)], rows, self._text(self.store.rows, rows), faults, len(faults))

@@ -143,7 +143,9 @@ class Pretraining:
         """
         deadline = time.monotonic() + seconds
         while self.process.poll() is None:
-            if stopping.is_set() or time.monotonic() > deadline:
+            if stopping.is_set():
+                raise DrillError("interrupted before its end")
+            if time.monotonic() > deadline:
                 raise DrillError(f"did not end within {seconds:.0f} s: {self.tail()}")
             time.sleep(0.05)
         return self.process.returncode
