@@ -30,8 +30,9 @@ demo: $(INSTALLED)
 	$(BIN)/medvlp pretrain configs/demo.yaml data.root=$(DEMO)/shards run.dir=$(DEMO)/run method.batch_norm=local monitor.log_every=10 --nproc 2
 	$(BIN)/medvlp evaluate $(DEMO)/run --data $(DEMO)/shards --task zero-shot --task retrieval --task linear-probe
 
+# Files go to workers whole: their tests share pools of processes.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 checks: $(INSTALLED)
 	$(BIN)/ruff format --check .
