@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from medvlp import distributed
-from medvlp.losses.contrastive import contrastive_logits, in_batch_accuracy, paired_cross_entropy
 from medvlp.losses.cross_attention import clamped_weights, patch_loss, word_loss
 from medvlp.losses.normalise import unit_norm
 from medvlp.losses.prototype import swapped_prediction
 from medvlp.losses.sinkhorn import sinkhorn
+from medvlp.methods.instance_contrast import instance_contrast
 from medvlp.methods.mgca_config import MGCAConfig
 from medvlp.prototypes.learned import LearnedPrototypes
 from medvlp.prototypes.table import PrototypeTable
@@ -81,21 +81,9 @@ class MGCAObjective(nn.Module):
 
     def instance(self, image: Tensor, report: Tensor) -> dict[str, Tensor]:
         """Contrastive loss between [B, D] unit-norm images and reports: the sum of both directions."""
-        if self.config.negatives == "global":
-            images = distributed.gather_with_gradient(image)
-            reports = distributed.gather_with_gradient(report)
-            offset = distributed.rank() * image.shape[0]
-        else:
-            images, reports, offset = image, report, 0
-        temperature = self.config.instance_temperature
-        to_reports = contrastive_logits(image, reports, temperature)
-        to_images = contrastive_logits(report, images, temperature)
-        loss = paired_cross_entropy(to_reports, offset) + paired_cross_entropy(to_images, offset)
-        terms = {"loss/instance": loss}
-        for k in (1, 5):
-            hits = in_batch_accuracy(to_reports, offset, k) + in_batch_accuracy(to_images, offset, k)
-            terms[f"retrieval/top{k}"] = 0.5 * hits
-        return terms
+        config = self.config
+        loss, accuracies = instance_contrast(image, report, config.instance_temperature, config.negatives)
+        return {"loss/instance": loss} | accuracies
 
     def tokens(self, tokens: MGCATokens) -> dict[str, Tensor]:
         """Word and patch losses; they compare tokens of one sample, never of different ones."""

@@ -7,12 +7,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from medvlp import distributed
 from medvlp.encoders.image import ImageFeatures
 from medvlp.encoders.projection import ProjectionHead
-from medvlp.losses.contrastive import contrastive_logits, in_batch_accuracy, paired_cross_entropy
 from medvlp.losses.cross_attention import patch_loss, word_loss
 from medvlp.losses.normalise import at_least_float32, unit_norm
+from medvlp.methods.instance_contrast import instance_contrast
 from medvlp.methods.mpma_config import MPMAConfig
 
 
@@ -105,21 +104,9 @@ class GlobalLocalAlignment(nn.Module):
         return torch.einsum("bpd,nd->bnp", self.embed_patches(image), prompts)
 
     def _global(self, image: Tensor, report: Tensor) -> dict[str, Tensor]:
-        if self.config.negatives == "global":
-            images = distributed.gather_with_gradient(image)
-            reports = distributed.gather_with_gradient(report)
-            offset = distributed.rank() * image.shape[0]
-        else:
-            images, reports, offset = image, report, 0
         temperature = self.temperature()
-        to_reports = contrastive_logits(image, reports, temperature)
-        to_images = contrastive_logits(report, images, temperature)
-        both = paired_cross_entropy(to_reports, offset) + paired_cross_entropy(to_images, offset)
-        terms = {"loss/global": 0.5 * both, "alignment/temperature": temperature.detach()}
-        for k in (1, 5):
-            hits = in_batch_accuracy(to_reports, offset, k) + in_batch_accuracy(to_images, offset, k)
-            terms[f"retrieval/top{k}"] = 0.5 * hits
-        return terms
+        loss, accuracies = instance_contrast(image, report, temperature, self.config.negatives)
+        return {"loss/global": 0.5 * loss, "alignment/temperature": temperature.detach()} | accuracies
 
     def _local(self, patches: Tensor, tokens: Tensor, words: Tensor) -> Tensor:
         """Token losses of each pair by itself; nothing is gathered."""

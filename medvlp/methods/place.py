@@ -20,9 +20,10 @@ from medvlp.losses.normalise import unit_norm
 from medvlp.losses.observation_alignment import diversity_penalty
 from medvlp.losses.patch_correlation import correlation_loss, feature_correlation, pixel_correlation
 from medvlp.methods.base import Progress
+from medvlp.methods.instance_contrast import instance_contrast
 from medvlp.methods.pair import Alignment, EncodedPair, PairMethod, build_encoders
 from medvlp.methods.place_config import PLACEConfig
-from medvlp.methods.place_objective import instance_terms, observation_terms, token_terms
+from medvlp.methods.place_objective import observation_terms, token_terms
 from medvlp.methods.registry import register
 
 
@@ -92,7 +93,9 @@ class PLACE(Alignment):
         config, (image, text, batch) = self.config, pair
         terms: dict[str, Tensor] = {}
         if config.instance_weight > 0:
-            terms |= instance_terms(self._image(image), self._report(text, batch.text), config)
+            embeddings = self._image(image), self._report(text, batch.text)
+            both, accuracies = instance_contrast(*embeddings, config.instance_temperature, config.negatives)
+            terms |= {"loss/instance": 0.5 * both} | accuracies
         if self.extractor is not None:
             observations = self._observations(self.extractor(image.local, image.grid).features)
             sentences, valid = self._sentences(text, batch.text)

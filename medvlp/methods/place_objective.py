@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from medvlp import distributed
-from medvlp.losses.contrastive import contrastive_logits, in_batch_accuracy, paired_cross_entropy
 from medvlp.losses.cross_attention import patch_loss, word_loss
 from medvlp.losses.normalise import unit_norm
 from medvlp.losses.observation_alignment import (
@@ -18,22 +17,6 @@ from medvlp.losses.observation_alignment import (
     soft_pairs,
 )
 from medvlp.methods.place_config import PLACEConfig
-
-
-def instance_terms(image: Tensor, report: Tensor, config: PLACEConfig) -> dict[str, Tensor]:
-    """Mean of both directions of the contrast between [B, D] unit-norm images and reports, and accuracies."""
-    everywhere = config.negatives == "global"
-    images = distributed.gather_with_gradient(image) if everywhere else image
-    reports = distributed.gather_with_gradient(report) if everywhere else report
-    offset = distributed.rank() * image.shape[0] if everywhere else 0
-    to_reports = contrastive_logits(image, reports, config.instance_temperature)
-    to_images = contrastive_logits(report, images, config.instance_temperature)
-    loss = 0.5 * (paired_cross_entropy(to_reports, offset) + paired_cross_entropy(to_images, offset))
-    terms = {"loss/instance": loss}
-    for k in (1, 5):
-        hits = in_batch_accuracy(to_reports, offset, k) + in_batch_accuracy(to_images, offset, k)
-        terms[f"retrieval/top{k}"] = 0.5 * hits
-    return terms
 
 
 def observation_terms(

@@ -75,13 +75,3 @@ def small_batch(matrix: Tensor, seed: int = 0) -> Batch:
     text = tokenizer().tokenize([["lung"]] * count, MAX_TOKENS)
     keys = [str(number) for number in range(count)]
     return Batch(image, text, torch.arange(count), torch.zeros(count, 1), keys, entities=matrix)
-
-
-def rows_of(batch: Batch, start: int, stop: int) -> Batch:
-    """Samples start..stop-1."""
-    text = type(batch.text)(*(value[start:stop] for value in vars(batch.text).values()))
-    assert batch.entities is not None
-    return Batch(
-        batch.image[start:stop], text, batch.sample[start:stop], batch.labels[start:stop],
-        batch.keys[start:stop], entities=batch.entities[start:stop],
-    )  # fmt: skip

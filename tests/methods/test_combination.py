@@ -10,7 +10,6 @@ import torch
 
 from medvlp.config import Config
 from medvlp.config_files import ConfigError, load
-from medvlp.distributed import rank, world_size
 from medvlp.methods.base import Progress
 from medvlp.methods.combination_config import CombinationConfig
 from medvlp.methods.mgca_config import MGCAConfig
@@ -19,7 +18,8 @@ from medvlp.methods.place_config import PLACEConfig
 from medvlp.methods.prior_config import PRIORConfig
 from medvlp.methods.registry import build_method, schemas
 from tests.methods import small_mgca
-from tests.methods.small_mgca import VOCABULARY, rows_of
+from tests.methods.gradients import assert_equal_gradients, averaged_gradients
+from tests.methods.small_mgca import VOCABULARY
 from tests.methods.small_place import SMALL as SMALL_PLACE
 from tests.methods.small_place import report_batch
 
@@ -125,28 +125,14 @@ def test_keys_of_parts_are_checked_and_named(tmp_path) -> None:
         load([file], ["data.root=/nowhere", "run.dir=/nowhere"], schemas())
 
 
-def gradients(reports: list[list[int]]) -> dict[str, np.ndarray]:
-    """Mean over ranks of the gradient of each rank's rows."""
-    model = small_combination().double()
-    share = len(reports) // world_size()
-    batch = rows_of(report_batch(reports), rank() * share, (rank() + 1) * share, trim=False)
-    model(batch)["loss"].backward()
-    found = {}
-    for name, parameter in model.named_parameters():
-        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        if world_size() > 1:
-            torch.distributed.all_reduce(gradient)
-        found[name] = (gradient / world_size()).numpy()
-    return found
+def gradients(ranks: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Terms and gradients averaged over ranks, in float64, of this rank's part of one batch."""
+    reports = [[3, 2], [4], [1, 1, 1], [2, 5], [2], [6, 1], [3, 3], [1, 4]]
+    return averaged_gradients(small_combination().double(), report_batch(reports), ranks)
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_gradient_equals_that_of_one_process(gloo_pool, ranks: int) -> None:
-    reports = [[3, 2], [4], [1, 1, 1], [2, 5], [2], [6, 1], [3, 3], [1, 4]]
-    expected = gradients(reports)
-    for found in gloo_pool(ranks).run(gradients, reports):
-        for name, gradient in found.items():
-            # Sinkhorn codes are float32, so gradients agree to about 1e-7 of the largest.
-            scale = np.abs(expected[name]).max()
-            np.testing.assert_allclose(gradient, expected[name], atol=2e-6 * max(1e-3, scale), err_msg=name)
+    _, expected = gradients(1)
+    assert_equal_gradients(gloo_pool(ranks).run(gradients, ranks), expected)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from medvlp.distributed import rank
 from medvlp.training.batch_plan import BatchPlan
 from medvlp.training.engine import Engine
-from tests.methods.small_medslip import random_matrix, rows_of, small_batch, small_config, small_medslip
+from tests.methods.gradients import assert_equal_gradients, averaged_gradients
+from tests.methods.small_medslip import random_matrix, small_batch, small_config, small_medslip
+from tests.methods.small_mgca import rows_of
 
 SAMPLES = 8
 
@@ -26,19 +27,7 @@ def batch_of_unlike_ranks():
 def gradients(ranks: int, image: str, method: dict) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Terms and gradients averaged over ranks, in float64, of this rank's part of one batch."""
     model = small_medslip(image, **method).double()
-    batch = batch_of_unlike_ranks()
-    each = SAMPLES // ranks
-    own = rows_of(batch, rank() * each, (rank() + 1) * each) if ranks > 1 else batch
-    terms = model(own)
-    terms["loss"].backward()
-    averaged = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            gradient = parameter.grad.clone()
-            if ranks > 1:
-                dist.all_reduce(gradient)
-            averaged[name] = (gradient / ranks).numpy()
-    return {name: value.item() for name, value in terms.items()}, averaged
+    return averaged_gradients(model, batch_of_unlike_ranks(), ranks)
 
 
 @pytest.mark.dist
@@ -49,10 +38,7 @@ def test_gradient_equals_the_single_process_one(gloo_pool, ranks: int, image: st
     results = gloo_pool(ranks).run(gradients, ranks, image, {})
     for name, value in terms.items():
         assert np.mean([own[name] for own, _ in results]) == pytest.approx(value, rel=1e-6), name
-    for _, averaged in results:
-        for name, value in expected.items():
-            scale = max(1e-3, np.abs(value).max())
-            np.testing.assert_allclose(averaged[name], value, atol=1e-6 * scale, err_msg=name)
+    assert_equal_gradients(results, expected)
 
 
 @pytest.mark.dist

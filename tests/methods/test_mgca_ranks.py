@@ -7,7 +7,6 @@ import copy
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from medvlp.config import OptimizerConfig, PrototypesConfig
 from medvlp.distributed import rank
@@ -15,6 +14,7 @@ from medvlp.methods.base import Progress
 from medvlp.prototypes.initialise import initialise_prototypes
 from medvlp.training.batch_plan import BatchPlan
 from medvlp.training.engine import Engine
+from tests.methods.gradients import assert_equal_gradients, averaged_gradients
 from tests.methods.small_mgca import rows_of, small_batch, small_config, small_mgca
 
 WORDS = [3, 7, 1, 5, 2, 6, 4, 1]
@@ -23,19 +23,9 @@ WORDS = [3, 7, 1, 5, 2, 6, 4, 1]
 def gradients(ranks: int, image: str, method: dict) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Terms and gradients averaged over ranks, in float64, of this rank's part of one batch."""
     model = small_mgca(image, **method).double()
-    batch = small_batch(WORDS)
-    each = len(WORDS) // ranks
-    own = rows_of(batch, rank() * each, (rank() + 1) * each) if ranks > 1 else batch
-    terms = model(own)
-    terms["loss"].backward()
-    averaged = {}
-    for name, parameter in model.named_parameters():
-        gradient = parameter.grad.clone()
-        if ranks > 1:
-            dist.all_reduce(gradient)
-        averaged[name] = (gradient / ranks).numpy()
+    terms, averaged = averaged_gradients(model, small_batch(WORDS), ranks)
     buffers = {name: value.double().numpy() for name, value in model.named_buffers() if "running" in name}
-    return {name: value.item() for name, value in terms.items()}, averaged | buffers
+    return terms, averaged | buffers
 
 
 @pytest.mark.dist
@@ -47,11 +37,7 @@ def test_gradient_equals_the_single_process_one(gloo_pool, ranks: int, image: st
     for name, value in terms.items():
         mean = np.mean([own[name] for own, _ in results])
         assert mean == pytest.approx(value, rel=1e-6), name
-    for _, averaged in results:
-        for name, value in expected.items():
-            # Codes are float32, so gradients agree to about 1e-7 of the largest.
-            scale = max(1e-3, np.abs(value).max())
-            np.testing.assert_allclose(averaged[name], value, atol=2e-6 * scale, err_msg=name)
+    assert_equal_gradients(results, expected)
 
 
 @pytest.mark.dist

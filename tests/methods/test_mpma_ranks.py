@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from medvlp.config import OptimizerConfig
 from medvlp.distributed import rank
 from medvlp.methods.base import Progress
 from medvlp.training.batch_plan import BatchPlan
 from medvlp.training.engine import Engine
+from tests.methods.gradients import assert_equal_gradients, averaged_gradients
 from tests.methods.small_mgca import rows_of, small_batch
 from tests.methods.small_mpma import small_config, small_mpma
 
@@ -26,19 +26,8 @@ def gradients(ranks: int, method: dict) -> tuple[dict[str, float], dict[str, np.
     """Terms and gradients averaged over ranks, in float64, of this rank's part of one batch."""
     model = small_mpma(**method).double()
     model.on_progress(Progress(0, 17, 100))
-    batch = small_batch(WORDS)
-    each = len(WORDS) // ranks
-    own = rows_of(batch, rank() * each, (rank() + 1) * each) if ranks > 1 else batch
-    terms = model(own)
-    terms["loss"].backward()
-    averaged = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            gradient = parameter.grad.clone()
-            if ranks > 1:
-                dist.all_reduce(gradient)
-            averaged[name] = (gradient / ranks).numpy()
-    return {name: terms[name].item() for name in SUMS}, averaged
+    terms, averaged = averaged_gradients(model, small_batch(WORDS), ranks)
+    return {name: terms[name] for name in SUMS}, averaged
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -50,11 +39,7 @@ def test_gradient_equals_the_single_process_one(gloo_pool, ranks: int, method: d
     results = gloo_pool(ranks).run(gradients, ranks, method)
     for name, value in terms.items():
         assert np.mean([own[name] for own, _ in results]) == pytest.approx(value, rel=1e-6), name
-    for _, averaged in results:
-        for name, value in expected.items():
-            # Retrieval and the temperature compute in float32.
-            scale = max(1e-3, np.abs(value).max())
-            np.testing.assert_allclose(averaged[name], value, atol=2e-6 * scale, err_msg=name)
+    assert_equal_gradients(results, expected)
 
 
 def test_local_negatives_are_one_ranks_own(gloo_pool) -> None:

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from medvlp.config import OptimizerConfig
 from medvlp.distributed import rank
 from medvlp.methods.base import Progress
 from medvlp.training.batch_plan import BatchPlan
 from medvlp.training.engine import Engine
+from tests.methods.gradients import assert_equal_gradients, averaged_gradients
 from tests.methods.small_mgca import rows_of
 from tests.methods.small_place import report_batch, small_config, small_place
 
@@ -25,21 +25,11 @@ def gradients(ranks: int, image: str, method: dict[str, Any]) -> tuple[dict, dic
     """Terms and gradients averaged over ranks, in float64, of this rank's part of one batch."""
     model = small_place(image, **method).double()
     model.on_progress(Progress(1, 1, 2))
-    batch = report_batch(REPORTS)
-    each = len(REPORTS) // ranks
-    own = rows_of(batch, rank() * each, (rank() + 1) * each) if ranks > 1 else batch
-    terms = model(own)
-    terms["loss"].backward()
-    averaged = {}
-    for name, parameter in model.named_parameters():
-        gradient = parameter.grad.clone()
-        if ranks > 1:
-            dist.all_reduce(gradient)
-        averaged[name] = (gradient / ranks).numpy()
+    terms, averaged = averaged_gradients(model, report_batch(REPORTS), ranks)
     buffers = {
         name: value.double().numpy() for name, value in model.named_buffers() if value.is_floating_point()
     }
-    return {name: value.item() for name, value in terms.items()}, averaged | buffers
+    return terms, averaged | buffers
 
 
 @pytest.mark.dist
@@ -58,10 +48,7 @@ def test_gradient_equals_the_single_process_one(
         if name != "observation/excluded":  # a share of this rank's pairs
             mean = np.mean([own[name] for own, _ in results])
             assert mean == pytest.approx(value, rel=1e-6), name
-    for _, averaged in results:
-        for name, value in expected.items():
-            scale = max(1e-3, np.abs(value).max())
-            np.testing.assert_allclose(averaged[name], value, atol=2e-6 * scale, err_msg=name)
+    assert_equal_gradients(results, expected)
 
 
 @pytest.mark.dist

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from medvlp.config import OptimizerConfig, PhaseConfig
 from medvlp.distributed import rank
@@ -15,6 +14,7 @@ from medvlp.methods.base import Progress
 from medvlp.methods.registry import build_method
 from medvlp.training.batch_plan import BatchPlan
 from medvlp.training.engine import Engine
+from tests.methods.gradients import assert_equal_gradients, averaged_gradients
 from tests.methods.small_mgca import VOCABULARY, rows_of
 from tests.methods.small_prior import report_batch, small_prior, small_prior_config
 
@@ -26,17 +26,7 @@ def gradients(
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Terms and gradients averaged over ranks, in float64, of this rank's part of one batch."""
     model = small_prior(image, **method).double()
-    batch, each = report_batch(REPORTS), len(REPORTS) // ranks
-    own = rows_of(batch, rank() * each, (rank() + 1) * each) if ranks > 1 else batch
-    terms = model(own)
-    terms["loss"].backward()
-    averaged = {}
-    for name, parameter in model.named_parameters():
-        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
-        if ranks > 1:
-            dist.all_reduce(gradient)
-        averaged[name] = (gradient / ranks).numpy()
-    return {name: value.item() for name, value in terms.items()}, averaged
+    return averaged_gradients(model, report_batch(REPORTS), ranks)
 
 
 @pytest.mark.dist
@@ -53,11 +43,7 @@ def test_gradient_equals_the_single_process_one(
     for name, value in terms.items():
         mean = np.mean([own[name] for own, _ in results])
         assert mean == pytest.approx(value, rel=1e-6, abs=1e-9), name
-    for _, averaged in results:
-        for name, value in expected.items():
-            # Images are normalised in float32, so gradients agree to about 1e-7 of the largest.
-            scale = max(1e-3, np.abs(value).max())
-            np.testing.assert_allclose(averaged[name], value, atol=2e-6 * scale, err_msg=name)
+    assert_equal_gradients(results, expected)
 
 
 @pytest.mark.dist
