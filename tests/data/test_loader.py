@@ -195,7 +195,7 @@ def test_workers_keep_out_of_the_signals_of_their_rank(
     config = make_config(workers=2)
     others = set(multiprocessing.active_children())  # a pool of an earlier test
     stream = iter(build_loader(config, ShardReader(config.data.root), tokenizer, 0, 1, 16))
-    next(stream)
+    next(stream), next(stream)  # one of each worker: both have started
     workers = set(multiprocessing.active_children()) - others
     assert len(workers) == 2
     # torchrun signals the process group of a rank; a worker in it would die before the rank has saved.
