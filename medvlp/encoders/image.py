@@ -43,6 +43,7 @@ class ImageEncoder(nn.Module):
 
     Attributes:
         width: D of `ImageFeatures.pooled`; `local_width`: Dl; `grid`: (rows, columns) at `image_size`.
+        shortened: whether stages of the architecture were removed (`ends_at_local`).
         has_attention: whether `forward(..., attention=True)` works (a class token and plain attention).
 
     Args:
@@ -68,7 +69,9 @@ class ImageEncoder(nn.Module):
         self.image_size = image_size
         backbone = _create_backbone(config, config.resize_to or image_size)
         _check_patch_size(backbone, config, config.resize_to or image_size)
+        self.shortened = False
         if ends_at_local and config.local_stage is not None:
+            self.shortened = True
             _end_at_stage(backbone, config.local_stage, config.name)
         # ZeRO-3 gathers a module's own weights (class token, positions) when the module itself is called, so
         # features, local map and pooling must happen in one call of the backbone.

@@ -30,9 +30,16 @@ def write_image(encoder: ImageEncoder, folder: Path) -> None:
     `pretrained_cfg` as far as timm has words for it, and in the model card.
 
     Raises:
-        ExportError: the options cannot be written, or what was written gives other features.
+        ExportError: a shortened backbone, options that cannot be written, or what was written gives other
+            features.
     """
     config, side = encoder.config, input_side(encoder)
+    if encoder.shortened:
+        raise ExportError(
+            f"this method trains image.name={config.name} only up to stage {config.local_stage} "
+            "(image.local_stage), and timm loads whole architectures; its weights are in the checkpoint "
+            "(medvlp checkpoints RUN --to-safetensors OUT)"
+        )
     preprocessing = {
         "input_size": (config.in_channels, side, side),
         "mean": (config.mean,) * config.in_channels,

@@ -12,11 +12,13 @@ import torch
 import transformers
 from typer.testing import Result
 
-from medvlp.config import TextConfig
+from medvlp.config import ImageConfig, TextConfig
 from medvlp.data.text import Tokenizer
+from medvlp.encoders.image import ImageEncoder
 from medvlp.encoders.text import TextEncoder
 from medvlp.export.agreement import check_agreement
 from medvlp.export.errors import ExportError
+from medvlp.export.image import write_image
 from medvlp.export.text import plain_weights
 from tests.export.saved import save_run
 from tests.training.runs import TINY as TRAINED
@@ -152,3 +154,10 @@ def test_other_features_are_not_taken_for_the_same(other: torch.Tensor) -> None:
     check_agreement(trained, trained + 1e-6, "x")
     with pytest.raises(ExportError, match="x gives"):
         check_agreement(trained, other, "x")
+
+
+def test_a_shortened_backbone_is_refused_with_the_way_to_its_weights(tmp_path: Path) -> None:
+    config = ImageConfig(name="test_resnet", local_stage=3)
+    with pytest.raises(ExportError, match=r"only up to stage 3 .*--to-safetensors"):
+        write_image(ImageEncoder(config, 64, ends_at_local=True), tmp_path)
+    assert not list(tmp_path.iterdir())
