@@ -130,14 +130,55 @@ class PrototypesConfig:
     )
     init_samples: int = key(8192, "samples embedded for the k-means start (a pass without gradient)", 1)
     iterations: int = key(10, "k-means iterations of a start or refresh", 1)
-    sync: bool = key(True, "refresh clusters inline at the step boundary (deterministic)")
+    start: Literal["k-means++", "farthest_first"] = key(
+        "k-means++", "how k-means chooses its first centroids (farthest_first: k-center, for rare findings)"
+    )
+    sync: bool | None = key(
+        None,
+        "true: refresh clusters inline at the step boundary (deterministic); false: in a cluster worker of "
+        "each node, behind the training; default: inline on CPU, workers on GPUs",
+    )
+    clusters: int = key(500, "service clusters, where the method has no number of prototypes of its own", 1)
     refresh_steps: int = key(100, "steps between refreshes of service clusters", 1)
     bank_rows: int = key(16384, "embeddings each rank keeps for the refresh; the oldest are overwritten", 1)
+    min_points: int = key(1, "embeddings for each cluster below which a refresh is put off", 1)
+    max_points: int = key(256, "embeddings for each cluster above which a refresh takes a random sample", 1)
+    ivf_above: int = key(16384, "clusters from which a refresh searches them through an inverted file", 1)
     blend: float = key(1.0, "share of the new centroids at a refresh, in (0, 1]", 0, 1)
     balance: Literal["sinkhorn", "bias", "none"] = key(
         "sinkhorn", "how assignments to service clusters are balanced"
     )
     temperature: float = key(0.1, "temperature of soft assignments to service clusters", 0.0001)
+    cluster_temperature: bool = key(
+        False, "a temperature for each cluster from its density, with `temperature` as their mean (PCL)"
+    )
+    anchors: list[str] = key([], "texts (names of diseases) whose embeddings hold the first clusters")
+    anchor_pull: float = key(
+        1.0,
+        "how far an anchored cluster is drawn to its text, in [0, 1]; 1: it is the text's embedding",
+        0,
+        1,
+    )
+    false_negatives: Literal["keep", "mask"] = key(
+        "keep", "mask: samples of one service cluster are not negatives of each other in contrastive losses"
+    )
+    max_staleness: int | None = key(
+        None, "steps since the last refresh from which clusters are stale; default: 5 x refresh_steps", 1
+    )
+    stale: Literal["continue", "drop_loss", "block"] = key(
+        "continue", "what follows from stale clusters: a warning, no loss that needs them, or waiting"
+    )
+    worker_timeout_seconds: float = key(
+        60.0, "longest time cluster workers wait for each other before they give a refresh up", 0.1
+    )
+    worker_threads: int | None = key(None, "CPU threads of a cluster worker; default: one", 1)
+    revive_below: float = key(
+        0.0,
+        "every refresh_steps steps, learned prototypes used by less than this share of an even use start anew "
+        "beside the most used ones; 0: never",
+        0,
+        1,
+    )
 
 
 @dataclass
