@@ -1,7 +1,8 @@
-"""Starts the ranks of one machine, passes signals on to them, and returns their exit code."""
+"""Starts the ranks of one node, passes signals on to them, and returns their exit code."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import signal
@@ -9,12 +10,18 @@ import socket
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std, start_processes
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+from launcher.placement import Node
+from launcher.slurm.attempts import note_node_exit
+from medvlp.lifetime import die_with
+from medvlp.prototypes.supervisor import WorkerSupervisor
+from medvlp.ranks import available_cpus
 from medvlp.training.errors import LostPeerError
 from shards.errors import MedvlpError
 
@@ -26,29 +33,39 @@ PARENT = "MEDVLP_LAUNCHER_PID"
 FIRST_ERROR = "MEDVLP_FIRST_ERROR"
 
 
-def launch(arguments: Sequence[str], ranks: int, has_cuda: bool) -> int:
+def launch(
+    arguments: Sequence[str], ranks: int, has_cuda: bool, workers: bool = False, node: Node | None = None
+) -> int:
     """Run `medvlp ARGUMENTS` once per rank with torchrun's process machinery, without restarts.
 
-    When one rank fails the others get SIGTERM, and SIGKILL half a minute later.
+    When one rank fails the others of this node get SIGTERM, and SIGKILL half a minute later; ranks of other
+    nodes notice that they lost one. All ranks meet at the store of global rank 0 (torchrun's static
+    rendezvous), so that nodes may start in any order.
 
     Args:
         arguments: command line of every rank, without the program.
-        ranks: number of processes on this machine.
+        ranks: number of processes on this node, the same on every node.
         has_cuda: whether ranks compute on GPUs.
+        workers: keep a cluster worker for them (`medvlp.prototypes.supervisor.uses_workers`).
+        node: place of this machine in the run; default: it is alone.
 
     Returns:
-        0, or the exit code of the first rank that ended otherwise (128 + signal for one that was killed).
+        0, or the exit code of this node's first rank that ended otherwise (128 + signal for one that was
+        killed). It is left for the job script too, which takes the first cause over all nodes.
     """
+    node = node or Node()
     # The ranks have said what was wrong; torch would add a line about the exit code to it.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    with tempfile.TemporaryDirectory(prefix="medvlp-launch-") as folder:
-        port, first_error = free_port(), Path(folder) / "first-error"
-        environments = {
-            rank: rank_environment(rank, ranks, port, has_cuda) | {FIRST_ERROR: str(first_error)}
-            for rank in range(ranks)
-        }
+    with tempfile.TemporaryDirectory(prefix="medvlp-launch-") as folder, ExitStack() as stack:
+        node = node if node.port else dataclasses.replace(node, port=free_port())
+        shared = {FIRST_ERROR: str(Path(folder) / "first-error")}
+        if workers:
+            shared |= stack.enter_context(WorkerSupervisor()).environment
+        environments = {rank: rank_environment(rank, ranks, node, has_cuda) | shared for rank in range(ranks)}
         failures = _run_processes(arguments, environments)
-    return _exit_code(failures)
+    code = _exit_code(failures)
+    note_node_exit(node.index, code)
+    return code
 
 
 def _run_processes(arguments: Sequence[str], environments: dict[int, dict[str, str]]) -> list[ProcessFailure]:
@@ -88,7 +105,8 @@ def _exit_code(failures: list[ProcessFailure]) -> int:
     if first.exitcode > 0:
         return int(first.exitcode)
     name = signal.Signals(-first.exitcode).name
-    print(f"error: rank {first.local_rank} was killed by {name} (out of memory?)", file=sys.stderr)
+    guess = " (out of memory?)" if name == "SIGKILL" else ""
+    print(f"error: rank {first.local_rank} was killed by {name}{guess}", file=sys.stderr)
     return int(128 - first.exitcode)
 
 
@@ -107,15 +125,15 @@ def may_show_error(error: MedvlpError, environment: Mapping[str, str]) -> bool:
     return True
 
 
-def rank_environment(rank: int, ranks: int, port: int, has_cuda: bool) -> dict[str, str]:
-    """Environment of one rank: torchrun's variables, and settings libraries read when they are imported."""
+def rank_environment(rank: int, ranks: int, node: Node, has_cuda: bool) -> dict[str, str]:
+    """Environment of one local rank: torchrun's variables, and settings libraries read at their import."""
     environment = {
-        "RANK": str(rank),
+        "RANK": str(node.index * ranks + rank),
         "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
+        "WORLD_SIZE": str(node.count * ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_ADDR": node.address,
+        "MASTER_PORT": str(node.port),
         PARENT: str(os.getpid()),
     }
     return dict(os.environ) | environment | library_environment(ranks, has_cuda, os.environ)
@@ -123,7 +141,7 @@ def rank_environment(rank: int, ranks: int, port: int, has_cuda: bool) -> dict[s
 
 def library_environment(ranks: int, has_cuda: bool, given: Mapping[str, str]) -> dict[str, str]:
     """DS_ACCELERATOR and OMP_NUM_THREADS, where the user has not set them."""
-    settings = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
+    settings = {"OMP_NUM_THREADS": str(max(1, available_cpus(given) // ranks))}
     if not has_cuda:
         settings["DS_ACCELERATOR"] = "cpu"
     return {name: value for name, value in settings.items() if name not in given}
@@ -138,11 +156,5 @@ def free_port() -> int:
 
 def die_with_launcher(environment: Mapping[str, str]) -> None:
     """Ask Linux to kill this rank when its launcher dies, so that no orphan keeps writing the run folder."""
-    if PARENT not in environment or not sys.platform.startswith("linux"):
-        return
-    import ctypes
-
-    death_signal_option = 1  # PR_SET_PDEATHSIG
-    ctypes.CDLL(None).prctl(death_signal_option, signal.SIGKILL)
-    if os.getppid() != int(environment[PARENT]):  # it died before the request
-        os.kill(os.getpid(), signal.SIGKILL)
+    if PARENT in environment:
+        die_with(int(environment[PARENT]))

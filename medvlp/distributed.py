@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -114,6 +116,33 @@ def set_timeout(seconds: float | None) -> None:
 def shared_store() -> Any:
     """The store the ranks met in: `set`, `check` and `multi_get`, on a connection of its own."""
     return dist.distributed_c10d._get_default_store().clone()
+
+
+def host_store() -> Any:
+    """A store that this process serves on a free `port` to whoever can reach this machine."""
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+
+
+def connect_store(address: str, port: int, timeout: timedelta) -> Any:
+    """The store that another process serves; `timeout` is that of connecting and of every call.
+
+    Raises:
+        RuntimeError: it does not answer.
+    """
+    return dist.TCPStore(address, port, is_master=False, timeout=timeout)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def temporary_group(store: Any, rank: int, world_size: int, timeout: timedelta) -> Iterator[None]:
+    """Make the processes that meet in `store` the default gloo group of a block, in processes without one.
+
+    What goes wrong in it leaves nothing behind: the next block forms a new group, in a new store.
+    """
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def shutdown(graceful: bool = True) -> None:
@@ -252,6 +281,23 @@ def sum_on_host(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def gather_on_host(tensor: Tensor) -> Tensor:
+    """[n, ...] CPU tensors, n of each rank's own and perhaps 0 -> [N, ...] in rank order, on every rank.
+
+    Through the bookkeeping group; ranks send as many rows as the one that has most.
+    """
+    if world_size() == 1:
+        return tensor.detach().clone()
+    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
+    dist.all_gather(counts, torch.tensor([tensor.shape[0]]), group=_bookkeeping)
+    padded = tensor.new_zeros((max(int(count) for count in counts), *tensor.shape[1:]))
+    padded[: tensor.shape[0]] = tensor.detach()
+    buffers = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(buffers, padded, group=_bookkeeping)
+    return torch.cat([buffer[: int(count)] for buffer, count in zip(buffers, counts, strict=True)])
+
+
+@torch.no_grad()
 def broadcast_on_host(tensor: Tensor) -> Tensor:
     """Rank 0's CPU tensor on every rank (in place, returned), through the bookkeeping group."""
     if world_size() > 1:
@@ -316,6 +362,14 @@ def mean_over_ranks(values: list[float]) -> list[float]:
 def greatest_over_ranks(values: list[float]) -> list[float]:
     """Maximum of each number over ranks (bookkeeping group)."""
     return _reduce(values, dist.ReduceOp.MAX)
+
+
+def greatest_integers(values: list[int]) -> list[int]:
+    """Maximum of each 64-bit integer over ranks (bookkeeping group), exactly."""
+    numbers = torch.tensor(values, dtype=torch.int64)
+    if world_size() > 1:
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=_bookkeeping)
+    return [int(number) for number in numbers]
 
 
 def _reduce(values: list[float], operation: Any) -> list[float]:

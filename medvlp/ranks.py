@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 from shards.errors import MedvlpError
 
+#: Set by our job scripts: the tasks of srun are nodes, each of which starts its ranks itself.
+NODE_LAUNCH = "MEDVLP_NODE_LAUNCH"
+
 
 class LaunchError(MedvlpError):
     """The launcher's environment variables contradict each other or are incomplete."""
@@ -37,13 +40,14 @@ def detect(environment: Mapping[str, str] = os.environ) -> Ranks:
     """Read the place of this process.
 
     A batch script's own process has SLURM_PROCID too but no step id: it is one process, not a rank of srun.
+    Nor is the launcher of a node (`NODE_LAUNCH`); its ranks have torchrun's variables.
 
     Raises:
         LaunchError: RANK without WORLD_SIZE or an address, or a rank beyond the world size.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
         ranks = _torchrun(environment)
-    elif "SLURM_STEP_ID" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
+    elif _is_srun_rank(environment):
         ranks = _srun(environment)
     elif "RANK" in environment:
         raise LaunchError(
@@ -56,6 +60,12 @@ def detect(environment: Mapping[str, str] = os.environ) -> Ranks:
             f"rank {ranks.rank} does not exist among {ranks.world_size} ranks ({ranks.launcher})"
         )
     return ranks
+
+
+def _is_srun_rank(environment: Mapping[str, str]) -> bool:
+    if NODE_LAUNCH in environment or "SLURM_STEP_ID" not in environment:
+        return False
+    return int(environment.get("SLURM_NTASKS", "1")) > 1
 
 
 def _torchrun(environment: Mapping[str, str]) -> Ranks:
@@ -83,8 +93,27 @@ def _srun(environment: Mapping[str, str]) -> Ranks:
         local_rank=int(environment.get("SLURM_LOCALID", "0")),
         local_world_size=tasks_on_node(tasks, int(environment.get("SLURM_NODEID", "0"))),
         address=environment.get("MASTER_ADDR") or first_node(nodes),
-        port=int(environment.get("MASTER_PORT") or 10000 + int(environment.get("SLURM_JOB_ID", "0")) % 50000),
+        port=int(environment.get("MASTER_PORT") or job_port(environment)),
     )
+
+
+def job_port(environment: Mapping[str, str]) -> int:
+    """A port that all nodes of a Slurm job agree on: from its id, below those that Linux gives to clients."""
+    return 10000 + int(environment.get("SLURM_JOB_ID", "0")) % 20000
+
+
+def available_cpus(environment: Mapping[str, str] = os.environ) -> int:
+    """CPUs this process may use: those it is bound to, in a Slurm step no more than its task was given."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    given = environment.get("SLURM_CPUS_PER_TASK") if "SLURM_STEP_ID" in environment else None
+    return min(bound, int(given)) if given else bound
+
+
+def threads_of_rank(ranks: Ranks, environment: Mapping[str, str] = os.environ) -> int:
+    """This rank's share of the CPUs: a task of srun has its own, other ranks divide their node's."""
+    owns_task = ranks.launcher == "srun" and "SLURM_CPUS_PER_TASK" in environment
+    sharing = 1 if owns_task else ranks.local_world_size
+    return max(1, available_cpus(environment) // sharing)
 
 
 def first_node(nodes: str) -> str:
@@ -106,3 +135,13 @@ def tasks_on_node(tasks: str, node: int) -> int:
     if node >= len(counts):
         raise LaunchError(f"node {node} is not in the Slurm task list {tasks!r}")
     return counts[node]
+
+
+def node_key(ranks: Ranks, environment: Mapping[str, str] = os.environ) -> int:
+    """A number that the ranks of one node have in common, and no other node's.
+
+    Ranks follow each other node by node unless Slurm was asked for another distribution; then, and under
+    torchrun, the launcher's own number of the node counts.
+    """
+    name = {"srun": "SLURM_NODEID", "torchrun": "GROUP_RANK"}.get(ranks.launcher, "")
+    return int(environment[name]) if name in environment else ranks.rank - ranks.local_rank

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from medvlp import distributed
 from medvlp.config import PrototypesConfig
-from medvlp.data.batch import Batch, Text
+from medvlp.data.batch import Batch
+from medvlp.losses.normalise import unit_norm
 from medvlp.prototypes.kmeans import Clusters, spherical_kmeans
+from medvlp.prototypes.sampling import row_keys
 
 
 class PrototypeUser(Protocol):
@@ -21,7 +23,7 @@ class PrototypeUser(Protocol):
 
     def prototype_size(self) -> tuple[int, int] | None: ...
 
-    def set_prototypes(self, centroids: Tensor) -> None: ...
+    def set_prototypes(self, centroids: Tensor, length: float) -> None: ...
 
 
 class HasPrototypes(Protocol):
@@ -30,20 +32,19 @@ class HasPrototypes(Protocol):
     @property
     def prototype_user(self) -> PrototypeUser: ...
 
-    def encode_image(self, image: Tensor) -> Tensor: ...
-
-    def encode_text(self, text: Text) -> Tensor: ...
+    def prototype_features(self, batch: Batch) -> list[Tensor]: ...
 
 
 def initialise_prototypes(
     method: HasPrototypes, batches: Iterable[Batch], config: PrototypesConfig, seed: int
 ) -> Clusters | None:
-    """Write k-means centroids of the first embeddings into the learned prototypes; a collective.
+    """Write k-means centroids of the first features into the learned prototypes; a collective.
 
-    To be called before an engine owns the weights; afterwards all ranks have the same prototypes. Images
-    and reports are clustered together. The pass has no gradient and no dropout; batch norms use batch
-    statistics, as in the training that follows (running averages of an untrained network would leave all
-    embeddings in a narrow cone), and are put back afterwards.
+    To be called before an engine owns the weights; afterwards all ranks have the same prototypes. What is
+    clustered is the method's choice (`Method.prototype_features`): embeddings of images and reports together,
+    or of sentences. The pass has no gradient and no dropout; batch norms use batch statistics, as in the
+    training that follows (running averages of an untrained network would leave all embeddings in a narrow
+    cone), and are put back afterwards.
 
     Args:
         method: a method with learned prototypes.
@@ -55,32 +56,41 @@ def initialise_prototypes(
         The clusters, or None with `init: random`.
 
     Raises:
-        TooFewRowsError: fewer embeddings than prototypes.
+        TooFewRowsError: fewer features than prototypes.
+        ValueError: features are NaN or infinite.
     """
     size = method.prototype_user.prototype_size()
     if config.init != "kmeans" or size is None:
         return None
     assert isinstance(method, nn.Module)
     device = next(method.parameters()).device
-    world_size, rank = distributed.world_size(), distributed.rank()
-    rows: list[Tensor] = []
+    rows, keys = [torch.zeros(0, size[1])], [torch.zeros(0, dtype=torch.int64)]
     iterator = iter(batches)
     with _batch_statistics(method), torch.no_grad():
         first = next(iterator, None)
         if first is not None:
-            steps = -(-config.init_samples // (len(first.sample) * world_size))
-            for batch in [first, *islice(iterator, steps - 1)]:
-                moved = batch.to(device)
-                rows += [method.encode_image(moved.image).cpu(), method.encode_text(moved.text).cpu()]
-    # Step, then modality, then rank: the order one process has, so that ranks do not change the start.
-    places = [
-        (step * world_size + rank) * len(part) + torch.arange(len(part)) for step, part in enumerate(rows)
-    ]
-    local = torch.cat(rows) if rows else torch.zeros(0, size[1])
-    positions = torch.cat(places) if places else torch.zeros(0, dtype=torch.int64)
-    clusters = spherical_kmeans(local, size[0], config.iterations, seed, positions=positions)
-    method.prototype_user.set_prototypes(clusters.centroids)
+            steps = -(-config.init_samples // (len(first.sample) * distributed.world_size()))
+            for step, batch in enumerate([first, *islice(iterator, steps - 1)]):
+                for part, features in enumerate(method.prototype_features(batch.to(device))):
+                    found = features.float().cpu()
+                    places = _places(found.shape[:-1], step, part)
+                    there = (found != 0).any(-1)
+                    rows.append(found[there])
+                    keys.append(row_keys(seed, *(place[there] for place in places)))
+    features = torch.cat(rows)
+    lengths = torch.linalg.vector_norm(features, dim=1)
+    total = distributed.sum_on_host(torch.stack([lengths.sum(), torch.tensor(float(len(lengths)))]).double())
+    clusters = spherical_kmeans(unit_norm(features), size[0], config, seed, keys=torch.cat(keys))
+    method.prototype_user.set_prototypes(clusters.centroids, float(total[0] / total[1]))
     return clusters
+
+
+def _places(shape: torch.Size, step: int, part: int) -> list[Tensor]:
+    """What names each feature of [B, ...] ones in the order one process has, whatever the number of ranks."""
+    rows = distributed.rank() * shape[0] + torch.arange(shape[0])
+    slots = torch.arange(shape[1:].numel()).view(1, *shape[1:])
+    rows = rows.view(-1, *[1] * (len(shape) - 1)).expand(shape)
+    return [torch.full(shape, step), torch.full(shape, part), rows, slots.expand(shape)]
 
 
 @contextmanager

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from medvlp.losses.normalise import at_least_float32, unit_norm
+from medvlp.prototypes.usage import CountedPrototypes
 
 
-class LearnedPrototypes(nn.Module):
+class LearnedPrototypes(CountedPrototypes):
     """K directions; the weight is normalised inside `forward`, never in place.
 
     Two things measured with DeepSpeed 0.19.8 stand behind this. An in-place normalisation is undone by the
@@ -37,7 +38,10 @@ class LearnedPrototypes(nn.Module):
         weight = self.weight.detach() + 0.0 * self.weight if frozen else self.weight
         directions = unit_norm(weight)
         embeddings = at_least_float32(embeddings)
-        return embeddings @ directions.to(embeddings.dtype).T
+        scores = embeddings @ directions.to(embeddings.dtype).T
+        if not frozen:
+            self.count(scores)
+        return scores
 
     @torch.no_grad()
     def set(self, centroids: Tensor) -> None:

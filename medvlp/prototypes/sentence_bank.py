@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from medvlp.losses.normalise import at_least_float32
+from medvlp.losses.normalise import at_least_float32, unit_norm
+from medvlp.prototypes.usage import CountedPrototypes
 
 
 class BankedSentences(NamedTuple):
@@ -24,7 +25,7 @@ class BankedSentences(NamedTuple):
     scores: Tensor
 
 
-class SentenceBank(nn.Module):
+class SentenceBank(CountedPrototypes):
     """K learned prototypes; a sentence becomes their mixture by a (Gumbel-)softmax of dot products.
 
     (PRIOR section 3.3, "sentence prototype memory bank"; as in the published code neither sentences nor
@@ -52,6 +53,19 @@ class SentenceBank(nn.Module):
         noisy = scores if noise is None else scores + noise
         weights = (noisy / temperature).softmax(-1)
         return BankedSentences(weights @ prototypes, weights, scores)
+
+    @torch.no_grad()
+    def set(self, directions: Tensor, length: float) -> None:
+        """Write [K, D] directions as prototypes of one length, before any engine owns the weight.
+
+        One length, because the bank compares by dot products: of two it would prefer the longer prototype.
+
+        Raises:
+            ValueError: another shape than the weight's.
+        """
+        if directions.shape != self.weight.shape:
+            raise ValueError(f"centroids {tuple(directions.shape)} for a bank of {tuple(self.weight.shape)}")
+        self.weight.copy_(length * unit_norm(directions))
 
 
 def gumbel_noise(shape: tuple[int, ...], like: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from medvlp.data.batch import Batch
 from medvlp.training.engine import Engine
 
 
@@ -52,8 +53,14 @@ class Callback(Protocol):
     def on_start(self, step: int) -> None:
         """Training goes on after `step` finished steps (0: a new run)."""
 
-    def on_micro_batch(self, sample: Tensor, step: int) -> None:
-        """A micro-batch with samples [B] went forward and backward; `step` finished steps lie before it."""
+    def on_micro_batch(self, batch: Batch, step: int) -> None:
+        """A micro-batch went forward and backward; `step` finished steps lie before it. It is on the CPU."""
+
+    def proposal(self, step: int) -> list[int]:
+        """See `medvlp.training.agreement.Party`; before `on_step` of the step."""
+
+    def agree(self, greatest: list[int]) -> bool:
+        """See `medvlp.training.agreement.Party`."""
 
     def on_step(self, record: StepRecord) -> None:
         """A step is finished."""
@@ -79,8 +86,16 @@ class BaseCallback:
     def on_start(self, step: int) -> None:
         """See `Callback`."""
 
-    def on_micro_batch(self, sample: Tensor, step: int) -> None:
+    def on_micro_batch(self, batch: Batch, step: int) -> None:
         """See `Callback`."""
+
+    def proposal(self, step: int) -> list[int]:
+        """See `Callback`."""
+        return []
+
+    def agree(self, greatest: list[int]) -> bool:
+        """See `Callback`."""
+        return True
 
     def on_step(self, record: StepRecord) -> None:
         """See `Callback`."""

@@ -20,7 +20,15 @@ from medvlp.methods.base import Method
 from medvlp.training.batch_plan import BatchPlan
 from medvlp.training.deepspeed_config import deepspeed_json, is_plain
 from medvlp.training.optimizer_files import OptimizerFiles
-from medvlp.training.optimizer_shards import Shard, find_shards, load_masters, load_shards, shard_tensors
+from medvlp.training.optimizer_shards import (
+    Shard,
+    find_shards,
+    load_masters,
+    load_shards,
+    shard_tensors,
+    write_elements,
+    write_model_elements,
+)
 from medvlp.training.parameter_groups import parameter_groups
 
 # DeepSpeed 0.19 still uses the names that torch 2.14 renamed.
@@ -179,9 +187,31 @@ class Engine:
     @torch.no_grad()
     def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter (in float32 where it is trained), gathered one at a time; a collective."""
-        for name, parameter in self.method.named_parameters(remove_duplicate=False):
-            full = self._masters.get(id(parameter))
-            yield name, (_full_parameter(parameter) if full is None else full).detach()
+        for name, _ in self.method.named_parameters(remove_duplicate=False):
+            yield name, self.whole_parameter(name)
+
+    @torch.no_grad()
+    def whole_parameter(self, name: str) -> Tensor:
+        """One parameter (in float32 where it is trained) on the device; a collective."""
+        parameter = self.method.get_parameter(name)
+        master = self._masters.get(id(parameter))
+        return (_full_parameter(parameter) if master is None else master).detach()
+
+    @torch.no_grad()
+    def rewrite_rows(self, name: str, rows: Tensor, values: Tensor) -> None:
+        """Set rows of a trained matrix between two steps, masters and the model's own; their moments to zero.
+
+        Every rank writes its part, so all give the same values.
+
+        Args:
+            name: of the parameter, [K, D]. rows: [m] int64. values: [m, D] float32. On the CPU.
+        """
+        parameter, width = self.method.get_parameter(name), values.shape[1]
+        places = (rows[:, None] * width + torch.arange(width)).flatten()
+        for shard in self._shards():
+            if shard.name == name:
+                write_elements(shard, self._engine.basic_optimizer, places, values.flatten())
+        write_model_elements(parameter, distributed.rank(), places, values.flatten())
 
     def buffers(self) -> dict[str, Tensor]:
         """This rank's live buffers, those that belong to the method's state."""

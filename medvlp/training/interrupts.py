@@ -80,16 +80,18 @@ class Interrupts:
         elif now - self._received_at > SAME_REQUEST_SECONDS:
             os._exit(128 + number)
 
-    def agreed(self) -> bool:
-        """Whether any rank was asked to stop; the same answer on every rank. All ranks call this together."""
-        own = self._received
-        if not own and distributed.is_main() and self._time_is_over():
-            own = _TIME_IS_OVER
-        number = int(distributed.greatest_over_ranks([float(own)])[0])
+    def proposal(self, step: int) -> list[int]:
+        """This rank's wish to stop, for `medvlp.training.agreement`: the signal's number, 0 for none."""
+        over = not self._received and distributed.is_main() and self._time_is_over()
+        return [_TIME_IS_OVER if over else self._received]
+
+    def agree(self, greatest: list[int]) -> bool:
+        """Take the wish of all ranks into `stopped_by`; training never waits for it."""
+        (number,) = greatest
         if number:
             over = number == _TIME_IS_OVER
             self.stopped_by = "train.max_minutes" if over else signal.Signals(number).name
-        return number != 0
+        return True
 
     def _time_is_over(self) -> bool:
         return self.max_minutes is not None and time.monotonic() - self._started >= 60 * self.max_minutes

@@ -1,4 +1,7 @@
-"""`manifest.json`: what a checkpoint consists of. Without a true one there is no checkpoint."""
+"""`manifest.json`: what a checkpoint consists of. Without a true one there is no checkpoint.
+
+Reading one needs no torch: commands that only look at runs answer at once. So what does is imported where it is used.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,7 @@ from typing import Any
 
 import xxhash
 
-from medvlp import distributed
 from medvlp.training.errors import CheckpointError
-from medvlp.training.state_files import checksum
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,8 @@ class Manifest:
 
     def problem(self, folder: Path, names: Sequence[str]) -> str | None:
         """What is wrong with these files, or None when sizes and checksums are right."""
+        from medvlp.training.state_files import checksum
+
         for name in names:
             path, entry = folder / name, self.files[name]
             try:
@@ -134,6 +137,8 @@ def newest_valid(run_dir: Path | str) -> Path | None:
     Raises:
         CheckpointError: there are checkpoints and none of them is good.
     """
+    from medvlp import distributed
+
     checkpoints = Path(run_dir) / "checkpoints"
     names: list[str] = distributed.broadcast_object([path.name for _, path in step_folders(checkpoints)])
     problems = []
@@ -153,6 +158,8 @@ def newest_valid(run_dir: Path | str) -> Path | None:
 
 
 def _problem_of_any_rank(folder: Path) -> str | None:
+    from medvlp import distributed
+
     try:
         manifest = Manifest.read(folder)
         problem = manifest.problem(

@@ -135,6 +135,39 @@ def _counter(step: float, owner: Tensor, optimizer: Any) -> Tensor | int:
 
 
 @torch.no_grad()
+def write_elements(shard: Shard, optimizer: Any, places: Tensor, values: Tensor) -> None:
+    """Set elements of a master and make them new to the optimiser: their moments become zero.
+
+    Args:
+        shard: from `find_shards`. optimizer: the one that holds the state.
+        places: [m] int64 in the flattened whole parameter, on the CPU; those outside the shard are left out.
+        values: [m].
+    """
+    inside = (places >= shard.start) & (places < shard.stop)
+    own = (places[inside] - shard.start).to(shard.owner.device)
+    shard.of(shard.owner)[own] = values[inside].to(shard.owner)
+    for value in optimizer.state.get(shard.owner, {}).values():
+        if isinstance(value, Tensor) and value.shape == shard.owner.shape:
+            shard.of(value)[own.to(value.device)] = 0
+
+
+@torch.no_grad()
+def write_model_elements(parameter: nn.Parameter, rank: int, places: Tensor, values: Tensor) -> None:
+    """Set elements of what the forward pass reads: the model's own copy of a parameter, sharded or whole.
+
+    Args as in `write_elements`; `rank` is this rank among those that share the state.
+    """
+    part = getattr(parameter, "ds_tensor", None)
+    if part is not None:  # ZeRO-3
+        first = part.numel() * rank
+        inside = (places >= first) & (places < first + part.numel())
+        part.data.view(-1)[(places[inside] - first).to(part.device)] = values[inside].to(part)
+        if parameter.numel() != parameter.ds_numel:  # type: ignore[attr-defined]
+            return  # else small ones stay whole on every rank too
+    parameter.data.view(-1)[places.to(parameter.device)] = values.to(parameter)
+
+
+@torch.no_grad()
 def load_masters(shards: Iterable[Shard], weights: Any) -> None:
     """Put whole stored float32 weights into the masters.
 

@@ -8,19 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from medvlp.data.batch import Batch
 from medvlp.methods.base import Method
+from medvlp.prototypes.ring import label_bits
+from medvlp.prototypes.running_bias import RunningBias
 from medvlp.prototypes.service import PrototypeService
+from medvlp.prototypes.table import PrototypeTable
 from medvlp.training.callbacks import BaseCallback, StepRecord
 
 
 class PrototypeRefresh(BaseCallback):
-    """Feeds the service after every micro-batch and refreshes it inline, between two steps.
+    """Feeds the service after every good step, has it refresh when due, and swaps tables between two steps.
 
     Args:
         method: one with `uses_service`.
         service: what clusters its embeddings.
         device: where the method reads the table.
-        log: takes the figures of a refresh.
+        log: takes figures.
+        anchors: gives the [A, D] embeddings that hold the first clusters at a refresh, the same on all ranks.
+
+    Attributes:
+        version: of the clusters the last step was made with; 0: without any.
     """
 
     name = "prototypes"
@@ -31,37 +39,75 @@ class PrototypeRefresh(BaseCallback):
         service: PrototypeService,
         device: torch.device,
         log: Callable[[dict[str, float]], None],
+        anchors: Callable[[], Tensor | None] = lambda: None,
     ):
-        self.method, self.service, self.device, self.log = method, service, device, log
-        self._embeddings: list[tuple[dict[str, Tensor], Tensor, int]] = []
-        method.prototype_user.keep_embeddings = True
+        self.user, self.service, self.device, self.log = method.service_user, service, device, log
+        self.anchors = anchors
+        self.version = 0
+        self._embeddings: list[tuple[dict[str, Tensor], Tensor, int, Tensor]] = []
+        self._handed_over: object = None
+        self._bias: RunningBias | None = None
+        self.user.keep_embeddings = True
 
-    def on_micro_batch(self, sample: Tensor, step: int) -> None:
+    def on_micro_batch(self, batch: Batch, step: int) -> None:
         """Keep the method's last embeddings until it is known whether the step was a good one."""
-        self._embeddings.append((self.method.prototype_user.last_embeddings, sample, step))
+        table = self.user.prototype_table
+        self.version = 0 if table is None else table.version
+        self._embeddings.append((self.user.last_embeddings, batch.sample, step, label_bits(batch.labels)))
+
+    def proposal(self, step: int) -> list[int]:
+        """See `PrototypeService`."""
+        return self.service.proposal(step)
+
+    def agree(self, greatest: list[int]) -> bool:
+        """See `PrototypeService`."""
+        return self.service.agree(greatest)
 
     def on_step(self, record: StepRecord) -> None:
         """Remember the step's embeddings; refresh when due. All ranks swap tables at the same step."""
         if record.applied:
-            for embeddings, sample, step in self._embeddings:
-                self.service.update(embeddings, sample, step)
+            for embeddings, sample, step, labels in self._embeddings:
+                self.service.update(embeddings, sample, step, labels)
         self._embeddings.clear()
+        if self._bias is not None:
+            self._bias.step(record.applied)
+        figures = self.service.figures()
         if self.service.refresh_due(record.step):
-            self.log(self.service.refresh())
-            self._hand_over()
+            figures |= self.service.refresh(record.step, self.anchors())
+        if figures:
+            self.log(figures)
+        self._hand_over()
 
     def _hand_over(self) -> None:
-        self.method.prototype_user.prototype_table = self.service.table and self.service.table.to(self.device)
+        table = self.service.usable_table
+        if table is not self._handed_over:
+            self.user.prototype_table = None if table is None else self._balanced(table.to(self.device))
+            self._handed_over = table
+
+    def _balanced(self, table: PrototypeTable) -> PrototypeTable:
+        if table.balance != "bias":
+            return table
+        if self._bias is None:
+            self._bias = RunningBias(len(table.counts), self.device)
+        return table.balanced_by(self._bias)
+
+    def on_end(self) -> None:
+        """End the service's worker, if it is this process's."""
+        self.service.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """The service's state: the table, and this rank's bank."""
-        return self.service.state_dict()
+        """The service's state: the table and, in synchronous mode, this rank's ring; and the running bias."""
+        bias = None if self._bias is None else self._bias.state_dict()
+        return self.service.state_dict() | {"running_bias": bias}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `state_dict`."""
-        self.service.load_state_dict(state)
+        self.service.load_state_dict({name: value for name, value in state.items() if name != "running_bias"})
+        if state.get("running_bias") is not None:
+            self._bias = RunningBias(len(state["running_bias"]["log_bias"]), self.device)
+            self._bias.load_state_dict(state["running_bias"])
         self._hand_over()
 
     def load_states(self, states: list[dict[str, Any]]) -> None:
-        """The table is the same on all ranks; the banks held other ranks' samples and fill again."""
-        self.load_state_dict({name: value for name, value in states[0].items() if name != "bank"})
+        """The table is the same on all ranks; the rings held other ranks' samples and fill again."""
+        self.load_state_dict({name: value for name, value in states[0].items() if name != "ring"})

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -19,9 +20,11 @@ from medvlp.data.loader import TrainingLoader, build_loader
 from medvlp.data.text import Tokenizer
 from medvlp.methods.base import Method
 from medvlp.methods.registry import build_method, reads_entities
+from medvlp.prototypes.anchors import AnchorEncoder
 from medvlp.prototypes.initialise import initialise_prototypes
 from medvlp.prototypes.service import build_service
-from medvlp.ranks import Ranks, detect
+from medvlp.prototypes.supervisor import decline_worker
+from medvlp.ranks import Ranks, detect, threads_of_rank
 from medvlp.training.bad_steps import BadSteps
 from medvlp.training.batch_plan import BatchPlan, plan_batch
 from medvlp.training.callbacks import Callback
@@ -37,6 +40,7 @@ from medvlp.training.interrupts import EXIT_INTERRUPTED, Interrupts
 from medvlp.training.manifest import Manifest, newest_valid, step_folders
 from medvlp.training.monitor import Monitor
 from medvlp.training.prototype_refresh import PrototypeRefresh
+from medvlp.training.prototype_revival import PrototypeRevival
 from medvlp.training.randomness import seed_rank, seed_weights
 from medvlp.training.run_folder import describe_run, open_run_folder
 from medvlp.training.sample_log import SampleLog
@@ -67,7 +71,7 @@ def pretrain(config: Config, fresh: bool = False) -> int:
     console = configure_logging(ranks.rank)
     plan = plan_batch(config, ranks.world_size)
     check_device(config, distributed.choose_device(ranks.local_rank).type)
-    torch.set_num_threads(config.train.threads or max(1, (os.cpu_count() or 1) // ranks.local_world_size))
+    torch.set_num_threads(config.train.threads or threads_of_rank(ranks))
     run_dir, start_seconds = Path(config.run.dir), 60 * config.train.start_timeout_minutes
     distributed.record_flights(run_dir)
     with Interrupts(config.train.max_minutes) as interrupts:
@@ -160,6 +164,7 @@ def _train(
     seed_weights(config.train.seed)
     method = build_method(config, tokenizer.vocab_size).to(device)
     method.prepare(tokenizer)
+    anchors = AnchorEncoder(method, tokenizer, config, device)
     if checkpoint is not None:
         check_weights(checkpoint, method)
         load_weights(checkpoint, method)
@@ -169,7 +174,7 @@ def _train(
     data = loader(step)
     schedule = build_schedule(config, data.steps_per_epoch)
     guard = StepGuard(method, config.train.spike_sigma, device)
-    callbacks, saving = _callbacks(config, method, engine, guard, schedule.steps, manifest, console)
+    callbacks, saving = _callbacks(config, method, engine, guard, schedule.steps, manifest, console, anchors)
     saving.alive = watchdog.mark
     seed_rank(config.train.seed, distributed.rank())
     batches = iter(data)
@@ -225,7 +230,7 @@ def _open_data(config: Config) -> tuple[ShardReader, Tokenizer]:
 
 
 def _start_prototypes(config: Config, method: Method, data: TrainingLoader) -> None:
-    if method.prototype_user.prototype_size() is None or method.prototype_user.uses_service:
+    if method.prototype_user.prototype_size() is None:
         return
     method.train()
     clusters = initialise_prototypes(method, data, config.prototypes, config.train.seed)
@@ -243,6 +248,7 @@ def _callbacks(
     steps: int,
     manifest: Manifest | None,
     console: Console | None,
+    anchors: AnchorEncoder,
 ) -> tuple[list[Callback], CheckpointCallback]:
     """All callbacks in the order in which they see a step: check, refresh, log, save."""
     run_dir = Path(config.run.dir)
@@ -255,13 +261,19 @@ def _callbacks(
     monitor = Monitor(run_dir / "metrics.jsonl", steps, wandb_run, bar)
     limit, loss_scaling = config.train.max_bad_steps, config.precision == "fp16"
     callbacks: list[Callback] = [BadSteps(guard, limit, run_dir, monitor.add, loss_scaling)]
-    if method.prototype_user.uses_service:
-        size = method.prototype_user.prototype_size()
-        assert size is not None  # `uses_service` promises it
-        service = build_service(config.prototypes, size, config.train.seed)
-        callbacks.append(PrototypeRefresh(method, service, engine.device, monitor.add))
+    noted: dict[str, Callable[[], Any]] = {}
+    size = method.service_user.service_size()
+    if size is not None:
+        service = build_service(config.prototypes, size, config.train.seed, detect(), engine.device.type)
+        refresh = PrototypeRefresh(method, service, engine.device, monitor.add, anchors)
+        callbacks.append(refresh)
+        noted["clusters"] = lambda: refresh.version
+    else:
+        decline_worker(detect())
+    if config.prototypes.revive_below > 0:
+        callbacks.append(PrototypeRevival(engine, config.prototypes, config.train.seed, monitor.add))
     callbacks.append(monitor)
     if config.monitor.log_samples:
-        callbacks.append(SampleLog(run_dir / "samples.jsonl"))
+        callbacks.append(SampleLog(run_dir / "samples.jsonl", noted))
     saving = CheckpointCallback(config, engine, list(callbacks), run_id, lambda: monitor.latest, monitor.add)
     return [*callbacks, saving], saving

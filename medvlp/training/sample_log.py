@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from medvlp import distributed
 from medvlp.training.callbacks import BaseCallback, StepRecord
@@ -17,12 +19,14 @@ class SampleLog(BaseCallback):
 
     Args:
         path: of `samples.jsonl`.
+        noted: what else each rank tells of itself in each step, by name: lists of one value for each rank.
     """
 
     name = "sample_log"
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, noted: Mapping[str, Callable[[], Any]] | None = None):
         self.path = path
+        self.noted = noted or {}
         self._file: MetricsFile | None = None
 
     def on_start(self, step: int) -> None:
@@ -36,9 +40,10 @@ class SampleLog(BaseCallback):
         Raises:
             RunFolderError: the disk refused.
         """
-        keys = distributed.gather_objects(record.keys)
+        told = distributed.gather_objects([record.keys, *(look() for look in self.noted.values())])
         if self._file is not None:
-            self._file.write({"step": record.step, "epoch": record.epoch, "keys": keys})
+            columns = dict(zip(["keys", *self.noted], map(list, zip(*told, strict=True)), strict=True))
+            self._file.write({"step": record.step, "epoch": record.epoch, **columns})
 
     def on_end(self) -> None:
         """Close the file."""

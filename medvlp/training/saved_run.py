@@ -9,7 +9,8 @@ from pathlib import Path
 from medvlp import config_files
 from medvlp.config import Config
 from medvlp.data.text import Tokenizer
-from medvlp.methods.registry import schemas
+from medvlp.methods.base import Method
+from medvlp.methods.registry import build_method, schemas
 from medvlp.training import checkpoint as checkpoints
 from medvlp.training.errors import CheckpointError, RunFolderError
 from medvlp.training.manifest import MANIFEST, Manifest
@@ -78,3 +79,21 @@ def load_tokenizer(source: SavedRun, config: Config) -> Tokenizer:
     # A transformers tokenizer has a file beside it that names its special tokens.
     whole = (source.run / "tokenizer_config.json").is_file()
     return Tokenizer.load(source.run if whole else None, source.run)
+
+
+def load_method(source: SavedRun, config: Config, tokenizer: Tokenizer) -> Method:
+    """The trained method on the CPU in evaluation mode, with the weights of the checkpoint.
+
+    Raises:
+        CheckpointError: the weights cannot be read or do not fit.
+    """
+    # Every weight comes from the checkpoint, so those training started from need not be at hand any more.
+    image = (config.image.pretrained, config.image.weights)
+    config.image.pretrained, config.image.weights = False, None
+    try:
+        method = build_method(config, tokenizer.vocab_size)
+    finally:
+        config.image.pretrained, config.image.weights = image
+    method.prepare(tokenizer)
+    checkpoints.load_weights(source.checkpoint, method)
+    return method.eval()

@@ -9,6 +9,7 @@ import torch
 
 from medvlp.data.batch import Batch
 from medvlp.methods.base import Progress
+from medvlp.training.agreement import reach
 from medvlp.training.callbacks import Callback, StepRecord
 from medvlp.training.engine import Engine
 from medvlp.training.hangs import Watchdog
@@ -63,8 +64,8 @@ class Trainer:
             while self.step < self.schedule.steps:
                 record = self._train_step()
                 finished = self.step == self.schedule.steps
-                self.watchdog.mark("the agreement on going on", record.step - 1)
-                record.last = interrupts.agreed() or finished
+                self._mark_agreement()
+                record.last = reach(interrupts, self.callbacks, self.step, self._mark_agreement) or finished
                 for callback in self.callbacks:
                     self.watchdog.mark(f"the callback {callback.name!r}", record.step - 1)
                     callback.on_step(record)
@@ -76,6 +77,9 @@ class Trainer:
             self.watchdog.last_step_is_done()
             for callback in reversed(self.callbacks):
                 callback.on_end()
+
+    def _mark_agreement(self) -> None:
+        self.watchdog.mark("the agreement on going on", self.step - 1)
 
     def _train_step(self) -> StepRecord:
         started = time.perf_counter()
@@ -110,7 +114,7 @@ class Trainer:
             self.engine.backward(loss)
             self.engine.step()
             for callback in self.callbacks:
-                callback.on_micro_batch(batch.sample, self.step)
+                callback.on_micro_batch(batch, self.step)
         if not self.engine.applied:
             self.guard.undo()
         self.step += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import netrc
 import os
+import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,10 @@ logger = logging.getLogger(__name__)
 #: Seconds to wait for the server at the start (W&B's own WANDB_INIT_TIMEOUT stands above it) and at the end.
 INIT_TIMEOUT = 30.0
 FINISH_TIMEOUT = 60.0
+
+#: In the run folder: id of its W&B run, until a checkpoint holds it.
+ID_FILE = "wandb-run-id"
+_ID = re.compile(r"[0-9a-z]{4,64}")
 
 
 def resolve_mode(mode: str) -> str:
@@ -59,14 +64,15 @@ class WandbRun:
             run_dir: W&B's files go below it.
             name: shown in W&B.
             settings: the resolved config, shown in W&B.
-            run_id: of the run to continue; None begins one.
+            run_id: of the run to continue (a checkpoint knows it); None: that of an earlier start that ended
+                before its first checkpoint, else a new one.
         """
         self._run: Any = None
         self.id: str | None = None
         mode = resolve_mode(config.wandb)
         if mode == "disabled":
             return
-        self.id = run_id or secrets.token_hex(4)
+        self.id = run_id or _remembered_id(run_dir)
         arguments: dict[str, Any] = {
             "project": config.project,
             "entity": config.entity,
@@ -109,6 +115,23 @@ class WandbRun:
             return
         if what == "start":
             self._run = result
+
+
+def _remembered_id(run_dir: Path) -> str:
+    """The id an earlier start in this folder gave its W&B run, else a new one, noted for the next start."""
+    path = run_dir / ID_FILE
+    try:
+        known = path.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        known = ""
+    if _ID.fullmatch(known):
+        return known
+    new = secrets.token_hex(4)
+    try:
+        path.write_text(new + "\n", encoding="ascii")
+    except OSError as error:
+        logger.warning("cannot note the W&B run in %s: %s", path, error.strerror or error)
+    return new
 
 
 def _settings() -> wandb.Settings:

@@ -13,13 +13,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.drills import damage, disks, elastic, faults
+from tests.drills import damage, disks, elastic, faults, prototypes
 from tests.drills.kills import Kills
 from tests.drills.outcomes import Case, Outcome, attempt, markdown, show
 from tests.drills.process import stopping
 from tests.drills.workplace import Workplace
 
-DRILLS = ("kills", "elastic", "damage", "disks", "faults")
+DRILLS = ("kills", "elastic", "damage", "disks", "faults", "prototypes")
 
 
 def main() -> int:
@@ -35,7 +35,7 @@ def main() -> int:
         wanted = arguments.only or DRILLS
         killed = Kills(place, arguments.kills if "kills" in wanted else 0)
         cases = killed.cases()
-        for name, module in zip(DRILLS[1:], (elastic, damage, disks, faults), strict=True):
+        for name, module in zip(DRILLS[1:], (elastic, damage, disks, faults, prototypes), strict=True):
             cases += module.cases(place) if name in wanted else []
         found = _attempt_all(cases, arguments.parallel)
         if killed.runs:

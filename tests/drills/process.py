@@ -50,6 +50,7 @@ class Pretraining:
         ranks: for --nproc.
         prefix: a program that runs the command, for example strace.
         variables: more of the environment.
+        placement: options that say which node of several this is.
     """
 
     def __init__(
@@ -59,14 +60,15 @@ class Pretraining:
         ranks: int = 2,
         prefix: Sequence[str] = (),
         variables: Mapping[str, str] | None = None,
+        placement: Sequence[str] = (),
     ):
         self.folder = folder
-        self.log = folder.with_name(folder.name + ".log")
+        self.log = folder.with_name("-".join([folder.name, *placement]).replace(":", "-") + ".log")
         folder.parent.mkdir(parents=True, exist_ok=True)
         self._begin = self.log.stat().st_size if self.log.exists() else 0
         command = [
             *prefix, sys.executable, "-m", "launcher.main", "pretrain", *overrides, f"run.dir={folder}",
-            "--nproc", str(ranks),
+            "--nproc", str(ranks), *placement,
         ]  # fmt: skip
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -118,6 +120,13 @@ class Pretraining:
             if child.environ().get("RANK") == str(number) and "launcher.main" in child.cmdline():
                 return child
         raise DrillError(f"rank {number} is not there")
+
+    def worker(self) -> psutil.Process:
+        """The cluster worker of this node."""
+        for child in self._family():
+            if "medvlp.prototypes.worker" in child.cmdline():
+                return child
+        raise DrillError("the cluster worker is not there")
 
     def kill(self) -> bool:
         """SIGKILL to launcher, ranks and data workers at once; whether the launcher was still running.

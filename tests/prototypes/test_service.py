@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ import torch
 from medvlp.config import PrototypesConfig
 from medvlp.distributed import rank
 from medvlp.losses.normalise import unit_norm
-from medvlp.prototypes.bank import EmbeddingBank
+from medvlp.prototypes.asynchronous import AsynchronousService
+from medvlp.prototypes.board import BOARD, DECLINED, Board, new_board
 from medvlp.prototypes.service import SynchronousService, build_service
 from medvlp.prototypes.table import PrototypeTable
+from medvlp.ranks import Ranks
 from tests.prototypes.test_kmeans import mixture
 
 CONFIG = PrototypesConfig(refresh_steps=5, bank_rows=64, iterations=5, temperature=0.1)
@@ -38,7 +41,7 @@ def test_table_assigns_by_cosine() -> None:
 @pytest.mark.parametrize("balance", ["sinkhorn", "bias", "none"])
 def test_soft_assignments_are_distributions(balance: str) -> None:
     service = filled_service(dataclasses.replace(CONFIG, balance=balance))
-    service.refresh()
+    service.refresh(5)
     rows = mixture(4, 8, seed=3).requires_grad_()
     codes = service.assign(rows)
     torch.testing.assert_close(codes.sum(1), torch.ones(len(rows)))
@@ -46,13 +49,13 @@ def test_soft_assignments_are_distributions(balance: str) -> None:
 
 
 def test_bias_evens_out_uneven_clusters() -> None:
-    rows = torch.cat([mixture(1, 90, spread=0.5, seed=1), mixture(1, 10, spread=0.5, seed=2)])
+    rows = torch.cat([mixture(1, 90, spread=0.3, seed=1), mixture(1, 10, spread=0.3, seed=2)])
     usage = {}
     for balance in ("none", "bias"):
         config = dataclasses.replace(CONFIG, balance=balance, bank_rows=200, temperature=0.3)
         service = SynchronousService(config, 2, 8, seed=0)
         service.update({"image": rows}, torch.arange(100), step=1)
-        service.refresh()
+        service.refresh(5)
         usage[balance] = service.assign(rows).mean(0).max()
     assert usage["bias"] < usage["none"] - 0.05
 
@@ -87,51 +90,34 @@ def test_table_refuses_nonsense(change: dict, message: str) -> None:
         PrototypeTable(**{**state, **change})
 
 
-def test_bank_is_a_ring() -> None:
-    bank = EmbeddingBank(5, 1)
-    for start in range(0, 8, 2):
-        bank.add(
-            torch.tensor([[start], [start + 1]]).float(), torch.tensor([start, start + 1]), "text", step=start
-        )
-    assert len(bank) == 5
-    assert bank.rows()[:, 0].tolist() == [3, 4, 5, 6, 7]
-    assert sorted(bank.sample.tolist()) == [3, 4, 5, 6, 7]
-    bank.add(torch.arange(9.0)[:, None], torch.arange(9), "image", step=9)
-    assert bank.rows()[:, 0].tolist() == [4, 5, 6, 7, 8]
-    copy = EmbeddingBank(5, 1)
-    copy.load_state_dict(bank.state_dict())
-    assert torch.equal(copy.rows(), bank.rows())
-    with pytest.raises(ValueError, match="bank_rows"):
-        EmbeddingBank(6, 1).load_state_dict(bank.state_dict())
-
-
 def test_refresh_counts_versions_and_reports() -> None:
     service = filled_service()
     assert [step for step in range(12) if service.refresh_due(step)] == [5, 10]
-    figures = service.refresh()
+    figures = service.refresh(5)
     assert figures["prototypes/version"] == 1
     assert figures["prototypes/rows"] == 32
     assert figures["prototypes/similarity"] > 0.9
     assert figures["prototypes/perplexity"] == pytest.approx(1.0, abs=0.05)
     assert figures["prototypes/dead"] == 0
     first = service.table
-    service.refresh()
+    service.refresh(5)
     assert service.table.version == 2
     assert (first.centroids * service.table.centroids).sum(1).min() > 0.99
 
 
 def test_blend_moves_centroids_part_of_the_way() -> None:
     service = filled_service(dataclasses.replace(CONFIG, blend=0.1))
-    service.refresh()
+    service.refresh(5)
     before = service.table.centroids
     service.update({"image": mixture(4, 16, seed=9)}, torch.arange(64), step=2)
-    service.refresh()
+    service.refresh(5)
     assert (before * service.table.centroids).sum(1).min() > 0.9
 
 
 def test_too_few_embeddings_leave_the_table_alone() -> None:
     service = filled_service(count=40)
-    assert service.refresh() == {"prototypes/version": 0.0, "prototypes/rows": 32.0}
+    figures = service.refresh(5)
+    assert (figures["prototypes/version"], figures["prototypes/put_off"]) == (0, 1)
     assert service.table is None
     with pytest.raises(RuntimeError, match="refresh_steps"):
         service.assign(mixture(2, 2))
@@ -139,24 +125,25 @@ def test_too_few_embeddings_leave_the_table_alone() -> None:
 
 def test_resumed_service_goes_on_identically() -> None:
     service = filled_service()
-    service.refresh()
+    service.refresh(5)
     other = SynchronousService(CONFIG, 4, 8, seed=1)
     other.load_state_dict(service.state_dict())
     for each in (service, other):
         each.update({"image": mixture(4, 4, seed=5)}, torch.arange(16), step=3)
-        each.refresh()
+        each.refresh(5)
     assert service.table.fingerprint == other.table.fingerprint
     elsewhere = SynchronousService(CONFIG, 4, 8, seed=1)
     elsewhere.load_state_dict({"table": service.state_dict()["table"]})
-    assert len(elsewhere.bank) == 0
+    assert len(elsewhere.rows.ring) == 0
     assert elsewhere.table.fingerprint == service.table.fingerprint
 
 
 def refresh_own_rows(rows: np.ndarray, ranks: int) -> tuple[str, np.ndarray]:
     service = SynchronousService(CONFIG, 4, 8, seed=1)
     own = torch.from_numpy(rows).chunk(ranks)[rank()]
-    service.update({"image": own}, torch.arange(len(own)), step=1)
-    service.refresh()
+    first = rank() * len(own) if ranks > 1 else 0
+    service.update({"image": own}, torch.arange(first, first + len(own)), step=1)
+    service.refresh(5)
     return service.table.fingerprint, service.assign(own).numpy()
 
 
@@ -169,6 +156,41 @@ def test_all_ranks_hold_the_same_table(gloo_pool) -> None:
     np.testing.assert_allclose(np.concatenate([codes for _, codes in results]), alone, atol=1e-5)
 
 
-def test_asynchronous_service_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"prototypes\.sync"):
-        build_service(dataclasses.replace(CONFIG, sync=False), (4, 8))
+def test_the_kind_of_service_follows_from_config_and_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    descriptor, path = new_board()
+    monkeypatch.setenv(BOARD, path)
+    service = build_service(CONFIG, (4, 8), 0, Ranks("none"), "cpu")
+    assert isinstance(service, SynchronousService)
+    assert Board(path).state == DECLINED  # a worker that a launcher may have started is not needed
+    os.close(descriptor)
+    descriptor, path = new_board()
+    monkeypatch.setenv(BOARD, path)
+    service = build_service(CONFIG, (4, 8), 0, Ranks("none"), "cuda")
+    assert isinstance(service, AsynchronousService)
+    assert service.supervisor is None  # the launcher's
+    service.close()
+    os.close(descriptor)
+
+
+def test_a_table_of_one_kind_goes_on_in_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    descriptor, path = new_board()
+    monkeypatch.setenv(BOARD, path)
+    inline = filled_service()
+    inline.refresh(5)
+    behind = AsynchronousService(CONFIG, 4, 8, seed=1)
+    behind.load_state_dict(inline.state_dict())
+    again = SynchronousService(CONFIG, 4, 8, seed=1)
+    again.load_state_dict(behind.state_dict())
+    assert inline.table.fingerprint == behind.table.fingerprint == again.table.fingerprint
+    os.close(descriptor)
+
+
+def test_rows_without_a_direction_are_left_out() -> None:
+    service = filled_service()
+    rows = mixture(4, 8)
+    rows[:3] = float("nan")
+    service.update({"image": rows}, torch.arange(32), step=2)
+    figures = service.refresh(5)
+    assert service.rows.ring.dropped == 3
+    assert figures["prototypes/rows"] == 32 + 29
+    assert service.table.centroids.isfinite().all()

@@ -12,15 +12,21 @@ from tests.training.test_resume import comparable, killed_after, weights
 
 pytestmark = pytest.mark.dist
 
+#: After the only refresh; the table that masks the last two steps comes from the checkpoint.
+MASKS = [
+    "prototypes.false_negatives=mask", "prototypes.clusters=4", "prototypes.refresh_steps=5",
+    "prototypes.bank_rows=64",
+]  # fmt: skip
 #: 80 studies make about 4 steps an epoch. Runs have 8 steps and lose what comes after the sixth.
 METHODS = {
     # Prototypes are frozen for an epoch and move in the second.
-    "mgca": ["method.prototypes=8", "method.embedding=16", "method.head_hidden=32", "zero.stage=2"],
+    "mgca": ["method.prototypes=8", "method.embedding=16", "method.head_hidden=32", "zero.stage=2", *MASKS],
     # Its teacher, its hard matching, and what it draws when it drops patches.
     "place": [
         "method.embedding=16", "method.head_hidden=32", "method.queries=4", "method.query_layers=1",
         "method.decoder_width=32", "method.decoder_heads=2", "method.correlation_target=teacher",
         "method.teacher_momentum=0.5", "method.patch_drop=0.5", "zero.stage=3", "precision=bf16",
+        *MASKS,
     ],
     # Masks, dropout of the fusion.
     "mpma": [
@@ -72,3 +78,5 @@ def test_resuming_is_bit_identical(gloo_pool, overrides, tmp_path, name: str) ->
     )
     moved = [key for key in after if not torch.equal(before[key], after[key])]
     assert MOVES.get(name, "image_encoder") in " ".join(moved)
+    masked = [line["prototypes/masked"] for line in comparable(whole) if "prototypes/masked" in line]
+    assert (len(masked) == 3 and min(masked) > 0) == (MASKS[0] in METHODS[name])

@@ -121,3 +121,16 @@ def test_disabled_leaves_nothing(tmp_path):
     run.finish()
     assert run.id is None
     assert not list(tmp_path.iterdir())
+
+
+def test_a_start_before_the_first_checkpoint_continues_the_same_wandb_run(tmp_path):
+    def start(given=None):
+        run = WandbRun(MonitorConfig(wandb="offline"), tmp_path, "name", {}, given)
+        run.finish()
+        return run.id
+
+    first = start()
+    assert start() == first
+    assert start("abcd1234") == "abcd1234"
+    (tmp_path / "wandb-run-id").write_text("../../elsewhere\n")
+    assert len(start()) == 8

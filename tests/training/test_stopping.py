@@ -8,6 +8,7 @@ import time
 import pytest
 
 from medvlp import distributed
+from medvlp.training.agreement import reach
 from medvlp.training.interrupts import EXIT_INTERRUPTED, Interrupts
 from tests.training.runs import read_metrics, train
 
@@ -15,9 +16,9 @@ from tests.training.runs import read_metrics, train
 def test_a_signal_is_noted_and_the_handlers_come_back():
     before = signal.getsignal(signal.SIGUSR1)
     with Interrupts() as interrupts:
-        assert not interrupts.agreed()
+        assert not reach(interrupts)
         os.kill(os.getpid(), signal.SIGUSR1)
-        wait_until(lambda: interrupts.agreed())
+        wait_until(lambda: reach(interrupts))
     assert interrupts.stopped_by == "SIGUSR1"
     assert signal.getsignal(signal.SIGUSR1) == before
 
@@ -48,9 +49,9 @@ def test_a_second_signal_ends_the_process_but_not_the_same_request_twice(monkeyp
 
 def test_the_time_is_a_request_too():
     with Interrupts(max_minutes=60) as interrupts:
-        assert not interrupts.agreed()
+        assert not reach(interrupts)
     with Interrupts(max_minutes=0) as interrupts:
-        assert interrupts.agreed()
+        assert reach(interrupts)
     assert interrupts.stopped_by == "train.max_minutes"
 
 

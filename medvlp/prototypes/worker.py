@@ -1,0 +1,176 @@
+"""`python -m medvlp.prototypes.worker`: the cluster worker of one node, the only process of a run with FAISS.
+
+Started by `WorkerSupervisor`. It waits for the node's plan, then answers one request after the other. Torch
+and FAISS are imported only when there is a plan.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+from medvlp.lifetime import die_with
+from medvlp.prototypes.board import BOARD, DECLINED, FAILED, PUT_OFF, READY, Board, Plan
+from medvlp.prototypes.supervisor import SUPERVISOR
+
+logger = logging.getLogger("medvlp.prototypes.worker")
+
+#: Seconds between two looks at the board or store, and between two signs of life.
+LOOK_SECONDS, BEAT_SECONDS = 0.02, 0.5
+#: Added to the niceness: training comes first.
+NICENESS = 10
+
+
+class RequestError(RuntimeError):
+    """A refresh in which not all nodes take part."""
+
+
+def main() -> None:
+    """Work until the supervisor says otherwise; returns when this run needs no worker."""
+    die_with(int(os.environ[SUPERVISOR]))
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # requests to save, which Slurm sends to every process
+    os.nice(NICENESS)
+    logging.basicConfig(
+        format="%(asctime)s cluster worker: %(message)s", datefmt="%H:%M:%S", level=logging.WARNING
+    )
+    board = Board(os.environ[BOARD])
+    threading.Thread(target=_show_life, args=(board,), name="medvlp-beat", daemon=True).start()
+    while (plan := board.refresh_plan()) is None:
+        if board.state == DECLINED:
+            return
+        time.sleep(LOOK_SECONDS)
+    threads = plan.config["worker_threads"] or 1
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # read when torch and FAISS are imported
+    import torch
+
+    torch.set_num_threads(threads)
+    Worker(board, plan).run()
+
+
+def _show_life(board: Board) -> None:
+    """Tells a worker that was stopped or starved from one that waits: all its waiting has time-outs."""
+    while True:
+        board.beat(time.monotonic_ns())
+        time.sleep(BEAT_SECONDS)
+
+
+class Worker:
+    """Answers the requests on a board, each with the workers of the other nodes.
+
+    Args:
+        board, plan: of this node.
+    """
+
+    def __init__(self, board: Board, plan: Plan):
+        from medvlp.config import PrototypesConfig
+
+        self.board, self.plan = board, plan
+        self.config = PrototypesConfig(**plan.config)
+        self._timeout = timedelta(seconds=self.config.worker_timeout_seconds)
+        self._rings: list[Any] = []
+        self._store: Any = None
+        self._meeting: Any = None
+        if board.restarts:
+            self._give_up_what_was_asked_before()
+
+    def _give_up_what_was_asked_before(self) -> None:
+        """A request that an earlier worker has left open: the other nodes have begun it with that one."""
+        latest = max(self.board.requests()[0])
+        if latest > self.board.answered()[0]:
+            self.board.answer(latest, FAILED)
+
+    def run(self) -> None:
+        """Answer requests for ever."""
+        while True:
+            self.answer_next()
+            time.sleep(LOOK_SECONDS)
+
+    def answer_next(self) -> None:
+        """Answer the request that all ranks of this node have made, if there is a new one."""
+        numbers, cursors = self.board.requests()
+        if min(numbers) == max(numbers) > self.board.answered()[0]:
+            self.board.answer(numbers[0], self.refresh(numbers[0], cursors))
+
+    def refresh(self, number: int, cursors: list[int]) -> int:
+        """Cluster the rows of all nodes and write the table; returns the outcome."""
+        from medvlp import distributed
+        from medvlp.prototypes.board_tables import publish_table
+        from medvlp.prototypes.refresh import refresh_table
+
+        plan = self.plan
+        try:
+            rows, old, anchors = self._rows(cursors), self._old_table(), self._anchors()
+            if plan.nodes > 1:
+                store = self._meet(number)
+                with distributed.temporary_group(store, plan.node, plan.nodes, self._timeout):
+                    table, figures = refresh_table(rows, old, self.config, plan.clusters, plan.seed, anchors)
+            else:
+                table, figures = refresh_table(rows, old, self.config, plan.clusters, plan.seed, anchors)
+        except (RuntimeError, ValueError) as error:  # of gloo and its stores, a damaged board, a misfit
+            logger.warning("refresh %d is given up: %s", number, " ".join(str(error).split())[:200])
+            return FAILED
+        if table is None:
+            return PUT_OFF
+        figures["prototypes/torn_rows"] = float(sum(ring.torn for ring in self._rings))
+        publish_table(self.board, table, figures)
+        return READY
+
+    def _rows(self, cursors: list[int]) -> Any:
+        from medvlp.prototypes.ring import BankRows, EmbeddingRing
+
+        if not self._rings:
+            memories = map(self.board.ring_memory, range(self.plan.ranks))
+            self._rings = [EmbeddingRing.attach(memory) for memory in memories]
+        return BankRows.joined([ring.rows(cursor) for ring, cursor in zip(self._rings, cursors, strict=True)])
+
+    def _old_table(self) -> Any:
+        from medvlp.prototypes.board_tables import read_table
+
+        return None if self.board.in_use is None else read_table(self.board, self.board.in_use)[0]
+
+    def _anchors(self) -> Any:
+        import torch
+
+        anchors = self.board.anchors()
+        return None if anchors is None else torch.from_numpy(anchors)
+
+    def _meet(self, number: int) -> Any:
+        """Wait until the workers of all nodes are at this request; the store in which they form a group.
+
+        The run's store keeps two words of each node. A refresh has a store of its own, served by the first
+        node's worker, so that nothing of an earlier one, failed or not, is ever found in it.
+
+        Raises:
+            RequestError: they are not all there in time, or the ranks have gone on to another request.
+            RuntimeError: a store does not answer.
+        """
+        from medvlp import distributed
+
+        host, _, port = self.plan.store.rpartition(":")
+        if self._store is None:
+            self._store = distributed.connect_store(host, int(port), self._timeout)
+        if self.plan.node == 0:
+            self._meeting = distributed.host_store()
+            self._store.set("meeting", str(self._meeting.port))
+        self._store.set(f"node-{self.plan.node}", str(number))
+        names = [f"node-{node}" for node in range(self.plan.nodes)]
+        deadline = time.monotonic() + self._timeout.total_seconds()
+        while not (self._store.check(names) and set(self._store.multi_get(names)) == {str(number).encode()}):
+            if max(self.board.requests()[0]) > number:
+                raise RequestError("the ranks have gone on without it")
+            if time.monotonic() > deadline:
+                raise RequestError(f"not all {self.plan.nodes} nodes took part within {self._timeout}")
+            time.sleep(LOOK_SECONDS)
+        if self.plan.node == 0:
+            return self._meeting
+        return distributed.connect_store(host, int(self._store.get("meeting")), self._timeout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Supervision of the cluster worker: restarts, hangs, ends; nothing outlives anybody. Workers are real."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import psutil
+import pytest
+
+from medvlp.prototypes import supervisor as module
+from medvlp.prototypes.board import BOARD
+from medvlp.prototypes.supervisor import WorkerSupervisor, decline_worker
+from medvlp.ranks import Ranks
+
+
+@pytest.fixture
+def supervisor() -> Iterator[WorkerSupervisor]:
+    with WorkerSupervisor() as running:
+        yield running
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.02)
+
+
+def is_waiting(supervisor: WorkerSupervisor) -> bool:
+    """Whether the worker has found the board."""
+    started = supervisor.board.last_beat
+    time.sleep(0.7)
+    return supervisor.board.last_beat > started
+
+
+def test_a_killed_worker_is_started_again(supervisor: WorkerSupervisor) -> None:
+    wait_until(lambda: is_waiting(supervisor))
+    first = supervisor.worker_pid
+    assert psutil.Process(first).nice() >= 10
+    os.kill(first, signal.SIGKILL)
+    wait_until(lambda: supervisor.worker_pid not in (None, first))
+    assert supervisor.board.restarts == 1
+    wait_until(lambda: is_waiting(supervisor))
+
+
+def test_a_worker_without_a_sign_of_life_is_replaced(
+    supervisor: WorkerSupervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait_until(lambda: is_waiting(supervisor))
+    first = supervisor.worker_pid
+    monkeypatch.setattr(module, "START_SECONDS", 1.0)
+    os.kill(first, signal.SIGSTOP)
+    wait_until(lambda: not psutil.pid_exists(first))
+    monkeypatch.setattr(module, "START_SECONDS", 60.0)
+    wait_until(lambda: supervisor.worker_pid is not None and is_waiting(supervisor))
+    assert supervisor.board.restarts == 1
+
+
+def test_a_worker_with_nothing_to_do_ends_and_stays_away(
+    supervisor: WorkerSupervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(BOARD, supervisor.path)
+    decline_worker(Ranks("torchrun", rank=1, world_size=2, local_rank=1))  # not this rank's business
+    wait_until(lambda: is_waiting(supervisor))
+    decline_worker(Ranks("torchrun", rank=0, world_size=2, local_rank=0))
+    wait_until(lambda: supervisor.worker_pid is None)
+    assert supervisor.board.restarts == 0
+
+
+def test_requests_to_save_do_not_end_the_worker(supervisor: WorkerSupervisor) -> None:
+    wait_until(lambda: is_waiting(supervisor))
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        os.kill(supervisor.worker_pid, number)
+    assert is_waiting(supervisor)
+    assert supervisor.board.restarts == 0
+
+
+def test_closing_ends_a_worker_that_does_not_listen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "GRACE_SECONDS", 0.3)
+    with WorkerSupervisor() as supervisor:
+        wait_until(lambda: is_waiting(supervisor))
+        worker = supervisor.worker_pid
+        os.kill(worker, signal.SIGSTOP)  # SIGTERM waits for SIGCONT
+    assert not psutil.pid_exists(worker)
+
+
+def test_the_worker_dies_with_its_supervisor() -> None:
+    program = (
+        "from medvlp.prototypes.supervisor import WorkerSupervisor\n"
+        "import time\n"
+        "supervisor = WorkerSupervisor().start()\n"
+        "started = time.monotonic_ns()\n"
+        "while supervisor.board.last_beat < started + 3e8: time.sleep(0.02)\n"
+        "print(supervisor.worker_pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    try:
+        worker = int(parent.stdout.readline())
+        assert psutil.pid_exists(worker)
+    finally:
+        parent.kill()
+        parent.wait()
+    wait_until(lambda: not psutil.pid_exists(worker) or psutil.Process(worker).status() == "zombie", 5.0)

@@ -1,0 +1,62 @@
+"""What the ranks agree on between two steps."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from medvlp import distributed
+from medvlp.training.agreement import reach
+from medvlp.training.interrupts import Interrupts
+
+
+class Votes:
+    """A party that says given numbers, remembers what it heard, and waits for some rounds."""
+
+    def __init__(self, numbers: list[int], rounds: int = 0):
+        self.numbers, self.rounds = numbers, rounds
+        self.heard: list[list[int]] = []
+
+    def proposal(self, step: int) -> list[int]:
+        return [number + step for number in self.numbers]
+
+    def agree(self, greatest: list[int]) -> bool:
+        self.heard.append(greatest)
+        return len(self.heard) > self.rounds
+
+
+def agree_over_ranks(big: int) -> tuple[list, list, list, bool]:
+    own = distributed.rank()
+    pair, nothing, single = Votes([big + own, -big - own]), Votes([]), Votes([own], rounds=2)
+    waited = []
+    with Interrupts() as interrupts:
+        stopped = reach(interrupts, [pair, nothing, single], 0, lambda: waited.append(1))
+    return pair.heard, nothing.heard, single.heard, stopped, len(waited)
+
+
+@pytest.mark.dist
+def test_all_ranks_hear_the_same_and_wait_together(gloo_pool) -> None:
+    big = 2**61 + 1  # more than float64 can tell from its neighbour
+    for pair, nothing, single, stopped, waited in gloo_pool(2).run(agree_over_ranks, big):
+        assert pair == 3 * [[big + 1, -big]]
+        assert nothing == 3 * [[]]
+        assert single == 3 * [[1]]
+        assert not stopped
+        assert waited == 2
+
+
+def test_the_step_is_told() -> None:
+    votes = Votes([0])
+    with Interrupts() as interrupts:
+        reach(interrupts, [votes], 7)
+    assert votes.heard == [[7]]
+
+
+def test_a_request_to_stop_ends_the_waiting() -> None:
+    votes = Votes([], rounds=10**9)
+    with Interrupts() as interrupts:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert reach(interrupts, [votes])
+    assert interrupts.stopped_by == "SIGTERM"
