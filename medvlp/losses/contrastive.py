@@ -21,17 +21,22 @@ def contrastive_logits(local: Tensor, gathered: Tensor, temperature: float | Ten
     return local @ gathered.T / temperature
 
 
-def paired_cross_entropy(logits: Tensor, offset: int = 0) -> Tensor:
+def paired_cross_entropy(logits: Tensor, offset: int = 0, excluded: Tensor | None = None) -> Tensor:
     """InfoNCE of one direction: mean over rows i of -log softmax(logits[i])[offset + i].
 
     Args:
         logits: [b, B], row i belongs to column offset + i.
         offset: first column of this rank (rank * b).
+        excluded: [b, B] bool, columns that are no negatives of a row; its own column always takes part. A row
+            whose other columns are all excluded has loss and gradient 0. None: all are negatives.
 
     Returns:
         0-d loss. (ConVIRT, CLIP; MGCA section 3.1 "instance-wise alignment".)
     """
     labels = torch.arange(logits.shape[0], device=logits.device) + offset
+    if excluded is not None:
+        excluded = excluded.scatter(1, labels[:, None], False)
+        logits = logits.masked_fill(excluded, -torch.inf)
     return F.cross_entropy(logits, labels)
 
 

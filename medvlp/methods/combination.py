@@ -61,13 +61,23 @@ class Combination(Alignment):
         self.text_attention = any(part.text_attention for part in self._parts().values())
 
     def forward(self, pair: EncodedPair) -> dict[str, Tensor]:
-        """Losses of a batch: "loss", and every term of a part as "PART/...", its total as "PART/loss"."""
+        """Losses of a batch: "loss", every term of a part as "PART/...", its total as "PART/loss".
+
+        With masks of false negatives also the figures of `Objective.share_embeddings`.
+        """
         loss = torch.zeros((), device=pair.image.pooled.device)
         terms: dict[str, Tensor] = {}
-        for name, part in self._parts().items():
+        parts, user = self._parts(), self.service_user
+        if self._masks:
+            # Its embeddings decide for all parts which samples are no negatives of each other.
+            parts = dict(sorted(parts.items(), key=lambda item: item[1] is not user))
+        for name, part in parts.items():
             own: dict[str, Tensor] = part(pair)
             loss = loss + self.weights[name] * own["loss"]
-            terms |= {f"{name}/{term}": value for term, value in own.items()}
+            for term, value in own.items():
+                terms[term if term.startswith("prototypes/") else f"{name}/{term}"] = value
+            if self._masks and part is user:
+                pair = pair._replace(exclusion=user.last_exclusion)
         return {"loss": loss} | terms
 
     def embed_image(self, features: ImageFeatures) -> Tensor:
@@ -103,6 +113,16 @@ class Combination(Alignment):
         """MGCA where it is a part: only its prototypes are started and refreshed from embeddings."""
         return self._parts().get("mgca", self)
 
+    @property
+    def service_user(self) -> Objective:
+        """MGCA where clusters are its prototypes, else the part that embeds: one service has one space."""
+        mgca = self._parts().get("mgca")
+        return mgca if mgca is not None and mgca.uses_service else self._embedding()
+
+    @property
+    def _masks(self) -> bool:
+        return self.service_user.mask_clusters is not None
+
     def _embedding(self) -> Alignment:
         return self._parts()[self.config.embeds_with]
 
@@ -124,4 +144,10 @@ def build(config: Config, vocab_size: int) -> PairMethod:
             "method.embeds_with=mgca"
         )
     image, text = build_encoders(config, vocab_size)
-    return PairMethod(image, text, Combination(method, image, text, staged=bool(config.optimizer.phases)))
+    combination = Combination(method, image, text, staged=bool(config.optimizer.phases))
+    if config.prototypes.anchors and method.embeds_with != "mgca" and combination.service_user.uses_service:
+        raise ConfigError(
+            "prototypes.anchors are embedded as the method's texts, but method.mgca.prototype_source="
+            f"clusters has MGCA's embeddings clustered, not those of method.embeds_with={method.embeds_with}"
+        )
+    return PairMethod(image, text, combination)

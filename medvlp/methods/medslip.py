@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import NamedTuple
 
@@ -24,6 +25,8 @@ from medvlp.methods.medslip_objective import MeDSLIPObjective, Negatives, Read
 from medvlp.methods.medslip_streams import Streams, TwoStreams
 from medvlp.methods.pair import build_encoders_of
 from medvlp.methods.registry import register
+
+logger = logging.getLogger(__name__)
 
 
 class ImageStreams(NamedTuple):
@@ -86,6 +89,9 @@ class MeDSLIP(Method):
         if batch.entities is None:
             raise ValueError("medslip reads Batch.entities: build the loader with entities=True")
         streams = self._image_streams(batch.image).streams
+        if self.keep_embeddings:
+            # For the service alone: the losses contrast texts with parts of one image, never two samples.
+            self.share_embeddings(batch, self.config.negatives == "global", _embedding(streams), None)
         pathology: Decoded = self._read(self.pathology_decoder, self._book().pathology, streams.pathology)
         anatomy: Decoded = self._read(self.anatomy_decoder, self._book().anatomy, streams.anatomy)
         read = Read(pathology.features, anatomy.features, self.book.pathology, self.book.anatomy)
@@ -102,7 +108,19 @@ class MeDSLIP(Method):
 
     def encode_image(self, image: Tensor) -> Tensor:
         """[B, width] unit-norm mean over the tokens of the pathology stream (no query has read them yet)."""
-        return unit_norm(self._image_streams(image).streams.pathology.float().mean(1))
+        return unit_norm(_embedding(self._image_streams(image).streams))
+
+    def embedding_width(self) -> int | None:
+        """The streams are trained by every loss."""
+        return self.config.width
+
+    def mask_false_negatives(self, clusters: int) -> None:
+        """Have images clustered; there are no contrasts between samples, so no loss changes."""
+        super().mask_false_negatives(clusters)
+        logger.warning(
+            "prototypes.false_negatives=mask changes no loss of MeDSLIP, which never contrasts two samples; "
+            "its images are clustered all the same"
+        )
 
     def encode_text(self, text: Text) -> Tensor:
         raise NotImplementedError("MeDSLIP embeds no reports: they enter training as entities only")
@@ -170,6 +188,11 @@ class MeDSLIP(Method):
         if not self.book.written:
             raise RuntimeError("MeDSLIP.prepare(tokenizer) has not been called: the text book is empty")
         return self.book
+
+
+def _embedding(streams: Streams) -> Tensor:
+    """[B, width] mean over the tokens of the pathology stream, in float32."""
+    return streams.pathology.float().mean(1)
 
 
 def mean_attention(decoded: Decoded) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from medvlp.config import Config
+from medvlp.config_files import ConfigError
 from medvlp.data.batch import Text
 from medvlp.encoders.errors import EncoderError
 from medvlp.encoders.image import ImageEncoder, ImageFeatures
@@ -32,6 +33,8 @@ class MGCA(Alignment):
         EncoderError: attention weights are asked for and a backbone has none.
     """
 
+    embedding_need = "method.instance_weight or method.prototype_weight above 0"
+
     def __init__(self, config: MGCAConfig, image: ImageEncoder, text: TextEncoder) -> None:
         super().__init__()
         self.config = config
@@ -52,22 +55,20 @@ class MGCA(Alignment):
         """Losses of a batch: "loss/instance", "loss/word", "loss/patch", "loss/prototype", and "loss".
 
         A term whose weight is 0 is left out. Besides the losses: "retrieval/top1" and "retrieval/top5",
-        in-batch accuracy of both directions in [0, 1].
+        in-batch accuracy of both directions in [0, 1], and the figures of `Objective.share_embeddings`.
         """
         embeddings = MGCAEmbeddings(
             image=self.image_head(pair.image.pooled),
             report=self.report_head(pair.text.hidden[:, 0]),
             tokens=self._tokens(pair) if self.config.token_weight > 0 else None,
         )
-        if self.keep_embeddings:
-            kept = {"image": embeddings.image, "text": embeddings.report}
-            self.last_embeddings = {name: unit_norm(value.detach()).float() for name, value in kept.items()}
-        terms: dict[str, Tensor] = self.objective(embeddings, self.prototype_table)
-        return terms
+        exclusion = self.exclude(pair, self.config.negatives, embeddings.image, embeddings.report)
+        terms: dict[str, Tensor] = self.objective(embeddings, self.prototype_table, exclusion.pairs)
+        return terms | exclusion.figures
 
     def _tokens(self, pair: EncodedPair) -> MGCATokens:
         config = self.config
-        image, text, batch = pair
+        image, text, batch = pair[:3]
         attention = text.cls_attention
         words = aggregate_words(
             text.hidden,
@@ -100,20 +101,24 @@ class MGCA(Alignment):
         """The prototypes: frozen ones must not move, and their length has no meaning afterwards."""
         return {"objective.prototypes.weight"} if self.objective.prototypes is not None else set()
 
-    @property
-    def uses_service(self) -> bool:
-        return self.config.prototype_weight > 0 and self.config.prototype_source == "clusters"
-
     def prototype_size(self) -> tuple[int, int] | None:
-        if self.config.prototype_weight == 0:
-            return None
-        return self.config.prototypes, self.config.embedding
+        return None if self.objective.prototypes is None else (self.config.prototypes, self.config.embedding)
 
-    def set_prototypes(self, centroids: Tensor) -> None:
+    def set_prototypes(self, centroids: Tensor, length: float = 1.0) -> None:
         if self.objective.prototypes is None:
-            super().set_prototypes(centroids)
+            super().set_prototypes(centroids, length)
         else:
             self.objective.prototypes.set(centroids)
+
+    def service_size(self) -> tuple[int, int] | None:
+        """Clusters that are prototypes have the method's own number; those that mask negatives share them."""
+        if self.config.prototype_weight > 0 and self.config.prototype_source == "clusters":
+            return self.config.prototypes, self.config.embedding
+        return super().service_size()
+
+    def embedding_width(self) -> int | None:
+        trained = self.config.instance_weight > 0 or self.config.prototype_weight > 0
+        return self.config.embedding if trained else None
 
 
 def _wants_attention(name: str, choice: str, available: bool) -> bool:
@@ -126,7 +131,21 @@ def _wants_attention(name: str, choice: str, available: bool) -> bool:
 
 @register("mgca", MGCAConfig)
 def build(config: Config, vocab_size: int) -> PairMethod:
-    """MGCA as the config describes it (see `medvlp.methods.registry.build_method`)."""
+    """MGCA as the config describes it (see `medvlp.methods.registry.build_method`).
+
+    Raises:
+        ConfigError: there would be steps without a loss, or masks without a contrast they could change.
+    """
     method: MGCAConfig = config.method  # type: ignore[assignment]
+    if method.prototype_source == "clusters" and method.instance_weight == method.token_weight == 0:
+        raise ConfigError(
+            "method.prototype_source=clusters with method.instance_weight=0 and method.token_weight=0 leaves "
+            "no loss before the first refresh of the clusters: set one of the two above 0"
+        )
+    if config.prototypes.false_negatives == "mask" and method.instance_weight == 0:
+        raise ConfigError(
+            "prototypes.false_negatives=mask: method.instance_weight=0 switches off MGCA's only contrast "
+            "between samples; set it above 0, or prototypes.false_negatives=keep"
+        )
     image, text = build_encoders(config, vocab_size)
     return PairMethod(image, text, MGCA(method, image, text))

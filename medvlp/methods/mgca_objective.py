@@ -57,32 +57,41 @@ class MGCAObjective(nn.Module):
         if config.prototype_weight > 0 and config.prototype_source == "learned":
             self.prototypes = LearnedPrototypes(config.prototypes, config.embedding)
 
-    def forward(self, embeddings: MGCAEmbeddings, table: PrototypeTable | None = None) -> dict[str, Tensor]:
+    def forward(
+        self,
+        embeddings: MGCAEmbeddings,
+        table: PrototypeTable | None = None,
+        excluded: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """All terms with a weight as 0-d tensors; "loss" is their weighted sum.
 
         Args:
             embeddings: of this rank's samples.
-            table: clusters of the service, for `prototype_source: clusters`; None: no prototype loss yet.
+            table: clusters of the service, for `prototype_source: clusters`; None (on all ranks, because the
+                prototype loss has collectives): this step has no such loss.
+            excluded: [B, N] samples that are no negatives of each other, see `instance_contrast`.
         """
         config = self.config
         image, report = unit_norm(embeddings.image), unit_norm(embeddings.report)
         loss = image.new_zeros(())
         terms: dict[str, Tensor] = {}
         if config.instance_weight > 0:
-            terms |= self.instance(image, report)
+            terms |= self.instance(image, report, excluded)
             loss = loss + config.instance_weight * terms["loss/instance"]
         if config.token_weight > 0 and embeddings.tokens is not None:
             terms |= self.tokens(embeddings.tokens)
             loss = loss + config.token_weight * (terms["loss/word"] + terms["loss/patch"])
-        if config.prototype_weight > 0:
+        if config.prototype_weight > 0 and (self.prototypes is not None or table is not None):
             terms["loss/prototype"] = self.prototype(image, report, table)
             loss = loss + config.prototype_weight * terms["loss/prototype"]
         return {"loss": loss} | terms
 
-    def instance(self, image: Tensor, report: Tensor) -> dict[str, Tensor]:
+    def instance(self, image: Tensor, report: Tensor, excluded: Tensor | None = None) -> dict[str, Tensor]:
         """Contrastive loss between [B, D] unit-norm images and reports: the sum of both directions."""
         config = self.config
-        loss, accuracies = instance_contrast(image, report, config.instance_temperature, config.negatives)
+        loss, accuracies = instance_contrast(
+            image, report, config.instance_temperature, config.negatives, excluded
+        )
         return {"loss/instance": loss} | accuracies
 
     def tokens(self, tokens: MGCATokens) -> dict[str, Tensor]:
@@ -106,19 +115,18 @@ class MGCAObjective(nn.Module):
         return {"loss/word": word, "loss/patch": patch}
 
     def prototype(self, image: Tensor, report: Tensor, table: PrototypeTable | None = None) -> Tensor:
-        """Swapped prediction of prototype assignments between [B, D] unit-norm images and reports."""
-        config = self.config
-        if self.prototypes is not None:
-            scores = self.prototypes(torch.cat([image, report]), self.frozen)
-        elif table is not None:
-            scores = table.scores(torch.cat([image, report]))
-        else:
-            return image.new_zeros(())
-        image_scores, report_scores = scores.chunk(2)
-        if self.prototypes is None and table is not None:
+        """Swapped prediction of prototype assignments between [B, D] unit-norm images and reports.
+
+        The prototypes are the learned ones, where there are any, else the clusters of `table`.
+        """
+        config, both = self.config, torch.cat([image, report])
+        if self.prototypes is None:
+            assert table is not None, "clusters are the prototypes"
             every_rank = config.negatives == "global"
+            image_scores, report_scores = table.scores(both).chunk(2)
             codes = [table.soft_assign(x, config.sinkhorn_iterations, every_rank) for x in (image, report)]
         else:
+            image_scores, report_scores = self.prototypes(both, self.frozen).chunk(2)
             codes = [self._codes(image_scores), self._codes(report_scores)]
         return swapped_prediction(
             image_scores, report_scores, codes[0], codes[1], config.prototype_temperature

@@ -88,6 +88,8 @@ class MPMA(Method):
         EncoderError: widths and heads that do not fit, or a word embedding that cannot be tied.
     """
 
+    embedding_need = "method.global_weight above 0"
+
     def __init__(
         self, config: MPMAConfig, image: MaskedImageEncoder, text: MaskedTextEncoder, seed: int
     ) -> None:
@@ -127,7 +129,7 @@ class MPMA(Method):
         """Losses of a batch: "loss/image", "loss/report", "loss/global", "loss/local", and "loss".
 
         Terms of weight 0 are left out. Besides the losses: "report/accuracy", share of hidden tokens that
-        are predicted, and the alignment's metrics (see `GlobalLocalAlignment`).
+        are predicted, and the alignment's metrics (see `GlobalLocalAlignment`, `Objective.share_embeddings`).
         """
         config = self.config
         masks = self.draw_masks(batch)
@@ -140,7 +142,8 @@ class MPMA(Method):
         if self.alignment is not None:
             assert views.image is not None, "images are encoded for the alignment"
             assert views.text is not None, "reports are encoded for the alignment"
-            terms |= self.alignment(views.image, views.text.hidden, views.words)
+            exclude = partial(self.share_embeddings, batch, config.negatives == "global")
+            terms |= self.alignment(views.image, views.text.hidden, views.words, exclude)
         weights = {
             "loss/image": config.image_weight,
             "loss/report": config.report_weight,
@@ -174,6 +177,10 @@ class MPMA(Method):
     @property
     def embeds_reports(self) -> bool:
         return self.config.global_weight > 0
+
+    def embedding_width(self) -> int | None:
+        """Embeddings of what the masks leave visible."""
+        return self.config.embedding if self.config.global_weight > 0 else None
 
     def image_features(self, image: Tensor) -> Tensor:
         features: ImageFeatures = self.image_encoder(image)

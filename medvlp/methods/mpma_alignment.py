@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from medvlp.losses.cross_attention import patch_loss, word_loss
 from medvlp.losses.normalise import at_least_float32, unit_norm
 from medvlp.methods.instance_contrast import instance_contrast
 from medvlp.methods.mpma_config import MPMAConfig
+from medvlp.prototypes.false_negatives import NOTHING_EXCLUDED, Exclusion
 
 
 class LearnedTemperature(nn.Module):
@@ -62,20 +64,30 @@ class GlobalLocalAlignment(nn.Module):
             self.patch_head = nn.Linear(patch_width, config.embedding)
             self.word_head = nn.Linear(text_width, config.embedding)
 
-    def forward(self, image: ImageFeatures, hidden: Tensor, words: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self,
+        image: ImageFeatures,
+        hidden: Tensor,
+        words: Tensor,
+        exclude: Callable[[Tensor, Tensor], Exclusion] | None = None,
+    ) -> dict[str, Tensor]:
         """Losses of a batch: "loss/global" and "loss/local", without those of weight 0.
 
         Args:
             image: features of the patches the encoder saw.
             hidden: [B, L, D] hidden states of the reports.
             words: [B, L] bool, tokens of the report that were not hidden from the encoder.
+            exclude: decides from [B, E] images and reports which samples are no negatives of each other in
+                the global contrast; None: all are.
 
         Besides the losses: "retrieval/top1" and "retrieval/top5", in-batch accuracy of both directions, and
         "alignment/temperature".
         """
         terms: dict[str, Tensor] = {}
         if self.config.global_weight:
-            terms |= self._global(self.embed_image(image), self.embed_report(hidden, words))
+            embeddings = self.embed_image(image), self.embed_report(hidden, words)
+            exclusion = NOTHING_EXCLUDED if exclude is None else exclude(*embeddings)
+            terms |= self._global(*embeddings, exclusion.pairs) | exclusion.figures
         if self.config.local_weight:
             terms["loss/local"] = self._local(self.embed_patches(image), self.embed_words(hidden), words)
         return terms
@@ -103,9 +115,9 @@ class GlobalLocalAlignment(nn.Module):
         prompts = _mean(self.embed_words(hidden), words)
         return torch.einsum("bpd,nd->bnp", self.embed_patches(image), prompts)
 
-    def _global(self, image: Tensor, report: Tensor) -> dict[str, Tensor]:
+    def _global(self, image: Tensor, report: Tensor, excluded: Tensor | None) -> dict[str, Tensor]:
         temperature = self.temperature()
-        loss, accuracies = instance_contrast(image, report, temperature, self.config.negatives)
+        loss, accuracies = instance_contrast(image, report, temperature, self.config.negatives, excluded)
         return {"loss/global": 0.5 * loss, "alignment/temperature": temperature.detach()} | accuracies
 
     def _local(self, patches: Tensor, tokens: Tensor, words: Tensor) -> Tensor:

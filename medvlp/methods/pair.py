@@ -14,14 +14,21 @@ from medvlp.encoders.errors import EncoderError
 from medvlp.encoders.image import ImageEncoder, ImageFeatures
 from medvlp.encoders.text import TextEncoder, TextFeatures
 from medvlp.methods.base import Method, Objective, Progress
+from medvlp.prototypes.false_negatives import Exclusion
 
 
 class EncodedPair(NamedTuple):
-    """What the encoders make of a batch (a tuple: ZeRO-3's hooks look inside)."""
+    """What the encoders make of a batch (a tuple: ZeRO-3's hooks look inside).
+
+    Attributes:
+        exclusion: pairs of samples that are no negatives of each other, where another alignment on the same
+            encoders has decided that; None: the alignment decides for itself.
+    """
 
     image: ImageFeatures
     text: TextFeatures
     batch: Batch
+    exclusion: Exclusion | None = None
 
 
 class Alignment(Objective, abc.ABC):
@@ -47,6 +54,26 @@ class Alignment(Objective, abc.ABC):
     @abc.abstractmethod
     def embed_text(self, features: TextFeatures, text: Text) -> Tensor:
         """[B, D] unit-norm float32 embeddings of texts in the shared space."""
+
+    def exclude(
+        self, pair: EncodedPair, negatives: str, image: Tensor | None, text: Tensor | None
+    ) -> Exclusion:
+        """Pairs of samples that are no negatives of each other in this alignment's contrasts.
+
+        Args:
+            pair: what was encoded. negatives: "global" or "local".
+            image, text: [B, D] this alignment's embeddings of any length, see `share_embeddings`.
+        """
+        if pair.exclusion is not None:
+            return pair.exclusion._replace(figures={})
+        return self.share_embeddings(pair.batch, negatives == "global", image, text)
+
+    def prototype_features(
+        self, image_encoder: ImageEncoder, text_encoder: TextEncoder, batch: Batch
+    ) -> list[Tensor]:
+        """See `Method.prototype_features`; the encoders are those of the method."""
+        image = self.embed_image(image_encoder(batch.image))
+        return [image, self.embed_text(text_encoder(batch.text), batch.text)]
 
     @property
     def scores_by_embedding(self) -> bool:
@@ -106,6 +133,15 @@ class PairMethod(Method):
     @property
     def prototype_user(self) -> Objective:
         return self.alignment.prototype_user
+
+    def prototype_features(self, batch: Batch) -> list[Tensor]:
+        user = self.prototype_user
+        assert isinstance(user, Alignment)
+        return user.prototype_features(self.image_encoder, self.text_encoder, batch)
+
+    @property
+    def service_user(self) -> Objective:
+        return self.alignment.service_user
 
 
 ImageType = TypeVar("ImageType", bound=ImageEncoder)

@@ -25,6 +25,7 @@ from medvlp.methods.pair import Alignment, EncodedPair, PairMethod, build_encode
 from medvlp.methods.place_config import PLACEConfig
 from medvlp.methods.place_objective import observation_terms, token_terms
 from medvlp.methods.registry import register
+from medvlp.prototypes.false_negatives import NOTHING_EXCLUDED
 
 
 class PLACE(Alignment):
@@ -44,6 +45,8 @@ class PLACE(Alignment):
     Raises:
         ConfigError: keys that contradict each other.
     """
+
+    embedding_need = "method.instance_weight above 0"
 
     def __init__(self, config: PLACEConfig, image: ImageEncoder, text: TextEncoder) -> None:
         super().__init__()
@@ -88,18 +91,23 @@ class PLACE(Alignment):
 
         These are "instance", "observation", "diversity", "correlation", "word" and "patch". Besides them:
         "retrieval/top1" and "retrieval/top5" (see MGCA), "observation/similarity" and
-        "observation/excluded" (see `place_objective.observation_terms`).
+        "observation/excluded" (see `place_objective.observation_terms`), and the figures of
+        `Objective.share_embeddings`.
         """
-        config, (image, text, batch) = self.config, pair
+        config, (image, text, batch) = self.config, pair[:3]
         terms: dict[str, Tensor] = {}
+        exclusion = pair.exclusion or NOTHING_EXCLUDED
         if config.instance_weight > 0:
             embeddings = self._image(image), self._report(text, batch.text)
-            both, accuracies = instance_contrast(*embeddings, config.instance_temperature, config.negatives)
-            terms |= {"loss/instance": 0.5 * both} | accuracies
+            exclusion = self.exclude(pair, config.negatives, *embeddings)
+            both, accuracies = instance_contrast(
+                *embeddings, config.instance_temperature, config.negatives, exclusion.pairs
+            )
+            terms |= {"loss/instance": 0.5 * both} | accuracies | exclusion.figures
         if self.extractor is not None:
             observations = self._observations(self.extractor(image.local, image.grid).features)
             sentences, valid = self._sentences(text, batch.text)
-            terms |= observation_terms(observations, sentences, valid, self.soft, config)
+            terms |= observation_terms(observations, sentences, valid, self.soft, config, exclusion.pairs)
             if config.diversity_weight > 0:
                 terms["loss/diversity"] = diversity_penalty(observations)
         if self.correlation is not None:
@@ -170,6 +178,9 @@ class PLACE(Alignment):
         if self.correlation is not None:
             self.correlation.new_step()
 
+    def embedding_width(self) -> int | None:
+        return self.config.embedding if self.config.instance_weight > 0 else None
+
     def _image(self, features: ImageFeatures) -> Tensor:
         """[B, D] unit-norm images."""
         return unit_norm(self.image_head(features.pooled))
@@ -196,7 +207,7 @@ class PLACE(Alignment):
         return self.word_head(words.features, words.valid), words.valid
 
     def _correlation_loss(self, branch: ConditionedPatches, pair: EncodedPair) -> Tensor:
-        image, text, batch = pair
+        image, text, batch = pair[:3]
         tokens = branch(image.local, image.grid, text.hidden, batch.text.attention_mask.bool())
         if tokens.taught is None:
             target, usable = pixel_correlation(batch.image, image.grid)

@@ -20,7 +20,12 @@ from medvlp.methods.place_config import PLACEConfig
 
 
 def observation_terms(
-    observations: Tensor, sentences: Tensor, valid: Tensor, soft: bool, config: PLACEConfig
+    observations: Tensor,
+    sentences: Tensor,
+    valid: Tensor,
+    soft: bool,
+    config: PLACEConfig,
+    excluded: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Contrast between the observations of images and the sentences of their reports.
 
@@ -29,10 +34,12 @@ def observation_terms(
             on all ranks, so that sentences can be gathered.
         soft: soft matching instead of the Hungarian one.
         config: keys of the method.
+        excluded: [B, N] bool, samples whose sentences and observations are no negatives of each other (see
+            `instance_contrast`). Inside a report there is nothing but `false_negative_threshold`.
 
     Returns:
         "loss/observation"; "observation/similarity": mean cosine of the pairs; "observation/excluded":
-        share of the other pairs that are no negatives because their sentences say the same.
+        share of the other pairs that are no negatives because their sentences or samples say the same.
     """
     if soft:
         pairs = soft_pairs(observations, sentences, valid, config.assignment_temperature)
@@ -53,6 +60,8 @@ def observation_terms(
             )
             own = own + distributed.rank() * batch * slots
     allowed = allowed_negatives(anchors.text, candidates.text, candidates.kept, threshold)
+    if excluded is not None and config.negative_scope == "batch":
+        allowed = allowed & ~of_samples(excluded, slots)
     losses = observation_contrast(anchors, candidates, allowed, own, config.observation_temperature)
     similarity = (pairs.image * pairs.text).sum(2).detach()
     return {
@@ -76,6 +85,13 @@ def token_terms(patches: Tensor, words: Tensor, valid: Tensor, config: PLACEConf
         "loss/word": word_loss(words, patches, word_weights, valid, *temperatures),
         "loss/patch": patch_loss(patches, words, patch_weights, valid, True, *temperatures),
     }
+
+
+def of_samples(pairs: Tensor, slots: int) -> Tensor:
+    """[B, N] bool of samples -> [B * slots, N * slots] of what each of them holds `slots` of."""
+    rows, columns = pairs.shape
+    spread = pairs[:, None, :, None].expand(rows, slots, columns, slots)
+    return spread.reshape(rows * slots, columns * slots)
 
 
 def _share_excluded(kept: Tensor, candidates: Tensor, allowed: Tensor, own: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 from medvlp.config import Config
 from medvlp.config_files import ConfigError
-from medvlp.data.batch import Text
+from medvlp.data.batch import Batch, Text
 from medvlp.encoders.attention_pool import AttentionPool
 from medvlp.encoders.image import ImageEncoder, ImageFeatures, normalise_image
 from medvlp.encoders.linear_head import LinearHead
@@ -40,6 +42,7 @@ class PRIOR(Alignment):
         EncoderError: sizes that do not fit the encoders.
     """
 
+    embedding_need = "method.global_weights above 0 in every stage"
     reached: Tensor
 
     def __init__(
@@ -50,7 +53,7 @@ class PRIOR(Alignment):
         self.config, self.staged = config, staged
         self._normalisation = (image.config.mean, image.config.std)
         self.size = config.reconstruction_size or image.image_size
-        stages = range(1, STAGES + 1) if staged else [config.stage]
+        stages = self._stages()
         self.patch_projection = _head(image.local_width, config)
         self.sentence_projection = _head(text.width, config)
         self.objective = PRIORObjective(config, stages, image.grid, self.size)
@@ -67,8 +70,9 @@ class PRIOR(Alignment):
         """Losses of a batch by the terms of the stage, "loss", retrieval accuracies and temperatures.
 
         The terms: "loss/global", "loss/local_image", "loss/local_text", "loss/bank", "loss/image",
-        "loss/sentence", "loss/score", "loss/generated". With "sentence", "score" or "generated" the host
-        waits for the device once, for the matching.
+        "loss/sentence", "loss/score", "loss/generated". Besides them the figures of
+        `Objective.share_embeddings`. With "sentence", "score" or "generated" the host waits for the device
+        once, for the matching.
         """
         weights = self.config.weights(self.objective.stage)
         sentences, valid = self._sentences(pair.text, pair.batch.text)
@@ -79,7 +83,7 @@ class PRIOR(Alignment):
             valid=valid,
             target=self._target(pair.batch.image) if "image" in weights else None,
         )
-        terms: dict[str, Tensor] = self.objective(parts)
+        terms: dict[str, Tensor] = self.objective(parts, partial(self.exclude, pair, self.config.negatives))
         return terms
 
     def embed_image(self, features: ImageFeatures) -> Tensor:
@@ -121,6 +125,24 @@ class PRIOR(Alignment):
         mean: Tensor = maps.sum(2) / valid.sum(1).clamp(min=1)[None, :, None]
         return mean
 
+    def prototype_size(self) -> tuple[int, int] | None:
+        """Of the bank of sentences; None where no stage has it."""
+        bank = self.objective.bank
+        return None if bank is None else (self.config.prototypes, self.config.embedding)
+
+    def set_prototypes(self, centroids: Tensor, length: float = 1.0) -> None:
+        if self.objective.bank is None:
+            super().set_prototypes(centroids, length)
+        else:
+            self.objective.bank.set(centroids, length)
+
+    def prototype_features(
+        self, image_encoder: ImageEncoder, text_encoder: TextEncoder, batch: Batch
+    ) -> list[Tensor]:
+        """[B, S, E] sentences, as the bank gets them; zero in empty slots."""
+        sentences, valid = self._sentences(text_encoder(batch.text), batch.text)
+        return [sentences.masked_fill(~valid[:, :, None], 0)]
+
     def on_progress(self, progress: Progress) -> None:
         """Set the stage and the bank's temperature of the next step."""
         stage = min(progress.phase + 1, STAGES) if self.staged else self.config.stage
@@ -128,13 +150,21 @@ class PRIOR(Alignment):
         for slot, value in enumerate((stage, progress.step, progress.steps)):
             self.reached[slot].fill_(value)  # a copy from the host would wait for the device
 
+    def embedding_width(self) -> int | None:
+        embeds = all("global" in self.config.weights(stage) for stage in self._stages())
+        return self.config.embedding if embeds else None
+
     def _reach(self, stage: int, step: int, steps: int) -> None:
         share = step / max(1, steps)
         factor = {"fixed": 1.0, "linear": 1 - 0.9 * share, "exponential": 0.1**share}
         self.objective.stage = stage
         self.objective.temperature = self.config.bank_temperature * factor[self.config.bank_schedule]
 
-    def _embeds_images(self, stages: range | list[int]) -> bool:
+    def _stages(self) -> Sequence[int]:
+        """Stages of the training to come."""
+        return range(1, STAGES + 1) if self.staged else [self.config.stage]
+
+    def _embeds_images(self, stages: Sequence[int]) -> bool:
         """Whether a report embedding is learned with images, so that there is a shared space."""
         return any("global" in self.config.weights(stage) for stage in stages)
 
@@ -210,10 +240,11 @@ def _follow_reached(module: nn.Module, incompatible: object) -> None:
 def build(config: Config, vocab_size: int) -> PairMethod:
     """PRIOR as the config describes it (see `medvlp.methods.registry.build_method`)."""
     method: PRIORConfig = config.method  # type: ignore[assignment]
-    if config.prototypes.init != "random":
-        raise ConfigError(
-            f"prototypes.init={config.prototypes.init}: PRIOR's bank holds sentences, not embeddings of "
-            "images and reports; set prototypes.init=random"
-        )
     image, text = build_encoders(config, vocab_size)
-    return PairMethod(image, text, PRIOR(method, image, text, staged=bool(config.optimizer.phases)))
+    prior = PRIOR(method, image, text, staged=bool(config.optimizer.phases))
+    if config.prototypes.init != "random" and prior.objective.bank is None:
+        raise ConfigError(
+            f"prototypes.init={config.prototypes.init} starts PRIOR's bank of sentences, and method.stage="
+            f"{method.stage} has none: set prototypes.init=random or a stage from method.bank_stage on"
+        )
+    return PairMethod(image, text, prior)

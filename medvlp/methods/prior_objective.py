@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,12 +25,16 @@ from medvlp.losses.set_prediction import reorder, set_distance
 from medvlp.losses.simsiam import simsiam
 from medvlp.methods.prior_config import PRIORConfig
 from medvlp.methods.prior_layout import feature_map
+from medvlp.prototypes.false_negatives import NOTHING_EXCLUDED, Exclusion
 from medvlp.prototypes.sentence_bank import BankedSentences, SentenceBank, gumbel_noise
 
 #: Terms that need sentences from the bank whatever the stage.
 _BANKED = {"bank", "sentence", "score", "generated"}
 #: Terms that need generated sentences.
 _GENERATED = {"sentence", "score", "generated"}
+
+#: From [B, E] images and reports (None where no term needs them) to the pairs that are no negatives.
+Exclude = Callable[[Tensor | None, Tensor | None], Exclusion]
 
 
 class PRIORParts(NamedTuple):
@@ -106,20 +110,30 @@ class PRIORObjective(nn.Module):
         """Whether sentences are generated in this stage, so that reports are cut to `queries` sentences."""
         return bool(_GENERATED & self.config.weights(self.stage).keys())
 
-    def forward(self, parts: PRIORParts) -> dict[str, Tensor]:
-        """All terms of the stage as 0-d tensors; "loss" is their weighted sum."""
+    def forward(self, parts: PRIORParts, exclude: Exclude | None = None) -> dict[str, Tensor]:
+        """All terms of the stage as 0-d tensors; "loss" is their weighted sum.
+
+        Args:
+            parts: of this rank's samples.
+            exclude: decides, once images and reports are embedded, which samples are no negatives of each
+                other in the contrasts between samples ("global", "generated"); None: all are.
+        """
         weights = self.config.weights(self.stage)
         sentences, valid = parts.sentences, parts.valid
         noise = parts.noise or (None, None)
         banked = None
         if self.stage >= self.config.bank_stage or _BANKED & weights.keys():
             banked = self.banked(sentences, noise[0])
+            assert self.bank is not None
+            self.bank.count(banked.scores, valid)
         if banked is not None and self.stage >= self.config.bank_stage:
             sentences = banked.sentences.to(parts.patches.dtype)
         terms: dict[str, Tensor] = {}
-        if "global" in weights:
-            assert parts.image is not None
-            terms |= self._global(parts.image, self.report(sentences, valid))
+        report = self.report(sentences, valid) if "global" in weights else None
+        exclusion = NOTHING_EXCLUDED if exclude is None else exclude(parts.image, report)
+        terms |= exclusion.figures
+        if parts.image is not None and report is not None:
+            terms |= self._global(parts.image, report, exclusion.pairs)
         if weights.keys() & {"local_image", "local_text", "image"}:
             context = self.cross_attention(parts.patches, sentences, valid)
             terms |= self._local(parts, sentences, context, weights)
@@ -127,7 +141,7 @@ class PRIORObjective(nn.Module):
             distance = (banked.sentences - at_least_float32(parts.sentences)).abs().mean(2)
             terms["loss/bank"] = masked_mean(distance, valid, self._mean_over_ranks)
         if banked is not None and _GENERATED & weights.keys():
-            terms |= self._generation(parts, banked, weights, noise[1])
+            terms |= self._generation(parts, banked, weights, noise[1], exclusion.pairs)
         loss = torch.stack([weight * terms[f"loss/{name}"] for name, weight in weights.items()]).sum()
         return {"loss": loss} | terms
 
@@ -146,10 +160,10 @@ class PRIORObjective(nn.Module):
         pooled: Tensor = self.report_pool(sentences, valid)
         return pooled if self.report_norm is None else self.report_norm(pooled)
 
-    def _global(self, image: Tensor, report: Tensor) -> dict[str, Tensor]:
+    def _global(self, image: Tensor, report: Tensor, excluded: Tensor | None) -> dict[str, Tensor]:
         """Contrast of images and reports, its accuracy inside the batch, and its temperature."""
         assert self.scale is not None
-        loss, to_reports, to_images, offset = self._contrast(image, report)
+        loss, to_reports, to_images, offset = self._contrast(image, report, excluded)
         terms = {"loss/global": loss}
         for k in (1, 5):
             hits = in_batch_accuracy(to_reports, offset, k) + in_batch_accuracy(to_images, offset, k)
@@ -157,7 +171,9 @@ class PRIORObjective(nn.Module):
         terms["temperature/global"] = 1 / self.scale(loss.new_ones(())).detach().squeeze()
         return terms
 
-    def _contrast(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+    def _contrast(
+        self, first: Tensor, second: Tensor, excluded: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, int]:
         """Mean of both directions' InfoNCE between [B, E] vectors; with the logits and the first column."""
         assert self.scale is not None
         first, second, offset = unit_norm(first), unit_norm(second), 0
@@ -167,8 +183,8 @@ class PRIORObjective(nn.Module):
             offset = distributed.rank() * first.shape[0]
         to_second = contrastive_logits(self.scale(first), seconds, 1.0)
         to_first = contrastive_logits(self.scale(second), firsts, 1.0)
-        loss = 0.5 * (paired_cross_entropy(to_second, offset) + paired_cross_entropy(to_first, offset))
-        return loss, to_second, to_first, offset
+        losses = [paired_cross_entropy(logits, offset, excluded) for logits in (to_second, to_first)]
+        return 0.5 * (losses[0] + losses[1]), to_second, to_first, offset
 
     def _local(
         self, parts: PRIORParts, sentences: Tensor, context: LocalContext, weights: dict[str, float]
@@ -196,7 +212,12 @@ class PRIORObjective(nn.Module):
         return terms
 
     def _generation(
-        self, parts: PRIORParts, banked: BankedSentences, weights: dict[str, float], noise: Tensor | None
+        self,
+        parts: PRIORParts,
+        banked: BankedSentences,
+        weights: dict[str, float],
+        noise: Tensor | None,
+        excluded: Tensor | None,
     ) -> dict[str, Tensor]:
         """Sentences generated from the image, against the bank's mixtures of the true ones."""
         assert self.sentence_decoder is not None
@@ -215,8 +236,10 @@ class PRIORObjective(nn.Module):
         if "generated" in weights:
             assert self.report_pool is not None
             dtype = parts.patches.dtype
-            reports = (self.report_pool(side.sentences.to(dtype), valid) for side in (again, banked))
-            terms["loss/generated"] = self._contrast(*reports)[0]
+            of_generated, of_true = (
+                self.report_pool(side.sentences.to(dtype), valid) for side in (again, banked)
+            )
+            terms["loss/generated"] = self._contrast(of_generated, of_true, excluded)[0]
         return terms
 
     def _mean_over_ranks(self, count: Tensor) -> Tensor:

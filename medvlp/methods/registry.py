@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from medvlp.config import Config, MethodConfig
+from medvlp.config_files import ConfigError
 from medvlp.methods.base import Method
 from shards.errors import MedvlpError
 
@@ -88,8 +89,34 @@ def build_method(config: Config, vocab_size: int) -> Method:
     Raises:
         UnknownMethodError: no such method.
         EncoderError: an encoder that cannot be built or does not fit the method.
+        ConfigError: keys that contradict each other; the method has no use for `prototypes.anchors`, or no
+            embeddings for `prototypes.false_negatives`.
     """
-    return _entry(config.method.name).build(config, vocab_size)
+    method = _entry(config.method.name).build(config, vocab_size)
+    if config.prototypes.false_negatives == "mask":
+        method.service_user.mask_false_negatives(config.prototypes.clusters)
+    if config.prototypes.anchors:
+        _check_anchors(method, config)
+    return method
+
+
+def _check_anchors(method: Method, config: Config) -> None:
+    """Refuse anchors that nothing would use, or that cannot be embedded."""
+    count, size = len(config.prototypes.anchors), method.service_user.service_size()
+    named = f"prototypes.anchors ({count} texts)"
+    if size is None:
+        raise ConfigError(
+            f"{named} hold clusters of the prototype service, which nothing uses: set "
+            "prototypes.false_negatives=mask (or method.prototype_source=clusters with method.name=mgca), or "
+            "prototypes.anchors=[]"
+        )
+    if not method.embeds_reports:
+        raise ConfigError(
+            f"{named} are embedded as reports are, and method.name={config.method.name} embeds no reports: "
+            "set prototypes.anchors=[]"
+        )
+    if count > size[0]:
+        raise ConfigError(f"{named} need as many clusters; there are {size[0]}")
 
 
 def reads_entities(name: str) -> bool:

@@ -16,7 +16,7 @@ from medvlp.methods.base import Progress
 from medvlp.methods.registry import UnknownMethodError, build_method, schemas
 from medvlp.prototypes.initialise import initialise_prototypes
 from medvlp.prototypes.kmeans import TooFewRowsError
-from medvlp.prototypes.service import build_service
+from medvlp.prototypes.service import SynchronousService
 from medvlp.prototypes.table import PrototypeTable
 from tests.methods.small_mgca import VOCABULARY, rows_of, small_batch, small_config, small_mgca
 
@@ -172,17 +172,18 @@ def test_deepcopy_is_independent() -> None:
 def test_clusters_replace_learned_prototypes() -> None:
     model = small_mgca(prototype_source="clusters")
     batch = small_batch([3, 7, 1, 5])
-    assert model.prototype_user.uses_service
+    assert model.service_user.uses_service
     assert model.parameters_without_decay() == set()
     assert not any("prototypes" in name for name, _ in model.named_parameters())
-    assert model(batch)["loss/prototype"] == 0
-    model.prototype_user.keep_embeddings = True
+    assert model.prototype_user.prototype_size() is None
+    assert "loss/prototype" not in model(batch)
+    model.service_user.keep_embeddings = True
     model(batch)
-    size = model.prototype_user.prototype_size()
-    service = build_service(PrototypesConfig(bank_rows=32, iterations=3), size)
-    service.update(model.prototype_user.last_embeddings, batch.sample, step=1)
-    assert service.refresh()["prototypes/rows"] == 8
-    model.prototype_user.prototype_table = service.table
+    size = model.service_user.service_size()
+    service = SynchronousService(PrototypesConfig(bank_rows=32, iterations=3), *size)
+    service.update(model.service_user.last_embeddings, batch.sample, step=1)
+    assert service.refresh(step=1)["prototypes/rows"] == 8
+    model.service_user.prototype_table = service.table
     terms = model(batch)
     assert terms["loss/prototype"] > 0
     terms["loss/prototype"].backward()

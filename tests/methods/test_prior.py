@@ -10,14 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medvlp.config import PhaseConfig
+from medvlp.config import PhaseConfig, PrototypesConfig
 from medvlp.config_files import ConfigError
 from medvlp.encoders.errors import EncoderError
 from medvlp.losses.masked_mean import masked_mean
+from medvlp.losses.normalise import unit_norm
 from medvlp.losses.sentence_contrast import sentence_contrast
 from medvlp.losses.simsiam import simsiam
 from medvlp.methods.base import Progress
 from medvlp.methods.registry import build_method, schemas
+from medvlp.prototypes.initialise import initialise_prototypes
 from medvlp.prototypes.sentence_bank import gumbel_noise
 from tests.methods.small_mgca import VOCABULARY, rows_of
 from tests.methods.small_prior import report_batch, small_prior, small_prior_config
@@ -313,9 +315,24 @@ def test_errors(options: dict[str, Any], error: type[Exception], message: str) -
         small_prior(**options)
 
 
-def test_registry_and_kmeans_start() -> None:
+def test_kmeans_starts_the_bank_from_sentences() -> None:
     assert "prior" in schemas()
-    config = small_prior_config()
+    method = small_prior()
+    batches = [report_batch([[3, 2], [4], [2, 2, 2], []], seed=seed) for seed in range(3)]
+    config = PrototypesConfig(init="kmeans", init_samples=12, iterations=5)
+    clusters = initialise_prototypes(method, batches, config, seed=0)
+    assert clusters.counts.sum() == 3 * 6  # sentences, not slots
+    weight = method.alignment.objective.bank.weight
+    (features,) = method.prototype_features(batches[0])
+    lengths = features.norm(dim=2)
+    assert (lengths > 0).sum() == 6
+    torch.testing.assert_close(weight.norm(dim=1), weight.norm(dim=1)[:1].expand(len(weight)))
+    assert weight.norm(dim=1)[0].item() == pytest.approx(lengths[lengths > 0].mean().item(), rel=0.2)
+    torch.testing.assert_close(unit_norm(weight), clusters.centroids)
+
+
+def test_kmeans_needs_a_bank() -> None:
+    config = small_prior_config(stage=1)
     config.prototypes.init = "kmeans"
     with pytest.raises(ConfigError, match=r"prototypes\.init=random"):
         build_method(config, VOCABULARY)

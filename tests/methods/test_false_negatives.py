@@ -1,0 +1,222 @@
+"""Masks of false negatives in every method: what they change, what they leave alone, and what is refused."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from medvlp.config_files import ConfigError
+from medvlp.losses.normalise import unit_norm
+from medvlp.methods.mgca_config import MGCAConfig
+from medvlp.methods.place_config import PLACEConfig
+from medvlp.methods.place_objective import observation_terms
+from tests.methods.small_masked import (
+    CLUSTERS,
+    METHODS,
+    REPORTS,
+    built,
+    cluster_sharing,
+    labelled_batch,
+    masked_config,
+    masked_method,
+    table_for,
+)
+
+FIGURES = {"prototypes/masked", "prototypes/mask_precision"}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_with_masks(name: str) -> None:
+    plain = masked_config(name)
+    plain.prototypes.false_negatives = "keep"
+    batch, without, method = labelled_batch(name), built(plain), masked_method(name)
+    assert not without.service_user.uses_service
+    user = method.service_user
+    assert user.service_size() == (CLUSTERS, user.embedding_width())
+    user.keep_embeddings = True
+    torch.manual_seed(1)
+    expected = without(batch)
+    torch.manual_seed(1)
+    before = method(batch)
+    assert set(before) == set(expected), "there is no table yet"
+    for term, value in expected.items():
+        torch.testing.assert_close(before[term], value)
+    user.prototype_table = table_for(method, batch)
+    torch.manual_seed(1)
+    terms = method(batch)
+    terms["loss"].backward()
+    assert terms["loss"].isfinite()
+    gradients = [p.grad for p in method.parameters() if p.grad is not None]
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert sum(gradient.abs().sum() for gradient in gradients) > 0
+    for modality, values in user.last_embeddings.items():
+        assert values.dtype == torch.float32, modality
+        torch.testing.assert_close(values.norm(dim=1), torch.ones(len(REPORTS)))
+    if name == "medslip":
+        assert set(user.last_embeddings) == {"image"}
+        torch.testing.assert_close(terms["loss"], expected["loss"])
+        return
+    assert set(user.last_embeddings) == {"image", "text"}
+    sharing = cluster_sharing(user.prototype_table, user.last_embeddings["text"])
+    assert 0 < sharing.sum() < sharing.numel() - len(sharing)
+    assert set(terms) == set(expected) | FIGURES
+    assert terms["prototypes/masked"] == pytest.approx(sharing.sum().item() / 56)
+    changed = {term for term in expected if not torch.equal(terms[term], expected[term])}
+    contrasts = {
+        "mgca": {"loss/instance"},
+        "mpma": {"loss/global"},
+        "place": {"loss/instance", "loss/observation", "observation/excluded"},
+        "prior": {"loss/global", "loss/generated"},
+        "combination": {
+            "mgca/loss", "mgca/loss/instance", "prior/loss", "prior/loss/global", "place/loss",
+            "place/loss/instance", "place/loss/observation", "place/observation/excluded",
+        },
+    }  # fmt: skip
+    assert changed == contrasts[name] | {"loss"}, "tokens of one sample are never masked"
+    for term in changed:
+        if "loss" in term:
+            assert terms[term] < expected[term], f"{term}: fewer negatives"
+
+
+def test_instance_loss_by_hand() -> None:
+    method = masked_method("mgca", token_weight=0.0, prototype_weight=0.0)
+    user, batch = method.service_user, labelled_batch("mgca")
+    user.keep_embeddings, user.prototype_table = True, table_for(method, batch)
+    loss = method(batch)["loss/instance"]
+    image, report = user.last_embeddings["image"], user.last_embeddings["text"]
+    sharing = cluster_sharing(user.prototype_table, report)
+    expected = torch.zeros(())
+    for side in (image @ report.T / 0.07, report @ image.T / 0.07):
+        for row, left in zip(side, ~sharing, strict=True):
+            own = int(left[: int((side == row).all(1).nonzero())].sum())
+            expected = expected + F.cross_entropy(row[left][None], torch.tensor([own])) / len(side)
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "medslip"])
+def test_one_cluster_for_all_leaves_no_negatives(name: str) -> None:
+    config = masked_config(name)
+    config.prototypes.clusters = 1
+    method, batch = built(config), labelled_batch(name)
+    method.service_user.prototype_table = table_for(method, batch)
+    terms = method(batch)
+    terms["loss"].backward()
+    assert terms["prototypes/masked"] == 1
+    for term, value in terms.items():
+        if term.rpartition("loss/")[2] in ("instance", "global", "generated"):
+            torch.testing.assert_close(value, torch.zeros(()), atol=1e-6, rtol=0)
+    assert all(value.isfinite() for value in terms.values())
+    assert all(p.grad.isfinite().all() for p in method.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    method, batch = masked_method("mgca", image="vit"), labelled_batch("mgca")
+    method.service_user.prototype_table = table_for(method, batch)
+    terms = method.to(dtype)(batch)
+    terms["loss"].backward()
+    assert terms["loss/instance"].dtype == torch.float32
+    assert 0 < terms["prototypes/masked"] < 1
+    assert all(value.isfinite() for value in terms.values())
+    assert all(p.grad.isfinite().all() for p in method.parameters() if p.grad is not None)
+
+
+def test_place_keeps_the_sentences_of_one_report_apart() -> None:
+    generator = torch.Generator().manual_seed(0)
+    observations, sentences = (unit_norm(torch.randn(2, 3, 4, generator=generator)) for _ in range(2))
+    valid = torch.tensor([[True, True, True], [True, True, False]])
+    config = PLACEConfig(false_negative_threshold=1.0, negatives="local")
+    everything = ~torch.eye(2, dtype=torch.bool)
+    masked = observation_terms(observations, sentences, valid, False, config, everything)
+    config.negative_scope = "report"
+    inside = observation_terms(observations, sentences, valid, False, config, everything)
+    torch.testing.assert_close(masked["loss/observation"], inside["loss/observation"])
+    # 3 * 2 pairs between the reports in each direction, of 5 * 4 pairs of sentences.
+    assert masked["observation/excluded"] == pytest.approx(12 / 20)
+
+
+def test_learned_prototypes_and_masks_are_two_things() -> None:
+    method = masked_method("mgca")
+    assert method.prototype_user.prototype_size() == (6, 8)
+    assert method.service_user.service_size() == (CLUSTERS, 8)
+    assert masked_method("mgca", prototype_source="clusters").service_user.service_size() == (6, 8)
+
+
+def test_a_step_without_a_table_has_no_prototype_loss() -> None:
+    method = masked_method("mgca", prototype_source="clusters")
+    batch = labelled_batch("mgca")
+    for table in (None, table_for(method, batch), None, table_for(method, batch)):
+        method.zero_grad()
+        method.service_user.prototype_table = table
+        terms = method(batch)
+        terms["loss"].backward()
+        assert ("loss/prototype" in terms) == (table is not None)
+        assert FIGURES.isdisjoint(terms) == (table is None)
+        assert all(p.grad.isfinite().all() for p in method.parameters() if p.grad is not None)
+
+
+def test_one_part_of_the_combination_decides() -> None:
+    method = masked_method("combination", embeds_with="place")
+    assert method.service_user is method.alignment.parts["place"]
+    clusters = masked_config("combination", embeds_with="place")
+    clusters.method.mgca.prototype_source = "clusters"
+    other = built(clusters)
+    assert other.service_user is other.alignment.parts["mgca"]
+    assert other.service_user.service_size() == (6, 8)
+
+
+IMPOSSIBLE: dict[str, tuple[str, dict[str, Any], str]] = {
+    "mgca": ("mgca", {"instance_weight": 0.0}, r"method\.instance_weight"),
+    "combination": (
+        "combination",
+        {"mgca": MGCAConfig(instance_weight=0.0, prototype_weight=0.0)},
+        r"MGCA has none without method\.instance_weight",
+    ),
+    "mpma": ("mpma", {"global_weight": 0.0}, r"method\.global_weight"),
+    "place": ("place", {"instance_weight": 0.0, "observation_weight": 1.0}, r"method\.instance_weight"),
+    "prior": ("prior", {"stage": 2, "global_weights": [1.0, 0.0, 1.0]}, r"method\.global_weights"),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_masks_need_embeddings_and_contrasts(case: str) -> None:
+    name, keys, named = IMPOSSIBLE[case]
+    with pytest.raises(ConfigError, match=rf"prototypes\.false_negatives=mask.*{named}"):
+        masked_method(name, **keys)
+
+
+def test_medslip_says_that_nothing_is_masked(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="medvlp"):
+        masked_method("medslip")
+    assert "changes no loss of MeDSLIP" in caplog.text
+
+
+def test_anchors_need_something_to_hold() -> None:
+    config = masked_config("mgca")
+    config.prototypes.anchors = ["edema", "mass"]
+    assert built(config).service_user.uses_service
+    config.prototypes.anchors = ["edema"] * (CLUSTERS + 1)
+    with pytest.raises(ConfigError, match=r"prototypes\.anchors \(4 texts\).*there are 3"):
+        built(config)
+    config.prototypes.anchors = ["edema"]
+    config.prototypes.false_negatives = "keep"
+    with pytest.raises(ConfigError, match=r"prototypes\.anchors.*method\.prototype_source=clusters"):
+        built(config)
+    medslip = masked_config("medslip")
+    medslip.prototypes.anchors = ["edema"]
+    with pytest.raises(ConfigError, match=r"prototypes\.anchors.*embeds no reports"):
+        built(medslip)
+    combination = masked_config("combination", embeds_with="place")
+    combination.method.mgca.prototype_source = "clusters"
+    combination.prototypes.anchors = ["edema"]
+    with pytest.raises(ConfigError, match=r"prototypes\.anchors.*method\.embeds_with=place"):
+        built(combination)
+
+
+def test_clusters_alone_would_leave_steps_without_a_loss() -> None:
+    with pytest.raises(ConfigError, match=r"method\.prototype_source=clusters"):
+        masked_method("mgca", prototype_source="clusters", instance_weight=0.0, token_weight=0.0)
