@@ -1,0 +1,155 @@
+"""`medvlp prototypes build | gallery | export | serve`: clusters of a run as files, pages, and a server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from launcher.commands import prototype_questions
+from shards.errors import UsageError
+
+app = typer.Typer(no_args_is_help=True, help="Clusters of a run for people and mining jobs.")
+app.command("nearest")(prototype_questions.nearest)
+app.command("clusters")(prototype_questions.clusters)
+app.command("cluster")(prototype_questions.cluster)
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="run folder")]
+Data = Annotated[str | None, typer.Option("--data", help="dataset folder or URL; default: the run's own")]
+Split = Annotated[str | None, typer.Option("--split", help="split to embed; default: the one trained on")]
+Limit = Annotated[
+    int, typer.Option("--limit", min=0, help="samples to embed, evenly spread over the split; 0: all")
+]
+Clusters = Annotated[
+    int | None,
+    typer.Option(
+        "--clusters", min=2, help="cluster anew into so many; default: the run's own clusters if it has some"
+    ),
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda")]
+
+
+@app.command()
+def build(
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="run folder or checkpoint folder")
+    ],
+    data: Data = None,
+    split: Split = None,
+    limit: Limit = 20_000,
+    clusters: Clusters = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FOLDER", help="default: RUN/prototypes")
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Embed samples and write prototypes.safetensors and report.json into RUN/prototypes."""
+    from medvlp.serving.build import BuildRequest, build
+
+    request = BuildRequest(source, data, split, limit, clusters, out, device)
+    typer.echo(str(build(request, _say())))
+
+
+@app.command()
+def gallery(
+    run: Run,
+    data: Data = None,
+    images: Annotated[int, typer.Option("--images", min=1, max=100, help="images of a cluster")] = 12,
+    clusters: Annotated[int, typer.Option("--clusters", min=1, help="only so many, the largest")] = 500,
+) -> None:
+    """Contact sheets of the most typical images of each cluster, as a page in RUN/prototypes/gallery."""
+    from medvlp.serving.cluster_report import Members
+    from medvlp.serving.gallery import write_gallery
+    from medvlp.serving.layout import SNAPSHOT, folder_of
+    from medvlp.serving.snapshot import Snapshot
+    from medvlp.training import saved_run
+
+    folder = folder_of(run)
+    members = Members.of(Snapshot.read(folder / SNAPSHOT))
+    overrides = [] if data is None else [f"data.root={data}"]
+    config = saved_run.load_config(saved_run.locate(run), overrides)
+    typer.echo(str(write_gallery(members, config.data, folder, images, clusters, _say())))
+
+
+@app.command()
+def export(
+    run: Run,
+    out: Annotated[Path, typer.Argument(metavar="OUT.faiss", help="the index file; replaced if it exists")],
+    samples: Annotated[
+        str | None,
+        typer.Option("--samples", help="image or report: the samples' embeddings in place of the centroids"),
+    ] = None,
+) -> None:
+    """Write centroids (or samples) as a plain FAISS index, which faiss.read_index opens."""
+    from medvlp.serving.faiss_file import export_index
+    from medvlp.serving.layout import SNAPSHOT, folder_of
+    from medvlp.serving.snapshot import Snapshot
+
+    if samples not in (None, "image", "report"):
+        raise UsageError(f"--samples {samples}: there are image and report")
+    rows = export_index(Snapshot.read(folder_of(run) / SNAPSHOT), out, samples)
+    typer.echo(f"{out}: {rows} rows")
+
+
+@app.command()
+def serve(
+    run: Run,
+    host: Annotated[str, typer.Option("--host", help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: a free one")] = 0,
+    token_file: Annotated[
+        Path | None,
+        typer.Option("--token-file", help="default: RUN/prototypes/token, made where it does not exist"),
+    ] = None,
+    tls_cert: Annotated[Path | None, typer.Option("--tls-cert", help="PEM file")] = None,
+    tls_key: Annotated[Path | None, typer.Option("--tls-key", help="PEM file")] = None,
+    insecure_network: Annotated[
+        bool, typer.Option("--insecure-network", help="serve other machines without TLS all the same")
+    ] = False,
+    max_rows: Annotated[int, typer.Option("--max-rows", min=1, help="embeddings of a request")] = 4096,
+    max_message: Annotated[int, typer.Option("--max-message", min=1, help="MiB of a request")] = 16,
+    max_connections: Annotated[int, typer.Option("--max-connections", min=1, help="open ones")] = 1024,
+    rate: Annotated[
+        float, typer.Option("--rate", min=0, help="requests a second of one address; 0: no limit")
+    ] = 10_000,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="while the run trains: always the newest checkpoint")
+    ] = False,
+    poll: Annotated[float, typer.Option("--poll", min=0.1, help="seconds between two looks at the run")] = 10,
+    data: Data = None,
+    split: Split = None,
+    limit: Limit = 20_000,
+    clusters: Clusters = None,
+    device: Device = "auto",
+) -> None:
+    """Answer questions about a run's clusters over gRPC until SIGTERM or Ctrl-C; read-only, with a token.
+
+    RUN/prototypes is built first where it does not exist.
+    """
+    from medvlp.serving.build import BuildRequest
+    from medvlp.serving.limits import Limits
+    from medvlp.serving.serve import ServeRequest, serve
+    from medvlp.serving.server import Address
+
+    serve(
+        ServeRequest(
+            run=run,
+            address=Address(host, port, tls_cert, tls_key),
+            build=BuildRequest(run, data, split, limit, clusters, device=device),
+            limits=Limits(
+                message_bytes=max_message << 20, rows=max_rows, connections=max_connections, rate=rate
+            ),
+            token_file=token_file,
+            insecure_network=insecure_network,
+            follow=follow,
+            poll_seconds=poll,
+        ),
+        _say(),
+    )
+
+
+def _say() -> Callable[[str], None]:
+    console = Console(stderr=True)
+    return lambda line: console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)

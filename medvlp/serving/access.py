@@ -1,0 +1,150 @@
+"""Who may ask: the token of a server, and whether its address may do without TLS."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import os
+import secrets
+import socket
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from medvlp.serving.errors import PrototypeFilesError
+from shards.errors import UsageError
+
+if TYPE_CHECKING:
+    _Interceptor = grpc.ServerInterceptor[Any, Any]
+else:  # generic in its type stubs only
+    _Interceptor = grpc.ServerInterceptor
+
+_SHORTEST = 16
+_SCHEME = "Bearer "
+_REMEDY = "send the one of the server's token file as metadata 'authorization: Bearer TOKEN'"
+
+
+def read_token(path: Path) -> str:
+    """The token in a file that nobody else can read.
+
+    Raises:
+        PrototypeFilesError: missing, readable by others, or no token.
+    """
+    try:
+        if stat.S_IMODE(path.stat().st_mode) & 0o077:
+            raise PrototypeFilesError(f"{path} can be read by others: run chmod 600 {path}")
+        token = path.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no ASCII text"
+        raise PrototypeFilesError(f"the token file {path} cannot be read: {reason}") from error
+    if len(token) < _SHORTEST or not token.isprintable() or " " in token:
+        raise PrototypeFilesError(
+            f"{path} holds no token: one line of at least {_SHORTEST} characters without spaces is needed"
+        )
+    return token
+
+
+def make_token(path: Path) -> str:
+    """The token in a file, which is made with a random one, for its owner alone, where it does not exist.
+
+    Raises:
+        PrototypeFilesError: it cannot be written, or `read_token` refuses it.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    except FileExistsError:
+        return read_token(path)
+    except OSError as error:
+        raise PrototypeFilesError(f"the token file {path} cannot be made: {error.strerror}") from error
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_urlsafe(32) + "\n")
+    return read_token(path)
+
+
+def check_network(host: str, tls: bool, insecure_network: bool) -> None:
+    """Refuse to send tokens and keys over a network unprotected.
+
+    Raises:
+        UsageError: the host cannot be resolved, or is not this machine alone and there is no TLS.
+    """
+    try:
+        found = {entry[4][0] for entry in socket.getaddrinfo(host, None)}
+    except (OSError, UnicodeError) as error:
+        raise UsageError(f"--host {host}: {error}; give an address of this machine") from error
+    loopback = all(ipaddress.ip_address(str(address).partition("%")[0]).is_loopback for address in found)
+    if not (loopback or tls or insecure_network):
+        raise UsageError(
+            f"--host {host} can be reached from other machines: give --tls-cert and --tls-key, or say "
+            "--insecure-network where everybody on that network may read the token"
+        )
+
+
+def metadata(token: str) -> list[tuple[str, str]]:
+    """What a client sends with every call."""
+    return [("authorization", _SCHEME + token)]
+
+
+class TokenCheck(_Interceptor):
+    """Refuses every call, health and reflection included, that does not bring the token."""
+
+    def __init__(self, token: str) -> None:
+        self._expected = (_SCHEME + token).encode()
+
+    def intercept_service(
+        self, continuation: Callable[[Any], Any], handler_call_details: Any
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        given = next(
+            (value for name, value in handler_call_details.invocation_metadata if name == "authorization"), ""
+        )
+        given = given if isinstance(given, bytes) else given.encode("utf-8", "replace")
+        if hmac.compare_digest(given, self._expected):
+            handler: grpc.RpcMethodHandler[Any, Any] = continuation(handler_call_details)
+            return handler
+        return _refusal(
+            grpc.StatusCode.UNAUTHENTICATED,
+            f"wrong token: {_REMEDY}" if given else f"no token: {_REMEDY}",
+        )
+
+
+class StreamLimit(_Interceptor):
+    """Lets only a few calls with streams of requests (reflection) run at a time: each holds a thread."""
+
+    def __init__(self, most: int) -> None:
+        self._free = threading.BoundedSemaphore(most)
+
+    def intercept_service(
+        self, continuation: Callable[[Any], Any], handler_call_details: Any
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        handler: grpc.RpcMethodHandler[Any, Any] | None = continuation(handler_call_details)
+        if handler is None or not handler.request_streaming or handler.stream_stream is None:
+            return handler
+        stream = handler.stream_stream
+
+        def limited(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
+            if not self._free.acquire(blocking=False):
+                context.abort(
+                    grpc.StatusCode.RESOURCE_EXHAUSTED, "too many streams are open: close one, or try later"
+                )
+            try:
+                yield from stream(requests, context)
+            finally:
+                self._free.release()
+
+        return grpc.stream_stream_rpc_method_handler(
+            limited, handler.request_deserializer, handler.response_serializer
+        )
+
+
+def _refusal(code: grpc.StatusCode, reason: str) -> grpc.RpcMethodHandler[Any, Any]:
+    """Ends a call of any kind without reading its request."""
+
+    def refuse(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        context.abort(code, reason)
+        yield b""
+
+    return grpc.stream_stream_rpc_method_handler(refuse)

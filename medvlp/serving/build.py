@@ -1,0 +1,153 @@
+"""From a run to `RUN/prototypes/`: embed samples of the shards, choose the clusters, describe them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from medvlp.data.batch import Batch
+from medvlp.data.cache import open_reader
+from medvlp.data.loader import evaluation_loader
+from medvlp.data.tokens import TokenStore
+from medvlp.serving import snapshot as snapshots
+from medvlp.serving.cluster_report import Members, report_of
+from medvlp.serving.errors import PrototypeFilesError
+from medvlp.serving.layout import folder_of
+from medvlp.serving.run_model import RunModel, choose_device
+from medvlp.serving.snapshot import UNKNOWN, Origin, Snapshot
+from medvlp.serving.tables import choose_table
+from medvlp.training import saved_run
+
+#: Samples embedded where nobody says how many: enough for 500 clusters, minutes on a CPU.
+DEFAULT_LIMIT = 20_000
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """What the user asks for.
+
+    Attributes:
+        source: run folder or checkpoint folder.
+        data: dataset folder or URL; None: the run's own.
+        split: which split; None: the one the run trains on.
+        limit: samples to embed, spread evenly over the split; 0: all of it.
+        clusters: cluster anew into so many; None: the run's own clusters where it has some.
+        out: folder to write to; None: `RUN/prototypes`.
+        device: "auto", "cpu" or "cuda".
+        workers: data-loading processes; None: `data.workers` of the run.
+    """
+
+    source: Path
+    data: str | None = None
+    split: str | None = None
+    limit: int = DEFAULT_LIMIT
+    clusters: int | None = None
+    out: Path | None = None
+    device: str = "auto"
+    workers: int | None = None
+
+
+def build(request: BuildRequest, say: Callable[[str], None]) -> Path:
+    """Make `prototypes.safetensors` and `report.json`; report text is read, and never written.
+
+    Args:
+        request: what to build of what.
+        say: receives one line of progress at a time.
+
+    Returns:
+        The folder they are in.
+
+    Raises:
+        MedvlpError: run, checkpoint, data or folder cannot be used, or there are too few samples.
+    """
+    device = choose_device(request.device)
+    source = saved_run.locate(request.source)
+    say(f"loading {source.checkpoint.name}")
+    model = RunModel(source, device, request.data)
+    folder = request.out or folder_of(source.run)
+    store(make_snapshot(model, request, say), folder)
+    return folder
+
+
+def store(snapshot: Snapshot, folder: Path) -> None:
+    """Write a snapshot with its report; errors as `medvlp.serving.snapshot.write`."""
+    snapshots.write(snapshot, report_of(Members.of(snapshot)), folder)
+
+
+def make_snapshot(model: RunModel, request: BuildRequest, say: Callable[[str], None]) -> Snapshot:
+    """Embed the samples and choose the clusters; errors as `build`."""
+    config = model.config
+    if request.workers is not None:
+        config.data.workers = request.workers
+    reader = open_reader(config.data)
+    split = request.split or config.data.split
+    store = TokenStore.open_or_build(reader, split, config.data, model.tokenizer)
+    # As in training, samples without a report are left out.
+    chosen = _spread(np.flatnonzero(store.trainable()), request.limit)
+    say(f"embedding {len(chosen)} of {len(store)} samples of {split} on {model.device.type}")
+    loader = evaluation_loader(config, reader, model.tokenizer, split, BATCH, chosen.tolist())
+    embeddings: dict[str, list[Tensor]] = {}
+    samples, labels, keys = [], [], []
+    with torch.no_grad():
+        for batch in loader:
+            for name, value in _embed(model, batch).items():
+                embeddings.setdefault(name, []).append(value)
+            samples.append(batch.sample)
+            labels.append(batch.labels)
+            keys += batch.keys
+    if not samples:
+        raise PrototypeFilesError(f"{config.data.root}: split {split} holds no readable sample with a report")
+    joined = {name: torch.cat(parts) for name, parts in embeddings.items()}
+    table, kind = choose_table(model, joined, request.clusters, say)
+    return Snapshot(
+        table=table,
+        image=joined["image"],
+        report=joined.get("report"),
+        sample=torch.cat(samples),
+        labels=torch.cat(labels).nan_to_num(UNKNOWN).to(torch.int8),
+        keys=snapshots.pack_keys(keys),
+        origin=Origin(
+            source=kind,
+            run=model.source.name(config),
+            checkpoint=model.source.checkpoint.name,
+            step=model.source.step,
+            data=reader.index.fingerprint,
+            split=split,
+            label_names=list(reader.index.label_names),
+            stored_size=reader.index.image_size,
+        ),
+    )
+
+
+def _embed(model: RunModel, batch: Batch) -> dict[str, Tensor]:
+    """Modality -> [B, D] float16 on the CPU.
+
+    Raises:
+        PrototypeFilesError: values that are not finite.
+    """
+    moved = batch.to(model.device)
+    found = {"image": model.method.encode_image(moved.image)}
+    if model.method.embeds_reports:
+        found["report"] = model.method.encode_text(moved.text)
+    stored = {name: value.cpu().to(torch.float16) for name, value in found.items()}
+    for name, value in stored.items():
+        if not value.isfinite().all():
+            raise PrototypeFilesError(
+                f"{model.source.checkpoint}: embeddings ({name}) are NaN or infinite: if training has "
+                "diverged, build from an earlier checkpoint"
+            )
+    return stored
+
+
+def _spread(positions: NDArray[np.int64], limit: int) -> NDArray[np.int64]:
+    """At most `limit` (0: all) of the positions, evenly spread."""
+    if limit == 0 or limit >= len(positions):
+        return positions
+    return positions[np.linspace(0, len(positions) - 1, limit).round().astype(np.int64)]

@@ -1,0 +1,175 @@
+"""Asking a server from Python: connect, send the token, turn gRPC's errors into sentences."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import grpc
+from google.protobuf.message import Message
+
+from medvlp.serving.access import metadata, read_token
+from medvlp.serving.errors import RemoteError
+from medvlp.serving.layout import ADDRESS, TOKEN, folder_of
+from medvlp.serving.messages import as_request
+from medvlp.serving.wire import prototypes_pb2 as wire
+from medvlp.serving.wire.prototypes_pb2_grpc import PrototypesStub
+
+#: Seconds a call may take, connecting included.
+TIMEOUT = 60.0
+
+Reply = TypeVar("Reply", bound=Message)
+
+
+@dataclass(frozen=True)
+class Connection:
+    """Where a server is and how to reach it.
+
+    Attributes:
+        address: "HOST:PORT". token: what its token file holds.
+        authority: PEM file with the certificates to trust, for a server with TLS; None: no TLS.
+    """
+
+    address: str
+    token: str
+    authority: Path | None = None
+
+
+def connection_of(run: Path, token_file: Path | None = None, authority: Path | None = None) -> Connection:
+    """The server of a run, from what it has written into `RUN/prototypes/server.json`.
+
+    Raises:
+        RemoteError: no server has, or its file is no description of one, or it speaks TLS and no authority is
+            given.
+        PrototypeFilesError: the token cannot be read.
+    """
+    folder = folder_of(run)
+    file = folder / ADDRESS
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        address, tls = str(content["address"]), bool(content["tls"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RemoteError(
+            f"{file} names no server ({error}); start one: medvlp prototypes serve {run}"
+        ) from error
+    if tls and authority is None:
+        raise RemoteError(f"the server at {address} speaks TLS: give the certificate to trust with --tls-ca")
+    return Connection(address, read_token(token_file or folder / TOKEN), authority)
+
+
+class PrototypeClient:
+    """Calls of one server; a context manager, safe to share by threads.
+
+    Args:
+        connection: where it is.
+        timeout: seconds a call may take.
+
+    Raises:
+        RemoteError: the authority's file cannot be read.
+    """
+
+    def __init__(self, connection: Connection, timeout: float = TIMEOUT) -> None:
+        self.connection, self.timeout = connection, timeout
+        self._metadata = metadata(connection.token)
+        if connection.authority is None:
+            self._channel = grpc.insecure_channel(connection.address)
+        else:
+            try:
+                trusted = grpc.ssl_channel_credentials(connection.authority.read_bytes())
+            except OSError as error:
+                raise RemoteError(f"{connection.authority} cannot be read: {error.strerror}") from error
+            self._channel = grpc.secure_channel(connection.address, trusted)
+        self._stub = PrototypesStub(self._channel)  # type: ignore[no-untyped-call]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._channel.close()
+
+    def nearest(
+        self, embeddings: Any, clusters: int = 1, samples: int = 0, of: wire.Modality = wire.IMAGE
+    ) -> wire.NearestReply:
+        """[n, D] float16 or float32 embeddings -> their nearest clusters and samples.
+
+        This and all calls below raise RemoteError with the server's sentence.
+        """
+        return self._call("Nearest", as_request(embeddings, clusters, samples, of), wire.NearestReply)
+
+    def nearest_text(
+        self, texts: Sequence[str], clusters: int = 1, samples: int = 0, of: wire.Modality = wire.IMAGE
+    ) -> wire.NearestReply:
+        """The same for texts."""
+        wanted = wire.Wanted(clusters=clusters, samples=samples, of=of)
+        return self._call(
+            "NearestText", wire.NearestTextRequest(texts=texts, wanted=wanted), wire.NearestReply
+        )
+
+    def nearest_image(
+        self, files: Sequence[bytes], clusters: int = 1, samples: int = 0, of: wire.Modality = wire.IMAGE
+    ) -> wire.NearestReply:
+        """The same for image files."""
+        wanted = wire.Wanted(clusters=clusters, samples=samples, of=of)
+        return self._call(
+            "NearestImage", wire.NearestImageRequest(images=files, wanted=wanted), wire.NearestReply
+        )
+
+    def clusters(self, first: int = 0, count: int = 0) -> wire.ClustersReply:
+        """A page of clusters."""
+        return self._call("Clusters", wire.ClustersRequest(first=first, count=count), wire.ClustersReply)
+
+    def all_clusters(self) -> Iterator[wire.ClusterSummary]:
+        """Every cluster, page by page.
+
+        Raises:
+            RemoteError: also when the server changes to other clusters meanwhile.
+        """
+        page = self.clusters()
+        first, stamp = 0, page.fingerprint
+        while page.clusters:
+            if page.fingerprint != stamp:
+                raise RemoteError(
+                    f"{self.connection.address} serves new clusters since the first page: ask again"
+                )
+            yield from page.clusters
+            first += len(page.clusters)
+            if first >= page.total:
+                return
+            page = self.clusters(first)
+
+    def cluster(self, number: int) -> wire.ClusterReply:
+        """One cluster with its most typical samples."""
+        return self._call("Cluster", wire.ClusterRequest(id=number), wire.ClusterReply)
+
+    def table(self) -> wire.TableReply:
+        """What is served, and the limits of requests."""
+        return self._call("Table", wire.TableRequest(), wire.TableReply)
+
+    def _call(self, name: str, request: Message, kind: type[Reply]) -> Reply:
+        try:
+            reply: Reply = getattr(self._stub, name)(request, timeout=self.timeout, metadata=self._metadata)
+            return reply
+        except grpc.RpcError as error:
+            raise RemoteError(self._sentence(error)) from error
+
+    def _sentence(self, error: Any) -> str:
+        code, details = error.code(), error.details()
+        where = self.connection.address
+        if code is grpc.StatusCode.UNAVAILABLE and "connect" in details.lower():
+            return (
+                f"no server answers at {where} ({details}): start one: medvlp prototypes serve RUN, or ask "
+                "the files with --offline"
+            )
+        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+            return f"the server at {where} did not answer in {self.timeout:g} s ({details}): try again later"
+        return f"the server at {where} refused ({code.name}): {details}"

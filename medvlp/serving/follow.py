@@ -1,0 +1,109 @@
+"""What a server answers from: the stored snapshot of a run, or always the newest of one that trains."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from medvlp.serving.answers import Answers
+from medvlp.serving.build import BuildRequest, make_snapshot, store
+from medvlp.serving.layout import SNAPSHOT, folder_of
+from medvlp.serving.limits import Limits
+from medvlp.serving.run_model import RunModel, checkpoint_of, choose_device
+from medvlp.serving.snapshot import Snapshot
+from medvlp.training import saved_run
+from medvlp.training.manifest import MANIFEST, step_folders
+from shards.errors import MedvlpError
+
+logger = logging.getLogger(__name__)
+
+
+class Source:
+    """Reads and makes snapshots of a run.
+
+    Args:
+        run: run folder.
+        request: how to build; its `source` and `out` are set here.
+        limits: of the answers.
+        say: receives one line of progress at a time.
+    """
+
+    def __init__(self, run: Path, request: BuildRequest, limits: Limits, say: Callable[[str], None]) -> None:
+        self.run, self.limits, self.say = run, limits, say
+        self.folder = folder_of(run)
+        # A process that serves has threads, and a data worker forked from it could find their locks taken.
+        self._request = replace(request, source=run, out=None, workers=0)
+        self._device = choose_device(request.device)
+        self._seen: tuple[int, int] | None = None
+        self._newest = -1
+        self._problem = ""
+
+    def load(self) -> Answers:
+        """Answers from the stored snapshot, which is made first where there is none.
+
+        Raises:
+            MedvlpError: it cannot be read, or cannot be made.
+        """
+        if not (self.folder / SNAPSHOT).is_file():
+            return self.build()
+        newest, self._seen = self._newest_step(), self._signature()
+        snapshot = Snapshot.read(self.folder / SNAPSHOT)
+        model = RunModel(checkpoint_of(self.run, snapshot.origin.checkpoint), self._device)
+        return self._answers(snapshot, model, newest)
+
+    def build(self) -> Answers:
+        """Answers from a new snapshot of the newest good checkpoint, which is stored.
+
+        Raises:
+            MedvlpError: as `medvlp.serving.build.build`.
+        """
+        newest = self._newest_step()
+        model = RunModel(saved_run.locate(self.run), self._device, self._request.data)
+        snapshot = make_snapshot(model, self._request, self.say)
+        store(snapshot, self.folder)
+        self._seen = self._signature()
+        return self._answers(snapshot, model, newest)
+
+    def newer(self) -> Answers | None:
+        """Answers from something newer than the last, or None: a new checkpoint, or a file built by others.
+
+        Raises no MedvlpError: what cannot be read now (a checkpoint that is being deleted, a run that has not
+        begun) is logged once and tried again at the next call.
+        """
+        try:
+            if self._newest_step() > self._newest:
+                return self._load_or_build()
+            if self._seen is not None and self._signature() not in (None, self._seen):
+                return self.load()
+        except MedvlpError as error:
+            if str(error) != self._problem:
+                logger.warning("not followed yet: %s", error)
+                self._problem = str(error)
+        return None
+
+    def _load_or_build(self) -> Answers:
+        """The stored snapshot where it is of the newest checkpoint, else a new one; errors as `build`."""
+        if (self.folder / SNAPSHOT).is_file():
+            stored = Snapshot.read(self.folder / SNAPSHOT)
+            if stored.origin.step >= self._newest_step():
+                return self.load()
+        return self.build()
+
+    def _answers(self, snapshot: Snapshot, model: RunModel, newest: int) -> Answers:
+        # Not the snapshot's own step: the newest checkpoint may be a damaged one that was passed over.
+        self._newest, self._problem = newest, ""
+        return Answers(snapshot, lambda: model, self.limits)
+
+    def _newest_step(self) -> int:
+        """Steps of the newest finished checkpoint, damaged or not; -1 without any."""
+        found = step_folders(self.run / "checkpoints")
+        return next((step for step, folder in reversed(found) if (folder / MANIFEST).is_file()), -1)
+
+    def _signature(self) -> tuple[int, int] | None:
+        try:
+            status = (self.folder / SNAPSHOT).stat()
+        except OSError:
+            return None
+        return status.st_mtime_ns, status.st_ino

@@ -1,0 +1,19 @@
+"""What lies where in `RUN/prototypes/`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+#: Folder of a run that holds everything of this package.
+FOLDER = "prototypes"
+#: Clusters and embeddings; and what lies in each cluster, for people.
+SNAPSHOT, REPORT = "prototypes.safetensors", "report.json"
+#: Folder with a page of contact sheets, and that page.
+GALLERY, PAGE = "gallery", "index.html"
+#: The server's token, for its owner alone; and where the server is, without the token.
+TOKEN, ADDRESS = "token", "server.json"
+
+
+def folder_of(run: Path) -> Path:
+    """`RUN/prototypes`."""
+    return run / FOLDER

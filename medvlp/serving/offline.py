@@ -1,0 +1,74 @@
+"""The answers of a server without one: from the files of a run, in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, Self
+
+from medvlp.serving.answers import Answers
+from medvlp.serving.layout import SNAPSHOT, folder_of
+from medvlp.serving.messages import as_request
+from medvlp.serving.run_model import RunModel, checkpoint_of, choose_device
+from medvlp.serving.snapshot import Snapshot
+from medvlp.serving.wire import prototypes_pb2 as wire
+
+
+class RunFiles:
+    """Has the calls of `medvlp.serving.client.PrototypeClient`; they raise RequestError.
+
+    Args:
+        run: run folder with `prototypes/`.
+        device: "auto", "cpu" or "cuda", for the run's method.
+
+    Raises:
+        PrototypeFilesError: the snapshot cannot be used. (Texts and images also need its checkpoint.)
+    """
+
+    def __init__(self, run: Path, device: str = "auto") -> None:
+        snapshot = Snapshot.read(folder_of(run) / SNAPSHOT)
+
+        @cache
+        def model() -> RunModel:
+            return RunModel(checkpoint_of(run, snapshot.origin.checkpoint), choose_device(device))
+
+        self._answers = Answers(snapshot, model)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing is held open."""
+
+    def nearest(
+        self, embeddings: Any, clusters: int = 1, samples: int = 0, of: wire.Modality = wire.IMAGE
+    ) -> wire.NearestReply:
+        """[n, D] float16 or float32 embeddings -> their nearest clusters and samples."""
+        return self._answers.nearest(as_request(embeddings, clusters, samples, of))
+
+    def nearest_text(
+        self, texts: Sequence[str], clusters: int = 1, samples: int = 0, of: wire.Modality = wire.IMAGE
+    ) -> wire.NearestReply:
+        """The same for texts."""
+        wanted = wire.Wanted(clusters=clusters, samples=samples, of=of)
+        return self._answers.nearest_text(wire.NearestTextRequest(texts=texts, wanted=wanted))
+
+    def nearest_image(
+        self, files: Sequence[bytes], clusters: int = 1, samples: int = 0, of: wire.Modality = wire.IMAGE
+    ) -> wire.NearestReply:
+        """The same for image files."""
+        wanted = wire.Wanted(clusters=clusters, samples=samples, of=of)
+        return self._answers.nearest_image(wire.NearestImageRequest(images=files, wanted=wanted))
+
+    def all_clusters(self) -> Iterator[wire.ClusterSummary]:
+        """Every cluster."""
+        return map(self._answers.summary, range(len(self._answers.snapshot.table.centroids)))
+
+    def cluster(self, number: int) -> wire.ClusterReply:
+        """One cluster with its most typical samples."""
+        return self._answers.cluster(wire.ClusterRequest(id=number))
+
+    def table(self) -> wire.TableReply:
+        """What is asked about."""
+        return self._answers.table(wire.TableRequest())

@@ -1,0 +1,104 @@
+"""`medvlp prototypes serve`: the server as a process, until it is told to end."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from medvlp.serving.access import check_network, make_token, read_token
+from medvlp.serving.build import BuildRequest
+from medvlp.serving.follow import Source
+from medvlp.serving.layout import TOKEN, folder_of
+from medvlp.serving.limits import Limits
+from medvlp.serving.server import Address, PrototypeServer
+
+
+@dataclass(frozen=True)
+class ServeRequest:
+    """What the user asks for.
+
+    Attributes:
+        run: run folder.
+        address: where to listen.
+        build: how snapshots are made.
+        limits: of requests and connections.
+        token_file: None: `RUN/prototypes/token`, made where it does not exist.
+        insecure_network: serve other machines without TLS.
+        follow: answer from the newest checkpoint of a run that trains.
+        poll_seconds: between two looks at it.
+    """
+
+    run: Path
+    address: Address
+    build: BuildRequest
+    limits: Limits = Limits()
+    token_file: Path | None = None
+    insecure_network: bool = False
+    follow: bool = False
+    poll_seconds: float = 10.0
+
+
+class _Ended(BaseException):
+    """SIGTERM or SIGINT arrived; a BaseException, so that nothing on the way takes it for a failure."""
+
+
+def serve(request: ServeRequest, say: Callable[[str], None]) -> None:
+    """Serve until SIGTERM or SIGINT; call it in the main thread.
+
+    With `follow` it serves from the start and answers UNAVAILABLE until the run has a checkpoint; without,
+    what it answers from is there before it listens.
+
+    Raises:
+        UsageError: address, TLS or token cannot be.
+        MedvlpError: without `follow`: run or snapshot cannot be used.
+    """
+    check_network(request.address.host, request.address.tls, request.insecure_network)
+    folder = folder_of(request.run)
+    token = make_token(folder / TOKEN) if request.token_file is None else read_token(request.token_file)
+    source = Source(request.run, request.build, request.limits, say)
+    with _until_told():
+        answers = None if request.follow else source.load()
+        server = PrototypeServer(request.address, token, request.limits)
+        try:
+            if answers is not None:
+                server.publish(answers)
+            server.start()
+            server.describe(folder, request.run)
+            protection = "TLS" if request.address.tls else "no TLS"
+            say(f"serving {request.run} at {request.address.advertised}:{server.port} ({protection})")
+            while True:
+                if request.follow and (answers := source.newer()) is not None:
+                    server.publish(answers)
+                    server.describe(folder, request.run)
+                    table, origin = answers.snapshot.table, answers.snapshot.origin
+                    say(f"serving version {table.version} ({table.fingerprint}) of {origin.checkpoint}")
+                time.sleep(request.poll_seconds)
+        finally:
+            server.forget(folder)
+            server.stop()
+            say("ended")
+
+
+@contextmanager
+def _until_told() -> Iterator[None]:
+    """End the block at the first SIGTERM or SIGINT; a second one ends the process as if nobody listened."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for name in signals:
+            signal.signal(name, signal.SIG_DFL)
+        raise _Ended
+
+    signals = (signal.SIGTERM, signal.SIGINT)
+    before = {name: signal.signal(name, end) for name in signals}
+    try:
+        yield
+    except _Ended:
+        pass
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)

@@ -1,0 +1,179 @@
+"""A gRPC server of one run's prototypes, from its address to its clean end."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from medvlp.serving.access import StreamLimit, TokenCheck
+from medvlp.serving.answers import Answers
+from medvlp.serving.errors import PrototypeFilesError
+from medvlp.serving.layout import ADDRESS
+from medvlp.serving.limits import Limits
+from medvlp.serving.servicer import SERVICE, Servicer
+from shards.atomic import atomic_write
+from shards.errors import UsageError
+
+#: Calls that are worked on at a time, and streams of requests (reflection) among them.
+_THREADS, _STREAMS = 16, 4
+#: Seconds that calls in flight get when the server ends.
+_GRACE = 5.0
+_KEEPALIVE = 60.0
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where to listen.
+
+    Attributes:
+        host: name or address of this machine. port: 0: a free one.
+        tls_certificate, tls_key: PEM files; None: no TLS.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+
+    @property
+    def tls(self) -> bool:
+        """Whether the server speaks TLS."""
+        return self.tls_certificate is not None
+
+    @property
+    def advertised(self) -> str:
+        """The host that clients should connect to."""
+        return socket.getfqdn() if self.host in ("0.0.0.0", "::") else self.host
+
+
+class PrototypeServer:
+    """The server; it answers UNAVAILABLE until it is given something to answer from.
+
+    Args:
+        address: where to listen.
+        token: what every call must bring.
+        limits: of requests and connections.
+
+    Raises:
+        UsageError: the address is in use or not of this machine, or a TLS file cannot be used.
+    """
+
+    def __init__(self, address: Address, token: str, limits: Limits) -> None:
+        self.address, self.limits = address, limits
+        self.servicer = Servicer(limits)
+        self._health = health.HealthServicer()
+        self._server = grpc.server(
+            ThreadPoolExecutor(_THREADS, thread_name_prefix="prototypes"),
+            interceptors=[TokenCheck(token), StreamLimit(_STREAMS)],
+            options=_options(limits),
+            maximum_concurrent_rpcs=limits.calls,
+        )
+        self._server.add_generic_rpc_handlers((self.servicer.handlers(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+        self._serving(False)
+        host = f"[{address.host}]" if ":" in address.host else address.host
+        try:
+            credentials = _credentials(address)
+            where = f"{host}:{address.port}"
+            self.port: int = (
+                self._server.add_insecure_port(where)
+                if credentials is None
+                else self._server.add_secure_port(where, credentials)
+            )
+        except (RuntimeError, ValueError) as error:
+            raise UsageError(
+                f"cannot listen on {host}:{address.port}: it is in use or not of this machine (or the TLS "
+                f"files do not fit together); give another --host or --port ({error})"
+            ) from error
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self._server.start()
+
+    def publish(self, answers: Answers) -> None:
+        """Answer from these from now on."""
+        answers.prepare()
+        self.servicer.answers = answers
+        self._serving(True)
+
+    def stop(self, grace: float = _GRACE) -> None:
+        """Take no more calls, let those in flight end within `grace` seconds, and close."""
+        self._health.enter_graceful_shutdown()
+        self._server.stop(grace).wait()
+
+    def describe(self, folder: Path, run: Path) -> None:
+        """Write `server.json`, for the client commands.
+
+        Raises:
+            PrototypeFilesError: the folder cannot be made.
+        """
+        answers = self.servicer.answers
+        content = {
+            "address": f"{self.address.advertised}:{self.port}",
+            "tls": self.address.tls,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "run": str(run.resolve()),
+            "fingerprint": None if answers is None else answers.snapshot.table.fingerprint,
+            "version": None if answers is None else answers.snapshot.table.version,
+            "step": None if answers is None else answers.snapshot.origin.step,
+            "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PrototypeFilesError(f"{folder} cannot be made: {error.strerror}") from error
+        atomic_write(folder / ADDRESS, (json.dumps(content, indent=1) + "\n").encode())
+
+    def forget(self, folder: Path) -> None:
+        """Remove `server.json`, unless another server has written its own since."""
+        file = folder / ADDRESS
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return
+        if (content.get("pid"), content.get("host")) == (os.getpid(), socket.gethostname()):
+            file.unlink(missing_ok=True)
+
+    def _serving(self, yes: bool) -> None:
+        status = health_pb2.HealthCheckResponse
+        for name in ("", SERVICE.full_name):
+            self._health.set(name, status.SERVING if yes else status.NOT_SERVING)
+
+
+def _options(limits: Limits) -> list[tuple[str, int]]:
+    """gRPC's own limits, see grpc/impl/channel_arg_names.h."""
+    return [
+        ("grpc.so_reuseport", 0),  # a second server on the same port is refused instead of sharing calls
+        ("grpc.max_receive_message_length", limits.message_bytes),
+        ("grpc.max_metadata_size", 8192),
+        ("grpc.max_concurrent_streams", limits.streams),
+        ("grpc.max_allowed_incoming_connections", limits.connections),
+        ("grpc.server_handshake_timeout_ms", int(1000 * limits.handshake_seconds)),
+        ("grpc.max_connection_idle_ms", int(1000 * limits.idle_seconds)),
+        ("grpc.keepalive_time_ms", int(1000 * _KEEPALIVE)),
+        ("grpc.keepalive_timeout_ms", int(1000 * limits.handshake_seconds)),
+    ]
+
+
+def _credentials(address: Address) -> grpc.ServerCredentials | None:
+    if address.tls_certificate is None and address.tls_key is None:
+        return None
+    if address.tls_certificate is None or address.tls_key is None:
+        raise UsageError("TLS needs both --tls-cert and --tls-key")
+    try:
+        pair = (address.tls_key.read_bytes(), address.tls_certificate.read_bytes())
+    except OSError as error:
+        raise UsageError(f"{error.filename} cannot be read: {error.strerror}") from error
+    return grpc.ssl_server_credentials([pair])

@@ -1,0 +1,30 @@
+"""Run folders as training leaves them, without the training: weights of a seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from medvlp import config_files
+from medvlp.config import CheckpointConfig
+from medvlp.data.text import Tokenizer
+from medvlp.methods.registry import build_method, schemas
+from medvlp.training import checkpoint
+from medvlp.training.manifest import Manifest
+from medvlp.training.state_files import StateFile
+from tests.training.runs import TINY
+
+
+def save_run(data: Path, run: Path, *overrides: str, step: int = 3) -> None:
+    """Write `config.yaml` and a checkpoint; a learned table of 8 prototypes is among the weights."""
+    given = [*TINY, f"data.root={data}", f"run.dir={run}", "run.name=tiny", *overrides]
+    config = config_files.load([], given, schemas())
+    torch.manual_seed(step)
+    method = build_method(config, Tokenizer.load(None, data).vocab_size)
+    folder = checkpoint.partial_folder(run / "checkpoints", step)
+    weights = {name: value.contiguous() for name, value in method.state_dict().items()}
+    entries = checkpoint.write(folder, [StateFile(folder / checkpoint.WEIGHTS, weights)])
+    manifest = Manifest(step, 0, 1, 0, "fp32", 8, config_hash="", files=entries)
+    checkpoint.commit(folder, manifest, CheckpointConfig(keep_last=0))
+    (run / "config.yaml").write_text(config_files.to_yaml(config))

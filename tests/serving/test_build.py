@@ -1,0 +1,226 @@
+"""`medvlp prototypes build`: what is stored is what the method says of the shards, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from medvlp.data.report import report_sentences
+from medvlp.prototypes.kmeans import TooFewRowsError
+from medvlp.prototypes.table import PrototypeTable
+from medvlp.serving import snapshot as snapshots
+from medvlp.serving.build import BuildRequest, build
+from medvlp.serving.cluster_report import Members, overall, report_of
+from medvlp.serving.errors import PrototypeFilesError
+from medvlp.serving.layout import REPORT, SNAPSHOT, folder_of
+from medvlp.serving.run_model import RunModel
+from medvlp.serving.snapshot import Origin, Snapshot
+from medvlp.serving.tables import stored_table
+from medvlp.training.errors import CheckpointError
+from medvlp.training.saved_run import locate
+from shards.errors import UsageError
+from shards.reader import ShardReader
+from tests.serving.runs import save_run
+from tests.training.runs import TINY, train
+
+pytestmark = pytest.mark.dist
+
+
+@pytest.fixture(scope="module")
+def saved(data: Path, tmp_path_factory: pytest.TempPathFactory, gloo_pool) -> Path:
+    """A run that has trained for three steps, and whose service has refreshed 8 clusters in between."""
+    run = tmp_path_factory.mktemp("runs") / "trained"
+    overrides = [
+        *TINY, f"data.root={data}", f"run.dir={run}", "run.name=tiny", "method.prototype_source=clusters",
+        "prototypes.refresh_steps=2", "train.global_batch=8", "train.steps=3",
+    ]  # fmt: skip
+    assert gloo_pool(1).run(train, overrides) == [0]
+    return run
+
+
+def quiet(line: str) -> None:
+    """Progress nobody reads."""
+
+
+def test_the_runs_own_clusters_and_embeddings_are_stored(
+    built: Path, data: Path, snapshot: Snapshot, model: RunModel
+) -> None:
+    reader = ShardReader(data)
+    assert snapshot.origin.source == "service"
+    assert snapshot.origin.step == 3
+    assert snapshot.table.fingerprint == stored_table(locate(built)).fingerprint
+    assert snapshot.origin.data == reader.index.fingerprint
+    assert len(snapshot.sample) == reader.sample_count("train")
+    names = snapshot.origin.label_names
+    for row in (0, 7, len(snapshot.sample) - 1):
+        key, image, metadata = reader.read("train", int(snapshot.sample[row]))
+        assert snapshot.key_of(row) == key
+        expected = [{1: 1, 0: 0, -1: -1, None: -2}[metadata["labels"].get(name)] for name in names]
+        assert snapshot.labels[row].tolist() == expected
+        found = model.embed_images([image], snapshot.origin.stored_size)[0]
+        torch.testing.assert_close(snapshot.image[row].float(), found, atol=1e-3, rtol=0)
+        sentences = report_sentences(metadata["sections"], ["findings", "impression"], "none")
+        text = model.embed_texts([" ".join(sentences)])[0]
+        torch.testing.assert_close(snapshot.report[row].float(), text, atol=1e-3, rtol=0)
+
+
+def test_no_file_holds_report_text_or_patients(built: Path, data: Path) -> None:
+    contents = b"".join(path.read_bytes() for path in folder_of(built).iterdir())
+    reader = ShardReader(data)
+    for position in range(reader.sample_count("train")):
+        metadata = reader.metadata("train", position)
+        assert reader.key("train", position).encode() in contents
+        for private in (metadata["patient_id"], metadata["study_id"], *metadata["sentences"]):
+            assert private.encode() not in contents
+
+
+def test_the_report_counts_what_lies_in_the_clusters(built: Path, snapshot: Snapshot) -> None:
+    report = json.loads((folder_of(built) / REPORT).read_text())
+    assert report["table"]["fingerprint"] == snapshot.table.fingerprint
+    own = (snapshot.image.float() @ snapshot.table.centroids.T).argmax(1)
+    reports = (snapshot.report.float() @ snapshot.table.centroids.T).argmax(1)
+    names = snapshot.origin.label_names
+    sets = [tuple((row == 1).tolist()) for row in snapshot.labels]
+    assert len(report["clusters"]) == 8
+    for cluster in report["clusters"]:
+        members = (own == cluster["id"]).nonzero()[:, 0].tolist()
+        assert cluster["images"] == len(members)
+        assert cluster["reports"] == int((reports == cluster["id"]).sum())
+        assert set(cluster["typical"]) <= {snapshot.key_of(row) for row in members}
+        if not members:
+            assert cluster["purity"] is None
+            continue
+        most = Counter(sets[row] for row in members).most_common(1)[0][1]
+        assert cluster["purity"] == pytest.approx(most / len(members))
+        nearest = max(
+            members,
+            key=lambda row: float(snapshot.image[row].float() @ snapshot.table.centroids[cluster["id"]]),
+        )
+        assert cluster["typical"][0] == snapshot.key_of(nearest)
+        for name, share in cluster["labels"].items():
+            column = snapshot.labels[members, names.index(name)]
+            assert share == pytest.approx(float((column == 1).sum() / (column != -2).sum()))
+    assert report["overall"]["same_cluster"] == pytest.approx(float((own == reports).float().mean()))
+
+
+def synthetic(of_image: list[int], labels: list[list[int]]) -> Snapshot:
+    """Samples exactly on the axes 0..3, which are the centroids; cluster 3 stays empty."""
+    axes = torch.eye(4)
+    origin = Origin("kmeans", "run", "step-00000001", 1, "data", "train", ["a", "b"], 32)
+    return Snapshot(
+        table=PrototypeTable.start(axes),
+        image=axes[of_image].half(),
+        report=None,
+        sample=torch.arange(len(of_image)),
+        labels=torch.tensor(labels, dtype=torch.int8),
+        keys=snapshots.pack_keys([f"k{number}" for number in range(len(of_image))]),
+        origin=origin,
+    )
+
+
+def test_figures_of_perfect_and_of_useless_clusters() -> None:
+    perfect = synthetic([0, 0, 1, 1, 2, 2], [[1, 0], [1, 0], [0, 1], [0, 1], [0, 0], [0, 0]])
+    figures = overall(Members.of(perfect))
+    assert figures["nmi"] == pytest.approx(1)
+    assert figures["purity"] == 1
+    assert figures["dead_share"] == 0.25
+    assert figures["perplexity"] == pytest.approx(3 / 4)
+    assert figures["same_cluster"] is None
+    useless = overall(Members.of(synthetic([0, 1, 0, 1], [[1, 0], [1, 0], [0, 1], [0, 1]])))
+    assert useless["nmi"] == pytest.approx(0, abs=1e-9)
+    assert useless["purity"] == 0.5
+
+
+def test_samples_without_labels_count_for_nothing() -> None:
+    part = Members.of(synthetic([0, 0, 1], [[1, -2], [-2, -2], [-2, -2]]))
+    assert part.purity(0) == 1
+    assert part.purity(1) is None
+    assert part.label_mix(0) == {"a": 1.0}
+    assert overall(part)["purity"] == 1
+    report = report_of(Members.of(synthetic([0, 1], [[-2, -2], [-2, -2]])))
+    assert report["overall"]["nmi"] is None
+    assert json.dumps(report, allow_nan=False)
+
+
+def test_clusters_by_kmeans_and_learned_ones(saved: Path, data: Path, tmp_path: Path) -> None:
+    request = BuildRequest(saved, split="test", limit=6, clusters=3, out=tmp_path / "out", workers=0)
+    assert build(request, quiet) == tmp_path / "out"
+    found = Snapshot.read(tmp_path / "out" / SNAPSHOT)
+    assert found.origin.source == "kmeans"
+    assert found.origin.split == "test"
+    assert found.table.centroids.shape == (3, 16)
+    assert float(found.table.counts.sum()) == 12, "images and reports are clustered together"
+    count = ShardReader(data).sample_count("test")
+    assert found.sample[[0, -1]].tolist() == [0, count - 1], "a sample of the split, from end to end"
+    with pytest.raises(TooFewRowsError):
+        build(BuildRequest(saved, limit=2, clusters=30, out=tmp_path / "none", workers=0), quiet)
+    assert not (tmp_path / "none").exists()
+
+    save_run(data, tmp_path / "learned")
+    build(BuildRequest(tmp_path / "learned", limit=4), quiet)
+    found = Snapshot.read(folder_of(tmp_path / "learned") / SNAPSHOT)
+    assert found.origin.source == "learned"
+    weights = safetensors.torch.load_file(locate(tmp_path / "learned").checkpoint / "weights.safetensors")
+    expected = torch.nn.functional.normalize(weights["alignment.objective.prototypes.weight"], dim=1)
+    torch.testing.assert_close(found.table.centroids, expected)
+
+
+def test_a_number_of_clusters_is_not_made_up_for_too_few_samples(data: Path, tmp_path: Path) -> None:
+    save_run(data, tmp_path / "run", "method.prototype_weight=0")
+    with pytest.raises(PrototypeFilesError, match="give --clusters"):
+        build(BuildRequest(tmp_path / "run"), quiet)
+
+
+def test_damage_is_noticed_and_the_way_out_told(run: Path) -> None:
+    file = folder_of(run) / SNAPSHOT
+    whole = file.read_bytes()
+    tensors = safetensors.torch.load(whole)
+    start = whole.index(bytes(tensors["image"].numpy().tobytes()[:64]))
+    for content in (
+        whole[:100], b"", whole[: start + 8] + bytes([whole[start + 8] ^ 1]) + whole[start + 9 :],
+        safetensors.torch.save(tensors), whole.replace(b'"format', b'"f0rmat', 1),
+    ):  # fmt: skip
+        assert content != whole
+        file.write_bytes(content)
+        with pytest.raises(PrototypeFilesError, match="make it anew: medvlp prototypes build"):
+            Snapshot.read(file)
+    file.unlink()
+    with pytest.raises(PrototypeFilesError, match="does not exist; make it with"):
+        Snapshot.read(file)
+
+
+def test_a_failed_build_leaves_what_was_there(
+    run: Path, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path.name: path.read_bytes() for path in folder_of(run).iterdir()}
+    leftover = folder_of(run) / f".{SNAPSHOT}.elsewhere-1.tmp"
+    leftover.touch()
+    monkeypatch.setattr(Snapshot, "to_bytes", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        build(BuildRequest(run, limit=4, workers=0), quiet)
+    assert {path.name: path.read_bytes() for path in folder_of(run).iterdir()} == before
+
+
+def test_wrong_requests(saved: Path, run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="auto, cpu and cuda"):
+        build(BuildRequest(saved, device="tpu"), quiet)
+    weights = run / "checkpoints" / "step-00000003" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(CheckpointError):
+        build(BuildRequest(run), quiet)
+    (tmp_path / "file").touch()
+    with pytest.raises(PrototypeFilesError, match="another --out"):
+        build(BuildRequest(saved, limit=8, out=tmp_path / "file" / "out", workers=0), quiet)
+
+
+def test_keys_of_any_length_come_back() -> None:
+    keys = ["a", "längerer-Schlüssel", "b-0"]
+    packed = snapshots.pack_keys(keys)
+    assert [bytes(row.numpy()).rstrip(b"\0").decode() for row in packed] == keys
+    assert packed.numpy().dtype == np.uint8

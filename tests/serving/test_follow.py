@@ -1,0 +1,84 @@
+"""A server beside a training: it answers from the newest checkpoint, whatever happens to the run's folder."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+
+from medvlp.serving.answers import Answers
+from medvlp.serving.build import BuildRequest, build
+from medvlp.serving.follow import Source
+from medvlp.serving.layout import SNAPSHOT, folder_of
+from medvlp.serving.limits import Limits
+from medvlp.serving.snapshot import Snapshot
+from medvlp.training.errors import RunFolderError
+from tests.serving.runs import save_run
+
+
+def source(run: Path) -> Source:
+    return Source(run, BuildRequest(run, limit=6, device="cpu"), Limits(), lambda line: None)
+
+
+def step(answers: Answers | None) -> int:
+    assert answers is not None
+    assert answers.model().source.checkpoint.name == answers.snapshot.origin.checkpoint
+    return answers.snapshot.origin.step
+
+
+def test_every_new_checkpoint_is_followed(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    followed = source(run)
+    assert followed.newer() is None, "a run that has not begun"
+    run.mkdir()
+    assert followed.newer() is None
+    save_run(data, run, step=1)
+    (run / "checkpoints" / ".step-00000002.partial").mkdir()
+    (run / "checkpoints" / "step-00000003").mkdir()
+    assert step(followed.newer()) == 1, "what has no manifest is no checkpoint"
+    assert Snapshot.read(folder_of(run) / SNAPSHOT).origin.step == 1
+    assert followed.newer() is None
+    save_run(data, run, step=4)
+    shutil.rmtree(run / "checkpoints" / "step-00000001")
+    assert step(followed.newer()) == 4
+    assert followed.newer() is None
+    build(BuildRequest(run, clusters=2, workers=0), lambda line: None)
+    found = followed.newer()
+    assert step(found) == 4
+    assert len(found.snapshot.table.centroids) == 2, "somebody has built anew"
+    assert followed.newer() is None
+
+
+def test_a_damaged_checkpoint_is_passed_over_once(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    save_run(data, run, step=1)
+    save_run(data, run, step=2)
+    weights = run / "checkpoints" / "step-00000002" / "weights.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    followed = source(run)
+    assert step(followed.newer()) == 1
+    assert followed.newer() is None, "it is not built again and again"
+    shutil.rmtree(run / "checkpoints" / "step-00000001")
+    with caplog.at_level(logging.WARNING, "medvlp.serving.follow"):
+        other = source(run)
+        assert other.newer() is None
+        assert other.newer() is None
+    assert len([record for record in caplog.records if "not followed yet" in record.message]) == 1
+    weights.write_bytes(whole)
+    assert step(other.newer()) == 2, "tried again until it can be read"
+
+
+def test_without_following_the_stored_prototypes_are_taken(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(RunFolderError):
+        source(run).load()
+    save_run(data, run, step=1)
+    assert step(source(run).load()) == 1
+    assert (folder_of(run) / SNAPSHOT).is_file(), "built where there was nothing"
+    save_run(data, run, step=2)
+    assert step(source(run).load()) == 1

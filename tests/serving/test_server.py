@@ -1,0 +1,203 @@
+"""The server and its client: every answer is that of the stored prototypes and the run's method."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from medvlp.serving.access import metadata
+from medvlp.serving.answers import Answers
+from medvlp.serving.client import Connection, PrototypeClient
+from medvlp.serving.cluster_report import Members
+from medvlp.serving.errors import RemoteError
+from medvlp.serving.limits import Limits
+from medvlp.serving.offline import RunFiles
+from medvlp.serving.run_model import RunModel
+from medvlp.serving.server import Address, PrototypeServer
+from medvlp.serving.servicer import SERVICE
+from medvlp.serving.snapshot import Snapshot
+from medvlp.serving.wire import prototypes_pb2 as wire
+from shards.errors import UsageError
+from shards.reader import ShardReader
+from tests.serving.conftest import TOKEN
+
+
+def channel(server: PrototypeServer) -> grpc.Channel:
+    return grpc.insecure_channel(f"127.0.0.1:{server.port}")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_nearest_is_the_product_with_the_centroids(
+    dtype: type, client: PrototypeClient, snapshot: Snapshot
+) -> None:
+    rows = 3.0 * np.random.default_rng(0).normal(size=(5, 16)).astype(dtype)
+    reply = client.nearest(rows, clusters=3, samples=2)
+    unit = torch.nn.functional.normalize(torch.from_numpy(rows).float(), dim=1)
+    cosines, ids = snapshot.table.nearest(unit, 3)
+    assert reply.rows == 5
+    assert list(reply.clusters) == ids.flatten().tolist()
+    np.testing.assert_allclose(reply.cosines, cosines.flatten(), atol=1e-5)
+    images = torch.nn.functional.normalize(snapshot.image.float(), dim=1)
+    best, places = (unit @ images.T).topk(2, dim=1)
+    np.testing.assert_allclose(reply.sample_cosines, best.flatten(), atol=1e-5)
+    assert list(reply.sample_positions) == snapshot.sample[places.flatten()].tolist()
+    assert list(reply.sample_keys) == [snapshot.key_of(row) for row in places.flatten().tolist()]
+    assert (reply.version, reply.fingerprint) == (snapshot.table.version, snapshot.table.fingerprint)
+
+
+@pytest.mark.parametrize("scale", [1e-40, 3e37])
+def test_the_length_of_a_row_does_not_matter(scale: float, client: PrototypeClient) -> None:
+    rows = np.random.default_rng(0).uniform(0.5, 1, size=(3, 16))
+    short, unit = client.nearest(scale * rows), client.nearest(rows)
+    assert list(short.clusters) == list(unit.clusters)
+    np.testing.assert_allclose(short.cosines, unit.cosines, atol=1e-3)
+
+
+def test_many_rows_and_the_samples_by_their_reports(client: PrototypeClient, snapshot: Snapshot) -> None:
+    rows = snapshot.report.numpy()
+    reply = client.nearest(np.tile(rows, (6, 1)), samples=1, of=wire.REPORT)
+    assert len(reply.clusters) == len(reply.sample_keys) == 6 * len(rows)
+    np.testing.assert_allclose(reply.sample_cosines, 1, atol=1e-3)
+    everything = client.nearest(rows[:1], clusters=100, samples=100)
+    assert sorted(everything.clusters) == list(range(8))
+    assert sorted(everything.sample_positions) == sorted(snapshot.sample.tolist())
+
+
+def test_texts_and_images_are_embedded_by_the_runs_method(
+    client: PrototypeClient, snapshot: Snapshot, model: RunModel, data: Path
+) -> None:
+    texts = ["Small left pleural effusion. No pneumothorax.", "Clear lungs."]
+    by_text = client.nearest_text(texts, clusters=2)
+    expected = client.nearest(model.embed_texts(texts).numpy(), clusters=2)
+    assert list(by_text.clusters) == list(expected.clusters)
+    np.testing.assert_allclose(by_text.cosines, expected.cosines, atol=1e-5)
+    files = [ShardReader(data).image("train", int(snapshot.sample[row])) for row in (0, 5)]
+    by_image = client.nearest_image(files, samples=1)
+    np.testing.assert_allclose(by_image.sample_cosines, 1, atol=1e-3)
+    assert list(by_image.sample_positions) == snapshot.sample[[0, 5]].tolist()
+
+
+def test_clusters_come_in_pages_and_one_by_one(
+    start: Callable[..., PrototypeServer], snapshot: Snapshot
+) -> None:
+    members = Members.of(snapshot)
+    server = start(Limits(page=3))
+    with PrototypeClient(Connection(f"127.0.0.1:{server.port}", TOKEN)) as client:
+        page = client.clusters(first=2, count=1000)
+        assert [cluster.id for cluster in page.clusters] == [2, 3, 4]
+        assert page.total == 8
+        found = list(client.all_clusters())
+        assert [cluster.images for cluster in found] == members.images.tolist()
+        assert [cluster.reports for cluster in found] == members.reports.tolist()
+        largest = int(members.images.argmax())
+        detail = client.cluster(largest)
+        assert detail.cluster == found[largest]
+        assert detail.cluster.purity == pytest.approx(members.purity(largest))
+        mix = {label.name: pytest.approx(label.share) for label in detail.cluster.labels}
+        assert mix == members.label_mix(largest)
+        assert detail.typical[0].key == snapshot.key_of(int(members.rows(largest)[0]))
+        empty = np.flatnonzero(members.images + members.reports == 0)
+        for number in empty.tolist():
+            assert not found[number].HasField("similarity")
+        table = client.table()
+        assert (table.clusters, table.width, table.step) == (8, 16, 3)
+        assert list(table.label_names) == snapshot.origin.label_names
+
+
+def test_files_answer_as_the_server_does(client: PrototypeClient, built: Path) -> None:
+    with RunFiles(built, "cpu") as files:
+        rows = np.random.default_rng(1).normal(size=(2, 16))
+        assert files.nearest(rows, 2, 2) == client.nearest(rows, 2, 2)
+        assert files.nearest_text(["No effusion."]) == client.nearest_text(["No effusion."])
+        assert list(files.all_clusters()) == list(client.all_clusters())
+        assert files.cluster(1) == client.cluster(1)
+        assert files.table() == client.table()
+
+
+def test_health_and_reflection_are_the_standard_ones(start: Callable[..., PrototypeServer]) -> None:
+    server = start(ready=False)
+    with channel(server) as open_channel:
+        health = health_pb2_grpc.HealthStub(open_channel)
+        request = health_pb2.HealthCheckRequest(service=SERVICE.full_name)
+        status = health_pb2.HealthCheckResponse
+        assert health.Check(request, metadata=metadata(TOKEN)).status == status.NOT_SERVING
+        reflection = reflection_pb2_grpc.ServerReflectionStub(open_channel)
+        question = reflection_pb2.ServerReflectionRequest(list_services="")
+        (answer,) = reflection.ServerReflectionInfo(iter([question]), metadata=metadata(TOKEN))
+        assert SERVICE.full_name in {found.name for found in answer.list_services_response.service}
+        with pytest.raises(grpc.RpcError) as refused:
+            health.Check(request)
+        assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_before_the_first_checkpoint_and_after_a_new_one(
+    start: Callable[..., PrototypeServer], snapshot: Snapshot, model: RunModel
+) -> None:
+    server = start(ready=False)
+    with PrototypeClient(Connection(f"127.0.0.1:{server.port}", TOKEN)) as client:
+        with pytest.raises(RemoteError, match=r"UNAVAILABLE.*no checkpoint yet"):
+            client.table()
+        versions = set()
+        stop = threading.Event()
+
+        def ask() -> None:
+            while not stop.is_set():
+                try:
+                    reply = client.nearest(np.ones((1, 16)))
+                except RemoteError:
+                    versions.add("")
+                else:
+                    versions.add(reply.fingerprint)
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        server.publish(Answers(snapshot, lambda: model))
+        deadline = time.monotonic() + 20
+        while snapshot.table.fingerprint not in versions and time.monotonic() < deadline:
+            time.sleep(0.01)
+        stop.set()
+        asking.join()
+        assert versions - {""} == {snapshot.table.fingerprint}
+
+
+def test_calls_in_flight_end_before_the_server_does(
+    start: Callable[..., PrototypeServer], snapshot: Snapshot
+) -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    class SlowModel:
+        def embed_texts(self, texts: list[str]) -> torch.Tensor:
+            entered.set()
+            leave.wait(10)
+            return torch.nn.functional.normalize(torch.ones(len(texts), 16), dim=1)
+
+    server = start()
+    server.publish(Answers(snapshot, SlowModel))
+    with PrototypeClient(Connection(f"127.0.0.1:{server.port}", TOKEN)) as client:
+        found = []
+        asking = threading.Thread(target=lambda: found.append(client.nearest_text(["x"])))
+        asking.start()
+        assert entered.wait(10)
+        stopping = threading.Thread(target=server.stop)
+        stopping.start()
+        leave.set()
+        stopping.join(10)
+        asking.join(10)
+        assert found[0].rows == 1
+        with pytest.raises(RemoteError, match="no server answers"):
+            client.table()
+
+
+def test_a_port_in_use_is_refused(start: Callable[..., PrototypeServer]) -> None:
+    port = start().port
+    with pytest.raises(UsageError, match="give another --host or --port"):
+        start(address=Address(port=port))
