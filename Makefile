@@ -6,8 +6,10 @@ DEMO ?= runs/demo
 BENCH ?= runs/bench
 DRILL ?= runs/drill
 METHODS := infonce mgca prior mpma medslip place combination
+PROTOTYPES := none learned clusters masks
+SEEDS ?= 0
 
-.PHONY: help demo test checks bench bench-methods drill clean
+.PHONY: help demo test checks bench bench-methods bench-prototypes drill clean
 
 help:
 	@echo "make demo    phantom studies -> shards -> 2-rank ZeRO-2 pre-training -> evaluation, all in $(DEMO)"
@@ -15,6 +17,7 @@ help:
 	@echo "make checks  format, lint, types, import arrows, sizes, config reference"
 	@echo "make bench   benchmarks: ratios against named rivals"
 	@echo "make bench-methods  every method trained on the same phantoms with the same budget, evaluated, one table"
+	@echo "make bench-prototypes  MGCA without prototypes, with learned ones, with clusters, with masks; one table"
 	@echo "make drill   kill, starve and damage runs; every one must come back as if nothing had happened"
 	@echo "make clean   remove $(DEMO), $(BENCH) and $(DRILL)"
 
@@ -30,9 +33,13 @@ demo: $(INSTALLED)
 	$(BIN)/medvlp pretrain configs/demo.yaml data.root=$(DEMO)/shards run.dir=$(DEMO)/run method.batch_norm=local monitor.log_every=10 --nproc 2
 	$(BIN)/medvlp evaluate $(DEMO)/run --data $(DEMO)/shards --task zero-shot --task retrieval --task linear-probe
 
-# Files go to workers whole: their tests share pools of processes.
+# Files go to workers whole: their tests share pools of processes. The tests that need a Slurm share one cluster of
+# several nodes, so they come after the others and one by one.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	status=0; \
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slurm" || status=1; \
+	$(BIN)/python -m pytest -m slurm || status=1; \
+	exit $$status
 
 checks: $(INSTALLED)
 	$(BIN)/ruff format --check .
@@ -53,6 +60,21 @@ bench-methods: $(INSTALLED)
 	  $(BIN)/medvlp evaluate $(BENCH)/$$method || exit 1; \
 	done
 	$(BIN)/medvlp compare $(METHODS:%=$(BENCH)/%) --markdown
+
+# SEEDS="0 1 2" trains every kind three times; $(OPTIONS) go over the configs, for instance OPTIONS=train.steps=60.
+STUDY = $(foreach seed,$(SEEDS),$(PROTOTYPES:%=$(BENCH)/prototypes-%-$(seed)))
+bench-prototypes: $(INSTALLED)
+	test -e $(BENCH)/shards || \
+	  $(BIN)/medvlp shards build phantom --out $(BENCH)/shards --studies 5000 --image-size 128 --seed 2 --workers 2
+	for seed in $(SEEDS); do for kind in $(PROTOTYPES); do \
+	  run=prototypes-$$kind-$$seed; \
+	  $(BIN)/medvlp pretrain configs/benchmarks/phantom.yaml configs/models/resnet_phantom.yaml configs/benchmarks/mgca.yaml \
+	    configs/benchmarks/prototypes-$$kind.yaml data.root=$(BENCH)/shards run.dir=$(BENCH)/$$run run.name=$$run \
+	    train.seed=$$seed $(OPTIONS) --nproc 2 && \
+	  $(BIN)/medvlp evaluate $(BENCH)/$$run --task zero-shot || exit 1; \
+	done; done
+	$(BIN)/medvlp compare $(STUDY) --markdown
+	$(BIN)/python tests/benchmarks/studies/cluster_quality.py $(STUDY)
 
 drill: $(INSTALLED)
 	$(BIN)/python -m tests.drills --out $(DRILL)

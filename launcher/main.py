@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from typing import NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from launcher.commands import checkpoints, config, evaluate, export, pretrain, shards
+from launcher.commands import (
+    attempt,
+    cancel,
+    checkpoints,
+    config,
+    doctor,
+    evaluate,
+    export,
+    jobs,
+    logs,
+    pretrain,
+    prototypes,
+    resume,
+    runs,
+    shards,
+    submit,
+    submit_evaluate,
+    submit_prototypes,
+    submit_shards,
+)
 from shards.errors import MedvlpError
 
 app = typer.Typer(
@@ -19,12 +39,28 @@ app = typer.Typer(
     help="Pre-train medical vision-language models on image-report pairs.",
 )
 app.add_typer(shards.app, name="shards")
+app.add_typer(prototypes.app, name="prototypes")
 app.command("config")(config.config)
 app.command("pretrain")(pretrain.pretrain)
+app.add_typer(submit.app, name="submit")
+submit.app.command("shards", context_settings=submit_shards.SETTINGS)(submit_shards.shards)
+submit.app.command("evaluate")(submit_evaluate.evaluate)
+submit.app.command("prototypes", context_settings=submit_prototypes.SETTINGS)(submit_prototypes.prototypes)
+app.command("jobs")(jobs.jobs)
+app.command("logs")(logs.logs)
+app.command("cancel")(cancel.cancel)
+app.command("resume", context_settings=resume.SETTINGS)(resume.resume)
+app.command("runs")(runs.runs)
+app.add_typer(attempt.app, name="attempt", hidden=True)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(evaluate.compare)
 app.command("export")(export.export)
 app.command("checkpoints")(checkpoints.checkpoints)
+app.command("doctor")(doctor.doctor)
+# The parts of `medvlp doctor` that srun starts.
+app.command("doctor-node", hidden=True)(doctor.doctor_node)
+app.command("doctor-summary", hidden=True)(doctor.doctor_summary)
+app.command("doctor-rank", hidden=True)(doctor.doctor_rank)
 
 
 def run() -> NoReturn:
@@ -32,7 +68,10 @@ def run() -> NoReturn:
     try:
         app()
     except MedvlpError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {escape(str(error))}", highlight=False)
+        with suppress(OSError):  # a log on a full disk must not change the exit code
+            Console(stderr=True, soft_wrap=True).print(
+                f"[red]error:[/] {escape(str(error))}", highlight=False
+            )
         sys.exit(error.exit_code)
     sys.exit(0)
 

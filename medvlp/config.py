@@ -73,7 +73,8 @@ class DataConfig:
     prefetch: int = key(2, "batches each worker prepares ahead", 1)
     max_bad_fraction: float = key(0.01, "share of corrupt samples above which the run stops", 0, 1)
     cache_dir: str | None = key(
-        None, "node-local folder for remote shards and token ids; default: ~/.cache/medvlp"
+        None,
+        "node-local folder for remote shards and token ids; default: $MEDVLP_CACHE_DIR, else ~/.cache/medvlp",
     )
     cache_gigabytes: float = key(200.0, "size at which the oldest cached shards are removed", 0)
 

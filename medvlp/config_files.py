@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -17,6 +17,8 @@ from shards.errors import MedvlpError
 
 #: Keys that name files; in a config file they are looked for beside it, then in the working directory.
 FILE_KEYS = (("evaluation", "prompts"), ("image", "weights"))
+
+Schema = TypeVar("Schema")
 
 
 class ConfigError(MedvlpError):
@@ -57,6 +59,26 @@ def merge(
     sources += [(f"override {text!r}", _parse_override(text)) for text in overrides]
     tree = OmegaConf.structured(Config)
     tree.method = OmegaConf.structured(_method_schema(sources, schemas))
+    return _merge_sources(tree, sources)
+
+
+def load_schema(file: Path | str, schema: type[Schema]) -> Schema:
+    """Read one YAML file into a dataclass that is no run's config, with the same checks and messages.
+
+    Args:
+        file: YAML file.
+        schema: dataclass whose fields are made with `medvlp.config.key`.
+
+    Raises:
+        ConfigError: unreadable file, unknown key, wrong type, or a value out of range.
+    """
+    tree = _merge_sources(OmegaConf.structured(schema), [(str(file), _read(Path(file)))])
+    loaded = cast(Schema, OmegaConf.to_object(tree))
+    _check_ranges(loaded, prefix="")
+    return loaded
+
+
+def _merge_sources(tree: Any, sources: Sequence[tuple[str, dict[str, Any]]]) -> DictConfig:
     for name, values in sources:
         _check_keys(values, tree, name, prefix="")
         try:

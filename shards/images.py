@@ -30,20 +30,20 @@ _TIFF_PHOTOMETRIC = 262
 _MIN_IS_WHITE = 0
 
 
-def decode_image(data: bytes) -> NDArray[np.uint8]:
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
     """Decode a JPEG, PNG (8 or 16 bit) or TIFF file to grayscale pixels uint8 [height, width].
 
     Colour becomes luminance, transparency is dropped, of a multi-page TIFF the first page is read. Images
     of more than 8 bits are windowed by `window_to_8_bit`.
 
     Raises:
-        DataError: empty, truncated or unknown data, or more than `MAX_PIXELS` pixels.
+        DataError: empty, truncated or unknown data, or more than `max_pixels` pixels.
     """
     if not data:
         raise DataError("image file is empty")
     if data.startswith(b"\xff\xd8"):
-        return _decode_jpeg(data)
-    return _decode_png_or_tiff(data)
+        return _decode_jpeg(data, max_pixels)
+    return _decode_png_or_tiff(data, max_pixels)
 
 
 def window_to_8_bit(image: DeepImage) -> NDArray[np.uint8]:
@@ -110,28 +110,28 @@ def encode_png(image: Mask) -> bytes:
     return data.tobytes()
 
 
-def _decode_jpeg(data: bytes) -> NDArray[np.uint8]:
+def _decode_jpeg(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
     try:
         height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-        _check_pixels(height, width)
+        _check_pixels(height, width, max_pixels)
         pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, colorspace="GRAY")
     except ValueError as error:
         raise DataError(f"broken JPEG: {error}") from error
     return pixels[:, :, 0]
 
 
-def _decode_png_or_tiff(data: bytes) -> NDArray[np.uint8]:
+def _decode_png_or_tiff(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
     """PIL, because unlike OpenCV it refuses truncated files and gives the size before decoding."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL warns about sizes and tags; both are judged here
             image = Image.open(io.BytesIO(data), formats=["PNG", "TIFF"])
-            _check_pixels(image.height, image.width)
+            _check_pixels(image.height, image.width, max_pixels)
             if image.mode.startswith(("I", "F")):
                 return _window_deep(image)
             return np.asarray(image.convert("L"))
     except Image.DecompressionBombError as error:
-        raise DataError(f"image has more than {MAX_PIXELS} pixels") from error
+        raise DataError(f"image has more than {max_pixels} pixels") from error
     except UnidentifiedImageError as error:
         raise DataError("not a JPEG, PNG or TIFF image") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
@@ -148,6 +148,6 @@ def _window_deep(image: Image.Image) -> NDArray[np.uint8]:
     return 255 - pixels if tags.get(_TIFF_PHOTOMETRIC) == _MIN_IS_WHITE else pixels
 
 
-def _check_pixels(height: int, width: int) -> None:
-    if height * width > MAX_PIXELS:
-        raise DataError(f"image of {width} x {height} pixels is larger than the limit of {MAX_PIXELS} pixels")
+def _check_pixels(height: int, width: int, most: int) -> None:
+    if height * width > most:
+        raise DataError(f"image of {width} x {height} pixels is larger than the limit of {most} pixels")

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from medvlp.evaluation.results import Evaluation
 
 RESULT_NAME = "evaluation.json"
+#: Below the run folder: a result file for each task that was evaluated by a job of its own.
+PARTS_FOLDER = "evaluation-parts"
 
 
 def evaluate(
@@ -78,16 +80,30 @@ def compare(
     ],
     markdown: Annotated[bool, typer.Option("--markdown", help="Markdown with a row for each model")] = False,
     findings: Annotated[bool, typer.Option("--findings", help="also single findings")] = False,
+    join: Annotated[
+        bool, typer.Option("--join", help=f"first put RUN/{PARTS_FOLDER}/*.json together to {RESULT_NAME}")
+    ] = False,
 ) -> None:
     """Show the stored results of several runs in one table; they must be of the same data and split."""
     from medvlp.evaluation import results
 
+    for run in sources if join else []:
+        _join_parts(run)
     evaluations: dict[str, Evaluation] = {}
     for source in sources:
         evaluation = results.read(source / RESULT_NAME if source.is_dir() else source)
         name = evaluation.model["name"]
         evaluations[f"{name} ({source})" if name in evaluations else name] = evaluation
     _print_tables(evaluations, findings, markdown)
+
+
+def _join_parts(run: Path) -> None:
+    from medvlp.evaluation import joining, results
+
+    files = sorted((run / PARTS_FOLDER).glob("*.json"))
+    if not files:
+        raise UsageError(f"--join: there are no files {run / PARTS_FOLDER}/*.json")
+    results.write(joining.join({file: results.read(file) for file in files}), run / RESULT_NAME)
 
 
 def _print_tables(evaluations: dict[str, Evaluation], findings: bool, markdown: bool = False) -> None:

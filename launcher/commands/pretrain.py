@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from launcher.arguments import split_arguments
-from medvlp.ranks import LaunchError, detect
+from medvlp.ranks import NODE_LAUNCH, LaunchError, detect
 from shards.errors import MedvlpError
 
 
@@ -21,21 +21,35 @@ def pretrain(
         int | None,
         typer.Option("--nproc", min=1, help="ranks on this machine; default: one per GPU, else one"),
     ] = None,
+    nodes: Annotated[int | None, typer.Option("--nodes", min=1, help="machines of the run")] = None,
+    node_rank: Annotated[
+        int | None, typer.Option("--node-rank", min=0, help="which of them this is, from 0")
+    ] = None,
+    meet: Annotated[
+        str | None, typer.Option("--meet", help="HOST:PORT of node 0 where all ranks meet")
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="refuse a run folder that is not empty")] = False,
 ) -> None:
     """Pre-train a method on a dataset; an existing run folder is resumed.
+
+    On several machines start the same command on each, with its own --node-rank; in a job of `medvlp submit`
+    Slurm says it.
 
     Exit codes: 0 finished; 75 stopped by a signal after saving (start again
     to resume); 2 config; 3 data; 4 checkpoint or run folder; 5 too many bad
     steps in a row; 6 lost another rank; 7 a rank did not arrive in time;
     128 + n killed by signal n; 1 anything else.
     """
+    from launcher.placement import place_node
     from medvlp import config_files
     from medvlp.methods.registry import schemas
+    from medvlp.prototypes.supervisor import uses_workers
     from medvlp.training.batch_plan import plan_batch
     from medvlp.training.deepspeed_config import check_device
 
     place = detect()
+    if place.launcher != "none" and (nodes, node_rank, meet) != (None, None, None):
+        raise LaunchError(f"--nodes, --node-rank and --meet inside {place.launcher}: leave them out")
     if place.launcher != "none" and nproc is not None and nproc != place.local_world_size:
         raise LaunchError(
             f"--nproc {nproc} inside {place.launcher}, which already runs {place.local_world_size} ranks "
@@ -52,13 +66,15 @@ def pretrain(
 
     has_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     ranks = nproc or (torch.cuda.device_count() if has_cuda else 1)
-    plan_batch(config, ranks)
+    node = place_node(nodes, node_rank, meet)
+    plan_batch(config, node.count * ranks)
     check_device(config, "cuda" if has_cuda else "cpu")
-    if ranks == 1:
+    if ranks == node.count == 1 and NODE_LAUNCH not in os.environ:
         os.environ |= local.library_environment(1, has_cuda, os.environ)
         raise typer.Exit(_train_rank(config, fresh))
     command = ["pretrain", *arguments, *(["--fresh"] if fresh else [])]
-    raise typer.Exit(local.launch(command, ranks, has_cuda))
+    workers = uses_workers(config.prototypes, has_cuda)
+    raise typer.Exit(local.launch(command, ranks, has_cuda, workers, node))
 
 
 def _train_rank(config: object, fresh: bool) -> int:

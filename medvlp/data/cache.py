@@ -34,8 +34,8 @@ gopen_schemes.setdefault("s3", _open_s3)
 
 
 def cache_folder(config: DataConfig) -> Path:
-    """The node-local folder for remote shards and token ids (`data.cache_dir`)."""
-    return Path(config.cache_dir or "~/.cache/medvlp").expanduser()
+    """The node-local folder for remote shards and token ids: `data.cache_dir`, else as a job's site says."""
+    return Path(config.cache_dir or os.environ.get("MEDVLP_CACHE_DIR") or "~/.cache/medvlp").expanduser()
 
 
 def open_reader(config: DataConfig) -> ShardReader:

@@ -8,8 +8,6 @@ from pathlib import Path
 import safetensors.torch
 from torch import Tensor
 
-from medvlp.config import Config
-from medvlp.data.text import Tokenizer
 from medvlp.encoders.image import ImageEncoder
 from medvlp.encoders.text import TextEncoder
 from medvlp.export.card import Card, Results, model_card
@@ -19,9 +17,7 @@ from medvlp.export.folder import check_free, new_folder
 from medvlp.export.image import write_image
 from medvlp.export.text import write_text
 from medvlp.methods.base import Method
-from medvlp.methods.registry import build_method
 from medvlp.training import saved_run
-from medvlp.training.checkpoint import load_weights
 from medvlp.training.run_folder import CONFIG
 
 #: Everything of the method that is in neither encoder.
@@ -61,7 +57,7 @@ def export(
     tokenizer = saved_run.load_tokenizer(source, config)
     facts = read_facts(config.data)
     say(f"loading {source.checkpoint.name}")
-    method = _load_method(source, config, tokenizer)
+    method = saved_run.load_method(source, config, tokenizer)
     image, text = _encoders(method, config.method.name)
     heads = _heads(method, text is not None)
     with new_folder(out) as folder:
@@ -79,19 +75,6 @@ def export(
         card = Card(source.name(config), config, source.manifest, facts, image, text, heads, results)
         (folder / "README.md").write_text(model_card(card), encoding="utf-8")
     return out
-
-
-def _load_method(source: saved_run.SavedRun, config: Config, tokenizer: Tokenizer) -> Method:
-    """The trained method on the CPU in evaluation mode."""
-    # Every weight comes from the checkpoint, so those training started from need not be at hand any more.
-    image = (config.image.pretrained, config.image.weights)
-    config.image.pretrained, config.image.weights = False, None
-    try:
-        method = build_method(config, tokenizer.vocab_size)
-    finally:
-        config.image.pretrained, config.image.weights = image
-    load_weights(source.checkpoint, method)
-    return method.eval()
 
 
 def _encoders(method: Method, name: str) -> tuple[ImageEncoder, TextEncoder | None]:

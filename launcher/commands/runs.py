@@ -1,0 +1,76 @@
+"""`medvlp runs`: every run below a folder, and how it stands."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from launcher.figures import bytes_text, duration_text, number_text
+from launcher.run_state import RunState, find_runs, read_run
+from medvlp.training.errors import RunFolderError
+
+COLOURS = {"finished": "green", "running": "cyan", "queued": "blue", "interrupted": "yellow", "failed": "red"}
+
+
+def runs(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="folder of runs, or one run folder")
+    ] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="a JSON list for scripts")] = False,
+    sizes: Annotated[bool, typer.Option("--sizes/--no-sizes", help="add up the sizes of all files")] = True,
+) -> None:
+    """List runs: method, state, step, best metric, newest checkpoint, W&B run, size."""
+    from launcher.slurm.run_jobs import jobs_by_folder, unfinished
+
+    if not folder.is_dir():
+        raise RunFolderError(f"{folder} is no folder; name the one that holds your runs")
+    jobs = jobs_by_folder()
+    found = []
+    for path in find_runs(folder):
+        states = {job.state for job in unfinished((jobs or {}).get(path.resolve(), []))}
+        run = read_run(path, bool(states - {"PENDING"}) or None, sizes)
+        found.append(replace(run, state="queued", reason="") if states == {"PENDING"} else run)
+    if as_json:
+        typer.echo(json.dumps([_values(run) for run in found], indent=1))
+        return
+    table = Table(title=f"runs in {folder}", title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("run", "method", "state", "step", "best", "checkpoint", "W&B", "size"):
+        table.add_column(column, justify="right" if column in ("step", "size") else "left", overflow="fold")
+    for run in found:
+        table.add_row(*_row(run, folder))
+    # A pipe or log file has no width.
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console.print(table)
+
+
+def _row(run: RunState, root: Path) -> tuple[str, ...]:
+    name = str(run.folder.relative_to(root)) if run.folder != root else str(root)
+    colour = COLOURS.get(run.state, "white")
+    state = f"[{colour}]{run.state}[/]" + (f" {escape(run.reason)}" if run.reason else "")
+    if run.state == "running" and run.eta_seconds is not None:
+        state += f" {duration_text(run.eta_seconds)} left"
+    steps = (
+        f"{number_text(run.step)}/{number_text(run.steps)}"
+        if run.steps is not None
+        else number_text(run.step)
+    )
+    best = "" if run.best is None else f"{run.best_metric} {run.best:.4g}"
+    checkpoint = (
+        "" if run.checkpoint is None else f"{run.checkpoint.step} ({bytes_text(run.checkpoint.bytes)})"
+    )
+    size = bytes_text(run.bytes) if run.bytes else ""
+    return escape(name), run.method, state, steps, best, checkpoint, run.wandb_run_id or "", size
+
+
+def _values(run: RunState) -> dict[str, Any]:
+    values = asdict(run) | {"eta_seconds": run.eta_seconds, "wandb_run_id": run.wandb_run_id}
+    return values | {"folder": str(run.folder)}

@@ -1,0 +1,91 @@
+"""`medvlp submit evaluate RUN ...`: evaluations as an array, and a job that joins and compares them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launcher import command_words
+from launcher.commands import submit as options
+from launcher.commands.evaluate import PARTS_FOLDER
+from medvlp.training.errors import RunFolderError
+from shards.errors import UsageError
+
+
+def evaluate(
+    context: typer.Context,
+    arguments: Annotated[
+        list[str], typer.Argument(metavar="RUN... [KEY=VALUE]...", help="run folders, then overrides")
+    ],
+    task: Annotated[
+        list[str] | None,
+        typer.Option("--task", help="repeat it for an array over tasks; default: all, one after the other"),
+    ] = None,
+    data: Annotated[str | None, typer.Option("--data", help="dataset; default: each run's own")] = None,
+    split: Annotated[str | None, typer.Option("--split", help="split to evaluate")] = None,
+    after_job: Annotated[
+        int | None, typer.Option("--after", help="start when this job (a training) has ended well")
+    ] = None,
+    gpus_per_node: Annotated[int, typer.Option("--gpus-per-node", min=0, help="of each task, 0 or 1")] = 0,
+    time: options.Time = None,
+    cluster: options.Cluster = None,
+    partition: options.Partition = None,
+    account: options.Account = None,
+    qos: options.Qos = None,
+    constraint: options.Constraint = None,
+    reservation: options.Reservation = None,
+    mem: options.Memory = None,
+    exclude: options.Exclude = None,
+    cpus_per_task: options.CpusPerTask = None,
+    dry_run: options.DryRun = False,
+) -> None:
+    """Evaluate runs by an array over runs and tasks; a dependent job writes evaluation.json and compares."""
+    from launcher.run_state import is_run_folder
+    from launcher.slurm.cluster_config import load_cluster
+    from launcher.slurm.command_jobs import CommandJob, after, output_pattern, submit_command
+    from launcher.slurm.submit import build_request
+
+    overrides = [word for word in arguments if "=" in word and not Path(word).exists()]
+    runs = [Path(word).absolute() for word in arguments if word not in overrides]
+    if not runs:
+        raise UsageError("name at least one run folder")
+    for run in runs:
+        if not is_run_folder(run):
+            raise RunFolderError(f"{run} is no run folder, and no run was submitted to it")
+    site, folder = load_cluster(cluster), runs[0]
+    given = {
+        "time": time, "partition": partition, "account": account, "qos": qos, "constraint": constraint,
+        "reservation": reservation, "mem": mem, "exclude": exclude, "cpus_per_task": cpus_per_task,
+    }  # fmt: skip
+    common = [*overrides, *(["--data", data] if data else []), *(["--split", split] if split else [])]
+    commands = [
+        ["evaluate", str(run), *common, "--task", name, "--out", str(run / PARTS_FOLDER / f"{name}.json")]
+        for run in runs
+        for name in task or ()
+    ] or [["evaluate", str(run), *common] for run in runs]
+    first = {"gpus_per_node": gpus_per_node} | (after([after_job]) if after_job is not None else {})
+    is_array = len(commands) > 1
+    request = build_request(
+        site, output_pattern(folder, is_array), f"medvlp-evaluate-{folder.name}", 1, given | first
+    )
+    job = CommandJob("evaluate", folder, request, site, commands)
+    if dry_run:
+        typer.echo(job.script(), nl=False)
+        return
+    # What earlier arrays left has been joined, or is of no use.
+    for run in runs if task else []:
+        (run / PARTS_FOLDER).mkdir(exist_ok=True)
+        for stale in (run / PARTS_FOLDER).glob("*.json"):
+            stale.unlink()
+    job_id = submit_command(job, ["submit", "evaluate", *arguments, *command_words.given_options(context)])
+    summary = ["compare", *map(str, runs), *(["--join"] if task else [])]
+    summary_request = build_request(
+        site, output_pattern(folder, False), f"medvlp-compare-{folder.name}", 1,
+        given | {"gpus_per_node": 0} | after([job_id]),
+    )  # fmt: skip
+    summary_id = submit_command(CommandJob("compare", folder, summary_request, site, [summary]), summary)
+    what = f"array {job_id} of {len(commands)} evaluations" if is_array else f"evaluation {job_id}"
+    typer.echo(f"submitted {what}, and job {summary_id} that shows the results")
+    typer.echo(f"  medvlp logs {summary_id} -f")

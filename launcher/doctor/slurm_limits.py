@@ -1,0 +1,115 @@
+"""What this Slurm allows: time, arrays, requeueing, and the time between the warning signal and the kill."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from launcher.doctor.findings import Finding, ok, warn
+
+#: Slurm sends the warning signal up to this much earlier than asked for (sbatch's manual), in seconds.
+EARLY_SECONDS = 60
+
+
+def check_limits(
+    settings: Mapping[str, str],
+    partition: Mapping[str, str],
+    minutes: int | None,
+    signal_lead: int,
+    array: int | None,
+) -> Iterator[Finding]:
+    """Compare a job with the limits of a partition.
+
+    Args:
+        settings: of `scontrol show config`.
+        partition: of `scontrol show partition`.
+        minutes: time limit asked for; None: the partition's own.
+        signal_lead: seconds before the time limit at which the job asks for its warning signal.
+        array: tasks of an array, if one is meant to run.
+    """
+    name, longest = partition.get("PartitionName", "?"), minutes_of(partition.get("MaxTime", "UNLIMITED"))
+    if minutes is not None and longest is not None and minutes > longest:
+        yield warn(
+            "time limit", f"partition {name} allows {partition['MaxTime']}, {minutes} minutes are asked for",
+            f"submit with --time={partition['MaxTime']}: the run is checkpointed, requeued and resumed",
+        )  # fmt: skip
+    else:
+        yield ok("time limit", f"partition {name}: at most {partition.get('MaxTime', 'UNLIMITED')}")
+    if partition.get("State", "UP") != "UP":
+        yield warn(
+            "partition",
+            f"{name} is {partition['State']}",
+            "jobs wait until it is UP; choose another partition",
+        )
+    yield _signal(
+        minutes if minutes is not None else minutes_of(partition.get("DefaultTime", "NONE")), signal_lead
+    )
+    yield from _preemption(settings, partition)
+    yield _requeue(settings)
+    most = int(settings.get("MaxArraySize", "1001")) - 1
+    if array is not None and array > most:
+        yield warn(
+            "arrays", f"{array} tasks; MaxArraySize allows indexes up to {most}", f"use at most {most} parts"
+        )
+    else:
+        yield ok("arrays", f"up to {most} tasks")
+
+
+def _signal(minutes: int | None, lead: int) -> Finding:
+    if minutes is not None and 60 * minutes <= lead + EARLY_SECONDS:
+        return warn(
+            "warning signal", f"{lead} s before a limit of {minutes} min leave no time to train",
+            "ask for more time, or lower the cluster file's signal lead",
+        )  # fmt: skip
+    return ok(
+        "warning signal", f"{lead} s before the time limit (Slurm may send it {EARLY_SECONDS} s earlier)"
+    )
+
+
+def _preemption(settings: Mapping[str, str], partition: Mapping[str, str]) -> Iterator[Finding]:
+    """A preempted job has the partition's GraceTime to save, and the signal only where the site sends it."""
+    mode = partition.get("PreemptMode", settings.get("PreemptMode", "OFF"))
+    if mode.upper() == "OFF":
+        return
+    grace = int(partition.get("GraceTime", "0"))
+    warned = "preempt_send_user_signal" in settings.get("SlurmctldParameters", "")
+    detail = f"{mode}, {grace} s of grace, warning signal {'sent' if warned else 'not sent'}"
+    if "SUSPEND" in mode.upper():
+        yield warn("preemption", detail, "suspended ranks keep their memory; GPUs are not freed: use REQUEUE")
+    elif grace and warned:
+        yield ok("preemption", detail)
+    else:
+        yield warn(
+            "preemption", f"{detail}: a preempted run loses what it did since its last checkpoint",
+            "set checkpoint.every_steps to what you can lose; administrators can set GraceTime and "
+            "SlurmctldParameters=preempt_send_user_signal",
+        )  # fmt: skip
+
+
+def _requeue(settings: Mapping[str, str]) -> Finding:
+    kill_wait = settings.get("KillWait", "30 sec")
+    if settings.get("JobRequeue") == "0":
+        return ok(
+            "requeue",
+            f"off by default (JobRequeue=0); jobs of `medvlp submit` ask for it; KillWait {kill_wait}",
+        )
+    return ok(
+        "requeue", f"allowed; KillWait {kill_wait}, OverTimeLimit {settings.get('OverTimeLimit', '0 min')}"
+    )
+
+
+def minutes_of(time: str) -> int | None:
+    """Minutes of Slurm's "days-hours:minutes:seconds", "hours:minutes:seconds" or "minutes"; None: no limit.
+
+    Seconds are rounded up.
+    """
+    if time.upper() in ("UNLIMITED", "INFINITE", "NONE", "NOT_SET", "N/A", ""):
+        return None
+    days, dash, clock = time.rpartition("-")
+    fields = [int(field) for field in clock.split(":")]
+    if dash:  # days-hours[:minutes[:seconds]]
+        hours, minutes, seconds = [*fields, 0, 0][:3]
+    elif len(fields) == 3:
+        hours, minutes, seconds = fields
+    else:  # minutes[:seconds]
+        hours, (minutes, seconds) = 0, [*fields, 0][:2]
+    return (int(days or 0) * 24 + hours) * 60 + minutes + (seconds > 0)

@@ -1,0 +1,94 @@
+"""Python and the packages, against what the project requires."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from launcher.doctor.findings import Finding, fail, ok, warn
+
+#: Extras of which one is needed.
+_ALTERNATIVES = ("cpu", "gpu")
+#: Extras that a cluster does without.
+_FOR_DEVELOPERS = ("dev",)
+
+
+def check_software() -> list[Finding]:
+    """Python's version, every required package, and the extras."""
+    project = _project()
+    findings = [_python(str(project.get("requires-python", "")))]
+    findings.append(_required(_parsed(project["dependencies"])))
+    extras: dict[str, list[str]] = project.get("optional-dependencies", {})
+    problems = {
+        extra: _problems(_parsed(texts)) for extra, texts in extras.items() if extra not in _FOR_DEVELOPERS
+    }
+    alternatives = [problems.pop(extra) for extra in _ALTERNATIVES if extra in problems]
+    if alternatives and all(alternatives):
+        text = "; ".join(problem for found in alternatives for problem in found)
+        remedy = f"for the prototype service: pip install 'medvlp[{_ALTERNATIVES[0]}]'"
+        findings.append(warn("packages", f"no faiss: {text}", remedy))
+    findings += [
+        warn("packages", f"{extra}: {'; '.join(found)}", f"pip install 'medvlp[{extra}]'")
+        for extra, found in problems.items()
+        if found
+    ]
+    return findings
+
+
+def _project() -> dict[str, Any]:
+    """The `project` table of the checkout (it may be newer than what was installed), or what pip knows."""
+    checkout = Path(__file__).resolve().parents[2] / "pyproject.toml"
+    if checkout.is_file():
+        table: dict[str, Any] = tomllib.loads(checkout.read_text(encoding="utf-8"))["project"]
+        return table
+    about = metadata.metadata("medvlp")
+    # Among these are the extras' packages, each with a marker that `_parsed` finds untrue.
+    return {"requires-python": about["Requires-Python"], "dependencies": metadata.requires("medvlp") or []}
+
+
+def _parsed(texts: list[str]) -> list[Requirement]:
+    """Requirements that hold on this Python and without extras."""
+    parsed = [Requirement(text) for text in texts]
+    return [needed for needed in parsed if needed.marker is None or needed.marker.evaluate({"extra": ""})]
+
+
+def _python(required: str) -> Finding:
+    version = platform.python_version()
+    if required and version not in SpecifierSet(required):
+        return fail(
+            "python",
+            f"{version} at {sys.executable}; required is {required}",
+            "make the environment with another Python",
+        )
+    return ok("python", f"{version} at {sys.executable}")
+
+
+def _required(requirements: list[Requirement]) -> Finding:
+    problems = _problems(requirements)
+    if problems:
+        return fail(
+            "packages",
+            "; ".join(problems),
+            "pip install --editable . in the checkout, with .ci/constraints.txt",
+        )
+    return ok("packages", f"{len(requirements)} required packages, medvlp {metadata.version('medvlp')}")
+
+
+def _problems(requirements: list[Requirement]) -> list[str]:
+    problems = []
+    for requirement in requirements:
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            problems.append(f"{requirement.name} is not installed")
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
+            problems.append(f"{requirement.name} is {version}, required is {requirement.specifier}")
+    return problems

@@ -1,0 +1,1 @@
+"""Jobs on a Slurm cluster: site settings, job scripts, submitting, and what follows when a job ends."""

@@ -1,0 +1,98 @@
+"""Ending a run's jobs for good: after a checkpoint, or at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.run_state import read_run
+from launcher.slurm import slurm_commands
+from launcher.slurm.attempts import request_cancel
+from launcher.slurm.run_jobs import TRAINING, kind_of, submissions, submitted_id, unfinished
+from launcher.slurm.slurm_commands import Job, SlurmError
+
+_POLL_SECONDS = 1.0
+#: States in which a job has a batch script that can be asked.
+_STARTED = ("RUNNING", "SUSPENDED")
+
+
+class StillRunningError(SlurmError):
+    """A job did not end within the time given; it was asked and will end at its next step."""
+
+
+@dataclass(frozen=True)
+class Cancelled:
+    """What was done about one job.
+
+    Attributes:
+        job: as it was before.
+        asked: it was asked to save first; else it was ended at once.
+        step: of the newest checkpoint afterwards; None without one, or for a job that trains nothing.
+    """
+
+    job: Job
+    asked: bool
+    step: int | None
+
+
+def jobs_to_cancel(folder: Path, job_id: int | None) -> list[Job]:
+    """Jobs of a folder that are not over, or only the one named; those that wait come first."""
+    ids = [int(line["job_id"]) for line in submissions(folder)]
+    jobs = unfinished(slurm_commands.list_jobs([job_id] if job_id is not None else ids)) if ids else []
+    jobs = [job for job in jobs if not job.het_job_offset]  # the first component stands for the whole job
+    return sorted(jobs, key=lambda job: (job.state in _STARTED, -job.id))
+
+
+def cancel_jobs(
+    folder: Path, jobs: list[Job], at_once: bool, seconds: float, say: Callable[[str], None]
+) -> list[Cancelled]:
+    """End jobs: one that trains saves a checkpoint first, others are ended at once.
+
+    Args:
+        folder: the run folder.
+        jobs: of `jobs_to_cancel`.
+        at_once: do not ask for a checkpoint.
+        seconds: how long to wait for a job that was asked.
+        say: receives a line of progress.
+
+    Raises:
+        StillRunningError: it was not over in time.
+        SlurmError: Slurm refused.
+    """
+    done, asked = [], []
+    for job in jobs:
+        label = str(submitted_id(job))
+        trains = kind_of(folder, submitted_id(job)) == TRAINING and job.state in _STARTED
+        if at_once or not trains:
+            slurm_commands.cancel(label)
+            done.append(Cancelled(job, False, None))
+            continue
+        # The job script reads this and does not requeue; Slurm must not either, should a node fail meanwhile.
+        request_cancel(folder, job.id)
+        slurm_commands.update_job(label, Requeue="0")
+        slurm_commands.cancel(label, "--signal=USR1", "--batch")
+        say(f"job {label} was asked to save a checkpoint and end")
+        asked.append(job)
+    for job in asked:
+        wait_until_over(job, seconds)
+        checkpoint = read_run(folder, measure_size=False).checkpoint
+        done.append(Cancelled(job, True, None if checkpoint is None else checkpoint.step))
+    return done
+
+
+def wait_until_over(job: Job, seconds: float) -> None:
+    """Wait until the controller says that a job has ended.
+
+    Raises:
+        StillRunningError: it has not, after `seconds`.
+    """
+    deadline = time.monotonic() + seconds
+    while unfinished(slurm_commands.list_jobs([submitted_id(job)])):
+        if time.monotonic() > deadline:
+            raise StillRunningError(
+                f"job {job.id} has not ended {seconds:g} s after it was asked; it ends after the step it is "
+                f"in (medvlp logs {job.id}); medvlp cancel {job.id} --now ends it without a checkpoint"
+            )
+        time.sleep(_POLL_SECONDS)

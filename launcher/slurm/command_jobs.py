@@ -1,0 +1,92 @@
+"""Jobs of one command on one node, and arrays of them: building, merging, evaluating, serving."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+
+from launcher.run_state import SLURM_FOLDER
+from launcher.slurm import slurm_commands
+from launcher.slurm.cluster_config import ClusterConfig
+from launcher.slurm.render import Request, directives, in_container, program, render
+from launcher.slurm.submit import job_folders, note_submission, write_job_file
+
+
+@dataclass(frozen=True)
+class CommandJob:
+    """One command, or an array with a command for each task.
+
+    Attributes:
+        kind: what it is for; names its script and stands in the record.
+        folder: run folder or dataset it works for; script, record and output go below `slurm/` in it.
+        request: what is asked of Slurm; `array` is filled in.
+        site: the cluster's settings.
+        commands: words behind `medvlp`, for each task of the array.
+        parts: the array's tasks run the one command, each with its `--part i/n`.
+        at_once: tasks of the array that may run at the same time; None: all.
+    """
+
+    kind: str
+    folder: Path
+    request: Request
+    site: ClusterConfig
+    commands: Sequence[Sequence[str]]
+    parts: int | None = None
+    at_once: int | None = None
+
+    @property
+    def tasks(self) -> int | None:
+        """Tasks of the array; None for a single job."""
+        return self.parts or (len(self.commands) if len(self.commands) > 1 else None)
+
+    def script(self) -> str:
+        """The text of the batch script."""
+        srun_options, words = in_container(self.site, self.request.gpus_per_node > 0)
+        tasks = self.tasks
+        limit = f"%{self.at_once}" if self.at_once else ""
+        # The warning signal is for what saves checkpoints; it would end these.
+        request = replace(self.request, array=f"0-{tasks - 1}{limit}" if tasks else None, signal_seconds=None)
+        return render(
+            "command.sbatch.j2",
+            directives=directives(request),
+            version=metadata.version("medvlp"),
+            site=self.site,
+            folders=job_folders(self.site),
+            commands=[list(map(str, command)) for command in self.commands],
+            is_array=tasks is not None,
+            parts=self.parts,
+            program=program(self.site),
+            container_srun=srun_options,
+            container_words=words,
+            gpus_per_node=self.request.gpus_per_node,
+            cpus_per_task=self.request.cpus_per_task,
+        )
+
+
+def output_pattern(folder: Path, is_array: bool) -> Path:
+    """Where sbatch writes the output: `%j` is the job's id, `%A_%a` the array's and the task's."""
+    return folder / SLURM_FOLDER / ("job-%A_%a.out" if is_array else "job-%j.out")
+
+
+def submit_command(job: CommandJob, arguments: Sequence[str]) -> int:
+    """Write the script, submit and note it; the id of the job or array.
+
+    Args:
+        arguments: the command line, for the record.
+
+    Raises:
+        SubmitError: the folder cannot be written.
+        SlurmError: Slurm refused.
+    """
+    script = write_job_file(job.folder / SLURM_FOLDER / f"{job.kind}.sbatch", job.script())
+    job_id = slurm_commands.submit(script)
+    note_submission(job.folder, job_id, job.kind, arguments, tasks=job.tasks)
+    return job_id
+
+
+def after(job_ids: Sequence[int], extra: Sequence[str] = ()) -> dict[str, object]:
+    """Values of `build_request` for a job that starts when others ended well, and never if one did not."""
+    ids = ":".join(map(str, job_ids))
+    return {"dependency": f"afterok:{ids}", "extra": ["--kill-on-invalid-dep=yes", *extra]}

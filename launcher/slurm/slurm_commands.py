@@ -1,0 +1,322 @@
+"""The only file that runs Slurm's programs (sbatch, squeue, sacct, scontrol, scancel); typed answers."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shards.errors import MedvlpError
+
+#: A controller that does not answer within this many seconds counts as away; Slurm itself retries inside it.
+ANSWER_SECONDS = 120.0
+
+#: States from which a job does not come back by itself.
+FINAL_STATES = frozenset({
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
+    "REVOKED", "TIMEOUT",
+})  # fmt: skip
+
+
+class SlurmError(MedvlpError):
+    """Slurm is not there, does not answer, or refused; the message holds its own words."""
+
+    exit_code = 8
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as the controller knows it.
+
+    Attributes:
+        id: job id; of an array task its own, not the array's.
+        name: job name.
+        state: Slurm's long name, "RUNNING"; a job that still ends has "COMPLETING" in `flags`.
+        flags: further states that stand beside it in newer versions of Slurm.
+        reason: why it waits, "Resources"; "None" when nothing.
+        nodes: node list, "gpu[01-04]"; "" while it waits.
+        restarts: how often Slurm has requeued it.
+        partition, user: where and whose.
+        time_limit_minutes: None for no limit.
+        submit_time, start_time, end_time: seconds since 1970, 0 when unknown; the end of a
+            running job is its limit.
+        array_job_id, array_task_id: of an array task, else None; tasks that wait stand together in one job
+            without a task id.
+        array_tasks: those of it that wait, "2-5%2".
+        het_job_id: id of the first component of a heterogeneous job, else None.
+        het_job_offset: number of the component, from 0.
+        standard_output: file of the batch script's output.
+        comment: as given to sbatch.
+    """
+
+    id: int
+    name: str
+    state: str
+    flags: tuple[str, ...]
+    reason: str
+    nodes: str
+    restarts: int
+    partition: str
+    user: str
+    time_limit_minutes: int | None
+    submit_time: int
+    start_time: int
+    end_time: int
+    array_job_id: int | None
+    array_task_id: int | None
+    array_tasks: str
+    het_job_id: int | None
+    het_job_offset: int
+    standard_output: str
+    comment: str
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it will not run again by itself."""
+        return self.state in FINAL_STATES
+
+
+@dataclass(frozen=True)
+class PastRun:
+    """One run of a job in the accounting records; a requeued job has several.
+
+    Attributes:
+        job_id: as sacct writes it: "24_2" for an array task.
+        state: Slurm's word, "COMPLETED"; without the user who cancelled.
+        exit_code: of the batch script; 128 + n when signal n ended it; None when Slurm does not say.
+        nodes: node list.
+        start, end: ISO 8601 local time, or "Unknown".
+    """
+
+    job_id: str
+    name: str
+    state: str
+    exit_code: int | None
+    nodes: str
+    start: str
+    end: str
+
+
+def is_installed() -> bool:
+    """Whether this machine has Slurm's programs for users."""
+    return shutil.which("sbatch") is not None and shutil.which("squeue") is not None
+
+
+def run_command(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
+    """Standard output of one of Slurm's programs.
+
+    Raises:
+        SlurmError: it is not installed, does not answer, or ends with an error.
+    """
+    try:
+        finished = subprocess.run(
+            list(arguments), capture_output=True, text=True, timeout=ANSWER_SECONDS, env=environment
+        )
+    except FileNotFoundError:
+        raise SlurmError(
+            f"{arguments[0]} is not installed here: run this on a login node of the cluster"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise SlurmError(
+            f"{arguments[0]} did not answer for {ANSWER_SECONDS:g} s: is slurmctld up? (scontrol ping)"
+        ) from None
+    if finished.returncode:
+        words = " ".join((finished.stderr.strip() or finished.stdout.strip()).split())
+        raise SlurmError(f"{arguments[0]}: {words or f'ended with code {finished.returncode}'}")
+    return finished.stdout
+
+
+def submit(script: Path, arguments: Sequence[str] = ()) -> int:
+    """`sbatch ARGUMENTS SCRIPT`; the job's id.
+
+    Raises:
+        SlurmError: the script was refused.
+    """
+    answer = run_command(["sbatch", "--parsable", *arguments, str(script)]).strip().splitlines()[-1]
+    match = re.match(r"\d+", answer)  # on a multi-cluster installation the cluster's name follows
+    if match is None:
+        raise SlurmError(f"sbatch answered {answer!r} instead of a job id")
+    return int(match[0])
+
+
+def check_script(script: Path, arguments: Sequence[str] = ()) -> str:
+    """What `sbatch --test-only` says about when and where a script would run.
+
+    Raises:
+        SlurmError: it could never run.
+    """
+    command = ["sbatch", "--test-only", *arguments, str(script)]
+    try:
+        finished = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS)
+    except (FileNotFoundError, subprocess.TimeoutExpired) as error:
+        raise SlurmError(f"sbatch --test-only cannot be run: {error}") from error
+    if finished.returncode:
+        raise SlurmError(f"sbatch --test-only: {' '.join(finished.stderr.split())}")
+    return finished.stderr.strip()
+
+
+def list_jobs(ids: Sequence[int] | None = None, user: str | None = None) -> list[Job]:
+    """Jobs that the controller still knows (finished ones for some minutes: MinJobAge), oldest first.
+
+    Args:
+        ids: only these; array tasks and components of het jobs are found by the id that sbatch printed.
+        user: only this user's.
+
+    Raises:
+        SlurmError: the controller does not answer.
+    """
+    listed = json.loads(run_command(["squeue", "--json"]))["jobs"]
+    jobs = [_job(entry) for entry in listed]
+    if ids is not None:
+        jobs = [job for job in jobs if {job.id, job.array_job_id, job.het_job_id} & set(ids)]
+    if user is not None:
+        jobs = [job for job in jobs if job.user == user]
+    return sorted(jobs, key=lambda job: job.id)
+
+
+def _job(entry: Mapping[str, Any]) -> Job:
+    states = entry["job_state"]
+    states = [states] if isinstance(states, str) else list(states)  # a list since Slurm 23.11
+    return Job(
+        id=int(entry["job_id"]),
+        name=str(entry["name"]),
+        state=str(states[0]),
+        flags=tuple(str(state) for state in states[1:]),
+        reason=str(entry["state_reason"]),
+        nodes=str(entry["nodes"] or ""),
+        restarts=_number(entry["restart_cnt"]) or 0,
+        partition=str(entry["partition"]),
+        user=str(entry["user_name"]),
+        time_limit_minutes=_number(entry["time_limit"]),
+        submit_time=_number(entry["submit_time"]) or 0,
+        start_time=_number(entry["start_time"]) or 0,
+        end_time=_number(entry["end_time"]) or 0,
+        array_job_id=_number(entry["array_job_id"]) or None,
+        array_task_id=_number(entry["array_task_id"]),
+        array_tasks=str(entry.get("array_task_string") or ""),
+        het_job_id=_number(entry["het_job_id"]) or None,
+        het_job_offset=_number(entry.get("het_job_offset")) or 0,
+        standard_output=str(entry.get("standard_output") or ""),
+        comment=str(entry.get("comment") or ""),
+    )
+
+
+def _number(value: Any) -> int | None:
+    """A number of Slurm's JSON: plain in 22.05, {"set": true, "infinite": false, "number": 3} later."""
+    if isinstance(value, Mapping):
+        return int(value["number"]) if value.get("set") and not value.get("infinite") else None
+    return None if value is None else int(value)
+
+
+def past_runs(job_id: int) -> list[PastRun]:
+    """All runs of a job in the accounting records, oldest first; [] where the site keeps none.
+
+    The records come some seconds late. Without an accounting database the job completion log is read, where
+    the site has one.
+    """
+    fields = "JobID,JobName,State,ExitCode,NodeList,Start,End"
+    command = ["sacct", "--jobs", str(job_id), "--duplicates", "--allocations", "--parsable2", "--noheader"]
+    try:
+        lines = run_command([*command, f"--format={fields}"]).splitlines()
+        return [_past_run(line.split("|")) for line in lines if line.count("|") == 6]
+    except SlurmError:
+        return _completions(job_id)
+
+
+def _completions(job_id: int) -> list[PastRun]:
+    command = ["sacct", "--completion", "--jobs", str(job_id), "--parsable2", "--noheader"]
+    try:
+        text = run_command([*command, "--format=jobid,jobname,state,exitcode,nodelist,start,end"])
+    except SlurmError:
+        return []
+    return [_past_run(line.split("|")) for line in text.splitlines() if line.count("|") == 6]
+
+
+def _past_run(values: Sequence[str]) -> PastRun:
+    job_id, name, state, code, nodes, start, end = values
+    exit_code, _, number = code.partition(":")
+    known = exit_code.isdigit() and number.isdigit()
+    return PastRun(
+        job_id,
+        name,
+        state.split()[0] if state else "UNKNOWN",
+        (int(exit_code) or (128 + int(number) if int(number) else 0)) if known else None,
+        nodes,
+        start,
+        end,
+    )
+
+
+def requeue(job_id: str) -> None:
+    """`scontrol requeue`: the job waits again and starts its script anew.
+
+    Raises:
+        SlurmError: Slurm refused (a job with --no-requeue).
+    """
+    run_command(["scontrol", "requeue", job_id])
+
+
+def cancel(job_id: str, *more: str) -> None:
+    """`scancel MORE JOB`, such as `--signal=USR1 --batch`.
+
+    Raises:
+        SlurmError: no such job, or not allowed.
+    """
+    run_command(["scancel", *more, job_id])
+
+
+def update_job(job_id: str, **values: str) -> None:
+    """`scontrol update JobId=ID Name=Value`.
+
+    Raises:
+        SlurmError: Slurm refused.
+    """
+    run_command(
+        ["scontrol", "update", f"JobId={job_id}", *(f"{name}={value}" for name, value in values.items())]
+    )
+
+
+def configuration() -> dict[str, str]:
+    """Slurm's running configuration by its own names (`scontrol show config`).
+
+    Raises:
+        SlurmError: the controller does not answer.
+    """
+    lines = run_command(["scontrol", "show", "config"]).splitlines()
+    pairs = (line.split("=", 1) for line in lines if "=" in line)
+    return {name.strip(): value.strip() for name, value in pairs}
+
+
+def partitions() -> dict[str, dict[str, str]]:
+    """Every partition's settings by Slurm's own names (`scontrol show partition`).
+
+    Raises:
+        SlurmError: the controller does not answer.
+    """
+    lines = run_command(["scontrol", "show", "partition", "--oneliner"]).splitlines()
+    listed = [dict(pair.split("=", 1) for pair in line.split() if "=" in pair) for line in lines]
+    return {values["PartitionName"]: values for values in listed if "PartitionName" in values}
+
+
+def host_names(nodes: str) -> list[str]:
+    """`gpu[1-2]` -> ["gpu1", "gpu2"].
+
+    Raises:
+        SlurmError: no such node list.
+    """
+    return run_command(["scontrol", "show", "hostnames", nodes]).split()
+
+
+def node_address(node: str) -> str | None:
+    """The address at which Slurm reaches a node (NodeAddr); None without Slurm's programs or such a node."""
+    try:
+        text = run_command(["scontrol", "show", "node", node, "--oneliner"])
+    except SlurmError:
+        return None
+    match = re.search(r"\bNodeAddr=(\S+)", text)
+    return match[1] if match else None

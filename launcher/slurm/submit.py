@@ -1,0 +1,221 @@
+"""Submitting a pre-training: checks, the job script in the run folder, sbatch, and the record of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from launcher.json_lines import newest_first
+from launcher.run_state import SLURM_FOLDER, SUBMISSIONS
+from launcher.slurm import slurm_commands
+from launcher.slurm.cluster_config import ClusterConfig
+from launcher.slurm.heterogeneous import Beside, component_directives
+from launcher.slurm.render import Request, in_container, limit_seconds, program, render
+from launcher.slurm.render import directives as sbatch_directives
+from shards.atomic import atomic_write
+from shards.errors import DataError, MedvlpError, UsageError
+
+#: Below RUN/slurm: the script, and the config as it was at the submission.
+SCRIPT, CONFIG = "job.sbatch", "config.yaml"
+
+
+class SubmitError(MedvlpError):
+    """The run folder cannot take a job: it cannot be written, or another job of it is still there."""
+
+    exit_code = 4
+
+
+@dataclass(frozen=True)
+class PretrainJob:
+    """A pre-training as a job.
+
+    Attributes:
+        request: what is asked of Slurm.
+        site: the cluster's settings.
+        run_dir: absolute path of the run folder.
+        ranks_per_node: processes of each node.
+        max_requeues: how often the job may be requeued.
+        preflight: look at every node before the ranks start.
+        beside: what runs on a node of its own next to the training; None: nothing.
+    """
+
+    request: Request
+    site: ClusterConfig
+    run_dir: Path
+    ranks_per_node: int
+    max_requeues: int
+    preflight: bool = False
+    beside: Beside | None = None
+
+    def script(self) -> str:
+        """The text of the batch script."""
+        has_gpus = self.request.gpus_per_node > 0
+        srun_options, words = in_container(self.site, has_gpus)
+        folders = job_folders(self.site)
+        return render(
+            "pretrain.sbatch.j2",
+            directives=sbatch_directives(self.request)
+            + ([] if self.beside is None else component_directives(self.beside.request)),
+            version=metadata.version("medvlp"),
+            site=self.site,
+            folders=folders,
+            run_dir=self.run_dir,
+            arguments=[self.run_dir / SLURM_FOLDER / CONFIG],
+            program=program(self.site),
+            container_srun=srun_options,
+            container_words=words,
+            nodes=self.request.nodes,
+            gpus_per_node=self.request.gpus_per_node,
+            cpus_per_task=self.request.cpus_per_task,
+            ranks_per_node=self.ranks_per_node,
+            max_requeues=self.max_requeues,
+            preflight=self.preflight,
+            exclude=self.request.exclude,
+            beside=None if self.beside is None else self.beside.words,
+        )
+
+
+def job_folders(site: ClusterConfig) -> dict[str, str]:
+    """Variable -> node-local folder that a job exports and makes on each node."""
+    places = {
+        "TMPDIR": site.folders.tmp,
+        "MEDVLP_CACHE_DIR": site.folders.data_cache,
+        "HF_HOME": site.folders.hf_home,
+        "TRITON_CACHE_DIR": site.folders.triton_cache,
+        "TORCH_EXTENSIONS_DIR": site.folders.torch_extensions,
+    }
+    return {name: place for name, place in places.items() if place}
+
+
+def build_request(
+    site: ClusterConfig, output: Path, job_name: str, nodes: int, given: Mapping[str, Any]
+) -> Request:
+    """A request from the command line's options (None: not given) over the site's defaults.
+
+    Args:
+        given: values by the names of `Request`'s attributes.
+
+    Raises:
+        UsageError: a time that is none, or a warning that does not fit into it.
+    """
+    defaults = {
+        item.name: getattr(site.sbatch, item.name)
+        for item in dataclasses.fields(Request)
+        if hasattr(site.sbatch, item.name)
+    }
+    chosen = {name: value for name, value in given.items() if value is not None}
+    merged = defaults | chosen
+    merged["extra"] = [*site.sbatch.extra, *chosen.get("extra", ())]
+    merged["gpus_per_node"] = merged["gpus_per_node"] or 0
+    merged["signal_seconds"] = _warning(merged["signal_seconds"], merged["time"], "signal_seconds" in chosen)
+    return Request(job_name=job_name, output=output, nodes=nodes, **merged)
+
+
+def _warning(seconds: int, time: str | None, is_asked: bool) -> int:
+    """When before the end to warn; a site's default gives way to a short limit, an option does not."""
+    limit = limit_seconds(time)
+    if limit is None or seconds < limit / 2:
+        return seconds
+    if is_asked and seconds >= limit:
+        raise UsageError(f"--signal-seconds {seconds} does not fit into --time {time}")
+    return seconds if is_asked else max(10, limit // 3)
+
+
+def job_log(run_dir: Path) -> Path:
+    """Where the output of a run's jobs goes, as sbatch writes it: %j is the job's id."""
+    if "%" in str(run_dir):
+        raise UsageError(f"run.dir={run_dir}: sbatch takes % for a pattern: rename the folder")
+    return run_dir / SLURM_FOLDER / "job-%j.out"
+
+
+def submit_pretrain(job: PretrainJob, config_text: str, arguments: Sequence[str]) -> int:
+    """Write the script and the config into the run folder, submit, and note it; the job id.
+
+    Args:
+        config_text: the resolved config as YAML; the job reads this copy, so that an edited config file
+            changes no run that waits in the queue or is requeued.
+        arguments: the command line, for the record.
+
+    Raises:
+        SubmitError: the run folder cannot be written, or one of its jobs is still there.
+        SlurmError: Slurm refused.
+    """
+    refuse_second_job(job.run_dir, job.request.dependency)
+    folder = job.run_dir / SLURM_FOLDER
+    script = write_job_file(folder / SCRIPT, job.script())
+    write_job_file(folder / CONFIG, config_text)
+    job_id = slurm_commands.submit(script)
+    note_submission(job.run_dir, job_id, "pretrain", arguments, ranks=job.request.nodes * job.ranks_per_node)
+    return job_id
+
+
+def write_job_file(path: Path, text: str) -> Path:
+    """Write a file of a job below RUN/slurm.
+
+    Raises:
+        SubmitError: the folder cannot be made or written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, text.encode())
+    except (OSError, DataError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise SubmitError(f"cannot write {path}: {reason}; choose another run.dir") from error
+    return path
+
+
+def refuse_second_job(run_dir: Path, dependency: str | None = None) -> None:
+    """Two jobs must not write one run folder at the same time.
+
+    Raises:
+        SubmitError: a job of this run waits or runs, and no dependency says which comes first.
+    """
+    if dependency is not None:
+        return
+    known = {
+        int(line["job_id"]) for line in newest_first(run_dir / SLURM_FOLDER / SUBMISSIONS) if "job_id" in line
+    }
+    alive = (
+        [job for job in slurm_commands.list_jobs() if job.id in known and not job.is_over] if known else []
+    )
+    if alive:
+        raise SubmitError(
+            f"job {alive[0].id} of {run_dir} is {alive[0].state.lower()}: cancel it first "
+            f"(medvlp cancel {run_dir}), or give --dependency afterany:{alive[0].id}"
+        )
+
+
+def note_submission(run_dir: Path, job_id: int, kind: str, arguments: Sequence[str], **more: Any) -> None:
+    """Append a line to RUN/slurm/jobs.jsonl.
+
+    Args:
+        kind: "pretrain", "evaluate", ...
+        arguments: the command line, without the program.
+        more: further keys of the line.
+
+    Raises:
+        SubmitError: it cannot be written; the job waits in the queue nevertheless.
+    """
+    path = run_dir / SLURM_FOLDER / SUBMISSIONS
+    line = {
+        "job_id": job_id,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "kind": kind,
+        "arguments": list(arguments),
+        "user": os.environ.get("USER", ""),
+        **more,
+    }
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise SubmitError(
+            f"job {job_id} is submitted but cannot be noted in {path}: {error.strerror}"
+        ) from error

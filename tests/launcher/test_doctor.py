@@ -1,0 +1,247 @@
+"""What `medvlp doctor` says of healthy and of broken surroundings."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from launcher.doctor import dataset, machine, nodes, report, software, storage, tracking
+from launcher.doctor.findings import BadNodesError, Finding, UnhealthyError, fail, guarded, ok, warn
+from launcher.doctor.nodes import NodeReport
+from launcher.doctor.slurm_limits import check_limits, minutes_of
+from launcher.main import app
+
+INFINITE = resource.RLIM_INFINITY
+SETTINGS = {"PreemptMode": "OFF", "MaxArraySize": "1001", "JobRequeue": "1", "KillWait": "30 sec"}
+PARTITION = {"PartitionName": "gpu", "MaxTime": "1-00:00:00", "DefaultTime": "01:00:00", "State": "UP"}
+
+
+def statuses(findings: list[Finding]) -> dict[str, str]:
+    return {finding.check: finding.status for finding in findings}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("doctor") / "data"
+    build = ["shards", "build", "phantom", "--out", str(root), "--studies", "12", "--image-size", "32"]
+    assert CliRunner().invoke(app, [*build, "--workers", "1"]).exit_code == 0
+    return root
+
+
+def test_this_installation_satisfies_the_project() -> None:
+    assert statuses(software.check_software()) == {"python": "ok", "packages": "ok"}
+
+
+def test_missing_and_old_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    extras = {"cpu": ["faiss-none"], "gpu": ["faiss-nothing"], "serving": ["grpc-none>=1"], "dev": ["absent"]}
+    project = {
+        "requires-python": ">=99",
+        "dependencies": ["numpy>=99", "torch", "no-such-package", "absent; python_version < '3'"],
+        "optional-dependencies": extras,
+    }
+    monkeypatch.setattr(software, "_project", lambda: project)
+    python, required, faiss, serving = software.check_software()
+    assert python.status == required.status == "fail"
+    assert (
+        required.detail
+        == f"numpy is {metadata.version('numpy')}, required is >=99; no-such-package is not installed"
+    )
+    assert faiss.status == serving.status == "warn"
+    assert "faiss-none is not installed; faiss-nothing is not installed" in faiss.detail
+    assert serving.remedy == "pip install 'medvlp[serving]'"
+
+
+@pytest.mark.parametrize(
+    ("finding", "status", "remedy"),
+    [
+        (machine.open_files((INFINITE, INFINITE)), "ok", ""),
+        (machine.open_files((1024, 65536)), "warn", "ulimit -n 4096"),
+        (machine.open_files((1024, 1024)), "warn", "ask an administrator"),
+        (machine.locked_memory(INFINITE, True), "ok", ""),
+        (machine.locked_memory(8 << 20, False), "ok", ""),
+        (machine.locked_memory(8 << 20, True), "fail", "LimitMEMLOCK=infinity"),
+    ],
+)
+def test_limits_of_processes(finding: Finding, status: str, remedy: str) -> None:
+    assert finding.status == status
+    assert remedy in finding.remedy
+
+
+def test_gpus_that_slurm_gave_and_torch_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    (none,) = machine.check_accelerators({})
+    (lost,) = machine.check_accelerators({"SLURM_GPUS_ON_NODE": "8"})
+    (unwanted,) = machine.check_accelerators({"SLURM_GPUS_ON_NODE": "8", "DS_ACCELERATOR": "cpu"})
+    assert (none.status, lost.status, unwanted.status) == ("ok", "fail", "ok")
+    assert "Slurm gave 8 GPUs" in lost.detail
+
+
+def test_a_run_folder_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
+    findings = list(storage.check_run_folder(tmp_path / "deep" / "run"))
+    assert findings[0].status == "ok"
+    assert f"made below {tmp_path}" in findings[0].detail
+    assert not list(tmp_path.iterdir())
+    (refused,) = storage.check_run_folder(Path("/proc/run"))
+    assert (refused.check, refused.status) == ("run folder", "fail")
+
+
+def test_the_kind_of_file_system_counts_only_on_one_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "file_system", lambda folder: "ext4")
+    monkeypatch.delenv("SLURM_JOB_NUM_NODES", raising=False)
+    assert statuses(list(storage.check_run_folder(tmp_path)))["shared storage"] == "warn"
+    monkeypatch.setattr(storage, "file_system", lambda folder: "lustre")
+    assert statuses(list(storage.check_run_folder(tmp_path)))["shared storage"] == "ok"
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    assert "shared storage" not in statuses(list(storage.check_run_folder(tmp_path)))
+
+
+def test_the_longest_mount_names_the_file_system() -> None:
+    assert storage.file_system(Path("/proc/self")) == "proc"
+
+
+def test_room_in_the_cache(tmp_path: Path) -> None:
+    assert storage.check_cache(tmp_path / "new", 0.001, remote_data=True).status == "ok"
+    small = storage.check_cache(tmp_path, 1e9, remote_data=True)
+    assert (small.status, "lower data.cache_gigabytes" in small.remedy) == ("warn", True)
+    assert storage.check_cache(tmp_path, 1e9, remote_data=False).status == "ok"
+
+
+def test_a_damaged_dataset_is_found(shards: Path, tmp_path: Path) -> None:
+    (good,) = dataset.check_dataset(str(shards))
+    assert good.status == "ok"
+    copy = tmp_path / "copy"
+    shutil.copytree(shards, copy)
+    for shard in copy.glob("*.tar"):
+        data = bytearray(shard.read_bytes())
+        data[len(data) // 2] ^= 1
+        shard.write_bytes(data)
+    (bad,) = dataset.check_dataset(str(copy))
+    assert bad.status == "fail"
+    assert "not as the index says" in bad.detail
+    assert bad.remedy == f"medvlp shards verify {copy}"
+    (none,) = dataset.check_dataset(str(tmp_path / "none"))
+    assert none.status == "fail"
+
+
+def test_tracking_offline_and_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    assert tracking.check_tracking("disabled").detail == "disabled"
+    assert "wandb sync" in tracking.check_tracking("offline").detail
+    found = tracking.check_tracking("online")
+    assert (found.status, "cannot be reached" in found.detail) == ("warn", True)
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [("30", 30), ("10:30", 11), ("02:00:00", 120), ("1-12", 2160), ("1-00:30:01", 1471), ("UNLIMITED", None)],
+)
+def test_times_of_slurm(text: str, minutes: int | None) -> None:
+    assert minutes_of(text) == minutes
+
+
+def test_limits_of_slurm() -> None:
+    good = list(check_limits(SETTINGS, PARTITION, 120, 300, 100))
+    assert {finding.status for finding in good} == {"ok"}
+    bad = statuses(list(check_limits(SETTINGS, PARTITION | {"State": "DRAIN"}, 1441, 300, 1001)))
+    assert bad["time limit"] == bad["partition"] == bad["arrays"] == "warn"
+    assert statuses(list(check_limits(SETTINGS, PARTITION, 6, 300, None)))["warning signal"] == "warn"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "grace", "mode", "status"),
+    [
+        ("preempt_send_user_signal", "60", "REQUEUE", "ok"),
+        ("", "60", "REQUEUE", "warn"),
+        ("preempt_send_user_signal", "0", "REQUEUE", "warn"),
+        ("preempt_send_user_signal", "60", "GANG,SUSPEND", "warn"),
+    ],
+)
+def test_preemption_without_warning_is_told(parameters: str, grace: str, mode: str, status: str) -> None:
+    partition = PARTITION | {"PreemptMode": mode, "GraceTime": grace}
+    found = statuses(
+        list(check_limits(SETTINGS | {"SlurmctldParameters": parameters}, partition, 60, 60, None))
+    )
+    assert found["preemption"] == status
+
+
+def node(name: str, time: float = 100.5, torch: str = "2.6", *findings: Finding) -> NodeReport:
+    return NodeReport(name, time, {"torch": torch}, list(findings))
+
+
+def lines_of(reports: list[NodeReport], capsys: pytest.CaptureFixture[str]) -> list[str]:
+    for entry in reports:
+        nodes.print_report(entry)
+    return ["noise of a library", *capsys.readouterr().out.splitlines()]
+
+
+def test_nodes_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    token = tmp_path / ".token"
+    token.write_bytes(b"secret")
+    shared = ok("shared storage", "seen")
+    for name in ("n1", "n2"):
+        token.with_name(f"{token.name}.{name}").write_bytes(b"secret")
+    reports = [
+        node("n1", 1e12, "2.6", shared),
+        node("n2", 0.0, "2.6", shared),
+        node("n3", 0.0, "2.7", fail("shared storage", "not there", "mount it")),
+    ]
+    found = list(
+        nodes.judge_nodes(token, lines_of(reports, capsys), ["n1", "n2", "n3", "n4"], 0.0, "refused")
+    )
+    failed = {(finding.node, finding.check) for finding in found if finding.status == "fail"}
+    assert failed == {("n1", "clock"), ("n3", "packages"), ("n3", "shared storage"), ("n4", "nodes")}
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(BadNodesError, match="n1,n3,n4"):
+        report.raise_for(found, 5)
+    with pytest.raises(UnhealthyError):
+        report.raise_for(found, 3)
+
+
+def test_a_folder_of_the_nodes_own_is_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nodes, "VISIBLE_SECONDS", 0.3)
+    token = tmp_path / ".token"
+    token.write_bytes(b"secret")
+    lines = lines_of([node("n1", 0.0, "2.6", ok("shared storage", "seen"))], capsys)
+    found = list(nodes.judge_nodes(token, lines, ["n1"], 0.0))
+    assert statuses(found)["shared storage"] == "fail"
+
+
+def test_the_report_and_its_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+    findings = [ok("a", "fine"), warn("b", "so so [x]", "do this"), fail("c", "broken", "do that")]
+    report.print_findings(findings)
+    printed = capsys.readouterr().out
+    assert "so so [x]" in printed
+    assert "-> do that" in printed
+    values = json.loads(report.to_json(findings))
+    assert (values["status"], values["bad_nodes"], len(values["findings"])) == ("fail", [], 3)
+    assert report.worst(findings[:2]) == "warn"
+    report.raise_for(findings[:2], 0)
+    with pytest.raises(UnhealthyError, match="c: broken") as raised:
+        report.raise_for(findings, 0)
+    assert raised.value.exit_code == 9
+    (broken,) = guarded("x", lambda: [ok("x", str(1 / 0))])
+    assert (broken.status, "ZeroDivisionError" in broken.detail) == ("fail", True)
+
+
+def test_the_command_on_this_machine(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setattr("launcher.slurm.slurm_commands.is_installed", lambda: False)
+    words = ["doctor", "--run-dir", str(tmp_path), "--data", str(shards), "--json"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    values = json.loads(result.output)
+    assert {finding["check"] for finding in values["findings"]} >= {"python", "packages", "dataset", "slurm"}
+    broken = CliRunner().invoke(app, [*words[:4], str(tmp_path / "none")])
+    assert isinstance(broken.exception, UnhealthyError)
+    assert sys.executable in result.output

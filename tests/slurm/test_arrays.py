@@ -1,0 +1,91 @@
+"""Arrays on a real Slurm: parts of a dataset and the job that merges them; evaluations after a training."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from launcher.slurm import slurm_commands
+from tests.slurm.cluster import lines
+from tests.slurm.commands import medvlp
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(420)]
+
+BUILD = [
+    "build",
+    "phantom",
+    "--studies",
+    "40",
+    "--image-size",
+    "64",
+    "--samples-per-shard",
+    "8",
+    "--seed",
+    "5",
+]
+
+
+def submitted(output):
+    """The ids of the first job and of the one that depends on it."""
+    return [int(number) for number in re.findall(r"(?:array|job|evaluation) (\d+)", output)][:2]
+
+
+def test_parts_built_by_an_array_are_the_dataset_of_one_process(cluster, tmp_path):
+    parted, whole = tmp_path / "parted", tmp_path / "whole"
+    output = medvlp(
+        "submit", "shards", *BUILD, "--out", parted, "--parts", "4", "--time", "5", "--cpus-per-task", "1"
+    )
+    array, merging = submitted(output)
+    medvlp("shards", *BUILD, "--out", whole, "--workers", "1")
+    assert cluster.wait_for_end(merging, parted).state == "COMPLETED"
+    tasks = slurm_commands.list_jobs([array])
+    assert [task.state for task in tasks] == ["COMPLETED"] * 4
+    assert sorted(task.array_task_id for task in tasks) == [0, 1, 2, 3]
+    names = {path.name for path in whole.iterdir()}
+    assert {path.name for path in parted.iterdir()} == names | {"slurm"}
+    for name in names:
+        assert (parted / name).read_bytes() == (whole / name).read_bytes(), name
+    assert "40 records, 0 rejected" in medvlp("logs", merging)
+    assert [line["kind"] for line in lines(parted / "slurm/jobs.jsonl")] == ["shards", "merge"]
+    assert medvlp("logs", array).count("is built") == 4
+
+
+def test_nothing_is_merged_when_a_part_fails(cluster, tmp_path):
+    missing = ["--table", tmp_path / "none.csv", "--images", tmp_path, "--map", tmp_path / "none.yaml"]
+    output = medvlp(
+        "submit",
+        "shards",
+        "build",
+        "table",
+        *missing,
+        "--out",
+        tmp_path / "out",
+        "--parts",
+        "2",
+        "--time",
+        "5",
+    )
+    array, merging = submitted(output)
+    assert cluster.wait_for_end(merging, tmp_path / "out").state == "CANCELLED"
+    assert {task.state for task in slurm_commands.list_jobs([array])} == {"FAILED"}
+    assert "cannot read map" in medvlp("logs", array)
+
+
+def test_evaluations_run_after_a_training_and_are_joined(cluster, tiny, tmp_path):
+    run = tmp_path / "run"
+    training = cluster.submit(*tiny("run", "train.steps=2", "evaluation.bootstrap=20", "--nodes", "1"))
+    output = medvlp(
+        "submit", "evaluate", run, "--after", training, "--task", "retrieval", "--task", "zero-shot",
+        "--split", "train", "--time", "5",
+    )  # fmt: skip
+    array, comparing = submitted(output)
+    assert {job.state for job in slurm_commands.list_jobs([array, comparing])} == {"PENDING"}
+    assert cluster.wait_for_end(comparing, run).state == "COMPLETED"
+    ends = {job.id: job.end_time for job in slurm_commands.list_jobs([training, array, comparing])}
+    assert ends[training] <= min(end for job_id, end in ends.items() if job_id != training)
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    assert set(evaluation["results"]) == {"retrieval", "zero-shot"}
+    assert evaluation["model"]["step"] == 2
+    assert "zero-shot" in medvlp("logs", comparing)

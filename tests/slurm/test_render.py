@@ -1,0 +1,207 @@
+"""Job scripts as text: options of sbatch, quoting, containers; and what a site's YAML may hold."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from launcher.main import app
+from launcher.slurm.cluster_config import ClusterConfig, Container, load_cluster
+from launcher.slurm.render import (
+    Request,
+    TemplateError,
+    directives,
+    in_container,
+    limit_seconds,
+    program,
+    quote_with_variables,
+    render,
+    template_folder,
+)
+from launcher.slurm.submit import PretrainJob, build_request, job_log
+from medvlp.config_files import ConfigError
+from shards.errors import UsageError
+from tests.training.runs import TINY
+
+CLUSTERS = Path(__file__).resolve().parents[2] / "configs" / "clusters"
+
+
+def bash(script: str, **environment: str) -> str:
+    given = {"PATH": "/usr/bin:/bin", **environment}
+    return subprocess.run(
+        ["bash", "-c", script], check=True, capture_output=True, text=True, env=given
+    ).stdout
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.text(st.characters(blacklist_characters="\x00\r", blacklist_categories=["Cs"]), max_size=30))
+def test_only_names_of_variables_live_in_a_quoted_value(text):
+    plain = text.replace("$", "")
+    assert bash(f"printf %s {quote_with_variables(plain)}") == plain
+    with_name = f"{plain}/${{NAME}}$NAME/$(false)`false`"
+    expected = f"{plain}/a ba b/$(false)`false`"
+    assert bash(f"printf %s {quote_with_variables(with_name)}", NAME="a b") == expected
+
+
+def test_options_become_directives():
+    request = Request(
+        "my run; rm -rf ~", Path("/runs/a b/slurm/job-%j.out"), nodes=2, gpus_per_node=4, gpu_type="a100",
+        time="1-02:00:00", signal_seconds=90, exclusive=True, dependency="afterok:12", constraint="a100&ib",
+        exclude="gpu[01-03,7]", extra=["--nice=100", "--hold"],
+    )  # fmt: skip
+    lines = directives(request)
+    assert "#SBATCH --job-name=my_run__rm_-rf__" in lines
+    assert "#SBATCH --gpus-per-node=a100:4" in lines
+    assert "#SBATCH --signal=B:USR1@90" in lines
+    assert '#SBATCH --output="/runs/a b/slurm/job-%j.out"' in lines
+    assert lines[-2:] == ["#SBATCH --nice=100", "#SBATCH --hold"]
+    assert not any("--mem" in line or "None" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"partition": "a b"},
+        {"partition": "a\n#SBATCH --uid=0"},
+        {"account": "$(id)"},
+        {"time": "soon"},
+        {"extra": ["--comment=a b"]},
+        {"output": Path('/a"b/job.out')},
+        {"dependency": ""},
+    ],
+)
+def test_values_that_could_be_something_else_are_refused(wrong):
+    with pytest.raises(UsageError):
+        directives(Request(**({"job_name": "a", "output": Path("/out")} | wrong)))
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("90", 5400), ("1:30", 90), ("2:00:00", 7200), ("1-2", 93600), ("1-2:30", 95400), ("UNLIMITED", None)],
+)
+def test_time_limits_are_read_as_slurm_reads_them(time, seconds):
+    assert limit_seconds(time) == seconds
+
+
+def test_the_warning_fits_into_the_time():
+    site = ClusterConfig()
+    for time, given_seconds, expected in [
+        ("60", None, 300),
+        ("5", None, 100),
+        ("5", 200, 200),
+        (None, None, 300),
+    ]:
+        request = build_request(
+            site, Path("/out"), "a", 1, {"time": time, "signal_seconds": given_seconds, "qos": None}
+        )
+        assert request.signal_seconds == expected
+    with pytest.raises(UsageError, match="does not fit"):
+        build_request(site, Path("/out"), "a", 1, {"time": "1", "signal_seconds": 60})
+
+
+def test_the_command_line_stands_above_the_site_and_extra_options_add_up():
+    site = load_cluster(CLUSTERS / "preemptible.yaml")
+    request = build_request(
+        site, Path("/out"), "a", 2, {"partition": "other", "gpus_per_node": None, "extra": ["-H"]}
+    )
+    assert (request.partition, request.gpus_per_node, request.time) == ("other", 4, "4:00:00")
+    assert request.extra == ["--nice=100", "-H"]
+
+
+def hostile_job(site: ClusterConfig) -> PretrainJob:
+    run_dir = Path('/runs/it\'s $(touch gone) `x`; "y"')
+    return PretrainJob(Request("a", Path("/out")), site, run_dir, ranks_per_node=2, max_requeues=3)
+
+
+@pytest.mark.parametrize("kind", ["none", "apptainer", "pyxis"])
+def test_a_script_holds_names_as_they_are(kind):
+    site = ClusterConfig(
+        container=Container(kind, None if kind == "none" else "my image.sif", ["/a b:/c"]),
+        environment={"NAME": "it's $HOME; $(no)"},
+        modules=["cuda/12"],
+    )
+    job = hostile_job(site)
+    script = job.script()
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    (assignment,) = [line for line in script.splitlines() if line.startswith("run_dir=")]
+    assert bash(f'{assignment}; printf %s "$run_dir"') == str(job.run_dir)
+    (export,) = [line for line in script.splitlines() if line.startswith("export NAME=")]
+    assert bash(f'{export}; printf %s "$NAME"', HOME="/home/me") == "it's /home/me; $(no)"
+    step = script.partition("--ntasks-per-node=1 ")[2].partition(" &\n")[0].replace("\\\n", " ")
+    words = shlex.split(step)
+    assert str(job.run_dir / "slurm/config.yaml") in words
+    assert words[-2:] == ["--nproc", "2"]
+    if kind == "apptainer":
+        assert words[words.index("apptainer") :][:5] == [
+            "apptainer",
+            "exec",
+            "--bind",
+            "/a b:/c",
+            "my image.sif",
+        ]
+    if kind == "pyxis":
+        assert "--container-image=my image.sif" in words
+        assert "--container-mounts=/a b:/c" in words
+
+
+def test_how_a_job_calls_the_program():
+    assert program(ClusterConfig())[1:] == ["-m", "launcher.main"]
+    assert program(ClusterConfig(container=Container("apptainer", "x.sif"))) == ["medvlp"]
+    assert program(ClusterConfig(command=["/opt/medvlp"])) == ["/opt/medvlp"]
+    assert (
+        in_container(ClusterConfig(container=Container("apptainer", "x.sif")), has_gpus=True)[1][2] == "--nv"
+    )
+
+
+@pytest.mark.parametrize("name", ["cpu", "8xh100", "preemptible"])
+def test_the_examples_render(name, tmp_path):
+    command = [
+        "submit", *TINY, "data.root=/data", f"run.dir={tmp_path / 'run'}", "train.global_batch=64",
+        "--nodes", "2", "--cluster", str(CLUSTERS / f"{name}.yaml"), "--dry-run",
+    ]  # fmt: skip
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.exception
+    assert subprocess.run(["bash", "-n"], input=result.output, text=True).returncode == 0
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sbatch: {partiton: a}", r"unknown key 'sbatch\.partiton'.*did you mean 'sbatch\.partition'"),
+        ("sbatch: {max_requeues: many}", r"sbatch\.max_requeues"),
+        ("sbatch: {signal_seconds: 1}", "out of range"),
+        ("sbatch: {time: 4:00:00}", "sbatch.time=14400: write it in quotes"),
+        ("container: {kind: docker}", r"container\.kind"),
+        ("container: {kind: pyxis}", "needs container.image"),
+        ("container: {image: x.sif}", "choose container.kind"),
+        ("container: {kind: pyxis, image: x, mounts: [/data]}", "is not source:target"),
+        ("environment: {MY-NAME: x}", "is no name of a variable"),
+        ("srun: [overlap]", "is no option"),
+        ("- a", "not a list"),
+    ],
+)
+def test_a_wrong_site_file_is_named(tmp_path, text, message):
+    file = tmp_path / "site.yaml"
+    file.write_text(text)
+    with pytest.raises((ConfigError, UsageError), match=rf"site\.yaml.*{message}|{message}"):
+        load_cluster(file)
+
+
+def test_a_template_without_a_value_is_an_error():
+    with pytest.raises(TemplateError, match=r"slurm/pretrain\.sbatch\.j2: .* is undefined"):
+        render("pretrain.sbatch.j2", directives=[])
+    with pytest.raises(TemplateError, match="nothing"):
+        render("nothing.sbatch.j2")
+    assert (template_folder() / "pretrain.sbatch.j2").is_file()
+
+
+def test_a_run_folder_that_sbatch_would_read_as_a_pattern_is_refused():
+    with pytest.raises(UsageError, match="pattern"):
+        job_log(Path("/runs/100%j"))
