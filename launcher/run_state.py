@@ -97,10 +97,10 @@ def is_run_folder(folder: Path) -> bool:
 
 def find_runs(root: Path) -> Iterator[Path]:
     """Every run folder at or below `root`, sorted; nothing is looked for inside one, nor behind links."""
-    if is_run_folder(root):
-        yield root
-        return
     try:
+        if is_run_folder(root):
+            yield root
+            return
         with os.scandir(root) as entries:
             folders = sorted(entry.path for entry in entries if entry.is_dir(follow_symlinks=False))
     except PermissionError:

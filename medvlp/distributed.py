@@ -138,11 +138,12 @@ def temporary_group(store: Any, rank: int, world_size: int, timeout: timedelta) 
 
     What goes wrong in it leaves nothing behind: the next block forms a new group, in a new store.
     """
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
     try:
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
         yield
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():  # also when not all came to the barrier at the end of the above
+            dist.destroy_process_group()
 
 
 def shutdown(graceful: bool = True) -> None:

@@ -1,5 +1,8 @@
 """Collectives on one process without a group, and on two and four ranks."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -58,3 +61,24 @@ def test_gradients_equal_those_of_one_process(gloo_pool, ranks):
     expected = contrast_gradient(rows)
     found = torch.cat(gloo_pool(ranks).run(contrast_gradient, rows))
     torch.testing.assert_close(found, expected)
+
+
+#: A group that does not come about, then one that does, in one process.
+TEMPORARY = """
+from datetime import timedelta
+import torch
+from medvlp import distributed
+
+for size in (2, 1):
+    try:
+        with distributed.temporary_group(distributed.host_store(), 0, size, timedelta(seconds=1)):
+            print(distributed.world_size(), distributed.sum_on_host(torch.tensor(5)).item())
+    except RuntimeError:
+        print("nobody came")
+    print(distributed.is_initialized())
+"""
+
+
+def test_a_group_that_failed_leaves_nothing_behind():
+    ended = subprocess.run([sys.executable, "-c", TEMPORARY], capture_output=True, text=True, check=True)
+    assert ended.stdout.split("\n") == ["nobody came", "False", "1 5", "False", ""]

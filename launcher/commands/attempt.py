@@ -33,7 +33,10 @@ def end(
     asked: Annotated[int, typer.Option("--asked", help="1: Slurm gave its warning")] = 0,
     terminated: Annotated[int, typer.Option("--terminated", help="1: Slurm is ending the job")] = 0,
 ) -> None:
-    """Print `done`, `requeue`, `stop` or `leave`, and the exit code of the job; the reason goes to standard error."""
+    """Print `done`, `requeue`, `stop` or `leave`, and the exit code of the job.
+
+    The reason goes to standard error.
+    """
     from launcher.slurm.attempts import end_attempt
 
     decision, code = end_attempt(run, exit_code, max_requeues, bool(asked), bool(terminated))

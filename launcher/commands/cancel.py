@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from launcher.slurm.run_jobs import find
+from launcher.slurm.run_jobs import find, submitted_id
 
 
 def cancel(
@@ -25,9 +25,10 @@ def cancel(
         typer.echo(f"no job of {folder} waits or runs")
         return
     for ended in cancel_jobs(folder, jobs, now, timeout, lambda line: typer.echo(line, err=True)):
+        what = f"job {submitted_id(ended.job)} ended"
         if not ended.asked:
-            typer.echo(f"job {ended.job.id} ended ({ended.job.state.lower()} before)")
+            typer.echo(f"{what} ({ended.job.state.lower()} before)")
         elif ended.step is None:
-            typer.echo(f"job {ended.job.id} ended; it had not trained far enough for a checkpoint")
+            typer.echo(f"{what}; it had not trained far enough for a checkpoint")
         else:
-            typer.echo(f"job {ended.job.id} ended; step {ended.step} is saved: medvlp resume {folder}")
+            typer.echo(f"{what}; step {ended.step} is saved: medvlp resume {folder}")

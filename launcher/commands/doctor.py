@@ -28,13 +28,13 @@ def doctor(
     collective: Annotated[
         bool, typer.Option("--collective", help="also run an all-reduce over all nodes or GPUs")
     ] = False,
+    cluster: Annotated[
+        Path | None, typer.Option("--cluster", help="YAML file of the cluster: partition, time, warning")
+    ] = None,
     partition: Annotated[
         str | None, typer.Option("--partition", help="whose limits; default: of this job, or Slurm's default")
     ] = None,
     time: Annotated[str | None, typer.Option("--time", help="time limit the job will ask for")] = None,
-    signal_lead: Annotated[
-        int, typer.Option("--signal-lead", min=0, help="seconds of warning before the time limit")
-    ] = 300,
     array: Annotated[
         int | None, typer.Option("--array", min=1, help="tasks of an array that will run")
     ] = None,
@@ -64,12 +64,12 @@ def doctor(
     else:
         findings += _this_machine(config, root)
     if collective:
-        findings += guarded("all-reduce", lambda: check_collective(os.environ))
+        findings += guarded("all-reduce", lambda: check_collective(dict(os.environ)))
     if root is not None:
         findings += guarded("dataset", lambda: check_dataset(root))
     mode = "auto" if config is None else config.monitor.wandb
     findings += guarded("W&B", lambda: [check_tracking(mode)])
-    findings += guarded("slurm", lambda: _slurm(partition, time, signal_lead, array))
+    findings += guarded("slurm", lambda: _slurm(cluster, partition, time, array))
     if bad_nodes is not None:
         bad_nodes.write_text("".join(f"{node}\n" for node in report.bad_nodes(findings)))
     if as_json:
@@ -153,8 +153,11 @@ def _this_machine(config: Config | None, root: str | None) -> list[Finding]:
     ]
 
 
-def _slurm(partition: str | None, time: str | None, signal_lead: int, array: int | None) -> Iterator[Finding]:
+def _slurm(
+    cluster: Path | None, partition: str | None, time: str | None, array: int | None
+) -> Iterator[Finding]:
     from launcher.slurm import slurm_commands
+    from launcher.slurm.cluster_config import load_cluster
     from shards.errors import UsageError
 
     if not slurm_commands.is_installed():
@@ -168,13 +171,14 @@ def _slurm(partition: str | None, time: str | None, signal_lead: int, array: int
         )
         return
     default = next((name for name, values in partitions.items() if values.get("Default") == "YES"), None)
-    name = partition or os.environ.get("SLURM_JOB_PARTITION") or default
+    site = load_cluster(cluster).sbatch
+    name = partition or site.partition or os.environ.get("SLURM_JOB_PARTITION") or default
     if name not in partitions:
         raise UsageError(f"--partition {name}: there are {', '.join(partitions)}")
     yield ok(
         "slurm",
         f"{settings.get('SLURM_VERSION', 'version unknown')}, cluster {settings.get('ClusterName', '?')}",
     )
-    yield from check_limits(
-        settings, partitions[name], minutes_of(time) if time else None, signal_lead, array
-    )
+    limit = time or site.time
+    minutes = minutes_of(limit) if limit else None
+    yield from check_limits(settings, partitions[name], minutes, site.signal_seconds, array)

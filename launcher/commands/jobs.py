@@ -70,7 +70,11 @@ def jobs(
 def _values(entry: RunJob) -> dict[str, Any]:
     """One job as `--json` shows it; numbers of the run only for the job that trains it."""
     job, run = entry.job, entry.run if entry.kind == TRAINING else None
-    running = entry.state == "RUNNING"
+    running, step = entry.state == "RUNNING", run.step if run else None
+    live = None if entry.is_over else run
+    if run and live is None:  # a later job may have gone on since
+        ends = (line for line in run.attempts if line.get("job_id") == entry.submitted)
+        step = next(ends, {}).get("step")
     return {
         "job": entry.label,
         "kind": entry.kind,
@@ -79,12 +83,12 @@ def _values(entry: RunJob) -> dict[str, Any]:
         "reason": job.reason if job and job.state == "PENDING" else "",
         "partition": job.partition if job else "",
         "seconds_to_limit": max(0, job.end_time - int(time.time())) if job and running else None,
-        "step": run.step if run else None,
+        "step": step,
         "steps": run.steps if run else None,
-        "epoch": run.epoch if run else None,
-        "samples_per_second": run.samples_per_second if run and running else None,
-        "loss": run.loss if run else None,
-        "eta_seconds": run.eta_seconds if run and running else None,
+        "epoch": live.epoch if live else None,
+        "samples_per_second": live.samples_per_second if live and running else None,
+        "loss": live.loss if live else None,
+        "eta_seconds": live.eta_seconds if live and running else None,
         "run_state": run.state if run else None,
         "restarts": job.restarts if job else max(0, len(entry.past) - 1),
         "nodes": job.nodes if job else (entry.past[-1].nodes if entry.past else ""),

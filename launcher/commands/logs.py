@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from launcher.slurm.run_jobs import find, unfinished
+from launcher.slurm.run_jobs import find
 
 
 def logs(
@@ -27,9 +27,17 @@ def logs(
 ) -> None:
     """Show the end of the output of a run's newest job, or of one job; of an array, of each task."""
     from launcher.slurm import logs as log_reader
-    from launcher.slurm import slurm_commands
+    from launcher.slurm import run_jobs, slurm_commands
 
     folder, job_id = find(target)
+    if follow and job_id is None:
+        job_id = run_jobs.newest_submission(folder)
+
+    def is_over() -> bool:
+        return not run_jobs.unfinished(slurm_commands.list_jobs([job_id] if job_id is not None else []))
+
+    if follow and job_id is not None:
+        log_reader.wait_for_output(folder, job_id, is_over, lambda line: typer.echo(line, err=True))
     files = log_reader.log_files(folder, job_id)
     position = 0
     for path in files:
@@ -38,13 +46,6 @@ def logs(
         shown, position = log_reader.tail(path, lines, rank)
         for line in shown:
             typer.echo(log_reader.without_controls(line))
-    if not follow:
-        return
-    # Of an array, the last task's.
-    number = log_reader.job_of(files[-1])
-
-    def is_over() -> bool:
-        return not unfinished(slurm_commands.list_jobs([number]))
-
-    for line in log_reader.of_rank(log_reader.follow(files[-1], position, is_over), rank):
+    # Of an array, the last task's output is followed.
+    for line in log_reader.of_rank(log_reader.follow(files[-1], position, is_over), rank) if follow else ():
         typer.echo(log_reader.without_controls(line))

@@ -23,7 +23,11 @@ class PretrainByDefault(TyperGroup):
         return super().parse_args(ctx, args)
 
 
-app = typer.Typer(cls=PretrainByDefault, no_args_is_help=True, help="Submit runs to a Slurm cluster.")
+app = typer.Typer(
+    cls=PretrainByDefault,
+    no_args_is_help=True,
+    help="Submit to a Slurm cluster: `medvlp submit CONFIG ...` is `medvlp submit pretrain CONFIG ...`.",
+)
 
 #: Options that go to sbatch as they are.
 _SLURM_OPTIONS = (
@@ -45,6 +49,21 @@ Exclude = Annotated[str | None, typer.Option("--exclude", help="as sbatch's: nod
 Dependency = Annotated[str | None, typer.Option("--dependency", help="as sbatch's, such as afterok:123")]
 JobName = Annotated[str | None, typer.Option("--job-name", help="default: medvlp- and the run's name")]
 CpusPerTask = Annotated[int | None, typer.Option("--cpus-per-task", min=1, help="CPUs of each node")]
+Preflight = Annotated[
+    bool, typer.Option("--preflight", help="`medvlp doctor` at every start; bad nodes are left out")
+]
+ServePrototypes = Annotated[
+    str | None,
+    typer.Option(
+        "--serve-prototypes",
+        metavar="OPTIONS",
+        help="a second component of the job, on a CPU node: medvlp prototypes serve RUN --follow OPTIONS",
+    ),
+]
+BesideChoices = Annotated[
+    list[str] | None,
+    typer.Option("--beside", help="what the second component asks for otherwise: partition=cpu, mem=8G"),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the job script and submit nothing")]
 
 
@@ -81,21 +100,9 @@ def pretrain(
     max_requeues: Annotated[
         int | None, typer.Option("--max-requeues", min=0, help="how often the job may be requeued")
     ] = None,
-    preflight: Annotated[
-        bool, typer.Option("--preflight", help="`medvlp doctor` at every start; bad nodes are left out")
-    ] = False,
-    serve_prototypes: Annotated[
-        str | None,
-        typer.Option(
-            "--serve-prototypes",
-            metavar="OPTIONS",
-            help="a second component of the job, on a CPU node: medvlp prototypes serve RUN --follow OPTIONS",
-        ),
-    ] = None,
-    beside: Annotated[
-        list[str] | None,
-        typer.Option("--beside", help="what the second component asks for otherwise: partition=cpu, mem=8G"),
-    ] = None,
+    preflight: Preflight = False,
+    serve_prototypes: ServePrototypes = None,
+    beside: BesideChoices = None,
     dry_run: DryRun = False,
 ) -> None:
     """Submit a pre-training: saved, requeued and resumed until it is done.
@@ -126,9 +133,7 @@ def pretrain(
         ranks,
         site.sbatch.max_requeues if max_requeues is None else max_requeues,
         preflight,
-        None
-        if serve_prototypes is None
-        else prototype_server(site, run_dir, serve_prototypes, given, beside),
+        prototype_server(site, run_dir, serve_prototypes, given, beside),
     )
     if dry_run:
         typer.echo(job.script(), nl=False)

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from datetime import timedelta
 
 from launcher.doctor.findings import Finding, fail, ok
@@ -56,15 +56,23 @@ def reduce_as_rank() -> None:
     distributed.shutdown()
 
 
-def check_collective(environment: Mapping[str, str]) -> Iterator[Finding]:
-    """Run `reduce_as_rank` on all nodes of the job, one task a GPU (or a node), or on this machine."""
+def check_collective(environment: dict[str, str]) -> Iterator[Finding]:
+    """Run `reduce_as_rank` on all nodes of the job, one task a GPU (or a node), or on this machine.
+
+    Args:
+        environment: of this process, which is on the first node when it is in a job.
+    """
+    from launcher.local import free_port
+
     nodes = inside_job(environment)
     if nodes:
         gpus = environment.get("SLURM_GPUS_ON_NODE", "")
         per_node = int(gpus) if gpus.isdecimal() and int(gpus) else 1
         tasks = [f"--nodes={nodes}", f"--ntasks={nodes * per_node}", f"--ntasks-per-node={per_node}"]
         command = ["srun", *tasks, "--kill-on-bad-exit=1"]
-        lines, complaints = run_on_nodes(command, ["doctor-rank"], environment)
+        # Not the port that follows from the job's id: a training of this job may be listening there.
+        meeting = {"MASTER_PORT": str(free_port())}
+        lines, complaints = run_on_nodes(command, ["doctor-rank"], environment | meeting)
     else:
         lines, complaints = _on_this_machine()
     for line in lines:

@@ -23,8 +23,10 @@ from medvlp.ranks import NODE_LAUNCH
 
 #: How to start `medvlp` on a node, where that is not this Python: a container's command, for example.
 NODE_COMMAND = "MEDVLP_NODE_COMMAND"
-#: A node's line on stdout begins so; libraries may print others.
+#: A node's lines on stdout begin so; libraries may print others.
 MARK = "medvlp-node-report "
+#: Longer lines of several tasks srun mixes with each other (its messages have 1024 bytes).
+_LINE_LENGTH = 800
 #: File systems such as NFS show another node's new file after a while.
 VISIBLE_SECONDS = 10.0
 _SECONDS = 300.0
@@ -89,8 +91,11 @@ def _appears(path: Path) -> bool:
 
 
 def print_report(report: NodeReport) -> None:
-    """One line on stdout for the process that started this one."""
-    print(MARK + json.dumps(asdict(report)), flush=True)
+    """Lines on stdout for the process that started this one: node, number of the line, part of the report."""
+    text = json.dumps(asdict(report))
+    parts = [text[start : start + _LINE_LENGTH] for start in range(0, len(text), _LINE_LENGTH)]
+    for number, part in enumerate(parts):
+        print(f"{MARK}{report.node} {number}/{len(parts)} {part}", flush=True)
 
 
 def check_nodes(folder: Path, arguments: list[str], environment: Mapping[str, str]) -> Iterator[Finding]:
@@ -169,11 +174,18 @@ def program(environment: Mapping[str, str]) -> list[str]:
 
 
 def read_reports(lines: Sequence[str]) -> list[NodeReport]:
-    """The reports among the lines of all tasks."""
-    reports = []
+    """The reports among the lines of all tasks; one that is not whole is none."""
+    parts: dict[str, dict[str, str]] = {}
     for line in lines:
         if line.startswith(MARK):
-            values: dict[str, Any] = json.loads(line.removeprefix(MARK))
+            node, place, part = line.removeprefix(MARK).split(" ", 2)
+            parts.setdefault(node, {})[place] = part
+    reports = []
+    for found in parts.values():
+        count = int(next(iter(found)).partition("/")[2])
+        places = [f"{number}/{count}" for number in range(count)]
+        if set(places) == found.keys():
+            values: dict[str, Any] = json.loads("".join(found[place] for place in places))
             findings = [Finding(**finding) for finding in values.pop("findings")]
             reports.append(NodeReport(findings=findings, **values))
     return sorted(reports, key=lambda report: report.node)

@@ -38,11 +38,14 @@ class Cancelled:
 
 
 def jobs_to_cancel(folder: Path, job_id: int | None) -> list[Job]:
-    """Jobs of a folder that are not over, or only the one named; those that wait come first."""
+    """Jobs of a folder that are not over, or only the one named; those that wait come first.
+
+    A task stands for its whole array, the first component for a heterogeneous job.
+    """
     ids = [int(line["job_id"]) for line in submissions(folder)]
     jobs = unfinished(slurm_commands.list_jobs([job_id] if job_id is not None else ids)) if ids else []
-    jobs = [job for job in jobs if not job.het_job_offset]  # the first component stands for the whole job
-    return sorted(jobs, key=lambda job: (job.state in _STARTED, -job.id))
+    order = sorted(jobs, key=lambda job: (job.state in _STARTED, -job.het_job_offset, -job.id))
+    return list({submitted_id(job): job for job in order}.values())
 
 
 def cancel_jobs(

@@ -76,7 +76,7 @@ class ClusterConfig:
     environment: dict[str, str] = key({}, "variables of every job: NCCL, network, proxies")
     folders: Folders = field(default_factory=Folders)
     srun: list[str] = key([], "more options of srun")
-    cpu_bind: str = key("cores", "srun's --cpu-bind: cores, none, or a mask")
+    cpu_bind: str = key("cores", "srun's --cpu-bind (cores, none, a mask); none without cpus_per_task")
 
 
 def load_cluster(file: Path | str | None) -> ClusterConfig:

@@ -40,9 +40,13 @@ def component_directives(request: Request) -> list[str]:
 
 
 def prototype_server(
-    site: ClusterConfig, run_dir: Path, options: str, given: Mapping[str, Any], choices: Sequence[str] | None
-) -> Beside:
-    """The read-only prototype server of a run, following its checkpoints.
+    site: ClusterConfig,
+    run_dir: Path,
+    options: str | None,
+    given: Mapping[str, Any],
+    choices: Sequence[str] | None,
+) -> Beside | None:
+    """The read-only prototype server of a run, following its checkpoints; None where `options` is None.
 
     Args:
         site: the cluster's settings.
@@ -54,6 +58,10 @@ def prototype_server(
     Raises:
         UsageError: an option or a choice that does not exist.
     """
+    if options is None:
+        if choices:
+            raise UsageError("--beside is for the component of --serve-prototypes")
+        return None
     from launcher import command_words
     from launcher.commands import prototypes
     from launcher.slurm.submit import build_request

@@ -13,7 +13,7 @@ from shards.errors import MedvlpError
 
 _POLL_SECONDS = 0.5
 #: How often Slurm is asked whether the job is over.
-_ASK_SECONDS = 5.0
+_ASK_SECONDS = 3.0
 _FILE = re.compile(r"job-(\d+)(?:[_+]\d+)?\.out")
 _RANK = re.compile(r"(?:\d\d:\d\d:\d\d )?rank (\d+)\b")
 
@@ -30,25 +30,39 @@ def log_files(folder: Path, job_id: int | None) -> list[Path]:
     Raises:
         LogError: nothing has been written yet.
     """
+    found = _outputs(folder)
+    chosen = job_id if job_id is not None else max(found, default=None)
+    if chosen is None or chosen not in found:
+        which = "no job has" if chosen is None else f"job {chosen} has not"
+        raise LogError(f"{which} written to {folder / SLURM_FOLDER} yet; see `medvlp jobs {folder}`")
+    return sorted(found[chosen], key=lambda path: (len(path.name), path.name))
+
+
+def _outputs(folder: Path) -> dict[int, list[Path]]:
+    """Job (or array) id -> its output files."""
     found: dict[int, list[Path]] = {}
     for path in (folder / SLURM_FOLDER).glob("job-*.out"):
         match = _FILE.fullmatch(path.name)
-        if match and (job_id is None or int(match[1]) == job_id):
+        if match:
             found.setdefault(int(match[1]), []).append(path)
-    if not found:
-        which = "no job" if job_id is None else f"job {job_id}"
-        raise LogError(
-            f"{folder / SLURM_FOLDER}: {which} has written anything yet; see `medvlp jobs {folder}`"
-        )
-    return sorted(found[max(found)], key=lambda path: (len(path.name), path.name))
+    return found
 
 
-def job_of(path: Path) -> int:
-    """The job id in the name of an output file."""
-    match = _FILE.fullmatch(path.name)
-    if match is None:
-        raise LogError(f"{path} is no output file of a job")
-    return int(match[1])
+def wait_for_output(
+    folder: Path, job_id: int, is_over: Callable[[], bool], say: Callable[[str], None]
+) -> None:
+    """Wait until a job has begun to write, or is over without having done so.
+
+    Args:
+        is_over: asks Slurm whether the job has ended for good.
+        say: receives one line if there is something to wait for.
+    """
+    said = False
+    while job_id not in _outputs(folder) and not is_over():
+        if not said:
+            say(f"job {job_id} has not started yet (medvlp jobs); Ctrl-C ends this waiting, not the job")
+        said = True
+        time.sleep(_ASK_SECONDS)
 
 
 def tail(path: Path, count: int, rank: int | None) -> tuple[list[str], int]:

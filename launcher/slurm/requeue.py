@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -103,9 +102,7 @@ def decide(
         cancelled: the user asked for a checkpoint and the end.
     """
     code, where = current.exit_code, f"step {current.step or 0}"
-    said = (
-        "the step ended without a word (a lost node?)" if code is None else f"{meaning(code)} (code {code})"
-    )
+    said = _in_words(code, current.asked)
     if code == 0:
         return Decision("done", "finished")
     if cancelled:
@@ -132,11 +129,17 @@ def decide(
     return Decision("requeue", f"{said} at {where}")
 
 
+def _in_words(code: int | None, asked: bool) -> str:
+    if code is not None:
+        return f"{meaning(code)} (code {code})"
+    return "did not save in the time left" if asked else "ended without a word (a lost node?)"
+
+
 def _is_interruption(attempt: Attempt) -> bool:
-    """Whether it ended because it was asked to: after a checkpoint, or before it could take one."""
+    """Whether it ended because it was asked to: after a checkpoint, or killed before it could take one."""
     if attempt.exit_code == INTERRUPTED:
         return True
-    return attempt.asked and attempt.exit_code in (None, 128 + signal.SIGUSR1, 128 + signal.SIGTERM)
+    return attempt.asked and (attempt.exit_code is None or attempt.exit_code > 128)
 
 
 def _failed(attempt: Attempt) -> bool:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from launcher.json_lines import newest_first
-from launcher.run_state import SLURM_FOLDER, SUBMISSIONS, RunState, is_run_folder, read_run
+from launcher.run_state import CONFIG, SLURM_FOLDER, SUBMISSIONS, RunState, is_run_folder, read_run
 from launcher.slurm import slurm_commands
 from launcher.slurm.slurm_commands import Job, PastRun, SlurmError
+from medvlp.training.events import EVENTS
 from shards.errors import UsageError
 
 #: `kind` of a submission that trains.
@@ -28,6 +29,7 @@ class RunJob:
     """A job and the run it works for.
 
     Attributes:
+        submitted: the id that sbatch printed: of the array, or the first component.
         label: its id as squeue writes it: "12", "24_3", "24_[4-7]", "30+1".
         kind: what was submitted, such as "pretrain"; "" when the folder does not say.
         job: as the controller knows it; None for one it has forgotten.
@@ -35,6 +37,7 @@ class RunJob:
         run: the run folder's state; None where the folder is no run (a dataset) or cannot be read.
     """
 
+    submitted: int
     label: str
     kind: str
     folder: Path
@@ -49,6 +52,11 @@ class RunJob:
             return self.job.state
         return self.past[-1].state if self.past else "UNKNOWN"
 
+    @property
+    def is_over(self) -> bool:
+        """Whether it will not run again by itself."""
+        return self.job is None or self.job.is_over
+
 
 def folder_of(job: Job) -> Path | None:
     """The folder a job works for; None if `medvlp submit` did not start it.
@@ -59,7 +67,10 @@ def folder_of(job: Job) -> Path | None:
     if output.parent.name != SLURM_FOLDER or not output.name.startswith("job-"):
         return None
     folder = output.parent.parent
-    return folder if (folder / SLURM_FOLDER / SUBMISSIONS).is_file() else None
+    try:
+        return folder if (folder / SLURM_FOLDER / SUBMISSIONS).is_file() else None
+    except PermissionError:  # somebody else's
+        return None
 
 
 def jobs_by_folder() -> dict[Path, list[Job]] | None:
@@ -81,6 +92,11 @@ def jobs_by_folder() -> dict[Path, list[Job]] | None:
 def submissions(folder: Path) -> list[dict[str, Any]]:
     """Lines of `FOLDER/slurm/jobs.jsonl`, newest first."""
     return list(newest_first(folder / SLURM_FOLDER / SUBMISSIONS))
+
+
+def newest_submission(folder: Path) -> int | None:
+    """Id of the job submitted last for a folder."""
+    return next((int(line["job_id"]) for line in submissions(folder)), None)
 
 
 def kind_of(folder: Path, job_id: int) -> str:
@@ -117,7 +133,7 @@ def current_jobs(user: str | None) -> Iterator[RunJob]:
         if folder not in states:
             states[folder] = state_of(folder)
         kind = BESIDE if job.het_job_offset else kind_of(folder, submitted_id(job))
-        yield RunJob(label_of(job), kind, folder, job, [], states[folder])
+        yield RunJob(submitted_id(job), label_of(job), kind, folder, job, [], states[folder])
 
 
 def jobs_of(folder: Path) -> Iterator[RunJob]:
@@ -130,17 +146,18 @@ def jobs_of(folder: Path) -> Iterator[RunJob]:
         current = [job for job in known if submitted_id(job) == line["job_id"]]
         kind = str(line.get("kind") or "")
         for job in current:
-            yield RunJob(label_of(job), BESIDE if job.het_job_offset else kind, folder, job, [], run)
+            shown = BESIDE if job.het_job_offset else kind
+            yield RunJob(submitted_id(job), label_of(job), shown, folder, job, [], run)
         if not current:
             past = slurm_commands.past_runs(int(line["job_id"]))
-            yield RunJob(str(line["job_id"]), kind, folder, None, past, run)
+            yield RunJob(int(line["job_id"]), str(line["job_id"]), kind, folder, None, past, run)
 
 
 def state_of(folder: Path) -> RunState | None:
     """The state of the run in a folder; None for a dataset, or a folder that cannot be read."""
-    if not (folder / "config.yaml").is_file() and not (folder / "events.jsonl").is_file():
-        return None
     try:
+        if not (folder / CONFIG).is_file() and not (folder / EVENTS).is_file():
+            return None
         return read_run(folder, measure_size=False)
     except OSError:
         return None

@@ -262,10 +262,10 @@ def requeue(job_id: str) -> None:
 
 
 def cancel(job_id: str, *more: str) -> None:
-    """`scancel MORE JOB`, such as `--signal=USR1 --batch`.
+    """`scancel MORE JOB`, such as `--signal=USR1 --batch`; nothing happens to a job that is over.
 
     Raises:
-        SlurmError: no such job, or not allowed.
+        SlurmError: not allowed.
     """
     run_command(["scancel", *more, job_id])
 

@@ -25,6 +25,9 @@ from shards.errors import DataError, MedvlpError, UsageError
 #: Below RUN/slurm: the script, and the config as it was at the submission.
 SCRIPT, CONFIG = "job.sbatch", "config.yaml"
 
+#: How long before the time limit ranks that still save are ended, at most.
+MARGIN_SECONDS = 30
+
 
 class SubmitError(MedvlpError):
     """The run folder cannot take a job: it cannot be written, or another job of it is still there."""
@@ -76,10 +79,16 @@ class PretrainJob:
             cpus_per_task=self.request.cpus_per_task,
             ranks_per_node=self.ranks_per_node,
             max_requeues=self.max_requeues,
+            patience=_patience(self.request.signal_seconds or 0),
             preflight=self.preflight,
             exclude=self.request.exclude,
             beside=None if self.beside is None else self.beside.words,
         )
+
+
+def _patience(warning: int) -> int:
+    """Seconds that ranks get for saving after a warning so long before the time limit."""
+    return warning - min(MARGIN_SECONDS, warning // 4)
 
 
 def job_folders(site: ClusterConfig) -> dict[str, str]:
@@ -172,16 +181,15 @@ def write_job_file(path: Path, text: str) -> Path:
 
 
 def refuse_second_job(run_dir: Path, dependency: str | None = None) -> None:
-    """Two jobs must not write one run folder at the same time.
+    """Two jobs must not write one run folder at the same time (those that evaluate or serve it do not).
 
     Raises:
         SubmitError: a job of this run waits or runs, and no dependency says which comes first.
     """
     if dependency is not None:
         return
-    known = {
-        int(line["job_id"]) for line in newest_first(run_dir / SLURM_FOLDER / SUBMISSIONS) if "job_id" in line
-    }
+    lines = newest_first(run_dir / SLURM_FOLDER / SUBMISSIONS)
+    known = {int(line["job_id"]) for line in lines if line.get("kind") == "pretrain"}
     alive = (
         [job for job in slurm_commands.list_jobs() if job.id in known and not job.is_over] if known else []
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -274,3 +275,7 @@ def _start_worker(worker: int) -> None:
     # Signals for the rank's process group (torchrun's SIGTERM, Ctrl-C) are the rank's to act on: it saves and
     # ends its workers. Those of its parent, and the loss of it, still end a worker.
     os.setpgid(0, 0)
+    # Slurm's warning goes to every process of a step, whatever its group; the rank hears its own.
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)

@@ -133,7 +133,7 @@ class Objective(nn.Module):
         """Leave the embeddings for the service, and say which samples are no negatives of each other.
 
         Reports alone decide: one cluster id a sample makes "the same cluster" an equivalence, reports worded
-        alike always share theirs, and images can be alike in much that is no finding (projection, exposure).
+        alike share theirs, and images can be alike in much that is no finding (projection, exposure).
 
         Args:
             batch: the samples.
@@ -141,18 +141,16 @@ class Objective(nn.Module):
             image, text: [B, D] embeddings of any length; None: this step makes none. Without those of texts
                 nothing is left out.
         """
-        masks = self.mask_clusters is not None and self.prototype_table is not None and text is not None
         self.last_exclusion = NOTHING_EXCLUDED
-        if not (self.keep_embeddings or masks):
+        table = self.prototype_table if self.mask_clusters is not None and text is not None else None
+        if not self.keep_embeddings and table is None:
             return self.last_exclusion
         given = {"image": image, "text": text}
         unit = {name: unit_norm(x.detach()).float() for name, x in given.items() if x is not None}
         if self.keep_embeddings:
             self.last_embeddings = unit
-        if masks and self.prototype_table is not None:
-            self.last_exclusion = exclude_false_negatives(
-                self.prototype_table, unit["text"], batch.labels, every_rank
-            )
+        if table is not None:
+            self.last_exclusion = exclude_false_negatives(table, unit["text"], batch.labels, every_rank)
         return self.last_exclusion
 
 

@@ -46,7 +46,8 @@ def refresh_table(
 
     Returns:
         The new table, the same bits on all members, or None where there are fewer than `min_points` rows
-        for each cluster; and figures to log, the same on all members: see README.md beside this file.
+        for each cluster; and figures to log (see README.md beside this file), the same on all members but
+        for seconds.
 
     Raises:
         ValueError: the old table or the anchors do not fit the rows or `count`.

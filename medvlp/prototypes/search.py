@@ -14,8 +14,8 @@ from medvlp import distributed
 
 #: Queries of one matrix product: its scores stay in the cache of a core (a fifth faster than FAISS's 4,096).
 _QUERIES = 512
-#: Lists of an inverted file for each square root of a centroid, and the share of them that is searched.
-_LISTS, _PROBED = 2, 1 / 16
+#: Lists of an inverted file for each square root of a centroid, and how many of them are searched.
+_LISTS, _PROBED = 4, 16
 #: FAISS's work space on a GPU in bytes; its own default of up to 1.5 GiB would be the model's loss.
 _GPU_BYTES = 256 << 20
 
@@ -23,8 +23,10 @@ _GPU_BYTES = 256 << 20
 class CentroidSearch:
     """Finds each row's most similar centroid; the index object is used again with every new centroids.
 
-    Above `ivf_above` centroids: an inverted file with 2 sqrt(K) lists of which a sixteenth is searched, so a
-    row is compared with K/16 centroids. The lists are learned from the first centroids that are searched. On
+    Above `ivf_above` centroids: an inverted file with 4 sqrt(K) lists of which 16 are searched (`nprobe`): a
+    row is compared with the lists' centers and about as many centroids. (Scanning lists is memory-bound, at
+    width 768 about 17 times slower for each comparison than the exact search's matrix products: fewer or
+    longer lists would gain nothing.) The lists are learned from the first centroids that are searched. On
     GPUs (faiss-gpu, where it is installed and finds one) this rank's own is used; that part has never run,
     for lack of a faiss-gpu to install.
 
@@ -43,7 +45,7 @@ class CentroidSearch:
             lists = max(1, round(_LISTS * math.sqrt(count)))
             self._quantizer = index  # FAISS keeps no reference of its own
             index = faiss.IndexIVFFlat(index, width, lists, faiss.METRIC_INNER_PRODUCT)
-            index.nprobe = max(1, round(_PROBED * lists))
+            index.nprobe = min(_PROBED, lists)
         gpus = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
         if gpus > 0:
             self._resources = faiss.StandardGpuResources()

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from medvlp.config import PrototypesConfig
-from medvlp.prototypes.board import BOARD, DECLINED, Board, new_board
+from medvlp.prototypes.board import BOARD, Board, new_board
 from medvlp.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ class WorkerSupervisor:
         while not self._closing.is_set():
             started = time.monotonic()
             self._worker = self._start_worker()
-            code = self._watch(self._worker, started)
+            code = self._watch(self._worker)
             if self._closing.is_set() or code == 0:
                 break
             if time.monotonic() - started > SETTLED_SECONDS:
@@ -110,16 +110,17 @@ class WorkerSupervisor:
 
     def _start_worker(self) -> subprocess.Popen[bytes]:
         self.board.beat(time.monotonic_ns())
-        environment = os.environ | {BOARD: self.path, SUPERVISOR: str(os.getpid())}
+        # numpy makes its threads at its import, before the worker has read how many it may have.
+        settings = {BOARD: self.path, SUPERVISOR: str(os.getpid()), "OPENBLAS_NUM_THREADS": "1"}
         # A session of its own: Ctrl-C is for the ranks, which save a checkpoint first.
         return subprocess.Popen(
             [sys.executable, "-m", "medvlp.prototypes.worker"],
-            env=environment,
+            env=os.environ | settings,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
 
-    def _watch(self, worker: subprocess.Popen[bytes], started: float) -> int:
+    def _watch(self, worker: subprocess.Popen[bytes]) -> int:
         """Wait until the worker has ended, by itself or by our hand; its exit code."""
         while worker.poll() is None:
             if self._closing.wait(LOOK_SECONDS):
@@ -135,5 +136,5 @@ class WorkerSupervisor:
         return worker.returncode
 
     def _patience(self) -> float:
-        plan = self.board.refresh_plan() if self.board.state != DECLINED else None
+        plan = self.board.refresh_plan()
         return START_SECONDS if plan is None else float(plan.config["worker_timeout_seconds"])

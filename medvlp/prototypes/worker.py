@@ -6,6 +6,7 @@ and FAISS are imported only when there is a plan.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import signal
@@ -22,6 +23,8 @@ logger = logging.getLogger("medvlp.prototypes.worker")
 
 #: Seconds between two looks at the board or store, and between two signs of life.
 LOOK_SECONDS, BEAT_SECONDS = 0.02, 0.5
+#: What a refresh imports where it is used: here before the first one, in which other workers would wait.
+SLOW_MODULES = ("faiss", "sklearn.cluster", "sklearn.metrics", "medvlp.prototypes.refresh")
 #: Added to the niceness: training comes first.
 NICENESS = 10
 
@@ -47,6 +50,8 @@ def main() -> None:
         time.sleep(LOOK_SECONDS)
     threads = plan.config["worker_threads"] or 1
     os.environ["OMP_NUM_THREADS"] = str(threads)  # read when torch and FAISS are imported
+    for name in SLOW_MODULES:
+        importlib.import_module(name)
     import torch
 
     torch.set_num_threads(threads)
@@ -113,7 +118,9 @@ class Worker:
             else:
                 table, figures = refresh_table(rows, old, self.config, plan.clusters, plan.seed, anchors)
         except (RuntimeError, ValueError) as error:  # of gloo and its stores, a damaged board, a misfit
-            logger.warning("refresh %d is given up: %s", number, " ".join(str(error).split())[:200])
+            reason = " ".join(str(error).split())[:200]
+            logger.warning("node %d gives refresh %d up: %s", plan.node, number, reason)
+            self._store = None  # after a time-out its connection may be out of step
             return FAILED
         if table is None:
             return PUT_OFF

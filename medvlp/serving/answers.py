@@ -91,12 +91,13 @@ class Answers:
                 f"{width} numbers of {dtype.itemsize} bytes"
             )
         values = np.frombuffer(request.embeddings, dtype).reshape(request.rows, width).astype(np.float32)
-        lengths = np.linalg.norm(values.astype(np.float64), axis=1)  # squares of float32 would overflow
-        usable = np.isfinite(lengths) & (lengths > 0)
+        # In float64, because squares of float32 can overflow.
+        squares = np.square(values, dtype=np.float64).sum(1)
+        usable = np.isfinite(squares) & (squares > 0)
         if not usable.all():
             bad = int(usable.argmin())
             raise RequestError(f"row {bad} is zero or not finite: send embeddings as the method gives them")
-        unit = (values / lengths[:, None]).astype(np.float32)
+        unit = (values / np.sqrt(squares)[:, None]).astype(np.float32)
         return self._nearest(torch.from_numpy(unit), request.wanted, wanted_still)
 
     def nearest_text(self, request: wire.NearestTextRequest) -> wire.NearestReply:
@@ -185,7 +186,7 @@ class Answers:
     ) -> wire.NearestReply:
         clusters, samples = self._check_wanted(len(rows), wanted)
         reply = wire.NearestReply(rows=len(rows))
-        for block in torch.split(rows, _BLOCK if samples else len(rows)):
+        for block in torch.split(rows, _BLOCK) if samples else (rows,):
             if not wanted_still():
                 break
             cosines, ids = self.snapshot.table.nearest(block, clusters)

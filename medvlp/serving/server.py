@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import grpc
+import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -72,7 +73,8 @@ class PrototypeServer:
         self.servicer = Servicer(limits)
         self._health = health.HealthServicer()
         self._server = grpc.server(
-            ThreadPoolExecutor(_THREADS, thread_name_prefix="prototypes"),
+            # Calls are the parallelism: a product of one row would wake a second core for nothing.
+            ThreadPoolExecutor(_THREADS, "prototypes", torch.set_num_threads, (1,)),
             interceptors=[TokenCheck(token), StreamLimit(_STREAMS)],
             options=_options(limits),
             maximum_concurrent_rpcs=limits.calls,

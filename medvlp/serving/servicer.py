@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import grpc
+import torch
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
@@ -35,6 +36,7 @@ class Servicer:
         self._rate = RateLimit(limits.rate)
         self._waiting = threading.BoundedSemaphore(limits.waiting)
         self._model = threading.Lock()
+        self._cores = torch.get_num_threads()
         self._calls: dict[str, Callable[[Answers, Any, grpc.ServicerContext], Message]] = {
             "Nearest": lambda answers, request, context: answers.nearest(request, context.is_active),
             "NearestText": self._with_model(lambda answers, request: answers.nearest_text(request)),
@@ -121,8 +123,10 @@ class Servicer:
                         "the model was busy for all of the call's time: try again later",
                     )
                 try:
+                    torch.set_num_threads(self._cores)
                     return call(answers, request)
                 finally:
+                    torch.set_num_threads(1)  # as in all threads of the server
                     self._model.release()
             finally:
                 self._waiting.release()

@@ -20,6 +20,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 #: A second signal so soon after the first is the same request (Ctrl-C reaches launcher and ranks at once).
 SAME_REQUEST_SECONDS = 1.0
 
+#: However often they come, they are one request: Slurm sends its warning to every process of a step, and the
+#: launcher and a container pass theirs on to the ranks, on a busy machine seconds later.
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
+
 #: What a rank says instead of a signal's number when the time is over.
 _TIME_IS_OVER = 1000
 
@@ -27,9 +31,9 @@ _TIME_IS_OVER = 1000
 class Interrupts:
     """Context manager that catches `SIGNALS`; the previous handlers are restored on leaving.
 
-    The first signal asks for a checkpoint at the next step boundary. A second one ends the process at once
-    with 128 + its number. A thread listens for them, so that this works while the main thread waits in a
-    collective or for a disk, where Python runs no signal handlers.
+    The first signal asks for a checkpoint at the next step boundary. A second SIGTERM or SIGINT ends the
+    process at once with 128 + its number. A thread listens for them, so that this works while the main
+    thread waits in a collective or for a disk, where Python runs no signal handlers.
 
     Args:
         max_minutes: time from entering to the request that no signal makes; None for no limit. Rank 0's
@@ -77,7 +81,7 @@ class Interrupts:
         now = time.monotonic()
         if not self._received:
             self._received, self._received_at = number, now
-        elif now - self._received_at > SAME_REQUEST_SECONDS:
+        elif number not in WARNINGS and now - self._received_at > SAME_REQUEST_SECONDS:
             os._exit(128 + number)
 
     def proposal(self, step: int) -> list[int]:

@@ -3,7 +3,8 @@
     python tests/benchmarks/ring_write.py [--rows 256] [--width 128] [--rounds 500] [--goal 0.2]
 
 Shared memory as in a run (a memfd), one thread, embeddings already on the CPU; medians. Exits with 1 when a
-write takes longer than the goal in milliseconds. With it: label bits, and a reader's copy of the whole ring.
+write takes longer than the goal in milliseconds. With it: label bits, what each step adds to the agreement
+of the ranks, and a reader's copy of the whole ring.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from medvlp.prototypes.board import new_board
+from medvlp.config import PrototypesConfig
+from medvlp.prototypes.asynchronous import AsynchronousService
+from medvlp.prototypes.board import BOARD, new_board
 from medvlp.prototypes.ring import EmbeddingRing, label_bits
 
 CAPACITY, FINDINGS = 16384, 14
@@ -33,6 +36,14 @@ def milliseconds(action: Callable[[], object], rounds: int) -> float:
         action()
         seconds.append(time.perf_counter() - started)
     return 1e3 * median(seconds)
+
+
+def agreement(width: int) -> Callable[[], object]:
+    """One step of a service whose worker has nothing to say (without the reduction itself)."""
+    _, os.environ[BOARD] = new_board()
+    service = AsynchronousService(PrototypesConfig(sync=False), 500, width)
+    service.refresh(1)
+    return lambda: service.agree(service.proposal(2))
 
 
 def main() -> int:
@@ -60,6 +71,7 @@ def main() -> int:
     for what, value in {
         "write": write,
         "label bits": milliseconds(lambda: label_bits(labels), options.rounds),
+        "proposal and agreement of a step": milliseconds(agreement(options.width), options.rounds),
         "read the whole ring": milliseconds(ring.rows, 20),
     }.items():
         table.add_row(what, f"{value:.3f} ms")

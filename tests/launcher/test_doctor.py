@@ -83,6 +83,21 @@ def test_gpus_that_slurm_gave_and_torch_does_not_see(monkeypatch: pytest.MonkeyP
     assert "Slurm gave 8 GPUs" in lost.detail
 
 
+def test_a_gpu_that_fell_off_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 7)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda index: "H100")
+    monkeypatch.setattr("torch.cuda.nccl.version", lambda: (2, 27, 3))
+    (found,) = machine.check_accelerators({"SLURM_GPUS_ON_NODE": "8"})
+    assert found.status == "fail"
+    assert "Slurm gave 8 GPUs and torch sees 7: 7 x H100; torch" in found.detail
+    # No driver here: whatever computing on a GPU raises is told as a failed check.
+    problems = list(machine.check_accelerators({}))
+    assert {finding.check for finding in problems if finding.status == "fail"} == {
+        f"GPU {n}" for n in range(7)
+    }
+
+
 def test_a_run_folder_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
     findings = list(storage.check_run_folder(tmp_path / "deep" / "run"))
     assert findings[0].status == "ok"
@@ -204,6 +219,15 @@ def test_nodes_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         report.raise_for(found, 5)
     with pytest.raises(UnhealthyError):
         report.raise_for(found, 3)
+
+
+def test_reports_are_put_together_from_mixed_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    reports = [node(name, 1.5, "2.6", ok("x", f"{name} " * 700)) for name in ("n1", "n2")]
+    first, second = (lines_of([entry], capsys) for entry in reports)
+    assert max(map(len, first + second)) < 1000
+    mixed = [line for pair in zip(second, first, strict=True) for line in pair]
+    assert nodes.read_reports(mixed) == reports
+    assert nodes.read_reports(mixed[:-1]) == reports[1:]
 
 
 def test_a_folder_of_the_nodes_own_is_found(

@@ -9,7 +9,8 @@ from medvlp.ranks import LaunchError, Ranks, available_cpus, detect, threads_of_
 
 STEP = {
     "MEDVLP_NODE_LAUNCH": "1", "SLURM_STEP_ID": "0", "SLURM_NODEID": "1", "SLURM_NTASKS": "2",
-    "SLURM_PROCID": "1", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "localhost,b", "SLURM_JOB_ID": "70001",
+    "SLURM_PROCID": "1", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "localhost,b",
+    "SLURM_JOB_ID": "70001",
 }  # fmt: skip
 
 

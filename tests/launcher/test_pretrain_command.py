@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from launcher.local import free_port
 from launcher.main import app
 from medvlp.config_files import ConfigError
 from medvlp.ranks import LaunchError
@@ -137,6 +138,20 @@ def test_inside_another_launcher_nproc_is_refused(tmp_path, monkeypatch):
     result = CliRunner().invoke(app, arguments(tmp_path, tmp_path / "run", "--nproc", "2"))
     assert isinstance(result.exception, LaunchError)
     assert "--nproc 2 inside srun" in str(result.exception)
+    result = CliRunner().invoke(app, arguments(tmp_path, tmp_path / "run", "--nodes", "2"))
+    assert "--nodes, --node-rank and --meet inside srun" in str(result.exception)
+
+
+def test_two_launchers_are_two_nodes_of_a_run(data, tmp_path):
+    meet = f"127.0.0.1:{free_port()}"
+    command = arguments(
+        data, tmp_path / "run", "train.steps=2", "--nproc", "1", "--nodes", "2", "--meet", meet
+    )
+    nodes = [start(*command, "--node-rank", str(index)) for index in (1, 0)]
+    outputs = [node.communicate(timeout=150)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert len(read_metrics(tmp_path / "run")) == 2
+    assert json.loads((tmp_path / "run/environment.json").read_text())["world_size"] == 2
 
 
 def test_torchrun_is_joined(data, tmp_path):

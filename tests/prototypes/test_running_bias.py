@@ -39,7 +39,7 @@ def test_assignments_become_those_of_sinkhorn() -> None:
     rows, table = long_tail()
     goal = sinkhorn(table.scores(rows), EPSILON, 100)
     bias = RunningBias(64)
-    trained(table, bias, rows.numpy(), range(48), 1)
+    trained(table, bias, rows.numpy(), range(200), 1)
     found = table.balanced_by(bias).soft_assign(rows)
     same = {
         "bias": (found.argmax(1) == goal.argmax(1)).float().mean(),

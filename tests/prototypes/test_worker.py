@@ -22,7 +22,7 @@ from medvlp.prototypes.supervisor import WorkerSupervisor
 from medvlp.prototypes.table import PrototypeTable
 from tests.prototypes.test_kmeans import mixture
 
-CONFIG = PrototypesConfig(sync=False, bank_rows=64, iterations=3, worker_timeout_seconds=8.0)
+CONFIG = PrototypesConfig(sync=False, bank_rows=64, iterations=3, worker_timeout_seconds=10.0)
 ROWS, WIDTH, CLUSTERS, RANKS = 64, 8, 4, 2
 
 

@@ -48,8 +48,8 @@ def saved(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def built(saved: Path) -> Path:
-    """The same run with its prototypes stored."""
-    build(BuildRequest(saved, workers=0), lambda line: None)
+    """The same run with its prototypes stored, of 20 samples from all over the split."""
+    build(BuildRequest(saved, limit=20, workers=0), lambda line: None)
     return saved
 
 

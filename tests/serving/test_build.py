@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 
 from medvlp.data.report import report_sentences
+from medvlp.data.tokens import TokenStore
 from medvlp.prototypes.kmeans import TooFewRowsError
 from medvlp.prototypes.table import PrototypeTable
 from medvlp.serving import snapshot as snapshots
@@ -56,7 +57,9 @@ def test_the_runs_own_clusters_and_embeddings_are_stored(
     assert snapshot.origin.step == 3
     assert snapshot.table.fingerprint == stored_table(locate(built)).fingerprint
     assert snapshot.origin.data == reader.index.fingerprint
-    assert len(snapshot.sample) == reader.sample_count("train")
+    count = reader.sample_count("train")
+    assert len(snapshot.sample) == 20 < count
+    assert snapshot.sample[[0, -1]].tolist() == [0, count - 1]
     names = snapshot.origin.label_names
     for row in (0, 7, len(snapshot.sample) - 1):
         key, image, metadata = reader.read("train", int(snapshot.sample[row]))
@@ -70,10 +73,10 @@ def test_the_runs_own_clusters_and_embeddings_are_stored(
         torch.testing.assert_close(snapshot.report[row].float(), text, atol=1e-3, rtol=0)
 
 
-def test_no_file_holds_report_text_or_patients(built: Path, data: Path) -> None:
+def test_no_file_holds_report_text_or_patients(built: Path, data: Path, snapshot: Snapshot) -> None:
     contents = b"".join(path.read_bytes() for path in folder_of(built).iterdir())
     reader = ShardReader(data)
-    for position in range(reader.sample_count("train")):
+    for position in snapshot.sample.tolist():
         metadata = reader.metadata("train", position)
         assert reader.key("train", position).encode() in contents
         for private in (metadata["patient_id"], metadata["study_id"], *metadata["sentences"]):
@@ -169,6 +172,17 @@ def test_clusters_by_kmeans_and_learned_ones(saved: Path, data: Path, tmp_path: 
     weights = safetensors.torch.load_file(locate(tmp_path / "learned").checkpoint / "weights.safetensors")
     expected = torch.nn.functional.normalize(weights["alignment.objective.prototypes.weight"], dim=1)
     torch.testing.assert_close(found.table.centroids, expected)
+
+
+def test_samples_without_a_report_are_left_out(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainable = TokenStore.trainable
+    monkeypatch.setattr(
+        TokenStore, "trainable", lambda store: trainable(store) & (np.arange(len(store)) != 1)
+    )
+    build(BuildRequest(saved, split="test", clusters=2, out=tmp_path / "out", workers=0), quiet)
+    assert Snapshot.read(tmp_path / "out" / SNAPSHOT).sample[:3].tolist() == [0, 2, 3]
 
 
 def test_a_number_of_clusters_is_not_made_up_for_too_few_samples(data: Path, tmp_path: Path) -> None:

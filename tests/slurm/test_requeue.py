@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from launcher.slurm import slurm_commands
-from tests.slurm.cluster import attempts, last_step, lines, starts
+from tests.slurm.cluster import FAULTS, attempts, last_step, lines, starts
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
@@ -49,7 +51,8 @@ def update(job_id: int, **values: str) -> None:
 def test_a_time_limit_and_two_warnings_change_nothing(cluster, tiny, tmp_path, slow):
     """Interrupted three times, once by a true time limit, against a run that nobody interrupts."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    options = ["train.steps=200", "monitor.wandb=offline", "--signal-seconds", "10"]
+    # Slurm's warning reaches data workers too, which must not die of it.
+    options = ["train.steps=200", "monitor.wandb=offline", "data.workers=1", "--signal-seconds", "60"]
     job_id = cluster.submit(*tiny("parts", *options))
     cluster.wait_for_step(parts, 2)
     # A whole minute from now on, with time for the warning before it: limits are checked every half minute.
@@ -136,3 +139,21 @@ def test_a_crash_at_the_same_step_is_not_tried_a_third_time(cluster, tiny, tmp_p
     assert (job.state, job.restarts) == ("FAILED", 1)
     assert decisions(run) == [(134, "requeue"), (134, "stop")]
     assert attempts(run)[-1]["reason"] == "failed twice at step 2: killed by SIGABRT (code 134)"
+
+
+def test_ranks_that_do_not_save_in_time_are_ended_before_the_limit(cluster, tiny, tmp_path):
+    run, site = tmp_path / "run", tmp_path / "site.yaml"
+    program = [sys.executable, str(FAULTS / "stubborn.py")]
+    site.write_text(json.dumps({"command": program}))
+    options = ["--cluster", str(site), "--signal-seconds", "10", "--max-requeues", "1"]
+    job_id = cluster.submit(*tiny("run", *options))
+    log = run / f"slurm/job-{job_id}.out"
+    for start in (1, 2):
+        cluster.wait(
+            "training", lambda start=start: log.exists() and log.read_text().count("deaf") == 2 * start
+        )
+        slurm_commands.cancel(str(job_id), "--signal=USR1", "--batch")
+    job = cluster.wait_for_end(job_id, run)
+    assert (job.state, job.restarts) == ("FAILED", 1)
+    assert [line["decision"] for line in attempts(run)] == ["requeue", "stop"]
+    assert "already requeued 1 times (max_requeues)" in attempts(run)[-1]["reason"]

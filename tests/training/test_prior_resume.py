@@ -1,4 +1,4 @@
-"""PRIOR resumed inside its third stage equals a run that never stopped, noise and phases included."""
+"""PRIOR resumed inside its third stage equals a run that never stopped: noise, phases, revival."""
 
 import pytest
 
@@ -12,6 +12,8 @@ PRIOR = [
     "method.name=prior", "method.embedding=16", "method.pool_heads=2", "method.prototypes=8",
     "method.queries=4", "method.decoder_layers=1", "method.decoder_heads=2", "method.decoder_hidden=16",
     "method.image_decoder_width=16", "method.bank_schedule=exponential", "checkpoint.every_steps=4",
+    "prototypes.init=kmeans", "prototypes.init_samples=32", "prototypes.revive_below=0.5",
+    "prototypes.refresh_steps=5",
     "optimizer.phases=[{epochs: 0.25, lr: 1e-3}, {epochs: 0.25, lr: 1e-3}, {epochs: 1.0, lr: 1e-3}]",
 ]  # fmt: skip
 #: Of the tiny run, which PRIOR's config or the phases do not have.
@@ -32,6 +34,8 @@ def test_resuming_in_the_third_stage_is_bit_identical(gloo_pool, overrides, tmp_
     assert "loss/bank" not in lines[0]
     assert "loss/sentence" not in lines[1]
     assert all("loss/sentence" in line for line in lines[2:])
+    # By the uses before the checkpoint and after it.
+    assert lines[4]["prototypes/revived"] > 0
     killed_after(tmp_path / "whole", tmp_path / "resumed", step=4)
     assert pool.run(train, options("resumed")) == [0, 0]
     assert weights(tmp_path / "resumed", last) == weights(tmp_path / "whole", last)

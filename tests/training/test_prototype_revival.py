@@ -21,6 +21,8 @@ from medvlp.training.engine import Engine
 from medvlp.training.prototype_revival import PrototypeRevival
 from tests.methods.small_mgca import VOCABULARY, rows_of, small_batch, small_config
 from tests.methods.small_prior import report_batch, small_prior_config
+from tests.training.runs import train as run_training
+from tests.training.test_resume import comparable, killed_after, weights
 from tests.training.tiny import TinyMethod
 
 #: Rows of the bank that nothing is near to at the start.
@@ -58,8 +60,15 @@ def start(name: str, stage: int, precision: str) -> tuple[Engine, str]:
     batch = global_batch(name)
     with torch.no_grad():
         features = torch.cat([part.flatten(0, -2) for part in method.prototype_features(batch)])
-        bank.weight.add_(2 * bank.weight.norm(dim=1, keepdim=True) * unit_norm(features.mean(0)))
-        bank.weight[UNUSED] *= -1
+        features = unit_norm(features)
+        axes = torch.linalg.svd(features).Vh[:2]
+        used = torch.cat([axes, -axes])
+        # Of many directions the two that lose by most against these, whatever the feature.
+        candidates = unit_norm(torch.randn(5000, features.shape[1]))
+        margin = (features @ candidates.T - (features @ used.T).amax(1, keepdim=True)).amax(0)
+        unused = candidates[margin.argsort()[:2]]
+        placed = torch.stack([used[0], unused[0], used[1], used[2], unused[1], used[3]])
+        bank.weight.copy_(bank.weight.norm(dim=1).mean() * placed)
     return Engine(method, config, plan_batch(config, distributed.world_size()), device), bank_name
 
 
@@ -72,9 +81,10 @@ def global_batch(name: str) -> Any:
 def train(engine: Engine, name: str, step: int, epoch: int = 5) -> None:
     engine.method.train()
     engine.method.on_progress(Progress(epoch, step, 20))
-    engine.set_learning_rate(1e-2)
-    rank = distributed.rank()
-    engine.backward(engine.forward(rows_of(global_batch(name), 6 * rank, 6 * rank + 6))["loss"])
+    engine.set_learning_rate(3e-4)
+    share = 12 // distributed.world_size()
+    first = share * distributed.rank()
+    engine.backward(engine.forward(rows_of(global_batch(name), first, first + share))["loss"])
     engine.step()
 
 
@@ -83,7 +93,7 @@ def revive(name: str, stage: int, precision: str) -> dict[str, Any]:
     engine, bank_name = start(name, stage, precision)
     bank, logged, parameter = engine.method.get_submodule(bank_name), [], f"{bank_name}.weight"
     assert isinstance(bank, CountedPrototypes)
-    config = PrototypesConfig(revive_below=0.05, refresh_steps=4)
+    config = PrototypesConfig(revive_below=0.2, refresh_steps=4)
     revival, other = (PrototypeRevival(engine, config, 3, logged.append) for _ in range(2))
     for step in range(1, 4):
         train(engine, name, step)
@@ -177,20 +187,36 @@ def test_the_most_used_lend_their_places() -> None:
     assert len(revived_rows(weight, torch.ones(6), 1.0, seed=1)[0]) == 0
 
 
-def refused(name: str) -> str:
+def refused() -> str:
     device = distributed.initialize()
     config = small_config()
     config.run.dir, config.data.root, config.train.global_batch, config.precision = "", "", 12, "fp32"
-    engine = Engine(TinyMethod(), config, plan_batch(config, 1), device)
+    engine = Engine(TinyMethod(), config, plan_batch(config, distributed.world_size()), device)
     try:
         PrototypeRevival(engine, PrototypesConfig(revive_below=0.1), 0, lambda figures: None)
     except ConfigError as error:
         return str(error)
     finally:
         engine.close()
-    return name
+    return ""
 
 
 @pytest.mark.dist
 def test_a_method_without_prototypes_is_refused(gloo_pool) -> None:
-    assert "prototypes.revive_below=0.1" in gloo_pool(1).run(refused, "")[0]
+    assert "prototypes.revive_below=0.1" in gloo_pool(2).run(refused)[0]
+
+
+@pytest.mark.dist
+def test_a_run_that_revives_resumes_bit_for_bit(gloo_pool, overrides, tmp_path) -> None:
+    """Uses of steps 4 and 5 are in the checkpoint, those of step 6 come after it."""
+    options = [
+        "method.freeze_epochs=0", "prototypes.revive_below=0.7", "prototypes.refresh_steps=3",
+        "train.steps=7", "checkpoint.every_steps=5", "optimizer.lr=1e-3", "zero.stage=3", "precision=bf16",
+    ]  # fmt: skip
+    assert gloo_pool(2).run(run_training, overrides(*options, run="whole")) == [0, 0]
+    lines = comparable(tmp_path / "whole")
+    assert all(lines[step - 1]["prototypes/revived"] > 0 for step in (3, 6))
+    killed_after(tmp_path / "whole", tmp_path / "resumed", step=5)
+    assert gloo_pool(2).run(run_training, overrides(*options, run="resumed")) == [0, 0]
+    assert weights(tmp_path / "resumed", 7) == weights(tmp_path / "whole", 7)
+    assert comparable(tmp_path / "resumed") == lines

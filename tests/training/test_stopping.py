@@ -41,6 +41,8 @@ def test_a_second_signal_ends_the_process_but_not_the_same_request_twice(monkeyp
         wait_until(lambda: interrupts._received)
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGUSR1)  # Slurm's warning, late: no hurry
+        time.sleep(0.1)
         assert ended == []
         os.kill(os.getpid(), signal.SIGINT)
         wait_until(lambda: ended)

@@ -1,0 +1,75 @@
+"""Answers of Slurm's programs: from a running cluster, and in the form that newer versions give them."""
+
+from __future__ import annotations
+
+import pytest
+
+from launcher.slurm import slurm_commands
+from launcher.slurm.slurm_commands import SlurmError
+
+#: Slurm 22.05 writes numbers and states plainly; 23.11 and later as below, with the same names.
+PLAIN = {
+    "job_id": 7, "name": "a", "job_state": "RUNNING", "state_reason": "None", "nodes": "n[1-2]",
+    "restart_cnt": 2, "partition": "p", "user_name": "me", "time_limit": 60, "submit_time": 10,
+    "start_time": 20, "end_time": 30, "array_job_id": 0, "array_task_id": None,
+    "het_job_id": 0, "standard_output": "/out", "comment": "",
+}  # fmt: skip
+
+
+def number(value: int | None, infinite: bool = False) -> dict[str, object]:
+    return {"set": value is not None, "infinite": infinite, "number": value or 0}
+
+
+def test_both_forms_of_the_json_are_one_job():
+    newer = PLAIN | {
+        "job_state": ["RUNNING"],
+        "array_task_id": number(None),
+        **{name: number(PLAIN[name]) for name in ("time_limit", "submit_time", "start_time", "end_time")},
+        **{name: number(0) for name in ("array_job_id", "het_job_id")},
+    }
+    job = slurm_commands._job(PLAIN)
+    assert slurm_commands._job(newer) == job
+    assert (job.id, job.restarts, job.time_limit_minutes, job.array_job_id, job.is_over) == (
+        7,
+        2,
+        60,
+        None,
+        False,
+    )
+    ending = slurm_commands._job(
+        newer | {"job_state": ["CANCELLED", "COMPLETING"], "time_limit": number(0, True)}
+    )
+    assert (ending.state, ending.flags, ending.is_over) == ("CANCELLED", ("COMPLETING",), True)
+    assert ending.time_limit_minutes is None
+
+
+def test_past_runs_are_read():
+    run = slurm_commands._past_run(
+        ["24_2", "a", "CANCELLED by 0", "0:15", "n1", "2026-01-01T00:00:00", "Unknown"]
+    )
+    assert (run.state, run.exit_code) == ("CANCELLED", 128 + 15)
+    assert slurm_commands._past_run(["1", "a", "FAILED", "3:0", "n1", "x", "y"]).exit_code == 3
+    assert slurm_commands._past_run(["1", "a", "PENDING", "", "", "x", "y"]).exit_code is None
+
+
+def test_without_slurm_the_remedy_is_named(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert not slurm_commands.is_installed()
+    with pytest.raises(SlurmError, match="sbatch is not installed here: run this on a login node"):
+        slurm_commands.run_command(["sbatch", "--version"])
+    assert slurm_commands.node_address("node1") is None
+
+
+@pytest.mark.slurm
+def test_a_running_cluster_answers(cluster):
+    job_id = cluster.sbatch("exit 5", "--nodes=2", "--comment=a word")
+    job = cluster.wait_for_end(job_id)
+    assert (job.state, job.comment, job.time_limit_minutes) == ("FAILED", "a word", 60)
+    assert len(slurm_commands.host_names(job.nodes)) == 2
+    assert slurm_commands.list_jobs([job_id], user=job.user) == [job]
+    (run,) = cluster.wait("the record", lambda: slurm_commands.past_runs(job_id))
+    assert (run.state, run.nodes) == ("FAILED", job.nodes)
+    assert slurm_commands.configuration()["MULTIPLE_SLURMD"] == "Yes"
+    assert slurm_commands.node_address("node1").startswith("127.")
+    with pytest.raises(SlurmError, match="Invalid job id"):
+        slurm_commands.requeue("999999")
