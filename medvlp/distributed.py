@@ -260,7 +260,9 @@ def gather_rows(tensor: Tensor) -> Tensor:
 
 def logsumexp_over_ranks(tensor: Tensor) -> Tensor:
     """Element-wise log of the sum over ranks of exp(tensor), without gradient and without overflow."""
-    return gather_rows(tensor[None]).logsumexp(0)
+    largest = maximum_over_ranks(tensor)
+    shift = largest.where(largest.isfinite(), 0)
+    return sum_over_ranks((tensor.detach() - shift).exp()).log() + shift
 
 
 @torch.no_grad()

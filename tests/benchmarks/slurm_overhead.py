@@ -52,7 +52,10 @@ def time_local(run: Path, options: Sequence[str]) -> float:
     """Seconds from starting `medvlp pretrain --nproc 2` to its first step."""
     started = time.time()
     command = [*PROGRAM, "pretrain", *options, f"run.dir={run}", "--nproc", "2"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    # A session of its own, as a job's: Linux shares a busy machine out by sessions (autogroups).
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as process:
         seconds = wait_for_first_step(run) - started
         process.wait()
     return seconds

@@ -6,6 +6,7 @@ training goes on, the next refresh works, and nothing of anything stays behind.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -92,9 +93,10 @@ class TwoNodes:
         return board
 
     def lines(self) -> list[dict[str, Any]]:
-        """Complete lines of metrics.jsonl."""
+        """Lines of metrics.jsonl; the last one may still be on its way."""
         path = self.folder / "metrics.jsonl"
-        return read_lines(path)[:-1] if path.exists() else []
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        return [json.loads(line) for line in text.split("\n")[:-1]]
 
     def newest(self, figure: str) -> float:
         """Last value of a figure of the service; 0 before the first line."""
