@@ -175,8 +175,8 @@ class PrototypesConfig:
     worker_threads: int | None = key(None, "CPU threads of a cluster worker; default: one", 1)
     revive_below: float = key(
         0.0,
-        "every refresh_steps steps, learned prototypes used by less than this share of an even use start anew "
-        "beside the most used ones; 0: never",
+        "every refresh_steps steps, learned prototypes used by less than this share of an even use start "
+        "anew beside the most used ones; 0: never",
         0,
         1,
     )
