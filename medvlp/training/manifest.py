@@ -1,6 +1,6 @@
 """`manifest.json`: what a checkpoint consists of. Without a true one there is no checkpoint.
 
-Reading one needs no torch, which is imported where it is used: commands that only look at runs answer at once.
+Reading one needs no torch (it is imported where it is used): commands that only look at runs answer at once.
 """
 
 from __future__ import annotations
