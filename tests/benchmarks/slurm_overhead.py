@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -105,6 +106,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="medvlp-slurm-", dir="/tmp") as name:
         os.environ["MEDVLP_SLURM_DIR"], os.environ["SLURM_CONF"] = f"{name}/s", f"{name}/s/slurm.conf"
         os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        signal.signal(
+            signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
+        )  # the cluster must end too
         subprocess.run([sys.executable, str(CLUSTER), "start", "--nodes", "2"], check=True)
         try:
             reached = measure(Path(name), rounds)
