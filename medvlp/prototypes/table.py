@@ -84,8 +84,14 @@ class PrototypeTable:
         return embeddings @ self.centroids.to(embeddings.device, embeddings.dtype).T
 
     def assign(self, embeddings: Tensor) -> Tensor:
-        """[B, D] -> [B] int64, the cluster with the highest (biased) score."""
-        return self._logits(embeddings).argmax(1)
+        """[B, D] -> [B] int64, the cluster with the highest (biased) score.
+
+        A temperature of its own makes no cluster nearer: only soft assignments know it.
+        """
+        scores = self.scores(embeddings)
+        if self.balance == "bias":
+            scores = scores + self.temperature * self._bias(scores)
+        return scores.argmax(1)
 
     def nearest(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """[B, D] -> ([B, k] cosine similarities, [B, k] cluster ids), most similar first."""
@@ -149,10 +155,10 @@ class PrototypeTable:
     def _logits(self, embeddings: Tensor) -> Tensor:
         scores = self.scores(embeddings)
         logits = scores / self.temperatures.to(scores.device, scores.dtype)
-        if self.balance == "bias":
-            log_bias = self.log_bias if self.running is None else self.running.log_bias
-            logits = logits + log_bias.to(logits.device, logits.dtype)
-        return logits
+        return logits + self._bias(scores) if self.balance == "bias" else logits
+
+    def _bias(self, like: Tensor) -> Tensor:
+        return (self.log_bias if self.running is None else self.running.log_bias).to(like)
 
     def _digest(self) -> str:
         digest = hashlib.sha256(f"{self.version} {self.temperature!r} {self.balance}".encode())

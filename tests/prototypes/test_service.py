@@ -38,6 +38,15 @@ def test_table_assigns_by_cosine() -> None:
     torch.testing.assert_close(similarity[0, 0], rows[0, 0])
 
 
+@pytest.mark.parametrize(("balance", "expected"), [("none", [0, 1]), ("sinkhorn", [0, 1]), ("bias", [1, 1])])
+def test_hard_assignment_knows_the_bias_but_no_temperature_of_a_cluster(balance, expected) -> None:
+    state = PrototypeTable.start(torch.eye(2), temperature=0.1, balance=balance).state_dict()
+    table = PrototypeTable(
+        **{**state, "temperatures": torch.tensor([1.0, 0.01]), "log_bias": torch.tensor([0.0, 7.0])}
+    )
+    assert table.assign(unit_norm(torch.tensor([[1.0, 0.5], [0.1, 1.0]]))).tolist() == expected
+
+
 @pytest.mark.parametrize("balance", ["sinkhorn", "bias", "none"])
 def test_soft_assignments_are_distributions(balance: str) -> None:
     service = filled_service(dataclasses.replace(CONFIG, balance=balance))
