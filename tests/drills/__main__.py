@@ -72,7 +72,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the kills and of the data")
     parser.add_argument("--kills", type=int, default=20, help="runs that are killed")
-    parser.add_argument("--parallel", type=int, default=2, help="runs at a time")
+    parser.add_argument("--parallel", type=int, default=3, help="runs at a time")
     parser.add_argument("--only", action="append", choices=DRILLS, help="drills to run; default: all")
     return parser.parse_args()
 
