@@ -12,7 +12,7 @@ from rich.console import Console
 from shards.errors import UsageError
 
 if TYPE_CHECKING:
-    from medvlp.evaluation.results import Evaluation
+    from medvlp.evaluation.report.results import Evaluation
 
 RESULT_NAME = "evaluation.json"
 #: Below the run folder: a result file for each task that was evaluated by a job of its own.
@@ -53,8 +53,8 @@ def evaluate(
     ] = False,
 ) -> None:
     """Evaluate a run and write evaluation.json: every number with a 95 % interval, beside two baselines."""
-    from medvlp.evaluation import results
-    from medvlp.evaluation.run import Request, evaluate
+    from medvlp.evaluation.report import results
+    from medvlp.evaluation.session import Request, evaluate
     from medvlp.training import saved_run
 
     for text in overrides or []:
@@ -85,7 +85,7 @@ def compare(
     ] = False,
 ) -> None:
     """Show the stored results of several runs in one table; they must be of the same data and split."""
-    from medvlp.evaluation import results
+    from medvlp.evaluation.report import results
 
     for run in sources if join else []:
         _join_parts(run)
@@ -98,7 +98,7 @@ def compare(
 
 
 def _join_parts(run: Path) -> None:
-    from medvlp.evaluation import joining, results
+    from medvlp.evaluation.report import joining, results
 
     files = sorted((run / PARTS_FOLDER).glob("*.json"))
     if not files:
@@ -107,7 +107,7 @@ def _join_parts(run: Path) -> None:
 
 
 def _print_tables(evaluations: dict[str, Evaluation], findings: bool, markdown: bool = False) -> None:
-    from medvlp.evaluation import tables
+    from medvlp.evaluation.report import tables
 
     first = next(iter(evaluations.values()))
     if markdown:

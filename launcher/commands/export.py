@@ -44,7 +44,7 @@ def export(
 
 def _results(file: Path) -> Results | None:
     """The run's stored evaluation as tables; None where it has none."""
-    from medvlp.evaluation import results, tables
+    from medvlp.evaluation.report import results, tables
     from medvlp.export.card import Results
 
     if not file.is_file():

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from medvlp.data.batch import Batch, Text
-from medvlp.evaluation.results import EvaluationError
+from medvlp.evaluation.report.results import EvaluationError
 from medvlp.methods.base import Method
 
 #: Side of the images of the pixel baseline.

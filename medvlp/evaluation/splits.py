@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from medvlp.evaluation.baselines import PixelRidge
 from medvlp.evaluation.features import SplitArrays
-from medvlp.evaluation.results import EvaluationError
+from medvlp.evaluation.report.results import EvaluationError
 from shards.errors import UsageError
 
 #: Splits on which thresholds and penalties may be chosen, in this order; never the evaluated one.

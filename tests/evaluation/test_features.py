@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from medvlp.data.batch import Batch, Text
 from medvlp.evaluation.features import Wanted, embed, embed_texts, shrink
-from medvlp.evaluation.results import EvaluationError
+from medvlp.evaluation.report.results import EvaluationError
 from medvlp.methods.base import Method
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ import pytest
 
 from medvlp.evaluation import prompts
 from medvlp.evaluation.labels import Count, binary, counts, not_evaluable
-from medvlp.evaluation.results import EvaluationError
+from medvlp.evaluation.report.results import EvaluationError
 from medvlp.evaluation.splits import columns, report_groups, selection_split
 from shards.entities.observations import observation_class
 from shards.entities.vocabulary import DESCRIPTIONS

@@ -18,8 +18,8 @@ from medvlp.config import Config
 from medvlp.data.batch import Batch, Text
 from medvlp.data.text import Tokenizer
 from medvlp.encoders.image import ImageEncoder
-from medvlp.evaluation import results
-from medvlp.evaluation.bootstrap import Estimate
+from medvlp.evaluation.metrics.bootstrap import Estimate
+from medvlp.evaluation.report import results
 from medvlp.export.errors import ExportError
 from medvlp.export.folder import new_folder
 from medvlp.methods.base import Method

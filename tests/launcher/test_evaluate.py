@@ -17,7 +17,7 @@ from launcher.commands import evaluate
 from medvlp import config_files
 from medvlp.config import CheckpointConfig, Config
 from medvlp.data.text import Tokenizer
-from medvlp.evaluation import results
+from medvlp.evaluation.report import results
 from medvlp.methods.registry import build_method, schemas
 from medvlp.training import checkpoint
 from medvlp.training.manifest import Manifest

@@ -17,15 +17,16 @@ from medvlp.data.cache import open_reader
 from medvlp.data.loader import evaluation_loader
 from medvlp.data.report import report_sentences
 from medvlp.data.text import Tokenizer
-from medvlp.evaluation import prompts, retrieval
-from medvlp.evaluation.bootstrap import PatientBootstrap
+from medvlp.evaluation import prompts
 from medvlp.evaluation.features import Wanted, embed, embed_texts
 from medvlp.evaluation.labels import Uncertain
-from medvlp.evaluation.linear_probe import LinearProbe
 from medvlp.evaluation.loading import load_models
-from medvlp.evaluation.results import Evaluation, EvaluationError, TaskResult
+from medvlp.evaluation.metrics.bootstrap import PatientBootstrap
+from medvlp.evaluation.report.results import Evaluation, EvaluationError, TaskResult
 from medvlp.evaluation.splits import Split, columns, selection_split
-from medvlp.evaluation.zero_shot import Ensemble, ZeroShot, prompts_of
+from medvlp.evaluation.tasks import retrieval
+from medvlp.evaluation.tasks.linear_probe import LinearProbe
+from medvlp.evaluation.tasks.zero_shot import Ensemble, ZeroShot, prompts_of
 from medvlp.methods.base import Method
 from medvlp.training import saved_run
 from shards.errors import UsageError

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medvlp.evaluation.baselines import report_embeddings
-from medvlp.evaluation.bootstrap import Estimate, Macro, PatientBootstrap, estimate
 from medvlp.evaluation.labels import NotEvaluable, Uncertain, as_notes, binary, not_evaluable
-from medvlp.evaluation.ranking import (
+from medvlp.evaluation.metrics.bootstrap import Estimate, Macro, PatientBootstrap, estimate
+from medvlp.evaluation.metrics.ranking import (
     best_ranks,
     chance_median_rank,
     chance_miss,
@@ -28,7 +28,7 @@ from medvlp.evaluation.ranking import (
     precision_at,
     recall_at,
 )
-from medvlp.evaluation.results import EvaluationError, Metrics, TaskResult
+from medvlp.evaluation.report.results import EvaluationError, Metrics, TaskResult
 from medvlp.evaluation.splits import Split, report_groups
 
 RECALL_AT = (1, 5, 10)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medvlp.evaluation.bootstrap import Estimate, Macro, PatientBootstrap, estimate
-from medvlp.evaluation.metrics import auroc
+from medvlp.evaluation.metrics.binary import auroc
+from medvlp.evaluation.metrics.bootstrap import Estimate, Macro, PatientBootstrap, estimate
 
 
 def mean_of(values: np.ndarray):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medvlp.evaluation import ranking
+from medvlp.evaluation.metrics import ranking
 
 FEW = settings(deadline=None, max_examples=50)
 

@@ -18,12 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medvlp.evaluation.baselines import FittedRidge
-from medvlp.evaluation.bootstrap import PatientBootstrap
-from medvlp.evaluation.classification import Selection, chance, score_findings
 from medvlp.evaluation.features import ModelArrays
 from medvlp.evaluation.labels import NotEvaluable, Uncertain, as_notes, binary, not_evaluable
+from medvlp.evaluation.metrics.bootstrap import PatientBootstrap
+from medvlp.evaluation.metrics.classification import Selection, chance, score_findings
 from medvlp.evaluation.prompts import PromptBook, Prompts
-from medvlp.evaluation.results import EvaluationError, TaskResult
+from medvlp.evaluation.report.results import EvaluationError, TaskResult
 from medvlp.evaluation.splits import Split
 
 Floats = NDArray[np.float64]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from medvlp.evaluation import results, tables
-from medvlp.evaluation.bootstrap import Estimate
-from medvlp.evaluation.results import Evaluation, EvaluationError
+from medvlp.evaluation.metrics.bootstrap import Estimate
+from medvlp.evaluation.report import results, tables
+from medvlp.evaluation.report.results import Evaluation, EvaluationError
 from shards.errors import DataError
 
 

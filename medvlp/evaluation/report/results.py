@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from medvlp.evaluation.bootstrap import Estimate
+from medvlp.evaluation.metrics.bootstrap import Estimate
 from shards.atomic import atomic_write
 from shards.errors import MedvlpError
 

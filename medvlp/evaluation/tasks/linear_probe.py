@@ -24,11 +24,11 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from medvlp.evaluation.bootstrap import PatientBootstrap
-from medvlp.evaluation.classification import chance, score_findings
 from medvlp.evaluation.labels import Uncertain, as_notes, binary, not_evaluable
-from medvlp.evaluation.metrics import auroc
-from medvlp.evaluation.results import EvaluationError, TaskResult
+from medvlp.evaluation.metrics.binary import auroc
+from medvlp.evaluation.metrics.bootstrap import PatientBootstrap
+from medvlp.evaluation.metrics.classification import chance, score_findings
+from medvlp.evaluation.report.results import EvaluationError, TaskResult
 from medvlp.evaluation.splits import Split
 
 Floats = NDArray[np.float64]

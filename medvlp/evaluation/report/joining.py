@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from medvlp.evaluation.results import Evaluation, EvaluationError
+from medvlp.evaluation.report.results import Evaluation, EvaluationError
 
 
 def join(parts: Mapping[Path, Evaluation]) -> Evaluation:

@@ -9,8 +9,8 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from medvlp.evaluation.bootstrap import Estimate, Macro, PatientBootstrap, Statistic, estimate
-from medvlp.evaluation.metrics import accuracy, auroc, average_precision, best_f1_threshold, f1
+from medvlp.evaluation.metrics.binary import accuracy, auroc, average_precision, best_f1_threshold, f1
+from medvlp.evaluation.metrics.bootstrap import Estimate, Macro, PatientBootstrap, Statistic, estimate
 
 Floats = NDArray[np.float64]
 

@@ -9,8 +9,8 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from medvlp.evaluation.bootstrap import Estimate
-from medvlp.evaluation.results import Evaluation, EvaluationError, Metrics
+from medvlp.evaluation.metrics.bootstrap import Estimate
+from medvlp.evaluation.report.results import Evaluation, EvaluationError, Metrics
 
 #: Models that hardly depend on the run: shown once when several evaluations have the same numbers for them.
 SHARED_MODELS = ("pixels", "chance")

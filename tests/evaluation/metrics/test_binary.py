@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as reference
 
-from medvlp.evaluation.metrics import accuracy, auroc, average_precision, best_f1_threshold, f1
+from medvlp.evaluation.metrics.binary import accuracy, auroc, average_precision, best_f1_threshold, f1
 
 FEW = settings(deadline=None, max_examples=50)
 

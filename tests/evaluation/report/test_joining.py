@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from medvlp.evaluation.bootstrap import Estimate
-from medvlp.evaluation.joining import join
-from medvlp.evaluation.results import Evaluation, EvaluationError
+from medvlp.evaluation.metrics.bootstrap import Estimate
+from medvlp.evaluation.report.joining import join
+from medvlp.evaluation.report.results import Evaluation, EvaluationError
 
 
 def part(task: str, split: str = "test", **changes: Any) -> Evaluation:

@@ -7,15 +7,15 @@ import pytest
 from sklearn.linear_model import LogisticRegression, Ridge, RidgeCV
 from sklearn.preprocessing import StandardScaler
 
-from medvlp.evaluation import linear_probe, retrieval
 from medvlp.evaluation.baselines import ALPHAS, PixelRidge, report_embeddings
-from medvlp.evaluation.bootstrap import PatientBootstrap
 from medvlp.evaluation.features import ModelArrays, SplitArrays
-from medvlp.evaluation.linear_probe import LinearProbe, patient_fraction
+from medvlp.evaluation.metrics.bootstrap import PatientBootstrap
 from medvlp.evaluation.prompts import Prompts
-from medvlp.evaluation.results import EvaluationError
+from medvlp.evaluation.report.results import EvaluationError
 from medvlp.evaluation.splits import Split
-from medvlp.evaluation.zero_shot import Ensemble, ZeroShot
+from medvlp.evaluation.tasks import linear_probe, retrieval
+from medvlp.evaluation.tasks.linear_probe import LinearProbe, patient_fraction
+from medvlp.evaluation.tasks.zero_shot import Ensemble, ZeroShot
 
 NAMES = ["edema", "mass"]
 

@@ -1,0 +1,1 @@
+"""Results on disk and on paper: evaluation.json, its parts put together, and tables."""
