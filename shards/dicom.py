@@ -1,0 +1,364 @@
+"""DICOM radiographs to 8-bit grayscale pixels, bright bone on dark air, and the header fields a build needs.
+
+The order of the steps is that of the standard (PS3.3 C.11): stored bits, modality table or rescale, window,
+polarity. All of them map one stored value to one shown value, so they are computed once for every value that
+occurs (65,536 at the most) and then looked up for the pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import cv2
+import numpy as np
+import pydicom
+from numpy.typing import NDArray
+from pydicom.errors import InvalidDicomError
+from pydicom.filereader import read_dataset, read_preamble
+from pydicom.pixels.processing import apply_color_lut, apply_windowing
+from pydicom.pixels.utils import pixel_array
+from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
+
+from shards.errors import DataError
+from shards.images import MAX_PIXELS, WINDOW_PERCENTILES
+
+#: How stored values become grey levels. auto: the file's own window, else percentiles. max: 0 is black and
+#: the greatest value white (GLoRIA, MGCA). equalize: full range, then histogram equalisation (as the images
+#: of MIMIC-CXR-JPG were made; MedKLIP and LoVT do it to RSNA).
+Window = Literal["auto", "max", "equalize"]
+
+#: A window with less than this share of the pixels inside belongs to another bit depth and is ignored.
+LEAST_INSIDE = 0.01
+
+#: pip packages that decode a compressed transfer syntax, where pydicom with Pillow cannot.
+_PLUGINS = {
+    "1.2.840.10008.1.2.4.50": "pillow",
+    "1.2.840.10008.1.2.4.51": "pylibjpeg pylibjpeg-libjpeg",
+    "1.2.840.10008.1.2.4.57": "pylibjpeg pylibjpeg-libjpeg",
+    "1.2.840.10008.1.2.4.70": "pylibjpeg pylibjpeg-libjpeg",
+    "1.2.840.10008.1.2.4.80": "pylibjpeg pylibjpeg-libjpeg",
+    "1.2.840.10008.1.2.4.81": "pylibjpeg pylibjpeg-libjpeg",
+    "1.2.840.10008.1.2.4.90": "pylibjpeg pylibjpeg-openjpeg",
+    "1.2.840.10008.1.2.4.91": "pylibjpeg pylibjpeg-openjpeg",
+    "1.2.840.10008.1.2.4.201": "pylibjpeg pylibjpeg-openjpeg",
+    "1.2.840.10008.1.2.4.202": "pylibjpeg pylibjpeg-openjpeg",
+    "1.2.840.10008.1.2.4.203": "pylibjpeg pylibjpeg-openjpeg",
+}
+
+_GRAYSCALE = ("MONOCHROME1", "MONOCHROME2")
+
+#: Values that occur [V] and how often each does; from them every step is computed.
+_Values = NDArray[np.float64]
+_Counts = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Radiograph:
+    """One image of a DICOM file.
+
+    Attributes:
+        pixels: uint8 [height, width], square pixels, air dark.
+        patient_id, study_uid, series_uid, image_uid: of the header; "" where there is none.
+        view: ViewPosition ("PA", "AP", "LL", ...), upper case, or "".
+        body_part: BodyPartExamined, upper case, or "".
+        modality: "CR", "DX", ..., or "".
+    """
+
+    pixels: NDArray[np.uint8]
+    patient_id: str
+    study_uid: str
+    series_uid: str
+    image_uid: str
+    view: str
+    body_part: str
+    modality: str
+
+
+def read_dicom(data: bytes | Path, window: Window = "auto", max_pixels: int = MAX_PIXELS) -> Radiograph:
+    """Read the one image of a DICOM file.
+
+    Args:
+        data: the file, or its bytes.
+        window: see `Window`.
+        max_pixels: larger images are refused before memory is taken.
+
+    Raises:
+        DataError: no DICOM file, several frames, no pixels, too many of them, damaged, or compressed in a way
+            that needs a package which is not installed (it is named). Messages hold nothing of the header but
+            technical fields.
+    """
+    if window not in get_args(Window):
+        raise ValueError(f"window {window!r}: choose {', '.join(get_args(Window))}")
+    # pydicom warns of, and logs, values that break the standard; such values may be names of patients.
+    with warnings.catch_warnings(), _quiet("pydicom"):
+        warnings.simplefilter("ignore")
+        try:
+            return _read(data, window, max_pixels)
+        except DataError:
+            raise
+        except InvalidDicomError as error:
+            raise DataError("not a DICOM file") from error
+        except OSError as error:
+            raise DataError(f"cannot be read: {error.strerror or 'damaged'}") from error
+        except Exception as error:
+            # pydicom parses a value when it is first looked at, so a damaged file can raise almost anything
+            # anywhere; the text of such an error may hold values of the header.
+            raise DataError(f"damaged DICOM file ({type(error).__name__})") from error
+
+
+def _read(data: bytes | Path, window: Window, max_pixels: int) -> Radiograph:
+    header = _read_header(data.read_bytes() if isinstance(data, Path) else data)
+    _check(header, max_pixels)
+    pixels = _shown(_decode(header), header, window)
+    return Radiograph(
+        _with_square_pixels(pixels, header),
+        patient_id=_text(header, "PatientID"),
+        study_uid=_text(header, "StudyInstanceUID"),
+        series_uid=_text(header, "SeriesInstanceUID"),
+        image_uid=_text(header, "SOPInstanceUID"),
+        view=_text(header, "ViewPosition").upper(),
+        body_part=_text(header, "BodyPartExamined").upper(),
+        modality=_text(header, "Modality").upper(),
+    )
+
+
+class _quiet:  # noqa: N801 - reads as a verb in a with statement
+    """No log records of one library while the block runs."""
+
+    def __init__(self, name: str) -> None:
+        self._logger = logging.getLogger(name)
+
+    def __enter__(self) -> None:
+        self._disabled, self._logger.disabled = self._logger.disabled, True
+
+    def __exit__(self, *_: object) -> None:
+        self._logger.disabled = self._disabled
+
+
+def _read_header(content: bytes) -> Any:
+    file = io.BytesIO(content)
+    read_preamble(file, force=False)
+    meta = read_dataset(file, False, True, stop_when=lambda tag, _vr, _length: tag.group != 2)
+    if meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
+        raise DataError(
+            "deflated DICOM files are not read, since their size is unknown before they are unpacked; "
+            "convert them (dcmtk: dcmconv +te)"
+        )
+    return pydicom.dcmread(io.BytesIO(content))
+
+
+def _check(header: Any, max_pixels: int) -> None:
+    """Refuse what has no single gray or colour image of a sane size."""
+    rows, columns = (_number(header, name) for name in ("Rows", "Columns"))
+    if "PixelData" not in header or not rows or not columns:
+        raise DataError("DICOM file has no image")
+    frames = _number(header, "NumberOfFrames") or 1
+    if frames != 1:
+        raise DataError(f"DICOM file has {frames} frames, not one image")
+    if rows * columns > max_pixels:
+        raise DataError(f"image of {columns} x {rows} pixels is larger than the limit of {max_pixels} pixels")
+    allocated = _number(header, "BitsAllocated")
+    if allocated not in (1, 8, 16):
+        raise DataError(f"DICOM image has {allocated} bits allocated; 1, 8 and 16 are read")
+
+
+def _decode(header: Any) -> NDArray[Any]:
+    """Stored values [height, width] or colour [height, width, 3], unused bits removed."""
+    syntax = UID(header.file_meta.get("TransferSyntaxUID", ""))
+    try:
+        decoded = pixel_array(header)
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        # Only a missing decoder ends here without the decoder having looked at the pixels.
+        if syntax in _PLUGINS and "plugin" in str(error):
+            raise DataError(
+                f"compressed as {syntax.name}; to read it: pip install {_PLUGINS[syntax]}"
+            ) from error
+        raise DataError(f"pixels of a DICOM file ({syntax.name}) cannot be decoded") from error
+    expected = (header.Rows, header.Columns)
+    if decoded.shape[:2] != expected:
+        raise DataError(f"DICOM image is of {decoded.shape[:2]} pixels, its header says {expected}")
+    # pydicom takes the lowest BitsStored bits; with another HighBit the value lies further up.
+    shift = (_number(header, "HighBit") or 0) + 1 - header.BitsStored
+    if shift > 0 and not syntax.is_compressed:
+        raw = pixel_array(header, raw=True, correct_unused_bits=False)
+        mask = (1 << header.BitsStored) - 1
+        decoded = (raw.view(np.uint16 if raw.itemsize == 2 else np.uint8) >> shift) & mask
+        if header.PixelRepresentation == 1:
+            decoded = decoded.astype(np.int32)
+            decoded[decoded > mask >> 1] -= mask + 1
+    return decoded
+
+
+def _shown(stored: NDArray[Any], header: Any, window: Window) -> NDArray[np.uint8]:
+    photometric = _text(header, "PhotometricInterpretation").upper()
+    if photometric not in _GRAYSCALE:
+        return _gray(stored, header, photometric)
+    first = int(stored.min())
+    counts = np.bincount((stored.astype(np.int64) - first).reshape(-1))
+    values = _modality(np.arange(first, first + len(counts)), header)
+    shown = _WINDOWS[window](values, counts, header)
+    levels = np.clip(np.rint(shown * 255), 0, 255).astype(np.uint8)
+    if photometric == "MONOCHROME1":
+        levels = 255 - levels
+    pixels = levels[stored.astype(np.int64) - first]
+    if window == "equalize":
+        # After the inversion, as the providers of MIMIC-CXR-JPG did.
+        pixels = np.asarray(cv2.equalizeHist(pixels), dtype=np.uint8)
+    return pixels
+
+
+def _gray(stored: NDArray[Any], header: Any, photometric: str) -> NDArray[np.uint8]:
+    """Luminance of a colour image; pydicom has made RGB of its YBR already."""
+    if photometric == "PALETTE COLOR":
+        stored = apply_color_lut(stored, header)[..., :3]
+    if stored.ndim != 3 or stored.shape[2] < 3:
+        raise DataError(f"DICOM image of photometric interpretation {photometric or '(none)'} is not read")
+    if stored.dtype != np.uint8:
+        stored = (stored >> max(0, stored.dtype.itemsize * 8 - 8)).astype(np.uint8)
+    return np.asarray(cv2.cvtColor(np.ascontiguousarray(stored[..., :3]), cv2.COLOR_RGB2GRAY), dtype=np.uint8)
+
+
+def _modality(values: NDArray[np.int64], header: Any) -> _Values:
+    """Stored values to those the window is meant for: a table, or slope and intercept."""
+    if header.get("ModalityLUTSequence"):
+        return _look_up(values.astype(np.float64), header.ModalityLUTSequence[0])
+    slope, intercept = (_decimal(header, name) for name in ("RescaleSlope", "RescaleIntercept"))
+    return values.astype(np.float64) * (slope or 1.0) + (intercept or 0.0)
+
+
+def _look_up(values: _Values, item: Any) -> _Values:
+    """Apply a table of a LUT sequence.
+
+    pydicom's own look-up keeps its indices in the type of the table's entries, so that those above 255 start
+    again at 0 in a table of 8 bits.
+    """
+    entries, first, bits = (int(number) for number in item.LUTDescriptor)
+    data = item["LUTData"].value
+    table = np.frombuffer(data, dtype="<u2") if isinstance(data, bytes) else np.asarray(data)
+    entries = min(entries or 65536, len(table))
+    if first > 32767 and values.min() < 0:
+        first -= 65536  # signed, but read as unsigned
+    places = np.clip(np.rint(values).astype(np.int64) - first, 0, entries - 1)
+    return np.asarray(table[places] & ((1 << bits) - 1), dtype=np.float64)
+
+
+def _auto(values: _Values, counts: _Counts, header: Any) -> _Values:
+    """The file's table, else its first usable window, else percentiles (of more than 8 bits); in [0, 1]."""
+    if header.get("VOILUTSequence"):
+        shown = _look_up(values, header.VOILUTSequence[0])
+        if np.ptp(shown[counts > 0]) > 0:
+            return _stretched(shown, 0.0, float((1 << int(header.VOILUTSequence[0].LUTDescriptor[2])) - 1))
+    center, width = (_decimal(header, name) for name in ("WindowCenter", "WindowWidth"))
+    if center is not None and width is not None and width > 1:
+        inside = np.abs(values - center) <= width / 2
+        if counts[inside].sum() >= LEAST_INSIDE * counts.sum():
+            return _windowed(values, center, width, _text(header, "VOILUTFunction"))
+    if header.BitsStored <= 8:
+        return _stretched(values, *_modality(np.array([0, 255]), header))
+    return _by_percentiles(values, _without_padding(values, counts, header))
+
+
+def _windowed(values: _Values, center: float, width: float, function: str) -> _Values:
+    """The standard's LINEAR, LINEAR_EXACT or SIGMOID, by pydicom on a header made for it."""
+    window = pydicom.Dataset()
+    window.PhotometricInterpretation, window.PixelRepresentation = "MONOCHROME2", 0
+    window.BitsStored, window.WindowCenter, window.WindowWidth = 16, center, width
+    if function.upper() in ("LINEAR_EXACT", "SIGMOID"):
+        window.VOILUTFunction = function.upper()
+    return _stretched(apply_windowing(values, window), 0.0, 65535.0)
+
+
+def _by_percentiles(values: _Values, counts: _Counts) -> _Values:
+    """`WINDOW_PERCENTILES` of the pixels become black and white, as in `shards.images`."""
+    ranks = np.cumsum(counts)
+    low, high = (
+        float(values[np.searchsorted(ranks, share / 100 * (ranks[-1] - 1), side="right")])
+        for share in WINDOW_PERCENTILES
+    )
+    if high <= low:
+        low, high = _range(values, counts)
+    return _stretched(values, low, high)
+
+
+def _without_padding(values: _Values, counts: _Counts, header: Any) -> _Counts:
+    """Counts without the value that fills what the detector has not seen, if anything is left."""
+    padding = header.get("PixelPaddingValue")
+    if padding is None:
+        return counts
+    kept = counts.copy()
+    kept[np.isclose(values, _modality(np.array([int(padding)]), header)[0])] = 0
+    return kept if kept.any() else counts
+
+
+def _max(values: _Values, counts: _Counts, header: Any) -> _Values:
+    return _stretched(values, 0.0, _range(values, counts)[1])
+
+
+def _full_range(values: _Values, counts: _Counts, header: Any) -> _Values:
+    return _stretched(values, *_range(values, counts))
+
+
+_WINDOWS: dict[str, Callable[[_Values, _Counts, Any], _Values]] = {
+    "auto": _auto,
+    "max": _max,
+    "equalize": _full_range,
+}
+
+
+def _range(values: _Values, counts: _Counts) -> tuple[float, float]:
+    present = values[counts > 0]
+    return float(present.min()), float(present.max())
+
+
+def _stretched(values: _Values, low: float, high: float) -> _Values:
+    return np.clip((values - low) / max(high - low, 1e-12), 0.0, 1.0)
+
+
+def _with_square_pixels(pixels: NDArray[np.uint8], header: Any) -> NDArray[np.uint8]:
+    """Lengthen the side whose pixels are longer, where PixelAspectRatio (vertical, horizontal) says so."""
+    ratio = header.get("PixelAspectRatio")
+    if ratio is None or len(ratio) != 2 or min(int(side) for side in ratio) <= 0:
+        return pixels
+    vertical, horizontal = (int(side) for side in ratio)
+    if vertical == horizontal:
+        return pixels
+    height, width = pixels.shape
+    if vertical > horizontal:
+        height = round(height * vertical / horizontal)
+    else:
+        width = round(width * horizontal / vertical)
+    if height * width > MAX_PIXELS:
+        raise DataError(f"DICOM pixels of ratio {vertical}:{horizontal} make an image of {width} x {height}")
+    resized = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_LINEAR)
+    return np.asarray(resized, dtype=np.uint8)
+
+
+def _text(header: Any, name: str) -> str:
+    value = header.get(name)
+    return "" if value is None else str(value).strip()
+
+
+def _number(header: Any, name: str) -> int | None:
+    value = header.get(name)
+    try:
+        return None if value is None else int(value)
+    except (TypeError, ValueError):
+        raise DataError(f"DICOM field {name} is no number") from None
+
+
+def _decimal(header: Any, name: str) -> float | None:
+    """The first of one or several numbers; None where there is none, or it is not finite."""
+    value = header.get(name)
+    if value is None or value == "":
+        return None
+    try:
+        number = float(value[0] if isinstance(value, (list, pydicom.multival.MultiValue)) else value)
+    except (TypeError, ValueError, IndexError):
+        return None
+    return number if np.isfinite(number) else None
