@@ -34,7 +34,7 @@ class EncodedPair(NamedTuple):
 class Alignment(Objective, abc.ABC):
     """Heads and losses of a method on top of the two encoders, which it does not own.
 
-    Alignments of different methods can share one pair of encoders (`medvlp.methods.combination`).
+    Alignments of different methods can share one pair of encoders (`medvlp.methods.combination.method`).
 
     Attributes:
         image_attention, text_attention: whether `forward` needs the encoders' attention maps.

@@ -1,26 +1,28 @@
-"""Methods by name. Adding one: its file with `@register(...)`, its YAML, and one line in `MODULES`."""
+"""Methods by name: those of the folders beside this file, and those of other installed packages.
+
+A method registers itself with `@register(...)` when its module is imported. Here that is `method.py` of every
+folder; elsewhere it is what a package declares as an entry point of the group `medvlp.methods`, or what was
+imported before.
+"""
 
 from __future__ import annotations
 
 import importlib
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
 from typing import TypeVar
 
+import medvlp.methods
 from medvlp.config import Config, MethodConfig
 from medvlp.config_files import ConfigError
 from medvlp.methods.base import Method
 from shards.errors import MedvlpError
 
-#: Modules that register a method when they are imported.
-MODULES = (
-    "medvlp.methods.mgca",
-    "medvlp.methods.mpma",
-    "medvlp.methods.place",
-    "medvlp.methods.medslip",
-    "medvlp.methods.prior",
-    "medvlp.methods.combination",
-)
+#: Entry points of this group name a module that registers a method when it is imported.
+GROUP = "medvlp.methods"
 
 Build = Callable[[Config, int], Method]
 BuildType = TypeVar("BuildType", bound=Build)
@@ -33,6 +35,12 @@ class UnknownMethodError(MedvlpError, KeyError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+class BrokenMethodError(MedvlpError):
+    """A package declares a method that cannot be imported; the message names it."""
+
+    exit_code = 2
 
 
 @dataclass(frozen=True)
@@ -69,9 +77,23 @@ def register(
 
 
 def _entries() -> dict[str, Entry]:
-    for module in MODULES:
-        importlib.import_module(module)
+    _import_methods()
     return REGISTRY
+
+
+@cache
+def _import_methods() -> None:
+    for found in pkgutil.iter_modules(medvlp.methods.__path__, f"{medvlp.methods.__name__}."):
+        if found.ispkg:
+            importlib.import_module(f"{found.name}.method")
+    for point in entry_points(group=GROUP):
+        try:
+            point.load()
+        except Exception as error:  # of somebody else's package: anything can come
+            raise BrokenMethodError(
+                f"the method {point.name!r} of an installed package cannot be imported from {point.value} "
+                f"({type(error).__name__}: {error}): mend or uninstall the package"
+            ) from error
 
 
 def schemas() -> dict[str, type[MethodConfig]]:

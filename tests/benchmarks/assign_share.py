@@ -25,7 +25,7 @@ from rich.table import Table
 from medvlp.config import Config
 from medvlp.data.batch import Batch, Text
 from medvlp.losses.normalise import unit_norm
-from medvlp.methods.mgca_config import MGCAConfig
+from medvlp.methods.mgca.config import MGCAConfig
 from medvlp.methods.registry import build_method
 from medvlp.prototypes.running_bias import RunningBias
 from medvlp.prototypes.table import PrototypeTable

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from _measure import Comparison, compare
 from torch import Tensor
 
-from medvlp.losses.entities import prototype_contrast, sample_negatives
-from medvlp.methods.medslip_objective import TextProjection
+from medvlp.methods.medslip.losses import TextProjection
+from medvlp.methods.medslip.terms import prototype_contrast, sample_negatives
 from shards.entities.vocabulary import ANATOMIES, OBSERVATIONS
 
 WIDTH, TEXT, NEGATIVES = 256, 768, 7

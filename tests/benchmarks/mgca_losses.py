@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from medvlp.data.batch import Text
 from medvlp.encoders.words import aggregate_words
-from medvlp.methods.mgca_config import MGCAConfig
-from medvlp.methods.mgca_objective import MGCAEmbeddings, MGCAObjective, MGCATokens
+from medvlp.methods.mgca.config import MGCAConfig
+from medvlp.methods.mgca.losses import MGCAEmbeddings, MGCALosses, MGCATokens
 
 #: Published sizes: 196 patches, 112 tokens, embeddings of 128, hidden states of 768, 500 prototypes.
 PATCHES, TOKENS, EMBEDDING, HIDDEN = 196, 112, 128, 768
@@ -63,7 +63,7 @@ def tensors(batch: int) -> tuple[MGCAEmbeddings, Tensor, list[Tensor]]:
 
 def objective_vectorised(batch: int) -> tuple[Callable[[], Tensor], list[Tensor]]:
     embeddings, prototypes, leaves = tensors(batch)
-    objective = MGCAObjective(CONFIG)
+    objective = MGCALosses(CONFIG)
     assert objective.prototypes is not None
     objective.prototypes.set(prototypes)
     return lambda: objective(embeddings)["loss"], leaves

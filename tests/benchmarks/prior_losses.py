@@ -24,12 +24,10 @@ from _measure import Comparison, compare
 from torch import Tensor, nn
 
 from medvlp.data.batch import Text
-from medvlp.encoders.attention_pool import AttentionPool
-from medvlp.encoders.local_attention import LocalCrossAttention
 from medvlp.encoders.sentences import sentence_means
 from medvlp.losses.normalise import unit_norm
-from medvlp.losses.sentence_contrast import sentence_contrast
-from medvlp.losses.simsiam import simsiam
+from medvlp.methods.prior.attention import AttentionPool, LocalCrossAttention
+from medvlp.methods.prior.terms import sentence_contrast, simsiam
 
 SCALE = 1 / 0.07
 

@@ -23,7 +23,7 @@ from medvlp.evaluation.report import results
 from medvlp.export.errors import ExportError
 from medvlp.export.folder import new_folder
 from medvlp.methods.base import Method
-from medvlp.methods.mgca_config import MGCAConfig
+from medvlp.methods.mgca.config import MGCAConfig
 from medvlp.methods.registry import REGISTRY, Entry
 from medvlp.training.errors import CheckpointError, RunFolderError
 from shards.reader import ShardReader

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from medvlp.losses.contrastive import contrastive_logits, in_batch_accuracy, paired_cross_entropy
 from medvlp.losses.cross_attention import clamped_weights, own_context_loss, patch_loss, word_loss
 from medvlp.losses.normalise import unit_norm
-from medvlp.losses.prototype import soft_cross_entropy, swapped_prediction
+from medvlp.methods.mgca.losses import soft_cross_entropy, swapped_prediction
 
 
 def test_unit_norm_of_zero_vectors() -> None:

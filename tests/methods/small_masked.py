@@ -11,10 +11,10 @@ from torch import Tensor
 from medvlp.config import Config
 from medvlp.data.batch import Batch
 from medvlp.methods.base import Method
-from medvlp.methods.combination_config import CombinationConfig
-from medvlp.methods.mgca_config import MGCAConfig
-from medvlp.methods.place_config import PLACEConfig
-from medvlp.methods.prior_config import PRIORConfig
+from medvlp.methods.combination.config import CombinationConfig
+from medvlp.methods.mgca.config import MGCAConfig
+from medvlp.methods.place.config import PLACEConfig
+from medvlp.methods.prior.config import PRIORConfig
 from medvlp.methods.registry import build_method
 from medvlp.prototypes.table import PrototypeTable
 from tests.methods import small_medslip, small_mgca, small_mpma, small_place, small_prior

@@ -13,8 +13,8 @@ from torch import Tensor
 from medvlp.config import Config
 from medvlp.data.batch import Batch
 from medvlp.data.text import Tokenizer
-from medvlp.methods.medslip import MeDSLIP
-from medvlp.methods.medslip_config import MeDSLIPConfig
+from medvlp.methods.medslip.config import MeDSLIPConfig
+from medvlp.methods.medslip.method import MeDSLIP
 from medvlp.methods.registry import build_method
 from shards.entities.vocabulary import ANATOMIES, DESCRIPTIONS, OBSERVATIONS
 from tests.methods.small_mgca import IMAGES, SIZE

@@ -9,7 +9,7 @@ import torch
 
 from medvlp.config import Config
 from medvlp.data.batch import Batch, Text
-from medvlp.methods.mgca_config import MGCAConfig
+from medvlp.methods.mgca.config import MGCAConfig
 from medvlp.methods.pair import PairMethod
 from medvlp.methods.registry import build_method
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from medvlp.config import Config
-from medvlp.methods.mpma import MPMA
-from medvlp.methods.mpma_config import MPMAConfig
+from medvlp.methods.mpma.config import MPMAConfig
+from medvlp.methods.mpma.method import MPMA
 from medvlp.methods.registry import build_method
 from tests.methods.small_mgca import IMAGES, SIZE, TEXT, VOCABULARY
 

@@ -9,7 +9,7 @@ import torch
 from medvlp.config import Config
 from medvlp.data.batch import Batch
 from medvlp.methods.pair import PairMethod
-from medvlp.methods.place_config import PLACEConfig
+from medvlp.methods.place.config import PLACEConfig
 from medvlp.methods.registry import build_method
 from tests.methods import small_mgca
 from tests.methods.small_mgca import VOCABULARY, small_batch

@@ -9,8 +9,8 @@ import torch
 from medvlp.config import Config
 from medvlp.data.batch import Batch, Text
 from medvlp.methods.pair import PairMethod
-from medvlp.methods.prior import PRIOR
-from medvlp.methods.prior_config import PRIORConfig
+from medvlp.methods.prior.config import PRIORConfig
+from medvlp.methods.prior.method import PRIOR
 from medvlp.methods.registry import build_method
 from tests.methods.small_mgca import SIZE, VOCABULARY, small_config
 

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from medvlp.config_files import ConfigError
 from medvlp.losses.normalise import unit_norm
-from medvlp.methods.mgca_config import MGCAConfig
-from medvlp.methods.place_config import PLACEConfig
-from medvlp.methods.place_objective import observation_terms
+from medvlp.methods.mgca.config import MGCAConfig
+from medvlp.methods.place.config import PLACEConfig
+from medvlp.methods.place.losses import observation_terms
 from tests.methods.small_masked import (
     CLUSTERS,
     METHODS,

@@ -11,7 +11,7 @@ import torch
 from medvlp.config import OptimizerConfig
 from medvlp.distributed import rank
 from medvlp.methods.base import Progress
-from medvlp.methods.mgca_config import MGCAConfig
+from medvlp.methods.mgca.config import MGCAConfig
 from medvlp.prototypes.table import PrototypeTable
 from medvlp.training.batch_plan import BatchPlan
 from medvlp.training.engine import Engine

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from medvlp.config import MethodConfig, key
-from medvlp.methods.mgca_config import MGCAConfig
-from medvlp.methods.place_config import PLACEConfig
-from medvlp.methods.prior_config import PRIORConfig
+from medvlp.methods.mgca.config import MGCAConfig
+from medvlp.methods.place.config import PLACEConfig
+from medvlp.methods.prior.config import PRIORConfig
 
 
 @dataclass

@@ -14,11 +14,11 @@ from medvlp.data.batch import Text
 from medvlp.encoders.image import ImageEncoder, ImageFeatures
 from medvlp.encoders.text import TextEncoder, TextFeatures
 from medvlp.methods.base import Objective, Progress
-from medvlp.methods.combination_config import CombinationConfig
-from medvlp.methods.mgca import MGCA
+from medvlp.methods.combination.config import CombinationConfig
+from medvlp.methods.mgca.method import MGCA
 from medvlp.methods.pair import Alignment, EncodedPair, PairMethod, build_encoders
-from medvlp.methods.place import PLACE
-from medvlp.methods.prior import PRIOR
+from medvlp.methods.place.method import PLACE
+from medvlp.methods.prior.method import PRIOR
 from medvlp.methods.registry import register
 
 PartConfig = TypeVar("PartConfig", bound=MethodConfig)

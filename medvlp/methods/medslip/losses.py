@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from medvlp import distributed
-from medvlp.losses.entities import (
+from medvlp.losses.normalise import at_least_float32, unit_norm
+from medvlp.methods.medslip.config import MeDSLIPConfig
+from medvlp.methods.medslip.terms import (
     existence_labels,
     existence_loss,
     prototype_contrast,
@@ -16,8 +18,6 @@ from medvlp.losses.entities import (
     relation_scores,
     sample_negatives,
 )
-from medvlp.losses.normalise import at_least_float32, unit_norm
-from medvlp.methods.medslip_config import MeDSLIPConfig
 
 
 class Read(NamedTuple):
@@ -82,7 +82,7 @@ class TextProjection(nn.Linear):
         return products * squared_length.clamp(min=1e-12).rsqrt()[..., None]
 
 
-class MeDSLIPObjective(nn.Module):
+class MeDSLIPLosses(nn.Module):
     """Existence, prototype and relation losses of both streams (MeDSLIP; published code, `loss_*`).
 
     Args:
@@ -105,7 +105,7 @@ class MeDSLIPObjective(nn.Module):
 
         Args:
             read: of this rank's samples.
-            matrix: [B, A, P], see `medvlp.losses.entities`; not changed.
+            matrix: [B, A, P], see `medvlp.methods.medslip.terms`; not changed.
             negatives: of the prototype losses; None: drawn here.
         """
         config = self.config

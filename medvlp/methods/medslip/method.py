@@ -15,14 +15,13 @@ from medvlp.data.text import Tokenizer
 from medvlp.encoders.errors import EncoderError
 from medvlp.encoders.image import ImageEncoder, ImageFeatures
 from medvlp.encoders.positions import sincos_positions
-from medvlp.encoders.query_decoder import Decoded, QueryDecoder
 from medvlp.encoders.text import TextEncoder
 from medvlp.losses.normalise import unit_norm
 from medvlp.methods.base import Method
-from medvlp.methods.medslip_book import TextBook
-from medvlp.methods.medslip_config import MeDSLIPConfig
-from medvlp.methods.medslip_objective import MeDSLIPObjective, Negatives, Read
-from medvlp.methods.medslip_streams import Streams, TwoStreams
+from medvlp.methods.medslip.book import TextBook
+from medvlp.methods.medslip.config import MeDSLIPConfig
+from medvlp.methods.medslip.losses import MeDSLIPLosses, Negatives, Read
+from medvlp.methods.medslip.modules import Decoded, QueryDecoder, Streams, TwoStreams
 from medvlp.methods.pair import build_encoders_of
 from medvlp.methods.registry import register
 
@@ -66,7 +65,7 @@ class MeDSLIP(Method):
         self.anatomy_decoder = QueryDecoder(*sizes)
         if config.shared_norm:
             self.anatomy_decoder.norm = self.pathology_decoder.norm
-        self.objective = MeDSLIPObjective(config, text.width)
+        self.objective = MeDSLIPLosses(config, text.width)
         own = self.streams, self.queries, self.pathology_decoder, self.anatomy_decoder, self.objective
         for part in own:
             part.apply(_normal_start if config.initialisation == "normal" else _scaled_start)

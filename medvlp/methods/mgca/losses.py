@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 from medvlp import distributed
 from medvlp.losses.cross_attention import clamped_weights, patch_loss, word_loss
-from medvlp.losses.normalise import unit_norm
-from medvlp.losses.prototype import swapped_prediction
+from medvlp.losses.normalise import at_least_float32, unit_norm
 from medvlp.losses.sinkhorn import sinkhorn
 from medvlp.methods.instance_contrast import instance_contrast
-from medvlp.methods.mgca_config import MGCAConfig
+from medvlp.methods.mgca.config import MGCAConfig
 from medvlp.prototypes.learned import LearnedPrototypes
 from medvlp.prototypes.table import PrototypeTable
 
@@ -43,7 +42,7 @@ class MGCAEmbeddings(NamedTuple):
     tokens: MGCATokens | None = None
 
 
-class MGCAObjective(nn.Module):
+class MGCALosses(nn.Module):
     """Instance-wise, token-wise and prototype alignment (MGCA, NeurIPS 2022, sections 3.1 to 3.3).
 
     Holds the learned prototypes; `frozen` keeps them as they are.
@@ -138,3 +137,38 @@ class MGCAObjective(nn.Module):
             reduce = distributed.logsumexp_over_ranks
             return sinkhorn(scores, config.sinkhorn_epsilon, config.sinkhorn_iterations, reduce)
         return sinkhorn(scores, config.sinkhorn_epsilon, config.sinkhorn_iterations)
+
+
+def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over rows of -sum_k targets[k] * log softmax(logits)[k].
+
+    Args:
+        logits: [B, K].
+        targets: [B, K] probabilities, rows sum to 1; no gradient flows to them.
+
+    Returns:
+        0-d loss.
+    """
+    return -(targets.detach() * at_least_float32(logits).log_softmax(1)).sum(1).mean()
+
+
+def swapped_prediction(
+    image_scores: Tensor,
+    text_scores: Tensor,
+    image_codes: Tensor,
+    text_codes: Tensor,
+    temperature: float = 0.2,
+) -> Tensor:
+    """Half the sum of: texts predict the images' codes, images predict the texts' codes.
+
+    Args:
+        image_scores, text_scores: [B, K] cosine similarities with the prototypes.
+        image_codes, text_codes: [B, K] assignments of the same samples.
+        temperature: of the predicted distributions.
+
+    Returns:
+        0-d loss. (MGCA section 3.3, eq. 8 with the minus sign the paper lacks.)
+    """
+    text_to_image = soft_cross_entropy(text_scores / temperature, image_codes)
+    image_to_text = soft_cross_entropy(image_scores / temperature, text_codes)
+    return 0.5 * (text_to_image + image_to_text)

@@ -14,8 +14,8 @@ from medvlp.encoders.text import TextEncoder, TextFeatures
 from medvlp.encoders.words import aggregate_words
 from medvlp.losses.normalise import unit_norm
 from medvlp.methods.base import Progress
-from medvlp.methods.mgca_config import MGCAConfig
-from medvlp.methods.mgca_objective import MGCAEmbeddings, MGCAObjective, MGCATokens
+from medvlp.methods.mgca.config import MGCAConfig
+from medvlp.methods.mgca.losses import MGCAEmbeddings, MGCALosses, MGCATokens
 from medvlp.methods.pair import Alignment, EncodedPair, PairMethod, build_encoders
 from medvlp.methods.registry import register
 
@@ -42,7 +42,7 @@ class MGCA(Alignment):
         sizes = (config.head_hidden, config.embedding, synchronise)
         self.image_head = ProjectionHead(image.width, *sizes)
         self.report_head = ProjectionHead(text.width, *sizes)
-        self.objective = MGCAObjective(config)
+        self.objective = MGCALosses(config)
         if config.token_weight > 0:
             self.patch_head = ProjectionHead(image.local_width, *sizes)
             self.word_head = ProjectionHead(text.width, *sizes)

@@ -13,7 +13,7 @@ from medvlp.encoders.projection import ProjectionHead
 from medvlp.losses.cross_attention import patch_loss, word_loss
 from medvlp.losses.normalise import at_least_float32, unit_norm
 from medvlp.methods.instance_contrast import instance_contrast
-from medvlp.methods.mpma_config import MPMAConfig
+from medvlp.methods.mpma.config import MPMAConfig
 from medvlp.prototypes.false_negatives import NOTHING_EXCLUDED, Exclusion
 
 

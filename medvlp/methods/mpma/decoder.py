@@ -7,10 +7,9 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from medvlp.encoders.errors import EncoderError
-from medvlp.encoders.masking import PatchMask
-from medvlp.encoders.memory_attention import check_heads
-from medvlp.encoders.memory_fusion import FusionLayer
 from medvlp.encoders.positions import sincos_positions
+from medvlp.methods.mpma.fusion import FusionLayer, check_heads
+from medvlp.methods.mpma.masking import PatchMask
 
 
 class ImageDecoder(nn.Module):

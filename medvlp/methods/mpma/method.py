@@ -20,10 +20,20 @@ from medvlp.config_files import ConfigError
 from medvlp.data.batch import Batch, Text
 from medvlp.encoders.errors import EncoderError
 from medvlp.encoders.image import ImageFeatures
-from medvlp.encoders.image_decoder import ImageDecoder
-from medvlp.encoders.masked_image import MaskedImageEncoder
-from medvlp.encoders.masked_text import MaskedTextEncoder
-from medvlp.encoders.masking import (
+from medvlp.encoders.text import TextFeatures
+from medvlp.methods.base import Method, Progress
+from medvlp.methods.mpma.alignment import GlobalLocalAlignment
+from medvlp.methods.mpma.config import MPMAConfig
+from medvlp.methods.mpma.decoder import ImageDecoder
+from medvlp.methods.mpma.encoders import MaskedImageEncoder, MaskedTextEncoder
+from medvlp.methods.mpma.fusion import MemoryFusion
+from medvlp.methods.mpma.losses import (
+    masked_patch_loss,
+    masked_token_accuracy,
+    masked_token_loss,
+    patch_targets,
+)
+from medvlp.methods.mpma.masking import (
     PATCHES,
     WORDS,
     PatchMask,
@@ -32,17 +42,6 @@ from medvlp.encoders.masking import (
     is_word,
     sample_noise,
 )
-from medvlp.encoders.memory_fusion import MemoryFusion
-from medvlp.encoders.text import TextFeatures
-from medvlp.losses.masked_reconstruction import (
-    masked_patch_loss,
-    masked_token_accuracy,
-    masked_token_loss,
-    patch_targets,
-)
-from medvlp.methods.base import Method, Progress
-from medvlp.methods.mpma_alignment import GlobalLocalAlignment
-from medvlp.methods.mpma_config import MPMAConfig
 from medvlp.methods.pair import build_encoders_of
 from medvlp.methods.registry import register
 

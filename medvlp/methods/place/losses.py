@@ -8,7 +8,8 @@ from torch import Tensor
 from medvlp import distributed
 from medvlp.losses.cross_attention import patch_loss, word_loss
 from medvlp.losses.normalise import unit_norm
-from medvlp.losses.observation_alignment import (
+from medvlp.methods.place.config import PLACEConfig
+from medvlp.methods.place.terms import (
     ObservationPairs,
     allowed_negatives,
     hungarian_pairs,
@@ -16,7 +17,6 @@ from medvlp.losses.observation_alignment import (
     observation_contrast,
     soft_pairs,
 )
-from medvlp.methods.place_config import PLACEConfig
 
 
 def observation_terms(

@@ -8,22 +8,25 @@ from torch import Tensor
 from medvlp.config import Config
 from medvlp.config_files import ConfigError
 from medvlp.data.batch import Text
-from medvlp.encoders.correlation import ConditionedPatches
 from medvlp.encoders.image import ImageEncoder, ImageFeatures
-from medvlp.encoders.observations import ObservationExtractor
 from medvlp.encoders.projection import ProjectionHead
 from medvlp.encoders.sentences import sentence_means
 from medvlp.encoders.text import TextEncoder, TextFeatures
-from medvlp.encoders.token_pool import TokenPool
 from medvlp.encoders.words import aggregate_words
 from medvlp.losses.normalise import unit_norm
-from medvlp.losses.observation_alignment import diversity_penalty
-from medvlp.losses.patch_correlation import correlation_loss, feature_correlation, pixel_correlation
 from medvlp.methods.base import Progress
 from medvlp.methods.instance_contrast import instance_contrast
 from medvlp.methods.pair import Alignment, EncodedPair, PairMethod, build_encoders
-from medvlp.methods.place_config import PLACEConfig
-from medvlp.methods.place_objective import observation_terms, token_terms
+from medvlp.methods.place.config import PLACEConfig
+from medvlp.methods.place.correlation import ConditionedPatches
+from medvlp.methods.place.losses import observation_terms, token_terms
+from medvlp.methods.place.observations import ObservationExtractor, TokenPool
+from medvlp.methods.place.terms import (
+    correlation_loss,
+    diversity_penalty,
+    feature_correlation,
+    pixel_correlation,
+)
 from medvlp.methods.registry import register
 from medvlp.prototypes.false_negatives import NOTHING_EXCLUDED
 
@@ -91,7 +94,7 @@ class PLACE(Alignment):
 
         These are "instance", "observation", "diversity", "correlation", "word" and "patch". Besides them:
         "retrieval/top1" and "retrieval/top5" (see MGCA), "observation/similarity" and
-        "observation/excluded" (see `place_objective.observation_terms`), and the figures of
+        "observation/excluded" (see `losses.observation_terms`), and the figures of
         `Objective.share_embeddings`.
         """
         config, (image, text, batch) = self.config, pair[:3]

@@ -1,4 +1,4 @@
-"""Query tokens that read observations out of the patches of an image."""
+"""Query tokens that read observations out of an image's patches; reports as one vector of many tokens."""
 
 from __future__ import annotations
 
@@ -60,3 +60,32 @@ class ObservationExtractor(nn.Module):
         for number, layer in enumerate(self.layers, start=1):
             queries, weights = layer(queries, memory, weights=attention and number == len(self.layers))
         return Observations(self.norm(queries), weights)
+
+
+class TokenPool(nn.Module):
+    """Weighted mean of tokens; one linear layer gives the logarithm of each token's weight.
+
+    Starts as the plain mean over the valid tokens.
+
+    Args:
+        width: of the tokens.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.score = nn.Linear(width, 1, bias=False)
+        nn.init.zeros_(self.score.weight)
+
+    def forward(self, tokens: Tensor, valid: Tensor) -> Tensor:
+        """[B, L, width] tokens -> [B, width].
+
+        Args:
+            tokens: what is pooled.
+            valid: [B, L] bool; other tokens get no weight. The first always takes part, so that a text of
+                nothing but padding stays finite.
+        """
+        first = torch.arange(valid.shape[1], device=valid.device) == 0
+        scores = self.score(tokens)[..., 0].float().masked_fill(~(valid | first), -torch.inf)
+        weights = scores.softmax(1).to(tokens.dtype)
+        pooled: Tensor = weights[:, None] @ tokens
+        return pooled[:, 0]

@@ -10,23 +10,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medvlp import distributed
-from medvlp.encoders.attention_pool import AttentionPool
 from medvlp.encoders.batch_norm import GlobalBatchNorm
-from medvlp.encoders.learned_scale import LearnedScale
-from medvlp.encoders.local_attention import LocalContext, LocalCrossAttention
-from medvlp.encoders.sentence_decoder import SentenceDecoder
-from medvlp.encoders.upsampling import UpsamplingDecoder
 from medvlp.losses.contrastive import contrastive_logits, in_batch_accuracy, paired_cross_entropy
-from medvlp.losses.masked_mean import masked_mean
 from medvlp.losses.normalise import at_least_float32, unit_norm
-from medvlp.losses.prototype import score_divergence
-from medvlp.losses.sentence_contrast import sentence_contrast
-from medvlp.losses.set_prediction import reorder, set_distance
-from medvlp.losses.simsiam import simsiam
-from medvlp.methods.prior_config import PRIORConfig
-from medvlp.methods.prior_layout import feature_map
+from medvlp.methods.prior.attention import AttentionPool, LocalContext, LocalCrossAttention
+from medvlp.methods.prior.bank import BankedSentences, SentenceBank, gumbel_noise
+from medvlp.methods.prior.config import PRIORConfig
+from medvlp.methods.prior.decoders import SentenceDecoder, UpsamplingDecoder
+from medvlp.methods.prior.modules import LearnedScale, feature_map
+from medvlp.methods.prior.terms import (
+    masked_mean,
+    reorder,
+    score_divergence,
+    sentence_contrast,
+    set_distance,
+    simsiam,
+)
 from medvlp.prototypes.false_negatives import NOTHING_EXCLUDED, Exclusion
-from medvlp.prototypes.sentence_bank import BankedSentences, SentenceBank, gumbel_noise
 
 #: Terms that need sentences from the bank whatever the stage.
 _BANKED = {"bank", "sentence", "score", "generated"}
@@ -56,7 +56,7 @@ class PRIORParts(NamedTuple):
     noise: tuple[Tensor, Tensor] | None = None
 
 
-class PRIORObjective(nn.Module):
+class PRIORLosses(nn.Module):
     """Global and local alignment, sentence bank, image and sentence decoders (PRIOR, ICCV 2023).
 
     Only the parts that some term of the stages to come needs are built.

@@ -13,17 +13,16 @@ from torch import Tensor, nn
 from medvlp.config import Config
 from medvlp.config_files import ConfigError
 from medvlp.data.batch import Batch, Text
-from medvlp.encoders.attention_pool import AttentionPool
 from medvlp.encoders.image import ImageEncoder, ImageFeatures, normalise_image
-from medvlp.encoders.linear_head import LinearHead
 from medvlp.encoders.sentences import sentence_means
 from medvlp.encoders.text import TextEncoder, TextFeatures
 from medvlp.losses.normalise import unit_norm
 from medvlp.methods.base import Progress
 from medvlp.methods.pair import Alignment, EncodedPair, PairMethod, build_encoders
-from medvlp.methods.prior_config import STAGES, PRIORConfig
-from medvlp.methods.prior_layout import patch_vectors
-from medvlp.methods.prior_objective import PRIORObjective, PRIORParts
+from medvlp.methods.prior.attention import AttentionPool
+from medvlp.methods.prior.config import STAGES, PRIORConfig
+from medvlp.methods.prior.losses import PRIORLosses, PRIORParts
+from medvlp.methods.prior.modules import LinearHead, patch_vectors
 from medvlp.methods.registry import register
 
 _NO_SHARED_SPACE = "with method.global_weights of 0 PRIOR has no embeddings of images and reports"
@@ -56,7 +55,7 @@ class PRIOR(Alignment):
         stages = self._stages()
         self.patch_projection = _head(image.local_width, config)
         self.sentence_projection = _head(text.width, config)
-        self.objective = PRIORObjective(config, stages, image.grid, self.size)
+        self.objective = PRIORLosses(config, stages, image.grid, self.size)
         self.image_pool: AttentionPool | None = None
         if self._embeds_images(stages):
             places = image.grid[0] * image.grid[1]

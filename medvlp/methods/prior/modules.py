@@ -1,10 +1,14 @@
-"""A linear projection, optionally followed by a batch norm."""
+"""PRIOR's small parts: a linear projection, a learned scale, and the order in which patches lie in memory."""
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor, nn
 
 from medvlp.encoders.batch_norm import GlobalBatchNorm
+from medvlp.methods.prior.config import PRIORConfig
 
 
 class LinearHead(nn.Module):
@@ -37,3 +41,43 @@ class LinearHead(nn.Module):
             return projected
         normalised: Tensor = self.norm(projected.movedim(-1, 1), mask)
         return normalised.movedim(1, -1)
+
+
+class LearnedScale(nn.Module):
+    """exp(log_scale), the inverse of a temperature, as CLIP learns it; not limited.
+
+    Args:
+        temperature: positive, what training starts from.
+    """
+
+    def __init__(self, temperature: float) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.full((1,), math.log(1 / temperature)))
+
+    def forward(self, values: Tensor, exponential: bool = True) -> Tensor:
+        """Scale values of any shape.
+
+        Args:
+            values: float32 or better.
+            exponential: false multiplies with the logarithm of the factor (PRIOR's published zero-shot code).
+        """
+        log_scale = self.log_scale.to(values.dtype)
+        return values * (log_scale.exp() if exponential else log_scale)
+
+
+def patch_vectors(local: Tensor, config: PRIORConfig) -> Tensor:
+    """[B, P, D] local features in the order of the grid -> the vectors that count as patches.
+
+    With `local_layout: official_view` the buffer of the [B, D, rows, columns] map is cut into P slices, so
+    that a vector holds about D / P channels at all places.
+    """
+    if config.local_layout == "correct":
+        return local
+    return local.transpose(1, 2).reshape(local.shape)
+
+
+def feature_map(patches: Tensor, grid: tuple[int, int], config: PRIORConfig) -> Tensor:
+    """[B, P, D] patches -> [B, D, rows, columns] for convolutions; mistaken in the same way, or sound."""
+    if config.local_layout == "correct":
+        return patches.transpose(1, 2).reshape(len(patches), -1, *grid)
+    return patches.reshape(len(patches), -1, *grid)

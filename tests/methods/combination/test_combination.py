@@ -11,11 +11,11 @@ import torch
 from medvlp.config import Config
 from medvlp.config_files import ConfigError, load
 from medvlp.methods.base import Progress
-from medvlp.methods.combination_config import CombinationConfig
-from medvlp.methods.mgca_config import MGCAConfig
+from medvlp.methods.combination.config import CombinationConfig
+from medvlp.methods.mgca.config import MGCAConfig
 from medvlp.methods.pair import PairMethod
-from medvlp.methods.place_config import PLACEConfig
-from medvlp.methods.prior_config import PRIORConfig
+from medvlp.methods.place.config import PLACEConfig
+from medvlp.methods.prior.config import PRIORConfig
 from medvlp.methods.registry import build_method, schemas
 from tests.methods import small_mgca
 from tests.methods.gradients import assert_equal_gradients, averaged_gradients

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from medvlp.losses.entities import (
+from medvlp.methods.medslip.terms import (
     existence_labels,
     existence_loss,
     prototype_contrast,

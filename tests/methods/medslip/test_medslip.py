@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from medvlp.config_files import load
 from medvlp.encoders.errors import EncoderError
-from medvlp.encoders.query_decoder import QueryDecoder
-from medvlp.methods.medslip_config import MeDSLIPConfig
+from medvlp.methods.medslip.config import MeDSLIPConfig
+from medvlp.methods.medslip.modules import QueryDecoder
 from medvlp.methods.registry import build_method, reads_entities, schemas
 from shards.entities.vocabulary import DESCRIPTIONS, OBSERVATIONS
 from tests.methods.small_medslip import (
@@ -26,7 +26,7 @@ from tests.methods.small_medslip import (
     tokenizer,
 )
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 OFFICIAL = {
     "gate": "linear", "initialisation": "normal", "shared_norm": True, "negatives": "local",
     "batch_norm": "local", "prototype_normalise": False, "prototype_temperature": 1.0,

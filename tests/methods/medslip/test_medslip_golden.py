@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from medvlp.config import Config
-from medvlp.encoders.query_decoder import Decoded, QueryDecoder
-from medvlp.losses.entities import existence_labels
-from medvlp.methods.medslip import MeDSLIP, build, fuse_anatomies, mean_attention
-from medvlp.methods.medslip_config import MeDSLIPConfig
-from medvlp.methods.medslip_objective import MeDSLIPObjective, Negatives, Read
-from medvlp.methods.medslip_streams import TwoStreams
+from medvlp.methods.medslip.config import MeDSLIPConfig
+from medvlp.methods.medslip.losses import MeDSLIPLosses, Negatives, Read
+from medvlp.methods.medslip.method import MeDSLIP, build, fuse_anatomies, mean_attention
+from medvlp.methods.medslip.modules import Decoded, QueryDecoder, TwoStreams
+from medvlp.methods.medslip.terms import existence_labels
 from tests.golden_files import Golden, every
 from tests.methods.small_medslip import small_batch
 
@@ -39,9 +38,9 @@ def negatives_of(golden: Golden) -> Negatives:
     return Negatives(golden("index_pathology")[..., 1:], golden("index_anatomy")[..., 1:])
 
 
-def objective_of(golden: Golden) -> tuple[MeDSLIPObjective, Read]:
+def objective_of(golden: Golden) -> tuple[MeDSLIPLosses, Read]:
     books = golden("pathology_book"), golden("anatomy_book")
-    objective = MeDSLIPObjective(MeDSLIPConfig(**PUBLISHED), books[0].shape[1]).eval()
+    objective = MeDSLIPLosses(MeDSLIPConfig(**PUBLISHED), books[0].shape[1]).eval()
     names = {"projection": "cl_fc", "existence": "classifier"}
     with torch.no_grad():
         for ours, published in names.items():

@@ -10,11 +10,11 @@ from omegaconf import OmegaConf
 
 from medvlp.config import Config
 from medvlp.config_files import load
-from medvlp.methods.mgca_config import MGCAConfig
+from medvlp.methods.mgca.config import MGCAConfig
 from medvlp.methods.registry import build_method, schemas
 from tests.methods.small_mgca import VOCABULARY, small_batch
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 NEEDED = ["run.dir=/tmp/run", "data.root=/tmp/data"]
 
 

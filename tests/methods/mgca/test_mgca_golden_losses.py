@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from medvlp.methods.mgca_config import MGCAConfig
-from medvlp.methods.mgca_objective import MGCAEmbeddings, MGCAObjective, MGCATokens
+from medvlp.methods.mgca.config import MGCAConfig
+from medvlp.methods.mgca.losses import MGCAEmbeddings, MGCALosses, MGCATokens
 from tests.golden_files import Golden, every
 
 # float64 agrees to rounding; in float32 the published code itself errs by about 1e-5 (exp(x / 0.05)).
@@ -17,7 +17,7 @@ TOLERANCE = {
 DTYPES = {"f64": torch.float64, "f32": torch.float32}
 
 
-def build(golden: Golden, dtype: torch.dtype) -> tuple[MGCAObjective, MGCAEmbeddings]:
+def build(golden: Golden, dtype: torch.dtype) -> tuple[MGCALosses, MGCAEmbeddings]:
     vit = golden.text("meta_encoder").startswith("vit")
     prototypes = golden("in_proto", dtype)
     config = MGCAConfig(
@@ -27,7 +27,7 @@ def build(golden: Golden, dtype: torch.dtype) -> tuple[MGCAObjective, MGCAEmbedd
         padding_negatives=True,
         negatives="local",
     )
-    objective = MGCAObjective(config).to(dtype)
+    objective = MGCALosses(config).to(dtype)
     with torch.no_grad():
         # Rows of length 1, so that the gradient with respect to the weight is the published one's tangent.
         objective.prototypes.weight.copy_(torch.nn.functional.normalize(prototypes, dim=1))

@@ -14,10 +14,9 @@ from medvlp.config import ImageConfig, TextConfig
 from medvlp.data.batch import Text
 from medvlp.encoders.errors import EncoderError
 from medvlp.encoders.image import ImageEncoder
-from medvlp.encoders.masked_image import MaskedImageEncoder
-from medvlp.encoders.masked_text import MaskedTextEncoder
 from medvlp.encoders.positions import sincos_positions
 from medvlp.encoders.text import TextEncoder
+from medvlp.methods.mpma.encoders import MaskedImageEncoder, MaskedTextEncoder
 
 SMALL = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 VIT = ImageConfig(name="vit_tiny_patch16_224", options=SMALL)

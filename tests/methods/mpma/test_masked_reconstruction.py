@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from medvlp.losses.masked_reconstruction import (
+from medvlp.methods.mpma.losses import (
     masked_patch_loss,
     masked_token_accuracy,
     masked_token_loss,

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medvlp.data.batch import Text
-from medvlp.encoders.masking import draw_patches, draw_words, is_word, sample_noise
+from medvlp.methods.mpma.masking import draw_patches, draw_words, is_word, sample_noise
 
 WORD = 1 << 64
 

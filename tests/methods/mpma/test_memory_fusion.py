@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from medvlp.encoders.errors import EncoderError
-from medvlp.encoders.image_decoder import ImageDecoder
-from medvlp.encoders.masking import PatchMask
-from medvlp.encoders.memory_attention import MemoryAttention, SharedMemory
-from medvlp.encoders.memory_fusion import FusionLayer, MemoryFusion
 from medvlp.encoders.positions import sincos_positions
+from medvlp.methods.mpma.decoder import ImageDecoder
+from medvlp.methods.mpma.fusion import FusionLayer, MemoryAttention, MemoryFusion, SharedMemory
+from medvlp.methods.mpma.masking import PatchMask
 
 MASK = torch.tensor([[True, True, True, False, False], [True, False, True, True, True]])
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from medvlp.config_files import ConfigError
 from medvlp.data.batch import Batch, Text
 from medvlp.encoders.errors import EncoderError
-from medvlp.encoders.masking import is_word
 from medvlp.methods.base import Progress
-from medvlp.methods.mpma import MPMA
-from medvlp.methods.mpma_alignment import LearnedTemperature
+from medvlp.methods.mpma.alignment import LearnedTemperature
+from medvlp.methods.mpma.masking import is_word
+from medvlp.methods.mpma.method import MPMA
 from medvlp.methods.registry import build_method
 from tests.methods.small_mgca import VOCABULARY, rows_of, small_batch
 from tests.methods.small_mpma import small_config, small_mpma

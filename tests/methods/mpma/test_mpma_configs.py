@@ -9,11 +9,11 @@ import pytest
 from medvlp.config import Config
 from medvlp.config_files import load
 from medvlp.encoders.errors import EncoderError
-from medvlp.methods.mpma_config import MPMAConfig
+from medvlp.methods.mpma.config import MPMAConfig
 from medvlp.methods.registry import build_method, schemas
 from tests.methods.small_mgca import VOCABULARY, small_batch
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 SMALL = ["data.image_size=32", "data.max_tokens=12", "method.mask_token=null", "method.decoder_layers=1"]
 
 

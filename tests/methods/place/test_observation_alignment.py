@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from medvlp.losses.normalise import unit_norm
-from medvlp.losses.observation_alignment import (
+from medvlp.methods.place.terms import (
     ObservationPairs,
     allowed_negatives,
     diversity_penalty,

@@ -6,10 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from medvlp.encoders.correlation import ConditionedPatches, TaughtProjection
 from medvlp.encoders.decoder import Attention, DecoderLayer
-from medvlp.encoders.observations import ObservationExtractor
-from medvlp.encoders.token_pool import TokenPool
+from medvlp.methods.place.correlation import ConditionedPatches, TaughtProjection
+from medvlp.methods.place.observations import ObservationExtractor, TokenPool
 
 
 def test_attention_equals_torchs() -> None:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medvlp.losses.patch_correlation import correlation_loss, feature_correlation, pixel_correlation
+from medvlp.methods.place.terms import correlation_loss, feature_correlation, pixel_correlation
 
 
 def slow_correlation(image: np.ndarray, grid: tuple[int, int]) -> np.ndarray:

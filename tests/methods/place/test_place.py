@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from medvlp.config_files import ConfigError, load
 from medvlp.methods.base import Progress
-from medvlp.methods.place_config import PLACEConfig
-from medvlp.methods.place_objective import observation_terms
+from medvlp.methods.place.config import PLACEConfig
+from medvlp.methods.place.losses import observation_terms
 from medvlp.methods.registry import build_method, schemas
 from tests.methods.small_mgca import VOCABULARY, rows_of
 from tests.methods.small_place import report_batch, small_place
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 REPORTS = [[3, 2, 4], [1], [2, 2, 1, 1], [5, 1]]
 EVERYTHING: dict[str, Any] = {
     "token_weight": 0.5,

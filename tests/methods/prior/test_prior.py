@@ -13,14 +13,12 @@ from hypothesis import strategies as st
 from medvlp.config import PhaseConfig, PrototypesConfig
 from medvlp.config_files import ConfigError
 from medvlp.encoders.errors import EncoderError
-from medvlp.losses.masked_mean import masked_mean
 from medvlp.losses.normalise import unit_norm
-from medvlp.losses.sentence_contrast import sentence_contrast
-from medvlp.losses.simsiam import simsiam
 from medvlp.methods.base import Progress
+from medvlp.methods.prior.bank import gumbel_noise
+from medvlp.methods.prior.terms import masked_mean, sentence_contrast, simsiam
 from medvlp.methods.registry import build_method, schemas
 from medvlp.prototypes.initialise import initialise_prototypes
-from medvlp.prototypes.sentence_bank import gumbel_noise
 from tests.methods.small_mgca import VOCABULARY, rows_of
 from tests.methods.small_prior import report_batch, small_prior, small_prior_config
 

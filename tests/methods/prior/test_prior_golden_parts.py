@@ -9,22 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from medvlp.data.batch import Text
-from medvlp.encoders.attention_pool import AttentionPool
-from medvlp.encoders.learned_scale import LearnedScale
-from medvlp.encoders.local_attention import LocalCrossAttention
-from medvlp.encoders.sentence_decoder import SentenceDecoder
 from medvlp.encoders.sentences import sentence_means
-from medvlp.encoders.upsampling import UpsamplingDecoder
 from medvlp.losses.contrastive import contrastive_logits, paired_cross_entropy
-from medvlp.losses.masked_mean import masked_mean
 from medvlp.losses.normalise import unit_norm
-from medvlp.losses.prototype import score_divergence
-from medvlp.losses.sentence_contrast import sentence_contrast
-from medvlp.losses.set_prediction import reorder
-from medvlp.losses.simsiam import simsiam
-from medvlp.methods.prior_config import PRIORConfig
-from medvlp.methods.prior_layout import patch_vectors
-from medvlp.prototypes.sentence_bank import SentenceBank
+from medvlp.methods.prior.attention import AttentionPool, LocalCrossAttention
+from medvlp.methods.prior.bank import SentenceBank
+from medvlp.methods.prior.config import PRIORConfig
+from medvlp.methods.prior.decoders import SentenceDecoder, UpsamplingDecoder
+from medvlp.methods.prior.modules import LearnedScale, patch_vectors
+from medvlp.methods.prior.terms import masked_mean, reorder, score_divergence, sentence_contrast, simsiam
 from tests.golden_files import Golden, every
 
 #: The published code ran in float32; ours runs in float64, so what differs is its rounding.

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from medvlp.data.batch import Text
 from medvlp.encoders.sentences import sentence_means
-from medvlp.losses.set_prediction import reorder, set_distance
-from medvlp.methods.prior_config import PRIORConfig
-from medvlp.methods.prior_objective import PRIORObjective, PRIORParts
+from medvlp.methods.prior.config import PRIORConfig
+from medvlp.methods.prior.losses import PRIORLosses, PRIORParts
+from medvlp.methods.prior.terms import reorder, set_distance
 from tests.golden_files import Golden, every
-from tests.methods.test_prior_golden_parts import (
+from tests.methods.prior.test_prior_golden_parts import (
     published_image_decoder,
     published_sentence_decoder,
     weights,
@@ -44,7 +44,7 @@ TERMS = {
 WEIGHTED = {"proto_loss_", "spg_loss"}
 
 
-def build(golden: Golden, **options: Any) -> PRIORObjective:
+def build(golden: Golden, **options: Any) -> PRIORLosses:
     """The objective with the file's weights, in float64 and in training without dropout."""
     stored = weights(golden, "param/")
     prototypes, width = stored["sentence_bank.embed.weight"].shape
@@ -62,7 +62,7 @@ def build(golden: Golden, **options: Any) -> PRIORObjective:
         image_decoder_width=stored["image_decoder.blocks.0.conv1.0.weight"].shape[0],
         **{**OFFICIAL, **options},
     )
-    objective = PRIORObjective(config, [1, 2, 3], (7, 7), golden("in_image").shape[-1]).double()
+    objective = PRIORLosses(config, [1, 2, 3], (7, 7), golden("in_image").shape[-1]).double()
     parts = {
         name: {
             key.removeprefix(f"{name}."): value for key, value in stored.items() if key.startswith(f"{name}.")

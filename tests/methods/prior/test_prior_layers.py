@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from medvlp.encoders.attention_pool import AttentionPool
 from medvlp.encoders.errors import EncoderError
-from medvlp.encoders.learned_scale import LearnedScale
-from medvlp.encoders.local_attention import LocalCrossAttention
-from medvlp.encoders.sentence_decoder import SentenceDecoder
+from medvlp.methods.prior.attention import AttentionPool, LocalCrossAttention
+from medvlp.methods.prior.decoders import SentenceDecoder
+from medvlp.methods.prior.modules import LearnedScale
 
 
 def test_pool_of_a_set_has_no_order_and_ignores_empty_slots() -> None:

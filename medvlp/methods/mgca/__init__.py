@@ -1,0 +1,1 @@
+"""MGCA: the method, its keys, its losses and the modules it alone uses."""

@@ -1,0 +1,1 @@
+"""PLACE: the method, its keys, its losses and the modules it alone uses."""

@@ -1,0 +1,1 @@
+"""PRIOR: the method, its keys, its losses and the modules it alone uses."""
