@@ -14,9 +14,9 @@ from medvlp.encoders.image import ImageEncoder
 from medvlp.methods.base import Progress
 from medvlp.methods.prior.config import PRIORConfig
 from medvlp.methods.registry import build_method
+from tests.methods.mgca.test_mgca_configs import load_files
 from tests.methods.small_mgca import VOCABULARY
 from tests.methods.small_prior import SMALL, report_batch
-from tests.methods.mgca.test_mgca_configs import load_files
 
 
 def test_official_turns_on_everything_published() -> None:
