@@ -85,8 +85,11 @@ def build_shards(
         on_shard: called with (finished, all) shards of this part at the start and after each shard.
 
     Raises:
-        DataError: `out` cannot be written or holds another dataset, or there is no such tokenizer.
+        DataError: `out` cannot be written or holds another dataset, there is no such tokenizer,
+            or the rules cannot read the reports' language.
     """
+    if options.entities == "rules":
+        extractor.check_language(source.arguments)
     if options.tokenizer is not None:
         load_tokenizer(options.tokenizer)  # a wrong name must fail now, not after hours of building
     plan = plan_shards(source, options.fractions, options.split_seed, options.records_per_shard)

@@ -73,7 +73,8 @@ def annotate(
 
     Raises:
         DataError: no dataset, samples with entities and no `overwrite`, a RadGraph file that cannot be read
-            or fits no sample, or an `out` that holds something else or cannot be written.
+            or fits no sample, reports the rules cannot read, or an `out` that holds something else or cannot
+            be written.
     """
     index = Index.load(dataset)
     if out.resolve() == dataset.resolve():
@@ -84,6 +85,8 @@ def annotate(
     if radgraph is not None:
         by = {"by": "radgraph", "hash": hash_file(radgraph) if radgraph.is_file() else None}
     arguments = {**index.arguments, "entities": {**by, "dataset": index.fingerprint}}
+    if radgraph is None:
+        extractor.check_language(index.arguments.get("source") or {})
     known = None if radgraph is None else read_radgraph(radgraph)
     _start(out, arguments)
     missing = [shard for shard in index.shards if not _is_finished(out, shard)]

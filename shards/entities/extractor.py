@@ -12,12 +12,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 from shards.entities.landmarks import landmark
 from shards.entities.lexicon import GENERAL_DEVICE_SITE, TERM_PATTERN, TERMS, Term
 from shards.entities.negation import ABSENT, PRESENT, assertions
 from shards.entities.places import Place, find_places, with_sides
 from shards.entities.vocabulary import OTHER, UNSPECIFIED
+from shards.errors import DataError
 from shards.study import Entity
 from shards.text.sentences import split_sentences
 
@@ -55,6 +57,23 @@ class _Mention:
     end: int
     term: Term
     value: int | None
+
+
+def check_language(source: Mapping[str, Any]) -> None:
+    """Refuse reports that the rules cannot read.
+
+    Args:
+        source: arguments of a dataset's source, as the index records them.
+
+    Raises:
+        DataError: the source's map names another language than English.
+    """
+    language = (source.get("map") or {}).get("language", "en")
+    if language != "en":
+        raise DataError(
+            f"the rules read English reports, and the map says language: {language}; "
+            "use RadGraph's output (shards annotate --radgraph) or leave the entities out"
+        )
 
 
 def extract(sections: Mapping[str, str]) -> list[Entity]:

@@ -18,7 +18,7 @@ from shards.sources.table_map import LabelRule, label_rules, read_map
 from shards.sources.table_rows import BadRow, Row, is_text, read_rows
 from shards.splits import normalise_split
 from shards.study import LabelValue, Study
-from shards.text.sections import split_sections
+from shards.text.sections import plain_text, split_sections
 from shards.text.sentences import split_sentences
 
 _LABEL_VALUES: dict[str, LabelValue] = {"1": 1, "1.0": 1, "0": 0, "0.0": 0, "-1": -1, "-1.0": -1, "": None}
@@ -139,8 +139,11 @@ class TableSource:
         return row
 
     def _sections(self, row: Row) -> dict[str, str]:
-        sections = split_sections(row[self._map.report]) if self._map.report else {}
-        columns = {name: row[column] for name, column in self._map.section_columns.items()}
+        how = (self._map.language, self._map.findings_without_heading)
+        sections = split_sections(row[self._map.report], *how) if self._map.report else {}
+        columns = {
+            name: plain_text(row[column]).strip() for name, column in self._map.section_columns.items()
+        }
         return sections | {name: text for name, text in columns.items() if text}
 
     @staticmethod

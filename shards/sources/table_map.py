@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from shards.errors import DataError
-from shards.text.sections import SECTION_NAMES
+from shards.text.headings import LANGUAGES, SECTION_NAMES
 
 
 @dataclass
@@ -33,6 +33,9 @@ class TableMap:
         addendum ... technique: text of one section, where the table has a column for it.
         labels: columns that hold 1, 0, -1 or nothing; or finding -> column; or finding ->
             {column, equals}, which is 1 where the column holds that text.
+        language: of the reports; decides whose headings open their sections (`shards.text.headings`).
+        findings_without_heading: findings may stand without a heading behind "COMPARISON: None." and an empty
+            line (MIMIC-CXR); see `shards.text.sections.split_sections`.
         extra: columns kept as text in the sample's `extra`.
         encoding: encoding of the table's text.
         source: name stored in each sample; default: the table's file name without its ending.
@@ -58,6 +61,8 @@ class TableMap:
     recommendation: str | None = None
     technique: str | None = None
     labels: Any = None
+    language: str = "en"
+    findings_without_heading: bool = False
     extra: list[str] = field(default_factory=list)
     encoding: str = "utf-8"
     source: str | None = None
@@ -120,6 +125,10 @@ def read_map(path: Path) -> TableMap:
     except OmegaConfBaseException as error:
         raise DataError(f"{path}: {error.full_key}: {str(error).splitlines()[0]}") from error
     assert isinstance(table_map, TableMap)
+    if table_map.language not in LANGUAGES:
+        raise DataError(
+            f"{path}: language: {table_map.language!r} is unknown{nearest(table_map.language, LANGUAGES)}"
+        )
     try:
         label_rules(table_map)
         "".encode(table_map.encoding)

@@ -2,94 +2,103 @@
 
 from __future__ import annotations
 
+import html
 import re
-from collections.abc import Iterable
 
-#: Heading as reports write it (lower case, single spaces) -> name of the section.
-_HEADINGS = {
-    "addendum": "addendum",
-    "clinical data": "indication",
-    "clinical history": "history",
-    "clinical indication": "indication",
-    "clinical information": "indication",
-    "comparison": "comparison",
-    "comparison films": "comparison",
-    "comparison study": "comparison",
-    "comparisons": "comparison",
-    "conclusion": "impression",
-    "conclusions": "impression",
-    "exam": "examination",
-    "examination": "examination",
-    "finding": "findings",
-    "findings": "findings",
-    "findings and impression": "findings",
-    "findings/impression": "findings",
-    "history": "history",
-    "impression": "impression",
-    "impressions": "impression",
-    "impression and plan": "impression",
-    "indication": "indication",
-    "indications": "indication",
-    "procedure": "technique",
-    "reason for exam": "indication",
-    "reason for examination": "indication",
-    "reason for study": "indication",
-    "recommendation": "recommendation",
-    "recommendations": "recommendation",
-    "recommendation(s)": "recommendation",
-    "report": "findings",
-    "study": "examination",
-    "technique": "technique",
-    "view": "technique",
-    "views": "technique",
-    "wet read": "preliminary",
-}
+from shards.text.headings import PREAMBLE, heading_pattern, headings, plain
+
 #: Section of a report that has no heading at all.
 DEFAULT_SECTION = "findings"
-#: Section of what stands before the first heading.
-PREAMBLE = "preamble"
-#: Every name `split_sections` can give.
-SECTION_NAMES = tuple(sorted({*_HEADINGS.values(), PREAMBLE}))
 
+# Tags by name, so that "nodule < 5 mm, > 3 mm" stays what it is.
+_INLINE_TAG = re.compile(
+    r"<!--.*?-->|</?(?:a|b|body|center|em|font|html|i|pre|small|span|strong|sub|sup|u)(?:\s[^<>]*)?/?>",
+    re.IGNORECASE | re.DOTALL,
+)
+_CELL_TAG = re.compile(r"</?(?:td|th)(?:\s[^<>]*)?/?>", re.IGNORECASE)
+_BREAK_TAG = re.compile(r"</?(?:br|hr|li|ol|table|tbody|tr|ul)(?:\s[^<>]*)?/?>", re.IGNORECASE)
+_BLOCK_TAG = re.compile(r"</?(?:div|h[1-6]|p)(?:\s[^<>]*)?/?>", re.IGNORECASE)
+_CHARACTER = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z]{2,8});")
+# Pairs only: "___" is what de-identification leaves, and "* item" opens an item of a list.
+_EMPHASIS = re.compile(
+    r"(?<![*\w])(\*{1,3})(?=[^\s*])([^*\n]+?)(?<=[^\s*])\1(?![*\w])"
+    r"|(?<![_\w])(__)(?=[^\s_])([^_\n]+?)(?<=[^\s_])__(?![_\w])"
+)
 
-def _alternatives(headings: Iterable[str]) -> str:
-    """Regular expression for any of `headings`, the longest first so that none hides behind its prefix."""
-    longest_first = sorted(headings, key=len, reverse=True)
-    return "|".join(r"[ \t]+".join(map(re.escape, heading.split())) for heading in longest_first)
-
-
-_ANY_CASE = _alternatives(_HEADINGS)
-_CAPITALS = _alternatives(heading.upper() for heading in _HEADINGS)
-_CAPITALISED = _alternatives(heading.capitalize() for heading in _HEADINGS)
-# A heading opens a line in any case with a colon, or fills a line in capitals without one. Where line breaks
-# were lost it stands inside a line: in capitals with a colon, or capitalised with a colon after a sentence.
-# Any other "Word:" ("LUNGS:", "Heart:") stays in its section.
-_HEADING = re.compile(
-    rf"^[ \t]*(?P<opens>(?i:{_ANY_CASE}))[ \t]*:"
-    rf"|^[ \t]*(?P<fills>{_CAPITALS})[ \t]*$"
-    rf"|(?<=\s)(?P<inside>{_CAPITALS})[ \t]*:"
-    rf"|(?<=[.!?])\s+(?P<follows>{_CAPITALISED})[ \t]*:",
-    re.MULTILINE,
+#: Sections that stand before the findings.
+_FRONT = ("comparison", "examination", "history", "indication", "technique")
+_PARAGRAPH = re.compile(r"\n\s*\n")
+_NO_COMPARISON = re.compile(
+    r"(?:none|nil|n/a|not available|unavailable|no(?:ne)?(?: [\w-]+){1,4}|_+|[\d/.-]+\d|ningun[oa]|keine?|"
+    r"aucune?|nenhuma?|无|無|なし)\s*[.。]\s*",
+    re.IGNORECASE,
 )
 
 
-def split_sections(report: str) -> dict[str, str]:
+def plain_text(text: str) -> str:
+    """Text without what Markdown and HTML left in it, lines ended by a newline.
+
+    Tags go (those that break a line become line breaks), character references become characters, paired
+    asterisks and double underscores around words go.
+    """
+    text = "\n".join(text.splitlines())
+    if "<" in text:
+        text = _BLOCK_TAG.sub("\n\n", _BREAK_TAG.sub("\n", _CELL_TAG.sub(" ", _INLINE_TAG.sub("", text))))
+    if "&" in text:
+        text = _CHARACTER.sub(lambda reference: html.unescape(reference[0]), text)
+    text = text.replace("\u00a0", " ").replace("\ufeff", "")
+    return _EMPHASIS.sub(lambda pair: pair[2] or pair[4], text)
+
+
+def split_sections(
+    report: str, language: str = "en", findings_without_heading: bool = False
+) -> dict[str, str]:
     """Section name -> its text, in report order; empty sections are left out.
 
-    Headings are recognised from a fixed list and named by `SECTION_NAMES`. Text before the first heading is
-    "preamble"; a report without headings is all "findings". A section that occurs
-    twice is joined by a newline.
+    Headings are recognised from a fixed list and named by `headings.SECTION_NAMES`. Text before the first
+    heading is "preamble"; a report without headings is all "findings". A section that occurs twice is joined
+    by a newline.
+
+    Args:
+        report: the whole report; what Markdown and HTML left in it goes (`plain_text`).
+        language: whose headings are looked for, one of `headings.LANGUAGES`.
+        findings_without_heading: a report without findings, in which text goes on behind the paragraph of
+            the last section before them ("COMPARISON: None.", an empty line, the findings), has them there.
     """
-    headings = list(_HEADING.finditer(report))
-    if not headings:
+    report = plain_text(report)
+    found = list(heading_pattern(language).finditer(report))
+    if not found:
         return {DEFAULT_SECTION: report.strip()} if report.strip() else {}
-    parts = [(PREAMBLE, report[: headings[0].start()])]
-    ends = [heading.start() for heading in headings[1:]] + [len(report)]
-    for heading, end in zip(headings, ends, strict=True):
+    parts = [(PREAMBLE, report[: found[0].start()])]
+    ends = [heading.start() for heading in found[1:]] + [len(report)]
+    for heading, end in zip(found, ends, strict=True):
         written = heading[heading.lastgroup or 0]
-        parts.append((_HEADINGS[" ".join(written.lower().split())], report[heading.end() : end]))
+        parts.append((headings(language)[plain(written)], report[heading.end() : end]))
+    parts = [(name, text.strip()) for name, text in parts if text.strip()]
+    if findings_without_heading:
+        parts = _with_findings(parts)
     sections: dict[str, str] = {}
     for name, text in parts:
-        if text.strip():
-            sections[name] = f"{sections[name]}\n{text.strip()}" if name in sections else text.strip()
+        sections[name] = f"{sections[name]}\n{text}" if name in sections else text
     return sections
+
+
+def _with_findings(parts: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The parts with the findings cut off the last section that stands before them."""
+    names = [name for name, _ in parts]
+    if DEFAULT_SECTION in names:
+        return parts
+    end = names.index("impression") if "impression" in names else len(names)
+    last = max((number for number, name in enumerate(names[:end]) if name in _FRONT), default=None)
+    if last is None:
+        return parts
+    name, text = parts[last]
+    cut = _PARAGRAPH.search(text)
+    if cut is None and name == "comparison":
+        cut = _NO_COMPARISON.match(text)
+        head = text[: cut.end()].strip() if cut else text
+    else:
+        head = text[: cut.start()].strip() if cut else text
+    if cut is None or not text[cut.end() :].strip():
+        return parts
+    return [*parts[:last], (name, head), (DEFAULT_SECTION, text[cut.end() :].strip()), *parts[last + 1 :]]

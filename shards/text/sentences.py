@@ -1,7 +1,9 @@
-"""Splits report text into sentences by rules made for radiology reports.
+"""Splits report text into sentences by rules made for radiology reports, in whatever language.
 
-Hand-written because general splitters break on decimals, "Dr.", numbered impressions, de-identification
-marks ("XXXX", "___") and reports in capitals, and because the result must not change with a model file.
+The marks and abbreviations of all languages are one set, because text is split again where its language is
+not known (in training, from a sample's sections). Hand-written because general splitters break on decimals,
+"Dr.", numbered impressions, de-identification marks ("XXXX", "___") and reports in capitals, and because the
+result must not change with a model file.
 """
 
 from __future__ import annotations
@@ -9,16 +11,36 @@ from __future__ import annotations
 import re
 
 #: Abbreviations that never end a sentence (lower case, without their last period).
-_NEVER_FINAL = frozenset(("dr", "drs", "mr", "mrs", "ms", "prof", "vs", "cf", "e.g", "i.e", "approx", "fig"))
+_NEVER_FINAL = frozenset(
+    (
+        *("dr", "drs", "mr", "mrs", "ms", "prof", "vs", "cf", "e.g", "i.e", "approx", "fig"),
+        *("z.b", "v.a", "z.n", "d.h", "bzw", "ggf", "evtl", "inkl", "vgl", "sog", "li", "re"),
+        *("dra", "sr", "sra", "aprox", "p.ej", "mme", "env"),
+    )
+)
 #: Abbreviations that end a sentence only before a capitalised word.
 _SOMETIMES_FINAL = frozenset(("a.m", "p.m", "am", "pm", "etc", "cm", "mm", "ml", "mg", "lat", "ant"))
+#: Abbreviations that end no sentence before a number.
+_OF_A_NUMBER = frozenset(("ca", "nr", "abb"))
 _LIST_MARKER = re.compile(r"\(?\d{1,2}[.)]|[-*•]")
-_SENTENCE_END = re.compile(r"[.!?][)\]\"'”’]*$")
+_SENTENCE_END = re.compile(r"[.!?。｡．！？][)\]\"'”’」』）】]*$")
 _INITIAL = re.compile(r"[A-Z]\.")
-_CAPITALISED = re.compile(r"[\"'(\[“‘]*(?:[A-Z][a-z]|\d{1,2}[.)]$)")
+_CAPITALISED = re.compile(r"[\"'(\[“‘]*(?:[A-ZÀ-Þ][a-zß-ÿ]|\d{1,2}[.)]$)")
 _PARAGRAPH = re.compile(r"\n\s*\n")
+# German ordinals: "die 5. Rippe", "am 3. Mai".
+_ORDINAL = re.compile(r"\d{1,2}\.")
+_COUNTED = re.compile(
+    r"(?:rippen?|icr|interkostal\w*|[bhl]wk|januar|februar|märz|april|mai|juni|juli|august|september|oktober|"
+    r"november|dezember)\b",
+    re.IGNORECASE,
+)
+# Chinese and Japanese put no space behind a sentence nor behind the number of a list's item.
+_WIDE_END = re.compile(r"((?:[。｡！？]|(?<!\d)．)+[」』）】”’]*)(?=\S)")
+_WIDE_ITEM = re.compile(r"\s*(?:\d{1,2}[、．](?!\d)|[①-⑳]|（\d{1,2}）)")
 # "clear.Heart" and "PTX.2.Lines": a space was forgotten after the period.
-_FORGOTTEN_SPACE = re.compile(r"(?<=[A-Za-z]{2}\.)(?=[A-Z][a-z])|(?<=[A-Za-z]{2}\.)(?=\d{1,2}\.\s?[A-Za-z])")
+_FORGOTTEN_SPACE = re.compile(
+    r"(?<=[A-Za-zß-ÿ]{2}\.)(?=[A-ZÀ-Þ][a-zß-ÿ])|(?<=[A-Za-z]{2}\.)(?=\d{1,2}\.\s?[A-Za-z])"
+)
 
 
 def split_sentences(text: str) -> list[str]:
@@ -30,7 +52,8 @@ def split_sentences(text: str) -> list[str]:
     """
     sentences: list[str] = []
     for paragraph in _PARAGRAPH.split(text):
-        for item in _list_items(_FORGOTTEN_SPACE.sub(" ", paragraph)):
+        spaced = _WIDE_END.sub(r"\1 ", _FORGOTTEN_SPACE.sub(" ", paragraph))
+        for item in _list_items(spaced):
             sentences += _split_words(item.split())
     return _join_fragments(sentences)
 
@@ -40,7 +63,7 @@ def _list_items(paragraph: str) -> list[str]:
     items = [""]
     for line in paragraph.splitlines():
         first = line.split(maxsplit=1)[:1]
-        if first and _LIST_MARKER.fullmatch(first[0]):
+        if first and (_LIST_MARKER.fullmatch(first[0]) or _WIDE_ITEM.match(line)):
             items.append(line)
         else:
             items[-1] += f" {line}"
@@ -66,6 +89,10 @@ def _ends_sentence(word: str, following: str, first: bool) -> bool:
         return True
     stem = word.lstrip("([\"'“‘").removesuffix(".").lower()
     if stem in _NEVER_FINAL or _INITIAL.fullmatch(word):
+        return False
+    if stem in _OF_A_NUMBER and following[0].isdigit():
+        return False
+    if _ORDINAL.fullmatch(word) and _COUNTED.match(following):
         return False
     if stem in _SOMETIMES_FINAL:
         return _CAPITALISED.match(following) is not None

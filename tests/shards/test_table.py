@@ -21,7 +21,7 @@ from shards.sample import StoredImage
 from shards.sources.base import RejectedRecord
 from shards.sources.table import TableSource
 from shards.sources.table_map import TableMap
-from shards.text.sections import PREAMBLE, SECTION_NAMES
+from shards.text.headings import PREAMBLE, SECTION_NAMES
 from tests.shards.toy_data import Rows, build, folder_bytes, write_csv
 
 MapWriter = Callable[..., Path]
@@ -105,6 +105,32 @@ def test_every_kind_of_bad_row_is_rejected_with_its_reason(
     assert list(samples(tmp_path / "out")) == ["00000000-0"]
     assert (summary.records, sum(summary.rejected.values())) == (13, 12)
     assert summary.rejected_share == 12 / 13
+
+
+def test_reports_of_another_language_and_habit_open_their_sections(
+    tmp_path: Path, image_folder: Path, rows: Rows, map_file: MapWriter
+) -> None:
+    rows[0]["report"] = "HALLAZGOS\r\nSin derrame.\r\nIMPRESIÓN: Normal."
+    rows[1]["report"] = "COMPARACIÓN: Ninguna.\n\nSin derrame.\n\nIMPRESIÓN: Normal."
+    table = write_csv(tmp_path / "pairs.csv", rows)
+    more = "language: es\nfindings_without_heading: true\n"
+    build(TableSource(table, image_folder, map_file(more)), tmp_path / "out")
+    stored = samples(tmp_path / "out")
+    assert stored["00000000-0"]["sections"] == {"findings": "Sin derrame.", "impression": "Normal."}
+    assert stored["00000001-0"]["sections"]["findings"] == "Sin derrame."
+    with pytest.raises(DataError, match="language: 'Spanish' is unknown"):
+        TableSource(table, image_folder, map_file("language: Spanish\n"))
+
+
+def test_markup_in_a_section_column_goes(
+    tmp_path: Path, image_folder: Path, rows: Rows, map_file: MapWriter
+) -> None:
+    for row in rows:
+        row["text"] = "No&nbsp;effusion.<br><br>**Clear** lungs &lt;stable&gt;."
+    table = write_csv(tmp_path / "pairs.csv", rows)
+    build(TableSource(table, image_folder, map_file("impression: text\n")), tmp_path / "out")
+    impression = samples(tmp_path / "out")["00000000-0"]["sections"]["impression"]
+    assert impression == "No effusion.\n\nClear lungs <stable>."
 
 
 def test_latin_1_report_is_read_when_the_map_says_so(

@@ -77,6 +77,18 @@ def test_build_with_rules_gives_the_same_entities(plain: Path, table: list[objec
         run(*table, "--entities", "model", "--out", tmp_path / "other")
 
 
+def test_the_rules_refuse_another_language(
+    table: list[object], tmp_path: Path, map_file: Callable[..., Path]
+) -> None:
+    table[table.index("--map") + 1] = map_file("language: es\n")
+    with pytest.raises(DataError, match="language: es"):
+        run(*table, "--entities", "rules", "--out", tmp_path / "built")
+    run(*table, "--out", tmp_path / "spanish")
+    with pytest.raises(DataError, match="language: es"):
+        run("annotate", tmp_path / "spanish", "--out", tmp_path / "out", "--rules", "--workers", 1)
+    assert not (tmp_path / "out").exists()
+
+
 def test_annotated_phantoms_keep_masks_and_workers_change_nothing(
     phantom_dataset: Path, tmp_path: Path
 ) -> None:
