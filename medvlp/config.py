@@ -50,6 +50,11 @@ class TransformConfig:
 class DataConfig:
     root: str = key(MISSING, "dataset folder or URL prefix (the place of index.json)")
     split: str = key("train", "split to train on")
+    allow_changed: bool = key(
+        False,
+        "true: resume, and evaluate without --data, though the dataset's content is not what the run was "
+        "trained on (added studies); said in a warning and in events.jsonl",
+    )
     image_size: int = key(224, "side of the square image the encoder sees, in pixels", 8)
     transform: TransformConfig = field(default_factory=TransformConfig)
     sections: list[str] = key(["findings", "impression"], "report sections, in this order")

@@ -69,8 +69,7 @@ def gallery(
 
     folder = folder_of(run)
     members = Members.of(Snapshot.read(folder / SNAPSHOT))
-    overrides = [] if data is None else [f"data.root={data}"]
-    config = saved_run.load_config(saved_run.locate(run), overrides)
+    config = saved_run.load_config(saved_run.locate(run), [], data)
     typer.echo(str(write_gallery(members, config.data, folder, images, clusters, _say())))
 
 

@@ -18,7 +18,7 @@ from medvlp.config_files import ConfigError
 from medvlp.data.batch import Text
 from medvlp.data.cache import read_remote
 from medvlp.hub import hub_reason, quiet_hub
-from shards.format import TOKENIZER_NAME, is_remote, locate
+from shards.format import TOKENIZER_NAME, hash_bytes, is_remote, locate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -54,7 +54,8 @@ class Tokenizer:
         vocab_size: number of rows an embedding table needs.
         fingerprint: hash of everything that decides which ids a text gets.
         continuation: bool [vocab_size], true for pieces that continue the word before them.
-        cls_id, sep_id, pad_id: special tokens.
+        special: names of the tokens that open, close and pad a text.
+        cls_id, sep_id, pad_id: their ids.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, special: SpecialTokens | None = None) -> None:
@@ -78,7 +79,7 @@ class Tokenizer:
                 f"the tokenizer has no token {', '.join(missing)}; its vocabulary cannot be used"
             )
         self._backend = backend
-        self._special = special
+        self.special = special
         self.cls_id, self.sep_id, self.pad_id = (int(number) for number in ids if number is not None)
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
@@ -108,11 +109,29 @@ class Tokenizer:
             raise ConfigError(
                 f"cannot read {where} ({error.strerror}); name another tokenizer with data.tokenizer=..."
             ) from error
+        return cls.from_json(data, where)
+
+    @classmethod
+    def from_json(cls, data: bytes, where: str, special: SpecialTokens | None = None) -> Tokenizer:
+        """The tokenizer in the bytes of a `tokenizer.json`; `where` names it in errors, `special` as above.
+
+        Raises:
+            ConfigError: they are no tokenizer, or one without the special tokens.
+        """
         try:
             backend = tokenizers.Tokenizer.from_str(data.decode())
         except Exception as error:  # the Rust side raises bare Exception for every malformed file
             raise ConfigError(f"{where} is not a tokenizer file: {error}") from error
-        return cls(backend)
+        return cls(backend, special)
+
+    def to_json(self) -> bytes:
+        """The bytes of a `tokenizer.json`; with `special`, `from_json` makes an equal tokenizer of them."""
+        return self._backend.to_str().encode()
+
+    @property
+    def content(self) -> str:
+        """Hash of `to_json`, in the form the index of a dataset has it."""
+        return hash_bytes(self.to_json())
 
     @classmethod
     def _load_pretrained(cls, spec: str) -> Tokenizer:
@@ -122,7 +141,9 @@ class Tokenizer:
             raise ConfigError(f"data.tokenizer: folder {spec} does not exist")
         try:
             with quiet_hub():
-                pretrained = transformers.AutoTokenizer.from_pretrained(spec, use_fast=True)
+                pretrained = transformers.AutoTokenizer.from_pretrained(
+                    spec, use_fast=True, trust_remote_code=False
+                )
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"data.tokenizer: cannot load {spec!r}: {hub_reason(error)}") from error
         if not getattr(pretrained, "is_fast", False):
@@ -140,7 +161,7 @@ class Tokenizer:
         """Write the tokenizer to `folder`, from where `Tokenizer.load(folder, ...)` reads an equal one."""
         import transformers
 
-        cls_token, sep_token, pad_token = self._special
+        cls_token, sep_token, pad_token = self.special
         transformers.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
             tokenizer_object=self._backend, cls_token=cls_token, sep_token=sep_token, pad_token=pad_token
         ).save_pretrained(str(folder))
@@ -153,7 +174,7 @@ class Tokenizer:
         """
         import transformers
 
-        opening, closing, padding = self._special
+        opening, closing, padding = self.special
         backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
         backend.post_processor = tokenizers.processors.TemplateProcessing(
             single=[opening, "$A", closing],

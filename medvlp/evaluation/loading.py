@@ -8,7 +8,8 @@ from medvlp.config import Config
 from medvlp.data.text import Tokenizer
 from medvlp.methods.base import Method
 from medvlp.methods.registry import build_method
-from medvlp.training import checkpoint as checkpoints
+from medvlp.training import saved_run
+from medvlp.training.encoder_records import check_start
 from medvlp.training.randomness import random_state, restore_random_state, seed_weights
 from medvlp.training.saved_run import SavedRun
 
@@ -19,15 +20,15 @@ def load_models(
     """The trained network and the same one as it was before the first step (same config, same seed).
 
     Parts that the config starts from published weights have them in the untrained network too.
+
+    Raises:
+        IdentityError: those are not the weights the run was started from.
     """
-    models = {}
     before = random_state()
-    for name in ("trained", "untrained"):
-        seed_weights(config.train.seed)
-        method = build_method(config, tokenizer.vocab_size)
-        method.prepare(tokenizer)
-        if name == "trained":
-            checkpoints.load_weights(source.checkpoint, method)
-        models[name] = method.to(device).eval()
+    trained = saved_run.load_method(source, config, tokenizer)
+    seed_weights(config.train.seed)
+    untrained = build_method(config, tokenizer.vocab_size)
+    check_start(untrained, config, None if source.stored is None else source.stored[0])
+    untrained.prepare(tokenizer)
     restore_random_state(before)
-    return models
+    return {"trained": trained.to(device), "untrained": untrained.to(device).eval()}

@@ -87,7 +87,10 @@ def evaluate(request: Request, say: Callable[[str], None]) -> Evaluation:
         config.data.root = request.data
     device = torch.device("cuda" if request.device != "cpu" and torch.cuda.is_available() else "cpu")
     models = load_models(source, config, tokenizer, device)
-    session = _Session(request, config, tokenizer, models, device, open_reader(config.data), say)
+    reader = open_reader(config.data)
+    said = request.data is not None or any(text.startswith("data.root=") for text in request.overrides)
+    saved_run.check_data(source, config, reader.index, said, say)
+    session = _Session(request, config, tokenizer, models, device, reader, say)
     evaluation = Evaluation(
         model={
             "name": source.name(config),

@@ -149,7 +149,7 @@ def _preprocessing(card: Card) -> str:
     )
     channels = f", repeated to {config.image.in_channels} channels" if config.image.in_channels > 1 else ""
     lines = [
-        f"- Images: 8-bit gray, stored fitted into a square of {card.data.stored_size} pixels; of that "
+        f"- Images: 8-bit gray, stored fitted into a square of {card.data.data.image_size} pixels; of that "
         f"{crop} to {side}×{side}. Divided by 255, minus {config.image.mean}, divided by "
         f"{config.image.std}{channels}.",
     ]
@@ -170,15 +170,23 @@ def _preprocessing(card: Card) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _data(data: DataFacts) -> str:
+def _data(facts: DataFacts) -> str:
+    data, totals = facts.data, facts.data.splits[facts.data.split]
     known = [licence for licence in data.licences if licence]
     licence = "; ".join(known) if known else "not stored with the samples"
     if known and "" in data.licences:
         licence += "; of some samples not stored"
+    if not data.asked:
+        licence = "not looked at: `medvlp export --data` does"
+    earlier = "".join(
+        f"- from step {record.from_step:,}: dataset {record.name}, `{record.fingerprint}`\n"
+        for record in facts.earlier
+    )
+    since = f", from step {data.from_step:,}" if facts.earlier else ""
     return (
-        f"- dataset {data.name}, `{data.fingerprint}`, split {data.split}\n"
-        f"- {data.totals.samples:,} samples of {data.totals.studies:,} studies and "
-        f"{data.totals.patients:,} patients\n"
+        f"{earlier}- dataset {data.name}, `{data.fingerprint}`, split {data.split}{since}\n"
+        f"- {totals['samples']:,} samples of {totals['studies']:,} studies and "
+        f"{totals['patients']:,} patients\n"
         f"- licence as stored (read from {data.asked} samples): {licence}\n\n"
         "No image, report or identifier of the data is in this folder, apart from what weights and the words "
         "of the tokenizer may hold.\n"

@@ -2,55 +2,61 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from medvlp.config import DataConfig
 from medvlp.data.cache import open_reader
-from shards.format import SplitTotals, is_remote
-
-#: Shards of a local dataset that are asked for their licence; of a remote one it is the first alone.
-ASKED_SHARDS = 32
+from medvlp.export.errors import ExportError
+from medvlp.training.identity import DataRecord, read_licences
+from medvlp.training.saved_run import SavedRun
 
 
 @dataclass(frozen=True)
 class DataFacts:
-    """A dataset as the model card shows it.
+    """The data of a run as the model card shows them.
 
     Attributes:
-        name, fingerprint: from its index.
-        split, totals: what was trained on, and its counts.
-        stored_size: side of the stored square images in pixels.
-        licences: `license` fields of samples, sorted; "" where a sample says nothing.
-        asked: number of samples they were read from.
+        data: the dataset the exported weights were last trained on.
+        earlier: those before it (`data.allow_changed`), oldest first.
     """
 
-    name: str
-    fingerprint: str
-    split: str
-    totals: SplitTotals
-    stored_size: int
-    licences: list[str]
-    asked: int
+    data: DataRecord
+    earlier: tuple[DataRecord, ...] = ()
 
 
-def read_facts(config: DataConfig) -> DataFacts:
-    """Read the index of the training data and the licence of the first sample of shards spread over it.
+def facts_of(source: SavedRun, config: DataConfig, given: bool) -> DataFacts:
+    """What is stored with the run; the dataset itself is needed only by runs of versions that stored nothing.
+
+    Args:
+        source: run and checkpoint.
+        config: where the data are.
+        given: the user named that place: it is looked at for the licence, and must be the run's data.
 
     Raises:
-        DataError: the dataset cannot be read, or lacks the split.
+        ExportError: another dataset than the run's was given.
+        DataError: a dataset that is needed cannot be read, or lacks the split.
     """
+    if source.stored is None:
+        return DataFacts(_read(config))
+    identity, _ = source.stored
+    record = identity.trained_on(source.manifest.identity)
+    facts = DataFacts(record, identity.data[: identity.data.index(record)])
+    if not given:
+        return facts
+    read = _read(config)
+    if changes := record.differences(read):
+        raise ExportError(
+            f"{config.root} is not what the run was trained on: {'; '.join(changes)}. Leave --data out: what "
+            "the card says is stored with the run"
+        )
+    record = dataclasses.replace(record, licences=read.licences, asked=read.asked)
+    return dataclasses.replace(facts, data=record)
+
+
+def _read(config: DataConfig) -> DataRecord:
     reader = open_reader(config)
-    index = reader.index
-    shards = index.split_shards(config.split)
-    step = len(shards) if is_remote(config.root) else max(1, -(-len(shards) // ASKED_SHARDS))
-    position, licences, asked = 0, set(), 0
-    for number, shard in enumerate(shards):
-        if number % step == 0 and shard.samples:
-            licences.add(str(reader.metadata(config.split, position).get("license") or ""))
-            asked += 1
-        position += shard.samples
+    licences, asked = read_licences(reader, config.split)
     reader.close()
-    totals = index.splits[config.split]
-    return DataFacts(
-        index.name, index.fingerprint, config.split, totals, index.image_size, sorted(licences), asked
-    )
+    record = DataRecord.of(reader.index, config.split)
+    return dataclasses.replace(record, licences=licences, asked=asked)

@@ -11,7 +11,7 @@ from torch import Tensor
 from medvlp.encoders.image import ImageEncoder
 from medvlp.encoders.text import TextEncoder
 from medvlp.export.card import Card, Results, model_card
-from medvlp.export.data_facts import read_facts
+from medvlp.export.data_facts import facts_of
 from medvlp.export.errors import ExportError
 from medvlp.export.folder import check_free, new_folder
 from medvlp.export.image import write_image
@@ -42,7 +42,7 @@ def export(
         source: a run and a verified checkpoint of it (`medvlp.training.saved_run.locate`).
         out: a folder that does not exist or is empty.
         say: receives one line of progress at a time.
-        data: where the training data are now; default: where the config says.
+        data: where the training data are now; without it the card says what is stored with the run.
         results: the run's evaluation for the card.
 
     Returns:
@@ -53,9 +53,9 @@ def export(
         MedvlpError: run, checkpoint or data are not usable (see `saved_run`, `data_facts`).
     """
     check_free(out)
-    config = saved_run.load_config(source, [] if data is None else [f"data.root={data}"])
+    config = saved_run.load_config(source, [], data)
     tokenizer = saved_run.load_tokenizer(source, config)
-    facts = read_facts(config.data)
+    facts = facts_of(source, config.data, given=data is not None)
     say(f"loading {source.checkpoint.name}")
     method = saved_run.load_method(source, config, tokenizer)
     image, text = _encoders(method, config.method.name)

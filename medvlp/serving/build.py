@@ -87,6 +87,7 @@ def make_snapshot(model: RunModel, request: BuildRequest, say: Callable[[str], N
     if request.workers is not None:
         config.data.workers = request.workers
     reader = open_reader(config.data)
+    saved_run.check_data(model.source, config, reader.index, request.data is not None, say)
     split = request.split or config.data.split
     store = TokenStore.open_or_build(reader, split, config.data, model.tokenizer)
     # As in training, samples without a report are left out.

@@ -35,7 +35,7 @@ class RunModel:
 
     def __init__(self, source: SavedRun, device: torch.device, data: str | None = None) -> None:
         self.source, self.device = source, device
-        self.config: Config = saved_run.load_config(source, [] if data is None else [f"data.root={data}"])
+        self.config: Config = saved_run.load_config(source, [], data)
         self.tokenizer: Tokenizer = saved_run.load_tokenizer(source, self.config)
         self.method: Method = saved_run.load_method(source, self.config, self.tokenizer).to(device)
 

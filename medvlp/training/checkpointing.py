@@ -37,6 +37,7 @@ class CheckpointCallback(BaseCallback):
         engine: what holds the weights and optimiser state.
         callbacks: those with state; this one is not among them.
         wandb_run_id: stored for the next start.
+        identity: what the run is made from (`RunIdentity.summary`), stored in every manifest.
         metrics: gives the last logged metrics, for `keep_best`.
         log: takes the seconds the loop stood still for a save.
 
@@ -53,6 +54,7 @@ class CheckpointCallback(BaseCallback):
         engine: Engine,
         callbacks: list[Callback],
         wandb_run_id: str | None = None,
+        identity: Mapping[str, str] | None = None,
         metrics: Callable[[], Mapping[str, float]] = dict,
         log: Callable[[dict[str, float]], None] = lambda figures: None,
     ):
@@ -69,6 +71,7 @@ class CheckpointCallback(BaseCallback):
         self._description: dict[str, Any] = {
             "config_hash": config_hash(config),
             "versions": library_versions(),
+            "identity": dict(identity or {}),
         }
 
     def on_start(self, step: int) -> None:

@@ -40,6 +40,8 @@ class Manifest:
         files: path inside the folder -> {"bytes": size, "xxh3_128": checksum}.
         optimizer: name of the optimiser whose state it holds.
         metrics: the last logged ones.
+        identity: hashes of the data, the tokenizer and the encoders (`RunIdentity.summary`); empty in
+            checkpoints of versions that stored none.
         format: version of this layout.
         checksum: xxh3-128 of the file's text with nothing here; written by `to_json`.
     """
@@ -57,12 +59,15 @@ class Manifest:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     optimizer: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
+    identity: dict[str, str] = field(default_factory=dict)
     format: int = 1  # of files that do not say it
     checksum: str = ""
 
     def to_json(self) -> str:
         """The file's text, with its checksum."""
         values = dataclasses.asdict(self) | {"checksum": ""}
+        if not self.identity:  # the text of older files, whose checksum must stay theirs
+            del values["identity"]
         digest = xxhash.xxh3_128_hexdigest(_text(values).encode())
         return _text(values | {"checksum": digest})
 

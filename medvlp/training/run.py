@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -15,9 +15,7 @@ from rich.logging import RichHandler
 
 from medvlp import distributed
 from medvlp.config import Config
-from medvlp.data.cache import open_reader
 from medvlp.data.loader import TrainingLoader, build_loader
-from medvlp.data.text import Tokenizer
 from medvlp.methods.base import Method
 from medvlp.methods.registry import build_method, reads_entities
 from medvlp.prototypes.anchors import AnchorEncoder
@@ -31,14 +29,17 @@ from medvlp.training.callbacks import Callback
 from medvlp.training.checkpoint import load_weights
 from medvlp.training.checkpointing import CheckpointCallback, restore_randomness
 from medvlp.training.deepspeed_config import check_device
+from medvlp.training.encoder_records import described
 from medvlp.training.engine import Engine
-from medvlp.training.errors import AgreedError, DataWorkerError, LostPeerError
+from medvlp.training.errors import DataWorkerError, LostPeerError
 from medvlp.training.events import EventLog
 from medvlp.training.fitting import check_fits, check_weights
 from medvlp.training.hangs import Watchdog
+from medvlp.training.identity import RunIdentity
 from medvlp.training.interrupts import EXIT_INTERRUPTED, Interrupts
 from medvlp.training.manifest import Manifest, newest_valid, step_folders
 from medvlp.training.monitor import Monitor
+from medvlp.training.opening import open_data, take_up
 from medvlp.training.prototype_refresh import PrototypeRefresh
 from medvlp.training.prototype_revival import PrototypeRevival
 from medvlp.training.randomness import seed_rank, seed_weights
@@ -48,8 +49,6 @@ from medvlp.training.schedule import build_schedule
 from medvlp.training.step_guard import StepGuard
 from medvlp.training.trainer import Trainer
 from medvlp.training.wandb_run import WandbRun
-from shards.errors import MedvlpError
-from shards.reader import ShardReader
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +144,7 @@ def _train(
     fresh: bool,
 ) -> None:
     watchdog.mark("opening the dataset")
-    reader, tokenizer = _open_data(config)
+    reader = open_data(config)
     watchdog.mark("looking for a checkpoint")
     open_run_folder(Path(config.run.dir), fresh)
     checkpoint = newest_valid(config.run.dir)
@@ -153,6 +152,8 @@ def _train(
     if manifest is not None:
         check_fits(manifest, config, plan)
     step = 0 if manifest is None else manifest.step
+    taken_up = take_up(config, reader, manifest)
+    tokenizer = taken_up.tokenizer
 
     def loader(start_step: int) -> TrainingLoader:
         rank, entities = distributed.rank(), reads_entities(config.method.name)
@@ -162,7 +163,11 @@ def _train(
 
     watchdog.mark("building the method")
     seed_weights(config.train.seed)
-    method = build_method(config, tokenizer.vocab_size).to(device)
+    # A checkpoint holds every weight: what training began with need not be at hand any more.
+    buildable = config if checkpoint is None else described(config, taken_up.stored)
+    method = build_method(buildable, tokenizer.vocab_size)
+    identity = taken_up.identity(reader, config, method, step)
+    method = method.to(device)
     method.prepare(tokenizer)
     anchors = AnchorEncoder(method, tokenizer, config, device)
     if checkpoint is not None:
@@ -174,7 +179,9 @@ def _train(
     data = loader(step)
     schedule = build_schedule(config, data.steps_per_epoch)
     guard = StepGuard(method, config.train.spike_sigma, device)
-    callbacks, saving = _callbacks(config, method, engine, guard, schedule.steps, manifest, console, anchors)
+    callbacks, saving = _callbacks(
+        config, method, engine, guard, schedule.steps, manifest, console, anchors, identity
+    )
     saving.alive = watchdog.mark
     seed_rank(config.train.seed, distributed.rank())
     batches = iter(data)
@@ -187,12 +194,12 @@ def _train(
         else:
             logger.info("resuming %s after step %d of %d", config.run.dir, step, schedule.steps)
     # Not earlier: the config of a start that fails is not the run's.
-    describe_run(config, plan.world_size)
+    describe_run(config, plan.world_size, identity, tokenizer)
     trainer = Trainer(
         engine, batches, schedule, data.steps_per_epoch, callbacks, guard, watchdog,
         config.monitor.log_every, step,
     )  # fmt: skip
-    _note_start(config, checkpoint, step, schedule.steps)
+    _note_start(config, checkpoint, step, schedule.steps, taken_up.changes)
     trainer.train(interrupts)
     if distributed.is_main():
         kind = "interrupt" if interrupts.stopped_by else "finish"
@@ -200,33 +207,23 @@ def _train(
     engine.close()
 
 
-def _note_start(config: Config, checkpoint: Path | None, step: int, steps: int) -> None:
-    """Write into the run's history that it starts or goes on, and what was passed over for that."""
+def _note_start(
+    config: Config, checkpoint: Path | None, step: int, steps: int, changes: Sequence[str]
+) -> None:
+    """Write into the run's history that it starts or goes on, on which data, and what was passed over."""
     if not distributed.is_main():
         return
     events = EventLog(config.run.dir)
     for newer, folder in step_folders(Path(config.run.dir) / "checkpoints"):
         if newer > step:
             events.note("checkpoint_passed_over", newer, checkpoint=folder.name)
+    if changes:
+        events.note("data_changed", step, root=config.data.root, changes=list(changes))
     ranks = distributed.world_size()
     if checkpoint is None:
         events.note("start", step, steps=steps, ranks=ranks)
     else:
         events.note("resume", step, steps=steps, ranks=ranks, checkpoint=checkpoint.name)
-
-
-def _open_data(config: Config) -> tuple[ShardReader, Tokenizer]:
-    """Reader and tokenizer; what is wrong with them on any rank is raised on all."""
-    opened, problem = None, None
-    try:
-        opened = (open_reader(config.data), Tokenizer.load(config.data.tokenizer, config.data.root))
-    except MedvlpError as error:
-        problem = [str(error), error.exit_code]
-    failed = next((found for found in distributed.gather_objects(problem) if found), None)
-    if failed is not None:
-        raise AgreedError(failed[0], exit_code=failed[1])
-    assert opened is not None
-    return opened
 
 
 def _start_prototypes(config: Config, method: Method, data: TrainingLoader) -> None:
@@ -249,6 +246,7 @@ def _callbacks(
     manifest: Manifest | None,
     console: Console | None,
     anchors: AnchorEncoder,
+    identity: RunIdentity,
 ) -> tuple[list[Callback], CheckpointCallback]:
     """All callbacks in the order in which they see a step: check, refresh, log, save."""
     run_dir = Path(config.run.dir)
@@ -275,5 +273,7 @@ def _callbacks(
     callbacks.append(monitor)
     if config.monitor.log_samples:
         callbacks.append(SampleLog(run_dir / "samples.jsonl", noted))
-    saving = CheckpointCallback(config, engine, list(callbacks), run_id, lambda: monitor.latest, monitor.add)
+    saving = CheckpointCallback(
+        config, engine, list(callbacks), run_id, identity.summary(), lambda: monitor.latest, monitor.add
+    )
     return [*callbacks, saving], saving

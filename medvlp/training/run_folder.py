@@ -1,4 +1,4 @@
-"""The run folder: config, environment, and the rule that a fresh run needs an empty one."""
+"""The run folder: identity, config, environment, and the rule that a fresh run needs an empty one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ import yaml
 from medvlp import distributed
 from medvlp.config import Config
 from medvlp.config_files import to_yaml
+from medvlp.data.text import Tokenizer
 from medvlp.training.errors import RunFolderError
+from medvlp.training.identity import RunIdentity
 from shards.atomic import atomic_write
 from shards.errors import DataError
 
@@ -56,8 +58,10 @@ def open_run_folder(folder: Path, fresh: bool) -> None:
         raise RunFolderError(problem)
 
 
-def describe_run(config: Config, world_size: int) -> None:
-    """Write `config.yaml` and `environment.json` (rank 0); name config keys changed since the last start.
+def describe_run(config: Config, world_size: int, identity: RunIdentity, tokenizer: Tokenizer) -> None:
+    """Write what the run is (rank 0); name config keys changed since the last start.
+
+    That is `identity.json` with `tokenizer.json`, `config.yaml` and `environment.json`.
 
     All ranks call this together.
 
@@ -67,6 +71,7 @@ def describe_run(config: Config, world_size: int) -> None:
     problem = None
     if distributed.is_main():
         try:
+            identity.write(Path(config.run.dir), tokenizer)
             _write_description(config, world_size)
         except (DataError, OSError) as error:
             problem = str(error)

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from medvlp import config_files
 from medvlp.config import Config
+from medvlp.config_files import ConfigError
 from medvlp.data.text import Tokenizer
 from medvlp.methods.base import Method
 from medvlp.methods.registry import build_method, schemas
 from medvlp.training import checkpoint as checkpoints
+from medvlp.training.encoder_records import described
 from medvlp.training.errors import CheckpointError, RunFolderError
+from medvlp.training.identity import DataRecord, IdentityError, RunIdentity, check_tokenizer
 from medvlp.training.manifest import MANIFEST, Manifest
+from medvlp.training.opening import unchecked
 from medvlp.training.run_folder import CONFIG
-from shards.format import TOKENIZER_NAME
+from shards.format import Index
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,15 @@ class SavedRun:
     def step(self) -> int:
         """Finished optimiser steps of the checkpoint."""
         return self.manifest.step
+
+    @cached_property
+    def stored(self) -> tuple[RunIdentity, Tokenizer] | None:
+        """What the run was made from, with its tokenizer; None for versions that stored neither.
+
+        Raises:
+            IdentityError: what is stored is not of this checkpoint.
+        """
+        return RunIdentity.read(self.run, self.manifest.identity)
 
     def name(self, config: Config) -> str:
         """What people call the run: `run.name`, or else its folder's name."""
@@ -67,33 +84,83 @@ def locate(path: Path) -> SavedRun:
     return SavedRun(run, path, manifest)
 
 
-def load_config(source: SavedRun, overrides: Sequence[str]) -> Config:
-    """The run's config with overrides; errors as `medvlp.config_files.load`."""
-    return config_files.load([source.run / CONFIG], overrides, schemas())
+def load_config(source: SavedRun, overrides: Sequence[str], data: str | None = None) -> Config:
+    """The run's config with overrides; errors as `medvlp.config_files.load`.
+
+    Args:
+        source: run and checkpoint.
+        overrides: `section.key=value`.
+        data: dataset folder or URL prefix in place of the run's.
+    """
+    config = config_files.load([source.run / CONFIG], overrides, schemas())
+    if data is not None:
+        config.data.root = data
+    return config
 
 
 def load_tokenizer(source: SavedRun, config: Config) -> Tokenizer:
-    """The tokenizer the model was trained with: the run folder's copy, or else the one its config names."""
-    if not (source.run / TOKENIZER_NAME).is_file():
+    """The tokenizer the run was trained with, which is stored with it.
+
+    Runs of versions that stored none are told so in a warning, and get the one their config names.
+
+    Raises:
+        IdentityError: what is stored is not the checkpoint's, or `data.tokenizer` names another one.
+        RunFolderError: none is stored, and the one named is not there.
+    """
+    found = source.stored
+    if found is not None:
+        identity, tokenizer = found
+        check_tokenizer(tokenizer, identity, config.data.tokenizer, str(source.run))
+        return tokenizer
+    logger.warning("%s", unchecked(source.run))
+    try:
         return Tokenizer.load(config.data.tokenizer, config.data.root)
-    # A transformers tokenizer has a file beside it that names its special tokens.
-    whole = (source.run / "tokenizer_config.json").is_file()
-    return Tokenizer.load(source.run if whole else None, source.run)
+    except ConfigError as error:
+        raise RunFolderError(
+            f"{source.run} holds no copy of its tokenizer, and it cannot be read where the config says "
+            f"({error}): say where the training data are now with data.root=PLACE"
+        ) from error
+
+
+def check_data(
+    source: SavedRun, config: Config, index: Index, said: bool, say: Callable[[str], None]
+) -> None:
+    """Look at whether a dataset is the one the checkpoint was trained on.
+
+    Args:
+        source: run and checkpoint.
+        config: of the run, with overrides.
+        index: of the dataset that is read.
+        said: the user named the dataset for this (`--data`): another one is meant, and said in a line.
+        say: receives that line.
+
+    Raises:
+        IdentityError: it is another one without the user's word.
+    """
+    if source.stored is None:
+        return
+    identity, _ = source.stored
+    changes = identity.trained_on(source.manifest.identity).differences(
+        DataRecord.of(index, config.data.split)
+    )
+    if not changes:
+        return
+    told = f"{config.data.root} is not what {source.run} was trained on: {'; '.join(changes)}"
+    if not (said or config.data.allow_changed):
+        raise IdentityError(f"{told}. Where it is meant, say so with --data {config.data.root}")
+    say(told)
 
 
 def load_method(source: SavedRun, config: Config, tokenizer: Tokenizer) -> Method:
     """The trained method on the CPU in evaluation mode, with the weights of the checkpoint.
 
+    Weights and models that training started from need not be at hand any more.
+
     Raises:
         CheckpointError: the weights cannot be read or do not fit.
     """
-    # Every weight comes from the checkpoint, so those training started from need not be at hand any more.
-    image = (config.image.pretrained, config.image.weights)
-    config.image.pretrained, config.image.weights = False, None
-    try:
-        method = build_method(config, tokenizer.vocab_size)
-    finally:
-        config.image.pretrained, config.image.weights = image
+    identity = None if source.stored is None else source.stored[0]
+    method = build_method(described(config, identity), tokenizer.vocab_size)
     method.prepare(tokenizer)
     checkpoints.load_weights(source.checkpoint, method)
     return method.eval()

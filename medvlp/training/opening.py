@@ -1,0 +1,141 @@
+"""Opening what a run reads: the same dataset on all ranks, and what the run was started with."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from torch import nn
+
+from medvlp import distributed
+from medvlp.config import Config
+from medvlp.data.cache import open_reader
+from medvlp.data.text import Tokenizer
+from medvlp.training.encoder_records import describe_encoders, starting_weights
+from medvlp.training.errors import AgreedError
+from medvlp.training.identity import DataRecord, IdentityError, RunIdentity, check_tokenizer, record_data
+from medvlp.training.manifest import Manifest
+from shards.errors import DataError, MedvlpError
+from shards.reader import ShardReader
+
+logger = logging.getLogger(__name__)
+
+Opened = TypeVar("Opened")
+
+
+@dataclass(frozen=True)
+class TakenUp:
+    """What a start of a run goes on with.
+
+    Attributes:
+        tokenizer: the run's.
+        stored: what an earlier start stored; None at the first one, and after versions that stored nothing.
+        changes: how the dataset differs from the checkpoint's, where `data.allow_changed` lets it.
+    """
+
+    tokenizer: Tokenizer
+    stored: RunIdentity | None = None
+    changes: tuple[str, ...] = ()
+
+    def identity(self, reader: ShardReader, config: Config, method: nn.Module, step: int) -> RunIdentity:
+        """What the run is made from now on; `method` as it was built, before its first step or a load."""
+        if self.stored is not None and not self.changes:
+            return self.stored
+        # Licences are for the file, which rank 0 writes.
+        record = (
+            record_data(reader, config, step)
+            if distributed.is_main()
+            else DataRecord.of(reader.index, config.data.split, step)
+        )
+        if self.stored is not None:
+            return dataclasses.replace(self.stored, data=(*self.stored.data, record))
+        return RunIdentity(
+            self.tokenizer.content,
+            self.tokenizer.special,
+            config.data.tokenizer,
+            (record,),
+            describe_encoders(method, config),
+            starting_weights(method, config) if step == 0 else {},
+        )
+
+
+def open_data(config: Config) -> ShardReader:
+    """The dataset; what is wrong with it on any rank is raised on all.
+
+    Raises:
+        AgreedError: it cannot be opened, or ranks see different ones (copies on the disks of nodes).
+    """
+    reader = _together(lambda: open_reader(config.data))
+    contents = distributed.gather_objects(DataRecord.of(reader.index, config.data.split).content)
+    other = next((rank for rank, content in enumerate(contents) if content != contents[0]), None)
+    if other is not None:
+        raise AgreedError(
+            f"rank {other} finds another dataset at data.root={config.data.root} than rank 0: bring the "
+            "copies on the nodes up to date",
+            exit_code=DataError.exit_code,
+        )
+    return reader
+
+
+def take_up(config: Config, reader: ShardReader, manifest: Manifest | None) -> TakenUp:
+    """The tokenizer a run goes on with, after a check that data and tokenizer are those of its checkpoint.
+
+    Args:
+        config: of this start.
+        reader: the dataset it reads.
+        manifest: of the checkpoint; None: the run begins.
+
+    Raises:
+        AgreedError: on all ranks: another dataset without `data.allow_changed`, another tokenizer, or
+            stored files that are not the checkpoint's (`IdentityError`); or no tokenizer to begin with.
+    """
+    run = Path(config.run.dir)
+    found = None if manifest is None else _together(lambda: RunIdentity.read(run, manifest.identity))
+    if manifest is None or found is None:
+        if manifest is not None and distributed.is_main():
+            logger.warning("%s", unchecked(run))
+        return TakenUp(_together(lambda: Tokenizer.load(config.data.tokenizer, config.data.root)))
+    stored, tokenizer = found
+    _together(lambda: check_tokenizer(tokenizer, stored, config.data.tokenizer, str(run)))
+    then, now = stored.trained_on(manifest.identity), DataRecord.of(reader.index, config.data.split)
+    changes = then.differences(now)
+    if config.data.tokenizer is None and stored.named is None and then.tokenizer != now.tokenizer:
+        changes.append("its tokenizer, in whose place the run uses its own")
+    if changes and not config.data.allow_changed:
+        raise IdentityError(
+            f"data.root={config.data.root} is not what {run} was trained on until step {manifest.step}: "
+            f"{'; '.join(changes)}. Name the old data (a moved folder is fine), or say "
+            "data.allow_changed=true to go on with these, or choose a new run.dir"
+        )
+    if changes and distributed.is_main():
+        logger.warning(
+            "going on with CHANGED DATA (data.allow_changed) after step %d: %s",
+            manifest.step, "; ".join(changes),
+        )  # fmt: skip
+    return TakenUp(tokenizer, stored, tuple(changes))
+
+
+def unchecked(run: Path) -> str:
+    """The line about a run of a version that stored no identity."""
+    return (
+        f"{run} was started by a version that stored no identity.json: whether its data and tokenizer are "
+        "still those it was trained with cannot be checked"
+    )
+
+
+def _together(action: Callable[[], Opened]) -> Opened:
+    """Do it on all ranks; an error of one of them is raised on all."""
+    done: list[Opened] = []
+    problem = None
+    try:
+        done.append(action())
+    except MedvlpError as error:
+        problem = [str(error), error.exit_code]
+    failed = next((found for found in distributed.gather_objects(problem) if found), None)
+    if failed is not None:
+        raise AgreedError(failed[0], exit_code=failed[1])
+    return done[0]
