@@ -1,13 +1,59 @@
-"""Command lines as data: which command words mean, with which values, and back into words."""
+"""Command lines as data: which command words mean, options from dataclasses, and values back into words."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import typer.main
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """`a.yaml b.yaml x.y=1` -> ([a.yaml, b.yaml], ["x.y=1"]); an existing file may hold "=" in its name."""
+    files, overrides = [], []
+    for argument in arguments:
+        if "=" in argument and not Path(argument).exists():
+            overrides.append(argument)
+        else:
+            files.append(Path(argument))
+    return files, overrides
+
+
+def options_of_dataclasses(function: Callable[..., None]) -> Callable[..., None]:
+    """A typer command from a function in which a parameter that is a dataclass stands for its fields.
+
+    Each field is an option of the command: its annotation says which (`Annotated[T, typer.Option(...)]`), its
+    default what it is when it is not given. The function gets the dataclass, filled.
+    """
+    parameters, groups = [], {}
+    for parameter in inspect.signature(function, eval_str=True).parameters.values():
+        if not (isinstance(parameter.annotation, type) and dataclasses.is_dataclass(parameter.annotation)):
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        groups[parameter.name] = parameter.annotation
+        annotations = typing.get_type_hints(parameter.annotation, include_extras=True)
+        for field in dataclasses.fields(parameter.annotation):
+            kind, hint = inspect.Parameter.KEYWORD_ONLY, annotations[field.name]
+            parameters.append(inspect.Parameter(field.name, kind, default=field.default, annotation=hint))
+
+    @functools.wraps(function)
+    def command(**values: Any) -> None:
+        filled = {
+            name: kind(**{field.name: values.pop(field.name) for field in dataclasses.fields(kind)})
+            for name, kind in groups.items()
+        }
+        function(**values, **filled)
+
+    # typer reads both.
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
 
 
 @dataclass(frozen=True)

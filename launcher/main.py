@@ -12,14 +12,11 @@ from rich.markup import escape
 
 from launcher.commands import (
     attempt,
-    cancel,
     checkpoints,
-    config,
     doctor,
     evaluate,
     export,
     jobs,
-    logs,
     pretrain,
     prototypes,
     resume,
@@ -40,15 +37,15 @@ app = typer.Typer(
 )
 app.add_typer(shards.app, name="shards")
 app.add_typer(prototypes.app, name="prototypes")
-app.command("config")(config.config)
+app.command("config")(pretrain.config)
 app.command("pretrain")(pretrain.pretrain)
 app.add_typer(submit.app, name="submit")
 submit.app.command("shards", context_settings=submit_shards.SETTINGS)(submit_shards.shards)
 submit.app.command("evaluate")(submit_evaluate.evaluate)
 submit.app.command("prototypes", context_settings=submit_prototypes.SETTINGS)(submit_prototypes.prototypes)
 app.command("jobs")(jobs.jobs)
-app.command("logs")(logs.logs)
-app.command("cancel")(cancel.cancel)
+app.command("logs")(jobs.logs)
+app.command("cancel")(jobs.cancel)
 app.command("resume", context_settings=resume.SETTINGS)(resume.resume)
 app.command("runs")(runs.runs)
 app.add_typer(attempt.app, name="attempt", hidden=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launcher.arguments import split_arguments
+from launcher.command_words import split_arguments
 from launcher.doctor import report
 from launcher.doctor.findings import Finding, guarded, ok, warn
 from launcher.doctor.slurm_limits import check_limits, minutes_of

@@ -1,4 +1,4 @@
-"""`medvlp jobs`: jobs in the queue beside the progress of their runs."""
+"""`medvlp jobs`, `logs` and `cancel`: jobs in the queue beside the progress of their runs."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from launcher.figures import duration_text, number_text
-from launcher.slurm.run_jobs import TRAINING, RunJob, current_jobs, find, jobs_of
+from launcher.number_text import duration_text, number_text
+from launcher.slurm.run_jobs import TRAINING, RunJob, current_jobs, find, jobs_of, submitted_id
 
 _COLOURS = {
     "RUNNING": "green", "COMPLETING": "green", "PENDING": "blue", "COMPLETED": "dim", "CANCELLED": "yellow",
@@ -115,3 +115,70 @@ def _cells(values: dict[str, Any]) -> tuple[str, ...]:
         number_text(values["samples_per_second"], 1), number_text(values["loss"], 4), eta,
         str(values["restarts"]), escape(values["nodes"]), escape(shortest(Path(values["folder"]))),
     )  # fmt: skip
+
+
+def logs(
+    target: Annotated[str, typer.Argument(metavar="RUN|JOB", help="run folder (its newest job) or job id")],
+    follow: Annotated[
+        bool, typer.Option("-f", "--follow", help="show new lines until the job has ended, over requeues")
+    ] = False,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            "--rank",
+            min=0,
+            help='only lines of this rank: all write to one file, those of rank 3 begin with "rank 3" behind '
+            "the time, those without a mark are rank 0's",
+        ),
+    ] = None,
+    lines: Annotated[int, typer.Option("-n", "--lines", min=0, help="of the end of each file")] = 40,
+) -> None:
+    """Show the end of the output of a run's newest job, or of one job; of an array, of each task."""
+    from launcher.slurm import logs as log_reader
+    from launcher.slurm import run_jobs, slurm_commands
+
+    folder, job_id = find(target)
+    if follow and job_id is None:
+        job_id = run_jobs.newest_submission(folder)
+
+    def is_over() -> bool:
+        return not run_jobs.unfinished(slurm_commands.list_jobs([job_id] if job_id is not None else []))
+
+    if follow and job_id is not None:
+        log_reader.wait_for_output(folder, job_id, is_over, lambda line: typer.echo(line, err=True))
+    files = log_reader.log_files(folder, job_id)
+    position = 0
+    for path in files:
+        if len(files) > 1:
+            typer.echo(f"==> {path} <==")
+        shown, position = log_reader.tail(path, lines, rank)
+        for line in shown:
+            typer.echo(log_reader.without_controls(line))
+    # Of an array, the last task's output is followed.
+    for line in log_reader.of_rank(log_reader.follow(files[-1], position, is_over), rank) if follow else ():
+        typer.echo(log_reader.without_controls(line))
+
+
+def cancel(
+    target: Annotated[str, typer.Argument(metavar="RUN|JOB", help="run folder or job id")],
+    now: Annotated[bool, typer.Option("--now", help="at once, without a checkpoint")] = False,
+    timeout: Annotated[
+        float, typer.Option("--timeout", min=0, help="seconds to wait for the checkpoint and the end")
+    ] = 600.0,
+) -> None:
+    """End the jobs of a run; it can be resumed. Jobs that wait or do not train are ended at once."""
+    from launcher.slurm.cancelling import cancel_jobs, jobs_to_cancel
+
+    folder, job_id = find(target)
+    jobs = jobs_to_cancel(folder, job_id)
+    if not jobs:
+        typer.echo(f"no job of {folder} waits or runs")
+        return
+    for ended in cancel_jobs(folder, jobs, now, timeout, lambda line: typer.echo(line, err=True)):
+        what = f"job {submitted_id(ended.job)} ended"
+        if not ended.asked:
+            typer.echo(f"{what} ({ended.job.state.lower()} before)")
+        elif ended.step is None:
+            typer.echo(f"{what}; it had not trained far enough for a checkpoint")
+        else:
+            typer.echo(f"{what}; step {ended.step} is saved: medvlp resume {folder}")

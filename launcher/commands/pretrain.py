@@ -1,4 +1,4 @@
-"""`medvlp pretrain`: train here, on ranks it starts, or as one rank of a launcher that is already there."""
+"""`medvlp pretrain`: train here, on ranks it starts, or as one rank of another launcher; `medvlp config`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from launcher.arguments import split_arguments
+from launcher.command_words import split_arguments
 from medvlp.ranks import NODE_LAUNCH, LaunchError, detect
 from shards.errors import MedvlpError
 
@@ -91,3 +91,24 @@ def _train_rank(config: object, fresh: bool) -> int:
         if (agreed and detect().rank > 0) or not (agreed or may_show_error(error, os.environ)):
             sys.exit(error.exit_code)
         raise
+
+
+def config(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="CONFIG|KEY=VALUE", help="YAML files, then overrides"),
+    ] = None,
+    reference: Annotated[bool, typer.Option("--reference", help="print every key with its meaning")] = False,
+) -> None:
+    """Print the config that these files and overrides give, or the reference of all keys."""
+    from medvlp import config_files
+    from medvlp.methods.registry import schemas
+
+    if reference:
+        typer.echo(config_files.reference(schemas()), nl=False)
+        return
+    files, overrides = split_arguments(arguments or [])
+    tree = config_files.merge(files, overrides, schemas())
+    if not config_files.missing(tree):
+        config_files.load(files, overrides, schemas())
+    typer.echo(config_files.to_yaml(tree), nl=False)

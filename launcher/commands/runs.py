@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from launcher.figures import bytes_text, duration_text, number_text
+from launcher.number_text import bytes_text, duration_text, number_text
 from launcher.run_state import RunState, find_runs, read_run
 from medvlp.training.errors import RunFolderError
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from launcher.arguments import split_arguments
-from launcher.command_words import given_options
+from launcher.command_words import given_options, options_of_dataclasses, parse, split_arguments
 from shards.errors import UsageError
 
 
@@ -29,81 +31,103 @@ app = typer.Typer(
     help="Submit to a Slurm cluster: `medvlp submit CONFIG ...` is `medvlp submit pretrain CONFIG ...`.",
 )
 
-#: Options that go to sbatch as they are.
-_SLURM_OPTIONS = (
-    "gpus_per_node", "cpus_per_task", "time", "partition", "account", "qos", "constraint", "reservation",
-    "mem", "exclude", "dependency", "signal_seconds",
-)  # fmt: skip
 
-Cluster = Annotated[
-    Path | None, typer.Option("--cluster", help="YAML file of the cluster's settings (configs/clusters/)")
-]
-Time = Annotated[str | None, typer.Option("--time", help="time limit: minutes, HH:MM:SS or D-HH:MM:SS")]
-Partition = Annotated[str | None, typer.Option("--partition", help="as sbatch's")]
-Account = Annotated[str | None, typer.Option("--account", help="as sbatch's")]
-Qos = Annotated[str | None, typer.Option("--qos", help="as sbatch's")]
-Constraint = Annotated[str | None, typer.Option("--constraint", help="as sbatch's: features of the nodes")]
-Reservation = Annotated[str | None, typer.Option("--reservation", help="as sbatch's")]
-Memory = Annotated[str | None, typer.Option("--mem", help="as sbatch's: memory of each node; 0: all of it")]
-Exclude = Annotated[str | None, typer.Option("--exclude", help="as sbatch's: nodes not to use")]
-Dependency = Annotated[str | None, typer.Option("--dependency", help="as sbatch's, such as afterok:123")]
-JobName = Annotated[str | None, typer.Option("--job-name", help="default: medvlp- and the run's name")]
-CpusPerTask = Annotated[int | None, typer.Option("--cpus-per-task", min=1, help="CPUs of each node")]
-Preflight = Annotated[
-    bool, typer.Option("--preflight", help="`medvlp doctor` at every start; bad nodes are left out")
-]
-ServePrototypes = Annotated[
-    str | None,
-    typer.Option(
-        "--serve-prototypes",
-        metavar="OPTIONS",
-        help="a second component of the job, on a CPU node: medvlp prototypes serve RUN --follow OPTIONS",
-    ),
-]
-BesideChoices = Annotated[
-    list[str] | None,
-    typer.Option("--beside", help="what the second component asks for otherwise: partition=cpu, mem=8G"),
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="print the job script and submit nothing")]
+@dataclass(frozen=True)
+class JobOptions:
+    """What every submitted job is told on the command line; `slurm` is what of it goes to Slurm."""
+
+    cpus_per_task: Annotated[int | None, typer.Option("--cpus-per-task", min=1, help="CPUs of each node")] = (
+        None
+    )
+    time: Annotated[
+        str | None, typer.Option("--time", help="time limit: minutes, HH:MM:SS or D-HH:MM:SS")
+    ] = None
+    cluster: Annotated[
+        Path | None, typer.Option("--cluster", help="YAML file of the cluster's settings (configs/clusters/)")
+    ] = None
+    partition: Annotated[str | None, typer.Option("--partition", help="as sbatch's")] = None
+    account: Annotated[str | None, typer.Option("--account", help="as sbatch's")] = None
+    qos: Annotated[str | None, typer.Option("--qos", help="as sbatch's")] = None
+    constraint: Annotated[
+        str | None, typer.Option("--constraint", help="as sbatch's: features of the nodes")
+    ] = None
+    reservation: Annotated[str | None, typer.Option("--reservation", help="as sbatch's")] = None
+    mem: Annotated[
+        str | None, typer.Option("--mem", help="as sbatch's: memory of each node; 0: all of it")
+    ] = None
+    exclude: Annotated[str | None, typer.Option("--exclude", help="as sbatch's: nodes not to use")] = None
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the job script and submit nothing")] = (
+        False
+    )
+
+    @property
+    def slurm(self) -> dict[str, Any]:
+        """Values by the names of `launcher.slurm.render.SlurmRequest`'s attributes; None: not given."""
+        return {name: value for name, value in asdict(self).items() if name not in ("cluster", "dry_run")}
+
+
+@dataclass(frozen=True)
+class DependentJobOptions(JobOptions):
+    """The same for jobs that may wait for others."""
+
+    dependency: Annotated[
+        str | None, typer.Option("--dependency", help="as sbatch's, such as afterok:123")
+    ] = None
+
+
+@dataclass(frozen=True)
+class TrainingJobOptions(DependentJobOptions):
+    """The same for a training."""
+
+    gpus_per_node: Annotated[
+        int | None, typer.Option("--gpus-per-node", min=0, help="GPUs of each node; 0: train on CPUs")
+    ] = None
+    exclusive: Annotated[bool, typer.Option("--exclusive", help="whole nodes")] = False
+    signal_seconds: Annotated[
+        int | None,
+        typer.Option("--signal-seconds", min=10, help="save and stop so long before the time limit"),
+    ] = None
+
+    @property
+    def slurm(self) -> dict[str, Any]:
+        """As above; without `--exclusive` the site's setting counts."""
+        return super().slurm | {"exclusive": self.exclusive or None}
 
 
 @app.command()
+@options_of_dataclasses
 def pretrain(
     context: typer.Context,
     arguments: Annotated[
         list[str], typer.Argument(metavar="CONFIG|KEY=VALUE", help="YAML files, then overrides")
     ],
     nodes: Annotated[int, typer.Option("--nodes", min=1, help="number of nodes")] = 1,
-    gpus_per_node: Annotated[
-        int | None, typer.Option("--gpus-per-node", min=0, help="GPUs of each node; 0: train on CPUs")
-    ] = None,
     ranks_per_node: Annotated[
         int | None, typer.Option("--ranks-per-node", min=1, help="default: one per GPU, else one")
     ] = None,
-    cpus_per_task: CpusPerTask = None,
-    time: Time = None,
-    cluster: Cluster = None,
-    partition: Partition = None,
-    account: Account = None,
-    qos: Qos = None,
-    constraint: Constraint = None,
-    reservation: Reservation = None,
-    mem: Memory = None,
-    exclusive: Annotated[bool, typer.Option("--exclusive", help="whole nodes")] = False,
-    exclude: Exclude = None,
-    dependency: Dependency = None,
-    job_name: JobName = None,
-    signal_seconds: Annotated[
-        int | None,
-        typer.Option("--signal-seconds", min=10, help="save and stop so long before the time limit"),
+    job_name: Annotated[
+        str | None, typer.Option("--job-name", help="default: medvlp- and the run's name")
     ] = None,
     max_requeues: Annotated[
         int | None, typer.Option("--max-requeues", min=0, help="how often the job may be requeued")
     ] = None,
-    preflight: Preflight = False,
-    serve_prototypes: ServePrototypes = None,
-    beside: BesideChoices = None,
-    dry_run: DryRun = False,
+    preflight: Annotated[
+        bool, typer.Option("--preflight", help="`medvlp doctor` at every start; bad nodes are left out")
+    ] = False,
+    serve_prototypes: Annotated[
+        str | None,
+        typer.Option(
+            "--serve-prototypes",
+            metavar="OPTIONS",
+            help="a second component of the job, on a CPU node: medvlp prototypes serve RUN --follow OPTIONS",
+        ),
+    ] = None,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option("--beside", help="what the second component asks for otherwise: partition=cpu, mem=8G"),
+    ] = None,
+    *,
+    options: TrainingJobOptions,
 ) -> None:
     """Submit a pre-training: saved, requeued and resumed until it is done.
 
@@ -112,12 +136,12 @@ def pretrain(
     """
     from launcher.slurm.cluster_config import load_cluster
     from launcher.slurm.heterogeneous import prototype_server
-    from launcher.slurm.submit import PretrainJob, build_request, job_log, submit_pretrain
+    from launcher.slurm.render import build_request
+    from launcher.slurm.submit import PretrainJob, job_log, submit_pretrain
     from medvlp.config_files import to_yaml
 
-    site = load_cluster(cluster)
-    given = slurm_values(context)
-    gpus = site.sbatch.gpus_per_node or 0 if gpus_per_node is None else gpus_per_node
+    site = load_cluster(options.cluster)
+    gpus = site.sbatch.gpus_per_node or 0 if options.gpus_per_node is None else options.gpus_per_node
     ranks = ranks_per_node or max(1, gpus)
     if gpus and ranks > gpus:
         raise UsageError(
@@ -126,16 +150,17 @@ def pretrain(
     config = _checked_config(arguments, nodes * ranks, "cuda" if gpus else "cpu")
     run_dir = Path(config.run.dir)
     name = job_name or f"medvlp-{config.run.name or run_dir.name}"
+    server = None if serve_prototypes is None else serving_words(run_dir, shlex.split(serve_prototypes))
     job = PretrainJob(
-        build_request(site, job_log(run_dir), name, nodes, given),
+        build_request(site, job_log(run_dir), name, nodes, options.slurm),
         site,
         run_dir,
         ranks,
         site.sbatch.max_requeues if max_requeues is None else max_requeues,
         preflight,
-        prototype_server(site, run_dir, serve_prototypes, given, beside),
+        prototype_server(site, run_dir, server, options.slurm, beside),
     )
-    if dry_run:
+    if options.dry_run:
         typer.echo(job.script(), nl=False)
         return
     words = ["submit", "pretrain", *arguments, *given_options(context)]
@@ -144,10 +169,17 @@ def pretrain(
     print_follow_up(run_dir)
 
 
-def slurm_values(context: typer.Context) -> dict[str, Any]:
-    """What a running command was told to ask of Slurm, by the names of `Request`'s attributes."""
-    values = {name: context.params[name] for name in _SLURM_OPTIONS if name in context.params}
-    return values | ({"exclusive": True} if context.params.get("exclusive") else {})
+def serving_words(folder: Path, options: Sequence[str]) -> list[str]:
+    """The words behind `medvlp` that serve a run's prototypes from a job, while it trains or not.
+
+    Raises:
+        Exception: click's, for an option that `medvlp prototypes serve` does not have.
+    """
+    from launcher.commands import prototypes
+
+    words = ["serve", str(folder), "--follow", *options]
+    parse(prototypes.app, words)
+    return ["prototypes", *words]
 
 
 def print_follow_up(run_dir: Path) -> None:

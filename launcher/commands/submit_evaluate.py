@@ -8,12 +8,13 @@ from typing import Annotated
 import typer
 
 from launcher import command_words
-from launcher.commands import submit as options
 from launcher.commands.evaluate import PARTS_FOLDER
+from launcher.commands.submit import JobOptions
 from medvlp.training.errors import RunFolderError
 from shards.errors import UsageError
 
 
+@command_words.options_of_dataclasses
 def evaluate(
     context: typer.Context,
     arguments: Annotated[
@@ -29,23 +30,14 @@ def evaluate(
         int | None, typer.Option("--after", help="start when this job (a training) has ended well")
     ] = None,
     gpus_per_node: Annotated[int, typer.Option("--gpus-per-node", min=0, help="of each task, 0 or 1")] = 0,
-    time: options.Time = None,
-    cluster: options.Cluster = None,
-    partition: options.Partition = None,
-    account: options.Account = None,
-    qos: options.Qos = None,
-    constraint: options.Constraint = None,
-    reservation: options.Reservation = None,
-    mem: options.Memory = None,
-    exclude: options.Exclude = None,
-    cpus_per_task: options.CpusPerTask = None,
-    dry_run: options.DryRun = False,
+    *,
+    options: JobOptions,
 ) -> None:
     """Evaluate runs by an array over runs and tasks; a dependent job writes evaluation.json and compares."""
     from launcher.run_state import is_run_folder
     from launcher.slurm.cluster_config import load_cluster
     from launcher.slurm.command_jobs import CommandJob, after, output_pattern, submit_command
-    from launcher.slurm.submit import build_request
+    from launcher.slurm.render import build_request
 
     overrides = [word for word in arguments if "=" in word and not Path(word).exists()]
     runs = [Path(word).absolute() for word in arguments if word not in overrides]
@@ -54,11 +46,7 @@ def evaluate(
     for run in runs:
         if not is_run_folder(run):
             raise RunFolderError(f"{run} is no run folder, and no run was submitted to it")
-    site, folder = load_cluster(cluster), runs[0]
-    given = {
-        "time": time, "partition": partition, "account": account, "qos": qos, "constraint": constraint,
-        "reservation": reservation, "mem": mem, "exclude": exclude, "cpus_per_task": cpus_per_task,
-    }  # fmt: skip
+    site, folder, given = load_cluster(options.cluster), runs[0], options.slurm
     common = [*overrides, *(["--data", data] if data else []), *(["--split", split] if split else [])]
     commands = [
         ["evaluate", str(run), *common, "--task", name, "--out", str(run / PARTS_FOLDER / f"{name}.json")]
@@ -71,7 +59,7 @@ def evaluate(
         site, output_pattern(folder, is_array), f"medvlp-evaluate-{folder.name}", 1, given | first
     )
     job = CommandJob("evaluate", folder, request, site, commands)
-    if dry_run:
+    if options.dry_run:
         typer.echo(job.script(), nl=False)
         return
     # What earlier arrays left has been joined, or is of no use.

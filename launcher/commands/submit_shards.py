@@ -8,13 +8,14 @@ import typer
 
 from launcher import command_words
 from launcher.commands import shards as shards_command
-from launcher.commands import submit as options
+from launcher.commands.submit import DependentJobOptions
 from shards.errors import UsageError
 
 #: For `command`: what is not an option of submitting is one of building.
 SETTINGS = {"ignore_unknown_options": True}
 
 
+@command_words.options_of_dataclasses
 def shards(
     context: typer.Context,
     words: Annotated[
@@ -25,18 +26,8 @@ def shards(
     at_once: Annotated[
         int | None, typer.Option("--at-once", min=1, help="tasks that may run at the same time; default: all")
     ] = None,
-    time: options.Time = None,
-    cluster: options.Cluster = None,
-    partition: options.Partition = None,
-    account: options.Account = None,
-    qos: options.Qos = None,
-    constraint: options.Constraint = None,
-    reservation: options.Reservation = None,
-    mem: options.Memory = None,
-    exclude: options.Exclude = None,
-    dependency: options.Dependency = None,
-    cpus_per_task: options.CpusPerTask = None,
-    dry_run: options.DryRun = False,
+    *,
+    options: DependentJobOptions,
 ) -> None:
     """Build a dataset by an array of jobs; a dependent job merges the parts.
 
@@ -45,29 +36,23 @@ def shards(
     """
     from launcher.slurm.cluster_config import load_cluster
     from launcher.slurm.command_jobs import CommandJob, after, output_pattern, submit_command
-    from launcher.slurm.submit import build_request
+    from launcher.slurm.render import build_request
 
     build = command_words.parse(shards_command.app, words)
     if "out" not in build.values:
         raise UsageError("medvlp submit shards: only `build` runs as an array")
     if build.values.get("part") is not None:
         raise UsageError("--part is the array's business: give --parts N")
-    site, folder = load_cluster(cluster), build.values["out"].absolute()
-    given = {
-        "time": time, "partition": partition, "account": account, "qos": qos, "constraint": constraint,
-        "reservation": reservation, "mem": mem, "exclude": exclude, "cpus_per_task": cpus_per_task,
-        "gpus_per_node": 0,
-    }  # fmt: skip
-    workers = ["--workers", str(cpus_per_task)] if cpus_per_task and "workers" not in build.given else []
-    request = build_request(
-        site,
-        output_pattern(folder, True),
-        f"medvlp-shards-{folder.name}",
-        1,
-        given | {"dependency": dependency},
+    site, folder = load_cluster(options.cluster), build.values["out"].absolute()
+    given = options.slurm | {"gpus_per_node": 0}
+    workers = (
+        ["--workers", str(options.cpus_per_task)]
+        if options.cpus_per_task and "workers" not in build.given
+        else []
     )
+    request = build_request(site, output_pattern(folder, True), f"medvlp-shards-{folder.name}", 1, given)
     array = CommandJob("shards", folder, request, site, [["shards", *words, *workers]], parts, at_once)
-    if dry_run:
+    if options.dry_run:
         typer.echo(array.script(), nl=False)
         return
     array_id = submit_command(array, ["submit", "shards", *words, *command_words.given_options(context)])

@@ -10,7 +10,7 @@ from pathlib import Path
 from launcher.run_state import SLURM_FOLDER
 from launcher.slurm import slurm_commands
 from launcher.slurm.cluster_config import ClusterConfig
-from launcher.slurm.render import Request, directives, in_container, program, render
+from launcher.slurm.render import SlurmRequest, directives, in_container, program, render
 from launcher.slurm.submit import job_folders, note_submission, write_job_file
 
 
@@ -30,7 +30,7 @@ class CommandJob:
 
     kind: str
     folder: Path
-    request: Request
+    request: SlurmRequest
     site: ClusterConfig
     commands: Sequence[Sequence[str]]
     parts: int | None = None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from launcher.slurm.cluster_config import ClusterConfig
-from launcher.slurm.render import Request, directives
+from launcher.slurm.render import SlurmRequest, build_request, directives
 from shards.errors import UsageError
 
 #: What sbatch takes from the first component only.
@@ -27,11 +26,11 @@ class Beside:
         words: the command behind `medvlp`.
     """
 
-    request: Request
+    request: SlurmRequest
     words: list[str]
 
 
-def component_directives(request: Request) -> list[str]:
+def component_directives(request: SlurmRequest) -> list[str]:
     """The `#SBATCH` lines that begin another component of a job."""
     lines = directives(request)
     return ["#SBATCH hetjob"] + [
@@ -42,36 +41,30 @@ def component_directives(request: Request) -> list[str]:
 def prototype_server(
     site: ClusterConfig,
     run_dir: Path,
-    options: str | None,
+    words: Sequence[str] | None,
     given: Mapping[str, Any],
     choices: Sequence[str] | None,
 ) -> Beside | None:
-    """The read-only prototype server of a run, following its checkpoints; None where `options` is None.
+    """The read-only prototype server of a run, following its checkpoints; None where `words` is None.
 
     Args:
         site: the cluster's settings.
         run_dir: the run folder.
-        options: more options of `medvlp prototypes serve`, as one text.
+        words: the command behind `medvlp` that serves it.
         given: what the training asks of Slurm; the component asks for the same where that makes sense.
         choices: `name=value` for what it asks for otherwise.
 
     Raises:
-        UsageError: an option or a choice that does not exist.
+        UsageError: a choice that does not exist, or choices without a server.
     """
-    if options is None:
+    if words is None:
         if choices:
             raise UsageError("--beside is for the component of --serve-prototypes")
         return None
-    from launcher import command_words
-    from launcher.commands import prototypes
-    from launcher.slurm.submit import build_request
-
-    words = ["serve", str(run_dir), "--follow", *shlex.split(options)]
-    command_words.parse(prototypes.app, words)
     same = {name: given.get(name) for name in ("time", "partition", "account", "qos", "reservation")}
     request = build_request(site, run_dir, "beside", 1, same | _chosen(choices or ()))
     alone = replace(request, gpus_per_node=0, gpu_type=None, exclusive=False, signal_seconds=None)
-    return Beside(alone, ["prototypes", *words])
+    return Beside(alone, list(words))
 
 
 def _chosen(choices: Sequence[str]) -> dict[str, Any]:

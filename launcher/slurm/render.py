@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -25,7 +26,7 @@ class TemplateError(MedvlpError):
 
 
 @dataclass(frozen=True)
-class Request:
+class SlurmRequest:
     """What one job asks of Slurm.
 
     Attributes:
@@ -66,7 +67,7 @@ class Request:
     extra: Sequence[str] = field(default_factory=tuple)
 
 
-def directives(request: Request) -> list[str]:
+def directives(request: SlurmRequest) -> list[str]:
     """The `#SBATCH` lines of a request.
 
     Raises:
@@ -105,6 +106,40 @@ def directives(request: Request) -> list[str]:
         name, _, value = option.partition("=")
         lines.append(f"#SBATCH {_checked('option', name)}" + (f"={_checked(name, value)}" if value else ""))
     return lines
+
+
+def build_request(
+    site: ClusterConfig, output: Path, job_name: str, nodes: int, given: Mapping[str, Any]
+) -> SlurmRequest:
+    """A request from the command line's options (None: not given) over the site's defaults.
+
+    Args:
+        given: values by the names of `SlurmRequest`'s attributes.
+
+    Raises:
+        UsageError: a time that is none, or a warning that does not fit into it.
+    """
+    defaults = {
+        item.name: getattr(site.sbatch, item.name)
+        for item in dataclasses.fields(SlurmRequest)
+        if hasattr(site.sbatch, item.name)
+    }
+    chosen = {name: value for name, value in given.items() if value is not None}
+    merged = defaults | chosen
+    merged["extra"] = [*site.sbatch.extra, *chosen.get("extra", ())]
+    merged["gpus_per_node"] = merged["gpus_per_node"] or 0
+    merged["signal_seconds"] = _warning(merged["signal_seconds"], merged["time"], "signal_seconds" in chosen)
+    return SlurmRequest(job_name=job_name, output=output, nodes=nodes, **merged)
+
+
+def _warning(seconds: int, time: str | None, is_asked: bool) -> int:
+    """When before the end to warn; a site's default gives way to a short limit, an option does not."""
+    limit = limit_seconds(time)
+    if limit is None or seconds < limit / 2:
+        return seconds
+    if is_asked and seconds >= limit:
+        raise UsageError(f"--signal-seconds {seconds} does not fit into --time {time}")
+    return seconds if is_asked else max(10, limit // 3)
 
 
 def limit_seconds(time: str | None) -> int | None:

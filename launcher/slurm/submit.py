@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -17,8 +16,7 @@ from launcher.run_state import SLURM_FOLDER, SUBMISSIONS
 from launcher.slurm import slurm_commands
 from launcher.slurm.cluster_config import ClusterConfig
 from launcher.slurm.heterogeneous import Beside, component_directives
-from launcher.slurm.render import Request, in_container, limit_seconds, program, render
-from launcher.slurm.render import directives as sbatch_directives
+from launcher.slurm.render import SlurmRequest, directives, in_container, program, render
 from shards.atomic import atomic_write
 from shards.errors import DataError, MedvlpError, UsageError
 
@@ -49,7 +47,7 @@ class PretrainJob:
         beside: what runs on a node of its own next to the training; None: nothing.
     """
 
-    request: Request
+    request: SlurmRequest
     site: ClusterConfig
     run_dir: Path
     ranks_per_node: int
@@ -64,7 +62,7 @@ class PretrainJob:
         folders = job_folders(self.site)
         return render(
             "pretrain.sbatch.j2",
-            directives=sbatch_directives(self.request)
+            directives=directives(self.request)
             + ([] if self.beside is None else component_directives(self.beside.request)),
             version=metadata.version("medvlp"),
             site=self.site,
@@ -101,40 +99,6 @@ def job_folders(site: ClusterConfig) -> dict[str, str]:
         "TORCH_EXTENSIONS_DIR": site.folders.torch_extensions,
     }
     return {name: place for name, place in places.items() if place}
-
-
-def build_request(
-    site: ClusterConfig, output: Path, job_name: str, nodes: int, given: Mapping[str, Any]
-) -> Request:
-    """A request from the command line's options (None: not given) over the site's defaults.
-
-    Args:
-        given: values by the names of `Request`'s attributes.
-
-    Raises:
-        UsageError: a time that is none, or a warning that does not fit into it.
-    """
-    defaults = {
-        item.name: getattr(site.sbatch, item.name)
-        for item in dataclasses.fields(Request)
-        if hasattr(site.sbatch, item.name)
-    }
-    chosen = {name: value for name, value in given.items() if value is not None}
-    merged = defaults | chosen
-    merged["extra"] = [*site.sbatch.extra, *chosen.get("extra", ())]
-    merged["gpus_per_node"] = merged["gpus_per_node"] or 0
-    merged["signal_seconds"] = _warning(merged["signal_seconds"], merged["time"], "signal_seconds" in chosen)
-    return Request(job_name=job_name, output=output, nodes=nodes, **merged)
-
-
-def _warning(seconds: int, time: str | None, is_asked: bool) -> int:
-    """When before the end to warn; a site's default gives way to a short limit, an option does not."""
-    limit = limit_seconds(time)
-    if limit is None or seconds < limit / 2:
-        return seconds
-    if is_asked and seconds >= limit:
-        raise UsageError(f"--signal-seconds {seconds} does not fit into --time {time}")
-    return seconds if is_asked else max(10, limit // 3)
 
 
 def job_log(run_dir: Path) -> Path:

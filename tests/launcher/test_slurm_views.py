@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from launcher import command_words
 from launcher.commands import shards as shards_command
 from launcher.commands import submit
-from launcher.figures import bytes_text, duration_text, number_text
 from launcher.main import app
+from launcher.number_text import bytes_text, duration_text, number_text
 from launcher.slurm import cancelling, logs, run_jobs, slurm_commands
 from launcher.slurm.cluster_config import ClusterConfig
 from launcher.slurm.heterogeneous import prototype_server
@@ -144,6 +144,24 @@ def test_a_command_line_is_understood_and_written_again() -> None:
     assert command_words.option_words(default.command, values) == ["--nodes=3", "--exclusive"]
 
 
+def test_every_job_takes_the_options_of_slurm(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("")
+    shared = {
+        "time": "7", "partition": "p", "account": "a", "qos": "q", "constraint": "c", "reservation": "r",
+        "mem": "3G", "exclude": "n1", "cpus-per-task": "2",
+    }  # fmt: skip
+    words = [f"--{name}={value}" for name, value in shared.items()]
+    for command in (
+        ["pretrain", "data.root=/d", f"run.dir={tmp_path}", "train.global_batch=8"],
+        ["shards", "build", "phantom", "--out", tmp_path, "--parts", "2"],
+        ["evaluate", tmp_path],
+        ["prototypes", tmp_path, "--port", "5"],
+    ):
+        result = medvlp("submit", *command, *words, "--dry-run")
+        assert result.exit_code == 0, result.exception or result.output
+        assert [word for word in words if f"#SBATCH {word}\n" not in result.output] == [], command
+
+
 def test_an_array_of_parts_is_a_script_that_bash_reads(tmp_path: Path) -> None:
     out = tmp_path / "it's here"
     words = ["build", "phantom", "--out", out, "--studies", "9", "--parts", "5", "--at-once", "2"]
@@ -176,17 +194,20 @@ def test_an_array_of_evaluations_has_a_case_for_each(tmp_path: Path) -> None:
 
 def test_a_second_component_asks_for_itself(tmp_path: Path) -> None:
     given = {"partition": "gpu", "time": "60", "gpus_per_node": 8, "constraint": "h100"}
-    beside = prototype_server(ClusterConfig(), tmp_path, "--port 5", given, ["partition=cpu", "mem=8G"])
+    words = submit.serving_words(tmp_path, ["--port", "5"])
+    beside = prototype_server(ClusterConfig(), tmp_path, words, given, ["partition=cpu", "mem=8G"])
     assert beside is not None
     request = beside.request
     assert (request.partition, request.mem, request.time) == ("cpu", "8G", "60")
     assert (request.gpus_per_node, request.constraint, request.nodes) == (0, None, 1)
     assert beside.words == ["prototypes", "serve", str(tmp_path), "--follow", "--port", "5"]
     with pytest.raises(UsageError, match="gpus=1"):
-        prototype_server(ClusterConfig(), tmp_path, "", given, ["gpus=1"])
+        prototype_server(ClusterConfig(), tmp_path, [], given, ["gpus=1"])
     assert prototype_server(ClusterConfig(), tmp_path, None, given, None) is None
     with pytest.raises(UsageError, match="--serve-prototypes"):
         prototype_server(ClusterConfig(), tmp_path, None, given, ["mem=8G"])
+    with pytest.raises(Exception, match="No such option"):
+        submit.serving_words(tmp_path, ["--ports", "5"])
 
 
 def test_a_resume_stands_on_the_newest_submission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

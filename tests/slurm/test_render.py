@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 from launcher.main import app
 from launcher.slurm.cluster_config import ClusterConfig, Container, load_cluster
 from launcher.slurm.render import (
-    Request,
+    SlurmRequest,
     TemplateError,
+    build_request,
     directives,
     in_container,
     limit_seconds,
@@ -24,7 +25,7 @@ from launcher.slurm.render import (
     render,
     template_folder,
 )
-from launcher.slurm.submit import PretrainJob, build_request, job_log
+from launcher.slurm.submit import PretrainJob, job_log
 from medvlp.config_files import ConfigError
 from shards.errors import UsageError
 from tests.training.runs import TINY
@@ -50,7 +51,7 @@ def test_only_names_of_variables_live_in_a_quoted_value(text):
 
 
 def test_options_become_directives():
-    request = Request(
+    request = SlurmRequest(
         "my run; rm -rf ~", Path("/runs/a b/slurm/job-%j.out"), nodes=2, gpus_per_node=4, gpu_type="a100",
         time="1-02:00:00", signal_seconds=90, exclusive=True, dependency="afterok:12", constraint="a100&ib",
         exclude="gpu[01-03,7]", extra=["--nice=100", "--hold"],
@@ -78,7 +79,7 @@ def test_options_become_directives():
 )
 def test_values_that_could_be_something_else_are_refused(wrong):
     with pytest.raises(UsageError):
-        directives(Request(**({"job_name": "a", "output": Path("/out")} | wrong)))
+        directives(SlurmRequest(**({"job_name": "a", "output": Path("/out")} | wrong)))
 
 
 @pytest.mark.parametrize(
@@ -116,7 +117,7 @@ def test_the_command_line_stands_above_the_site_and_extra_options_add_up():
 
 def hostile_job(site: ClusterConfig) -> PretrainJob:
     run_dir = Path('/runs/it\'s $(touch gone) `x`; "y"')
-    return PretrainJob(Request("a", Path("/out")), site, run_dir, ranks_per_node=2, max_requeues=3)
+    return PretrainJob(SlurmRequest("a", Path("/out")), site, run_dir, ranks_per_node=2, max_requeues=3)
 
 
 @pytest.mark.parametrize("kind", ["none", "apptainer", "pyxis"])
