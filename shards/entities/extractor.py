@@ -14,6 +14,7 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
+from shards.entities.answers import statements
 from shards.entities.landmarks import landmark
 from shards.entities.lexicon import GENERAL_DEVICE_SITE, TERM_PATTERN, TERMS, Term
 from shards.entities.negation import ABSENT, PRESENT, assertions
@@ -21,10 +22,9 @@ from shards.entities.places import Place, find_places, with_sides
 from shards.entities.vocabulary import OTHER, UNSPECIFIED
 from shards.errors import DataError
 from shards.study import Entity
-from shards.text.sentences import split_sentences
 
 #: Raise when rules or lexicon change: annotated datasets record it.
-VERSION = 1
+VERSION = 2
 
 #: Sections that say what this study shows.
 SECTIONS = ("findings", "impression", "addendum", "preliminary")
@@ -83,9 +83,7 @@ def extract(sections: Mapping[str, str]) -> list[Entity]:
         sections: section name -> text. Only `SECTIONS` are read: indication, history and comparison speak of
             other times and of what is only suspected.
     """
-    sentences = [
-        sentence for name in SECTIONS if name in sections for sentence in split_sentences(sections[name])
-    ]
+    sentences = [sentence for name in SECTIONS if name in sections for sentence in statements(sections[name])]
     return list(dict.fromkeys(entity for sentence in sentences for entity in extract_sentence(sentence)))
 
 
@@ -96,7 +94,8 @@ def extract_sentence(sentence: str) -> tuple[Entity, ...]:
     sentence = " ".join(sentence.lower().split())
     matches = list(TERM_PATTERN.finditer(sentence))
     terms = [TERMS[int((match.lastgroup or "t0")[1:])] for match in matches]
-    values = assertions(sentence, [match.span() for match in matches])
+    nouns = [term.kind == "finding" for term in terms]
+    values = assertions(sentence, [match.span() for match in matches], nouns)
     mentions = [
         _Mention(match.start(), match.end(), term, value)
         for match, term, value in zip(matches, terms, values, strict=True)

@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from shards.entities.answers import Answer, find_answers
+
 Span = tuple[int, int]
 
 PRESENT, ABSENT, UNCERTAIN = 1, 0, -1
@@ -74,7 +76,8 @@ _CUES: dict[str, tuple[str, ...]] = {
     ),
     "absent": (
         r"no evidence (?:of|for)", r"no (?:signs?|indication|radiographic (?:evidence|findings?)) of",
-        r"(?:negative|clear|free) (?:for|of)", r"absence of", r"without(?: evidence of)?", r"resolved",
+        r"(?:neg(?:ative)?|clear|free) (?:for|of)", r"absence of", r"absent(?= \w)", r"nil(?= \w)",
+        r"without(?: evidence of)?", r"resolved",
         r"resolution of", r"clearing of", r"neither", r"nor", r"not", r"non", r"no", r"never", r"lacks?",
         r"rather than",
     ),
@@ -115,15 +118,17 @@ class _Cue:
     kind: str
 
 
-def assertions(sentence: str, mentions: Sequence[Span]) -> list[int | None]:
+def assertions(sentence: str, mentions: Sequence[Span], listed: Sequence[bool]) -> list[int | None]:
     """What a sentence asserts about its mentions: 1 present, 0 absent, -1 uncertain, None not of this study.
 
     Args:
         sentence: one sentence in lower case.
         mentions: (start, end) of each mention in characters, in order and without overlap.
+        listed: whether a mention can stand in a list that shares one answer (`answers.find_answers`).
     """
+    answers = find_answers(sentence, mentions, listed)
     # A cue inside a mention ("borderline" is a finding too) still acts on what follows.
-    cues = list(_cues(sentence))
+    cues = _without_answers(list(_cues(sentence)), answers)
     values: list[int | None] = []
     for start, _ in mentions:
         values.append(_state_at(start, cues))
@@ -140,7 +145,23 @@ def assertions(sentence: str, mentions: Sequence[Span]) -> list[int | None]:
             start, end = mentions[number]
             if first <= start and end <= cue.start and values[number] is not None:
                 values[number] = _after(values[number], cue.kind)
+    for answer in answers:
+        for number in answer.mentions:
+            # "No pneumothorax: yes." still denies.
+            if answer.value != PRESENT or values[number] not in (ABSENT, PRESENT):
+                values[number] = answer.value
     return values
+
+
+def _without_answers(cues: Sequence[_Cue], answers: Sequence[Answer]) -> list[_Cue]:
+    """Cues with each answer, and the cues in it, as one boundary."""
+    free = [
+        cue
+        for cue in cues
+        if not any(cue.start < answer.end and answer.start < cue.end for answer in answers)
+    ]
+    ends = [_Cue(answer.start, answer.end, "boundary") for answer in answers]
+    return sorted([*free, *ends], key=lambda cue: cue.start)
 
 
 def _after(value: int | None, kind: str) -> int | None:
