@@ -27,6 +27,7 @@ from launcher.commands import (
     submit_prototypes,
     submit_shards,
 )
+from medvlp.lifetime import end_within
 from shards.errors import MedvlpError
 
 app = typer.Typer(
@@ -60,17 +61,34 @@ app.command("doctor-summary", hidden=True)(doctor.doctor_summary)
 app.command("doctor-rank", hidden=True)(doctor.doctor_rank)
 
 
+#: Seconds a command gets to end after its error; what is open then may wait for a dead disk or peer.
+_CLOSING_SECONDS = 30.0
+
+
 def run() -> NoReturn:
     """Run the command; an error meant for the user becomes one line and its documented exit code."""
     try:
         app()
-    except MedvlpError as error:
+    except (MedvlpError, RuntimeError) as error:
+        known = _known(error)
+        if known is None:
+            end_within(_CLOSING_SECONDS, MedvlpError.exit_code)
+            raise
+        end_within(_CLOSING_SECONDS, known.exit_code)
         with suppress(OSError):  # a log on a full disk must not change the exit code
             Console(stderr=True, soft_wrap=True).print(
-                f"[red]error:[/] {escape(str(error))}", highlight=False
+                f"[red]error:[/] {escape(str(known))}", highlight=False
             )
-        sys.exit(error.exit_code)
+        sys.exit(known.exit_code)
     sys.exit(0)
+
+
+def _known(error: MedvlpError | RuntimeError) -> MedvlpError | None:
+    """An error meant for the user, or what `DataLoader` says of a dead worker in words only."""
+    if isinstance(error, MedvlpError):
+        return error
+    loader = sys.modules.get("medvlp.data.loader")  # its import takes seconds
+    return None if loader is None else loader.worker_death(error)
 
 
 if __name__ == "__main__":

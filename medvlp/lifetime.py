@@ -1,4 +1,4 @@
-"""Processes that must not outlive the one that started them. No torch: light commands import this."""
+"""Processes that end in time: with the one that started them, or after an error. No torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 
 _DEATH_SIGNAL_OPTION = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
 
@@ -20,3 +21,20 @@ def die_with(parent: int) -> None:
     ctypes.CDLL(None).prctl(_DEATH_SIGNAL_OPTION, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the request
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def end_within(seconds: float, code: int, text: str = "") -> threading.Event:
+    """End this process with `code`, after the error `text`, unless the returned event is set in time.
+
+    For what follows an error: closing files, groups and processes may wait for a disk or a peer that is gone.
+    """
+    ended = threading.Event()
+
+    def end() -> None:
+        if not ended.wait(seconds):
+            if text:
+                print(f"error: {text}", file=sys.stderr, flush=True)
+            os._exit(code)
+
+    threading.Thread(target=end, name="medvlp-closing", daemon=True).start()
+    return ended

@@ -28,7 +28,7 @@ REPLACEMENTS = 8
 USED = DRAWS + REPLACEMENTS
 
 
-class ImageReportDataset(Dataset[Batch | DataError]):
+class ImageReportDataset(Dataset[Batch]):
     """What training and evaluation share: decoding, and batches from the token store.
 
     Args:
@@ -118,11 +118,11 @@ class TrainingDataset(ImageReportDataset):
         self.seed = seed
         self._trainable = np.flatnonzero(store.trainable())
 
-    def __getitem__(self, request: tuple[int, Positions]) -> Batch | DataError:
+    def __getitem__(self, request: tuple[int, Positions]) -> Batch:
         """The micro-batch of (epoch, positions).
 
-        An error that stops the run is returned instead of raised: `DataLoader` would wrap a raised one in the
-        worker's traceback.
+        Raises:
+            DataError: a sample and all its replacements are corrupt.
         """
         epoch, positions = request
         random = SampleRandom(self.seed, epoch)
@@ -144,7 +144,7 @@ class TrainingDataset(ImageReportDataset):
                 flipped[row] = is_flipped(self.config.transform, draws)
                 break
             else:
-                return DataError(f"{REPLACEMENTS + 1} corrupt samples in a row, the last: {faults[-1]}")
+                raise DataError(f"{REPLACEMENTS + 1} corrupt samples in a row, the last: {faults[-1]}")
         if self.config.shuffle_sentences:
             tokens = shuffle_sentences(
                 self.store.rows, rows, lambda sample, count: random.words(sample, USED + count)[USED:]

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import logging
 import math
+import multiprocessing
 import os
+import re
 import signal
+import traceback
 from collections.abc import Iterator, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from medvlp.config import Config, DataConfig
 from medvlp.config_files import ConfigError
@@ -26,6 +31,8 @@ from shards.reader import ShardReader
 
 logger = logging.getLogger(__name__)
 
+#: Seconds to wait for a killed data worker; only one that waits for a dead disk takes longer.
+_KILL_SECONDS = 2.0
 #: Faults logged one by one; later ones at every power of two of their count.
 _LOGGED_FAULTS = 10
 
@@ -138,9 +145,7 @@ class TrainingLoader:
         Raises:
             DataError: too many corrupt samples.
         """
-        for batch in self._loader:
-            if isinstance(batch, DataError):
-                raise batch
+        for batch in _batches(self._loader):
             self._faults.count(batch)
             yield batch
 
@@ -219,7 +224,7 @@ class EvaluationLoader:
             DataError: too many corrupt samples.
         """
         faults = FaultCounter(self._config.max_bad_fraction, self.samples, world_size=1)
-        for batch in self._loader:
+        for batch in _batches(self._loader):
             faults.count(batch)
             if batch.keys:
                 yield batch
@@ -253,12 +258,100 @@ def evaluation_loader(
     )
 
 
+class LoaderError(DataError):
+    """The loader cannot go on: one of its processes died, or an error nobody foresaw arose while it read."""
+
+
+class _ErrorsAsValues(Dataset[Batch | DataError]):
+    """The dataset, returning errors: `DataLoader` would wrap a raised one in the worker's traceback."""
+
+    def __init__(self, dataset: ImageReportDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, request: Any) -> Batch | DataError:
+        try:
+            found: Batch | DataError = self.dataset[request]
+        except DataError as error:
+            return error
+        except (
+            Exception
+        ) as error:  # MemoryError at a size that a damaged index claims, a bug, a broken library
+            return LoaderError(_unforeseen(error))
+        return found
+
+
+def _unforeseen(error: Exception) -> str:
+    """What a user can report of it: kind and place, not its text, which may be a report's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "/medvlp/" in frame.filename or "/shards/" in frame.filename]
+    place = (own or frames)[-1]
+    cause = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
+    worker = torch.utils.data.get_worker_info()
+    who = "reading samples" if worker is None else f"data worker {worker.id} (process {os.getpid()})"
+    return (
+        f"{who} failed: {cause} in {Path(place.filename).name}:{place.lineno} ({place.name}); the "
+        "dataset may be damaged (run medvlp shards verify), or the machine out of memory (lower data.workers)"
+    )
+
+
+#: Of all loaders that run, with their number in their loader; the process objects keep how they ended.
+_workers: list[tuple[int, BaseProcess]] = []
+
+
+def _batches(loader: DataLoader[Any]) -> Iterator[Batch]:
+    """The loader's batches; returned errors are raised."""
+    before = set(multiprocessing.active_children())
+    batches = iter(loader)
+    started = [child for child in multiprocessing.active_children() if child not in before]
+    started.sort(key=lambda child: [int(number) for number in re.findall(r"\d+", child.name)])
+    _workers[:] = [(number, worker) for number, worker in _workers if worker.exitcode is None]
+    _workers.extend(enumerate(started))
+    for batch in batches:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
+
+
+def worker_death(error: RuntimeError) -> LoaderError | None:
+    """What `DataLoader` says only in words, and at any moment (it listens to SIGCHLD): a worker ended.
+
+    Returns:
+        the error that names the worker and its signal; None if `error` is another.
+    """
+    if "DataLoader worker" not in str(error):  # torch has no class for it
+        return None
+    ends = [
+        f"data worker {number} (process {worker.pid}) {_end(worker.exitcode)}"
+        for number, worker in _workers
+        if worker.exitcode
+    ]
+    return LoaderError(
+        f"{' and '.join(ends) or 'a data worker ended'}. The system kills one when memory is short: lower "
+        "data.workers, data.prefetch or the batch, and start again to resume"
+    )
+
+
+def _end(code: int) -> str:
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+
+
+def kill_workers() -> None:
+    """End all data workers without asking: they hold nothing, and one that is stopped answers no SIGTERM."""
+    # torch's handler of SIGCHLD would raise about each of them.
+    previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for _, worker in _workers:
+        worker.kill()
+        worker.join(_KILL_SECONDS)
+    _workers.clear()
+    signal.signal(signal.SIGCHLD, previous)
+
+
 def _loader(
     dataset: ImageReportDataset, requests: Sampler[Any] | list[list[int]], config: DataConfig, workers: int
 ) -> DataLoader[Any]:
     """PyTorch's loader where each request is a whole batch."""
     return DataLoader(
-        dataset,
+        _ErrorsAsValues(dataset),
         batch_size=None,
         sampler=requests,
         num_workers=workers,
@@ -272,6 +365,7 @@ def _loader(
 
 def _start_worker(worker: int) -> None:
     cv2.setNumThreads(0)
+    _workers.clear()  # its siblings are not its children
     # Signals for the rank's process group (torchrun's SIGTERM, Ctrl-C) are the rank's to act on: it saves and
     # ends its workers. Those of its parent, and the loss of it, still end a worker.
     os.setpgid(0, 0)

@@ -43,12 +43,6 @@ class HangError(MedvlpError):
     exit_code = 7
 
 
-class DataWorkerError(MedvlpError):
-    """A data-loading process of this rank was killed."""
-
-    exit_code = 3
-
-
 class NotFiniteError(AgreedError):
     """Too many steps in a row had a bad loss or gradient; the message names step, ranks and samples."""
 

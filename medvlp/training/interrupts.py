@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 import time
+import weakref
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -23,6 +24,9 @@ SAME_REQUEST_SECONDS = 1.0
 #: However often they come, they are one request: Slurm sends its warning to every process of a step, and the
 #: launcher and a container pass theirs on to the ranks, on a busy machine seconds later.
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
+
+#: Seconds the listening thread gets to end; it has nothing to do then.
+_THREAD_SECONDS = 5.0
 
 #: What a rank says instead of a signal's number when the time is over.
 _TIME_IS_OVER = 1000
@@ -59,16 +63,23 @@ class Interrupts:
         self._previous = {number: signal.signal(number, _leave_to_thread) for number in SIGNALS}
         self._thread = threading.Thread(target=self._listen, name="medvlp-signals", daemon=True)
         self._thread.start()
+        _active.add(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        _active.discard(self)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._previous_fd)
-        self._writing.close()  # ends the thread
-        self._thread.join()
+        # Closing would not end the thread: a forked data worker may hold copies of both ends.
+        self._writing.shutdown(socket.SHUT_RDWR)
+        self._thread.join(timeout=_THREAD_SECONDS)
+        self._close()
+
+    def _close(self) -> None:
+        self._writing.close()
         self._listening.close()
 
     def _listen(self) -> None:
@@ -103,3 +114,17 @@ class Interrupts:
 
 def _leave_to_thread(number: int, frame: FrameType | None) -> None:
     """The handler that makes Python write the signal's number to the thread's socket."""
+
+
+_active: weakref.WeakSet[Interrupts] = weakref.WeakSet()
+
+
+def _forget_in_child() -> None:
+    """A forked process must neither hear nor hold open its parent's socket."""
+    for interrupts in list(_active):
+        signal.set_wakeup_fd(-1)
+        interrupts._close()
+    _active.clear()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)

@@ -15,7 +15,8 @@ from rich.logging import RichHandler
 
 from medvlp import distributed
 from medvlp.config import Config
-from medvlp.data.loader import TrainingLoader, build_loader
+from medvlp.data.loader import LoaderError, TrainingLoader, build_loader, kill_workers, worker_death
+from medvlp.lifetime import end_within
 from medvlp.methods.base import Method
 from medvlp.methods.registry import build_method, reads_entities
 from medvlp.prototypes.anchors import AnchorEncoder
@@ -31,7 +32,7 @@ from medvlp.training.checkpointing import CheckpointCallback, restore_randomness
 from medvlp.training.deepspeed_config import check_device
 from medvlp.training.encoder_records import described
 from medvlp.training.engine import Engine
-from medvlp.training.errors import DataWorkerError, LostPeerError
+from medvlp.training.errors import LostPeerError
 from medvlp.training.events import EventLog
 from medvlp.training.fitting import check_fits, check_weights
 from medvlp.training.hangs import Watchdog
@@ -49,8 +50,12 @@ from medvlp.training.schedule import build_schedule
 from medvlp.training.step_guard import StepGuard
 from medvlp.training.trainer import Trainer
 from medvlp.training.wandb_run import WandbRun
+from shards.errors import MedvlpError
 
 logger = logging.getLogger(__name__)
+
+#: Seconds that groups and data workers get to close after an error.
+_CLOSING_SECONDS = 10.0
 
 
 def pretrain(config: Config, fresh: bool = False) -> int:
@@ -75,16 +80,21 @@ def pretrain(config: Config, fresh: bool = False) -> int:
     distributed.record_flights(run_dir)
     with Interrupts(config.train.max_minutes) as interrupts:
         device = _join(ranks, start_seconds)
-        finished = False
         try:
             with Watchdog(run_dir, start_seconds, config.train.step_timeout_seconds) as watchdog:
                 shown = console if config.monitor.progress else None
                 _train(config, plan, device, interrupts, watchdog, shown, fresh)
-            finished = True
-        except RuntimeError as error:
-            raise _named(error, ranks.rank) from error
-        finally:
-            distributed.shutdown(graceful=finished)
+        except Exception as error:
+            named = _named(error, ranks.rank)
+            code = named.exit_code if isinstance(named, MedvlpError) else 1
+            closed = end_within(_CLOSING_SECONDS, code, str(named))
+            kill_workers()
+            distributed.shutdown(graceful=False)
+            closed.set()
+            if named is error:
+                raise
+            raise named from error
+        distributed.shutdown()
     if interrupts.stopped_by:
         logger.info("stopped by %s after a checkpoint; the same command resumes", interrupts.stopped_by)
         return EXIT_INTERRUPTED
@@ -102,17 +112,17 @@ def _join(ranks: Ranks, seconds: float) -> torch.device:
         ) from error
 
 
-def _named(error: RuntimeError, rank: int) -> Exception:
+def _named(error: Exception, rank: int) -> Exception:
     """The error a user can act on, or the one given."""
-    reason = " ".join(str(error).split())[:200]
+    if isinstance(error, LoaderError):
+        return LoaderError(f"rank {rank}: {error}")
+    if not isinstance(error, RuntimeError):
+        return error
     if distributed.is_lost_peer(error):
+        reason = " ".join(str(error).split())[:200]
         return LostPeerError(f"rank {rank} lost another rank, whose own message says why ({reason})")
-    if "DataLoader worker" in reason:  # torch has no class for it
-        return DataWorkerError(
-            f"rank {rank}: a data-loading process ended ({reason}); the system may have killed it for "
-            "memory: lower data.workers, data.prefetch or the batch, and start again to resume"
-        )
-    return error
+    death = worker_death(error)
+    return error if death is None else LoaderError(f"rank {rank}: {death}")
 
 
 def configure_logging(rank: int) -> Console:

@@ -209,7 +209,7 @@ def test_workers_keep_out_of_the_signals_of_their_rank(
 def test_datasets_travel_to_spawned_workers(make_config: ConfigFactory, tokenizer: Tokenizer) -> None:
     config = make_config()
     loader = build_loader(config, ShardReader(config.data.root), tokenizer, 0, 1, 16)
-    dataset = loader._loader.dataset
+    dataset = loader._loader.dataset.dataset
     copy = pickle.loads(pickle.dumps(dataset))
     request = (3, np.arange(6))
     assert_equal(copy[request], dataset[request])

@@ -9,13 +9,16 @@ import math
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 from tests.drills.outcomes import Case, expect
 from tests.drills.process import Pretraining, read_lines
-from tests.drills.workplace import BATCH, SAVE_EVERY, STEPS, STUDIES, Workplace
+from tests.drills.workplace import BATCH, RUN, SAVE_EVERY, STEPS, STUDIES, Workplace
 
 _POISON = Path(__file__).parent / "poison"
+#: Longest time from the death of a data worker to the end of all ranks.
+WORKER_SECONDS = 15.0
 #: Step (from 1) one of whose images is NaN.
 _POISONED_STEP = 5
 
@@ -27,8 +30,16 @@ def cases(place: Workplace) -> list[Case]:
         Case("fault", "every step bad (learning rate 1e30)", lambda: _all_bad(place)),
         Case("fault", "SIGSTOP to a rank", lambda: _stopped(place)),
         Case("fault", "SIGKILL to a rank", lambda: _killed(place)),
-        Case("fault", "SIGKILL to a data worker", lambda: _worker_killed(place)),
-    ]
+        *[
+            Case(
+                "fault", f"data worker: {how}, ranks {ranks}, workers {workers}",
+                partial(action, place, ranks, workers),
+            )
+            for how, action in (("SIGKILL", _worker_killed), ("an error nobody foresaw", _worker_failed))
+            for ranks in (1, 2)
+            for workers in (1, 2)
+        ],
+    ]  # fmt: skip
 
 
 def _poisoned(place: Workplace) -> str:
@@ -90,19 +101,37 @@ def _killed(place: Workplace) -> str:
     return f"code 137 after {seconds:.0f} s, rank 1 named; resumed, bit-identical"
 
 
-def _worker_killed(place: Workplace) -> str:
-    with _started(place, "worker-killed", "data.workers=1") as run:
-        (worker,) = run.rank(1).children()
-        worker.kill()
-        seconds = _end(run, 3, "error: rank 1: a data-loading process ended", "lower data.workers")
-    place.resume_and_compare(run.folder, "data.workers=1")
-    return f"code 3 after {seconds:.0f} s, rank 1 named; resumed, bit-identical"
+def _worker_killed(place: Workplace, ranks: int, workers: int) -> str:
+    options = (*RUN, f"data.root={place.data}", f"data.workers={workers}")
+    folder = place.folder / f"worker-killed-{ranks}-{workers}"
+    with Pretraining(folder, options, ranks) as run:
+        run.wait_for_step(SAVE_EVERY + 2)
+        victim = run.data_workers(ranks - 1)[-1]
+        victim.kill()
+        named = f"rank {ranks - 1}: data worker {workers - 1} (process {victim.pid}) was killed by SIGKILL"
+        seconds = _end(run, 3, named, "lower data.workers", within=WORKER_SECONDS)
+    if ranks == 2:  # the uninterrupted run has two
+        place.resume_and_compare(folder, f"data.workers={workers}")
+    return f"code 3 after {seconds:.0f} s, worker and signal named" + ("; resumed" if ranks == 2 else "")
 
 
-def _end(run: Pretraining, code: int, *messages: str) -> float:
+def _worker_failed(place: Workplace, ranks: int, workers: int) -> str:
+    options = (*RUN, f"data.root={place.data}", f"data.workers={workers}")
+    path = os.pathsep.join(filter(None, [str(_POISON), os.environ.get("PYTHONPATH", "")]))
+    folder = place.folder / f"worker-failed-{ranks}-{workers}"
+    failed = folder.with_suffix(".failed")
+    variables = {"PYTHONPATH": path, "MEDVLP_DRILL_FAIL": "7", "MEDVLP_DRILL_FAILED": str(failed)}
+    with Pretraining(folder, options, ranks, (), variables) as run:
+        _end(run, 3, "failed: MemoryError in", ": data worker ")
+        seconds = time.time() - failed.stat().st_mtime
+    expect(seconds < WORKER_SECONDS, f"ended only {seconds:.0f} s after the error")
+    return f"code 3 {seconds:.0f} s after the error, worker and error named"
+
+
+def _end(run: Pretraining, code: int, *messages: str, within: float = 120.0) -> float:
     """Wait for an end with this code and these messages; the seconds until then."""
     started = time.monotonic()
-    found = run.end(120)
+    found = run.end(within)
     seconds = time.monotonic() - started
     text = run.output()
     expect(found == code, f"ended with code {found}: {text[-300:]}")

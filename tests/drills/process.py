@@ -117,9 +117,15 @@ class Pretraining:
     def rank(self, number: int) -> psutil.Process:
         """The process of a rank."""
         for child in self._family():
+            if "RANK" not in child.environ():  # one rank needs no process of its own
+                return child
             if child.environ().get("RANK") == str(number) and "launcher.main" in child.cmdline():
                 return child
         raise DrillError(f"rank {number} is not there")
+
+    def data_workers(self, rank: int) -> list[psutil.Process]:
+        """The forked loader processes of a rank, in the order of their start."""
+        return [child for child in self.rank(rank).children() if "pretrain" in child.cmdline()]
 
     def worker(self) -> psutil.Process:
         """The cluster worker of this node."""

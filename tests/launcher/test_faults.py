@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -33,17 +34,20 @@ def environment() -> dict[str, str]:
 
 
 class Run:
-    """A run of two ranks that would take hours, after its first steps."""
+    """A run that would take hours, after its first steps."""
 
-    def __init__(self, data: Path, folder: Path, *more: str, steps: int = 3):
-        self.folder = folder
+    def __init__(
+        self, data: Path, folder: Path, *more: str, steps: int = 3, ranks: int = 2, **variables: str
+    ):
+        self.folder, self.ranks = folder, ranks
         command = [
             sys.executable, "-m", "launcher.main", "pretrain", *TINY, f"data.root={data}",
-            f"run.dir={folder}", "train.steps=100000", *more, "--nproc", "2",
+            f"run.dir={folder}", "train.steps=100000", *more, "--nproc", str(ranks),
         ]  # fmt: skip
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
-        )
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=environment() | variables,
+        )  # fmt: skip
         deadline = time.monotonic() + 120
         while self.steps() < steps:
             if time.monotonic() > deadline or self.process.poll() is not None:
@@ -56,6 +60,8 @@ class Run:
         return len(metrics.read_text().splitlines()) if metrics.exists() else 0
 
     def rank(self, number: int) -> psutil.Process:
+        if self.ranks == 1:
+            return psutil.Process(self.process.pid)
         children = psutil.Process(self.process.pid).children()
         return next(child for child in children if child.environ().get("RANK") == str(number))
 
@@ -106,15 +112,52 @@ def test_a_killed_rank_ends_the_job_at_once(data, tmp_path):
     assert seconds < 45
 
 
-def test_a_killed_data_worker_is_named(data, tmp_path):
-    run = Run(data, tmp_path / "run", "data.workers=1")
-    (worker,) = run.rank(1).children()
-    os.kill(worker.pid, signal.SIGKILL)
-    code, output, seconds = run.end(60)
+def loads_images(worker: psutil.Process) -> bool:
+    """Data workers are the forked children, with their parent's command line."""
+    return worker.is_running() and "pretrain" in worker.cmdline()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_killed_data_worker_is_named(data, tmp_path, ranks, workers):
+    run = Run(data, tmp_path / "run", f"data.workers={workers}", ranks=ranks)
+    victim = [child for child in run.rank(ranks - 1).children() if loads_images(child)][-1]
+    os.kill(victim.pid, signal.SIGKILL)
+    code, output, seconds = run.end(100)
     print(f"data worker killed: ended after {seconds:.1f} s")
     assert code == 3, output
-    assert "error: rank 1: a data-loading process ended" in output
+    assert output.count("error: ") == 1, output
+    named = f"error: rank {ranks - 1}: data worker {workers - 1} (process {victim.pid}) was killed by SIGKILL"
+    assert named in output
     assert "lower data.workers" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (1, 2), (2, 2)])
+def test_an_error_nobody_foresaw_in_a_data_worker_is_named(data, tmp_path, ranks, workers):
+    poison = str(Path(__file__).parents[1] / "drills" / "poison")
+    run = Run(
+        data, tmp_path / "run", f"data.workers={workers}", steps=0, ranks=ranks,
+        PYTHONPATH=os.pathsep.join([poison, str(Path(__file__).parents[2])]), MEDVLP_DRILL_FAIL="40",
+    )  # fmt: skip
+    code, output, _ = run.end(150)
+    assert code == 3, output
+    assert output.count("error: ") == 1, output
+    assert re.search(
+        r"error: rank \d: (data worker \d \(process \d+\)|reading samples) failed: MemoryError in", output
+    )
+    assert "Traceback" not in output
+
+
+def test_a_stopped_data_worker_does_not_keep_an_ending_run(data, tmp_path):
+    run = Run(data, tmp_path / "run", "data.workers=2", ranks=1)
+    stopped, victim = (child for child in run.rank(0).children() if loads_images(child))
+    os.kill(stopped.pid, signal.SIGSTOP)
+    os.kill(victim.pid, signal.SIGKILL)
+    code, output, _ = run.end(100)
+    assert code == 3, output
+    assert f"(process {victim.pid}) was killed by SIGKILL" in output
+    assert not psutil.pid_exists(stopped.pid)
 
 
 def test_a_second_signal_ends_the_job_at_once(data, tmp_path):

@@ -1,10 +1,14 @@
-"""Turns the image of one sample into NaN in the ranks of `medvlp pretrain`; Python imports this at its start.
+"""Faults in the loader of `medvlp pretrain` that no stored file can have; Python imports this at its start.
 
-A stored image cannot hold NaN: shards hold 8-bit pixels. So the fault is put in where the loader hands out a
-batch, in every rank, for the sample whose key `MEDVLP_DRILL_POISON` names; all behind that is the real thing.
+They are put in where the dataset hands out a batch; all behind that is the real thing.
+
+- `MEDVLP_DRILL_POISON=KEY`: the image of that sample is NaN, in every rank (shards hold 8-bit pixels).
+- `MEDVLP_DRILL_FAIL=POSITION`: reading that position of the split fails with a MemoryError, once the file
+  `MEDVLP_DRILL_FAILED` (if given) tells when.
 """
 
 import os
+from pathlib import Path
 
 if "RANK" in os.environ and "MEDVLP_DRILL_POISON" in os.environ:
     from medvlp.data.dataset import TrainingDataset
@@ -20,3 +24,17 @@ if "RANK" in os.environ and "MEDVLP_DRILL_POISON" in os.environ:
         return batch
 
     TrainingDataset.__getitem__ = _poisoned
+
+if "MEDVLP_DRILL_FAIL" in os.environ:
+    from medvlp.data.dataset import TrainingDataset
+
+    _read = TrainingDataset.__getitem__
+
+    def _failing(self, request):
+        if int(os.environ["MEDVLP_DRILL_FAIL"]) in request[1]:
+            if "MEDVLP_DRILL_FAILED" in os.environ:
+                Path(os.environ["MEDVLP_DRILL_FAILED"]).touch()
+            raise MemoryError
+        return _read(self, request)
+
+    TrainingDataset.__getitem__ = _failing
