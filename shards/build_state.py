@@ -10,13 +10,16 @@ from typing import Any, Self
 
 from shards.atomic import atomic_write
 from shards.errors import DataError
-from shards.format import INDEX_NAME, REJECTED_NAME, Index, Shard, hash_file
+from shards.format import INDEX_LIMIT, INDEX_NAME, REJECTED_NAME, Index, Shard, hash_file
 from shards.plan import PlannedShard
 from shards.sources.base import Json
+from shards.strict_json import JsonError, parse_json, read_limited, to_record
 
 #: Folder inside the dataset, removed when the index is written.
 STATE_FOLDER = ".build"
 _PLAN_NAME = "plan.json"
+#: Of the list of rejected records, in bytes.
+_LONGEST_LINE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,9 @@ class ShardState:
         if not path.exists():
             return None
         try:
-            fields = json.loads(path.read_bytes())
-            shard = Shard(**fields["shard"]) if fields["shard"] else None
-            return cls(fields["file"], shard, [Rejection(**entry) for entry in fields["rejected"]])
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path} is damaged; delete it and run the build again") from error
+            return to_record(parse_json(read_limited(path, INDEX_LIMIT), INDEX_LIMIT), cls)
+        except (OSError, JsonError) as error:
+            raise DataError(f"{path} is damaged ({error}); delete it and run the build again") from error
 
     def has_files(self, out: Path) -> bool:
         """Whether the shard's files are there, the tar in its full size."""
@@ -121,11 +122,11 @@ class BuildPlan:
         """
         path = out / STATE_FOLDER / _PLAN_NAME
         try:
-            return cls(**json.loads(path.read_bytes()))
+            return to_record(parse_json(read_limited(path, INDEX_LIMIT), INDEX_LIMIT), cls)
         except FileNotFoundError as error:
             raise DataError(f"{out} holds no unfinished build ({path} is missing)") from error
-        except (ValueError, TypeError) as error:
-            raise DataError(f"{path} is damaged; delete it and run the build again") from error
+        except (OSError, JsonError) as error:
+            raise DataError(f"{path} is damaged ({error}); delete it and run the build again") from error
 
     @staticmethod
     def _existing_arguments(out: Path) -> dict[str, Any] | None:
@@ -154,8 +155,18 @@ def _read_rejections(out: Path) -> dict[int, Rejection]:
     path = out / REJECTED_NAME
     if not path.exists():
         return {}
-    entries = [json.loads(line) for line in path.read_text().splitlines()]
-    return {entry["record"]: Rejection(entry["record"], entry["reason"]) for entry in entries}
+    rejections = {}
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                entry = parse_json(line, _LONGEST_LINE)
+                rejection = to_record({name: entry.get(name) for name in ("record", "reason")}, Rejection)
+            except (JsonError, AttributeError) as error:
+                raise DataError(
+                    f"{path}, line {number}: damaged ({error}); build the dataset anew"
+                ) from error
+            rejections[rejection.record] = rejection
+    return rejections
 
 
 def _state_path(out: Path, file: str) -> Path:

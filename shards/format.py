@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -13,6 +14,7 @@ from typing import Any, Self
 import xxhash
 
 from shards.errors import DataError
+from shards.strict_json import PLAIN_NAME, JsonError, parse_json, read_limited, to_record
 
 FORMAT_VERSION = 1
 TOOL_VERSION = importlib.metadata.version("medvlp")
@@ -22,6 +24,16 @@ REJECTED_NAME = "rejected.jsonl"
 IMAGE_EXTENSIONS = ("jpg", "png")
 METADATA_EXTENSION = "json"
 MASK_EXTENSION = "mask.png"
+
+#: Largest `index.json`, in bytes: some 300,000 shards.
+INDEX_LIMIT = 1 << 26
+#: Largest side of a stored image.
+MAX_IMAGE_SIZE = 8192
+#: A member of a tar takes a block of 512 bytes for its name and at least one for its content.
+MIN_MEMBER_BYTES = 1024
+
+_SPLIT_NAME = re.compile(r"[a-z][a-z0-9_]{0,99}")
+_HASH = re.compile(r"[a-z0-9]{1,20}:[0-9a-f]{16,128}")
 
 
 @dataclass(frozen=True)
@@ -101,20 +113,56 @@ class Index:
             DataError: no JSON, another format version, or missing and unknown fields.
         """
         try:
-            fields = json.loads(data)
-            if fields.get("version") != FORMAT_VERSION:
-                raise DataError(
-                    f"{where}: format version {fields.get('version')}, this program reads {FORMAT_VERSION}"
-                )
-            fields["splits"] = {name: SplitTotals(**totals) for name, totals in fields["splits"].items()}
-            fields["shards"] = [Shard(**shard) for shard in fields["shards"]]
-            index = cls(**fields)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            fields = parse_json(data, INDEX_LIMIT)
+            version = fields.get("version") if isinstance(fields, dict) else None
+            if type(version) is int and version != FORMAT_VERSION:
+                raise DataError(f"{where}: format version {version}, this program reads {FORMAT_VERSION}")
+            index = to_record(fields, cls)
+            index._check_values()
+        except JsonError as error:
             raise DataError(f"{where}: not an index of shards ({error})") from error
-        for shard in index.shards:
-            if Path(shard.file).name != shard.file:
-                raise DataError(f"{where}: shard name {shard.file!r} leaves the dataset folder")
         return index
+
+    def _check_values(self) -> None:
+        """Refuse what no build writes: values become file names, sizes of arrays, lines on a terminal."""
+        for number, shard in enumerate(self.shards):
+            place = f"shards[{number}]"
+            if not PLAIN_NAME.fullmatch(shard.file) or not shard.file.endswith(".tar"):
+                raise JsonError(f"{place}.file is no plain name of a .tar")
+            if not _HASH.fullmatch(shard.hash) or not _HASH.fullmatch(shard.index_hash):
+                raise JsonError(f"{place} has a hash that is none")
+            if shard.split not in self.splits:
+                raise JsonError(f"{place}.split is not among the splits")
+            if not 0 <= shard.samples * MIN_MEMBER_BYTES <= shard.bytes < 2**53:
+                raise JsonError(f"{place} cannot hold so many samples in so many bytes")
+        if len({shard.file for shard in self.shards}) < len(self.shards):
+            raise JsonError("two shards have the same name")
+        for name, totals in self.splits.items():
+            if not _SPLIT_NAME.fullmatch(name):
+                raise JsonError("the name of a split is no word of lower-case letters, digits and _")
+            if not all(0 <= count < 2**53 for count in dataclasses.astuple(totals)):
+                raise JsonError(f"the totals of split {name} are out of range")
+        if not 1 <= self.image_size <= MAX_IMAGE_SIZE:
+            raise JsonError(f"image_size is not in 1..{MAX_IMAGE_SIZE}")
+        for text in (self.name, self.tool, *self.label_names):
+            if not text.isprintable() or len(text) > 200:
+                raise JsonError("a name is longer than 200 characters or not printable")
+        if len(set(self.label_names)) < len(self.label_names):
+            raise JsonError("two labels have the same name")
+        for text in (self.fingerprint, self.tokenizer or self.fingerprint):
+            if not _HASH.fullmatch(text):
+                raise JsonError("a hash is none")
+
+    def contradictions(self) -> list[str]:
+        """Where the index contradicts itself, one line each; empty when it does not."""
+        problems = []
+        for split, totals in self.splits.items():
+            listed = sum(shard.samples for shard in self.shards if shard.split == split)
+            if listed != totals.samples:
+                problems.append(f"split {split} has {totals.samples} samples, its shards list {listed}")
+        if fingerprint(self.shards) != self.fingerprint:
+            problems.append("the fingerprint is not that of the listed shards")
+        return problems
 
     @classmethod
     def load(cls, root: str | Path) -> Self:
@@ -130,13 +178,15 @@ class Index:
         if not path.parent.is_dir():
             raise DataError(f"data folder {path.parent} does not exist")
         try:
-            return cls.from_json(path.read_bytes(), where)
+            return cls.from_json(read_limited(path, INDEX_LIMIT), where)
         except FileNotFoundError as error:
             raise DataError(
                 f"{path.parent} has no {INDEX_NAME}: not a dataset, or a build that has not finished"
             ) from error
         except OSError as error:
             raise DataError(f"cannot read {where}: {error.strerror}") from error
+        except JsonError as error:
+            raise DataError(f"cannot read {where}: {error}") from error
 
 
 def is_remote(root: str | Path) -> bool:
@@ -193,7 +243,7 @@ def _read_remote(url: str) -> bytes:
 
     try:
         with gopen(url, "rb") as stream:
-            data: bytes = stream.read()
+            data: bytes = stream.read(INDEX_LIMIT + 1)
     except Exception as error:  # webdataset's openers raise whatever their transport raises
         raise DataError(f"cannot read {url}: {error}") from error
     if not data:

@@ -8,7 +8,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from shards.atomic import atomic_write, remove_leftovers
 from shards.build_state import STATE_FOLDER, BuildPlan, Rejection, ShardState
@@ -24,7 +23,7 @@ from shards.format import (
     fingerprint,
     hash_bytes,
 )
-from shards.shard_index import ShardIndex
+from shards.reader import scan_shard
 from shards.tokenizer import load_tokenizer, tokenizer_bytes, train_wordpiece
 
 _TRAIN = "train"
@@ -71,7 +70,7 @@ def merge(out: Path) -> BuildSummary:
         raise DataError(
             f"none of the {plan.records} records could be used; {out / REJECTED_NAME} has the reasons"
         )
-    splits, leaking = _totals(out, shards)
+    splits, leaking = _totals(out, shards, plan.label_names)
     index = Index(
         name=plan.name,
         label_names=plan.label_names,
@@ -106,12 +105,12 @@ def _rejected_lines(rejections: list[Rejection], source: str) -> bytes:
     return "".join(lines).encode()
 
 
-def _totals(out: Path, shards: list[Shard]) -> tuple[dict[str, SplitTotals], int]:
+def _totals(out: Path, shards: list[Shard], label_names: list[str]) -> tuple[dict[str, SplitTotals], int]:
     """Totals of each split, and the number of patients in more than one."""
     patients: dict[str, set[str]] = defaultdict(set)
     studies: dict[str, set[tuple[str, str]]] = defaultdict(set)
     for shard in shards:
-        for metadata in _metadata(out, shard):
+        for _, _, metadata in scan_shard(out, shard, label_names, METADATA_EXTENSION):
             patients[shard.split].add(metadata["patient_id"])
             studies[shard.split].add((metadata["patient_id"], metadata["study_id"]))
     totals = {
@@ -134,10 +133,11 @@ class _TrainTexts:
 
     out: Path
     shards: list[Shard]
+    label_names: list[str]
 
     def __iter__(self) -> Iterator[str]:
         for shard in self.shards:
-            for metadata in _metadata(self.out, shard):
+            for _, _, metadata in scan_shard(self.out, shard, self.label_names, METADATA_EXTENSION):
                 yield " ".join(metadata["sentences"])
 
 
@@ -146,20 +146,10 @@ def _write_tokenizer(out: Path, plan: BuildPlan, shards: list[Shard]) -> str | N
     if plan.tokenizer is not None:
         tokenizer = load_tokenizer(plan.tokenizer)
     else:
-        texts = _TrainTexts(out, [shard for shard in shards if shard.split == _TRAIN])
+        texts = _TrainTexts(out, [shard for shard in shards if shard.split == _TRAIN], plan.label_names)
         if not any(texts):
             return None
         tokenizer = train_wordpiece(texts, plan.vocab_size)
     data = tokenizer_bytes(tokenizer)
     atomic_write(out / TOKENIZER_NAME, data)
     return hash_bytes(data)
-
-
-def _metadata(out: Path, shard: Shard) -> Iterator[dict[str, Any]]:
-    """The parsed `<key>.json` of every sample of a shard."""
-    shard_index = ShardIndex.from_bytes((out / shard.index_file).read_bytes(), shard.index_file)
-    with (out / shard.file).open("rb") as tar:
-        for row in range(shard.samples):
-            offset, size = shard_index.members(row)[METADATA_EXTENSION]
-            tar.seek(offset)
-            yield json.loads(tar.read(size))

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from typing import Any
 
+from shards.strict_json import JsonError, parse_json
 from shards.study import Study
+
+#: Largest `<key>.json`, in bytes.
+METADATA_LIMIT = 1 << 22
 
 #: Field of `<key>.json` -> type of its value.
 _FIELDS: dict[str, type] = {
@@ -21,8 +27,9 @@ _FIELDS: dict[str, type] = {
     "license": str,
     "extra": dict,
 }
-_LABEL_VALUES = (1, 0, -1, None)
 _BOX_NUMBERS = ("x", "y", "width", "height")
+#: Pixels; no image is wider.
+_MAX_LENGTH = 1 << 20
 
 
 def to_metadata(study: Study) -> dict[str, Any]:
@@ -50,14 +57,28 @@ def metadata_bytes(metadata: dict[str, Any]) -> bytes:
     return json.dumps(metadata, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
 
 
-def metadata_problems(metadata: object, label_names: list[str]) -> list[str]:
+def parse_metadata(data: bytes, label_names: Sequence[str]) -> dict[str, Any]:
+    """The object of a `<key>.json`, which is as `to_metadata` makes it.
+
+    Raises:
+        JsonError: what is wrong, without any of its content.
+    """
+    metadata = parse_json(data, METADATA_LIMIT)
+    if problems := metadata_problems(metadata, label_names):
+        raise JsonError("; ".join(problems))
+    checked: dict[str, Any] = metadata
+    return checked
+
+
+def metadata_problems(metadata: object, label_names: Sequence[str]) -> list[str]:
     """What is wrong with a parsed `<key>.json`, one phrase each; empty when all is well.
 
-    Hand-written: eleven fields do not warrant another dependency. Phrases hold no values of the sample.
+    Hand-written: eleven fields do not warrant another dependency. Phrases hold nothing of the sample.
     """
     if not isinstance(metadata, dict):
         return ["metadata is not a JSON object"]
-    problems = [f"unknown field {name!r}" for name in sorted(metadata.keys() - _FIELDS.keys())]
+    unknown = len(metadata.keys() - _FIELDS.keys())
+    problems = [f"{unknown} unknown fields"] if unknown else []
     problems += [f"missing field {name!r}" for name in sorted(_FIELDS.keys() - metadata.keys())]
     for name, kind in _FIELDS.items():
         if name in metadata and not isinstance(metadata[name], kind):
@@ -78,11 +99,16 @@ def metadata_problems(metadata: object, label_names: list[str]) -> list[str]:
     return problems
 
 
-def _label_problems(labels: dict[str, object], label_names: list[str]) -> list[str]:
-    problems = [f"label {name!r} is not in the index" for name in labels if name not in label_names]
-    if not all(value in _LABEL_VALUES and not isinstance(value, bool) for value in labels.values()):
+def _label_problems(labels: dict[str, object], label_names: Sequence[str]) -> list[str]:
+    unknown = len(labels.keys() - set(label_names))
+    problems = [f"{unknown} labels are not in the index"] if unknown else []
+    if not all(value is None or _is_label(value) for value in labels.values()):
         problems.append("a label is not 1, 0, -1 or null")
     return problems
+
+
+def _is_label(value: object) -> bool:
+    return type(value) is int and -1 <= value <= 1
 
 
 def _is_entity(entity: object) -> bool:
@@ -91,7 +117,7 @@ def _is_entity(entity: object) -> bool:
         and len(entity) == 3
         and isinstance(entity[0], str)
         and isinstance(entity[1], str)
-        and entity[2] in _LABEL_VALUES[:3]
+        and _is_label(entity[2])
     )
 
 
@@ -100,5 +126,9 @@ def _is_box(box: object) -> bool:
         isinstance(box, dict)
         and box.keys() == {"label", *_BOX_NUMBERS}
         and isinstance(box["label"], str)
-        and all(isinstance(box[name], int | float) for name in _BOX_NUMBERS)
+        and all(_is_length(box[name]) for name in _BOX_NUMBERS)
     )
+
+
+def _is_length(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and abs(value) <= _MAX_LENGTH

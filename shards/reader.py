@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import json
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from shards.errors import DataError
-from shards.format import IMAGE_EXTENSIONS, MASK_EXTENSION, METADATA_EXTENSION, Index, Shard, is_remote
-from shards.shard_index import ShardIndex
+from shards.format import (
+    IMAGE_EXTENSIONS,
+    MASK_EXTENSION,
+    METADATA_EXTENSION,
+    Index,
+    Shard,
+    hash_bytes,
+    is_remote,
+)
+from shards.metadata import METADATA_LIMIT, parse_metadata
+from shards.shard_index import SHARD_INDEX_LIMIT, ShardIndex
+from shards.strict_json import JsonError, read_limited
 
 _MAX_OPEN_FILES = 64
+#: Largest image or mask file of a sample, in bytes.
+IMAGE_LIMIT = 1 << 28
 
 
 class ShardReader:
@@ -30,7 +41,8 @@ class ShardReader:
             default: the file in `root`.
 
     Raises:
-        DataError: the dataset has no readable index, or `root` is remote and there is no `fetch`.
+        DataError: the dataset has no readable index or one that contradicts itself, or `root` is remote
+            and there is no `fetch`.
     """
 
     def __init__(self, root: str | Path, fetch: Callable[[str], Path] | None = None) -> None:
@@ -39,6 +51,8 @@ class ShardReader:
             raise DataError(f"{root} is remote: its shards need a local cache to be read from")
         self.root = root
         self.index = Index.load(root)
+        if problems := self.index.contradictions():
+            raise DataError(f"{root}: index.json contradicts itself: {problems[0]}; rebuild the dataset")
         self._fetch = fetch or Path(root).__truediv__
         self._shards = {split: self.index.split_shards(split) for split in self.index.splits}
         self._ends = {
@@ -80,7 +94,7 @@ class ShardReader:
         shard, key, members = self._members(split, i)
         image = _image_extension(shard, key, members)
         contents = self._pread(shard, key, members, [image, METADATA_EXTENSION])
-        return key, contents[image], _parse(contents[METADATA_EXTENSION], shard, key)
+        return key, contents[image], _parse(contents[METADATA_EXTENSION], shard, key, self.index.label_names)
 
     def image(self, split: str, i: int) -> bytes:
         """Image file bytes of sample `i` alone, for training, which needs no metadata; errors as `read`."""
@@ -92,7 +106,7 @@ class ShardReader:
         """The parsed `<key>.json` of sample `i`; errors as `read`."""
         shard, key, members = self._members(split, i)
         contents = self._pread(shard, key, members, [METADATA_EXTENSION])
-        return _parse(contents[METADATA_EXTENSION], shard, key)
+        return _parse(contents[METADATA_EXTENSION], shard, key, self.index.label_names)
 
     def mask(self, split: str, i: int) -> bytes | None:
         """The mask PNG of sample `i`, or None where it has none; errors as `read`."""
@@ -122,10 +136,14 @@ class ShardReader:
         if shard.file not in self._shard_indexes:
             path = self._fetch(shard.index_file)
             try:
-                data = path.read_bytes()
+                data = read_limited(path, SHARD_INDEX_LIMIT)
             except OSError as error:
                 raise DataError(f"cannot read shard index {path}: {error.strerror}") from error
-            shard_index = ShardIndex.from_bytes(data, str(path))
+            except JsonError as error:
+                raise DataError(f"cannot read shard index {path}: {error}") from error
+            shard_index = ShardIndex.from_bytes(data, str(path), shard.bytes)
+            if hash_bytes(data) != shard.index_hash:
+                raise DataError(f"{path} differs from its hash in index.json; run `medvlp shards verify`")
             if len(shard_index.keys) != shard.samples:
                 raise DataError(
                     f"{path} lists {len(shard_index.keys)} samples, the dataset's index {shard.samples}; "
@@ -142,6 +160,8 @@ class ShardReader:
         if missing:
             raise DataError(f"{shard.file}: sample {key} has no member .{missing[0]}")
         spans = {extension: members[extension] for extension in extensions}
+        for extension, (_, size) in spans.items():
+            _check_length(shard, key, extension, size)
         start = min(offset for offset, _ in spans.values())
         end = max(offset + size for offset, size in spans.values())
         try:
@@ -165,18 +185,58 @@ class ShardReader:
         return self._open_files[file]
 
 
+def scan_shard(
+    folder: Path, shard: Shard, label_names: Sequence[str], only: str | None = None
+) -> Iterator[tuple[str, dict[str, bytes], dict[str, Any]]]:
+    """Every sample of a shard in the order of its tar: key, members, and parsed metadata.
+
+    Args:
+        folder: where the tar and its `.idx` lie.
+        shard: which.
+        label_names: those of the dataset.
+        only: read this member and the metadata, not all; default: all.
+
+    Raises:
+        DataError: a file cannot be read or a sample is damaged; names the file, and the key.
+    """
+    try:
+        with (folder / shard.file).open("rb") as tar:
+            data = read_limited(folder / shard.index_file, SHARD_INDEX_LIMIT)
+            size = os.fstat(tar.fileno()).st_size
+            shard_index = ShardIndex.from_bytes(data, str(folder / shard.index_file), size)
+            for row, key in enumerate(shard_index.keys):
+                contents = {}
+                spans = sorted(shard_index.members(row).items(), key=lambda item: item[1])
+                for extension, (offset, length) in spans:
+                    if only in (None, extension) or extension == METADATA_EXTENSION:
+                        _check_length(shard, key, extension, length)
+                        contents[extension] = os.pread(tar.fileno(), length, offset)
+                if METADATA_EXTENSION not in contents:
+                    raise DataError(f"{shard.file}: sample {key} has no member .{METADATA_EXTENSION}")
+                yield key, contents, _parse(contents[METADATA_EXTENSION], shard, key, label_names)
+    except OSError as error:
+        raise DataError(f"{folder / shard.file}: cannot be read ({error.strerror})") from error
+    except JsonError as error:
+        raise DataError(f"{folder / shard.index_file}: {error}") from error
+
+
+def _check_length(shard: Shard, key: str, extension: str, length: int) -> None:
+    most = METADATA_LIMIT if extension == METADATA_EXTENSION else IMAGE_LIMIT
+    if length > most:
+        raise DataError(
+            f"{shard.file}: sample {key}: .{extension} has {length} bytes, more than the limit of {most}"
+        )
+
+
+def _parse(data: bytes, shard: Shard, key: str, label_names: Sequence[str]) -> dict[str, Any]:
+    try:
+        return parse_metadata(data, label_names)
+    except JsonError as error:
+        raise DataError(f"{shard.file}: sample {key}: its metadata cannot be used ({error})") from error
+
+
 def _image_extension(shard: Shard, key: str, members: dict[str, tuple[int, int]]) -> str:
     for extension in IMAGE_EXTENSIONS:
         if extension in members:
             return extension
     raise DataError(f"{shard.file}: sample {key} has no image")
-
-
-def _parse(data: bytes, shard: Shard, key: str) -> dict[str, Any]:
-    try:
-        metadata = json.loads(data)
-    except ValueError:
-        metadata = None  # the decoder's error is not passed on: it holds report text
-    if not isinstance(metadata, dict):
-        raise DataError(f"{shard.file}: metadata of sample {key} is damaged")
-    return metadata

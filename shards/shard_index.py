@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from dataclasses import dataclass
 from typing import Self
@@ -11,6 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import DataError
+from shards.strict_json import JsonError, parse_json
+
+#: Largest `.idx` file, in bytes: a million samples.
+SHARD_INDEX_LIMIT = 1 << 26
+#: Keys stand in messages, tables and file names.
+_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,199}")
+_EXTENSION = re.compile(r"[a-z0-9]{1,10}(\.[a-z0-9]{1,10})?")
+#: A tar holds whole blocks of 512 bytes; before each member's content stands a block with its name.
+_BLOCK = 512
 
 _MAGIC = b"MVLPIDX1"
 _ABSENT = -1
@@ -58,21 +68,62 @@ class ShardIndex:
         return _MAGIC + struct.pack("<I", len(header)) + header + self.spans.astype("<i8").tobytes()
 
     @classmethod
-    def from_bytes(cls, data: bytes, where: str) -> Self:
-        """Parse an `.idx` file; `where` names it in errors.
+    def from_bytes(cls, data: bytes, where: str, size: int) -> Self:
+        """Parse an `.idx` file.
+
+        Args:
+            data: content of the file, at most `SHARD_INDEX_LIMIT` bytes.
+            where: names the file in errors.
+            size: bytes of the tar it describes.
 
         Raises:
-            DataError: another file format or a damaged file.
+            DataError: another file format, a damaged file, or members that such a tar cannot have.
         """
-        start = len(_MAGIC) + 4
         try:
             if not data.startswith(_MAGIC):
-                raise ValueError("wrong first bytes")
-            (length,) = struct.unpack("<I", data[len(_MAGIC) : start])
-            header = json.loads(data[start : start + length])
-            keys, extensions = list(header["keys"]), list(header["extensions"])
-            spans = np.frombuffer(data, dtype="<i8", offset=start + length)
-            spans = spans.reshape(len(keys), len(extensions), 2)
-        except (ValueError, KeyError, TypeError, struct.error) as error:
+                raise JsonError("wrong first bytes")
+            keys, extensions, start = _header(data)
+            if len(data) - start != 16 * len(keys) * len(extensions):
+                raise JsonError("its length does not fit its keys")
+            spans = np.frombuffer(data, dtype="<i8", offset=start).reshape(len(keys), len(extensions), 2)
+            _check_spans(spans, size)
+        except (JsonError, struct.error) as error:
             raise DataError(f"{where}: damaged shard index ({error}); rebuild the dataset") from error
         return cls(keys, extensions, spans)
+
+
+def _header(data: bytes) -> tuple[list[str], list[str], int]:
+    """Keys, extensions, and where the array begins."""
+    start = len(_MAGIC) + 4
+    (length,) = struct.unpack("<I", data[len(_MAGIC) : start])
+    header = parse_json(data[start : start + length], SHARD_INDEX_LIMIT)
+    if not isinstance(header, dict) or header.keys() != {"keys", "extensions"}:
+        raise JsonError("its header is not keys and extensions")
+    for name, pattern in (("keys", _KEY), ("extensions", _EXTENSION)):
+        values = header[name]
+        if not isinstance(values, list) or not all(
+            isinstance(value, str) and pattern.fullmatch(value) for value in values
+        ):
+            raise JsonError(f"its {name} are not plain names")
+        if len(set(values)) < len(values):
+            raise JsonError(f"two of its {name} are equal")
+    return header["keys"], header["extensions"], start + length
+
+
+def _check_spans(spans: NDArray[np.int64], size: int) -> None:
+    """Every member inside the tar, sample after sample, and none in another one."""
+    offsets, sizes = spans[..., 0], spans[..., 1]
+    absent = offsets == _ABSENT
+    if not (
+        (offsets >= _BLOCK) & (sizes >= 0) & (sizes <= size - offsets) | absent & (sizes == _ABSENT)
+    ).all():
+        raise JsonError("a member lies outside its shard")
+    if absent.all(axis=1).any():
+        raise JsonError("a sample has no member")
+    # The members of a sample may stand in any order; samples follow each other.
+    order = np.argsort(np.where(absent, np.iinfo(np.int64).max, offsets), axis=1, kind="stable")
+    present = ~np.take_along_axis(absent, order, axis=1)
+    begins = np.take_along_axis(offsets, order, axis=1)[present]
+    ends = begins + np.take_along_axis(sizes, order, axis=1)[present]
+    if (begins[1:] < ends[:-1] + _BLOCK).any():
+        raise JsonError("its members overlap or are not in the order of the tar")

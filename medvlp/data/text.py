@@ -18,7 +18,9 @@ from medvlp.config_files import ConfigError
 from medvlp.data.batch import Text
 from medvlp.data.cache import read_remote
 from medvlp.hub import hub_reason, quiet_hub
-from shards.format import TOKENIZER_NAME, hash_bytes, is_remote, locate
+from shards.errors import DataError
+from shards.format import INDEX_NAME, TOKENIZER_NAME, Index, hash_bytes, is_remote, locate
+from shards.strict_json import JsonError, read_limited
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -30,6 +32,11 @@ _SPECIAL_TOKENS: tuple[SpecialTokens, ...] = (("[CLS]", "[SEP]", "[PAD]"), ("<s>
 
 #: Names of the token that hides a word: BERT's, RoBERTa's.
 _MASK_TOKENS = ("[MASK]", "<mask>")
+
+#: Sentences of a report that are told apart; what follows counts as part of the last one.
+_LAST_SENTENCE = (1 << 15) - 1
+#: Largest `tokenizer.json`, in bytes.
+_TOKENIZER_LIMIT = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,12 @@ class Tokenizer:
         self.cls_id, self.sep_id, self.pad_id = (int(number) for number in ids if number is not None)
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
+        # Every id up to the largest gets a row of the embedding table, whether a token has it or not.
+        if self.vocab_size > 2 * len(vocabulary) + 1000:
+            raise ConfigError(
+                f"the tokenizer has {len(vocabulary)} tokens with ids up to {self.vocab_size - 1}; its "
+                "vocabulary cannot be used"
+            )
         self.continuation = _continuation(backend, vocabulary, self.vocab_size, special)
         self.fingerprint = xxhash.xxh3_128_hexdigest(json.dumps([backend.to_str(), special]).encode())
 
@@ -96,19 +109,28 @@ class Tokenizer:
 
         Raises:
             ConfigError: nothing usable there.
-            DataError: the dataset's tokenizer cannot be downloaded.
+            DataError: the dataset has no index, or its tokenizer cannot be downloaded or contradicts it.
         """
         return cls._load_dataset(root) if spec is None else cls._load_pretrained(str(spec))
 
     @classmethod
     def _load_dataset(cls, root: str | Path) -> Tokenizer:
         where = locate(root, TOKENIZER_NAME)
+        # A run folder has the file without an index; the reader refuses data that have none.
+        described = is_remote(root) or Path(root, INDEX_NAME).exists()
+        expected = Index.load(root).tokenizer if described else None
         try:
-            data = b"".join(read_remote(where)) if is_remote(root) else Path(where).read_bytes()
-        except OSError as error:
+            data = _download(where) if is_remote(root) else read_limited(where, _TOKENIZER_LIMIT)
+        except (OSError, JsonError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
             raise ConfigError(
-                f"cannot read {where} ({error.strerror}); name another tokenizer with data.tokenizer=..."
+                f"cannot read {where} ({reason}); name another tokenizer with data.tokenizer=..."
             ) from error
+        if described and hash_bytes(data) != expected:
+            raise DataError(
+                f"{where} differs from its hash in index.json and would give texts other ids than the "
+                "dataset's own tokenizer; bring the file back, or name another with data.tokenizer=..."
+            )
         return cls.from_json(data, where)
 
     @classmethod
@@ -210,11 +232,11 @@ class Tokenizer:
             starts = np.cumsum([0] + [len(sentence) + 1 for sentence in sentences[:-1]])
             # A byte-level piece may begin with the space before its sentence: its last character decides.
             last = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)[:, 1] - 1
-            numbers.append((np.searchsorted(starts, last, side="right") - 1).astype(np.int16))
+            numbers.append(np.minimum(np.searchsorted(starts, last, side="right") - 1, _LAST_SENTENCE))
         empty = np.zeros(0, dtype=np.int32)
         return TokenRows(
             ids=np.concatenate([empty, *ids]),
-            sentences=np.concatenate([empty.astype(np.int16), *numbers]),
+            sentences=np.concatenate([empty, *numbers]).astype(np.int16),
             offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         )
 
@@ -263,6 +285,15 @@ class Tokenizer:
             word_index=torch.from_numpy(word),
             sentence_index=torch.from_numpy(sentence),
         )
+
+
+def _download(url: str) -> bytes:
+    data = b""
+    for block in read_remote(url):
+        data += block
+        if len(data) > _TOKENIZER_LIMIT:
+            raise JsonError(f"more than the limit of {_TOKENIZER_LIMIT} bytes")
+    return data
 
 
 def _continuation(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,9 @@ from shards.reader import ShardReader
 logger = logging.getLogger(__name__)
 
 #: Raise when the stored arrays or the way to compute them change.
-_VERSION = 2
-_CHUNK = 2048
+_VERSION = 3
+#: Samples held at once; each may have `METADATA_LIMIT` bytes.
+_CHUNK = 512
 
 
 class TokenStore:
@@ -57,13 +58,16 @@ class TokenStore:
             # Tensors of the torch framework are views of the mapped file; those of numpy would be copies.
             with safe_open(path, framework="pt") as file:
                 arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
+                stated = (file.metadata() or {}).get("checksum")
+            _check_arrays(arrays)
             self.rows = TokenRows(arrays["ids"], arrays["sentences"], arrays["offsets"])
             self.labels: NDArray[np.float32] = arrays["labels"]
             self.entities = EntityRows(arrays["entity_cells"], arrays["entity_offsets"])
             self.unreadable: NDArray[np.int64] = arrays["unreadable"]
             self._keys: NDArray[np.uint8] = arrays["keys"]
-        except (SafetensorError, OSError, KeyError) as error:
+        except (SafetensorError, OSError, ValueError, TypeError) as error:
             raise DataError(f"{path}: damaged token store ({error}); delete it and start again") from error
+        self._stated_checksum = stated
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -74,6 +78,32 @@ class TokenStore:
 
     def __setstate__(self, path: Path) -> None:
         self.__init__(path)  # type: ignore[misc]
+
+    def check(self, samples: int, labels: int, vocab_size: int) -> None:
+        """Read all of it once: nobody else does before it is used, and a changed value looks like any other.
+
+        Args:
+            samples: of the split.
+            labels: label names of the dataset.
+            vocab_size: of the tokenizer.
+
+        Raises:
+            DataError: changed since it was written, or not of such a split and tokenizer.
+        """
+        arrays = {
+            "ids": self.rows.ids, "sentences": self.rows.sentences, "offsets": self.rows.offsets,
+            "labels": self.labels, "entity_cells": self.entities.cells,
+            "entity_offsets": self.entities.offsets, "unreadable": self.unreadable, "keys": self._keys,
+        }  # fmt: skip
+        problem = None
+        if self.labels.shape != (samples, labels):
+            problem = f"labels {self.labels.shape}, not {(samples, labels)}"
+        elif checksum(arrays) != self._stated_checksum:
+            problem = "its checksum differs"
+        else:
+            problem = _value_problem(arrays, vocab_size)
+        if problem:
+            raise DataError(f"{self.path}: damaged token store ({problem}); delete it and start again")
 
     def keys(self, selection: NDArray[np.int64]) -> list[str]:
         """Keys of the selected samples."""
@@ -103,25 +133,32 @@ class TokenStore:
         if not is_remote(reader.root):
             folders.insert(0, Path(reader.root) / "tokens")
         for folder in folders:
-            if (store := _open_current(folder / name, reader, split)) is not None:
+            if (store := _open_current(folder / name, reader, split, tokenizer)) is not None:
                 break
         else:
             folder = _first_writable(folders)
             with FileLock(folder / f".{name}.lock"):
-                store = _open_current(folder / name, reader, split)
+                store = _open_current(folder / name, reader, split, tokenizer)
                 if store is None:
                     remove_leftovers(folder, name)
                     atomic_write(folder / name, _build(reader, split, config, tokenizer))
                     store = cls(folder / name)
-        bad = len(store.unreadable)
-        if bad > config.max_bad_fraction * len(store):
-            first = reader.locate(split, int(store.unreadable[0]))[0].file
-            raise DataError(
-                f"{reader.root}: {bad} of {len(store)} samples of split {split!r} cannot be read (the first "
-                f"in {first}), more than data.max_bad_fraction={config.max_bad_fraction} allows; "
-                "run medvlp shards verify"
-            )
+        _check_share(reader, split, config, store.unreadable)
         return store
+
+
+def _check_share(
+    reader: ShardReader, split: str, config: DataConfig, unreadable: Sequence[int] | NDArray[np.int64]
+) -> None:
+    """Stop when more samples are unreadable than `data.max_bad_fraction` allows."""
+    bad, count = len(unreadable), reader.sample_count(split)
+    if bad > config.max_bad_fraction * count:
+        first = reader.locate(split, int(unreadable[0]))[0].file
+        raise DataError(
+            f"{reader.root}: {bad} of {count} samples of split {split!r} cannot be read (the first in "
+            f"{first}), more than data.max_bad_fraction={config.max_bad_fraction} allows; "
+            "run medvlp shards verify"
+        )
 
 
 def _store_hash(reader: ShardReader, split: str, config: DataConfig, tokenizer: Tokenizer) -> str:
@@ -137,12 +174,13 @@ def _store_hash(reader: ShardReader, split: str, config: DataConfig, tokenizer: 
     return xxhash.xxh3_64_hexdigest(json.dumps(parts).encode())
 
 
-def _open_current(path: Path, reader: ShardReader, split: str) -> TokenStore | None:
+def _open_current(path: Path, reader: ShardReader, split: str, tokenizer: Tokenizer) -> TokenStore | None:
     """The store at `path`, or None where it is missing, damaged or older than a repair of the shards."""
     if not path.is_file():
         return None
     try:
         store = TokenStore(path)
+        store.check(reader.sample_count(split), len(reader.index.label_names), tokenizer.vocab_size)
     except DataError as error:
         logger.warning("%s; computing it again", error)
         return None
@@ -189,9 +227,10 @@ def _build(reader: ShardReader, split: str, config: DataConfig, tokenizer: Token
     count = reader.sample_count(split)
     names = reader.index.label_names
     ids, sentences, lengths = [], [], []
-    labels = np.full((count, len(names)), np.nan, dtype=np.float32)
+    # Grows with what was read: how many samples there are is so far only claimed by the index.
+    labels: list[NDArray[np.float32]] = []
     entities: list[list[Triple]] = []
-    unreadable = []
+    unreadable: list[int] = []
     position = 0
     for rows, metadata in _chunks(reader, split, config, tokenizer):
         ids.append(rows.ids)
@@ -201,22 +240,73 @@ def _build(reader: ShardReader, split: str, config: DataConfig, tokenizer: Token
             entities.append(sample["entities"] if sample else [])
             if sample is None:
                 unreadable.append(position)
-            else:
-                values = [sample["labels"].get(name) for name in names]
-                labels[position] = [np.nan if value is None else value for value in values]
+            values = [sample["labels"].get(name) if sample else None for name in names]
+            labels.append(np.array([np.nan if value is None else value for value in values], np.float32))
             position += 1
+        _check_share(reader, split, config, unreadable)
     packed = EntityRows.pack(entities)
     keys = np.array([reader.key(split, i).encode() for i in range(count)], dtype=np.bytes_)
-    return save(
-        {
-            "ids": np.concatenate(ids),
-            "sentences": np.concatenate(sentences),
-            "offsets": np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64),
-            "labels": labels,
-            "entity_cells": packed.cells,
-            "entity_offsets": packed.offsets,
-            "unreadable": np.array(unreadable, dtype=np.int64),
-            "keys": keys.view(np.uint8).reshape(count, keys.itemsize),
-        },
-        metadata={"split": split, "tokenizer": tokenizer.fingerprint, "dataset": reader.index.fingerprint},
-    )
+    arrays = {
+        "ids": np.concatenate(ids),
+        "sentences": np.concatenate(sentences),
+        "offsets": np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64),
+        "labels": np.stack(labels),
+        "entity_cells": packed.cells,
+        "entity_offsets": packed.offsets,
+        "unreadable": np.array(unreadable, dtype=np.int64),
+        "keys": keys.view(np.uint8).reshape(count, keys.itemsize),
+    }
+    origin = {"split": split, "tokenizer": tokenizer.fingerprint, "dataset": reader.index.fingerprint}
+    return save(arrays, metadata={**origin, "checksum": checksum(arrays)})
+
+
+#: Array of a store -> its type and dimensions.
+_ARRAYS: dict[str, tuple[str, int]] = {
+    "ids": ("int32", 1), "sentences": ("int16", 1), "offsets": ("int64", 1), "labels": ("float32", 2),
+    "entity_cells": ("int16", 1), "entity_offsets": ("int64", 1), "unreadable": ("int64", 1),
+    "keys": ("uint8", 2),
+}  # fmt: skip
+
+
+def _check_arrays(arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Refuse what is no store; looks at no value but the last offsets."""
+    found = {name: (array.dtype.name, array.ndim) for name, array in arrays.items()}
+    if found != _ARRAYS:
+        raise ValueError("its arrays are others")
+    samples = len(arrays["labels"])
+    if any(len(arrays[name]) != samples + 1 for name in ("offsets", "entity_offsets")):
+        raise ValueError("its arrays have different lengths")
+    if len(arrays["keys"]) != samples or len(arrays["ids"]) != len(arrays["sentences"]):
+        raise ValueError("its arrays have different lengths")
+
+
+def _value_problem(arrays: Mapping[str, NDArray[Any]], vocab_size: int) -> str | None:
+    """What no store of ours holds, or None; the checksum of a stranger's store says nothing."""
+    samples = len(arrays["labels"])
+    for name, items in (("offsets", "ids"), ("entity_offsets", "entity_cells")):
+        offsets = arrays[name]
+        if offsets[0] != 0 or offsets[-1] != len(arrays[items]) or (np.diff(offsets) < 0).any():
+            return f"{name} do not fit {items}"
+    limits = {
+        "ids": vocab_size, "sentences": 1 << 15, "unreadable": samples,
+        "entity_cells": 2 * matrix.SHAPE[0] * matrix.SHAPE[1],
+    }  # fmt: skip
+    for name, limit in limits.items():
+        array = arrays[name]
+        if array.size and not (array.min() >= 0 and array.max() < limit):
+            return f"{name} out of range"
+    labels = arrays["labels"]
+    if not (np.isnan(labels) | np.isin(labels, (1, 0, -1))).all():
+        return "labels out of range"
+    if arrays["keys"].size and arrays["keys"].max() > 0x7F:
+        return "keys that are not plain names"
+    return None
+
+
+def checksum(arrays: Mapping[str, NDArray[Any]]) -> str:
+    """xxh3-128 over names, types, shapes and values, as the store's header states it."""
+    digest = xxhash.xxh3_128()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()

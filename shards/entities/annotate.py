@@ -16,6 +16,7 @@ from shards.entities import extractor
 from shards.entities.radgraph import read_radgraph
 from shards.errors import DataError
 from shards.format import (
+    INDEX_LIMIT,
     INDEX_NAME,
     METADATA_EXTENSION,
     REJECTED_NAME,
@@ -27,7 +28,8 @@ from shards.format import (
     index_file_name,
 )
 from shards.metadata import metadata_bytes
-from shards.shard_index import ShardIndex
+from shards.reader import scan_shard
+from shards.strict_json import JsonError, parse_json, read_limited
 from shards.study import Entity
 from shards.workers import run_tasks
 from shards.writer import Sample, write_shard
@@ -50,6 +52,7 @@ class AnnotationSummary:
 class _ShardTask:
     shard: Shard
     known: _Known
+    label_names: list[str]
 
 
 def annotate(
@@ -92,7 +95,8 @@ def annotate(
     missing = [shard for shard in index.shards if not _is_finished(out, shard)]
     finished = len(index.shards) - len(missing)
     on_shard(finished, len(index.shards))
-    tasks = [_ShardTask(shard, _of_shard(dataset, shard, known)) for shard in missing]
+    names = index.label_names
+    tasks = [_ShardTask(shard, _of_shard(dataset, shard, known, names), names) for shard in missing]
     for _ in run_tasks(_annotate_shard, (dataset, out, overwrite), tasks, workers):
         finished += 1
         on_shard(finished, len(index.shards))
@@ -113,7 +117,7 @@ def _start(out: Path, arguments: Mapping[str, Any]) -> None:
         existing: object = index.arguments
         known = {shard.file: shard for shard in index.shards}
     else:
-        existing = json.loads(plan.read_bytes()) if plan.is_file() else None
+        existing = _planned(plan)
         known = {}
         if existing is None and out.is_dir() and any(out.iterdir()):
             raise DataError(f"{out} is not empty; choose another --out")
@@ -128,16 +132,27 @@ def _start(out: Path, arguments: Mapping[str, Any]) -> None:
         ShardState(file, shard, []).save(out)
 
 
+def _planned(plan: Path) -> object:
+    try:
+        return parse_json(read_limited(plan, INDEX_LIMIT), INDEX_LIMIT)
+    except FileNotFoundError:
+        return None
+    except (OSError, JsonError) as error:
+        raise DataError(f"{plan} cannot be read ({error}); delete it and start again") from error
+
+
 def _is_finished(out: Path, shard: Shard) -> bool:
     state = ShardState.load(out, shard.file)
     return state is not None and state.is_intact(out)
 
 
-def _of_shard(dataset: Path, shard: Shard, known: _Known) -> _Known:
+def _of_shard(dataset: Path, shard: Shard, known: _Known, names: list[str]) -> _Known:
     """The part of the known entities that a shard needs: a worker process gets no more."""
     if known is None:
         return None
-    studies = (metadata["study_id"] for _, _, metadata in _samples(dataset, shard))
+    studies = (
+        metadata["study_id"] for _, _, metadata in scan_shard(dataset, shard, names, METADATA_EXTENSION)
+    )
     return {study: known[study] for study in studies if study in known}
 
 
@@ -149,7 +164,7 @@ def _annotate_shard(shared: tuple[Path, Path, bool], task: _ShardTask) -> None:
         raise DataError(f"{dataset / file}: content differs from its hash; run medvlp shards verify")
 
     def annotated() -> Iterator[Sample]:
-        for key, members, metadata in _samples(dataset, task.shard):
+        for key, members, metadata in scan_shard(dataset, task.shard, task.label_names):
             if metadata["entities"] and not overwrite:
                 raise DataError(
                     f"{file}: sample {key} has entities already; --overwrite replaces those of all samples"
@@ -174,35 +189,10 @@ def _annotate_shard(shared: tuple[Path, Path, bool], task: _ShardTask) -> None:
     ShardState(file, shard, []).save(out)
 
 
-def _samples(root: Path, shard: Shard) -> Iterator[tuple[str, dict[str, bytes], dict[str, Any]]]:
-    """Key, members in tar order and parsed metadata of every sample of a shard."""
-    try:
-        shard_index = ShardIndex.from_bytes((root / shard.index_file).read_bytes(), shard.index_file)
-        with (root / shard.file).open("rb") as tar:
-            for row, key in enumerate(shard_index.keys):
-                members = {}
-                spans = sorted(shard_index.members(row).items(), key=lambda item: item[1])
-                for extension, (offset, size) in spans:
-                    tar.seek(offset)
-                    members[extension] = tar.read(size)
-                yield key, members, _metadata(members, shard, key)
-    except OSError as error:
-        raise DataError(f"{root / shard.file}: cannot be read ({error.strerror})") from error
-
-
-def _metadata(members: Mapping[str, bytes], shard: Shard, key: str) -> dict[str, Any]:
-    try:
-        metadata: dict[str, Any] = json.loads(members[METADATA_EXTENSION])
-        metadata["study_id"], metadata["sections"], metadata["entities"]
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f"{shard.file}: metadata of sample {key} is damaged") from None
-    return metadata
-
-
 def _summary(out: Path, index: Index, known: _Known) -> AnnotationSummary:
     samples = annotated = unmatched = 0
     for shard in index.shards:
-        for _, _, metadata in _samples(out, shard):
+        for _, _, metadata in scan_shard(out, shard, index.label_names, METADATA_EXTENSION):
             samples += 1
             annotated += bool(metadata["entities"])
             unmatched += known is not None and metadata["study_id"] not in known

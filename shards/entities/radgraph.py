@@ -6,7 +6,6 @@ The file is JSON as RadGraph's inference publishes it: report id -> {"text", "en
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,8 +14,11 @@ from typing import Any
 
 from shards.entities.vocabulary import UNSPECIFIED
 from shards.errors import DataError
+from shards.strict_json import JsonError, parse_json, read_limited
 from shards.study import Entity
 
+#: Largest file, in bytes; the graphs of all of MIMIC-CXR take less than a tenth.
+_LIMIT = 1 << 32
 _ANATOMY = "ANAT-DP"
 _VALUES = {"OBS-DP": 1, "OBS-DA": 0, "OBS-U": -1}
 #: Labels as later releases of RadGraph spell them.
@@ -50,11 +52,11 @@ def read_radgraph(path: Path) -> dict[str, list[Entity]]:
         DataError: the file cannot be read or does not have the form described above.
     """
     try:
-        reports = json.loads(path.read_bytes())
+        reports = parse_json(read_limited(path, _LIMIT), _LIMIT)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError:
-        raise DataError(f"{path} is not a JSON file") from None  # the decoder's error holds report text
+    except JsonError as error:
+        raise DataError(f"{path} is not a JSON file that can be read ({error})") from error
     if not isinstance(reports, dict):
         raise DataError(f"{path}: not a JSON object of reports by id")
     found: dict[str, list[Entity]] = {}

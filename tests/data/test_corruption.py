@@ -128,6 +128,42 @@ def test_unreadable_metadata_is_a_corrupt_sample(
     assert "its metadata cannot be read" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"sections": ["MUSTERMANN"]}',
+        '{"MUSTERMANN',
+        "[" * 150,
+        '{"a": "\\ud800", "b": "MUSTERMANN"}',
+        '{"labels": {"MUSTERMANN": 1}}',
+        '{"a": 1e999}',
+        '{"a": 1, "a": "MUSTERMANN"}',
+    ],
+)
+def test_hostile_metadata_is_a_corrupt_sample_and_never_quoted(
+    own_dataset: Path,
+    make_config: ConfigFactory,
+    tokenizer: Tokenizer,
+    caplog: pytest.LogCaptureFixture,
+    text: str,
+) -> None:
+    reader = ShardReader(own_dataset)
+    shard, _ = reader.locate("train", 5)
+    tar = own_dataset / shard.file
+    data = bytearray(tar.read_bytes())
+    offset, size = reader._members("train", 5)[2]["json"]
+    data[offset : offset + size] = text.encode().ljust(size)
+    tar.write_bytes(data)
+    config = make_config(root=str(own_dataset), tail="wrap", max_bad_fraction=0.1)
+    samples = epoch_of(config, tokenizer)
+    assert 5 not in torch.cat([batch.sample for batch in samples])
+    key = reader.key("train", 5)
+    assert f"{shard.file}: sample {key}: its metadata cannot be read" in caplog.text
+    with pytest.raises(DataError, match=f"{shard.file}: sample {key}: its metadata cannot be used") as caught:
+        ShardReader(own_dataset).metadata("train", 5)
+    assert "MUSTERMANN" not in caplog.text + str(caught.value)
+
+
 def test_an_image_larger_than_the_index_says_is_refused(
     own_dataset: Path, make_config: ConfigFactory, tokenizer: Tokenizer
 ) -> None:

@@ -7,22 +7,27 @@ import multiprocessing
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
+from numpy.typing import NDArray
+from safetensors.numpy import load, save
 
 from medvlp.config import Config
 from medvlp.config_files import ConfigError
 from medvlp.data.report import report_sentences
 from medvlp.data.text import Tokenizer
-from medvlp.data.tokens import TokenStore
+from medvlp.data.tokens import TokenStore, checksum
 from shards.errors import DataError
 from shards.reader import ShardReader
 from shards.text.cleaning import mgca_sentences
 from shards.text.sentences import split_sentences
 
 ConfigFactory = Callable[..., Config]
+Arrays = dict[str, NDArray[Any]]
 
 
 def open_store(root: Path, config: Config, tokenizer: Tokenizer, split: str = "train") -> TokenStore:
@@ -131,6 +136,108 @@ def test_a_damaged_store_is_computed_again(
     store.path.write_bytes(store.path.read_bytes()[:200])
     np.testing.assert_array_equal(open_store(own_dataset, config, tokenizer).rows.ids, expected)
     assert "damaged token store" in caplog.text
+
+
+def same_arrays(first: bytes, second: bytes) -> bool:
+    """Whether two stores hold the same; the library writes the entries of the header in any order."""
+    one, other = load(first), load(second)
+    return one.keys() == other.keys() and all(
+        np.array_equal(one[name], other[name], equal_nan=one[name].dtype.kind == "f") for name in one
+    )
+
+
+@pytest.mark.parametrize("name", ["ids", "sentences", "offsets", "labels", "entity_cells", "keys"])
+def test_a_flipped_byte_anywhere_in_a_store_is_found(
+    own_dataset: Path,
+    make_config: ConfigFactory,
+    tokenizer: Tokenizer,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+) -> None:
+    config = make_config(root=str(own_dataset))
+    path = open_store(own_dataset, config, tokenizer).path
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    start, end = json.loads(whole[8 : 8 + length])[name]["data_offsets"]
+    damaged = bytearray(whole)
+    damaged[8 + length + (start + end) // 2] ^= 1
+    path.write_bytes(damaged)
+    store = open_store(own_dataset, config, tokenizer)
+    assert "its checksum differs" in caplog.text
+    assert same_arrays(store.path.read_bytes(), whole)
+
+
+def _change_ids(arrays: Arrays) -> None:
+    arrays["ids"][3] = 10**6
+
+
+def _change_offsets(arrays: Arrays) -> None:
+    arrays["offsets"][2] = 10**9
+
+
+def _change_labels(arrays: Arrays) -> None:
+    arrays["labels"] = arrays["labels"] / 2
+
+
+def _drop_labels(arrays: Arrays) -> None:
+    arrays["labels"] = arrays["labels"][: len(arrays["labels"]) // 2]
+
+
+def _change_cells(arrays: Arrays) -> None:
+    arrays["entity_cells"][0] = -1
+
+
+def _change_kind(arrays: Arrays) -> None:
+    arrays["ids"] = arrays["ids"].astype(np.int64)
+
+
+@pytest.mark.parametrize(
+    "change", [_change_ids, _change_offsets, _change_labels, _drop_labels, _change_cells, _change_kind]
+)
+def test_a_store_with_a_true_checksum_and_impossible_values_is_found(
+    own_dataset: Path,
+    make_config: ConfigFactory,
+    tokenizer: Tokenizer,
+    caplog: pytest.LogCaptureFixture,
+    change: Callable[[Arrays], None],
+) -> None:
+    config = make_config(root=str(own_dataset))
+    path = open_store(own_dataset, config, tokenizer).path
+    whole = path.read_bytes()
+    arrays = {name: array.copy() for name, array in load(whole).items()}
+    change(arrays)
+    path.write_bytes(save(arrays, metadata={"checksum": checksum(arrays)}))
+    open_store(own_dataset, config, tokenizer)
+    assert "damaged token store" in caplog.text
+    assert same_arrays(path.read_bytes(), whole)
+
+
+def test_a_store_of_another_split_is_found(
+    own_dataset: Path, make_config: ConfigFactory, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_config(root=str(own_dataset))
+    train = open_store(own_dataset, config, tokenizer).path
+    test = open_store(own_dataset, config, tokenizer, "test").path
+    test.write_bytes(train.read_bytes())
+    store = open_store(own_dataset, config, tokenizer, "test")
+    assert len(store) == ShardReader(own_dataset).sample_count("test")
+    assert "damaged token store" in caplog.text
+
+
+def test_a_tokenizer_that_contradicts_the_index_is_refused(own_dataset: Path) -> None:
+    file = own_dataset / "tokenizer.json"
+    text = file.read_text()
+    file.write_text(text.replace('"lowercase": true', '"lowercase": false'))
+    assert file.read_text() != text
+    with pytest.raises(DataError, match=r"differs from its hash in index\.json"):
+        Tokenizer.load(None, own_dataset)
+
+
+def test_a_vocabulary_of_absurd_ids_is_refused_before_memory_is_taken() -> None:
+    vocabulary = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 2**32 - 2}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab=vocabulary, unk_token="[UNK]"))
+    with pytest.raises(ConfigError, match="ids up to 4294967294"):
+        Tokenizer(backend)
 
 
 def test_unreadable_metadata_is_counted_and_forgotten_after_repair(
