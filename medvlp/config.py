@@ -91,8 +91,8 @@ class ImageConfig:
     weights: str | None = key(None, "local .safetensors or .pth file with backbone weights")
     options: dict[str, Any] = key({}, "more arguments of timm.create_model")
     in_channels: int = key(3, "channels of the backbone; a grayscale image is repeated", 1)
-    mean: float = key(0.5, "mean of normalisation, on images scaled to [0, 1]")
-    std: float = key(0.5, "standard deviation of normalisation", 1e-06)
+    mean: Any = key(0.5, "mean of normalisation, on images scaled to [0, 1]: one number, or one per channel")
+    std: Any = key(0.5, "standard deviation of normalisation: one number, or one per channel")
     resize_to: int | None = key(
         None, "side to which the encoder upsamples its input first (MGCA's ResNet: 299)", 8
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
@@ -12,11 +13,14 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from medvlp.config import Config, MethodConfig
+from medvlp.config import Config, ImageConfig, MethodConfig
 from shards.errors import MedvlpError
 
 #: Keys that name files; in a config file they are looked for beside it, then in the working directory.
 FILE_KEYS = (("evaluation", "prompts"), ("image", "weights"))
+
+#: Least standard deviation of a channel.
+MIN_STD = 1e-6
 
 Schema = TypeVar("Schema")
 
@@ -236,6 +240,7 @@ def _check_combinations(config: Config) -> None:
         raise ConfigError("zero.offload_optimizer=true needs zero.stage of 1, 2 or 3")
     if config.image.pretrained and config.image.weights:
         raise ConfigError("image.pretrained=true and image.weights are two sources of weights: choose one")
+    _check_normalisation(config.image)
     if config.train.micro_batch and config.train.global_batch % config.train.micro_batch:
         raise ConfigError(
             f"train.micro_batch={config.train.micro_batch} does not divide "
@@ -258,6 +263,21 @@ def _check_combinations(config: Config) -> None:
             )
     if not all(0 < fraction <= 1 for fraction in config.evaluation.fractions):
         raise ConfigError(f"evaluation.fractions={config.evaluation.fractions}: each is a share in (0, 1]")
+
+
+def _check_normalisation(image: ImageConfig) -> None:
+    """Refuse means and deviations that are no numbers, or not as many as the backbone has channels."""
+    for name, value in (("mean", image.mean), ("std", image.std)):
+        numbers = value if isinstance(value, list) else [value]
+        if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
+            raise ConfigError(f"image.{name}={value}: give one number, or a list of one per channel")
+        if isinstance(value, list) and len(value) != image.in_channels:
+            raise ConfigError(
+                f"image.{name}={value} has {len(value)} numbers and image.in_channels is "
+                f"{image.in_channels}: give one number, or one per channel"
+            )
+        if name == "std" and min(numbers) < MIN_STD:
+            raise ConfigError(f"image.std={value} is out of range: it goes from {MIN_STD} up")
 
 
 def _reference_lines(section: Any, depth: int, skip: frozenset[str] | set[str] = frozenset()) -> list[str]:

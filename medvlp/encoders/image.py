@@ -120,7 +120,10 @@ class ImageEncoder(nn.Module):
         return image.contiguous(memory_format=torch.channels_last)
 
     def normalise(self, image: Tensor) -> Tensor:
-        """[B, 1, H, W] image -> [B, 1, H', W'] in the config's scale and size; uint8 as float32."""
+        """[B, 1, H, W] image -> [B, 1, H', W'] in the config's scale and size; uint8 as float32.
+
+        [B, in_channels, H', W'] where the config has a mean or a deviation for each channel.
+        """
         image = normalise_image(image, self.config.mean, self.config.std)
         if self.config.resize_to is not None and image.shape[-1] != self.config.resize_to:
             size = (self.config.resize_to, self.config.resize_to)
@@ -192,12 +195,17 @@ class ImageEncoder(nn.Module):
         return features.pooled.shape[1], features.local.shape[2], features.grid
 
 
-def normalise_image(image: Tensor, mean: float, std: float) -> Tensor:
+def normalise_image(image: Tensor, mean: float | list[float], std: float | list[float]) -> Tensor:
     """uint8 images scaled to [0, 1] and normalised, in float32; floating-point images as they are.
+
+    With a mean or a deviation for each of C channels, [B, 1, H, W] images become [B, C, H, W].
 
     Not in the parameters' type: steps of 1/255 are lost in bfloat16.
     """
-    return (image.float() / 255.0 - mean) / std if image.dtype == torch.uint8 else image
+    if image.dtype != torch.uint8:
+        return image
+    center, scale = (torch.tensor(value, device=image.device).reshape(-1, 1, 1) for value in (mean, std))
+    return (image.float() / 255.0 - center) / scale
 
 
 def _keep_output(module: nn.Module, inputs: Any, output: Tensor) -> None:

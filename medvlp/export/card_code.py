@@ -53,13 +53,20 @@ def loading_code(config: Config, image: ImageEncoder, text: TextEncoder | None) 
     parts = [_IMPORTS, "from safetensors.torch import load_file\n"]
     if text is not None:
         parts.append("from transformers import AutoModel, AutoTokenizer\n")
-    parts.append(_IMAGE.format(side=config.data.image_size, mean=config.image.mean, std=config.image.std))
+    mean, std = (_constant(value) for value in (config.image.mean, config.image.std))
+    parts.append(_IMAGE.format(side=config.data.image_size, mean=mean, std=std))
     if config.image.resize_to is not None:
         parts.append(_RESIZE.format(side=config.image.resize_to))
-    if config.image.in_channels > 1:
+    one_channel = not any(isinstance(value, list) for value in (config.image.mean, config.image.std))
+    if config.image.in_channels > 1 and one_channel:
         parts.append(_REPEAT.format(channels=config.image.in_channels))
     parts.append(_FEATURES.format(width=image.width))
     if text is not None:
         options = "".join(f", {name}={value}" for name, value in load_options(text).items())
         parts.append(_TEXT.format(options=options, width=text.width))
     return "".join([*parts, _HEADS])
+
+
+def _constant(value: float | list[float]) -> str:
+    """Python of a mean or deviation; one per channel turns one channel into as many."""
+    return f"torch.tensor({value})[:, None, None]" if isinstance(value, list) else str(value)

@@ -42,8 +42,8 @@ def write_image(encoder: ImageEncoder, folder: Path) -> None:
         )
     preprocessing = {
         "input_size": (config.in_channels, side, side),
-        "mean": (config.mean,) * config.in_channels,
-        "std": (config.std,) * config.in_channels,
+        "mean": _per_channel(config.mean, config.in_channels),
+        "std": _per_channel(config.std, config.in_channels),
         "interpolation": "bilinear",
         "crop_pct": 1.0,
         "crop_mode": "center",
@@ -58,6 +58,10 @@ def write_image(encoder: ImageEncoder, folder: Path) -> None:
         described["pretrained_cfg"].pop(key, None)
     file.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     _check(encoder, folder)
+
+
+def _per_channel(value: float | list[float], channels: int) -> tuple[float, ...]:
+    return tuple(value) if isinstance(value, list) else (value,) * channels
 
 
 @torch.no_grad()

@@ -144,6 +144,17 @@ def test_normalisation_and_upsampling() -> None:
     assert torch.equal(single.prepare(floating), floating)
 
 
+def test_normalisation_of_each_channel() -> None:
+    mean, std = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
+    image = images()
+    for config in (dataclasses.replace(RESNET, mean=mean, std=std), dataclasses.replace(RESNET, mean=mean)):
+        prepared = ImageEncoder(config, 32).prepare(image)
+        stds = config.std if isinstance(config.std, list) else [config.std] * 3
+        for channel in range(3):
+            expected = (image[:, 0].float() / 255 - mean[channel]) / stds[channel]
+            torch.testing.assert_close(prepared[:, channel], expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet"])
 def test_half_precision(config: ImageConfig, dtype: torch.dtype) -> None:

@@ -42,11 +42,16 @@ def python_block(card: str) -> str:
     return card.split("```python\n")[1].split("```")[0]
 
 
+@pytest.mark.parametrize("overrides", [(), ("image.mean=[0.4,0.5,0.6]",)], ids=["gray", "each channel"])
 @torch.no_grad()
 def test_the_code_of_the_card_runs_and_gives_the_features(
-    data: Path, tmp_path: Path, export: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    overrides: tuple[str, ...],
+    data: Path,
+    tmp_path: Path,
+    export: Callable[..., Result],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    method = save_run(data, tmp_path / "run", "image.name=test_resnet", "image.resize_to=40")
+    method = save_run(data, tmp_path / "run", "image.name=test_resnet", "image.resize_to=40", *overrides)
     assert export(tmp_path / "run", tmp_path / "out").exit_code == 0
     film = np.random.default_rng(0).integers(0, 256, (32, 32), dtype=np.uint8)
     cv2.imwrite(str(tmp_path / "out" / "film.png"), film)

@@ -39,6 +39,9 @@ ENCODERS = {
     "resnet": (
         "image.name=test_resnet", "image.resize_to=40", "text.token_types=false", "text.positions=false",
     ),
+    "a mean for each channel": (
+        "image.name=test_resnet", "image.mean=[0.485,0.456,0.406]", "image.std=[0.229,0.224,0.225]",
+    ),
     "efficientnet": ("image.name=test_efficientnet", "text.model_type=electra", "method.batch_norm=local"),
 }  # fmt: skip
 
@@ -62,8 +65,10 @@ def test_plain_libraries_give_identical_features(
     )
     size = encoder.config.resize_to or 32
     assert plain.pretrained_cfg["input_size"] == (encoder.config.in_channels, size, size)
-    assert plain.pretrained_cfg["mean"] == [encoder.config.mean] * encoder.config.in_channels
-    assert plain.pretrained_cfg["std"] == [encoder.config.std] * encoder.config.in_channels
+    for name in ("mean", "std"):
+        value = getattr(encoder.config, name)
+        each = value if isinstance(value, list) else [value] * encoder.config.in_channels
+        assert plain.pretrained_cfg[name] == each
     assert not plain.pretrained_cfg.get("license"), "timm's licence is that of other weights"
 
     model = transformers.AutoModel.from_pretrained(out / "text").eval()

@@ -181,7 +181,7 @@ class MeDSLIPLosses(nn.Module):
     def probability(self, pathology: Tensor) -> Tensor:
         """[B, N, width] outputs of the pathology decoder -> [B, N] probability that each is present.
 
-        softmax of twice the logits, as in the published test scripts (the order is that of the logits).
+        The softmax over the two logits, as in the published test scripts.
         """
         logits: Tensor = self.pathology_existence(pathology)
-        return (2 * logits.float()).softmax(-1)[..., 1]
+        return logits.float().softmax(-1)[..., 1]

@@ -230,9 +230,8 @@ class MPMA(Method):
         self, decoder: ImageDecoder, batch: Batch, masks: PairMasks, views: EncodedViews
     ) -> Tensor:
         encoder = self.image_encoder
-        targets = patch_targets(
-            encoder.normalise(batch.image), encoder.patch_side, self.config.normalise_pixels
-        )
+        gray = encoder.normalise(batch.image).mean(1, keepdim=True)
+        targets = patch_targets(gray, encoder.patch_side, self.config.normalise_pixels)
         assert views.masked_image is not None, "masked images are encoded for the decoder"
         report: tuple[Any, ...] = ()
         if decoder.reads_report:
