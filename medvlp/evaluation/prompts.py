@@ -6,15 +6,20 @@ A prompt file is YAML with two optional sections:
       positive: ["{finding}", ...]
       negative: ["no {finding}", ...]   # or statements of a normal study, without "{finding}"
     findings:
-      pleural effusion:             # a label of the dataset; case, "_" and "-" do not matter
+      pleural effusion:             # a label of the dataset, also "Pleural_Effusion" or "PleuralEffusion"
         synonyms: [effusion]        # fill the templates like the name itself
         positive: [...]             # whole sentences instead of the filled templates
         negative: [...]             # [] for methods that score a finding without denying it (MeDSLIP)
+
+Without sentences of its own a label that is a normal study ("No Finding", "Normal") is stated and denied by
+`NORMAL` and `ABNORMAL`; one that denies a finding ("No Effusion") has the sentences of that finding with the
+sides exchanged; one that names none ("Other", "sex=M") has no prompts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +42,41 @@ NEGATIVE_TEMPLATES = (
     "without evidence of {finding}",
     "no evidence of {finding}",
 )
+#: What a study without a finding says, and what every other one might.
+NORMAL = (
+    "normal chest radiograph",
+    "the lungs are clear",
+    "the heart is normal in size",
+    "no acute cardiopulmonary abnormality",
+    "no focal consolidation, pleural effusion or pneumothorax",
+)
+ABNORMAL = (
+    "abnormal chest radiograph",
+    "there is an abnormality in the lungs",
+    "the heart is enlarged",
+    "acute cardiopulmonary abnormality",
+    "focal consolidation, pleural effusion or pneumothorax",
+)
+
+_NORMAL_LABEL = re.compile(
+    r"(?:no|without|negative for) (?:(?:acute|active|significant|relevant|cardiopulmonary|pulmonary|lung|"
+    r"other|radiographic|any|abnormal) )*"
+    r"(?:findings?|abnormalit(?:y|ies)|diseases?|process(?:es)?|patholog(?:y|ies))"
+    r"|(?:a )?(?:normal|healthy|unremarkable|negative)"
+    r"(?: (?:study|chest|exam(?:ination)?|film|radiograph|image|x ray|cxr|lungs?|patient|control|subject))?"
+    r"|none"
+)
+_DENIAL = re.compile(
+    r"(?:no|without|absent|absence of|negative for|free of)(?: evidence of)? (?P<finding>.+)"
+)
+_NO_FINDING_NAMED = re.compile(
+    r"(?:.* )?(?:others?|unknown|unspecified|uncertain|miscellaneous|other findings?)"
+)
+#: Labels of CheXpert whose words are not those of a report, and what its labeller counts for them.
+_WORDS = {"pleural other": ("pleural thickening", "pleural scarring", "fibrothorax")}
+# "-is", "-us" and "-ss" are singular: "atelectasis", "situs inversus", "mass".
+_PLURAL = re.compile(r".*[^isu]s")
+_VERB = re.compile(r"(?<=\bthere )is(?= (?:no )?\{finding\})|(?<=\{finding\} )is\b")
 
 
 class PromptError(MedvlpError):
@@ -62,19 +102,27 @@ class PromptBook:
     findings: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
 
     def prompts(self, label: str) -> Prompts | None:
-        """The sentences for a label; None for a class-valued label ("sex=M") without sentences of its own."""
+        """The sentences for a label; None for one that names no finding ("sex=M", "Other") and has none."""
         own = self.findings.get(normalise(label), {})
-        if "=" in label and not {"positive", "negative"} <= own.keys():
+        sentences = self._filled(normalise(label), own.get("synonyms", ()))
+        if "=" in label or sentences is None:
+            return (
+                Prompts(own["positive"], own["negative"]) if {"positive", "negative"} <= own.keys() else None
+            )
+        return Prompts(own.get("positive", sentences.positive), own.get("negative", sentences.negative))
+
+    def _filled(self, name: str, synonyms: Sequence[str]) -> Prompts | None:
+        """The sentences of a normalised name by templates; None where it names no finding."""
+        denied = _DENIAL.fullmatch(name)
+        if _NORMAL_LABEL.fullmatch(name):
+            return Prompts((*NORMAL, *synonyms), ABNORMAL)
+        if denied:
+            of_finding = self._filled(denied["finding"], ())
+            return of_finding and Prompts((*of_finding.negative, *synonyms), of_finding.positive)
+        if _NO_FINDING_NAMED.fullmatch(name) and name not in _WORDS and not synonyms:
             return None
-        names = (normalise(label), *own.get("synonyms", ()))
-        sides = {"positive": self.positive, "negative": self.negative}
-        sentences = {
-            side: own[side]
-            if side in own
-            else tuple(dict.fromkeys(t.format(finding=name) for name in names for t in templates))
-            for side, templates in sides.items()
-        }
-        return Prompts(**sentences)
+        names = (*_WORDS.get(name, () if _NO_FINDING_NAMED.fullmatch(name) else (name,)), *synonyms)
+        return Prompts(tuple(_fill(self.positive, names)), tuple(_fill(self.negative, names)))
 
     def unused(self, labels: Sequence[str]) -> list[str]:
         """Findings of the file that are no label of the dataset (shown: it may be a typing error)."""
@@ -82,8 +130,21 @@ class PromptBook:
 
 
 def normalise(label: str) -> str:
-    """A label's name as words: "Pleural_Thickening" -> "pleural thickening"."""
-    return " ".join(label.replace("_", " ").replace("-", " ").lower().split())
+    """A label's name as words: "Pleural_Thickening" and "PleuralThickening" -> "pleural thickening"."""
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", label)
+    return " ".join(words.replace("_", " ").replace("-", " ").lower().split())
+
+
+def _fill(templates: Sequence[str], names: Sequence[str]) -> Iterator[str]:
+    """Each template with each name, once; "there are" and "are present" where the name is plural."""
+    seen = set()
+    for name in names:
+        for template in templates:
+            agreeing = _VERB.sub("are", template) if _PLURAL.fullmatch(name) else template
+            sentence = agreeing.format(finding=name)
+            if sentence not in seen:
+                seen.add(sentence)
+                yield sentence
 
 
 def read(file: Path | str | None) -> PromptBook:

@@ -63,6 +63,89 @@ def test_default_prompts_hold_the_findings_name() -> None:
     assert prompts.read(None).prompts("sex=M") is None
 
 
+CHEXPERT = (
+    "No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion",
+    "Edema", "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other",
+    "Fracture", "Support Devices",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "label",
+    ["No Finding", "No_Findings", "NoFinding", "Normal", "healthy", "No abnormality", "no acute disease",
+     "Normal CXR", "No acute cardiopulmonary process", "Without abnormal findings", "normal study", "None"],
+)  # fmt: skip
+def test_a_normal_study_has_states_of_a_normal_chest(label: str) -> None:
+    assert prompts.read(None).prompts(label) == prompts.Prompts(prompts.NORMAL, prompts.ABNORMAL)
+
+
+@pytest.mark.parametrize("label", ["No Effusion", "NoEffusion", "Without_Effusion", "absence of effusion"])
+def test_a_denial_exchanges_the_sides_of_its_finding(label: str) -> None:
+    effusion, denied = (prompts.read(None).prompts(name) for name in ("Effusion", label))
+    assert effusion is not None
+    assert denied == prompts.Prompts(effusion.negative, effusion.positive)
+
+
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [
+        ("EnlargedCardiomediastinum", "enlarged cardiomediastinum"),
+        ("Enlarged_Cardiomediastinum", "enlarged cardiomediastinum"),
+        ("enlarged-cardiomediastinum", "enlarged cardiomediastinum"),
+        ("PleuralThickening", "pleural thickening"),
+        ("COPD", "copd"),
+        ("COPDSigns", "copd signs"),
+        ("Non-Calcified_Nodule", "non calcified nodule"),
+    ],
+)
+def test_names_of_several_words(label: str, words: str) -> None:
+    found = prompts.read(None).prompts(label)
+    assert found is not None
+    assert found.positive[0] == words
+    assert found.negative[0] == f"no {words}"
+
+
+def test_sentences_agree_with_plural_names() -> None:
+    book = prompts.read(None)
+    for label, verb in (("Support Devices", "are"), ("Fractures", "are"), ("Fracture", "is"), ("Mass", "is"),
+                        ("Atelectasis", "is"), ("Opacities", "are"), ("Thymus", "is")):  # fmt: skip
+        found, name = book.prompts(label), prompts.normalise(label)
+        assert found is not None
+        assert f"there {verb} {name}" in found.positive
+        assert f"there {verb} no {name}" in found.negative
+        assert f"{name} {verb} absent" in found.negative
+
+
+@pytest.mark.parametrize("label", ["Other", "Others", "Lung Other", "unknown", "Other findings"])
+def test_a_label_that_names_no_finding_has_no_prompts(label: str, tmp_path: Path) -> None:
+    assert prompts.read(None).prompts(label) is None
+    file = tmp_path / "prompts.yaml"
+    file.write_text(f"findings: {{'{label}': {{positive: [a sign], negative: []}}}}")
+    assert prompts.read(file).prompts(label) == prompts.Prompts(("a sign",), ())
+
+
+def test_every_label_of_chexpert_has_sensible_sentences() -> None:
+    for label in CHEXPERT:
+        found = prompts.read(None).prompts(label)
+        assert found is not None, label
+        assert not set(found.positive) & set(found.negative)
+        for sentence in (*found.positive, *found.negative):
+            assert "no no" not in sentence
+            assert "other" not in sentence.split()
+            assert "devices is" not in sentence
+    assert "pleural thickening" in str(prompts.read(None).prompts("Pleural Other"))
+
+
+def test_a_prompt_file_speaks_for_a_normal_study(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.yaml"
+    file.write_text(
+        "findings: {No Finding: {positive: [clear], negative: [ill]}, normal: {synonyms: [well]}}"
+    )
+    book = prompts.read(file)
+    assert book.prompts("NoFinding") == prompts.Prompts(("clear",), ("ill",))
+    assert book.prompts("Normal") == prompts.Prompts((*prompts.NORMAL, "well"), prompts.ABNORMAL)
+
+
 def test_a_prompt_file_adds_synonyms_templates_and_sentences(tmp_path: Path) -> None:
     file = tmp_path / "prompts.yaml"
     file.write_text(
