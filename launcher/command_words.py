@@ -40,7 +40,7 @@ def options_of_dataclasses(function: Callable[..., None]) -> Callable[..., None]
         annotations = typing.get_type_hints(parameter.annotation, include_extras=True)
         for field in dataclasses.fields(parameter.annotation):
             kind, hint = inspect.Parameter.KEYWORD_ONLY, annotations[field.name]
-            parameters.append(inspect.Parameter(field.name, kind, default=field.default, annotation=hint))
+            parameters.append(inspect.Parameter(field.name, kind, default=_default(field), annotation=hint))
 
     @functools.wraps(function)
     def command(**values: Any) -> None:
@@ -54,6 +54,12 @@ def options_of_dataclasses(function: Callable[..., None]) -> Callable[..., None]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from dataclasses import MISSING, field
+from typing import Any, ClassVar
 
 from shards.errors import DataError
 from shards.study import Study
@@ -25,32 +27,65 @@ class RejectedRecord(DataError):  # noqa: N818 - a record is rejected, the build
         self.record = record
 
 
-class Source(Protocol):
+def option(
+    help: str,
+    default: Any = MISSING,
+    *,
+    name: str | None = None,
+    least: float | None = None,
+    most: float | None = None,
+) -> Any:
+    """A field of a source's options, and an option of `medvlp shards build NAME`.
+
+    Args:
+        help: what it means, in a few words.
+        default: its value when it is not given; without one the option is required.
+        name: of the option, such as "--map"; default: that of the field.
+        least, most: inclusive range of a number.
+    """
+    metadata = {"help": help, "name": name, "least": least, "most": most}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class Source(ABC):
     """Numbered records, each giving the images of one study.
 
     A source is cheap to construct and can be pickled, because every building process gets its own copy.
     Record `i` must give the same studies in every process and on every run.
+
+    Attributes:
+        name: of the kind of source, as in `medvlp shards build NAME`.
+        label_names: the findings whose labels a sample may have, in the order of the index.
+        arguments: everything beside the records themselves that the bytes of the dataset depend on, as the
+            index records it: no path, no secret.
     """
 
-    name: str
+    name: ClassVar[str]
     label_names: list[str]
     arguments: dict[str, Json]
 
+    @property
+    def title(self) -> str:
+        """What the dataset is called unless the user names it."""
+        return self.name
+
+    @abstractmethod
     def __len__(self) -> int:
         """Number of records, rejected ones included."""
-        ...
 
+    @abstractmethod
     def load(self, i: int) -> list[Study]:
         """All images of record `i`, pixels decoded.
 
         Raises:
             RejectedRecord: the record cannot be used.
         """
-        ...
 
+    @abstractmethod
     def split_key(self, i: int) -> str:
         """Patient (or larger group) of record `i`, without decoding its image; decides the split."""
-        ...
 
     def prescribed_split(self, i: int) -> str | None:
         """Split the source prescribes for record `i`, or None to hash `split_key`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from shards.errors import DataError
 from shards.format import hash_file
 from shards.images import decode_image
-from shards.sources.base import Json, RejectedRecord
+from shards.sources.base import Json, RejectedRecord, Source, option
+from shards.sources.registry import register
 from shards.sources.table_map import LabelRule, label_rules, read_map
 from shards.sources.table_rows import BadRow, Row, is_text, read_rows
 from shards.splits import normalise_split
@@ -24,7 +25,22 @@ from shards.text.sentences import split_sentences
 _LABEL_VALUES: dict[str, LabelValue] = {"1": 1, "1.0": 1, "0": 0, "0.0": 0, "-1": -1, "-1.0": -1, "": None}
 
 
-class TableSource:
+@dataclass(frozen=True)
+class TableOptions:
+    """Options of `medvlp shards build table`."""
+
+    table: Path = option("CSV, TSV, JSONL or Parquet file, one image a row")
+    images: Path = option("folder that the table's image paths start from")
+    map_file: Path = option("YAML that says what the columns mean", name="--map")
+
+
+@register("table", TableOptions)
+def open_table(options: TableOptions, image_size: int) -> TableSource:
+    """Build from a table of reports and a folder of images (see shards/sources/README.md)."""
+    return TableSource(options.table, options.images, options.map_file)
+
+
+class TableSource(Source):
     """One record a row, one image a record; record numbers count the rows from 0 without the header.
 
     Args:
@@ -36,6 +52,8 @@ class TableSource:
         DataError: table, folder or map cannot be used.
     """
 
+    name = "table"
+
     def __init__(self, table: Path, images: Path, map_file: Path) -> None:
         if not images.is_dir():
             raise DataError(f"image folder {images} does not exist")
@@ -43,11 +61,15 @@ class TableSource:
         self._images = images
         self._map = read_map(map_file)
         self._labels = label_rules(self._map)
-        self.name = "table"
         self.label_names = list(self._labels)
         self._length = len(self._rows)
         mapped = {key: value for key, value in asdict(self._map).items() if value not in (None, [])}
         self.arguments: dict[str, Json] = {"table": table.name, "hash": hash_file(table), "map": mapped}
+
+    @property
+    def title(self) -> str:
+        """The name of the table's file."""
+        return self._table.stem
 
     def __len__(self) -> int:
         return self._length

@@ -134,6 +134,12 @@ def test_wrong_option_is_one_clear_error(arguments: list[str], message: str, tmp
     assert folder_bytes(tmp_path) == {}
 
 
+def test_an_unknown_image_format_is_refused(tmp_path: Path) -> None:
+    result = run(*PHANTOM, "--out", tmp_path, "--image-format", "bmp", check=False)
+    assert result.exit_code == 2
+    assert "--image-format" in result.output
+
+
 def test_missing_dataset_is_one_clear_error(tmp_path: Path) -> None:
     for command in (["verify"], ["info"], ["view", "--out", tmp_path / "x.png"], ["merge"]):
         result = run(command[0], tmp_path / "nowhere", *command[1:], check=False)

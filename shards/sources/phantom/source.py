@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -9,18 +10,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import DataError
+from shards.sources.base import Source, option
 from shards.sources.phantom.anatomy import Anatomy
 from shards.sources.phantom.findings import FINDINGS, Finding, draw_course
 from shards.sources.phantom.render import render
 from shards.sources.phantom.report import write_report
 from shards.sources.phantom.seeds import Stream, generator
+from shards.sources.registry import register
 from shards.study import LabelValue, Study
 
 _VISITS = (0.7, 0.2, 0.1)  # share of patients with one, two and three studies
 _PORTABLE = 0.35  # share of AP views
 
 
-class PhantomSource:
+@dataclass(frozen=True)
+class PhantomOptions:
+    """Options of `medvlp shards build phantom`."""
+
+    studies: int = option("number of studies", 200, least=1)
+    seed: int = option("seed of anatomy, findings and reports", 0, least=0)
+
+
+@register("phantom", PhantomOptions)
+def open_phantoms(options: PhantomOptions, image_size: int) -> PhantomSource:
+    """Build from generated chest-radiograph phantoms: no download, no licence, exact annotations."""
+    return PhantomSource(options.studies, image_size, options.seed)
+
+
+class PhantomSource(Source):
     """A seeded generator of chest-radiograph phantoms; never real data.
 
     Study `i` depends on (seed, image_size, i) alone, so a larger source begins with the smaller one.
@@ -69,10 +86,6 @@ class PhantomSource:
     def split_key(self, i: int) -> str:
         """Patient of study `i`."""
         return f"phantom-{self.seed}-p{self._visit(i)[0]:07d}"
-
-    def prescribed_split(self, i: int) -> str | None:
-        """None: phantoms are split by hashing the patient."""
-        return None
 
     def plan(self, i: int) -> tuple[tuple[Finding, ...], tuple[Finding, ...] | None, str]:
         """Findings of study `i`, those of the patient's prior study (None: there is none), and the view."""
