@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import cv2
 import numpy as np
 import simplejpeg
+import tifffile
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
@@ -26,24 +27,44 @@ Mask = NDArray[np.uint8] | NDArray[np.uint16]
 
 _Pixel = TypeVar("_Pixel", np.uint8, np.uint16)
 
+_TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _TIFF_PHOTOMETRIC = 262
-_MIN_IS_WHITE = 0
+_MIN_IS_WHITE, _MIN_IS_BLACK, _RGB = 0, 1, 2
+_UNCOMPRESSED, _CONTIGUOUS = 1, 1
+_SIGNED, _FLOAT = 2, 3
+#: Place of the EXIF tag that says how an image is to be turned.
+_ORIENTATION = 274
+#: Weights of red, green and blue in luminance (ITU-R BT.601, as JPEG and PIL have it).
+_LUMINANCE = np.array((0.299, 0.587, 0.114), dtype=np.float32)
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
-    """Decode a JPEG, PNG (8 or 16 bit) or TIFF file to grayscale pixels uint8 [height, width].
+    """Decode a JPEG, PNG or TIFF file to grayscale pixels uint8 [height, width].
 
-    Colour becomes luminance, transparency is dropped, of a multi-page TIFF the first page is read. Images
-    of more than 8 bits are windowed by `window_to_8_bit`.
+    Colour becomes luminance, transparency is dropped, of a multi-page TIFF the first page is read. Images of
+    more than 8 bits a channel, of any layout, are windowed by `window_to_8_bit`. The image is turned as its
+    EXIF orientation (or TIFF's own) says.
 
     Raises:
-        DataError: empty, truncated or unknown data, or more than `max_pixels` pixels.
+        DataError: empty, truncated or unknown data, a layout that is not read, or more than `max_pixels`
+            pixels.
     """
     if not data:
         raise DataError("image file is empty")
-    if data.startswith(b"\xff\xd8"):
-        return _decode_jpeg(data, max_pixels)
-    return _decode_png_or_tiff(data, max_pixels)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL warns about sizes and tags; both are judged here
+            if data.startswith(b"\xff\xd8"):
+                return _decode_jpeg(data, max_pixels)
+            if data.startswith(_TIFF_MAGIC):
+                return _decode_tiff(data, max_pixels)
+            return _decode_png(data, max_pixels)
+    except Image.DecompressionBombError as error:
+        raise DataError(f"image has more than {max_pixels} pixels") from error
+    except UnidentifiedImageError as error:
+        raise DataError("not a JPEG, PNG or TIFF image") from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise DataError(f"broken image: {error}") from error
 
 
 def window_to_8_bit(image: DeepImage) -> NDArray[np.uint8]:
@@ -112,40 +133,128 @@ def encode_png(image: Mask) -> bytes:
 
 def _decode_jpeg(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
     try:
-        height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
         _check_pixels(height, width, max_pixels)
-        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, colorspace="GRAY")
-    except ValueError as error:
+        if colorspace in ("CMYK", "YCCK"):
+            return _oriented(*_opened(data, max_pixels, "JPEG"))
+        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, colorspace="GRAY")[:, :, 0]
+    except (OSError, ValueError) as error:
         raise DataError(f"broken JPEG: {error}") from error
-    return pixels[:, :, 0]
+    # Stored shards are read here too: PIL opens only files that hold the tag's block.
+    if b"Exif\0" in data or b"tiff:Orientation" in data:
+        return _oriented(pixels, _orientation(Image.open(io.BytesIO(data), formats=["JPEG"])))
+    return pixels
 
 
-def _decode_png_or_tiff(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
-    """PIL, because unlike OpenCV it refuses truncated files and gives the size before decoding."""
+def _decode_png(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
+    pixels, orientation = _opened(data, max_pixels, "PNG")
+    depth, colour = data[24], data[25]
+    if depth == 16 and colour != 0:  # PIL keeps the high bytes of colour and of gray with alpha only
+        deep = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        if deep is None or deep.dtype != np.uint16 or deep.shape[:2] != pixels.shape:
+            raise DataError("broken image: 16-bit PNG cannot be decoded")
+        pixels = _window_channels(deep[:, :, 2::-1] if deep.ndim == 3 and deep.shape[2] > 2 else deep)
+    return _oriented(pixels, orientation)
+
+
+def _decode_tiff(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
+    """By PIL; layouts that PIL cuts to 8 bits or does not know by tifffile."""
+    page = _first_page(data)
+    height, width = int(page.imagelength), int(page.imagewidth)
+    _check_pixels(height, width, max_pixels)
+    depth, kind = int(page.bitspersample), int(page.sampleformat)
+    if depth == 8 and kind == _SIGNED:
+        raise DataError("TIFF of signed 8-bit pixels is not read; convert it to unsigned")
+    deep = depth > 8 and (page.samplesperpixel > 1 or depth == 64 or (depth, kind) == (16, _FLOAT))
+    if not deep:
+        return _oriented(*_opened(data, max_pixels, "TIFF"))
+    tag = page.tags.get(_ORIENTATION)
+    return _oriented(_deep_tiff(data, page), int(tag.value) if tag else 1)
+
+
+def _first_page(data: bytes) -> tifffile.TiffPage:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL warns about sizes and tags; both are judged here
-            image = Image.open(io.BytesIO(data), formats=["PNG", "TIFF"])
-            _check_pixels(image.height, image.width, max_pixels)
-            if image.mode.startswith(("I", "F")):
-                return _window_deep(image)
-            return np.asarray(image.convert("L"))
-    except Image.DecompressionBombError as error:
-        raise DataError(f"image has more than {max_pixels} pixels") from error
-    except UnidentifiedImageError as error:
-        raise DataError("not a JPEG, PNG or TIFF image") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise DataError(f"broken image: {error}") from error
+        with tifffile.TiffFile(io.BytesIO(data)) as file:
+            page = file.pages.first
+    except Exception as error:  # a damaged header raises whatever its bytes lead to
+        raise DataError(f"broken image: TIFF header cannot be read ({type(error).__name__})") from error
+    if not isinstance(page, tifffile.TiffPage):
+        raise DataError("broken image: TIFF without a page")
+    return page
 
 
-def _window_deep(image: Image.Image) -> NDArray[np.uint8]:
-    """Reduce an image of 16 or 32 bits; PIL leaves those of "white is zero" TIFFs uninverted."""
-    deep = np.asarray(image)
+def _deep_tiff(data: bytes, page: tifffile.TiffPage) -> NDArray[np.uint8]:
+    """Pixels of a page with several deep channels or of 16-bit or 64-bit floating point, not yet turned.
+
+    Compressed ones are left to OpenCV, whose library never unpacks more than a strip should hold.
+    """
+    samples, photometric = int(page.samplesperpixel), int(page.photometric)
+    layout = f"TIFF of {samples} channels of {page.bitspersample} bits, photometric {photometric}"
+    colours = {_MIN_IS_WHITE: 1, _MIN_IS_BLACK: 1, _RGB: 3}.get(photometric, 0)
+    if not 0 < colours <= samples or page.dtype is None:
+        raise DataError(f"{layout}, is not read; convert it to gray or RGB")
+    if page.compression == _UNCOMPRESSED:
+        ends = [start + size for start, size in zip(page.dataoffsets, page.databytecounts, strict=True)]
+        if max(ends, default=0) > len(data) or sum(page.databytecounts) < page.nbytes:
+            raise DataError("broken image: TIFF is truncated")
+        try:
+            with tifffile.TiffFile(io.BytesIO(data)) as file:
+                pixels = file.pages.first.asarray()
+        except Exception as error:  # as in `_first_page`
+            raise DataError(f"broken image: TIFF cannot be read ({type(error).__name__})") from error
+        if samples > 1 and page.planarconfig != _CONTIGUOUS:
+            pixels = np.moveaxis(pixels, 0, -1)
+    else:
+        turned = _ORIENTATION in page.tags and page.tags[_ORIENTATION].value != 1
+        if colours != 3 or page.planarconfig != _CONTIGUOUS or turned:
+            raise DataError(f"{layout}, is read uncompressed only")
+        found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        if found is None or found.dtype != page.dtype or found.ndim != 3 or found.shape[2] < 3:
+            raise DataError(f"{layout}, cannot be unpacked; store it uncompressed")
+        pixels = found[:, :, 2::-1]
+    pixels = pixels.reshape(page.imagelength, page.imagewidth, -1)
+    return _window_channels(pixels[:, :, :colours], inverted=photometric == _MIN_IS_WHITE)
+
+
+def _opened(data: bytes, max_pixels: int, kind: str) -> tuple[NDArray[np.uint8], int]:
+    """8-bit pixels by PIL, which unlike OpenCV refuses truncated files, and how they are to be turned."""
+    image = Image.open(io.BytesIO(data), formats=[kind])
+    _check_pixels(image.height, image.width, max_pixels)
+    tags = getattr(image, "tag_v2", {})
+    inverted = tags.get(_TIFF_PHOTOMETRIC) == _MIN_IS_WHITE
+    image.load()
+    if image.mode.startswith(("I", "F")):  # PIL leaves those of "white is zero" TIFFs uninverted
+        pixels = _window_channels(np.asarray(image), inverted)
+    else:
+        pixels = np.asarray(image.convert("L"))
+    # Asked after loading: PIL turns TIFFs itself and then forgets the tag.
+    return pixels, _orientation(image)
+
+
+def _window_channels(deep: DeepImage, inverted: bool = False) -> NDArray[np.uint8]:
+    """Window the first channel of [H, W, C], or the luminance of three or more; inverted where white is 0."""
     if not np.isfinite(deep).all():
         raise DataError("image has pixels that are not numbers")
+    if deep.ndim == 3:
+        deep = deep[:, :, :3].astype(np.float32) @ _LUMINANCE if deep.shape[2] > 2 else deep[:, :, 0]
     pixels = window_to_8_bit(deep)
-    tags = getattr(image, "tag_v2", {})
-    return 255 - pixels if tags.get(_TIFF_PHOTOMETRIC) == _MIN_IS_WHITE else pixels
+    return 255 - pixels if inverted else pixels
+
+
+def _orientation(image: Image.Image) -> int:
+    value = image.getexif().get(_ORIENTATION, 1)
+    return value if isinstance(value, int) else 1
+
+
+def _oriented(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    """Turned and mirrored as EXIF's value 1 to 8 says; any other value says nothing."""
+    if 5 <= orientation <= 8:
+        pixels = pixels.T
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
 
 
 def _check_pixels(height: int, width: int, most: int) -> None:
