@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
@@ -13,6 +13,7 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from medvlp import trust
 from medvlp.config import Config, ImageConfig, MethodConfig
 from shards.errors import MedvlpError
 
@@ -31,27 +32,48 @@ class ConfigError(MedvlpError):
     exit_code = 2
 
 
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """Values, what errors call the place they come from, and the run folder it lies in (None: the user's)."""
+
+    name: str
+    values: dict[str, Any]
+    folder: Path | None = None
+
+
 def load(
-    files: Sequence[Path | str], overrides: Sequence[str], schemas: Mapping[str, type[MethodConfig]]
+    files: Sequence[Path | str],
+    overrides: Sequence[str],
+    schemas: Mapping[str, type[MethodConfig]],
+    run: Path | None = None,
+    unused: Collection[str] = (),
 ) -> Config:
     """Merge YAML files left to right, then overrides, into a complete `Config`.
+
+    Values of files in run folders that reach out of them need the user's word (`medvlp.trust`).
 
     Args:
         files: YAML files; later ones win.
         overrides: `section.key=value` strings; the value is YAML.
         schemas: method name -> its config class (`medvlp.methods.registry.schemas()`).
+        run: the run folder all files belong to; default: looked for, file by file.
+        unused: keys of `medvlp.trust.GUARDS` that the caller makes no use of.
 
     Raises:
+        TrustError: a run folder names what only the user may.
         ConfigError: unreadable file, unknown key, wrong type, value out of range, missing value, or an
             impossible combination.
     """
-    merged = merge(files, overrides, schemas)
+    sources = _sources(files, overrides, run)
+    merged = _merged(sources, schemas)
     absent = missing(merged)
     if absent:
         raise ConfigError(f"no value for {', '.join(absent)}: set it in a YAML file or as {absent[0]}=VALUE")
     config = cast(Config, OmegaConf.to_object(merged))
     _check_ranges(config, prefix="")
     _check_combinations(config)
+    found = trust.unsaid(config, [(source.values, source.folder) for source in sources])
+    trust.refuse([problem for problem in found if problem[0].key not in unused])
     return config
 
 
@@ -59,8 +81,23 @@ def merge(
     files: Sequence[Path | str], overrides: Sequence[str], schemas: Mapping[str, type[MethodConfig]]
 ) -> DictConfig:
     """As `load`, but values may still be missing (`???`); returns the OmegaConf tree in struct mode."""
-    sources = [(str(file), _read(Path(file))) for file in files]
-    sources += [(f"override {text!r}", _parse_override(text)) for text in overrides]
+    return _merged(_sources(files, overrides, None), schemas)
+
+
+def _sources(files: Sequence[Path | str], overrides: Sequence[str], run: Path | None) -> list[_Source]:
+    sources = []
+    for file in files:
+        folder, values = run or trust.run_folder_of(Path(file)), _read(Path(file))
+        if folder is not None and (keys := trust.look_ups(values)):
+            raise trust.TrustError(
+                f"{file}: {', '.join(keys)} would be looked up (${{...}}), which is not done for files of a "
+                "run folder: write the value, or remove the line"
+            )
+        sources.append(_Source(str(file), values, folder))
+    return sources + [_Source(f"override {text!r}", _parse_override(text)) for text in overrides]
+
+
+def _merged(sources: Sequence[_Source], schemas: Mapping[str, type[MethodConfig]]) -> DictConfig:
     tree = OmegaConf.structured(Config)
     tree.method = OmegaConf.structured(_method_schema(sources, schemas))
     return _merge_sources(tree, sources)
@@ -76,14 +113,15 @@ def load_schema(file: Path | str, schema: type[Schema]) -> Schema:
     Raises:
         ConfigError: unreadable file, unknown key, wrong type, or a value out of range.
     """
-    tree = _merge_sources(OmegaConf.structured(schema), [(str(file), _read(Path(file)))])
+    tree = _merge_sources(OmegaConf.structured(schema), [_Source(str(file), _read(Path(file)))])
     loaded = cast(Schema, OmegaConf.to_object(tree))
     _check_ranges(loaded, prefix="")
     return loaded
 
 
-def _merge_sources(tree: Any, sources: Sequence[tuple[str, dict[str, Any]]]) -> DictConfig:
-    for name, values in sources:
+def _merge_sources(tree: Any, sources: Sequence[_Source]) -> DictConfig:
+    for source in sources:
+        name, values = source.name, source.values
         _check_keys(values, tree, name, prefix="")
         try:
             tree = OmegaConf.merge(tree, values)
@@ -102,8 +140,10 @@ def missing(tree: DictConfig) -> list[str]:
 
 def to_yaml(config: Config | DictConfig) -> str:
     """The whole tree as YAML; reads back through `load`."""
-    tree = config if isinstance(config, DictConfig) else OmegaConf.structured(config)
-    return str(OmegaConf.to_yaml(tree))
+    if isinstance(config, DictConfig):
+        return str(OmegaConf.to_yaml(config))
+    # Values are final: a text that happens to hold `${` is not to be looked up by the next reader.
+    return str(OmegaConf.to_yaml(OmegaConf.create(trust.escaped(dataclasses.asdict(config)))))
 
 
 def reference(schemas: Mapping[str, type[MethodConfig]]) -> str:
@@ -158,13 +198,11 @@ def _parse_override(text: str) -> dict[str, Any]:
         raise ConfigError(f"override {text!r}: {str(error).splitlines()[0]}") from error
 
 
-def _method_schema(
-    sources: Sequence[tuple[str, dict[str, Any]]], schemas: Mapping[str, type[MethodConfig]]
-) -> MethodConfig:
+def _method_schema(sources: Sequence[_Source], schemas: Mapping[str, type[MethodConfig]]) -> MethodConfig:
     """The config object of the method that the last source naming one chooses."""
     chosen, origin = MethodConfig().name, "the default"
-    for name, values in sources:
-        section = values.get("method")
+    for source in sources:
+        section, name = source.values.get("method"), source.name
         if isinstance(section, dict) and "name" in section:
             chosen, origin = section["name"], name
     if chosen not in schemas:

@@ -108,7 +108,7 @@ def _row(manifest: Manifest) -> tuple[str, ...]:
 
 
 def _prune(run: Path, keep_last: int | None) -> None:
-    from medvlp import config_files
+    from medvlp import config_files, trust
     from medvlp.methods.registry import schemas
     from medvlp.training.errors import CheckpointError
     from medvlp.training.manifest import newest_valid
@@ -118,7 +118,7 @@ def _prune(run: Path, keep_last: int | None) -> None:
     newest = newest_valid(run)
     if newest is None:
         raise CheckpointError(f"{run} has no checkpoint to keep")
-    config = config_files.load([str(run / CONFIG)], [], schemas()).checkpoint
+    config = config_files.load([run / CONFIG], [], schemas(), run, unused=trust.KEYS).checkpoint
     if keep_last is not None:
         config.keep_last = keep_last
     # Damaged ones count for nothing; what lies beyond the newest good one is damaged.

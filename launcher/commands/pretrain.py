@@ -41,7 +41,7 @@ def pretrain(
     128 + n killed by signal n; 1 anything else.
     """
     from launcher.placement import place_node
-    from medvlp import config_files
+    from medvlp import config_files, trust
     from medvlp.methods.registry import schemas
     from medvlp.prototypes.supervisor import uses_workers
     from medvlp.training.batch_plan import plan_batch
@@ -57,6 +57,8 @@ def pretrain(
         )
     files, overrides = split_arguments(arguments)
     config = config_files.load(files, overrides, schemas())
+    if place.rank == 0:
+        trust.remember_config(config)
     if place.launcher != "none":
         raise typer.Exit(_train_rank(config, fresh))
 
@@ -101,7 +103,7 @@ def config(
     reference: Annotated[bool, typer.Option("--reference", help="print every key with its meaning")] = False,
 ) -> None:
     """Print the config that these files and overrides give, or the reference of all keys."""
-    from medvlp import config_files
+    from medvlp import config_files, trust
     from medvlp.methods.registry import schemas
 
     if reference:
@@ -110,5 +112,5 @@ def config(
     files, overrides = split_arguments(arguments or [])
     tree = config_files.merge(files, overrides, schemas())
     if not config_files.missing(tree):
-        config_files.load(files, overrides, schemas())
+        config_files.load(files, overrides, schemas(), unused=trust.KEYS)
     typer.echo(config_files.to_yaml(tree), nl=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,12 +34,19 @@ def resume(
     A run that was never submitted, but started by `medvlp pretrain`, is taken up too.
     """
     from launcher import command_words
+    from launcher.command_words import split_arguments
     from launcher.commands import submit
+    from medvlp import config_files, trust
+    from medvlp.methods.registry import schemas
 
     config = next((path for path in (run / SLURM_FOLDER / CONFIG, run / CONFIG) if path.is_file()), None)
     if config is None:
         raise RunFolderError(f"{run} is no run folder: it has neither {CONFIG} nor {SLURM_FOLDER}/{CONFIG}")
-    changes = command_words.parse(submit.app, ["pretrain", str(config), *(words or [])])
+    # The folder is the one named here, wherever it was when its config was written.
+    own = [str(config), f"run.dir={json.dumps(trust.escaped(str(run.absolute())))}"]
+    changes = command_words.parse(submit.app, ["pretrain", *own, *(words or [])])
+    files, overrides = split_arguments(changes.values["arguments"])
+    config_files.load(files, overrides, schemas(), run)
     values: dict[str, Any] = {}
     earlier = _earlier_submission(run)
     if earlier is not None:
@@ -51,11 +60,23 @@ def resume(
 
 
 def _earlier_submission(run: Path) -> list[str] | None:
-    """The words behind `medvlp submit` of the newest training job of a run."""
+    """The words behind `medvlp submit` of the newest training job of a run.
+
+    Raises:
+        TrustError: the user has not given them: options such as --cluster run what a file says.
+    """
     from launcher.slurm.run_jobs import TRAINING, submissions
+    from medvlp import trust
 
     for line in submissions(run):
         words = line.get("arguments")
         if line.get("kind") == TRAINING and isinstance(words, list) and words[:1] == ["submit"]:
+            if not trust.is_said("submission", words):
+                raise trust.TrustError(
+                    f"{run}/{SLURM_FOLDER} says it was submitted with options that you have not given here. "
+                    f"If they are meant, give them: medvlp submit pretrain {shlex.quote(str(run / CONFIG))} "
+                    f"run.dir={shlex.quote(str(run.absolute()))} "
+                    f"{shlex.join(str(word) for word in words[1:] if str(word).startswith('--'))}"
+                )
             return [str(word) for word in words[1:]]
     return None

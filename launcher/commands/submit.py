@@ -138,6 +138,7 @@ def pretrain(
     from launcher.slurm.heterogeneous import prototype_server
     from launcher.slurm.render import build_request
     from launcher.slurm.submit import PretrainJob, job_log, submit_pretrain
+    from medvlp import trust
     from medvlp.config_files import to_yaml
 
     site = load_cluster(options.cluster)
@@ -159,12 +160,15 @@ def pretrain(
         site.sbatch.max_requeues if max_requeues is None else max_requeues,
         preflight,
         prototype_server(site, run_dir, server, options.slurm, beside),
+        trust.words(config),
     )
     if options.dry_run:
         typer.echo(job.script(), nl=False)
         return
     words = ["submit", "pretrain", *arguments, *given_options(context)]
     job_id = submit_pretrain(job, to_yaml(config), words)
+    trust.remember_config(config)
+    trust.remember("submission", words)
     typer.echo(f"submitted job {job_id}: {nodes} x {ranks} ranks; run folder {run_dir}")
     print_follow_up(run_dir)
 

@@ -45,6 +45,8 @@ class PretrainJob:
         max_requeues: how often the job may be requeued.
         preflight: look at every node before the ranks start.
         beside: what runs on a node of its own next to the training; None: nothing.
+        said: overrides that repeat the user's word for what the config names outside the run folder, whose
+            copy of the config is not enough for that (`medvlp.trust`).
     """
 
     request: SlurmRequest
@@ -54,6 +56,7 @@ class PretrainJob:
     max_requeues: int
     preflight: bool = False
     beside: Beside | None = None
+    said: Sequence[str] = ()
 
     def script(self) -> str:
         """The text of the batch script."""
@@ -68,7 +71,7 @@ class PretrainJob:
             site=self.site,
             folders=folders,
             run_dir=self.run_dir,
-            arguments=[self.run_dir / SLURM_FOLDER / CONFIG],
+            arguments=[self.run_dir / SLURM_FOLDER / CONFIG, *self.said],
             program=program(self.site),
             container_srun=srun_options,
             container_words=words,

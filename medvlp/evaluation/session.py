@@ -81,7 +81,9 @@ def evaluate(request: Request, say: Callable[[str], None]) -> Evaluation:
     """
     request.check()
     source = saved_run.locate(request.source)
-    config = saved_run.load_config(source, request.overrides)
+    # A run that stores no tokenizer reads it where its own data are.
+    moved = None if source.stored is None else request.data
+    config = saved_run.load_config(source, request.overrides, moved, untrained=True)
     tokenizer = saved_run.load_tokenizer(source, config)
     if request.data is not None:
         config.data.root = request.data

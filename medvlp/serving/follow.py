@@ -50,7 +50,8 @@ class Source:
             return self.build()
         newest, self._seen = self._newest_step(), self._signature()
         snapshot = Snapshot.read(self.folder / SNAPSHOT)
-        model = RunModel(checkpoint_of(self.run, snapshot.origin.checkpoint), self._device)
+        source = checkpoint_of(self.run, snapshot.origin.checkpoint)
+        model = RunModel(source, self._device, reads_data=False)
         return self._answers(snapshot, model, newest)
 
     def build(self) -> Answers:

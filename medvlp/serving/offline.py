@@ -31,7 +31,9 @@ class RunFiles:
 
         @cache
         def model() -> RunModel:
-            return RunModel(checkpoint_of(run, snapshot.origin.checkpoint), choose_device(device))
+            return RunModel(
+                checkpoint_of(run, snapshot.origin.checkpoint), choose_device(device), reads_data=False
+            )
 
         self._answers = Answers(snapshot, model)
 

@@ -27,15 +27,18 @@ class RunModel:
     Args:
         source: run and checkpoint.
         device: where to run.
-        data: dataset folder or URL in place of the run's own (only the builder reads samples of it).
+        data: dataset folder or URL in place of the run's own.
+        reads_data: whether samples of it are read (only the builder does).
 
     Raises:
         MedvlpError: config, tokenizer or weights cannot be read.
     """
 
-    def __init__(self, source: SavedRun, device: torch.device, data: str | None = None) -> None:
+    def __init__(
+        self, source: SavedRun, device: torch.device, data: str | None = None, reads_data: bool = True
+    ) -> None:
         self.source, self.device = source, device
-        self.config: Config = saved_run.load_config(source, [], data)
+        self.config: Config = saved_run.load_config(source, [], data, reads_data)
         self.tokenizer: Tokenizer = saved_run.load_tokenizer(source, self.config)
         self.method: Method = saved_run.load_method(source, self.config, self.tokenizer).to(device)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from medvlp import config_files
+from medvlp import config_files, trust
 from medvlp.config import Config
 from medvlp.config_files import ConfigError
 from medvlp.data.text import Tokenizer
@@ -84,17 +85,40 @@ def locate(path: Path) -> SavedRun:
     return SavedRun(run, path, manifest)
 
 
-def load_config(source: SavedRun, overrides: Sequence[str], data: str | None = None) -> Config:
+#: Keys that only a training makes use of.
+_OF_TRAINING = frozenset({"deepspeed", "monitor.entity", "monitor.share_samples", "run.dir"})
+
+
+def load_config(
+    source: SavedRun,
+    overrides: Sequence[str],
+    data: str | None = None,
+    reads_data: bool = True,
+    untrained: bool = False,
+) -> Config:
     """The run's config with overrides; errors as `medvlp.config_files.load`.
+
+    What the run folder names beyond itself is used on the user's word only (`medvlp.trust`); a
+    `data.cache_dir` that is not the user's is left out.
 
     Args:
         source: run and checkpoint.
         overrides: `section.key=value`.
         data: dataset folder or URL prefix in place of the run's.
+        reads_data: false for a caller that opens no dataset.
+        untrained: the network before training is built too, from what training began with.
     """
-    config = config_files.load([source.run / CONFIG], overrides, schemas())
-    if data is not None:
-        config.data.root = data
+    given = [*overrides, *([] if data is None else [f"data.root={json.dumps(trust.escaped(data))}"])]
+    unused = set(_OF_TRAINING | {"data.cache_dir"} | (set() if reads_data else {"data.root"}))
+    encoders = source.stored[0].encoders if source.stored is not None else {}
+    if source.stored is not None:
+        unused.add("data.tokenizer")
+    if not untrained:
+        unused |= {"image.pretrained"} | {f"{part}.name" for part in encoders}
+    config = config_files.load([source.run / CONFIG], given, schemas(), source.run, unused)
+    cache = config.data.cache_dir
+    if cache and not any(text.startswith("data.cache_dir=") for text in overrides):
+        config.data.cache_dir = cache if trust.is_said("data.cache_dir", cache) else None
     return config
 
 
