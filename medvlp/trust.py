@@ -32,6 +32,7 @@ _MARKS = (
 #: The same for its folder of Slurm jobs, which holds a config too.
 _JOB_MARKS = ("job.sbatch", "jobs.jsonl", "attempts.jsonl")
 _SHOWN = 200
+_ABSENT = object()
 
 
 class TrustError(MedvlpError):
@@ -107,13 +108,15 @@ def unsaid(
     found = []
     for guard in GUARDS:
         value = _at(config, guard.key)
-        setting = [folder for values, folder in sources if _is_set(values, guard.key)]
+        setting = [(_value(values, guard.key), folder) for values, folder in sources]
+        setting = [(given, folder) for given, folder in setting if given is not _ABSENT]
         # Sections are merged key by key, so that any source may have put something into one.
-        folders = setting if isinstance(value, Mapping) else setting[-1:]
-        for folder in folders:
-            if folder is not None and guard.acts(value, folder) and not is_said(guard.key, value):
-                found.append((guard, value, folder))
-                break
+        deciding = setting if isinstance(value, Mapping) else setting[-1:]
+        folder = next((folder for _, folder in deciding if folder is not None), None)
+        if folder is None or not guard.acts(value, folder) or is_said(guard.key, value):
+            continue
+        if not any(folder is None and given == value for given, folder in setting):
+            found.append((guard, value, folder))
     return found
 
 
@@ -211,12 +214,12 @@ def _at(config: Any, key: str) -> Any:
     return config
 
 
-def _is_set(values: Any, key: str) -> bool:
+def _value(values: Any, key: str) -> Any:
     for name in key.split("."):
         if not isinstance(values, Mapping) or name not in values:
-            return False
+            return _ABSENT
         values = values[name]
-    return True
+    return values
 
 
 def _shown(key: str, value: Any) -> str:

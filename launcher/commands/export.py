@@ -52,5 +52,7 @@ def _results(file: Path) -> Results | None:
     found = results.read(file)
     named = {found.model["name"]: found}
     return Results(
-        found.model["step"], "\n".join(tables.markdown_section(named, task) for task in found.results)
+        found.model["step"],
+        "\n".join(tables.markdown_section(named, task) for task in found.results),
+        found.model.get("weights", ""),
     )

@@ -20,6 +20,11 @@ from medvlp.encoders.options import plain_options
 from medvlp.encoders.weights import read_weights
 from medvlp.hub import hub_reason, quiet_hub
 
+#: Arguments of timm.create_model that bring weights or architectures from elsewhere.
+_OTHER_SOURCES = frozenset({
+    "cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay",
+})  # fmt: skip
+
 
 class ImageFeatures(NamedTuple):
     """What an image backbone returns, in the type of its parameters (a tuple: ZeRO-3's hooks look inside).
@@ -243,6 +248,11 @@ def _create_backbone(config: ImageConfig, size: int) -> Any:
     if not timm.is_model(config.name.split(".")[0]) and ":" not in config.name:
         raise EncoderError(_unknown_model(config.name))
     options = {"num_classes": 0, "in_chans": config.in_channels, **plain_options(config.options)}
+    if elsewhere := sorted(_OTHER_SOURCES & options.keys()):
+        raise EncoderError(
+            f"image.options.{elsewhere[0]}: weights come from image.weights or image.pretrained, where they "
+            "are looked at and recorded"
+        )
     options["pretrained"] = config.pretrained
     weights = read_weights(config.weights) if config.weights is not None else None
     if weights is not None:

@@ -99,6 +99,7 @@ def evaluate(request: Request, say: Callable[[str], None]) -> Evaluation:
             "run": str(source.run),
             "checkpoint": source.checkpoint.name,
             "step": source.step,
+            "weights": source.weights,
         },
         data={},
         settings={

@@ -14,6 +14,7 @@ from medvlp.encoders.image import ImageEncoder
 from medvlp.encoders.text import TextEncoder
 from medvlp.export.card_code import loading_code
 from medvlp.export.data_facts import DataFacts
+from medvlp.training.checkpoint import WEIGHTS
 from medvlp.training.manifest import Manifest
 
 #: Sections of the config the card repeats; config.yaml has all of them. None of these keys names a place.
@@ -28,10 +29,11 @@ _SUMMARY = {
 
 @dataclass(frozen=True)
 class Results:
-    """An evaluation of the run: the step it evaluated, and its tables as Markdown."""
+    """An evaluation of the run: step and checksum of the weights, and its tables as Markdown."""
 
     step: int
     markdown: str
+    weights: str = ""  # of files of versions that stored none
 
 
 @dataclass(frozen=True)
@@ -222,6 +224,10 @@ def _evaluation(card: Card) -> str:
         return (
             f"The evaluation stored with the run is of step {card.results.step:,}, not of these weights "
             f"(step {card.manifest.step:,}), and is left out.\n"
+        )
+    if card.results.weights not in ("", card.manifest.files[WEIGHTS]["xxh3_128"]):
+        return (
+            "The evaluation stored with the run is of other weights after as many steps, and is left out.\n"
         )
     return card.results.markdown
 

@@ -53,7 +53,8 @@ def export(
         MedvlpError: run, checkpoint or data are not usable (see `saved_run`, `data_facts`).
     """
     check_free(out)
-    config = saved_run.load_config(source, [], data)
+    reads_data = data is not None or source.stored is None
+    config = saved_run.load_config(source, [], data, reads_data)
     tokenizer = saved_run.load_tokenizer(source, config)
     facts = facts_of(source, config.data, given=data is not None)
     say(f"loading {source.checkpoint.name}")

@@ -123,6 +123,7 @@ def make_snapshot(model: RunModel, request: BuildRequest, say: Callable[[str], N
             split=split,
             label_names=list(reader.index.label_names),
             stored_size=reader.index.image_size,
+            weights=model.source.weights,
         ),
     )
 

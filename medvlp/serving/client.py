@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +13,17 @@ from typing import Any, Self, TypeVar
 import grpc
 from google.protobuf.message import Message
 
+from medvlp import trust
 from medvlp.serving.access import metadata, read_token
 from medvlp.serving.errors import RemoteError
-from medvlp.serving.layout import ADDRESS, TOKEN, folder_of
+from medvlp.serving.layout import ADDRESS, SERVER, TOKEN, folder_of
 from medvlp.serving.messages import as_request
 from medvlp.serving.wire import prototypes_pb2 as wire
 from medvlp.serving.wire.prototypes_pb2_grpc import PrototypesStub
 
 #: Seconds a call may take, connecting included.
 TIMEOUT = 60.0
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 Reply = TypeVar("Reply", bound=Message)
 
@@ -45,6 +48,7 @@ def connection_of(run: Path, token_file: Path | None = None, authority: Path | N
     Raises:
         RemoteError: no server has, or its file is no description of one, or it speaks TLS and no authority is
             given.
+        TrustError: the server is on another machine, and this user has not started it.
         PrototypeFilesError: the token cannot be read.
     """
     folder = folder_of(run)
@@ -56,6 +60,13 @@ def connection_of(run: Path, token_file: Path | None = None, authority: Path | N
         raise RemoteError(
             f"{file} names no server ({error}); start one: medvlp prototypes serve {run}"
         ) from error
+    host = address.rpartition(":")[0].strip("[]")
+    # Texts and images are sent there: a stranger's folder must not say where.
+    if host not in _LOOPBACK and not trust.is_said(SERVER, address):
+        raise trust.TrustError(
+            f"{file} names a server on another machine that you have not started: if it is meant, ask it "
+            f"with --server {shlex.quote(address)} --token-file {folder / TOKEN}"
+        )
     if tls and authority is None:
         raise RemoteError(f"the server at {address} speaks TLS: give the certificate to trust with --tls-ca")
     return Connection(address, read_token(token_file or folder / TOKEN), authority)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from medvlp.serving.answers import Answers
 from medvlp.serving.build import BuildRequest, make_snapshot, store
+from medvlp.serving.errors import PrototypeFilesError
 from medvlp.serving.layout import SNAPSHOT, folder_of
 from medvlp.serving.limits import Limits
 from medvlp.serving.run_model import RunModel, checkpoint_of, choose_device
@@ -50,7 +52,7 @@ class Source:
             return self.build()
         newest, self._seen = self._newest_step(), self._signature()
         snapshot = Snapshot.read(self.folder / SNAPSHOT)
-        source = checkpoint_of(self.run, snapshot.origin.checkpoint)
+        source = checkpoint_of(self.run, snapshot.origin)
         model = RunModel(source, self._device, reads_data=False)
         return self._answers(snapshot, model, newest)
 
@@ -89,7 +91,8 @@ class Source:
         if (self.folder / SNAPSHOT).is_file():
             stored = Snapshot.read(self.folder / SNAPSHOT)
             if stored.origin.step >= self._newest_step():
-                return self.load()
+                with suppress(PrototypeFilesError):  # of a checkpoint that has been replaced
+                    return self.load()
         return self.build()
 
     def _answers(self, snapshot: Snapshot, model: RunModel, newest: int) -> Answers:

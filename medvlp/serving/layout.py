@@ -12,6 +12,8 @@ SNAPSHOT, REPORT = "prototypes.safetensors", "report.json"
 GALLERY, PAGE = "gallery", "index.html"
 #: The server's token, for its owner alone; and where the server is, without the token.
 TOKEN, ADDRESS = "token", "server.json"
+#: Under what the address of a server that a user has started is remembered (`medvlp.trust`).
+SERVER = "server"
 
 
 def folder_of(run: Path) -> Path:

@@ -31,9 +31,7 @@ class RunFiles:
 
         @cache
         def model() -> RunModel:
-            return RunModel(
-                checkpoint_of(run, snapshot.origin.checkpoint), choose_device(device), reads_data=False
-            )
+            return RunModel(checkpoint_of(run, snapshot.origin), choose_device(device), reads_data=False)
 
         self._answers = Answers(snapshot, model)
 

@@ -15,6 +15,7 @@ from medvlp.data.text import Tokenizer
 from medvlp.data.transforms import evaluation_view
 from medvlp.methods.base import Method
 from medvlp.serving.errors import PrototypeFilesError, RequestError
+from medvlp.serving.snapshot import Origin
 from medvlp.training import saved_run
 from medvlp.training.saved_run import SavedRun
 from shards.errors import DataError, UsageError
@@ -86,20 +87,26 @@ class RunModel:
         return self.method.encode_image(torch.from_numpy(views).to(self.device)).float().cpu()
 
 
-def checkpoint_of(run: Path, name: str) -> SavedRun:
+def checkpoint_of(run: Path, origin: Origin) -> SavedRun:
     """The checkpoint that a snapshot was made of.
 
     Raises:
-        PrototypeFilesError: it has been deleted.
+        PrototypeFilesError: it has been deleted, or replaced by that of another training.
         CheckpointError: it is damaged.
     """
-    folder = run / "checkpoints" / name
+    folder = run / "checkpoints" / origin.checkpoint
     if not folder.is_dir():
         raise PrototypeFilesError(
             f"{folder} is gone, so nothing can be embedded as the stored prototypes were; "
             "make them anew: medvlp prototypes build RUN"
         )
-    return saved_run.locate(folder)
+    found = saved_run.locate(folder)
+    if origin.weights not in ("", found.weights):
+        raise PrototypeFilesError(
+            f"{folder} holds other weights than the stored prototypes were made with: make them anew: "
+            "medvlp prototypes build RUN"
+        )
+    return found
 
 
 def choose_device(name: str) -> torch.device:

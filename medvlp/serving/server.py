@@ -15,10 +15,11 @@ import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from medvlp import trust
 from medvlp.serving.access import StreamLimit, TokenCheck
 from medvlp.serving.answers import Answers
 from medvlp.serving.errors import PrototypeFilesError
-from medvlp.serving.layout import ADDRESS
+from medvlp.serving.layout import ADDRESS, SERVER
 from medvlp.serving.limits import Limits
 from medvlp.serving.servicer import SERVICE, Servicer
 from shards.atomic import atomic_write
@@ -121,8 +122,10 @@ class PrototypeServer:
             PrototypeFilesError: the folder cannot be made.
         """
         answers = self.servicer.answers
+        address = f"{self.address.advertised}:{self.port}"
+        trust.remember(SERVER, address)
         content = {
-            "address": f"{self.address.advertised}:{self.port}",
+            "address": address,
             "tls": self.address.tls,
             "pid": os.getpid(),
             "host": socket.gethostname(),

@@ -39,6 +39,7 @@ class Origin:
         run: name of the run. checkpoint: folder name. step: finished optimiser steps.
         data: fingerprint of the dataset. split: which split. label_names: its findings.
         stored_size: side of the dataset's square images in pixels.
+        weights: checksum of the checkpoint's weights; "" in files of versions that stored none.
     """
 
     source: Source
@@ -49,6 +50,7 @@ class Origin:
     split: str
     label_names: list[str]
     stored_size: int
+    weights: str = ""
 
 
 @dataclass(frozen=True)

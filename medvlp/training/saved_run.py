@@ -40,6 +40,11 @@ class SavedRun:
         """Finished optimiser steps of the checkpoint."""
         return self.manifest.step
 
+    @property
+    def weights(self) -> str:
+        """Checksum of the weights: another training in the same folder has checkpoints of the same names."""
+        return str(self.manifest.files[checkpoints.WEIGHTS]["xxh3_128"])
+
     @cached_property
     def stored(self) -> tuple[RunIdentity, Tokenizer] | None:
         """What the run was made from, with its tokenizer; None for versions that stored neither.

@@ -99,7 +99,10 @@ def test_a_run_is_evaluated_beside_its_baselines(run: Path, shards: Path, medvlp
     result = medvlp("evaluate", run, "--data", shards, *ALL_TASKS)
     assert result.exit_code == 0, result.exception
     found = results.read(run / "evaluation.json")
+    weights = found.model.pop("weights")
     assert found.model == {"name": "tiny", "run": str(run), "checkpoint": "step-00000009", "step": 9}
+    saved = Manifest.read(run / "checkpoints" / "step-00000009").files["weights.safetensors"]
+    assert weights == saved["xxh3_128"]
     assert found.data["split"] == "test"
     assert set(found.data["splits"]) == {"train", "valid", "test"}
     assert set(found.results) == {"zero-shot", "retrieval", "linear-probe"}

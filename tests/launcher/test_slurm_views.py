@@ -19,6 +19,7 @@ from launcher.slurm import cancelling, logs, run_jobs, slurm_commands
 from launcher.slurm.cluster_config import ClusterConfig
 from launcher.slurm.heterogeneous import prototype_server
 from launcher.slurm.slurm_commands import Job
+from medvlp import trust
 from medvlp.training.errors import RunFolderError
 from shards.errors import UsageError
 
@@ -219,6 +220,10 @@ def test_a_resume_stands_on_the_newest_submission(tmp_path: Path, monkeypatch: p
     )
     config = ["data.root=/d", f"run.dir={run}", "train.global_batch=24"]
     (run / "slurm/config.yaml").write_text(medvlp("config", *config).output)
+    refused = medvlp("resume", run, "--dry-run").exception
+    assert isinstance(refused, trust.TrustError)
+    assert "--nodes=2 --time=30" in str(refused)
+    trust.remember("submission", stored)
     result = medvlp("resume", run, "--nodes", "3", "precision=fp32", "--dry-run")
     assert result.exit_code == 0, result.exception or result.output
     assert "#SBATCH --nodes=3\n" in result.output

@@ -68,7 +68,7 @@ def snapshot(built: Path) -> Snapshot:
 @pytest.fixture(scope="module")
 def model(built: Path, snapshot: Snapshot) -> RunModel:
     """The run's method."""
-    return RunModel(checkpoint_of(built, snapshot.origin.checkpoint), choose_device("cpu"))
+    return RunModel(checkpoint_of(built, snapshot.origin), choose_device("cpu"))
 
 
 @pytest.fixture

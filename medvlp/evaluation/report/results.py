@@ -1,7 +1,7 @@
 """The result of an evaluation and its file, `evaluation.json`.
 
 schema_version  1
-model           name, run, checkpoint (folder name), step
+model           name, run, checkpoint (folder name), step, weights (checksum)
 data            root, name, fingerprint, split; samples, patients and corrupt samples of each split used
 settings        tasks, labels, uncertain, bootstrap, seed, fractions, prompts, tokenizer fingerprint
 results         task -> model -> metric -> {value, low, high}
