@@ -103,6 +103,7 @@ def build_shards(
         tokenizer=options.tokenizer,
         vocab_size=options.vocab_size,
         arguments=options.arguments(source),
+        remarks=source.remarks(),
     ).save(out)
     restore_states(out, plan)
     mine = part.of(plan)
@@ -123,6 +124,7 @@ def _build_shard(shared: tuple[Source, Path, BuildOptions], planned: PlannedShar
     """Build one shard and record it as finished (runs in a worker process)."""
     source, out, options = shared
     rejected: list[Rejection] = []
+    source.take_notes()  # those of a shard that was not finished
     samples = write_shard(out, planned.file, _samples(source, planned, options, rejected))
     shard = None
     if samples:
@@ -135,7 +137,7 @@ def _build_shard(shared: tuple[Source, Path, BuildOptions], planned: PlannedShar
             hash=hash_file(tar),
             index_hash=hash_file(out / index_file_name(planned.file)),
         )
-    ShardState(planned.file, shard, rejected).save(out)
+    ShardState(planned.file, shard, rejected, source.take_notes()).save(out)
 
 
 def _samples(
@@ -149,7 +151,7 @@ def _samples(
                 for image, study in enumerate(source.load(record))
             ]
         except RejectedRecord as rejection:
-            rejected.append(Rejection(record, rejection.reason))
+            rejected.append(Rejection(record, rejection.reason, rejection.line))
             continue
         except OSError as error:  # told apart from errors of writing the shard
             raise DataError(f"cannot read record {record} of source {source.name!r}: {error}") from error

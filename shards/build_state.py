@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,19 +24,24 @@ _LONGEST_LINE = 1 << 20
 
 @dataclass(frozen=True)
 class Rejection:
-    """A record that became no sample, and why."""
+    """A record that became no sample, and why; `line` of the source's file, from 1, where it has one."""
 
     record: int
     reason: str
+    line: int | None = None
 
 
 @dataclass(frozen=True)
 class ShardState:
-    """A finished shard; `shard` is None when all its records were rejected and there is no file."""
+    """A finished shard; `shard` is None when all its records were rejected and there is no file.
+
+    `notes`: what the source did to load its records -> how often (`Source.take_notes`).
+    """
 
     file: str
     shard: Shard | None
     rejected: list[Rejection]
+    notes: dict[str, int] = field(default_factory=dict)
 
     def save(self, out: Path) -> None:
         """Record the shard as finished."""
@@ -83,6 +88,7 @@ class BuildPlan:
         files: tar names of all planned shards, in order.
         tokenizer: folder or hub name, or None to train one of `vocab_size` pieces.
         arguments: everything the bytes of the dataset depend on.
+        remarks: what the user should be told about the source (`Source.remarks`).
     """
 
     name: str
@@ -94,6 +100,7 @@ class BuildPlan:
     tokenizer: str | None
     vocab_size: int
     arguments: dict[str, Json]
+    remarks: list[str] = field(default_factory=list)
 
     def save(self, out: Path) -> None:
         """Write the plan, or check that it is the one of the build going on in `out`.
@@ -160,7 +167,9 @@ def _read_rejections(out: Path) -> dict[int, Rejection]:
         for number, line in enumerate(lines, start=1):
             try:
                 entry = parse_json(line, _LONGEST_LINE)
-                rejection = to_record({name: entry.get(name) for name in ("record", "reason")}, Rejection)
+                rejection = to_record(
+                    {name: entry.get(name) for name in ("record", "reason", "line")}, Rejection
+                )
             except (JsonError, AttributeError) as error:
                 raise DataError(
                     f"{path}, line {number}: damaged ({error}); build the dataset anew"

@@ -6,8 +6,9 @@ import json
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from shards.atomic import atomic_write, remove_leftovers
 from shards.build_state import STATE_FOLDER, BuildPlan, Rejection, ShardState
@@ -24,6 +25,7 @@ from shards.format import (
     hash_bytes,
 )
 from shards.reader import scan_shard
+from shards.study import LabelValue
 from shards.tokenizer import load_tokenizer, tokenizer_bytes, train_wordpiece
 
 _TRAIN = "train"
@@ -38,12 +40,18 @@ class BuildSummary:
         rejected: reason -> number of records rejected for it.
         splits: totals of each split.
         leaking_patients: patients that are in more than one split.
+        first_lines: reason -> line of the source's file in which the first such record begins.
+        labels: finding -> samples by value: 1, 0, -1 uncertain, None unknown.
+        remarks: lines about the source and about what was done to load it.
     """
 
     records: int
     rejected: dict[str, int]
     splits: dict[str, SplitTotals]
     leaking_patients: int
+    first_lines: dict[str, int] = field(default_factory=dict)
+    labels: dict[str, Counter[LabelValue]] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
 
     @property
     def rejected_share(self) -> float:
@@ -70,7 +78,8 @@ def merge(out: Path) -> BuildSummary:
         raise DataError(
             f"none of the {plan.records} records could be used; {out / REJECTED_NAME} has the reasons"
         )
-    splits, leaking = _totals(out, shards, plan.label_names)
+    labels: dict[str, Counter[LabelValue]] = {name: Counter() for name in plan.label_names}
+    splits, leaking = _totals(out, shards, labels)
     index = Index(
         name=plan.name,
         label_names=plan.label_names,
@@ -83,7 +92,16 @@ def merge(out: Path) -> BuildSummary:
     )
     atomic_write(out / INDEX_NAME, index.to_json())
     shutil.rmtree(out / STATE_FOLDER)
-    return BuildSummary(plan.records, dict(Counter(entry.reason for entry in rejections)), splits, leaking)
+    notes = sum((Counter(state.notes) for state in states), Counter[str]())
+    return BuildSummary(
+        plan.records,
+        dict(Counter(entry.reason for entry in rejections)),
+        splits,
+        leaking,
+        first_lines={entry.reason: entry.line for entry in reversed(rejections) if entry.line is not None},
+        labels=labels,
+        remarks=[*plan.remarks, *(f"{note} ({count:,} records)" for note, count in sorted(notes.items()))],
+    )
 
 
 def _all_states(out: Path, plan: BuildPlan) -> list[ShardState]:
@@ -98,21 +116,25 @@ def _all_states(out: Path, plan: BuildPlan) -> list[ShardState]:
 
 
 def _rejected_lines(rejections: list[Rejection], source: str) -> bytes:
-    lines = (
-        json.dumps({"record": entry.record, "source": source, "reason": entry.reason}) + "\n"
-        for entry in rejections
-    )
-    return "".join(lines).encode()
+    def line(entry: Rejection) -> dict[str, Any]:
+        where = {} if entry.line is None else {"line": entry.line}
+        return {"record": entry.record, **where, "source": source, "reason": entry.reason}
+
+    return "".join(json.dumps(line(entry)) + "\n" for entry in rejections).encode()
 
 
-def _totals(out: Path, shards: list[Shard], label_names: list[str]) -> tuple[dict[str, SplitTotals], int]:
-    """Totals of each split, and the number of patients in more than one."""
+def _totals(
+    out: Path, shards: list[Shard], labels: dict[str, Counter[LabelValue]]
+) -> tuple[dict[str, SplitTotals], int]:
+    """Totals of each split, and the number of patients in more than one; counts values in `labels`."""
     patients: dict[str, set[str]] = defaultdict(set)
     studies: dict[str, set[tuple[str, str]]] = defaultdict(set)
     for shard in shards:
-        for _, _, metadata in scan_shard(out, shard, label_names, METADATA_EXTENSION):
+        for _, _, metadata in scan_shard(out, shard, list(labels), METADATA_EXTENSION):
             patients[shard.split].add(metadata["patient_id"])
             studies[shard.split].add((metadata["patient_id"], metadata["study_id"]))
+            for name, values in labels.items():
+                values[metadata["labels"].get(name)] += 1
     totals = {
         split: SplitTotals(
             samples=sum(shard.samples for shard in shards if shard.split == split),

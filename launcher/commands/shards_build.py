@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 from typer.core import TyperGroup
 
 from launcher.command_words import options_of_dataclasses
@@ -23,6 +25,7 @@ from shards.plan import Part
 from shards.sample import StoredImage
 from shards.sources import registry
 from shards.splits import DEFAULT_FRACTIONS, parse_fractions
+from shards.study import LabelValue
 from shards.workers import default_workers
 
 
@@ -154,10 +157,16 @@ def report(summary: BuildSummary, out: Path, max_rejected: float) -> None:
         table.add_row(split, *(f"{number:,}" for number in numbers))
     console = Console()
     console.print(table)
+    if summary.labels:
+        console.print(_label_table(summary.labels))
     rejected = sum(summary.rejected.values())
     console.print(f"{summary.records:,} records, {rejected:,} rejected (rejected.jsonl)", highlight=False)
     for reason, count in sorted(summary.rejected.items(), key=lambda item: (-item[1], item[0])):
-        console.print(f"  {count:,} x {reason}", highlight=False, markup=False)
+        line = summary.first_lines.get(reason)
+        where = "" if line is None else f" (first in line {line:,})"
+        console.print(f"  {count:,} x {reason}{where}", highlight=False, markup=False, soft_wrap=True)
+    for remark in summary.remarks:
+        console.print(f"warning: {remark}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     if summary.leaking_patients:
         console.print(
             f"[yellow]warning:[/] {summary.leaking_patients:,} patients are in more than one split, as the "
@@ -169,6 +178,18 @@ def report(summary: BuildSummary, out: Path, max_rejected: float) -> None:
             f"{rejected:,} of {summary.records:,} records were rejected, more than --max-rejected "
             f"{max_rejected:g}; the dataset is complete without them"
         )
+
+
+def _label_table(labels: Mapping[str, Mapping[LabelValue, int]]) -> Table:
+    """Samples of each value a label has."""
+    table = Table(title="labels", title_justify="left")
+    table.add_column("finding")
+    columns: dict[str, LabelValue] = {"present": 1, "absent": 0, "uncertain": -1, "unknown": None}
+    for heading in columns:
+        table.add_column(heading, justify="right")
+    for name, values in labels.items():
+        table.add_row(Text(name), *(f"{values.get(value, 0):,}" for value in columns.values()))
+    return table
 
 
 def _parse_part(text: str | None) -> Part:

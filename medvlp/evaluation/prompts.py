@@ -24,9 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from shards.errors import MedvlpError
+from shards.errors import DataError, MedvlpError
+from shards.yaml_text import load_yaml_text
 
 POSITIVE_TEMPLATES = (
     "{finding}",
@@ -156,13 +155,9 @@ def read(file: Path | str | None) -> PromptBook:
     if file is None:
         return PromptBook()
     try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PromptError(f"evaluation.prompts={file}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise PromptError(
-            f"evaluation.prompts={file}: not valid YAML: {' '.join(str(error).split())}"
-        ) from error
+        content = load_yaml_text(Path(file))
+    except DataError as error:
+        raise PromptError(f"evaluation.prompts={file}: {error}") from error
     content = _section(content, str(file), {"templates", "findings"})
     templates = _sides(content.get("templates"), f"{file}: templates", {"positive", "negative"})
     for side, sentences in templates.items():
@@ -174,14 +169,16 @@ def read(file: Path | str | None) -> PromptBook:
     findings = {}
     for label, section in _section(content.get("findings"), f"{file}: findings", None).items():
         place = f"{file}: findings.{label}"
-        findings[normalise(str(label))] = _sides(section, place, {"synonyms", "positive", "negative"})
+        if normalise(label) in findings:
+            raise PromptError(f"{place}: {normalise(label)!r} is given twice")
+        findings[normalise(label)] = _sides(section, place, {"synonyms", "positive", "negative"})
     return PromptBook(
         templates.get("positive", POSITIVE_TEMPLATES), templates.get("negative", NEGATIVE_TEMPLATES), findings
     )
 
 
 def _section(value: Any, place: str, keys: set[str] | None) -> dict[str, Any]:
-    if value is None:
+    if value in (None, ""):
         return {}
     if not isinstance(value, dict):
         raise PromptError(f"{place}: expected a mapping, found {type(value).__name__}")

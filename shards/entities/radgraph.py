@@ -14,8 +14,9 @@ from typing import Any
 
 from shards.entities.vocabulary import UNSPECIFIED
 from shards.errors import DataError
-from shards.strict_json import JsonError, parse_json, read_limited
+from shards.strict_json import JsonError, parse_json
 from shards.study import Entity
+from shards.tables.files import open_bytes
 
 #: Largest file, in bytes; the graphs of all of MIMIC-CXR take less than a tenth.
 _LIMIT = 1 << 32
@@ -46,20 +47,21 @@ def read_radgraph(path: Path) -> dict[str, list[Entity]]:
     """Entities of all reports of a file, by study id.
 
     An id that is a path ("p10/p10000032/s50414267.txt") is also found by its last part, with and without the
-    "s" before the number.
+    "s" before the number, unless that would mean reports of different content. A name that ends in ".gz" is
+    decompressed.
 
     Raises:
-        DataError: the file cannot be read or does not have the form described above.
+        DataError: the file cannot be read, names a report twice, or does not have the form described above.
     """
     try:
-        reports = parse_json(read_limited(path, _LIMIT), _LIMIT)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
+        with open_bytes(path) as file:
+            reports = parse_json(file.read(_LIMIT + 1), _LIMIT)
     except JsonError as error:
         raise DataError(f"{path} is not a JSON file that can be read ({error})") from error
     if not isinstance(reports, dict):
         raise DataError(f"{path}: not a JSON object of reports by id")
     found: dict[str, list[Entity]] = {}
+    short: dict[str, list[Entity] | None] = {}
     for number, (identifier, report) in enumerate(reports.items()):
         try:
             entities = report_entities(report)
@@ -68,9 +70,10 @@ def read_radgraph(path: Path) -> dict[str, list[Entity]]:
                 f"field {error} is missing" if isinstance(error, KeyError) else "a field has another type"
             )
             raise DataError(f"{path}, report {number}: not the output of RadGraph ({reason})") from None
-        for name in _names(identifier):
-            found[name] = entities
-    return found
+        found[identifier] = entities
+        for name in _short_names(identifier):
+            short[name] = entities if short.get(name, entities) == entities else None
+    return {name: entities for name, entities in short.items() if entities is not None} | found
 
 
 def report_entities(report: Mapping[str, Any]) -> list[Entity]:
@@ -131,7 +134,7 @@ def _nodes(report: Mapping[str, Any]) -> Iterator[tuple[str, _Node]]:
         )
 
 
-def _names(identifier: str) -> list[str]:
+def _short_names(identifier: str) -> set[str]:
     last = PurePosixPath(identifier).stem if "/" in identifier or identifier.endswith(".txt") else identifier
     bare = last[1:] if last.startswith("s") and last[1:].isdecimal() else last
-    return list(dict.fromkeys((identifier, last, bare)))
+    return {last, bare}

@@ -19,12 +19,14 @@ class RejectedRecord(DataError):  # noqa: N818 - a record is rejected, the build
     Args:
         reason: what is wrong. Never holds report text or patient ids.
         record: number of the record in its source; filled in by the build when left out.
+        line: line of the source's file in which the record begins, from 1, where it has one.
     """
 
-    def __init__(self, reason: str, record: int | None = None) -> None:
+    def __init__(self, reason: str, record: int | None = None, line: int | None = None) -> None:
         super().__init__(reason)
         self.reason = reason
         self.record = record
+        self.line = line
 
 
 def option(
@@ -90,3 +92,11 @@ class Source(ABC):
     def prescribed_split(self, i: int) -> str | None:
         """Split the source prescribes for record `i`, or None to hash `split_key`."""
         return None
+
+    def remarks(self) -> list[str]:
+        """Lines about the source as a whole that its user should see at the end of the build."""
+        return []
+
+    def take_notes(self) -> dict[str, int]:
+        """What `load` did that its user should know -> how often, since the last call in this process."""
+        return {}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import cached_property
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,22 +15,31 @@ from shards.errors import DataError
 from shards.format import hash_file
 from shards.images import decode_image
 from shards.sources.base import Json, RejectedRecord, Source, option
+from shards.sources.image_paths import ImagePaths
 from shards.sources.registry import register
-from shards.sources.table_map import LabelRule, label_rules, read_map
-from shards.sources.table_rows import BadRow, Row, is_text, read_rows
+from shards.sources.table_map import LabelRule, TableMap, label_rules, read_map
 from shards.splits import normalise_split
 from shards.study import LabelValue, Study
+from shards.tables.files import locate, open_bytes
+from shards.tables.reading import read_rows
+from shards.tables.rows import BadRow, CellReader, Row
+from shards.tables.store import RowStore
 from shards.text.sections import plain_text, split_sections
 from shards.text.sentences import split_sentences
 
-_LABEL_VALUES: dict[str, LabelValue] = {"1": 1, "1.0": 1, "0": 0, "0.0": 0, "-1": -1, "-1.0": -1, "": None}
+#: Changes when the same table and map give other samples, so that an old build is not gone on with.
+_READING = 2
+_LABEL_VALUES: dict[str, LabelValue] = {
+    **{"1": 1, "1.0": 1, "true": 1, "0": 0, "0.0": 0, "false": 0},
+    **{"-1": -1, "-1.0": -1, "": None},
+}
 
 
 @dataclass(frozen=True)
 class TableOptions:
     """Options of `medvlp shards build table`."""
 
-    table: Path = option("CSV, TSV, JSONL or Parquet file, one image a row")
+    table: Path = option("CSV, TSV, JSONL (also .gz) or Parquet file, one image a row")
     images: Path = option("folder that the table's image paths start from")
     map_file: Path = option("YAML that says what the columns mean", name="--map")
 
@@ -57,38 +67,55 @@ class TableSource(Source):
     def __init__(self, table: Path, images: Path, map_file: Path) -> None:
         if not images.is_dir():
             raise DataError(f"image folder {images} does not exist")
-        self._table = table
-        self._images = images
+        self._table = locate(table)
+        self._paths = ImagePaths(images)
         self._map = read_map(map_file)
         self._labels = label_rules(self._map)
         self.label_names = list(self._labels)
-        self._length = len(self._rows)
         mapped = {key: value for key, value in asdict(self._map).items() if value not in (None, [])}
-        self.arguments: dict[str, Json] = {"table": table.name, "hash": hash_file(table), "map": mapped}
+        with open_bytes(self._table):  # a clear error before the hash, which knows no kinds of files
+            self.arguments: dict[str, Json] = {
+                "table": self._table.name,
+                "hash": hash_file(self._table),
+                "map": mapped,
+                "reading": _READING,
+            }
+        survey = _Survey(self._map, self._labels, self._paths)
+        rows = read_rows(self._table, self._map.columns, self._map.format)
+        self._rows = RowStore(survey.pass_on(rows), self._map.columns)
+        if not len(self._rows):
+            raise DataError(f"{table} has no rows")
+        self._duplicates = survey.duplicates()
+        self._remarks = survey.remarks()
 
     @property
     def title(self) -> str:
         """The name of the table's file."""
-        return self._table.stem
+        return self._table.name.partition(".")[0]
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._rows)
+
+    def remarks(self) -> list[str]:
+        """Rules of the map that no row of the table fits."""
+        return self._remarks
+
+    def take_notes(self) -> dict[str, int]:
+        """What was done to find images since the last call -> number of images."""
+        notes, self._paths.notes = self._paths.notes, Counter()
+        return dict(notes)
 
     def split_key(self, i: int) -> str:
-        """Group or patient of row `i`; a row without one, which `load` rejects, stands alone."""
+        """Group of row `i`, else its patient; a row without both, which `load` rejects, stands alone."""
         row = self._rows[i]
-        key = "" if isinstance(row, BadRow) else row[self._map.group or self._map.patient_id]
-        return key or f"row {i}"
+        if isinstance(row, BadRow):
+            return f"row {i}"
+        return self._optional(row, self._map.group) or row[self._map.patient_id] or f"row {i}"
 
     def prescribed_split(self, i: int) -> str | None:
         """Split the table names for row `i`; None where the cell is empty or cannot be a name."""
         row = self._rows[i]
-        if isinstance(row, BadRow) or self._map.split is None or not row[self._map.split]:
-            return None
-        try:
-            return normalise_split(row[self._map.split])
-        except ValueError:
-            return None
+        return None if isinstance(row, BadRow) else self._split(row)
 
     def load(self, i: int) -> list[Study]:
         """The image of row `i` with its text.
@@ -96,69 +123,49 @@ class TableSource(Source):
         Raises:
             RejectedRecord: the row cannot be used.
         """
-        row = self._checked_row(i)
-        sections = self._sections(row)
-        if self._map.has_text and not sections:
-            raise RejectedRecord("missing report", i)
-        labels = {name: self._label(rule, row) for name, rule in self._labels.items()}
-        identifier = row[self._map.id or self._map.image]
-        return [
-            Study(
-                study_id=self._optional(row, self._map.study_id) or identifier,
-                patient_id=row[self._map.patient_id],
-                image=self._image(row[self._map.image]),
-                view=self._optional(row, self._map.view).upper(),
-                sections=sections,
-                sentences=[sentence for text in sections.values() for sentence in split_sentences(text)],
-                labels=labels,
-                split=self.prescribed_split(i),
-                source=self._map.source or self._table.stem,
-                license=self._optional(row, self._map.license),
-                extra={column: row[column] for column in self._map.extra},
-            )
-        ]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the rows: a building process reads the table itself, which is faster than sending it."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_rows", "_duplicates")}
-
-    @cached_property
-    def _rows(self) -> list[Row | BadRow]:
-        return read_rows(self._table, self._map.columns, self._map.encoding)
-
-    @cached_property
-    def _duplicates(self) -> set[int]:
-        """Rows whose identifier an earlier row has."""
-        seen: set[str] = set()
-        duplicates = set()
-        for i, row in enumerate(self._rows):
-            if isinstance(row, BadRow):
-                continue
-            identifier = row[self._map.id or self._map.image]
-            if identifier in seen:
-                duplicates.add(i)
-            seen.add(identifier)
-        return duplicates
-
-    def _checked_row(self, i: int) -> Row:
         row = self._rows[i]
         if isinstance(row, BadRow):
-            raise RejectedRecord(row.reason, i)
-        for column, value in row.items():
-            if not is_text(value):
-                encoding = self._map.encoding
-                raise RejectedRecord(
-                    f"column {column!r} is not {encoding} text (set `encoding` in the map)", i
-                )
+            raise RejectedRecord(row.reason, i, row.line)
+        try:
+            self._check(i, row)
+            return [self._study(row)]
+        except RejectedRecord as error:
+            raise RejectedRecord(error.reason, i, row.line) from error
+
+    def _study(self, row: Row) -> Study:
+        sections = self._sections(row)
+        if self._map.has_text and not sections:
+            raise RejectedRecord("missing report")
+        return Study(
+            study_id=self._optional(row, self._map.study_id) or row[self._map.id or self._map.image],
+            patient_id=row[self._map.patient_id],
+            labels={name: _label(rule, row) for name, rule in self._labels.items()},
+            image=self._image(row[self._map.image]),
+            view=self._optional(row, self._map.view).upper(),
+            sections=sections,
+            sentences=[sentence for text in sections.values() for sentence in split_sentences(text)],
+            split=self._split(row),
+            source=self._map.source or self.title,
+            license=self._optional(row, self._map.license),
+            extra={column: row[column] for column in self._map.extra},
+        )
+
+    def _check(self, i: int, row: Row) -> None:
         required = {"image": self._map.image, "patient_id": self._map.patient_id, "id": self._map.id}
-        for key, required_column in required.items():
-            if required_column is not None and not row[required_column]:
-                raise RejectedRecord(f"missing {key}", i)
+        for key, column in required.items():
+            if column is not None and not row[column]:
+                raise RejectedRecord(f"missing {key}")
         if i in self._duplicates:
-            raise RejectedRecord(f"duplicate {'id' if self._map.id else 'image'}", i)
-        if self._map.split and row[self._map.split] and self.prescribed_split(i) is None:
-            raise RejectedRecord("split is not a word of letters, digits and underscores", i)
-        return row
+            raise RejectedRecord(f"duplicate {'id' if self._map.id else 'image'}")
+        if self._map.split and row[self._map.split] and self._split(row) is None:
+            raise RejectedRecord("split is not a word of letters, digits and underscores")
+
+    def _split(self, row: Row) -> str | None:
+        name = self._optional(row, self._map.split)
+        try:
+            return normalise_split(name) if name else None
+        except ValueError:
+            return None
 
     def _sections(self, row: Row) -> dict[str, str]:
         how = (self._map.language, self._map.findings_without_heading)
@@ -168,23 +175,9 @@ class TableSource(Source):
         }
         return sections | {name: text for name, text in columns.items() if text}
 
-    @staticmethod
-    def _label(rule: LabelRule, row: Row) -> LabelValue:
-        value = row[rule.column]
-        if rule.equals is not None:
-            return int(value == rule.equals) if value else None
-        if value not in _LABEL_VALUES:
-            raise RejectedRecord(f"label column {rule.column!r} holds neither 1, 0, -1 nor nothing")
-        return _LABEL_VALUES[value]
-
     def _image(self, name: str) -> NDArray[np.uint8]:
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts:
-            raise RejectedRecord("image path leaves the image folder")
         try:
-            return decode_image((self._images / path).read_bytes())
-        except FileNotFoundError as error:
-            raise RejectedRecord("image file does not exist") from error
+            return decode_image(self._paths.find(name).read_bytes())
         except OSError as error:
             raise RejectedRecord(f"image file cannot be read: {error.strerror}") from error
         except DataError as error:
@@ -193,3 +186,74 @@ class TableSource(Source):
     @staticmethod
     def _optional(row: Row, column: str | None) -> str:
         return row[column] if column is not None else ""
+
+
+def _label(rule: LabelRule, row: Row) -> LabelValue:
+    cell = row[rule.column]
+    if rule.text is not None:
+        return int(rule.text in rule.texts(cell)) if cell else None
+    value = cell.lower()
+    if value not in _LABEL_VALUES:
+        raise RejectedRecord(f"label column {rule.column!r} holds neither 1, 0, -1 nor nothing")
+    return _LABEL_VALUES[value]
+
+
+class _Survey:
+    """What only the whole table shows, collected while its rows pass by: duplicates, rules that never fit."""
+
+    def __init__(self, table_map: TableMap, labels: dict[str, LabelRule], paths: ImagePaths) -> None:
+        self._identifier = table_map.id or table_map.image
+        self._is_path = table_map.id is None
+        self._paths = paths
+        self._cells = CellReader(table_map.encoding, table_map.format.missing)
+        self._rules = {name: rule for name, rule in labels.items() if rule.text is not None}
+        self._matches: Counter[str] = Counter()
+        self._matches_ignoring_case: Counter[str] = Counter()
+        # 16 bytes a row instead of its identifier.
+        self._digests = bytearray()
+
+    def pass_on(self, rows: Iterator[Row | BadRow]) -> Iterator[Row | BadRow]:
+        """The same rows, looked at."""
+        for number, row in enumerate(rows):
+            identifier = ""
+            if isinstance(row, Row):
+                identifier = row[self._identifier]
+                self._count(row)
+            # A row without an identifier is rejected for that, and is no duplicate of another such row.
+            key = f"={self._paths.identity(identifier) if self._is_path else identifier}"
+            key = key if identifier else f"{number}"
+            self._digests += hashlib.blake2b(key.encode(), digest_size=16).digest()
+            yield row
+
+    def duplicates(self) -> set[int]:
+        """Rows whose identifier an earlier row has."""
+        digests = np.frombuffer(bytes(self._digests), dtype="V16")
+        _, first = np.unique(digests, return_index=True)
+        repeated = np.ones(len(digests), bool)
+        repeated[first] = False
+        return set(np.flatnonzero(repeated).tolist())
+
+    def remarks(self) -> list[str]:
+        """A line for each rule whose text no row of the table holds."""
+        lines = []
+        for name, rule in self._rules.items():
+            if self._matches[name]:
+                continue
+            how = "equals" if rule.contains is None else "contains"
+            line = f"label {name!r}: no row's {rule.column!r} {how} {rule.text!r}"
+            if self._cells.is_missing(rule.text or ""):
+                line += "; it is a word for missing (set `missing` in the map)"
+            elif self._matches_ignoring_case[name]:
+                count = self._matches_ignoring_case[name]
+                line += f"; {count:,} rows hold it in other upper and lower case"
+            lines.append(line)
+        return lines
+
+    def _count(self, row: Row) -> None:
+        for name, rule in self._rules.items():
+            texts = rule.texts(row[rule.column])
+            self._matches[name] += rule.text in texts
+            # Only needed where nothing fits, so it is not counted once something does.
+            if not self._matches[name] and rule.text is not None:
+                folded = rule.text.casefold()
+                self._matches_ignoring_case[name] += any(text.casefold() == folded for text in texts)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
 from shards.errors import DataError
+from shards.names import nearest
+from shards.tables.files import check_encoding
+from shards.tables.reading import TableFormat
+from shards.tables.rows import MISSING_WORDS
 from shards.text.headings import LANGUAGES, SECTION_NAMES
+from shards.yaml_text import load_yaml_text
 
 
 @dataclass
@@ -31,18 +30,21 @@ class TableMap:
         license: licence of the row.
         report: whole report, split into its sections.
         addendum ... technique: text of one section, where the table has a column for it.
-        labels: columns that hold 1, 0, -1 or nothing; or finding -> column; or finding ->
-            {column, equals}, which is 1 where the column holds that text.
+        labels: columns that hold 1, 0, -1 or nothing; or finding -> column; or finding -> {column, equals},
+            which is 1 where the column holds that text; or finding -> {column, contains, separator}, which is
+            1 where it is one of the texts that the separator ("|") joins.
         language: of the reports; decides whose headings open their sections (`shards.text.headings`).
         findings_without_heading: findings may stand without a heading behind "COMPARISON: None." and an empty
             line (MIMIC-CXR); see `shards.text.sections.split_sections`.
         extra: columns kept as text in the sample's `extra`.
         encoding: encoding of the table's text.
+        delimiter: sign between the cells of a CSV or TSV, where it is not that of the name's ending.
+        missing: words that mean "no value" in every column, in place of `MISSING_WORDS`.
         source: name stored in each sample; default: the table's file name without its ending.
     """
 
-    image: str = MISSING
-    patient_id: str = MISSING
+    image: str
+    patient_id: str
     id: str | None = None
     study_id: str | None = None
     group: str | None = None
@@ -65,6 +67,8 @@ class TableMap:
     findings_without_heading: bool = False
     extra: list[str] = field(default_factory=list)
     encoding: str = "utf-8"
+    delimiter: str | None = None
+    missing: list[str] | None = None
     source: str | None = None
 
     @property
@@ -79,6 +83,12 @@ class TableMap:
         return self.report is not None or bool(self.section_columns)
 
     @property
+    def format(self) -> TableFormat:
+        """How the table is written; the image path tells rows from text."""
+        missing = MISSING_WORDS if self.missing is None else tuple(self.missing)
+        return TableFormat(self.encoding, self.delimiter, missing, key=self.image)
+
+    @property
     def columns(self) -> list[str]:
         """All mapped columns, each once."""
         single = (self.image, self.patient_id, self.id, self.study_id, self.group, self.split, self.view)
@@ -90,52 +100,57 @@ class TableMap:
 
 @dataclass(frozen=True)
 class LabelRule:
-    """Where a label comes from: the values of `column`, or whether it holds the text `equals`."""
+    """Where a label comes from: the values of `column`, or whether it holds the text `equals`, or `contains`
+    among texts joined by `separator`."""
 
     column: str
     equals: str | None = None
+    contains: str | None = None
+    separator: str = "|"
+
+    @property
+    def text(self) -> str | None:
+        """The text the rule looks for; None where the column holds the label's values themselves."""
+        return self.equals if self.contains is None else self.contains
+
+    def texts(self, cell: str) -> list[str]:
+        """The texts of a cell that the rule compares with its own."""
+        return [cell] if self.contains is None else [part.strip() for part in cell.split(self.separator)]
 
 
 _SECTION_FIELDS = [item.name for item in fields(TableMap) if item.name in SECTION_NAMES]
 _KEYS = [item.name for item in fields(TableMap)]
+_LISTS = ("extra", "missing")
+_SWITCHES = ("findings_without_heading",)
 
 
 def read_map(path: Path) -> TableMap:
-    """Read and check a map.
+    """Read and check a map; its values are text as they are written, whatever YAML would make of them.
 
     Raises:
-        DataError: no such file, no YAML, an unknown or missing key, or a value of the wrong type.
+        DataError: no such file, no YAML, an unknown, missing or repeated key, or a value of the wrong form.
     """
-    try:
-        given = OmegaConf.to_container(OmegaConf.load(path))
-    except OSError as error:
-        raise DataError(f"cannot read map {path}: {error.strerror}") from error
-    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise DataError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    given = load_yaml_text(path)
     if not isinstance(given, dict):
         raise DataError(f"{path}: a map is `key: column` lines; the keys are {', '.join(_KEYS)}")
     for key in given:
         if key not in _KEYS:
             raise DataError(f"{path}: unknown key {key!r}{nearest(str(key), _KEYS)}")
     for key in ("image", "patient_id"):
-        if given.get(key) is None:
+        if not given.get(key):
             raise DataError(f"{path}: key {key!r} is missing: name the column that holds it")
     try:
-        table_map = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TableMap), given))
-    except OmegaConfBaseException as error:
-        raise DataError(f"{path}: {error.full_key}: {str(error).splitlines()[0]}") from error
-    assert isinstance(table_map, TableMap)
+        table_map = TableMap(**{key: _value(key, value) for key, value in given.items() if value != ""})
+        label_rules(table_map)
+        check_encoding(table_map.encoding)
+        if table_map.delimiter is not None:
+            table_map.format.separator(".csv")
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from error
     if table_map.language not in LANGUAGES:
         raise DataError(
             f"{path}: language: {table_map.language!r} is unknown{nearest(table_map.language, LANGUAGES)}"
         )
-    try:
-        label_rules(table_map)
-        "".encode(table_map.encoding)
-    except ValueError as error:
-        raise DataError(f"{path}: labels: {error}") from error
-    except LookupError as error:
-        raise DataError(f"{path}: encoding: {error}") from error
     return table_map
 
 
@@ -143,25 +158,50 @@ def label_rules(table_map: TableMap) -> dict[str, LabelRule]:
     """Finding -> rule, in the order of the map.
 
     Raises:
-        ValueError: `labels` is none of the three forms.
+        ValueError: `labels` is none of the forms.
     """
     labels = table_map.labels or {}
-    if isinstance(labels, list) and all(isinstance(column, str) for column in labels):
+    if isinstance(labels, list) and all(isinstance(column, str) and column for column in labels):
+        if len(set(labels)) < len(labels):
+            raise ValueError("labels: a column is named twice")
         return {column: LabelRule(column) for column in labels}
     if not isinstance(labels, dict):
-        raise ValueError("give a list of columns, or finding: column lines")
-    return {str(name): _label_rule(str(name), value) for name, value in labels.items()}
+        raise ValueError("labels: give a list of columns, or finding: column lines")
+    return {name: _label_rule(name, value) for name, value in labels.items()}
 
 
-def nearest(name: str, names: Collection[str]) -> str:
-    """ ", did you mean 'x'?" for the most similar of `names`, or all of them where none is similar."""
-    matches = difflib.get_close_matches(name, names, n=1)
-    return f", did you mean {matches[0]!r}?" if matches else f"; there are: {', '.join(names)}"
+def _value(key: str, value: Any) -> Any:
+    if key == "labels":
+        return value
+    if key in _LISTS:
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise ValueError(f"{key}: give a list")
+        return value
+    if not isinstance(value, str):
+        raise ValueError(f"{key}: give one value, not a {'list' if isinstance(value, list) else 'mapping'}")
+    if key in _SWITCHES:
+        if value.lower() not in ("true", "false"):
+            raise ValueError(f"{key}: {value!r} is neither true nor false")
+        return value.lower() == "true"
+    return value
 
 
 def _label_rule(name: str, value: object) -> LabelRule:
-    if isinstance(value, str):
+    if not name:
+        raise ValueError("labels: a finding has no name")
+    if isinstance(value, str) and value:
         return LabelRule(value)
-    if isinstance(value, dict) and value.keys() == {"column", "equals"}:
-        return LabelRule(str(value["column"]), str(value["equals"]))
-    raise ValueError(f"{name}: give a column, or {{column: name, equals: text}}")
+    forms = ({"column", "equals"}, {"column", "contains"}, {"column", "contains", "separator"})
+    # All but a separator are compared as cells are: without white space at their ends.
+    if isinstance(value, dict) and value.keys() in forms and all(_is_word(item) for item in value.values()):
+        return LabelRule(
+            **{key: item if key in ("separator", "column") else item.strip() for key, item in value.items()}
+        )
+    raise ValueError(
+        f"labels: {name}: give a column, {{column: name, equals: text}}, or "
+        "{column: name, contains: text, separator: sign}"
+    )
+
+
+def _is_word(value: object) -> bool:
+    return isinstance(value, str) and value != ""

@@ -174,7 +174,7 @@ def test_a_prompt_file_adds_synonyms_templates_and_sentences(tmp_path: Path) -> 
         ("findings: {edema: {synonyms: wet}}", "findings.edema.synonyms: expected a list"),
         ("findings: {edema: {synonyms: []}}", "expected a list"),
         ("findings: [edema]", "expected a mapping"),
-        ("findings: {edema: {", "not valid YAML"),
+        ("findings: {edema: {", "is not YAML"),
     ],
 )
 def test_a_wrong_prompt_file_is_named_with_its_key(tmp_path: Path, content: str, message: str) -> None:
@@ -237,3 +237,16 @@ def test_the_shipped_phantom_prompts_are_words_of_the_grammar(repository: Path) 
         assert found is not None
         assert all(spec.name.split()[-1] in text.lower() for text in found.positive)
         assert {text.lower() for text in found.negative} == set(NORMAL)
+
+
+def test_words_of_a_prompt_file_are_text_as_they_are_written(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.yaml"
+    path.write_text(
+        "findings:\n  On:\n    positive: [Yes, 1.0, null]\n    negative: [No]\n  012:\n    synonyms: [off]\n"
+    )
+    book = prompts.read(path)
+    assert book.prompts("ON") == prompts.Prompts(("Yes", "1.0", "null"), ("No",))
+    assert book.unused(["on"]) == ["012"]
+    path.write_text("findings:\n  Pleural_Effusion: {synonyms: [a]}\n  pleural effusion: {synonyms: [b]}\n")
+    with pytest.raises(prompts.PromptError, match="'pleural effusion' is given twice"):
+        prompts.read(path)

@@ -288,7 +288,7 @@ def test_hash_key_comes_from_file_or_environment(tmp_path: Path, monkeypatch: py
         ("image: image\n", "key 'patient_id' is missing"),
         ("image: pictures\npatient_id: patient\n", "no column 'pictures'"),
         ("image: imag\npatient_id: patient\n", "no column 'imag', did you mean 'image'"),
-        ("image: [a]\npatient_id: patient\n", "yaml: image: Cannot convert"),
+        ("image: [a]\npatient_id: patient\n", "yaml: image: give one value"),
         ("image: image\npatient_id: patient\nlabels: 3\n", "labels"),
         ("image: image\npatient_id: patient\nlabels: {a: {column: b}}\n", "labels: a: give a column"),
         ("image: image\npatient_id: patient\nencoding: klingon\n", "encoding"),
@@ -310,11 +310,10 @@ def test_wrong_table_is_one_clear_error(
 ) -> None:
     table = write_csv(tmp_path / "t.csv", rows)
     for path, content, message in (
-        (tmp_path / "none.csv", None, "cannot read table"),
+        (tmp_path / "none.csv", None, "cannot read .*none.csv: No such file"),
         (tmp_path / "t.xlsx", b"x", "a table is a"),
         (tmp_path / "e.csv", b"image,patient,report\n", "has no rows"),
         (tmp_path / "d.csv", b"image,image,patient,report\n1,2,3,4\n", "more than once"),
-        (tmp_path / "q.csv", b'image,patient,report\n1,2,"' + b"open " * 40_000, "line 2: field larger"),
         (tmp_path / "p.parquet", b"PAR1", "not a Parquet file"),
     ):
         if content is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -105,3 +106,27 @@ def test_another_file_is_one_clear_error_without_text(tmp_path: Path, content: s
     assert "secret" not in str(caught.value)
     with pytest.raises(DataError, match="cannot read"):
         read_radgraph(tmp_path / "nowhere.json")
+
+
+def test_short_ids_that_stand_for_several_reports_find_none(tmp_path: Path) -> None:
+    def report(word: str) -> dict:
+        entity = {"tokens": word, "label": "OBS-DP", "start_ix": 0, "end_ix": 0, "relations": []}
+        return {"text": word, "entities": {"1": entity}}
+
+    path = tmp_path / "radgraph.json.gz"
+    reports = {
+        "p1/s1.txt": report("edema"),
+        "p2/s1.txt": report("mass"),
+        "p3/s2.txt": report("mass"),
+        "s1": report("x"),
+    }
+    path.write_bytes(gzip.compress(json.dumps(reports).encode()))
+    found = read_radgraph(path)
+    assert found["p1/s1.txt"][0].observation == "edema"
+    assert found["s1"][0].observation == "x"
+    assert found["2"] == found["s2"] == found["p3/s2.txt"]
+    assert "1" not in found
+    path = tmp_path / "radgraph.json"
+    path.write_text(f'{{"s1": {json.dumps(report("edema"))}, "s1": {json.dumps(report("mass"))}}}')
+    with pytest.raises(DataError, match="one name twice"):
+        read_radgraph(path)
