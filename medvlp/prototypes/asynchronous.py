@@ -12,10 +12,10 @@ from torch import Tensor
 
 from medvlp import distributed
 from medvlp.config import PrototypesConfig
-from medvlp.prototypes.board import BOARD, FAILED, PUT_OFF, READY, Board, BoardError, Plan
+from medvlp.prototypes.board import BOARD, FAILED, PUT_OFF, READY, Board, BoardError, WorkerSettings
 from medvlp.prototypes.board_tables import put_table, read_table
 from medvlp.prototypes.ring import EmbeddingRing
-from medvlp.prototypes.service import ServiceBase
+from medvlp.prototypes.service import PrototypeService
 from medvlp.prototypes.supervisor import WorkerSupervisor
 from medvlp.prototypes.table import PrototypeTable
 from medvlp.ranks import Ranks, node_key
@@ -31,10 +31,10 @@ class _Candidate(NamedTuple):
 
     request: int
     table: PrototypeTable
-    figures: dict[str, float]
+    metrics: dict[str, float]
 
 
-class AsynchronousService(ServiceBase):
+class AsynchronousService(PrototypeService):
     """Clusters of all ranks' latest embeddings, refreshed by one worker process on each node.
 
     A refresh is asked for, by the same number on all ranks, and goes on behind the training. All ranks swap
@@ -89,7 +89,7 @@ class AsynchronousService(ServiceBase):
             port = self._store.port
         port = distributed.broadcast_object(port)
         if self._first:
-            plan = Plan(
+            settings = WorkerSettings(
                 node=nodes.index(key),
                 nodes=len(nodes),
                 store=f"{ranks.address}:{port}" if port else "",
@@ -101,10 +101,10 @@ class AsynchronousService(ServiceBase):
                 ring_bytes=EmbeddingRing.size(config.bank_rows, width),
                 config=asdict(config),
             )
-            Board(path).publish(plan)
+            Board(path).publish(settings)
         distributed.barrier()
         board = Board(path)
-        board.refresh_plan()
+        board.read_settings()
         return board
 
     @property
@@ -178,12 +178,18 @@ class AsynchronousService(ServiceBase):
             "prototypes/worker_restarts": float(restarts),
             "prototypes/dropped_rows": float(dropped),
         }
+        # All ranks read the same maxima, so all take the same branch: that is what keeps tables equal.
         if self._request:
+            # One node's word is enough to end a request: without it no table can be there on all nodes. It
+            # comes first, because a node may say so while others have a table.
             if failed == self._request:
                 self._end_request("failed_refreshes")
             elif put_off == self._request:
                 self._end_request("put_off")
+            # `-negative` is the smallest number proposed: with the greatest it says that all ranks have read
+            # a table of this request (a rank without one proposes 0). Until then nobody swaps.
             elif number == -negative == self._request:
+                # In the same way: smallest and greatest fingerprint are one, so all tables are.
                 if fingerprint == -negative_fingerprint:
                     self._swap()
                 else:
@@ -201,7 +207,7 @@ class AsynchronousService(ServiceBase):
 
     def _swap(self) -> None:
         assert self._candidate is not None  # all ranks have proposed one
-        self.table, self._news = self._candidate.table, self._candidate.figures
+        self.table, self._news = self._candidate.table, self._candidate.metrics
         if self._first:
             self._board.use(self._board.other_slot)
         self._swapped, self._request, self._candidate = self._step, 0, None
@@ -217,7 +223,7 @@ class AsynchronousService(ServiceBase):
             )
         self._warned = self._warned or self.stale
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Version, staleness and counts of what went wrong; at a swap also what the refresh reported.
 
         `worker_restarts` and `dropped_rows` are those of the node or rank with the most.

@@ -4,7 +4,7 @@ A board is a memfd: memory that belongs to the process that made it and that oth
 `/proc/<pid>/fd/<n>`. It has no name in /dev/shm, so that nothing is left of it when its users have ended, in
 whatever way, and the limit of /dev/shm in a container does not hold for it.
 
-Every word has one writer and is written after what it stands for: plan before state, table before answer,
+Every word has one writer and is written after what it stands for: settings before state, table before answer,
 cursor before request. Nobody waits for a lock, so nobody who dies can keep one.
 """
 
@@ -28,16 +28,16 @@ from shards.errors import MedvlpError
 BOARD = "MEDVLP_BOARD"
 #: First word of a board ("MEDVBORD"), and the version of everything behind it.
 MAGIC, FORMAT = int.from_bytes(b"MEDVBORD", "little"), 1
-#: State of a board: its plan is not there yet, is there, or there is nothing to do on this node.
-WAITING, PLANNED, DECLINED = 0, 1, 2
+#: State of a board: the worker's settings are not there yet, are there, or this node has nothing for it to do.
+WAITING, CONFIGURED, DECLINED = 0, 1, 2
 #: What a worker says about a request: the table in the other slot is ready; too few rows; it did not work.
 READY, PUT_OFF, FAILED = 1, 2, 3
 
 _PAGE = 4096
-_PLAN_BYTES, _TEXT_BYTES = 16 * _PAGE, 2 * _PAGE
+_SETTINGS_BYTES, _TEXT_BYTES = 16 * _PAGE, 2 * _PAGE
 #: Words of the first page, in cache lines of their own by writer: rank, worker, supervisor.
-_STATE, _PLAN_LENGTH, _PLAN_SUM, _IN_USE, _ANCHORS = 2, 3, 4, 5, 6
-_BEAT, _ANSWER, _OUTCOME = 16, 17, 18
+_STATE, _SETTINGS_LENGTH, _SETTINGS_SUM, _IN_USE, _ANCHORS = 2, 3, 4, 5, 6
+_HEARTBEAT, _ANSWER, _OUTCOME = 16, 17, 18
 _RESTARTS = 32
 _TABLE_TENSORS = ("centroids", "counts", "log_bias", "temperatures")
 
@@ -47,7 +47,7 @@ class BoardError(MedvlpError, RuntimeError):
 
 
 @dataclass(frozen=True)
-class Plan:
+class WorkerSettings:
     """What a cluster worker needs to know, written by the first rank of its node.
 
     Attributes:
@@ -70,7 +70,7 @@ class Plan:
     def __post_init__(self) -> None:
         sizes = (self.nodes, self.ranks, self.rows, self.width, self.clusters, self.ring_bytes)
         if not (min(sizes) > 0 and 0 <= self.node < self.nodes):
-            raise BoardError(f"a plan for node {self.node} with the sizes {sizes} cannot be")
+            raise BoardError(f"settings for node {self.node} with the sizes {sizes} cannot be")
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,11 @@ class StoredTable:
 
     state: dict[str, Any]
     fingerprint: int
-    figures: dict[str, float]
+    metrics: dict[str, float]
 
 
 def new_board() -> tuple[int, str]:
-    """A board without a plan: its file descriptor, which keeps it alive, and the path others open."""
+    """A board without settings: its file descriptor, which keeps it alive, and the path others open."""
     descriptor = os.memfd_create("medvlp-board")
     os.ftruncate(descriptor, _PAGE)
     words = np.frombuffer(mmap.mmap(descriptor, _PAGE), np.int64)
@@ -98,7 +98,7 @@ class Board:
         path: what `new_board` returned.
 
     Attributes:
-        plan: None until the first rank has written it (`refresh_plan` looks).
+        settings: None until the first rank has written them (`read_settings` looks).
 
     Raises:
         BoardError: there is no board, or one of another version.
@@ -106,7 +106,7 @@ class Board:
 
     def __init__(self, path: str):
         self.path = path
-        self.plan: Plan | None = None
+        self.settings: WorkerSettings | None = None
         try:
             self._words = np.frombuffer(self._map(_PAGE), np.int64)
         except (OSError, ValueError) as error:
@@ -125,50 +125,52 @@ class Board:
 
     @property
     def state(self) -> int:
-        """`WAITING`, `PLANNED` or `DECLINED`."""
+        """`WAITING`, `CONFIGURED` or `DECLINED`."""
         return int(self._words[_STATE])
 
     def decline(self) -> None:
         """Tell the worker that this run has nothing for it to do."""
         self._words[_STATE] = DECLINED
 
-    def publish(self, plan: Plan) -> None:
-        """Size the board for a plan and write it; the node's first rank does this, once."""
-        text = json.dumps(asdict(plan)).encode()
-        if len(text) > _PLAN_BYTES:
-            raise BoardError(f"a plan of {len(text)} bytes is too long (prototypes.anchors?)")
-        os.truncate(self.path, _places(plan)[-1])
-        memory = self._map(_PAGE + _PLAN_BYTES)
+    def publish(self, settings: WorkerSettings) -> None:
+        """Size the board for the worker's settings and write them; the node's first rank does this, once."""
+        text = json.dumps(asdict(settings)).encode()
+        if len(text) > _SETTINGS_BYTES:
+            raise BoardError(f"settings of {len(text)} bytes are too long (prototypes.anchors?)")
+        os.truncate(self.path, _places(settings)[-1])
+        memory = self._map(_PAGE + _SETTINGS_BYTES)
         memory[_PAGE : _PAGE + len(text)] = text
-        self._words[_PLAN_LENGTH], self._words[_PLAN_SUM] = len(text), zlib.crc32(text)
-        self._words[_STATE] = PLANNED
-        self.refresh_plan()
+        self._words[_SETTINGS_LENGTH], self._words[_SETTINGS_SUM] = len(text), zlib.crc32(text)
+        self._words[_STATE] = CONFIGURED
+        self.read_settings()
 
-    def refresh_plan(self) -> Plan | None:
-        """Read the plan once it is there.
+    def read_settings(self) -> WorkerSettings | None:
+        """Read the settings once they are there.
 
         Raises:
-            BoardError: it is damaged, or the memory is smaller than it says.
+            BoardError: they are damaged, or the memory is smaller than they say.
         """
-        if self.plan is not None or self.state != PLANNED:
-            return self.plan
-        length = int(self._words[_PLAN_LENGTH])
+        if self.settings is not None or self.state != CONFIGURED:
+            return self.settings
+        length = int(self._words[_SETTINGS_LENGTH])
         size = Path(self.path).stat().st_size
-        text = self._map(size)[_PAGE : _PAGE + length] if 0 < length <= _PLAN_BYTES < size else b""
-        if not text or zlib.crc32(text) != self._words[_PLAN_SUM]:
-            raise BoardError(f"the plan on the board {self.path} is damaged")
-        plan = Plan(**json.loads(text))
-        if _places(plan)[-1] > size:
-            raise BoardError(f"the board {self.path} has {size} bytes, less than its plan needs")
+        text = self._map(size)[_PAGE : _PAGE + length] if 0 < length <= _SETTINGS_BYTES < size else b""
+        if not text or zlib.crc32(text) != self._words[_SETTINGS_SUM]:
+            raise BoardError(f"the settings on the board {self.path} are damaged")
+        settings = WorkerSettings(**json.loads(text))
+        if _places(settings)[-1] > size:
+            raise BoardError(f"the board {self.path} has {size} bytes, less than its settings need")
         self._memory = memoryview(self._map(size))
-        requests, anchors, slots, rings, _ = _places(plan)
-        self._requests = self._array(requests, np.int64, (plan.ranks, 2))
-        self._anchors = self._array(anchors, np.float32, (plan.clusters, plan.width))
-        slot_bytes = _slot_bytes(plan)
-        self._slots = [_Slot(self._part(slots + i * slot_bytes, slot_bytes), plan) for i in range(2)]
-        self._rings = [self._part(rings + i * plan.ring_bytes, plan.ring_bytes) for i in range(plan.ranks)]
-        self.plan = plan
-        return plan
+        requests, anchors, slots, rings, _ = _places(settings)
+        self._requests = self._array(requests, np.int64, (settings.ranks, 2))
+        self._anchors = self._array(anchors, np.float32, (settings.clusters, settings.width))
+        slot_bytes = _slot_bytes(settings)
+        self._slots = [_Slot(self._part(slots + i * slot_bytes, slot_bytes), settings) for i in range(2)]
+        self._rings = [
+            self._part(rings + i * settings.ring_bytes, settings.ring_bytes) for i in range(settings.ranks)
+        ]
+        self.settings = settings
+        return settings
 
     def _part(self, start: int, length: int) -> memoryview:
         return self._memory[start : start + length]
@@ -208,18 +210,18 @@ class Board:
 
     # --- what the worker writes
 
-    def beat(self, nanoseconds: int) -> None:
+    def heartbeat(self, nanoseconds: int) -> None:
         """The worker lives at this time of the machine's monotonic clock."""
-        self._words[_BEAT] = nanoseconds
+        self._words[_HEARTBEAT] = nanoseconds
 
     def answer(self, number: int, outcome: int) -> None:
         """Say what came of a request; a table that is `READY` must be in the slot that is not in use."""
         self._words[_OUTCOME] = outcome
         self._words[_ANSWER] = number
 
-    def write_table(self, state: Mapping[str, Any], fingerprint: int, figures: Mapping[str, float]) -> None:
+    def write_table(self, state: Mapping[str, Any], fingerprint: int, metrics: Mapping[str, float]) -> None:
         """Write a new table into the slot that is not in use."""
-        self._slots[self.other_slot].write(state, fingerprint, figures)
+        self._slots[self.other_slot].write(state, fingerprint, metrics)
 
     # --- what all read
 
@@ -258,9 +260,9 @@ class Board:
         return number, int(self._words[_OUTCOME])
 
     @property
-    def last_beat(self) -> int:
-        """Time of the worker's latest `beat`; 0 before the first."""
-        return int(self._words[_BEAT])
+    def last_heartbeat(self) -> int:
+        """Time of the worker's latest `heartbeat`; 0 before the first."""
+        return int(self._words[_HEARTBEAT])
 
     @property
     def restarts(self) -> int:
@@ -275,10 +277,10 @@ class Board:
 class _Slot:
     """Memory of one table: lengths and sums, a JSON text of what is not an array, arrays."""
 
-    def __init__(self, memory: memoryview, plan: Plan):
+    def __init__(self, memory: memoryview, settings: WorkerSettings):
         self._memory = memory
         self._words = np.frombuffer(memory, np.int64, 8)
-        shape = (plan.clusters, plan.width)
+        shape = (settings.clusters, settings.width)
         shapes = {name: shape if name == "centroids" else shape[:1] for name in _TABLE_TENSORS}
         self._arrays: dict[str, NDArray[np.float32]] = {}
         start = 64 + _TEXT_BYTES
@@ -287,11 +289,11 @@ class _Slot:
             self._arrays[name] = np.frombuffer(memory, np.float32, count, start).reshape(each)
             start += 4 * count
 
-    def write(self, state: Mapping[str, Any], fingerprint: int, figures: Mapping[str, float]) -> None:
+    def write(self, state: Mapping[str, Any], fingerprint: int, metrics: Mapping[str, float]) -> None:
         rest = {name: value for name, value in state.items() if name not in _TABLE_TENSORS}
-        text = json.dumps([rest, dict(figures)]).encode()
+        text = json.dumps([rest, dict(metrics)]).encode()
         if len(text) > _TEXT_BYTES:
-            raise BoardError(f"figures of {len(text)} bytes do not fit a board")
+            raise BoardError(f"metrics of {len(text)} bytes do not fit a board")
         for name, array in self._arrays.items():
             array[:] = np.asarray(state[name])
         self._memory[64 : 64 + len(text)] = text
@@ -302,9 +304,9 @@ class _Slot:
         if self._words[2] != self._sum():
             raise BoardError("the table on this node's board is damaged")
         length, fingerprint = self._words[:2].tolist()
-        rest, figures = json.loads(bytes(self._memory[64 : 64 + length]))
+        rest, metrics = json.loads(bytes(self._memory[64 : 64 + length]))
         arrays = {name: array.copy() for name, array in self._arrays.items()}
-        return StoredTable(arrays | rest, fingerprint, figures)
+        return StoredTable(arrays | rest, fingerprint, metrics)
 
     def _sum(self) -> int:
         length = min(max(0, int(self._words[0])), _TEXT_BYTES)
@@ -313,18 +315,18 @@ class _Slot:
         return zlib.crc32(self._memory[64 + _TEXT_BYTES :], total)
 
 
-def _slot_bytes(plan: Plan) -> int:
-    arrays = 4 * plan.clusters * (plan.width + len(_TABLE_TENSORS) - 1)
+def _slot_bytes(settings: WorkerSettings) -> int:
+    arrays = 4 * settings.clusters * (settings.width + len(_TABLE_TENSORS) - 1)
     return _whole_pages(64 + _TEXT_BYTES + arrays)
 
 
-def _places(plan: Plan) -> list[int]:
+def _places(settings: WorkerSettings) -> list[int]:
     """Where requests, anchors, slots and rings begin, and the size of the whole."""
-    requests = _PAGE + _PLAN_BYTES
-    anchors = requests + _whole_pages(16 * plan.ranks)
-    slots = anchors + _whole_pages(4 * plan.clusters * plan.width)
-    rings = slots + 2 * _slot_bytes(plan)
-    return [requests, anchors, slots, rings, rings + plan.ranks * plan.ring_bytes]
+    requests = _PAGE + _SETTINGS_BYTES
+    anchors = requests + _whole_pages(16 * settings.ranks)
+    slots = anchors + _whole_pages(4 * settings.clusters * settings.width)
+    rings = slots + 2 * _slot_bytes(settings)
+    return [requests, anchors, slots, rings, rings + settings.ranks * settings.ring_bytes]
 
 
 def _whole_pages(size: int) -> int:

@@ -10,7 +10,7 @@ from medvlp.prototypes.table import PrototypeTable
 
 
 def read_table(board: Board, slot: int) -> tuple[PrototypeTable, dict[str, float]]:
-    """The table in a slot, and the figures of the refresh it came from.
+    """The table in a slot, and the metrics of the refresh it came from.
 
     Raises:
         BoardError: it is not the table that was written there.
@@ -26,12 +26,12 @@ def read_table(board: Board, slot: int) -> tuple[PrototypeTable, dict[str, float
         raise BoardError(f"the table on this node's board cannot be ({error})") from error
     if table.fingerprint_number != stored.fingerprint:
         raise BoardError("the table on this node's board has another fingerprint than it should")
-    return table, stored.figures
+    return table, stored.metrics
 
 
-def publish_table(board: Board, table: PrototypeTable, figures: dict[str, float]) -> None:
+def publish_table(board: Board, table: PrototypeTable, metrics: dict[str, float]) -> None:
     """Write a refresh's table where the ranks look for it once it is said to be ready."""
-    board.write_table(table.state_dict(), table.fingerprint_number, figures)
+    board.write_table(table.state_dict(), table.fingerprint_number, metrics)
 
 
 def put_table(board: Board, table: PrototypeTable) -> None:

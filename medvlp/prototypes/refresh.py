@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,7 +12,6 @@ from medvlp import distributed
 from medvlp.config import PrototypesConfig
 from medvlp.losses.normalise import unit_norm
 from medvlp.prototypes import cluster_metrics
-from medvlp.prototypes.density import density_temperatures
 from medvlp.prototypes.kmeans import Anchors, Clusters, build_search, describe, improve
 from medvlp.prototypes.ring import BankRows
 from medvlp.prototypes.sampling import gather_in_order, mixed_seed, rank_order, row_keys, smallest
@@ -20,6 +20,8 @@ from medvlp.prototypes.table import PrototypeTable
 
 #: Rows, of all members together, on which clusters are compared with labels.
 LABELLED_ROWS = 20_000
+#: PCL's smoothing constant alpha, and the percentiles its code clips densities at.
+_ALPHA, _PERCENTILES = 10.0, (10.0, 90.0)
 
 
 def refresh_table(
@@ -46,7 +48,7 @@ def refresh_table(
 
     Returns:
         The new table, the same bits on all members, or None where there are fewer than `min_points` rows
-        for each cluster; and figures to log (see README.md beside this file), the same on all members but
+        for each cluster; and metrics to log (see README.md beside this file), the same on all members but
         for seconds.
 
     Raises:
@@ -58,9 +60,9 @@ def refresh_table(
         torch.tensor([len(embeddings), int((~usable).sum()), int((rows.labels[usable] >= 0).sum())])
     ).tolist()
     version = 0 if old is None else old.version
-    figures = {"prototypes/rows": float(total), "prototypes/unusable": float(unusable)}
+    metrics = {"prototypes/rows": float(total), "prototypes/unusable": float(unusable)}
     if total < count * config.min_points:
-        return None, {"prototypes/version": float(version), **figures, "prototypes/put_off": 1.0}
+        return None, {"prototypes/version": float(version), **metrics, "prototypes/put_off": 1.0}
     _check(embeddings, old, count, anchors)
     keys = _keys(rows, usable, mixed_seed(seed, version + 1))
     labels = rows.labels[usable]
@@ -71,7 +73,7 @@ def refresh_table(
     held = None if anchors is None else Anchors(unit_norm(anchors).float().cpu(), config.anchor_pull)
     clusters, before = _cluster(embeddings, keys, old, config, count, (seed, version + 1), held, clock)
     table = _publish(clusters, config, version + 1)
-    figures |= {
+    metrics |= {
         "prototypes/version": float(table.version),
         "prototypes/put_off": 0.0,
         "prototypes/sampled": float(clusters.counts.sum()),
@@ -82,11 +84,11 @@ def refresh_table(
     }
     if before is not None:
         differing = distributed.sum_on_host((before != clusters.nearest).sum())
-        figures["prototypes/churn"] = float(differing / clusters.counts.sum())
+        metrics["prototypes/churn"] = float(differing / clusters.counts.sum())
     if labelled:
-        figures |= _agreement(clusters.nearest, labels, keys)
+        metrics |= _agreement(clusters.nearest, labels, keys)
         clock.lap("labels")
-    return table, figures | clock.figures()
+    return table, metrics | clock.metrics()
 
 
 def _usable(rows: BankRows) -> tuple[Tensor, Tensor]:
@@ -166,6 +168,33 @@ def _publish(clusters: Clusters, config: PrototypesConfig, version: int) -> Prot
     )
 
 
+def density_temperatures(distances: Tensor, counts: Tensor, temperature: float) -> Tensor:
+    """Temperatures with mean `temperature`, lower where rows lie close to their centroid.
+
+    phi = (sum of the Euclidean distances to the centroid) / (n log(n + 10)); clusters with at most one row
+    take the largest; clipped at the 10th and 90th percentile. (Li et al., ICLR 2021; the clipping and what
+    happens to single rows are of the published code.) Where all rows lie on their centroids all are equal.
+
+    Args:
+        distances: [K] sums over each cluster's rows. counts: [K] rows.
+        temperature: positive.
+
+    Returns:
+        [K] float32, positive.
+    """
+    sums, number = distances.double().numpy(), counts.double().numpy()
+    several = number > 1
+    density = np.zeros(len(number))
+    density[several] = sums[several] / (number[several] * np.log(number[several] + _ALPHA))
+    density[~several] = density.max()
+    low, high = np.percentile(density, _PERCENTILES)
+    # Clusters of identical rows would get a temperature of 0 where they are more than a tenth.
+    density = density.clip(max(low, 1e-3 * high), high)
+    if not density.mean() > 0:
+        return torch.full((len(number),), temperature, dtype=torch.float32)
+    return torch.from_numpy(temperature * density / density.mean()).float()
+
+
 def _agreement(nearest: Tensor, labels: Tensor, keys: Tensor) -> dict[str, float]:
     """Agreement of clusters and labels on a sample of the labelled rows, computed by member 0."""
     known = labels >= 0
@@ -174,8 +203,10 @@ def _agreement(nearest: Tensor, labels: Tensor, keys: Tensor) -> dict[str, float
     pairs = gather_in_order(torch.stack([nearest[chosen], labels[chosen]], 1), keys[chosen]).numpy()
     values = torch.zeros(3, dtype=torch.float64)
     if distributed.is_main():
-        metrics = (cluster_metrics.nmi, cluster_metrics.mean_finding_nmi, cluster_metrics.purity)
-        values = torch.tensor([metric(pairs[:, 0], pairs[:, 1]) for metric in metrics], dtype=torch.float64)
+        measures = (cluster_metrics.nmi, cluster_metrics.mean_finding_nmi, cluster_metrics.purity)
+        values = torch.tensor(
+            [measure(pairs[:, 0], pairs[:, 1]) for measure in measures], dtype=torch.float64
+        )
     names = ("prototypes/nmi", "prototypes/nmi_findings", "prototypes/purity")
     return dict(zip(names, distributed.broadcast_on_host(values).tolist(), strict=True))
 
@@ -192,5 +223,5 @@ class _Clock:
         self._seconds[f"prototypes/seconds_{part}"] = now - self._last
         self._last = now
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         return {**self._seconds, "prototypes/seconds": time.perf_counter() - self._begin}

@@ -26,7 +26,7 @@ LOOK_SECONDS, FIRST_PAUSE, LONGEST_PAUSE = 0.2, 0.5, 60.0
 SETTLED_SECONDS = 60.0
 #: Seconds a worker gets to end on SIGTERM.
 GRACE_SECONDS = 5.0
-#: Seconds without a sign of life after which a worker hangs, until a plan says how long it may take.
+#: Seconds without a heartbeat after which a worker hangs, until settings say how long it may take.
 START_SECONDS = 300.0
 
 
@@ -45,7 +45,7 @@ class WorkerSupervisor:
     """Context manager: inside it the node has a board and a cluster worker.
 
     The supervisor is the launcher of the node, or its first rank when another program launched that. A worker
-    that dies or shows no sign of life for `prototypes.worker_timeout_seconds` is killed and started again,
+    that dies or sends no heartbeat for `prototypes.worker_timeout_seconds` is killed and started again,
     after a pause that doubles while it keeps dying; one that ends with code 0 had nothing to do. Linux kills
     the worker when the supervisor dies.
 
@@ -74,7 +74,7 @@ class WorkerSupervisor:
         return None if worker is None else worker.pid
 
     def start(self) -> Self:
-        """Start the worker; it waits for the board's plan."""
+        """Start the worker; it waits for the board's settings."""
         self._thread.start()
         return self
 
@@ -109,7 +109,7 @@ class WorkerSupervisor:
         self._worker = None
 
     def _start_worker(self) -> subprocess.Popen[bytes]:
-        self.board.beat(time.monotonic_ns())
+        self.board.heartbeat(time.monotonic_ns())
         # numpy makes its threads at its import, before the worker has read how many it may have.
         settings = {BOARD: self.path, SUPERVISOR: str(os.getpid()), "OPENBLAS_NUM_THREADS": "1"}
         # A session of its own: Ctrl-C is for the ranks, which save a checkpoint first.
@@ -129,12 +129,12 @@ class WorkerSupervisor:
                     return worker.wait(GRACE_SECONDS)
                 except subprocess.TimeoutExpired:
                     worker.kill()
-            elif time.monotonic_ns() - self.board.last_beat > 1e9 * self._patience():
-                logger.warning("the cluster worker of this node shows no sign of life; killing it")
+            elif time.monotonic_ns() - self.board.last_heartbeat > 1e9 * self._patience():
+                logger.warning("the cluster worker of this node sends no heartbeat; killing it")
                 worker.kill()
                 worker.wait()
         return worker.returncode
 
     def _patience(self) -> float:
-        plan = self.board.refresh_plan()
-        return START_SECONDS if plan is None else float(plan.config["worker_timeout_seconds"])
+        settings = self.board.read_settings()
+        return START_SECONDS if settings is None else float(settings.config["worker_timeout_seconds"])

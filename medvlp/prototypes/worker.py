@@ -1,7 +1,7 @@
 """`python -m medvlp.prototypes.worker`: the cluster worker of one node, the only process of a run with FAISS.
 
-Started by `WorkerSupervisor`. It waits for the node's plan, then answers one request after the other. Torch
-and FAISS are imported only when there is a plan.
+Started by `WorkerSupervisor`. It waits for its settings, then answers one request after the other. Torch and
+FAISS are imported only when they are there.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from datetime import timedelta
 from typing import Any
 
 from medvlp.lifetime import die_with
-from medvlp.prototypes.board import BOARD, DECLINED, FAILED, PUT_OFF, READY, Board, Plan
+from medvlp.prototypes.board import BOARD, DECLINED, FAILED, PUT_OFF, READY, Board, WorkerSettings
 from medvlp.prototypes.supervisor import SUPERVISOR
 
 logger = logging.getLogger("medvlp.prototypes.worker")
 
-#: Seconds between two looks at the board or store, and between two signs of life.
-LOOK_SECONDS, BEAT_SECONDS = 0.02, 0.5
+#: Seconds between two looks at the board or store, and between two heartbeats.
+LOOK_SECONDS, HEARTBEAT_SECONDS = 0.02, 0.5
 #: What a refresh imports where it is used: here before the first one, in which other workers would wait.
 SLOW_MODULES = ("faiss", "sklearn.cluster", "sklearn.metrics", "medvlp.prototypes.refresh")
 #: Added to the niceness: training comes first.
 NICENESS = 10
 
 
-class RequestError(RuntimeError):
+class PartialRefreshError(RuntimeError):
     """A refresh in which not all nodes take part."""
 
 
@@ -43,40 +43,40 @@ def main() -> None:
         format="%(asctime)s cluster worker: %(message)s", datefmt="%H:%M:%S", level=logging.WARNING
     )
     board = Board(os.environ[BOARD])
-    threading.Thread(target=_show_life, args=(board,), name="medvlp-beat", daemon=True).start()
-    while (plan := board.refresh_plan()) is None:
+    threading.Thread(target=_send_heartbeats, args=(board,), name="medvlp-heartbeat", daemon=True).start()
+    while (settings := board.read_settings()) is None:
         if board.state == DECLINED:
             return
         time.sleep(LOOK_SECONDS)
-    threads = plan.config["worker_threads"] or 1
+    threads = settings.config["worker_threads"] or 1
     os.environ["OMP_NUM_THREADS"] = str(threads)  # read when torch and FAISS are imported
     for name in SLOW_MODULES:
         importlib.import_module(name)
     import torch
 
     torch.set_num_threads(threads)
-    Worker(board, plan).run()
+    Worker(board, settings).run()
 
 
-def _show_life(board: Board) -> None:
+def _send_heartbeats(board: Board) -> None:
     """Tells a worker that was stopped or starved from one that waits: all its waiting has time-outs."""
     while True:
-        board.beat(time.monotonic_ns())
-        time.sleep(BEAT_SECONDS)
+        board.heartbeat(time.monotonic_ns())
+        time.sleep(HEARTBEAT_SECONDS)
 
 
 class Worker:
     """Answers the requests on a board, each with the workers of the other nodes.
 
     Args:
-        board, plan: of this node.
+        board, settings: of this node.
     """
 
-    def __init__(self, board: Board, plan: Plan):
+    def __init__(self, board: Board, settings: WorkerSettings):
         from medvlp.config import PrototypesConfig
 
-        self.board, self.plan = board, plan
-        self.config = PrototypesConfig(**plan.config)
+        self.board, self.settings = board, settings
+        self.config = PrototypesConfig(**settings.config)
         self._timeout = timedelta(seconds=self.config.worker_timeout_seconds)
         self._rings: list[Any] = []
         self._store: Any = None
@@ -108,31 +108,35 @@ class Worker:
         from medvlp.prototypes.board_tables import publish_table
         from medvlp.prototypes.refresh import refresh_table
 
-        plan = self.plan
+        settings = self.settings
         try:
             rows, old, anchors = self._rows(cursors), self._old_table(), self._anchors()
-            if plan.nodes > 1:
+            if settings.nodes > 1:
                 store = self._meet(number)
-                with distributed.temporary_group(store, plan.node, plan.nodes, self._timeout):
-                    table, figures = refresh_table(rows, old, self.config, plan.clusters, plan.seed, anchors)
+                with distributed.temporary_group(store, settings.node, settings.nodes, self._timeout):
+                    table, metrics = refresh_table(
+                        rows, old, self.config, settings.clusters, settings.seed, anchors
+                    )
             else:
-                table, figures = refresh_table(rows, old, self.config, plan.clusters, plan.seed, anchors)
+                table, metrics = refresh_table(
+                    rows, old, self.config, settings.clusters, settings.seed, anchors
+                )
         except (RuntimeError, ValueError) as error:  # of gloo and its stores, a damaged board, a misfit
             reason = " ".join(str(error).split())[:200]
-            logger.warning("node %d gives refresh %d up: %s", plan.node, number, reason)
+            logger.warning("node %d gives refresh %d up: %s", settings.node, number, reason)
             self._store = None  # after a time-out its connection may be out of step
             return FAILED
         if table is None:
             return PUT_OFF
-        figures["prototypes/torn_rows"] = float(sum(ring.torn for ring in self._rings))
-        publish_table(self.board, table, figures)
+        metrics["prototypes/torn_rows"] = float(sum(ring.torn for ring in self._rings))
+        publish_table(self.board, table, metrics)
         return READY
 
     def _rows(self, cursors: list[int]) -> Any:
         from medvlp.prototypes.ring import BankRows, EmbeddingRing
 
         if not self._rings:
-            memories = map(self.board.ring_memory, range(self.plan.ranks))
+            memories = map(self.board.ring_memory, range(self.settings.ranks))
             self._rings = [EmbeddingRing.attach(memory) for memory in memories]
         return BankRows.joined([ring.rows(cursor) for ring, cursor in zip(self._rings, cursors, strict=True)])
 
@@ -154,27 +158,29 @@ class Worker:
         node's worker, so that nothing of an earlier one, failed or not, is ever found in it.
 
         Raises:
-            RequestError: they are not all there in time, or the ranks have gone on to another request.
+            PartialRefreshError: they are not all there in time, or the ranks have gone on to another request.
             RuntimeError: a store does not answer.
         """
         from medvlp import distributed
 
-        host, _, port = self.plan.store.rpartition(":")
+        host, _, port = self.settings.store.rpartition(":")
         if self._store is None:
             self._store = distributed.connect_store(host, int(port), self._timeout)
-        if self.plan.node == 0:
+        if self.settings.node == 0:
             self._meeting = distributed.host_store()
             self._store.set("meeting", str(self._meeting.port))
-        self._store.set(f"node-{self.plan.node}", str(number))
-        names = [f"node-{node}" for node in range(self.plan.nodes)]
+        self._store.set(f"node-{self.settings.node}", str(number))
+        names = [f"node-{node}" for node in range(self.settings.nodes)]
         deadline = time.monotonic() + self._timeout.total_seconds()
         while not (self._store.check(names) and set(self._store.multi_get(names)) == {str(number).encode()}):
             if max(self.board.requests()[0]) > number:
-                raise RequestError("the ranks have gone on without it")
+                raise PartialRefreshError("the ranks have gone on without it")
             if time.monotonic() > deadline:
-                raise RequestError(f"not all {self.plan.nodes} nodes took part within {self._timeout}")
+                raise PartialRefreshError(
+                    f"not all {self.settings.nodes} nodes took part within {self._timeout}"
+                )
             time.sleep(LOOK_SECONDS)
-        if self.plan.node == 0:
+        if self.settings.node == 0:
             return self._meeting
         return distributed.connect_store(host, int(self._store.get("meeting")), self._timeout)
 

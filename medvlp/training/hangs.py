@@ -27,13 +27,13 @@ class Place(NamedTuple):
         marks: places it has passed; all ranks pass the same.
         step: finished steps; None before there are any.
         name: of the place.
-        beat: number of this message.
+        heartbeat: number of this message; it rises as long as the process runs.
     """
 
     marks: int
     step: int | None
     name: str
-    beat: int
+    heartbeat: int
 
 
 class Watchdog:
@@ -98,11 +98,11 @@ class Watchdog:
         return min(5.0, max(0.2, (self.limit or 60.0) / 20))
 
     def _publish(self) -> None:
-        beat = 0
+        heartbeat = 0
         while not self._done.is_set():
-            beat += 1
+            heartbeat += 1
             try:
-                self._store.set(_key(self._rank), json.dumps(self._place._replace(beat=beat)))
+                self._store.set(_key(self._rank), json.dumps(self._place._replace(heartbeat=heartbeat)))
             except RuntimeError:  # rank 0 has ended; whoever waits for it finds that out
                 return
             self._done.wait(self._interval())

@@ -24,7 +24,7 @@ class PrototypeRefresh(BaseCallback):
         method: one with `uses_service`.
         service: what clusters its embeddings.
         device: where the method reads the table.
-        log: takes figures.
+        log: takes metrics.
         anchors: gives the [A, D] embeddings that hold the first clusters at a refresh, the same on all ranks.
 
     Attributes:
@@ -71,11 +71,11 @@ class PrototypeRefresh(BaseCallback):
         self._embeddings.clear()
         if self._bias is not None:
             self._bias.step(record.applied)
-        figures = self.service.figures()
+        metrics = self.service.metrics()
         if self.service.refresh_due(record.step):
-            figures |= self.service.refresh(record.step, self.anchors())
-        if figures:
-            self.log(figures)
+            metrics |= self.service.refresh(record.step, self.anchors())
+        if metrics:
+            self.log(metrics)
         self._hand_over()
 
     def _hand_over(self) -> None:

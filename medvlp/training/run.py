@@ -21,8 +21,8 @@ from medvlp.methods.base import Method
 from medvlp.methods.registry import build_method, reads_entities
 from medvlp.prototypes.anchors import AnchorEncoder
 from medvlp.prototypes.initialise import initialise_prototypes
-from medvlp.prototypes.service import build_service
 from medvlp.prototypes.supervisor import decline_worker
+from medvlp.prototypes.synchronous import build_service
 from medvlp.ranks import Ranks, detect, threads_of_rank
 from medvlp.training.bad_steps import BadSteps
 from medvlp.training.batch_plan import BatchPlan, plan_batch

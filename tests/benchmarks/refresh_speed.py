@@ -83,8 +83,8 @@ def refresh(count: int, width: int, clusters: int) -> tuple[float, float]:
     old = PrototypeTable.start(make_start(count, width, clusters))
     config = PrototypesConfig(iterations=ITERATIONS, max_points=count)
     started = time.perf_counter()
-    _, figures = refresh_table(bank, old, config, clusters, 0)
-    return time.perf_counter() - started, figures["prototypes/similarity"]
+    _, metrics = refresh_table(bank, old, config, clusters, 0)
+    return time.perf_counter() - started, metrics["prototypes/similarity"]
 
 
 def main() -> int:

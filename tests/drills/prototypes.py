@@ -89,7 +89,7 @@ class TwoNodes:
     def board(self, node: int) -> Board:
         """The board of a node."""
         board = Board(self.nodes[node].worker().environ()[BOARD])
-        board.refresh_plan()
+        board.read_settings()
         return board
 
     def lines(self) -> list[dict[str, Any]]:

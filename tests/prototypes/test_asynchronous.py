@@ -46,7 +46,7 @@ def build(board: Callable[[], str], **changes: Any) -> tuple[AsynchronousService
     path = board()
     service = AsynchronousService(dataclasses.replace(CONFIG, **changes), 4, 8, seed=1)
     worker = Board(path)
-    worker.refresh_plan()
+    worker.read_settings()
     return service, worker
 
 
@@ -75,7 +75,7 @@ def test_a_refresh_goes_on_behind_the_training(board) -> None:
     service, path = build(board)
     rows = mixture(4, 8)
     service.update({"image": rows[:16], "text": rows[16:]}, torch.arange(16), 0, torch.zeros(16).long())
-    worker = Worker(path, path.plan)
+    worker = Worker(path, path.settings)
     worker.answer_next()
     assert path.answered() == (0, 0)  # nothing was asked for
     for step in range(1, 8):
@@ -85,13 +85,13 @@ def test_a_refresh_goes_on_behind_the_training(board) -> None:
     worker.answer_next()
     assert path.answered() == (5, READY)
     end_step(service, 8)
-    figures = service.figures()
-    assert figures["prototypes/version"] == 1
-    assert figures["prototypes/rows"] == 32
-    assert figures["prototypes/staleness"] == 0
-    assert figures["prototypes/similarity"] > 0.9
+    metrics = service.metrics()
+    assert metrics["prototypes/version"] == 1
+    assert metrics["prototypes/rows"] == 32
+    assert metrics["prototypes/staleness"] == 0
+    assert metrics["prototypes/similarity"] > 0.9
     end_step(service, 9)
-    assert service.figures()["prototypes/staleness"] == 1
+    assert service.metrics()["prototypes/staleness"] == 1
     first = service.table
     end_step(service, 10)
     worker.answer_next()
@@ -103,12 +103,12 @@ def test_a_refresh_goes_on_behind_the_training(board) -> None:
 def test_more_clusters_than_the_ring_can_fill_are_put_off(board) -> None:
     service, path = build(board, bank_rows=3)
     service.update({"image": mixture(4, 8)}, torch.arange(32), 0)
-    worker = Worker(path, path.plan)
+    worker = Worker(path, path.settings)
     for step in range(1, 12):
         end_step(service, step)
         worker.answer_next()
     assert service.table is None
-    assert service.figures()["prototypes/put_off"] == 2
+    assert service.metrics()["prototypes/put_off"] == 2
     assert path.answered() == (10, PUT_OFF)
 
 
@@ -118,7 +118,7 @@ def test_anchors_travel_with_the_request(board) -> None:
     service.update({"image": rows}, torch.arange(32), 0)
     service.proposal(5)
     service.refresh(5, anchors=rows[:2])
-    Worker(path, path.plan).answer_next()
+    Worker(path, path.settings).answer_next()
     end_step(service, 6)
     torch.testing.assert_close(service.table.centroids[:2], rows[:2], atol=1e-3, rtol=0)
 
@@ -130,7 +130,7 @@ def test_only_one_request_is_open_and_a_failed_one_is_made_again(board) -> None:
     assert path.requests()[0] == [5]
     path.answer(5, FAILED)
     end_step(service, 12)
-    assert service.figures()["prototypes/failed_refreshes"] == 1
+    assert service.metrics()["prototypes/failed_refreshes"] == 1
     for step in range(13, 17):
         end_step(service, step)
     assert path.requests()[0] == [15]
@@ -147,7 +147,7 @@ def test_a_damaged_table_is_a_failed_refresh(board) -> None:
     path.answer(5, READY)
     end_step(service, 6)
     assert service.table is None
-    assert service.figures()["prototypes/failed_refreshes"] == 1
+    assert service.metrics()["prototypes/failed_refreshes"] == 1
 
 
 def test_a_restarted_worker_gives_up_what_its_predecessor_began(board) -> None:
@@ -155,10 +155,10 @@ def test_a_restarted_worker_gives_up_what_its_predecessor_began(board) -> None:
     service.update({"image": mixture(4, 8)}, torch.arange(32), 0)
     end_step(service, 5)
     path.restarts += 1
-    worker = Worker(path, path.plan)
+    worker = Worker(path, path.settings)
     assert path.answered() == (5, FAILED)
     end_step(service, 6)
-    assert service.figures()["prototypes/worker_restarts"] == 1
+    assert service.metrics()["prototypes/worker_restarts"] == 1
     end_step(service, 10)
     worker.answer_next()
     end_step(service, 11)
@@ -209,7 +209,7 @@ def test_a_checkpoint_has_the_table_and_forgets_the_request(board) -> None:
     assert other_path.table(other_path.in_use).state["version"] == 1  # the worker starts from it
     for step in range(11, 16):
         end_step(other, step)
-    assert other.figures()["prototypes/staleness"] == 9
+    assert other.metrics()["prototypes/staleness"] == 9
     assert other_path.requests()[0] == [15]
 
 
@@ -223,7 +223,7 @@ def two_nodes(outcomes: list[tuple[int, int, int]], paths: list[str]) -> list[tu
     ranks = Ranks("torchrun", distributed.rank(), 2, 0, 1)
     service = AsynchronousService(CONFIG, 4, 8, 1, ranks)
     worker = Board(paths[distributed.rank()])
-    worker.refresh_plan()
+    worker.read_settings()
     seen = []
     for step in range(1, 30):
         for at, request, seed in outcomes[distributed.rank()]:
@@ -235,8 +235,8 @@ def two_nodes(outcomes: list[tuple[int, int, int]], paths: list[str]) -> list[tu
                 worker.answer(request, READY if seed else FAILED)
         end_step(service, step)
         version = 0 if service.table is None else service.table.version
-        figures = service.figures()
-        counts = [int(figures[f"prototypes/{name}"]) for name in ("mismatches", "failed_refreshes")]
+        metrics = service.metrics()
+        counts = [int(metrics[f"prototypes/{name}"]) for name in ("mismatches", "failed_refreshes")]
         seen.append((version, *counts))
     service.close()
     del os.environ[BOARD]

@@ -1,4 +1,4 @@
-"""The board of a node: plan, requests, answers, tables; nothing of it stays behind."""
+"""The board of a node: settings, requests, answers, tables; nothing of it stays behind."""
 
 from __future__ import annotations
 
@@ -11,10 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-from medvlp.prototypes.board import DECLINED, PLANNED, READY, WAITING, Board, BoardError, Plan, new_board
+from medvlp.prototypes.board import (
+    CONFIGURED,
+    DECLINED,
+    READY,
+    WAITING,
+    Board,
+    BoardError,
+    WorkerSettings,
+    new_board,
+)
 from medvlp.prototypes.ring import EmbeddingRing
 
-PLAN = Plan(0, 1, "", 2, 16, 4, 3, 0, EmbeddingRing.size(16, 4), {"worker_threads": None})
+SETTINGS = WorkerSettings(0, 1, "", 2, 16, 4, 3, 0, EmbeddingRing.size(16, 4), {"worker_threads": None})
 
 
 @pytest.fixture
@@ -39,10 +48,10 @@ def stored(version: int) -> dict:
 def test_a_worker_waits_for_the_plan(path: str) -> None:
     rank, worker = Board(path), Board(path)
     assert worker.state == WAITING
-    assert worker.refresh_plan() is None
-    rank.publish(PLAN)
-    assert worker.state == PLANNED
-    assert worker.refresh_plan() == PLAN
+    assert worker.read_settings() is None
+    rank.publish(SETTINGS)
+    assert worker.state == CONFIGURED
+    assert worker.read_settings() == SETTINGS
 
 
 def test_a_board_can_be_declined(path: str) -> None:
@@ -51,25 +60,25 @@ def test_a_board_can_be_declined(path: str) -> None:
 
 
 def test_a_damaged_plan_is_refused(path: str) -> None:
-    Board(path).publish(PLAN)
+    Board(path).publish(SETTINGS)
     with Path(path).open("r+b") as file:
         file.seek(4096 + 3)
         file.write(b"?")
     with pytest.raises(BoardError, match="damaged"):
-        Board(path).refresh_plan()
+        Board(path).read_settings()
 
 
 def test_a_plan_larger_than_its_memory_is_refused(path: str) -> None:
-    Board(path).publish(PLAN)
+    Board(path).publish(SETTINGS)
     os.truncate(path, 100_000)
     with pytest.raises(BoardError, match="100000 bytes"):
-        Board(path).refresh_plan()
+        Board(path).read_settings()
 
 
 @pytest.mark.parametrize("change", [{"ranks": 0}, {"node": 1}, {"width": -4}])
 def test_impossible_plans_are_refused(change: dict) -> None:
     with pytest.raises(BoardError, match="cannot be"):
-        dataclasses.replace(PLAN, **change)
+        dataclasses.replace(SETTINGS, **change)
 
 
 def test_something_else_is_no_board(tmp_path) -> None:
@@ -83,8 +92,8 @@ def test_something_else_is_no_board(tmp_path) -> None:
 
 def test_tables_go_into_the_slot_that_is_not_in_use(path: str) -> None:
     board, worker = Board(path), Board(path)
-    board.publish(PLAN)
-    worker.refresh_plan()
+    board.publish(SETTINGS)
+    worker.read_settings()
     assert board.in_use is None
     for version in (1, 2, 3):
         worker.write_table(stored(version), 100 + version, {"seconds": 0.5})
@@ -92,7 +101,7 @@ def test_tables_go_into_the_slot_that_is_not_in_use(path: str) -> None:
         assert board.answered() == (10 * version, READY)
         table = board.table(board.other_slot)
         assert (table.state["version"], table.fingerprint) == (version, 100 + version)
-        assert table.figures == {"seconds": 0.5}
+        assert table.metrics == {"seconds": 0.5}
         np.testing.assert_array_equal(table.state["counts"], np.full(3, version))
         if board.in_use is not None:
             assert board.table(board.in_use).state["version"] == version - 1
@@ -103,7 +112,7 @@ def test_tables_go_into_the_slot_that_is_not_in_use(path: str) -> None:
 
 def test_a_damaged_table_is_refused(path: str) -> None:
     board = Board(path)
-    board.publish(PLAN)
+    board.publish(SETTINGS)
     board.write_table(stored(1), 101, {})
     board._slots[board.other_slot]._arrays["centroids"][0, 0] += 1e-6
     with pytest.raises(BoardError, match="damaged"):
@@ -112,8 +121,8 @@ def test_a_damaged_table_is_refused(path: str) -> None:
 
 def test_requests_and_anchors(path: str) -> None:
     board, worker = Board(path), Board(path)
-    board.publish(PLAN)
-    worker.refresh_plan()
+    board.publish(SETTINGS)
+    worker.read_settings()
     assert worker.anchors() is None
     board.set_anchors(np.ones((2, 4), np.float32))
     board.request(0, 5, 12)
@@ -126,7 +135,7 @@ def test_requests_and_anchors(path: str) -> None:
 
 def test_rings_do_not_touch_each_other_and_memory_is_bounded(path: str) -> None:
     board = Board(path)
-    board.publish(PLAN)
+    board.publish(SETTINGS)
     rings = [EmbeddingRing(16, 4, board.ring_memory(rank)) for rank in range(2)]
     for _ in range(50):
         for rank, ring in enumerate(rings):
@@ -134,13 +143,13 @@ def test_rings_do_not_touch_each_other_and_memory_is_bounded(path: str) -> None:
     for rank, ring in enumerate(rings):
         assert set(ring.rows().sample.tolist()) == {rank}
     tables = 4 * 3 * (4 + 3)
-    assert Path(path).stat().st_size <= 2 * PLAN.ring_bytes + 2 * tables + 32 * 4096
+    assert Path(path).stat().st_size <= 2 * SETTINGS.ring_bytes + 2 * tables + 32 * 4096
 
 
 def test_nothing_is_left_when_all_have_ended() -> None:
     descriptor, path = new_board()
     board = Board(path)
-    board.publish(PLAN)
+    board.publish(SETTINGS)
     assert not [file for file in Path("/dev/shm").iterdir() if "medvlp" in file.name]
     os.close(descriptor)
     with pytest.raises(BoardError):

@@ -1,4 +1,4 @@
-"""One refresh: sampling, anchors, temperatures, figures, drift, and the same result on 1, 2 and 4 ranks."""
+"""One refresh: sampling, anchors, temperatures, metrics, drift, and the same result on 1, 2 and 4 ranks."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from medvlp.config import PrototypesConfig
 from medvlp.distributed import rank
 from medvlp.losses.normalise import unit_norm
 from medvlp.prototypes import refresh
-from medvlp.prototypes.density import density_temperatures
-from medvlp.prototypes.refresh import refresh_table
+from medvlp.prototypes.refresh import density_temperatures, refresh_table
 from medvlp.prototypes.ring import BankRows
 from medvlp.prototypes.sampling import row_keys, smallest
 from tests.prototypes.test_kmeans import mixture
@@ -48,10 +47,10 @@ def refresh_own_rows(rows: np.ndarray, shares: list[float], shuffled: bool, opti
     config = configured(**options)
     table, _ = refresh_table(mine, None, config, 9, 7)
     assert table is not None
-    again, figures = refresh_table(mine, table, config, 9, 7)
-    figures = {name: value for name, value in figures.items() if "seconds" not in name}
+    again, metrics = refresh_table(mine, table, config, 9, 7)
+    metrics = {name: value for name, value in metrics.items() if "seconds" not in name}
     assert again is not None
-    return again.fingerprint, again.centroids.numpy(), figures
+    return again.fingerprint, again.centroids.numpy(), metrics
 
 
 @pytest.mark.dist
@@ -59,15 +58,15 @@ def test_the_same_however_the_rows_are_divided(gloo_pool) -> None:
     rows = mixture(9, 60, spread=0.3).numpy()
     options = {"max_points": 20, "cluster_temperature": True, "blend": 0.7, "start": "farthest_first"}
     for choice in (options, options | {"start": "k-means++", "max_points": 1000}):
-        _, expected, figures = refresh_own_rows(rows, [1.0], False, choice)
-        assert figures["prototypes/sampled"] == (180 if choice["max_points"] == 20 else 540)
-        assert figures["prototypes/nmi"] > 0
+        _, expected, metrics = refresh_own_rows(rows, [1.0], False, choice)
+        assert metrics["prototypes/sampled"] == (180 if choice["max_points"] == 20 else 540)
+        assert metrics["prototypes/nmi"] > 0
         for shares in ([0.3, 1.0], [0.6, 0.6, 0.9, 1.0]):
             results = gloo_pool(len(shares)).run(refresh_own_rows, rows, shares, True, choice)
             assert len({fingerprint for fingerprint, _, _ in results}) == 1
             for _, centroids, found in results:
                 np.testing.assert_allclose(centroids, expected, atol=1e-6)
-                assert found == pytest.approx(figures, abs=1e-5)
+                assert found == pytest.approx(metrics, abs=1e-5)
 
 
 def test_another_version_takes_another_sample() -> None:
@@ -76,8 +75,8 @@ def test_another_version_takes_another_sample() -> None:
     table, _ = refresh_table(rows, None, config, 4, 0)
     counts = []
     for _ in range(2):
-        table, figures = refresh_table(rows, table, config, 4, 0)
-        assert figures["prototypes/sampled"] == 40
+        table, metrics = refresh_table(rows, table, config, 4, 0)
+        assert metrics["prototypes/sampled"] == 40
         counts.append(table.counts.tolist())
     assert counts[0] != counts[1]
 
@@ -94,11 +93,11 @@ def test_the_smallest_keys_are_chosen(count: int, limit: int, seed: int) -> None
 
 
 def test_too_few_rows_put_a_refresh_off() -> None:
-    table, figures = refresh_table(bank(mixture(4, 5)), None, CONFIG, 21, 0)
+    table, metrics = refresh_table(bank(mixture(4, 5)), None, CONFIG, 21, 0)
     assert table is None
-    assert (figures["prototypes/put_off"], figures["prototypes/rows"]) == (1, 20)
-    table, figures = refresh_table(bank(mixture(4, 5)), None, configured(min_points=5), 4, 0)
-    assert figures["prototypes/put_off"] == 0
+    assert (metrics["prototypes/put_off"], metrics["prototypes/rows"]) == (1, 20)
+    table, metrics = refresh_table(bank(mixture(4, 5)), None, configured(min_points=5), 4, 0)
+    assert metrics["prototypes/put_off"] == 0
     assert refresh_table(bank(mixture(4, 5)), table, configured(min_points=6), 4, 0)[0] is None
 
 
@@ -107,9 +106,9 @@ def test_rows_without_direction_are_left_out() -> None:
     clean, _ = refresh_table(bank(rows), None, CONFIG, 4, 0)
     broken = torch.cat([rows, torch.full((2, 8), float("nan")), torch.zeros(1, 8), torch.full((1, 8), 1e38)])
     broken[-1] = float("inf")
-    table, figures = refresh_table(bank(broken), None, CONFIG, 4, 0)
-    assert figures["prototypes/unusable"] == 4
-    assert figures["prototypes/rows"] == 80
+    table, metrics = refresh_table(bank(broken), None, CONFIG, 4, 0)
+    assert metrics["prototypes/unusable"] == 4
+    assert metrics["prototypes/rows"] == 80
     assert torch.equal(table.centroids, clean.centroids)
 
 
@@ -121,8 +120,8 @@ def test_ids_hardly_change_while_rows_drift() -> None:
     begun, churns = table.assign(rows), []
     for _ in range(10):
         rows = unit_norm(rows + 0.01 * torch.randn(rows.shape, generator=generator))
-        table, figures = refresh_table(bank(rows), table, CONFIG, 12, 0)
-        churns.append(figures["prototypes/churn"])
+        table, metrics = refresh_table(bank(rows), table, CONFIG, 12, 0)
+        churns.append(metrics["prototypes/churn"])
     assert max(churns) < 0.05
     assert (begun != table.assign(rows)).float().mean() < 0.1
     # Clusters found anew have other ids: what a warm start saves.
@@ -132,14 +131,14 @@ def test_ids_hardly_change_while_rows_drift() -> None:
 
 def test_churn_counts_rows_that_moved() -> None:
     old = bank(mixture(3, 30, seed=1))
-    table, figures = refresh_table(old, None, CONFIG, 3, 0)
-    assert "prototypes/churn" not in figures
+    table, metrics = refresh_table(old, None, CONFIG, 3, 0)
+    assert "prototypes/churn" not in metrics
     other = bank(mixture(6, 30, spread=0.3, seed=5))
     before = table.assign(other.embeddings)
-    table, figures = refresh_table(other, table, CONFIG, 3, 0)
+    table, metrics = refresh_table(other, table, CONFIG, 3, 0)
     moved = (before != table.assign(other.embeddings)).float().mean()
     assert moved > 0
-    assert figures["prototypes/churn"] == pytest.approx(float(moved))
+    assert metrics["prototypes/churn"] == pytest.approx(float(moved))
 
 
 @pytest.mark.parametrize("pull", [1.0, 0.6])
@@ -150,13 +149,13 @@ def test_anchors_hold_the_first_clusters(pull: float) -> None:
     free, _ = refresh_table(bank(rows), None, configured(blend=0.5), 5, 0)
     table = None
     for moved in (anchors, unit_norm(anchors + 0.1 * torch.randn(2, 16))):  # the encoder is in training
-        table, figures = refresh_table(bank(rows), table, config, 5, 0, moved)
+        table, metrics = refresh_table(bank(rows), table, config, 5, 0, moved)
         cosine = (table.centroids[:2] * moved).sum(1)
         if pull == 1:
             torch.testing.assert_close(table.centroids[:2], moved)
         else:
             assert (cosine > 0.6).all()
-        assert figures["prototypes/similarity"] > 0.5
+        assert metrics["prototypes/similarity"] > 0.5
     assert table.centroids.shape == free.centroids.shape
     # The second text lies where no row is: its cluster stays there and is not used up by a split.
     assert table.counts[1] == 0
@@ -172,22 +171,22 @@ def test_wrong_shapes_are_named() -> None:
 
 def test_agreement_with_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, group = mixture(4, 60), torch.zeros(240, dtype=torch.int64)
-    table, figures = refresh_table(bank(rows), None, CONFIG, 4, 0)
-    assert not any("nmi" in name for name in figures)
+    table, metrics = refresh_table(bank(rows), None, CONFIG, 4, 0)
+    assert not any("nmi" in name for name in metrics)
     group = table.assign(rows)
     labels = torch.tensor([0b01, 0b10, 0b11, 0b00])[group]
-    _, figures = refresh_table(bank(rows, labels=labels), table, CONFIG, 4, 0)
-    assert figures["prototypes/nmi"] == pytest.approx(1)
-    assert figures["prototypes/purity"] == 1
-    assert 0.4 < figures["prototypes/nmi_findings"] < 0.8  # a bit each, of clusters worth two
+    _, metrics = refresh_table(bank(rows, labels=labels), table, CONFIG, 4, 0)
+    assert metrics["prototypes/nmi"] == pytest.approx(1)
+    assert metrics["prototypes/purity"] == 1
+    assert 0.4 < metrics["prototypes/nmi_findings"] < 0.8  # a bit each, of clusters worth two
     monkeypatch.setattr(refresh, "LABELLED_ROWS", 50)
     unknown = torch.where(torch.arange(240) < 100, -1, labels)
-    _, figures = refresh_table(bank(rows, labels=unknown), table, CONFIG, 4, 0)
-    assert figures["prototypes/purity"] == 1
+    _, metrics = refresh_table(bank(rows, labels=unknown), table, CONFIG, 4, 0)
+    assert metrics["prototypes/purity"] == 1
     noise = torch.randint(0, 4, (240,), generator=torch.Generator().manual_seed(0))
-    _, figures = refresh_table(bank(rows, labels=noise), table, CONFIG, 4, 0)
-    assert figures["prototypes/nmi"] < 0.3
-    assert figures["prototypes/purity"] < 0.6
+    _, metrics = refresh_table(bank(rows, labels=noise), table, CONFIG, 4, 0)
+    assert metrics["prototypes/nmi"] < 0.3
+    assert metrics["prototypes/purity"] < 0.6
 
 
 def test_dense_clusters_get_low_temperatures() -> None:

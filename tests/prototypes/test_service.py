@@ -14,7 +14,7 @@ from medvlp.distributed import rank
 from medvlp.losses.normalise import unit_norm
 from medvlp.prototypes.asynchronous import AsynchronousService
 from medvlp.prototypes.board import BOARD, DECLINED, Board, new_board
-from medvlp.prototypes.service import SynchronousService, build_service
+from medvlp.prototypes.synchronous import SynchronousService, build_service
 from medvlp.prototypes.table import PrototypeTable
 from medvlp.ranks import Ranks
 from tests.prototypes.test_kmeans import mixture
@@ -102,12 +102,12 @@ def test_table_refuses_nonsense(change: dict, message: str) -> None:
 def test_refresh_counts_versions_and_reports() -> None:
     service = filled_service()
     assert [step for step in range(12) if service.refresh_due(step)] == [5, 10]
-    figures = service.refresh(5)
-    assert figures["prototypes/version"] == 1
-    assert figures["prototypes/rows"] == 32
-    assert figures["prototypes/similarity"] > 0.9
-    assert figures["prototypes/perplexity"] == pytest.approx(1.0, abs=0.05)
-    assert figures["prototypes/dead"] == 0
+    metrics = service.refresh(5)
+    assert metrics["prototypes/version"] == 1
+    assert metrics["prototypes/rows"] == 32
+    assert metrics["prototypes/similarity"] > 0.9
+    assert metrics["prototypes/perplexity"] == pytest.approx(1.0, abs=0.05)
+    assert metrics["prototypes/dead"] == 0
     first = service.table
     service.refresh(5)
     assert service.table.version == 2
@@ -125,8 +125,8 @@ def test_blend_moves_centroids_part_of_the_way() -> None:
 
 def test_too_few_embeddings_leave_the_table_alone() -> None:
     service = filled_service(count=40)
-    figures = service.refresh(5)
-    assert (figures["prototypes/version"], figures["prototypes/put_off"]) == (0, 1)
+    metrics = service.refresh(5)
+    assert (metrics["prototypes/version"], metrics["prototypes/put_off"]) == (0, 1)
     assert service.table is None
     with pytest.raises(RuntimeError, match="refresh_steps"):
         service.assign(mixture(2, 2))
@@ -199,7 +199,7 @@ def test_rows_without_a_direction_are_left_out() -> None:
     rows = mixture(4, 8)
     rows[:3] = float("nan")
     service.update({"image": rows}, torch.arange(32), step=2)
-    figures = service.refresh(5)
+    metrics = service.refresh(5)
     assert service.rows.ring.dropped == 3
-    assert figures["prototypes/rows"] == 32 + 29
+    assert metrics["prototypes/rows"] == 32 + 29
     assert service.table.centroids.isfinite().all()

@@ -33,9 +33,9 @@ def wait_until(condition: Callable[[], object], seconds: float = 30.0) -> None:
 
 def is_waiting(supervisor: WorkerSupervisor) -> bool:
     """Whether the worker has found the board."""
-    started = supervisor.board.last_beat
+    started = supervisor.board.last_heartbeat
     time.sleep(0.7)
-    return supervisor.board.last_beat > started
+    return supervisor.board.last_heartbeat > started
 
 
 def test_a_killed_worker_is_started_again(supervisor: WorkerSupervisor) -> None:
@@ -48,7 +48,7 @@ def test_a_killed_worker_is_started_again(supervisor: WorkerSupervisor) -> None:
     wait_until(lambda: is_waiting(supervisor))
 
 
-def test_a_worker_without_a_sign_of_life_is_replaced(
+def test_a_worker_without_a_heartbeat_is_replaced(
     supervisor: WorkerSupervisor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wait_until(lambda: is_waiting(supervisor))
@@ -95,7 +95,7 @@ def test_the_worker_dies_with_its_supervisor() -> None:
         "import time\n"
         "supervisor = WorkerSupervisor().start()\n"
         "started = time.monotonic_ns()\n"
-        "while supervisor.board.last_beat < started + 3e8: time.sleep(0.02)\n"
+        "while supervisor.board.last_heartbeat < started + 3e8: time.sleep(0.02)\n"
         "print(supervisor.worker_pid, flush=True)\n"
         "time.sleep(60)\n"
     )

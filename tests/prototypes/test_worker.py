@@ -14,7 +14,7 @@ import torch
 
 from medvlp import distributed
 from medvlp.config import PrototypesConfig
-from medvlp.prototypes.board import FAILED, READY, Board, Plan
+from medvlp.prototypes.board import FAILED, READY, Board, WorkerSettings
 from medvlp.prototypes.board_tables import put_table, read_table
 from medvlp.prototypes.refresh import refresh_table
 from medvlp.prototypes.ring import BankRows, EmbeddingRing
@@ -33,7 +33,9 @@ class Node:
         self.supervisor = WorkerSupervisor().start()
         self.board = Board(self.supervisor.path)
         size = EmbeddingRing.size(ROWS, WIDTH)
-        self.board.publish(Plan(number, 2, store, RANKS, ROWS, WIDTH, CLUSTERS, 1, size, asdict(CONFIG)))
+        self.board.publish(
+            WorkerSettings(number, 2, store, RANKS, ROWS, WIDTH, CLUSTERS, 1, size, asdict(CONFIG))
+        )
         memories = [self.board.ring_memory(rank) for rank in range(RANKS)]
         self.rings = [EmbeddingRing(ROWS, WIDTH, memory) for memory in memories]
 
@@ -89,8 +91,8 @@ def test_both_nodes_find_the_clusters_of_all_rows(nodes: list[Node], requests: I
     found = tables(nodes)
     assert found[0].fingerprint == found[1].fingerprint
     rows = BankRows.joined([ring.rows() for node in nodes for ring in node.rings])
-    alone, figures = refresh_table(rows, None, CONFIG, CLUSTERS, 1)
-    assert figures["prototypes/rows"] == 80
+    alone, metrics = refresh_table(rows, None, CONFIG, CLUSTERS, 1)
+    assert metrics["prototypes/rows"] == 80
     torch.testing.assert_close(found[0].centroids, alone.centroids, atol=1e-6, rtol=0)
     for node in nodes:
         put_table(node.board, found[0])

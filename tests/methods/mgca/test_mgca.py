@@ -16,7 +16,7 @@ from medvlp.methods.base import Progress
 from medvlp.methods.registry import UnknownMethodError, build_method, schemas
 from medvlp.prototypes.initialise import initialise_prototypes
 from medvlp.prototypes.kmeans import TooFewRowsError
-from medvlp.prototypes.service import SynchronousService
+from medvlp.prototypes.synchronous import SynchronousService
 from medvlp.prototypes.table import PrototypeTable
 from tests.methods.small_mgca import VOCABULARY, rows_of, small_batch, small_config, small_mgca
 
