@@ -28,7 +28,7 @@ from shards.errors import MedvlpError
 BOARD = "MEDVLP_BOARD"
 #: First word of a board ("MEDVBORD"), and the version of everything behind it.
 MAGIC, FORMAT = int.from_bytes(b"MEDVBORD", "little"), 1
-#: State of a board: the worker's settings are not there yet, are there, or this node has nothing for it to do.
+#: State of a board: the settings are not there yet, are there, or the worker has nothing to do on this node.
 WAITING, CONFIGURED, DECLINED = 0, 1, 2
 #: What a worker says about a request: the table in the other slot is ready; too few rows; it did not work.
 READY, PUT_OFF, FAILED = 1, 2, 3
