@@ -21,7 +21,7 @@ from launcher.placement import Node
 from launcher.slurm.attempts import note_node_exit
 from medvlp.lifetime import die_with
 from medvlp.prototypes.supervisor import WorkerSupervisor
-from medvlp.ranks import available_cpus
+from medvlp.ranks import FIRST_ERROR, available_cpus, claim_first_error
 from medvlp.training.errors import LostPeerError
 from shards.errors import MedvlpError
 
@@ -29,8 +29,6 @@ from shards.errors import MedvlpError
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 #: Tells a rank which process it must not outlive.
 PARENT = "MEDVLP_LAUNCHER_PID"
-#: Path of the file that the first rank with an error makes; only that rank shows its error.
-FIRST_ERROR = "MEDVLP_FIRST_ERROR"
 
 
 def launch(
@@ -112,17 +110,9 @@ def _exit_code(failures: list[ProcessFailure]) -> int:
 
 def may_show_error(error: MedvlpError, environment: Mapping[str, str]) -> bool:
     """Whether this rank is the one to show its error: the first that did not just lose another rank."""
-    if FIRST_ERROR not in environment:
-        return True
-    if isinstance(error, LostPeerError):
+    if FIRST_ERROR in environment and isinstance(error, LostPeerError):
         return False
-    try:
-        Path(environment[FIRST_ERROR]).touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    except OSError:  # a full disk must not hide the message about it
-        return True
-    return True
+    return claim_first_error(environment)
 
 
 def rank_environment(rank: int, ranks: int, node: Node, has_cuda: bool) -> dict[str, str]:

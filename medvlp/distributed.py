@@ -138,6 +138,9 @@ def temporary_group(store: Any, rank: int, world_size: int, timeout: timedelta) 
 
     What goes wrong in it leaves nothing behind: the next block forms a new group, in a new store.
     """
+    # Torch names a group in its store by a count that it takes back when a group is destroyed, but not when
+    # one could not be formed: such a process would look for the others under another name for ever.
+    dist.distributed_c10d._world.group_count = 0
     try:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
         yield

@@ -1,4 +1,4 @@
-"""Which rank this process is, read from the environment that torchrun, deepspeed or srun leaves. No torch."""
+"""Which rank this process is, as torchrun, deepspeed or srun say it, and who shows an error. No torch."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from shards.errors import MedvlpError
 
 #: Set by our job scripts: the tasks of srun are nodes, each of which starts its ranks itself.
 NODE_LAUNCH = "MEDVLP_NODE_LAUNCH"
+#: Path of the file that the first rank of a node with an error makes; only that rank shows its error.
+FIRST_ERROR = "MEDVLP_FIRST_ERROR"
 
 
 class LaunchError(MedvlpError):
@@ -145,3 +148,16 @@ def node_key(ranks: Ranks, environment: Mapping[str, str] = os.environ) -> int:
     """
     name = {"srun": "SLURM_NODEID", "torchrun": "GROUP_RANK"}.get(ranks.launcher, "")
     return int(environment[name]) if name in environment else ranks.rank - ranks.local_rank
+
+
+def claim_first_error(environment: Mapping[str, str]) -> bool:
+    """Whether this rank is the first of its node to show an error; only one is. True without a launcher."""
+    if FIRST_ERROR not in environment:
+        return True
+    try:
+        Path(environment[FIRST_ERROR]).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # a full disk must not hide the message about it
+        return True
+    return True

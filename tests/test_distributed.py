@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from datetime import timedelta
 
 import pytest
 import torch
@@ -82,3 +83,30 @@ for size in (2, 1):
 def test_a_group_that_failed_leaves_nothing_behind():
     ended = subprocess.run([sys.executable, "-c", TEMPORARY], capture_output=True, text=True, check=True)
     assert ended.stdout.split("\n") == ["nobody came", "False", "1 5", "False", ""]
+
+
+def test_a_group_that_could_not_be_formed_leaves_nothing_behind() -> None:
+    """It failed in this process alone; the other one has never tried."""
+    with (
+        pytest.raises(RuntimeError),
+        distributed.temporary_group(distributed.host_store(), 0, 2, timedelta(seconds=1)),
+    ):
+        pytest.fail("nobody else is there")
+    store = distributed.host_store()
+    program = (
+        "import torch\n"
+        "from datetime import timedelta\n"
+        "from medvlp import distributed\n"
+        "patience = timedelta(seconds=100)\n"
+        f"store = distributed.connect_store('127.0.0.1', {store.port}, patience)\n"
+        "with distributed.temporary_group(store, 1, 2, patience):\n"
+        "    distributed.sum_on_host(torch.ones(1))\n"
+    )
+    other = subprocess.Popen([sys.executable, "-c", program])
+    try:
+        with distributed.temporary_group(store, 0, 2, timedelta(seconds=100)):
+            assert distributed.sum_on_host(torch.ones(1)).item() == 2
+        assert other.wait(100) == 0
+    finally:
+        other.kill()
+        other.wait()

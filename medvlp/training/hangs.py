@@ -8,13 +8,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
 from medvlp import distributed
+from medvlp.ranks import claim_first_error
 from medvlp.training.errors import HangError
-from medvlp.training.events import EventLog
+from medvlp.training.events import EVENTS, EventLog
 
 #: Seconds to wait for the store's answer, and that the ranks which do not speak leave to the one that does.
 _STORE_SECONDS, _SPEAKER_SECONDS = 5.0, 10.0
@@ -42,7 +44,8 @@ class Watchdog:
     Marking a place costs an attribute. One thread puts the place into the process group's store every few
     seconds, another looks at the clock. When this rank has been in one place for too long it reads where the
     others are. A rank that does not answer (stopped, gone), or that has passed fewer places, is the one the
-    others wait for. Every rank then ends with `HangError.exit_code`; the first that still answers says why.
+    others wait for. Every rank then ends with `HangError.exit_code`; the first that still answers says why. A
+    rank that was stopped and is woken to be ended adds nothing to what was said of it.
 
     Args:
         run_dir: the run folder, for `events.jsonl`.
@@ -82,6 +85,7 @@ class Watchdog:
         self._store = distributed.shared_store()
         self._rank, self._ranks = distributed.rank(), distributed.world_size()
         self._since = time.monotonic()
+        self._earlier_events = _size(self.run_dir / EVENTS)
         for target in (self._publish, self._watch):
             self._threads.append(threading.Thread(target=target, name="medvlp-watchdog", daemon=True))
             self._threads[-1].start()
@@ -120,22 +124,43 @@ class Watchdog:
 
     def _investigate(self) -> None:
         marks, limit = self._place.marks, self.limit
+        # Two looks at the store, far enough apart for every living process to have put in another heartbeat.
         before = self._places()
         self._done.wait(3 * self._interval() + 0.5)
         after = self._places()
+        # This rank may have gone on, or ended, while it looked.
         if self._done.is_set() or self._place.marks != marks:
             return
+        # A rank whose main thread waits still sends heartbeats; one that is stopped or gone sends none. This
+        # rank counts as answering whatever the store says: it is the one that asks.
         answering = [rank for rank in after if rank == self._rank or before.get(rank) != after[rank]]
         text = self._story(after, answering, limit)
+        # Every rank comes here by itself, at about the same time and with the same answers, so they need no
+        # agreement (which could hang as well) on who speaks. The others leave the speaker time for it: the
+        # launcher ends all ranks of a node when the first has ended.
         if self._rank != min(answering, default=self._rank):
             time.sleep(_SPEAKER_SECONDS)
-        else:
+        # A rank that was stopped finds the others gone when it is woken to be ended. They have named it, here
+        # (first error of this node) or on another node (run folder).
+        elif not self._is_told() and claim_first_error(os.environ):
             print(f"error: {text}", file=sys.stderr, flush=True)
             _within(
                 _STORE_SECONDS, lambda: EventLog(self.run_dir).note("hang", self._place.step or 0, text=text)
             )
         distributed.wait_for_flight_recorder()
+        # Not sys.exit: the main thread is in a collective or a system call that nothing interrupts.
         os._exit(HangError.exit_code)
+
+    def _is_told(self) -> bool:
+        """Whether a rank has noted a hang since this start."""
+        noted: list[bytes] = []
+
+        def read() -> None:
+            with suppress(OSError), (self.run_dir / EVENTS).open("rb") as file:
+                file.seek(self._earlier_events)
+                noted.extend(line for line in file if b'"kind": "hang"' in line)
+
+        return _within(_STORE_SECONDS, read) and bool(noted)
 
     def _places(self) -> dict[int, Place]:
         """Where the ranks are, as far as the store tells; {} when it does not answer."""
@@ -171,6 +196,13 @@ class Watchdog:
             parts = [f"rank {rank} is still in {_where(places[rank])}" for rank in behind]
             return head + "The others wait for it: " + "; ".join(parts)
         return head + "So have all ranks: the network between them, or a disk they share, does not answer"
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _key(rank: int) -> str:

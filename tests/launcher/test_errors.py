@@ -13,9 +13,16 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from launcher import local, main
 from launcher.commands import pretrain
 from medvlp import distributed
+from medvlp.ranks import FIRST_ERROR
 from medvlp.training.errors import CheckpointError, LostPeerError
 from shards.errors import DataError
 from tests.distributed_pool import GlooPool, RankError
+
+
+@pytest.fixture(autouse=True)
+def _the_process_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command with an error has half a minute to end its process, which here runs further tests."""
+    monkeypatch.setattr(main, "end_within", lambda seconds, code: None)
 
 
 @pytest.mark.parametrize(
@@ -65,12 +72,12 @@ def test_no_arguments_show_the_usage_and_are_a_wrong_command_line(
 
 
 def test_the_first_rank_with_an_error_shows_it(tmp_path: Path) -> None:
-    environment = {local.FIRST_ERROR: str(tmp_path / "first")}
+    environment = {FIRST_ERROR: str(tmp_path / "first")}
     assert not local.may_show_error(LostPeerError("rank 1 ended"), environment)
     assert local.may_show_error(DataError("broken"), environment)
     assert not local.may_show_error(DataError("also broken"), environment)
     assert local.may_show_error(DataError("no launcher"), {})
-    assert local.may_show_error(DataError("x"), {local.FIRST_ERROR: "/nowhere/first"})
+    assert local.may_show_error(DataError("x"), {FIRST_ERROR: "/nowhere/first"})
 
 
 def failing(code: int, timestamp: int, rank: int, monkeypatch: pytest.MonkeyPatch) -> ProcessFailure:

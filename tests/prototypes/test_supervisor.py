@@ -24,40 +24,46 @@ def supervisor() -> Iterator[WorkerSupervisor]:
         yield running
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 30.0) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 200.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it never came"
         time.sleep(0.02)
 
 
-def is_waiting(supervisor: WorkerSupervisor) -> bool:
-    """Whether the worker has found the board."""
-    started = supervisor.board.last_heartbeat
-    time.sleep(0.7)
-    return supervisor.board.last_heartbeat > started
+def wait_for_heartbeat(supervisor: WorkerSupervisor) -> None:
+    """Until the worker of this moment has found the board, and sends a heartbeat once more."""
+    wait_until(lambda: supervisor.worker_pid is not None)
+    # The supervisor itself sets the first one when it starts a worker, so a second one is waited for as well.
+    for _ in range(2):
+        before = supervisor.board.last_heartbeat
+        wait_until(lambda before=before: supervisor.board.last_heartbeat > before)
 
 
 def test_a_killed_worker_is_started_again(supervisor: WorkerSupervisor) -> None:
-    wait_until(lambda: is_waiting(supervisor))
+    wait_for_heartbeat(supervisor)
     first = supervisor.worker_pid
     assert psutil.Process(first).nice() >= 10
     os.kill(first, signal.SIGKILL)
     wait_until(lambda: supervisor.worker_pid not in (None, first))
     assert supervisor.board.restarts == 1
-    wait_until(lambda: is_waiting(supervisor))
+    wait_for_heartbeat(supervisor)
 
 
 def test_a_worker_without_a_heartbeat_is_replaced(
     supervisor: WorkerSupervisor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wait_until(lambda: is_waiting(supervisor))
+    wait_for_heartbeat(supervisor)
     first = supervisor.worker_pid
-    monkeypatch.setattr(module, "START_SECONDS", 1.0)
     os.kill(first, signal.SIGSTOP)
+    # Only the stopped worker has to hurry: its successor may start on a busy machine.
+    patience = {first: 1.0}
+    monkeypatch.setattr(
+        WorkerSupervisor, "_patience", lambda self: patience.get(self.worker_pid, module.START_SECONDS)
+    )
     wait_until(lambda: not psutil.pid_exists(first))
-    monkeypatch.setattr(module, "START_SECONDS", 60.0)
-    wait_until(lambda: supervisor.worker_pid is not None and is_waiting(supervisor))
+    wait_until(lambda: supervisor.worker_pid not in (None, first))
+    wait_for_heartbeat(supervisor)
     assert supervisor.board.restarts == 1
 
 
@@ -66,24 +72,24 @@ def test_a_worker_with_nothing_to_do_ends_and_stays_away(
 ) -> None:
     monkeypatch.setenv(BOARD, supervisor.path)
     decline_worker(Ranks("torchrun", rank=1, world_size=2, local_rank=1))  # not this rank's business
-    wait_until(lambda: is_waiting(supervisor))
+    wait_for_heartbeat(supervisor)
     decline_worker(Ranks("torchrun", rank=0, world_size=2, local_rank=0))
     wait_until(lambda: supervisor.worker_pid is None)
     assert supervisor.board.restarts == 0
 
 
 def test_requests_to_save_do_not_end_the_worker(supervisor: WorkerSupervisor) -> None:
-    wait_until(lambda: is_waiting(supervisor))
+    wait_for_heartbeat(supervisor)
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         os.kill(supervisor.worker_pid, number)
-    assert is_waiting(supervisor)
+    wait_for_heartbeat(supervisor)
     assert supervisor.board.restarts == 0
 
 
 def test_closing_ends_a_worker_that_does_not_listen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "GRACE_SECONDS", 0.3)
     with WorkerSupervisor() as supervisor:
-        wait_until(lambda: is_waiting(supervisor))
+        wait_for_heartbeat(supervisor)
         worker = supervisor.worker_pid
         os.kill(worker, signal.SIGSTOP)  # SIGTERM waits for SIGCONT
     assert not psutil.pid_exists(worker)
@@ -97,7 +103,7 @@ def test_the_worker_dies_with_its_supervisor() -> None:
         "started = time.monotonic_ns()\n"
         "while supervisor.board.last_heartbeat < started + 3e8: time.sleep(0.02)\n"
         "print(supervisor.worker_pid, flush=True)\n"
-        "time.sleep(60)\n"
+        "time.sleep(600)\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     try:
@@ -106,4 +112,4 @@ def test_the_worker_dies_with_its_supervisor() -> None:
     finally:
         parent.kill()
         parent.wait()
-    wait_until(lambda: not psutil.pid_exists(worker) or psutil.Process(worker).status() == "zombie", 5.0)
+    wait_until(lambda: not psutil.pid_exists(worker) or psutil.Process(worker).status() == "zombie")

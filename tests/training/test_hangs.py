@@ -20,7 +20,7 @@ def watchdog(tmp_path):
 
 def places(*marks: int) -> dict[int, Place]:
     names = {5: "loading data", 6: "forward and backward"}
-    return {rank: Place(mark, 41, names[mark], beat=9) for rank, mark in enumerate(marks)}
+    return {rank: Place(mark, 41, names[mark], heartbeat=9) for rank, mark in enumerate(marks)}
 
 
 @pytest.mark.parametrize(
@@ -59,6 +59,27 @@ def test_a_rank_that_moves_is_left_alone(tmp_path, monkeypatch):
         assert dog._places()[0].name == "loading data"
     distributed.shutdown()
     assert not (tmp_path / "events.jsonl").exists()
+
+
+@pytest.mark.parametrize("told", ["by a rank of this node", "by a rank of another node", "by nobody"])
+def test_a_rank_that_wakes_adds_no_error_of_its_own(told, tmp_path, monkeypatch, capsys):
+    """Rank 0 was stopped; when it is woken to be ended the other ranks are gone, for it nobody answers."""
+    ended = []
+    monkeypatch.setattr("os._exit", ended.append)
+    monkeypatch.setattr(Watchdog, "_places", lambda self: {})
+    monkeypatch.setattr(Watchdog, "_interval", lambda self: 0.05)
+    monkeypatch.setenv("MEDVLP_FIRST_ERROR", str(tmp_path / "first"))
+    EventLog(tmp_path).note("hang", 3, text="of an earlier start")
+    distributed.initialize()
+    with Watchdog(tmp_path, 1800, 60) as dog:
+        if "this node" in told:
+            (tmp_path / "first").touch()
+        elif "another" in told:
+            EventLog(tmp_path).note("hang", 3, text="rank 0 does not answer")
+        dog._investigate()
+    distributed.shutdown()
+    assert ended == [7]
+    assert capsys.readouterr().err.count("error: ") == (told == "by nobody")
 
 
 def test_events_are_lines_of_json_over_all_starts(tmp_path, caplog):
