@@ -42,9 +42,9 @@ def pretrain(
     """
     from launcher.placement import place_node
     from medvlp import config_files, trust
+    from medvlp.data.batch_plan import plan_batch
     from medvlp.methods.registry import schemas
     from medvlp.prototypes.supervisor import uses_workers
-    from medvlp.training.batch_plan import plan_batch
     from medvlp.training.deepspeed_config import check_device
 
     place = detect()

@@ -194,8 +194,8 @@ def print_follow_up(run_dir: Path) -> None:
 def _checked_config(arguments: list[str], ranks: int, device: str) -> Any:
     """The config that `medvlp pretrain` would accept on so many ranks; `run.dir` made absolute."""
     from medvlp import config_files
+    from medvlp.data.batch_plan import plan_batch
     from medvlp.methods.registry import schemas
-    from medvlp.training.batch_plan import plan_batch
     from medvlp.training.deepspeed_config import check_device
 
     files, overrides = split_arguments(arguments)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class _TensorRecord:
-    """Moves every tensor field of a dataclass; other fields are kept as they are."""
+    """Moves every tensor of a dataclass, those in dicts too; other attributes are kept as they are."""
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
         changes: dict[str, object] = {}
@@ -20,6 +20,8 @@ class _TensorRecord:
             value = getattr(self, item.name)
             if isinstance(value, Tensor):
                 changes[item.name] = function(value)
+            elif isinstance(value, dict):
+                changes[item.name] = {name: function(tensor) for name, tensor in value.items()}
             elif isinstance(value, _TensorRecord):
                 changes[item.name] = value._map(function)
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
@@ -64,8 +66,7 @@ class Batch(_TensorRecord):
         keys: the B sample keys (for messages; never text).
         skipped: corrupt samples that were replaced (training) or left out (evaluation) in this batch.
         faults: what was wrong with them, one message each, naming shard and key.
-        entities: [B, 51, 75] int8, anatomies x observations of `shards.entities.vocabulary`: 1 present,
-            0 absent, -1 not mentioned (or uncertain); None unless the loader was asked for them.
+        fields: what the loader was asked for beside these, by name (`medvlp.data.fields`).
     """
 
     image: Tensor
@@ -75,4 +76,4 @@ class Batch(_TensorRecord):
     keys: list[str]
     skipped: int = 0
     faults: list[str] = field(default_factory=list)
-    entities: Tensor | None = None
+    fields: dict[str, Tensor] = field(default_factory=dict)

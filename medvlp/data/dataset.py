@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import simplejpeg
@@ -12,12 +12,12 @@ from torch.utils.data import Dataset
 
 from medvlp.config import DataConfig
 from medvlp.data.batch import Batch, Text
+from medvlp.data.fields import Field
 from medvlp.data.order import Positions
+from medvlp.data.sample_store import SampleStore
 from medvlp.data.sentence_order import shuffle_sentences
 from medvlp.data.text import Tokenizer, TokenRows
-from medvlp.data.tokens import TokenStore
-from medvlp.data.transforms import DRAWS, SampleRandom, evaluation_view, is_flipped, training_view
-from shards.entities.matrix import mirrored
+from medvlp.data.transforms import DRAWS, SampleRandom, View, evaluation_view, training_view
 from shards.errors import DataError
 from shards.images import decode_image
 from shards.reader import ShardReader
@@ -29,7 +29,7 @@ USED = DRAWS + REPLACEMENTS
 
 
 class ImageReportDataset(Dataset[Batch]):
-    """What training and evaluation share: decoding, and batches from the token store.
+    """What training and evaluation share: decoding, and batches from the sample store.
 
     Args:
         reader: the shards.
@@ -37,24 +37,24 @@ class ImageReportDataset(Dataset[Batch]):
         store: its token ids, labels and keys.
         tokenizer: the tokenizer the ids came from.
         config: image size, transform, longest report.
-        entities: fill `Batch.entities`.
+        fields: what to fill `Batch.fields` with.
     """
 
     def __init__(
         self,
         reader: ShardReader,
         split: str,
-        store: TokenStore,
+        store: SampleStore,
         tokenizer: Tokenizer,
         config: DataConfig,
-        entities: bool = False,
+        fields: Mapping[str, Field],
     ) -> None:
         self.reader = reader
         self.split = split
         self.store = store
         self.tokenizer = tokenizer
         self.config = config
-        self.entities = entities
+        self.fields = fields
         self._unreadable = frozenset(store.unreadable.tolist())
         side = reader.index.image_size
         # One buffer for all: it saves an allocation a sample and refuses images larger than the index says.
@@ -86,7 +86,13 @@ class ImageReportDataset(Dataset[Batch]):
         return self.tokenizer.assemble(tokens, rows, self.config.max_tokens, self.config.pad_to_max)
 
     def _batch(
-        self, images: NDArray[np.uint8], rows: Positions, text: Text, faults: list[str], skipped: int
+        self,
+        images: NDArray[np.uint8],
+        rows: Positions,
+        views: Sequence[View],
+        text: Text,
+        faults: list[str],
+        skipped: int,
     ) -> Batch:
         return Batch(
             image=torch.from_numpy(images)[:, None],
@@ -96,7 +102,9 @@ class ImageReportDataset(Dataset[Batch]):
             keys=self.store.keys(rows),
             skipped=skipped,
             faults=faults,
-            entities=torch.from_numpy(self.store.entities.matrices(rows)) if self.entities else None,
+            fields={
+                name: field.read(rows, views, self.config.transform) for name, field in self.fields.items()
+            },
         )
 
 
@@ -107,14 +115,14 @@ class TrainingDataset(ImageReportDataset):
         self,
         reader: ShardReader,
         split: str,
-        store: TokenStore,
+        store: SampleStore,
         tokenizer: Tokenizer,
         config: DataConfig,
+        fields: Mapping[str, Field],
         seed: int,
-        entities: bool = False,
     ) -> None:
         """As `ImageReportDataset`; `seed` is that of the run."""
-        super().__init__(reader, split, store, tokenizer, config, entities)
+        super().__init__(reader, split, store, tokenizer, config, fields)
         self.seed = seed
         self._trainable = np.flatnonzero(store.trainable())
 
@@ -129,7 +137,7 @@ class TrainingDataset(ImageReportDataset):
         size = self.config.image_size
         images = np.empty((len(positions), size, size), dtype=np.uint8)
         rows = positions.copy()
-        flipped = np.zeros(len(positions), dtype=bool)
+        views: list[View] = []
         faults: list[str] = []
         for row, position in enumerate(positions.tolist()):
             for candidate in self._candidates(random, position):
@@ -139,9 +147,9 @@ class TrainingDataset(ImageReportDataset):
                     faults.append(str(error))
                     continue
                 draws = random.uniform(candidate, DRAWS)
-                images[row] = training_view(pixels, size, self.config.transform, draws)
+                images[row], view = training_view(pixels, size, self.config.transform, draws)
                 rows[row] = candidate
-                flipped[row] = is_flipped(self.config.transform, draws)
+                views.append(view)
                 break
             else:
                 raise DataError(f"{REPLACEMENTS + 1} corrupt samples in a row, the last: {faults[-1]}")
@@ -152,11 +160,7 @@ class TrainingDataset(ImageReportDataset):
             text = self._text(tokens, np.arange(len(rows)))
         else:
             text = self._text(self.store.rows, rows)
-        batch = self._batch(images, rows, text, faults, int((rows != positions).sum()))
-        if batch.entities is not None and self.config.transform.flip_entities == "swap":
-            matrices = batch.entities.numpy()
-            matrices[flipped] = mirrored(matrices[flipped])
-        return batch
+        return self._batch(images, rows, views, text, faults, int((rows != positions).sum()))
 
     def _candidates(self, random: SampleRandom, position: int) -> Iterator[int]:
         """The sample itself, then its replacements in this epoch."""
@@ -173,6 +177,7 @@ class EvaluationDataset(ImageReportDataset):
         size = self.config.image_size
         images = np.empty((len(positions), size, size), dtype=np.uint8)
         kept: list[int] = []
+        views: list[View] = []
         faults: list[str] = []
         for position in positions:
             try:
@@ -180,7 +185,9 @@ class EvaluationDataset(ImageReportDataset):
             except DataError as error:
                 faults.append(str(error))
                 continue
-            images[len(kept)] = evaluation_view(pixels, size, self.config.transform.crop)
+            images[len(kept)], view = evaluation_view(pixels, size, self.config.transform.crop)
             kept.append(position)
+            views.append(view)
         rows = np.array(kept, dtype=np.int64)
-        return self._batch(images[: len(kept)], rows, self._text(self.store.rows, rows), faults, len(faults))
+        text = self._text(self.store.rows, rows)
+        return self._batch(images[: len(kept)], rows, views, text, faults, len(faults))

@@ -9,7 +9,7 @@ import os
 import re
 import signal
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from medvlp.config import Config, DataConfig
 from medvlp.config_files import ConfigError
 from medvlp.data.batch import Batch
 from medvlp.data.dataset import EvaluationDataset, ImageReportDataset, TrainingDataset
+from medvlp.data.fields import open_fields
 from medvlp.data.order import Positions, SampleOrder, rank_rows
+from medvlp.data.sample_store import SampleStore
 from medvlp.data.text import Tokenizer
-from medvlp.data.tokens import TokenStore
 from shards.errors import DataError
 from shards.reader import ShardReader
 
@@ -158,7 +159,7 @@ def build_loader(
     world_size: int,
     micro_batch: int,
     start_step: int = 0,
-    entities: bool = False,
+    fields: Iterable[str] = (),
 ) -> TrainingLoader:
     """The training loader of one rank.
 
@@ -172,19 +173,20 @@ def build_loader(
         rank, world_size: place of this process.
         micro_batch: samples of one forward pass on this rank.
         start_step: first optimiser step, from 0.
-        entities: fill `Batch.entities`.
+        fields: names of what stands in `Batch.fields` (`medvlp.data.fields`).
 
     Raises:
         ConfigError: batch and split do not fit.
-        DataError: no such split, too many unreadable samples, or no entities where they are needed.
+        DataError: no such split, too many unreadable samples, or none has what a field needs.
     """
     data = config.data
-    store = TokenStore.open_or_build(reader, data.split, data, tokenizer)
-    if entities and not len(store.entities.cells):
-        raise DataError(
-            f"{reader.root}: no sample of split {data.split!r} has an entity (present or absent), which the "
-            "method learns from; annotate the dataset with medvlp shards annotate"
-        )
+    store = SampleStore.open_or_build(reader, data.split, data, tokenizer)
+    opened = open_fields(fields, reader, data.split, store)
+    for name, field in opened.items():
+        if (reason := field.missing()) is not None:
+            raise DataError(
+                f"{reader.root}: split {data.split!r} lacks the {name} that the method learns from: {reason}"
+            )
     mask = store.trainable()
     trainable = np.flatnonzero(mask)
     if not len(trainable):
@@ -201,7 +203,7 @@ def build_loader(
     sizes = np.diff(np.concatenate([[0], np.cumsum(mask)])[np.concatenate([[0], ends])])
     order = SampleOrder(sizes.tolist(), config.train.seed, data.shuffle_block, data.partitions)
     sampler = MicroBatchSampler(order, trainable, config, world_size, rank, micro_batch, start_step)
-    dataset = TrainingDataset(reader, data.split, store, tokenizer, data, config.train.seed, entities)
+    dataset = TrainingDataset(reader, data.split, store, tokenizer, data, opened, config.train.seed)
     return TrainingLoader(dataset, sampler, data)
 
 
@@ -237,7 +239,7 @@ def evaluation_loader(
     split: str,
     batch: int,
     positions: Sequence[int] | None = None,
-    entities: bool = False,
+    fields: Iterable[str] = (),
 ) -> EvaluationLoader:
     """A split in index order: center crop, no randomness, every sample once, the last batch may be smaller.
 
@@ -248,13 +250,14 @@ def evaluation_loader(
         split: which split.
         batch: samples of a batch.
         positions: only these samples of the split, in this order; default: all.
-        entities: fill `Batch.entities`; a sample without entities mentions nothing.
+        fields: names of what stands in `Batch.fields` (`medvlp.data.fields`); samples may lack it.
     """
-    store = TokenStore.open_or_build(reader, split, config.data, tokenizer)
+    store = SampleStore.open_or_build(reader, split, config.data, tokenizer)
     chosen = list(range(len(store)) if positions is None else positions)
     chunks = [chosen[start : start + batch] for start in range(0, len(chosen), batch)]
+    opened = open_fields(fields, reader, split, store)
     return EvaluationLoader(
-        EvaluationDataset(reader, split, store, tokenizer, config.data, entities), chunks, config.data
+        EvaluationDataset(reader, split, store, tokenizer, config.data, opened), chunks, config.data
     )
 
 

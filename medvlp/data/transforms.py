@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import cv2
 import numpy as np
 from numpy.typing import NDArray
@@ -9,6 +11,7 @@ from numpy.typing import NDArray
 from medvlp.config import TransformConfig
 
 Image = NDArray[np.uint8]
+Coordinates = NDArray[np.float64]
 
 #: Uniform numbers one sample draws: crop side, crop top, crop left, flip, brightness, contrast.
 DRAWS = 6
@@ -44,24 +47,49 @@ def resize(image: Image, size: int) -> Image:
     return np.asarray(cv2.resize(image, (size, size), interpolation=interpolation), dtype=np.uint8)
 
 
-def evaluation_view(image: Image, size: int, crop: str) -> Image:
+def evaluation_view(image: Image, size: int, crop: str) -> tuple[Image, View]:
     """The deterministic view of an image [H, W]: its [size, size] center, or all of it.
 
     With `crop` "none" (as in training) or a stored image smaller than `size` the whole image is resized.
     """
     height, width = image.shape
     if crop == "none" or height < size or width < size:
-        return resize(image, size)
+        return resize(image, size), View(0, 0, width, height, size)
     top, left = (height - size) // 2, (width - size) // 2
-    return image[top : top + size, left : left + size]
+    return image[top : top + size, left : left + size], View(left, top, size, size, size)
 
 
-def is_flipped(config: TransformConfig, uniform: list[float]) -> bool:
-    """Whether `training_view` flips the image for these numbers."""
-    return uniform[3] < config.flip
+@dataclass(frozen=True)
+class View:
+    """Which part of a stored image a sample shows, so that what lies in the image can move with it.
+
+    Attributes:
+        left, top, width, height: the part, in pixels of the stored image.
+        size: side of the view in pixels.
+        flipped: left and right are exchanged.
+    """
+
+    left: float
+    top: float
+    width: float
+    height: float
+    size: int
+    flipped: bool = False
+
+    def horizontal(self, left: Coordinates, right: Coordinates) -> tuple[Coordinates, Coordinates]:
+        """Horizontal intervals of the stored image in pixels of the view, the smaller ends first."""
+        left, right = ((x - self.left) * (self.size / self.width) for x in (left, right))
+        return (self.size - right, self.size - left) if self.flipped else (left, right)
+
+    def vertical(self, top: Coordinates, bottom: Coordinates) -> tuple[Coordinates, Coordinates]:
+        """Vertical intervals of the stored image in pixels of the view."""
+        scale = self.size / self.height
+        return (top - self.top) * scale, (bottom - self.top) * scale
 
 
-def training_view(image: Image, size: int, config: TransformConfig, uniform: list[float]) -> Image:
+def training_view(
+    image: Image, size: int, config: TransformConfig, uniform: list[float]
+) -> tuple[Image, View]:
     """The augmented [size, size] view of an image [H, W].
 
     The crop side is uniform in [scale_min * size, size] pixels and the crop is then resized to `size`; at
@@ -73,25 +101,31 @@ def training_view(image: Image, size: int, config: TransformConfig, uniform: lis
         size: side of the result.
         config: what to change, and how much.
         uniform: `DRAWS` numbers in [0, 1) of this sample.
+
+    Returns:
+        The pixels, and where they come from.
     """
-    draw_side, draw_top, draw_left, _, draw_brightness, draw_contrast = uniform
+    draw_side, draw_top, draw_left, draw_flip, draw_brightness, draw_contrast = uniform
     if config.crop != "random":
-        image = evaluation_view(image, size, config.crop)
+        image, view = evaluation_view(image, size, config.crop)
     else:
+        height, width = image.shape
         if image.shape[0] < size or image.shape[1] < size:
             image = resize(image, size)
         smallest = max(1, round(config.scale_min * size))
         side = smallest + int(draw_side * (size - smallest + 1))
         top = int(draw_top * (image.shape[0] - side + 1))
         left = int(draw_left * (image.shape[1] - side + 1))
+        across, down = width / image.shape[1], height / image.shape[0]  # stored pixels of a pixel here
+        view = View(left * across, top * down, side * across, side * down, size)
         image = resize(image[top : top + side, left : left + side], size)
-    if is_flipped(config, uniform):
-        image = image[:, ::-1]
+    if draw_flip < config.flip:
+        image, view = image[:, ::-1], replace(view, flipped=True)
     if config.brightness > 0 or config.contrast > 0:
         brightness = 1 + config.brightness * (2 * draw_brightness - 1)
         contrast = 1 + config.contrast * (2 * draw_contrast - 1)
         image = _change_intensity(image, brightness, contrast)
-    return image
+    return image, view
 
 
 def _change_intensity(image: Image, brightness: float, contrast: float) -> Image:

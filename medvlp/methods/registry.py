@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
@@ -48,29 +48,29 @@ class Entry:
     """A registered method: the schema of its keys and the function that builds it.
 
     `build(config, vocab_size)` receives the whole config and the number of tokens of the tokenizer;
-    `entities` says that the method reads `Batch.entities`.
+    `fields` are the names of the batch fields it reads (`medvlp.data.fields`).
     """
 
     config: type[MethodConfig]
     build: Build
-    entities: bool = False
+    fields: frozenset[str] = frozenset()
 
 
 REGISTRY: dict[str, Entry] = {}
 
 
 def register(
-    name: str, config: type[MethodConfig], entities: bool = False
+    name: str, config: type[MethodConfig], fields: Iterable[str] = ()
 ) -> Callable[[BuildType], BuildType]:
     """Decorator of a method's build function `(config, vocab_size) -> Method`.
 
-    `entities=True` makes training fill `Batch.entities`, and refuse a dataset that has none.
+    `fields` are names of `medvlp.data.fields`: training fills them in and refuses a dataset that lacks one.
     """
 
     def decorate(build: BuildType) -> BuildType:
         if name in REGISTRY and REGISTRY[name].build is not build:
             raise ValueError(f"method {name!r} is registered twice")
-        REGISTRY[name] = Entry(config, build, entities)
+        REGISTRY[name] = Entry(config, build, frozenset(fields))
         return build
 
     return decorate
@@ -141,13 +141,13 @@ def _check_anchors(method: Method, config: Config) -> None:
         raise ConfigError(f"{named} need as many clusters; there are {size[0]}")
 
 
-def reads_entities(name: str) -> bool:
-    """Whether method `name` reads `Batch.entities`.
+def fields_of(name: str) -> frozenset[str]:
+    """Names of the batch fields that method `name` reads.
 
     Raises:
         UnknownMethodError: no such method.
     """
-    return _entry(name).entities
+    return _entry(name).fields
 
 
 def _entry(name: str) -> Entry:

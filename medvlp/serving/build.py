@@ -14,7 +14,7 @@ from torch import Tensor
 from medvlp.data.batch import Batch
 from medvlp.data.cache import open_reader
 from medvlp.data.loader import evaluation_loader
-from medvlp.data.tokens import TokenStore
+from medvlp.data.sample_store import SampleStore
 from medvlp.serving import snapshot as snapshots
 from medvlp.serving.cluster_report import Members, report_of
 from medvlp.serving.errors import PrototypeFilesError
@@ -89,7 +89,7 @@ def make_snapshot(model: RunModel, request: BuildRequest, say: Callable[[str], N
     reader = open_reader(config.data)
     saved_run.check_data(model.source, config, reader.index, request.data is not None, say)
     split = request.split or config.data.split
-    store = TokenStore.open_or_build(reader, split, config.data, model.tokenizer)
+    store = SampleStore.open_or_build(reader, split, config.data, model.tokenizer)
     # As in training, samples without a report are left out.
     chosen = _spread(np.flatnonzero(store.trainable()), request.limit)
     say(f"embedding {len(chosen)} of {len(store)} samples of {split} on {model.device.type}")

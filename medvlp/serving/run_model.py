@@ -83,7 +83,7 @@ class RunModel:
                 square, *_ = fit_square(decode_image(file, max_pixels), stored_size)
             except DataError as error:
                 raise RequestError(f"image {number}: {error}; send a smaller or whole file") from error
-            views[number, 0] = evaluation_view(square, size, self.config.data.transform.crop)
+            views[number, 0] = evaluation_view(square, size, self.config.data.transform.crop)[0]
         return self.method.encode_image(torch.from_numpy(views).to(self.device)).float().cpu()
 
 

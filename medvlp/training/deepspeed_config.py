@@ -7,7 +7,7 @@ from typing import Any
 
 from medvlp.config import Config, OptimizerConfig
 from medvlp.config_files import ConfigError
-from medvlp.training.batch_plan import BatchPlan
+from medvlp.data.batch_plan import BatchPlan
 
 
 def check_device(config: Config, device_type: str) -> None:

@@ -8,8 +8,8 @@ import safetensors
 from torch import nn
 
 from medvlp.config import Config
+from medvlp.data.batch_plan import BatchPlan
 from medvlp.training import checkpoint
-from medvlp.training.batch_plan import BatchPlan
 from medvlp.training.errors import CheckpointError
 from medvlp.training.manifest import FORMAT, Manifest
 

@@ -15,17 +15,17 @@ from rich.logging import RichHandler
 
 from medvlp import distributed
 from medvlp.config import Config
+from medvlp.data.batch_plan import BatchPlan, plan_batch
 from medvlp.data.loader import LoaderError, TrainingLoader, build_loader, kill_workers, worker_death
 from medvlp.lifetime import end_within
 from medvlp.methods.base import Method
-from medvlp.methods.registry import build_method, reads_entities
+from medvlp.methods.registry import build_method, fields_of
 from medvlp.prototypes.anchors import AnchorEncoder
 from medvlp.prototypes.initialise import initialise_prototypes
 from medvlp.prototypes.supervisor import decline_worker
 from medvlp.prototypes.synchronous import build_service
 from medvlp.ranks import Ranks, detect, threads_of_rank
 from medvlp.training.bad_steps import BadSteps
-from medvlp.training.batch_plan import BatchPlan, plan_batch
 from medvlp.training.callbacks import Callback
 from medvlp.training.checkpoint import load_weights
 from medvlp.training.checkpointing import CheckpointCallback, restore_randomness
@@ -166,9 +166,9 @@ def _train(
     tokenizer = taken_up.tokenizer
 
     def loader(start_step: int) -> TrainingLoader:
-        rank, entities = distributed.rank(), reads_entities(config.method.name)
+        rank, fields = distributed.rank(), fields_of(config.method.name)
         return build_loader(
-            config, reader, tokenizer, rank, plan.world_size, plan.micro_batch, start_step, entities
+            config, reader, tokenizer, rank, plan.world_size, plan.micro_batch, start_step, fields
         )
 
     watchdog.mark("building the method")

@@ -50,8 +50,8 @@ def build_engine(config: Config, depth: int, checkpoint_folder: Path | None = No
     from torch import Tensor, nn
 
     from medvlp import distributed
+    from medvlp.data.batch_plan import plan_batch
     from medvlp.training import checkpoint
-    from medvlp.training.batch_plan import plan_batch
     from medvlp.training.engine import Engine
 
     class OneTower(nn.Module):

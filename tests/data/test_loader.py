@@ -72,7 +72,7 @@ def test_a_batch_is_what_the_shards_hold(
         for row, position in enumerate(batch.sample.tolist()):
             key, data, metadata = reader.read("train", position)
             assert batch.keys[row] == key
-            view = training_view(decode_image(data), 56, AUGMENTED, random.uniform(position, DRAWS))
+            view = training_view(decode_image(data), 56, AUGMENTED, random.uniform(position, DRAWS))[0]
             np.testing.assert_array_equal(batch.image[row, 0].numpy(), view)
             for column, name in enumerate(reader.index.label_names):
                 value = metadata["labels"].get(name)
@@ -183,7 +183,7 @@ def test_evaluation_reads_the_split_in_order(
     for i in (0, count - 1):
         stored = decode_image(reader.read("train", i)[1])
         np.testing.assert_array_equal(
-            found[i // 20].image[i % 20, 0].numpy(), evaluation_view(stored, 56, "random")
+            found[i // 20].image[i % 20, 0].numpy(), evaluation_view(stored, 56, "random")[0]
         )
     some = list(evaluation_loader(config, reader, tokenizer, "train", batch=2, positions=[7, 3, 5]))
     assert [batch.sample.tolist() for batch in some] == [[7, 3], [5]]

@@ -21,7 +21,7 @@ def ramp() -> Image:
 
 def views(image: Image, size: int, config: TransformConfig, count: int) -> list[Image]:
     random = SampleRandom(seed=1, epoch=0)
-    return [training_view(image, size, config, random.uniform(i, DRAWS)) for i in range(count)]
+    return [training_view(image, size, config, random.uniform(i, DRAWS))[0] for i in range(count)]
 
 
 def test_random_numbers_depend_on_seed_epoch_and_sample_only() -> None:
@@ -57,19 +57,19 @@ def test_random_crop_is_a_window_of_the_image_at_every_place(ramp: Image) -> Non
 def test_resized_crop_keeps_the_size_and_varies_the_scale(ramp: Image) -> None:
     config = TransformConfig(scale_min=0.5)
     draws = [[share, 0.0, 0.0, 1.0, 0.0, 0.0] for share in (0.0, 0.999)]
-    small, full = (training_view(ramp, 28, config, draw) for draw in draws)
+    small, full = (training_view(ramp, 28, config, draw)[0] for draw in draws)
     np.testing.assert_array_equal(small, cv2.resize(ramp[:14, :14], (28, 28)))
     np.testing.assert_array_equal(full, ramp[:28, :28])
 
 
 def test_center_none_and_small_images(ramp: Image) -> None:
-    np.testing.assert_array_equal(evaluation_view(ramp, 28, "random"), ramp[2:30, 2:30])
+    np.testing.assert_array_equal(evaluation_view(ramp, 28, "random")[0], ramp[2:30, 2:30])
     np.testing.assert_array_equal(views(ramp, 28, TransformConfig(crop="center"), 1)[0], ramp[2:30, 2:30])
     whole = cv2.resize(ramp, (16, 16), interpolation=cv2.INTER_AREA)
     np.testing.assert_array_equal(views(ramp, 16, TransformConfig(crop="none"), 1)[0], whole)
-    np.testing.assert_array_equal(evaluation_view(ramp, 16, "none"), whole)
+    np.testing.assert_array_equal(evaluation_view(ramp, 16, "none")[0], whole)
     enlarged = cv2.resize(ramp, (48, 48), interpolation=cv2.INTER_LINEAR)
-    np.testing.assert_array_equal(evaluation_view(ramp, 48, "random"), enlarged)
+    np.testing.assert_array_equal(evaluation_view(ramp, 48, "random")[0], enlarged)
     np.testing.assert_array_equal(views(ramp, 48, TransformConfig(), 1)[0], enlarged)
 
 
@@ -84,10 +84,10 @@ def test_flip_happens_as_often_as_asked(ramp: Image) -> None:
 def test_brightness_and_contrast(ramp: Image) -> None:
     image = (ramp // 4 + 60).astype(np.uint8)
     brighter = TransformConfig(crop="center", brightness=0.2)
-    view = training_view(image, 32, brighter, [0, 0, 0, 1, 0.75, 0.5])
+    view = training_view(image, 32, brighter, [0, 0, 0, 1, 0.75, 0.5])[0]
     np.testing.assert_allclose(view, image * 1.1, atol=0.51)
     stretched = TransformConfig(crop="center", contrast=0.4)
-    view = training_view(image, 32, stretched, [0, 0, 0, 1, 0.5, 0.0])
+    view = training_view(image, 32, stretched, [0, 0, 0, 1, 0.5, 0.0])[0]
     np.testing.assert_allclose(view, (image - image.mean()) * 0.6 + image.mean(), atol=0.51)
-    white = training_view(np.full((32, 32), 250, np.uint8), 32, brighter, [0, 0, 0, 1, 0.99, 0.5])
+    white, _ = training_view(np.full((32, 32), 250, np.uint8), 32, brighter, [0, 0, 0, 1, 0.99, 0.5])
     assert white.min() == 255

@@ -74,4 +74,4 @@ def small_batch(matrix: Tensor, seed: int = 0) -> Batch:
     image = torch.randint(0, 256, (count, 1, SIZE, SIZE), dtype=torch.uint8, generator=generator)
     text = tokenizer().tokenize([["lung"]] * count, MAX_TOKENS)
     keys = [str(number) for number in range(count)]
-    return Batch(image, text, torch.arange(count), torch.zeros(count, 1), keys, entities=matrix)
+    return Batch(image, text, torch.arange(count), torch.zeros(count, 1), keys, fields={"entities": matrix})

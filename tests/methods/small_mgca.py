@@ -84,5 +84,5 @@ def rows_of(batch: Batch, start: int, stop: int, trim: bool = True) -> Batch:
         batch.sample[start:stop],
         batch.labels[start:stop],
         batch.keys[start:stop],
-        entities=None if batch.entities is None else batch.entities[start:stop],
+        fields={name: value[start:stop] for name, value in batch.fields.items()},
     )

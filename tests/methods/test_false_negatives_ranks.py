@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from medvlp.config import OptimizerConfig
+from medvlp.data.batch_plan import BatchPlan
 from medvlp.distributed import rank
 from medvlp.methods.base import Progress
 from medvlp.methods.mgca.config import MGCAConfig
 from medvlp.prototypes.table import PrototypeTable
-from medvlp.training.batch_plan import BatchPlan
 from medvlp.training.engine import Engine
 from tests.methods.gradients import assert_equal_gradients, averaged_gradients
 from tests.methods.small_masked import METHODS, built, labelled_batch, masked_config, masked_method, table_for

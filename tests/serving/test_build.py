@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from medvlp.data.report import report_sentences
-from medvlp.data.tokens import TokenStore
+from medvlp.data.sample_store import SampleStore
 from medvlp.prototypes.kmeans import TooFewRowsError
 from medvlp.prototypes.table import PrototypeTable
 from medvlp.serving import snapshot as snapshots
@@ -177,9 +177,9 @@ def test_clusters_by_kmeans_and_learned_ones(saved: Path, data: Path, tmp_path: 
 def test_samples_without_a_report_are_left_out(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainable = TokenStore.trainable
+    trainable = SampleStore.trainable
     monkeypatch.setattr(
-        TokenStore, "trainable", lambda store: trainable(store) & (np.arange(len(store)) != 1)
+        SampleStore, "trainable", lambda store: trainable(store) & (np.arange(len(store)) != 1)
     )
     build(BuildRequest(saved, split="test", clusters=2, out=tmp_path / "out", workers=0), quiet)
     assert Snapshot.read(tmp_path / "out" / SNAPSHOT).sample[:3].tolist() == [0, 2, 3]

@@ -8,8 +8,8 @@ import torch
 
 from medvlp import distributed
 from medvlp.config import Config
+from medvlp.data.batch_plan import plan_batch
 from medvlp.training import checkpoint
-from medvlp.training.batch_plan import plan_batch
 from medvlp.training.checkpointing import CheckpointCallback
 from medvlp.training.engine import Engine
 from medvlp.training.manifest import newest_valid

@@ -10,10 +10,10 @@ import torch
 
 from medvlp import distributed
 from medvlp.config import Config
+from medvlp.data.batch_plan import plan_batch
 from medvlp.data.text import Tokenizer
 from medvlp.methods.registry import build_method
 from medvlp.prototypes.anchors import AnchorEncoder
-from medvlp.training.batch_plan import plan_batch
 from medvlp.training.engine import Engine
 from tests.methods.small_mgca import rows_of, small_batch, small_config
 from tests.training.runs import read_metrics, train

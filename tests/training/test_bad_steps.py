@@ -51,8 +51,8 @@ def run_steps(
     limit: int = 3, sigma: float = 0.0, skip_seed: bool = False,
 ) -> dict:  # fmt: skip
     """Train; the state afterwards. `skip_seed`: without poison and without the batches of the bad step."""
+    from medvlp.data.batch_plan import plan_batch
     from medvlp.training.bad_steps import BadSteps
-    from medvlp.training.batch_plan import plan_batch
     from medvlp.training.callbacks import BaseCallback
     from medvlp.training.engine import Engine
     from medvlp.training.errors import NotFiniteError

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.dist
 
 def first_update(stage: int, precision: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """All weights before and after one AdamW step at a learning rate of 0.01 (image encoder: 0.02)."""
-    from medvlp.training.batch_plan import plan_batch
+    from medvlp.data.batch_plan import plan_batch
     from medvlp.training.engine import Engine
 
     config = Config()
@@ -54,7 +54,7 @@ def test_whole_weights_are_the_methods_at_every_stage(gloo_pool):
 
 def update_after_idle_steps(stage: int, precision: str, optimizer: str, idle: int, restart: bool) -> dict:
     """All weights after `idle` steps that change only the optimiser's state, and one step that counts."""
-    from medvlp.training.batch_plan import plan_batch
+    from medvlp.data.batch_plan import plan_batch
     from medvlp.training.engine import Engine
 
     config = Config()

@@ -14,11 +14,11 @@ import torch
 from medvlp import distributed
 from medvlp.config import Config, PrototypesConfig
 from medvlp.config_files import ConfigError
+from medvlp.data.batch_plan import plan_batch
 from medvlp.losses.normalise import unit_norm
 from medvlp.methods.base import Progress
 from medvlp.methods.registry import build_method
 from medvlp.prototypes.usage import CountedPrototypes, revived_rows
-from medvlp.training.batch_plan import plan_batch
 from medvlp.training.callbacks import StepRecord
 from medvlp.training.engine import Engine
 from medvlp.training.prototype_revival import PrototypeRevival

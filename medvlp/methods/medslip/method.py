@@ -38,7 +38,8 @@ class ImageStreams(NamedTuple):
 class MeDSLIP(Method):
     """Frozen texts ask an image's pathology and anatomy streams what is there.
 
-    Reports enter only as `Batch.entities`, the anatomy-observation matrix. `prepare` must have been called.
+    Reports enter only as the batch field `entities`, the anatomy-observation matrix. `prepare` must have been
+    called.
 
     Args:
         config: keys of the method.
@@ -85,8 +86,8 @@ class MeDSLIP(Method):
         Raises:
             ValueError: the batch holds no entities.
         """
-        if batch.entities is None:
-            raise ValueError("medslip reads Batch.entities: build the loader with entities=True")
+        if "entities" not in batch.fields:
+            raise ValueError("medslip reads the batch field entities: name it when the loader is built")
         streams = self._image_streams(batch.image).streams
         if self.keep_embeddings:
             # For the service alone: the losses contrast texts with parts of one image, never two samples.
@@ -94,7 +95,7 @@ class MeDSLIP(Method):
         pathology: Decoded = self._read(self.pathology_decoder, self._book().pathology, streams.pathology)
         anatomy: Decoded = self._read(self.anatomy_decoder, self._book().anatomy, streams.anatomy)
         read = Read(pathology.features, anatomy.features, self.book.pathology, self.book.anatomy)
-        terms: dict[str, Tensor] = self.objective(read, batch.entities, negatives)
+        terms: dict[str, Tensor] = self.objective(read, batch.fields["entities"], negatives)
         return terms
 
     @property
@@ -231,7 +232,7 @@ def _check(config: MeDSLIPConfig, text: TextEncoder, image: ImageEncoder) -> Non
         )
 
 
-@register("medslip", MeDSLIPConfig, entities=True)
+@register("medslip", MeDSLIPConfig, fields=["entities"])
 def build(config: Config, vocab_size: int) -> MeDSLIP:
     """MeDSLIP as the config describes it (see `medvlp.methods.registry.build_method`)."""
     method: MeDSLIPConfig = config.method  # type: ignore[assignment]

@@ -31,7 +31,7 @@ from medvlp.data.cache import open_reader
 from medvlp.data.loader import build_loader
 from medvlp.evaluation.loading import load_models
 from medvlp.methods.base import Method
-from medvlp.methods.registry import reads_entities
+from medvlp.methods.registry import fields_of
 from medvlp.prototypes.cluster_metrics import nmi
 from medvlp.prototypes.refresh import refresh_table
 from medvlp.prototypes.ring import MODALITIES, BankRows, label_bits
@@ -99,8 +99,8 @@ def embed_training_samples(method: Method, batches: Iterator[Batch]) -> BankRows
 def training_batches(config: Config, tokenizer: Any, samples: int) -> Iterator[Batch]:
     """Batches of the run's training order that hold `samples` samples, in one process."""
     size = config.train.global_batch
-    entities = reads_entities(config.method.name)
-    loader = build_loader(config, open_reader(config.data), tokenizer, 0, 1, size, 0, entities)
+    fields = fields_of(config.method.name)
+    loader = build_loader(config, open_reader(config.data), tokenizer, 0, 1, size, 0, fields)
     return islice(iter(loader), -(-samples // size))
 
 

@@ -15,7 +15,7 @@ from medvlp.config_files import load
 from medvlp.encoders.errors import EncoderError
 from medvlp.methods.medslip.config import MeDSLIPConfig
 from medvlp.methods.medslip.modules import QueryDecoder
-from medvlp.methods.registry import build_method, reads_entities, schemas
+from medvlp.methods.registry import build_method, fields_of, schemas
 from shards.entities.vocabulary import DESCRIPTIONS, OBSERVATIONS
 from tests.methods.small_medslip import (
     MAX_TOKENS,
@@ -244,10 +244,10 @@ def test_errors_say_what_to_do() -> None:
     with pytest.raises(EncoderError, match=r"local_stage=9"):
         build_method(config, tokenizer().vocab_size)
     batch = small_batch(random_matrix(1))
-    batch.entities = None
-    with pytest.raises(ValueError, match="entities=True"):
+    batch.fields = {}
+    with pytest.raises(ValueError, match="batch field entities"):
         small_medslip()(batch)
-    assert reads_entities("medslip")
+    assert fields_of("medslip") == {"entities"}
 
 
 def test_the_official_file_turns_on_everything_published() -> None:

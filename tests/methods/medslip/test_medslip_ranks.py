@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from medvlp.data.batch_plan import BatchPlan
 from medvlp.distributed import rank
-from medvlp.training.batch_plan import BatchPlan
 from medvlp.training.engine import Engine
 from tests.methods.gradients import assert_equal_gradients, averaged_gradients
 from tests.methods.small_medslip import random_matrix, small_batch, small_config, small_medslip

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from medvlp.config import OptimizerConfig, PrototypesConfig
+from medvlp.data.batch_plan import BatchPlan
 from medvlp.distributed import rank
 from medvlp.methods.base import Progress
 from medvlp.prototypes.initialise import initialise_prototypes
-from medvlp.training.batch_plan import BatchPlan
 from medvlp.training.engine import Engine
 from tests.methods.gradients import assert_equal_gradients, averaged_gradients
 from tests.methods.small_mgca import rows_of, small_batch, small_config, small_mgca

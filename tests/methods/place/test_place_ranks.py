@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from medvlp.config import OptimizerConfig
+from medvlp.data.batch_plan import BatchPlan
 from medvlp.distributed import rank
 from medvlp.methods.base import Progress
-from medvlp.training.batch_plan import BatchPlan
 from medvlp.training.engine import Engine
 from tests.methods.gradients import assert_equal_gradients, averaged_gradients
 from tests.methods.small_mgca import rows_of

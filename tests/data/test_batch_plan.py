@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from medvlp.config import Config
 from medvlp.config_files import ConfigError
-from medvlp.training.batch_plan import plan_batch
+from medvlp.data.batch_plan import plan_batch
 
 
 def config(global_batch, micro_batch=None):

@@ -1,4 +1,4 @@
-"""Token ids, labels, entities and keys of a split: computed once, kept beside the shards, then mapped."""
+"""What is known about the samples of a split but their images: computed once, then mapped."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ _VERSION = 3
 _CHUNK = 512
 
 
-class TokenStore:
-    """Everything of a split but its images, in one safetensors file that is mapped, not read.
+class SampleStore:
+    """Token ids, labels, entities and keys of a split, in one safetensors file that is mapped, not read.
 
     Attributes:
         path: the file.
@@ -66,7 +66,7 @@ class TokenStore:
             self.unreadable: NDArray[np.int64] = arrays["unreadable"]
             self._keys: NDArray[np.uint8] = arrays["keys"]
         except (SafetensorError, OSError, ValueError, TypeError) as error:
-            raise DataError(f"{path}: damaged token store ({error}); delete it and start again") from error
+            raise DataError(f"{path}: damaged sample store ({error}); delete it and start again") from error
         self._stated_checksum = stated
 
     def __len__(self) -> int:
@@ -103,7 +103,7 @@ class TokenStore:
         else:
             problem = _value_problem(arrays, vocab_size)
         if problem:
-            raise DataError(f"{self.path}: damaged token store ({problem}); delete it and start again")
+            raise DataError(f"{self.path}: damaged sample store ({problem}); delete it and start again")
 
     def keys(self, selection: NDArray[np.int64]) -> list[str]:
         """Keys of the selected samples."""
@@ -118,7 +118,7 @@ class TokenStore:
     @classmethod
     def open_or_build(
         cls, reader: ShardReader, split: str, config: DataConfig, tokenizer: Tokenizer
-    ) -> TokenStore:
+    ) -> SampleStore:
         """Open the store of a split, computing it first where it does not exist yet.
 
         It lies in `tokens/` of the dataset folder if that can be written, else of `data.cache_dir`. One
@@ -174,12 +174,12 @@ def _store_hash(reader: ShardReader, split: str, config: DataConfig, tokenizer: 
     return xxhash.xxh3_64_hexdigest(json.dumps(parts).encode())
 
 
-def _open_current(path: Path, reader: ShardReader, split: str, tokenizer: Tokenizer) -> TokenStore | None:
+def _open_current(path: Path, reader: ShardReader, split: str, tokenizer: Tokenizer) -> SampleStore | None:
     """The store at `path`, or None where it is missing, damaged or older than a repair of the shards."""
     if not path.is_file():
         return None
     try:
-        store = TokenStore(path)
+        store = SampleStore(path)
         store.check(reader.sample_count(split), len(reader.index.label_names), tokenizer.vocab_size)
     except DataError as error:
         logger.warning("%s; computing it again", error)

@@ -1,4 +1,4 @@
-"""The token store: equal to direct tokenisation, built once, mapped, repaired."""
+"""The sample store: equal to direct tokenisation, built once, mapped, repaired."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from safetensors.numpy import load, save
 from medvlp.config import Config
 from medvlp.config_files import ConfigError
 from medvlp.data.report import report_sentences
+from medvlp.data.sample_store import SampleStore, checksum
 from medvlp.data.text import Tokenizer
-from medvlp.data.tokens import TokenStore, checksum
 from shards.errors import DataError
 from shards.reader import ShardReader
 from shards.text.cleaning import mgca_sentences
@@ -30,8 +30,8 @@ ConfigFactory = Callable[..., Config]
 Arrays = dict[str, NDArray[Any]]
 
 
-def open_store(root: Path, config: Config, tokenizer: Tokenizer, split: str = "train") -> TokenStore:
-    return TokenStore.open_or_build(ShardReader(root), split, config.data, tokenizer)
+def open_store(root: Path, config: Config, tokenizer: Tokenizer, split: str = "train") -> SampleStore:
+    return SampleStore.open_or_build(ShardReader(root), split, config.data, tokenizer)
 
 
 @pytest.mark.parametrize("cleaning", ["none", "mgca"])
@@ -135,7 +135,7 @@ def test_a_damaged_store_is_computed_again(
     expected = store.rows.ids.copy()
     store.path.write_bytes(store.path.read_bytes()[:200])
     np.testing.assert_array_equal(open_store(own_dataset, config, tokenizer).rows.ids, expected)
-    assert "damaged token store" in caplog.text
+    assert "damaged sample store" in caplog.text
 
 
 def same_arrays(first: bytes, second: bytes) -> bool:
@@ -208,7 +208,7 @@ def test_a_store_with_a_true_checksum_and_impossible_values_is_found(
     change(arrays)
     path.write_bytes(save(arrays, metadata={"checksum": checksum(arrays)}))
     open_store(own_dataset, config, tokenizer)
-    assert "damaged token store" in caplog.text
+    assert "damaged sample store" in caplog.text
     assert same_arrays(path.read_bytes(), whole)
 
 
@@ -221,7 +221,7 @@ def test_a_store_of_another_split_is_found(
     test.write_bytes(train.read_bytes())
     store = open_store(own_dataset, config, tokenizer, "test")
     assert len(store) == ShardReader(own_dataset).sample_count("test")
-    assert "damaged token store" in caplog.text
+    assert "damaged sample store" in caplog.text
 
 
 def test_a_tokenizer_that_contradicts_the_index_is_refused(own_dataset: Path) -> None:

@@ -1,0 +1,146 @@
+"""Batch fields that only some methods and tasks need: how each is read, and how a view of the image moves it.
+
+A field is asked for by its name and stands in `Batch.fields` under it. One more field is one more class here,
+registered by its name; loaders, datasets and batches do not change.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from medvlp.config import TransformConfig
+from medvlp.config_files import ConfigError
+from medvlp.data.order import Positions
+from medvlp.data.sample_store import SampleStore
+from medvlp.data.transforms import View
+from shards.entities.matrix import mirrored
+from shards.errors import DataError
+from shards.reader import ShardReader
+
+
+class Field(ABC):
+    """One named field of a split.
+
+    Args:
+        reader: the shards. split: which split. store: what is known about its samples.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, reader: ShardReader, split: str, store: SampleStore) -> None:
+        self.reader, self.split, self.store = reader, split, store
+
+    @abstractmethod
+    def missing(self) -> str | None:
+        """Why nothing can be learned from this field of this split, with the remedy; None: something can."""
+
+    @abstractmethod
+    def read(self, rows: Positions, views: Sequence[View], config: TransformConfig) -> Tensor:
+        """The field of B samples, as they are seen.
+
+        Args:
+            rows: [B] positions in the split.
+            views: what of each stored image its sample shows.
+            config: how a view moves what is no place in the image.
+
+        Returns:
+            [B, ...].
+
+        Raises:
+            DataError: what is stored of a sample contradicts the dataset; names shard and key.
+        """
+
+
+class Entities(Field):
+    """[B, 51, 75] int8, anatomies x observations of `shards.entities.vocabulary`.
+
+    1 is present, 0 absent, -1 not mentioned (or uncertain). Sides change places with the image unless
+    `data.transform.flip_entities` says "keep".
+    """
+
+    name = "entities"
+
+    def missing(self) -> str | None:
+        """See `Field`."""
+        if len(self.store.entities.cells):
+            return None
+        return "no sample has an entity (present or absent); annotate the dataset with medvlp shards annotate"
+
+    def read(self, rows: Positions, views: Sequence[View], config: TransformConfig) -> Tensor:
+        """See `Field`."""
+        matrices = self.store.entities.matrices(rows)
+        if config.flip_entities == "swap":
+            flipped = np.array([view.flipped for view in views], dtype=bool)
+            matrices[flipped] = mirrored(matrices[flipped])
+        return torch.from_numpy(matrices)
+
+
+class Boxes(Field):
+    """[B, M, 5] float32: label, left, top, right, bottom of the boxes of each sample.
+
+    The label is its number among the dataset's label names; the rest are pixels of the view. M is the largest
+    number of the batch; a row without a box holds label -1 and zeros. Boxes are cut at the border of the
+    view; what lies outside is left out.
+    """
+
+    name = "boxes"
+
+    def missing(self) -> str | None:
+        """See `Field`: the first samples are asked, a dataset has boxes or has none."""
+        asked = range(min(1000, len(self.store)))
+        if any(self.reader.metadata(self.split, i)["boxes"] for i in asked):
+            return None
+        return f"none of the first {len(asked)} samples has a box"
+
+    def read(self, rows: Positions, views: Sequence[View], config: TransformConfig) -> Tensor:
+        """See `Field`."""
+        boxes = [self._boxes(int(row), view) for row, view in zip(rows, views, strict=True)]
+        result = torch.zeros(len(boxes), max([len(found) for found in boxes], default=0), 5)
+        result[:, :, 0] = -1
+        for row, found in zip(result, boxes, strict=True):
+            row[: len(found)] = torch.from_numpy(found)
+        return result
+
+    def _boxes(self, position: int, view: View) -> NDArray[np.float32]:
+        names = self.reader.index.label_names
+        stored = self.reader.metadata(self.split, position)["boxes"]
+        if not stored:
+            return np.zeros((0, 5), dtype=np.float32)
+        if not {box["label"] for box in stored} <= set(names):
+            shard, _ = self.reader.locate(self.split, position)
+            key = self.reader.key(self.split, position)
+            raise DataError(f"{shard.file}: sample {key}: a box of a label that is no label of the dataset")
+        labels = np.array([names.index(box["label"]) for box in stored], dtype=np.float64)
+        x, y, width, height = (
+            np.array([box[key] for box in stored], dtype=np.float64) for key in ("x", "y", "width", "height")
+        )
+        (left, right), (top, bottom) = view.horizontal(x, x + width), view.vertical(y, y + height)
+        left, top = np.clip(left, 0, view.size), np.clip(top, 0, view.size)
+        right, bottom = np.clip(right, 0, view.size), np.clip(bottom, 0, view.size)
+        seen = (right > left) & (bottom > top)
+        return np.stack([labels, left, top, right, bottom], axis=1)[seen].astype(np.float32)
+
+
+#: Every field by its name.
+FIELDS: dict[str, type[Field]] = {field.name: field for field in (Entities, Boxes)}
+
+
+def open_fields(
+    names: Iterable[str], reader: ShardReader, split: str, store: SampleStore
+) -> dict[str, Field]:
+    """The named fields of a split, in alphabetical order.
+
+    Raises:
+        ConfigError: there is no such field.
+    """
+    unknown = sorted(set(names) - set(FIELDS))
+    if unknown:
+        raise ConfigError(f"no batch field is named {', '.join(unknown)}; there are {', '.join(FIELDS)}")
+    return {name: FIELDS[name](reader, split, store) for name in sorted(set(names))}

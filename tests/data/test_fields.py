@@ -1,0 +1,181 @@
+"""Batch fields: what each holds, how crop, flip and resize move it, and what happens without any."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from medvlp.config import Config, TransformConfig
+from medvlp.config_files import ConfigError
+from medvlp.data.entities import EntityRows
+from medvlp.data.loader import build_loader, evaluation_loader
+from medvlp.data.sample_store import SampleStore
+from medvlp.data.text import Tokenizer
+from medvlp.data.transforms import DRAWS, SampleRandom, training_view
+from medvlp.methods import registry
+from shards.entities.matrix import entity_matrix, mirrored
+from shards.errors import DataError
+from shards.reader import ShardReader
+
+ConfigFactory = Callable[..., Config]
+
+
+def test_packed_rows_give_back_every_matrix() -> None:
+    samples = [
+        [["left pleural space", "effusion", 1], ["heart", "cardiomegaly", 0], ["lung", "edema", -1]],
+        [],
+        [["unspecified", "normal", 1], ["other thing", "unknown word", 0]],
+    ]
+    rows = EntityRows.pack(samples)
+    for selection in ([0, 1, 2], [2, 0, 0], [1], []):
+        matrices = rows.matrices(np.array(selection, dtype=np.int64))
+        assert matrices.shape == (len(selection), 51, 75)
+        assert matrices.dtype == np.int8
+        for matrix, i in zip(matrices, selection, strict=True):
+            np.testing.assert_array_equal(matrix, entity_matrix(samples[i]))
+    last = EntityRows.pack([[["other", "excluded_obs", 1]]]).matrices(np.array([0]))
+    assert last[0, 50, 74] == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_hold_the_matrices_of_their_samples(
+    dataset: Path, make_config: ConfigFactory, tokenizer: Tokenizer, workers: int
+) -> None:
+    config, reader = make_config(workers=workers), ShardReader(dataset)
+    loader = build_loader(config, reader, tokenizer, 0, 1, 16, fields=["entities"])
+    for batch in itertools.islice(loader, 3):
+        assert batch.fields["entities"].shape == (16, 51, 75)
+        assert batch.fields["entities"].dtype == torch.int8
+        for matrix, position in zip(batch.fields["entities"], batch.sample.tolist(), strict=True):
+            expected = entity_matrix(reader.metadata("train", position)["entities"])
+            np.testing.assert_array_equal(matrix.numpy(), expected)
+        assert (batch.fields["entities"] == 1).any()
+        assert (batch.fields["entities"] == 0).any()
+
+
+def test_only_who_asks_gets_a_field(make_config: ConfigFactory, tokenizer: Tokenizer) -> None:
+    config = make_config()
+    reader = ShardReader(config.data.root)
+    assert next(iter(build_loader(config, reader, tokenizer, 0, 1, 16))).fields == {}
+    for fields in ([], ["entities"]):
+        batch = next(iter(evaluation_loader(config, reader, tokenizer, "test", 4, fields=fields)))
+        assert list(batch.fields) == fields
+    with pytest.raises(ConfigError, match="entitys; there are entities, boxes"):
+        evaluation_loader(config, reader, tokenizer, "test", 4, fields=["entitys"])
+
+
+@pytest.mark.parametrize("policy", ["swap", "keep"])
+def test_a_flipped_sample_has_its_sides_exchanged(
+    make_config: ConfigFactory, tokenizer: Tokenizer, policy: str
+) -> None:
+    config = make_config(transform=TransformConfig(flip=0.5, flip_entities=policy))  # type: ignore[arg-type]
+    reader = ShardReader(config.data.root)
+    batch = next(iter(build_loader(config, reader, tokenizer, 0, 1, 16, fields=["entities"])))
+    random, changed = SampleRandom(config.train.seed, 0), 0
+    for matrix, position in zip(batch.fields["entities"], batch.sample.tolist(), strict=True):
+        stored = entity_matrix(reader.metadata("train", position)["entities"])
+        flipped = random.uniform(position, DRAWS)[3] < 0.5
+        expected = mirrored(stored) if flipped and policy == "swap" else stored
+        np.testing.assert_array_equal(matrix.numpy(), expected)
+        changed += flipped and not np.array_equal(stored, mirrored(stored))
+    assert changed > 2
+
+
+def test_store_maps_entities_in_a_worker(
+    dataset: Path, make_config: ConfigFactory, tokenizer: Tokenizer
+) -> None:
+    store = SampleStore.open_or_build(ShardReader(dataset), "train", make_config().data, tokenizer)
+    copy = pickle.loads(pickle.dumps(store))
+    rows = np.arange(len(store))
+    np.testing.assert_array_equal(copy.entities.matrices(rows), store.entities.matrices(rows))
+
+
+def test_dataset_without_entities_is_refused(
+    own_dataset: Path, make_config: ConfigFactory, tokenizer: Tokenizer
+) -> None:
+    for tar in own_dataset.glob("*.tar"):
+        data = tar.read_bytes()
+        while (start := data.find(b'"entities":[[')) >= 0:
+            end = data.index(b"]]", start) + 2
+            empty = b'"entities":[]'
+            data = data[:start] + empty + b" " * (end - start - len(empty)) + data[end:]
+        tar.write_bytes(data)
+    reader = ShardReader(own_dataset)
+    assert json.dumps(reader.metadata("train", 0)["entities"]) == "[]"
+    config = make_config(root=str(own_dataset))
+    with pytest.raises(DataError, match="medvlp shards annotate"):
+        build_loader(config, reader, tokenizer, 0, 1, 16, fields=["entities"])
+    build_loader(config, reader, tokenizer, 0, 1, 16)
+
+
+def test_registry_says_which_fields_a_method_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = registry.schemas()["mgca"]
+    entry = registry.Entry(known, registry.REGISTRY["mgca"].build, frozenset(["entities"]))
+    monkeypatch.setitem(registry.REGISTRY, "reader", entry)
+    assert registry.fields_of("reader") == {"entities"}
+    assert registry.fields_of("mgca") == frozenset()
+    with pytest.raises(registry.UnknownMethodError, match="nothing"):
+        registry.fields_of("nothing")
+
+
+def box_truth(image: np.ndarray, boxes: list[dict[str, float]]) -> np.ndarray:
+    """A picture of the stored size with the inside of the boxes white."""
+    picture = np.zeros_like(image)
+    for box in boxes:
+        x, y = box["x"], box["y"]
+        picture[round(y) : round(y + box["height"]), round(x) : round(x + box["width"])] = 255
+    return picture
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        TransformConfig(crop="none"),
+        TransformConfig(crop="center"),
+        TransformConfig(crop="random", flip=1.0),
+        TransformConfig(crop="random", flip=0.5, scale_min=0.5),
+    ],
+    ids=["whole", "center", "flipped", "resized crops"],
+)
+@pytest.mark.parametrize(("stored", "size"), [(64, 48), (64, 96)])
+def test_a_view_moves_boxes_as_it_moves_pixels(transform: TransformConfig, stored: int, size: int) -> None:
+    """A picture of a box goes through the crop; the moved box must lie where its white pixels are."""
+    stated = {"x": 20.0, "y": 8.0, "width": 24.0, "height": 32.0}
+    picture = box_truth(np.zeros((stored, stored), dtype=np.uint8), [stated])
+    random = SampleRandom(0, 0)
+    for sample in range(40):
+        pixels, view = training_view(picture, size, transform, random.uniform(sample, DRAWS))
+        left, right = view.horizontal(np.array([20.0]), np.array([44.0]))
+        top, bottom = view.vertical(np.array([8.0]), np.array([40.0]))
+        rows, columns = np.nonzero(pixels > 127)
+        found = [columns.min(), columns.max() + 1, rows.min(), rows.max() + 1]
+        expected = np.clip([left[0], right[0], top[0], bottom[0]], 0, size)
+        assert np.abs(np.array(found) - expected).max() <= 1.5
+
+
+def test_boxes_of_a_batch_are_those_of_its_samples(
+    dataset: Path, make_config: ConfigFactory, tokenizer: Tokenizer
+) -> None:
+    config, reader = make_config(transform=TransformConfig(crop="none")), ShardReader(dataset)
+    names, scale = reader.index.label_names, config.data.image_size / reader.index.image_size
+    batch = next(iter(evaluation_loader(config, reader, tokenizer, "train", 8, fields=["boxes"])))
+    boxes = batch.fields["boxes"]
+    assert boxes.dtype == torch.float32
+    seen = 0
+    for row, position in zip(boxes.numpy(), batch.sample.tolist(), strict=True):
+        stated = reader.metadata("train", position)["boxes"]
+        assert (row[len(stated) :] == [-1, 0, 0, 0, 0]).all()
+        for found, box in zip(row, stated, strict=False):
+            ends = [box["x"], box["y"], box["x"] + box["width"], box["y"] + box["height"]]
+            np.testing.assert_allclose(
+                found, [names.index(box["label"]), *np.multiply(ends, scale)], atol=1e-3
+            )
+            seen += 1
+    assert seen > 3
