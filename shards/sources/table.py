@@ -107,14 +107,16 @@ class TableSource(Source):
 
     def split_key(self, i: int) -> str:
         """Group of row `i`, else its patient; a row without both, which `load` rejects, stands alone."""
-        row = self._rows[i]
+        row = self._rows.read(i, self._map.split_columns)
         if isinstance(row, BadRow):
             return f"row {i}"
         return self._optional(row, self._map.group) or row[self._map.patient_id] or f"row {i}"
 
     def prescribed_split(self, i: int) -> str | None:
         """Split the table names for row `i`; None where the cell is empty or cannot be a name."""
-        row = self._rows[i]
+        if self._map.split is None:
+            return None
+        row = self._rows.read(i, [self._map.split])
         return None if isinstance(row, BadRow) else self._split(row)
 
     def load(self, i: int) -> list[Study]:

@@ -89,6 +89,11 @@ class TableMap:
         return TableFormat(self.encoding, self.delimiter, missing, key=self.image)
 
     @property
+    def split_columns(self) -> list[str]:
+        """The columns that decide where a row belongs, where no split is named for it."""
+        return [self.patient_id, *([self.group] if self.group else [])]
+
+    @property
     def columns(self) -> list[str]:
         """All mapped columns, each once."""
         single = (self.image, self.patient_id, self.id, self.study_id, self.group, self.split, self.view)

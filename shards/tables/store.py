@@ -38,6 +38,7 @@ class RowStore:
 
     def __init__(self, rows: Iterable[Row | BadRow], columns: Sequence[str]) -> None:
         self._columns = list(columns)
+        self._places = {column: place for place, column in enumerate(self._columns, 2)}
         #: Number of the first row of each batch.
         self._starts: list[int] = []
         self._length = 0
@@ -65,6 +66,10 @@ class RowStore:
         return self._length
 
     def __getitem__(self, i: int) -> Row | BadRow:
+        return self.read(i, self._columns)
+
+    def read(self, i: int, columns: Sequence[str]) -> Row | BadRow:
+        """Row `i`, reduced to some of the store's columns."""
         if not 0 <= i < self._length:
             raise IndexError(i)
         number = bisect_right(self._starts, i) - 1
@@ -74,8 +79,7 @@ class RowStore:
         reason = batch.column(1)[place].as_py()
         if reason is not None:
             return BadRow(line, reason)
-        cells = (batch.column(k)[place].as_py() for k in range(2, batch.num_columns))
-        return Row(line, dict(zip(self._columns, cells, strict=True)))
+        return Row(line, {c: batch.column(self._places[c])[place].as_py() for c in columns})
 
     def __iter__(self) -> Iterator[Row | BadRow]:
         return (self[i] for i in range(self._length))
