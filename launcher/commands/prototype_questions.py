@@ -15,7 +15,7 @@ from shards.errors import UsageError
 if TYPE_CHECKING:
     from medvlp.serving.client import PrototypeClient
     from medvlp.serving.offline import RunFiles
-    from medvlp.serving.wire import prototypes_pb2 as wire
+    from medvlp.serving.questions import ClusterSummary
 
 RunOption = Annotated[
     Path | None,
@@ -119,14 +119,14 @@ def cluster(
     _print(table)
 
 
-def _summary(cluster: wire.ClusterSummary, findings: int) -> tuple[str, ...]:
+def _summary(cluster: ClusterSummary, findings: int) -> tuple[str, ...]:
     return (
         str(cluster.id),
         str(cluster.images),
         str(cluster.reports),
-        f"{cluster.similarity:.3f}" if cluster.HasField("similarity") else "",
-        f"{cluster.purity:.2f}" if cluster.HasField("purity") else "",
-        ", ".join(f"{label.name} {label.share:.0%}" for label in list(cluster.labels)[:findings]),
+        "" if cluster.similarity is None else f"{cluster.similarity:.3f}",
+        "" if cluster.purity is None else f"{cluster.purity:.2f}",
+        ", ".join(f"{label.name} {label.share:.0%}" for label in cluster.labels[:findings]),
     )
 
 
@@ -147,17 +147,18 @@ def _ask(
         raise UsageError("say whom to ask: --run RUN, or --server HOST:PORT with --token-file")
     if offline and (server is not None or run is None):
         raise UsageError("--offline reads the files of --run RUN; a --server has no part in it")
+    from medvlp.serving.layout import ADDRESS, folder_of
+
+    if run is not None and server is None and (offline or not (folder_of(run) / ADDRESS).is_file()):
+        from medvlp.serving.offline import RunFiles
+
+        return RunFiles(run)
     from medvlp.serving.access import read_token
     from medvlp.serving.client import Connection, PrototypeClient, connection_of
-    from medvlp.serving.layout import ADDRESS, folder_of
 
     if server is not None:
         if token_file is None:
             raise UsageError("--server needs --token-file with the server's token")
         return PrototypeClient(Connection(server, read_token(token_file), authority))
     assert run is not None
-    if offline or not (folder_of(run) / ADDRESS).is_file():
-        from medvlp.serving.offline import RunFiles
-
-        return RunFiles(run)
     return PrototypeClient(connection_of(run, token_file, authority))

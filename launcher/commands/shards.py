@@ -1,4 +1,4 @@
-"""`medvlp shards`: build, merge, verify, info and view datasets."""
+"""`medvlp shards`: build, annotate, merge, verify, info and view datasets."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
 
 from launcher.commands import shards_build
-from launcher.commands.annotate import annotate
-from shards.errors import DataError
+from shards.entities.annotate import annotate as annotate_dataset
+from shards.errors import DataError, UsageError
 from shards.info import describe
 from shards.merge import merge
 from shards.reader import ShardReader
@@ -25,7 +26,36 @@ MaxRejected = Annotated[float, typer.Option(min=0, max=1, help="largest tolerate
 Workers = Annotated[int | None, typer.Option(min=1, help="processes; default: all cores")]
 Dataset = Annotated[Path, typer.Argument(metavar="DIR", help="dataset folder")]
 
-app.command("annotate")(annotate)
+
+@app.command("annotate")
+def annotate(
+    dataset: Annotated[Path, typer.Argument(metavar="DIR", help="dataset folder; it is not changed")],
+    out: Annotated[Path, typer.Option("--out", help="new dataset; an unfinished one in it goes on")],
+    radgraph: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="JSON output of a RadGraph model, by study id")
+    ] = None,
+    rules: Annotated[bool, typer.Option("--rules", help="read the reports with the built-in rules")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace entities that samples have already")
+    ] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="processes; default: all cores")] = None,
+) -> None:
+    """Fill the entities of all samples, from a RadGraph file or by rules, in a new dataset."""
+    if rules == (radgraph is not None):
+        raise UsageError("choose one of --radgraph FILE and --rules")
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("shards", total=None)
+        summary = annotate_dataset(
+            dataset,
+            out,
+            radgraph,
+            overwrite,
+            workers or default_workers(),
+            on_shard=lambda finished, total: progress.update(bar, completed=finished, total=total),
+        )
+    typer.echo(f"{out}: {summary.annotated:,} of {summary.samples:,} samples have entities")
+    if summary.unmatched:
+        typer.echo(f"{summary.unmatched:,} samples have no report in {radgraph}")
 
 
 @app.command("merge")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from medvlp.serving.errors import PrototypeFilesError
+from medvlp.serving.layout import PrototypeFilesError
 from shards.errors import UsageError
 
 if TYPE_CHECKING:

@@ -1,31 +1,37 @@
-"""Answers to questions about one snapshot, as messages of `prototypes.proto`; with or without a server."""
+"""Answers to questions about one snapshot, with or without a server."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from medvlp.losses.normalise import unit_norm
 from medvlp.serving.cluster_report import TYPICAL, Members
-from medvlp.serving.errors import RequestError, UnknownClusterError
 from medvlp.serving.limits import Limits
-from medvlp.serving.messages import FORMATS
+from medvlp.serving.questions import (
+    ClusterAnswer,
+    ClustersAnswer,
+    ClusterSummary,
+    LabelShare,
+    NearestAnswer,
+    RequestError,
+    TableAnswer,
+    TypicalSample,
+    UnknownClusterError,
+    Wanted,
+)
 from medvlp.serving.run_model import RunModel
 from medvlp.serving.snapshot import Snapshot
-from medvlp.serving.wire import prototypes_pb2 as wire
 
-_MODALITIES: dict[int, str] = {wire.IMAGE: "image", wire.REPORT: "report"}
 #: Rows searched between two looks at whether anybody still waits for the answer.
 _BLOCK = 64
-
-Reply = TypeVar("Reply", wire.NearestReply, wire.ClustersReply, wire.ClusterReply, wire.TableReply)
+_DEFAULT = Wanted()
 
 
 def _always() -> bool:
@@ -67,30 +73,31 @@ class Answers:
         assert self.members.classes is not None
         assert self.indexes
 
+    @property
+    def width(self) -> int:
+        """D of the embeddings."""
+        return int(self.snapshot.table.centroids.shape[1])
+
     def nearest(
-        self, request: wire.NearestRequest, wanted_still: Callable[[], bool] = _always
-    ) -> wire.NearestReply:
+        self, embeddings: Any, wanted: Wanted = _DEFAULT, wanted_still: Callable[[], bool] = _always
+    ) -> NearestAnswer:
         """Nearest clusters and samples of embeddings.
 
         Args:
-            request: see `prototypes.proto`.
+            embeddings: [n, D] numbers, brought to unit length here.
+            wanted: how many.
             wanted_still: asked now and then; false ends the search (with what is there so far).
 
         Raises:
             RequestError: too many rows, another width, numbers that are not finite, a row of zeros.
         """
-        width = self.snapshot.table.centroids.shape[1]
-        if not 1 <= request.rows <= self.limits.rows:
-            raise RequestError(f"{request.rows} rows: send 1 to {self.limits.rows} embeddings in a request")
-        if request.format not in FORMATS:
-            raise RequestError(f"format {request.format} is neither FLOAT32 nor FLOAT16")
-        dtype = FORMATS[request.format]
-        if len(request.embeddings) != request.rows * width * dtype.itemsize:
+        values = np.asarray(embeddings)
+        if values.ndim != 2 or values.shape[1] != self.width:
             raise RequestError(
-                f"{len(request.embeddings)} bytes for {request.rows} rows: the embeddings of this run have "
-                f"{width} numbers of {dtype.itemsize} bytes"
+                f"embeddings of shape {values.shape}: those of this run have {self.width} numbers each"
             )
-        values = np.frombuffer(request.embeddings, dtype).reshape(request.rows, width).astype(np.float32)
+        _check_count(len(values), self.limits.rows, "embeddings")
+        values = values.astype(np.float32)
         # In float64, because squares of float32 can overflow.
         squares = np.square(values, dtype=np.float64).sum(1)
         usable = np.isfinite(squares) & (squares > 0)
@@ -98,150 +105,142 @@ class Answers:
             bad = int(usable.argmin())
             raise RequestError(f"row {bad} is zero or not finite: send embeddings as the method gives them")
         unit = (values / np.sqrt(squares)[:, None]).astype(np.float32)
-        return self._nearest(torch.from_numpy(unit), request.wanted, wanted_still)
+        return self._nearest(torch.from_numpy(unit), wanted, wanted_still)
 
-    def nearest_text(self, request: wire.NearestTextRequest) -> wire.NearestReply:
+    def nearest_text(self, texts: Sequence[str], wanted: Wanted = _DEFAULT) -> NearestAnswer:
         """The same for texts.
 
         Raises:
             RequestError: none, too many or too long texts, or texts the method cannot embed.
         """
-        texts, limits = request.texts, self.limits
+        limits = self.limits
         _check_count(len(texts), limits.texts, "texts")
         for number, text in enumerate(texts):
             if len(text) > limits.text_characters:
                 raise RequestError(
                     f"text {number} has {len(text)} characters: send at most {limits.text_characters}"
                 )
-        self._check_wanted(len(texts), request.wanted)
-        return self._nearest(self.model().embed_texts(texts), request.wanted, _always)
+        self._check_wanted(len(texts), wanted)
+        return self._nearest(self.model().embed_texts(texts), wanted, _always)
 
-    def nearest_image(self, request: wire.NearestImageRequest) -> wire.NearestReply:
+    def nearest_image(self, files: Sequence[bytes], wanted: Wanted = _DEFAULT) -> NearestAnswer:
         """The same for image files.
 
         Raises:
             RequestError: none, too many or too large files, or files that are no images.
         """
-        files, limits = request.images, self.limits
+        limits = self.limits
         _check_count(len(files), limits.images, "images")
         for number, file in enumerate(files):
             if len(file) > limits.image_bytes:
                 raise RequestError(f"image {number} has {len(file)} bytes: send at most {limits.image_bytes}")
-        self._check_wanted(len(files), request.wanted)
+        self._check_wanted(len(files), wanted)
         rows = self.model().embed_images(files, self.snapshot.origin.stored_size, limits.image_pixels)
-        return self._nearest(rows, request.wanted, _always)
+        return self._nearest(rows, wanted, _always)
 
-    def clusters(self, request: wire.ClustersRequest) -> wire.ClustersReply:
-        """A page of clusters.
+    def clusters(self, first: int = 0, count: int = 0) -> ClustersAnswer:
+        """A page of clusters from number `first` on (count 0: as many as a page holds).
 
         Raises:
             UnknownClusterError: the page begins beyond the last cluster.
         """
-        total = self._check_cluster(request.first)
-        count = min(request.count or self.limits.page, self.limits.page)
-        page = range(request.first, min(total, request.first + count))
-        reply = wire.ClustersReply(total=total, clusters=[self.summary(number) for number in page])
-        return self._stamped(reply)
+        total = self._check_cluster(first)
+        count = min(count or self.limits.page, self.limits.page)
+        page = range(first, min(total, first + count))
+        return ClustersAnswer(*self._stamp, total, [self.summary(number) for number in page])
 
-    def cluster(self, request: wire.ClusterRequest) -> wire.ClusterReply:
+    def cluster(self, number: int) -> ClusterAnswer:
         """One cluster with its most typical images.
 
         Raises:
             UnknownClusterError: there is no such cluster.
         """
-        self._check_cluster(request.id)
-        cosines, typical = self.members.cosines["image"], []
-        for row in self.members.rows(request.id)[:TYPICAL].tolist():
-            position = int(self.snapshot.sample[row])
-            typical.append(
-                wire.TypicalSample(
-                    key=self.snapshot.key_of(row), position=position, cosine=float(cosines[row])
-                )
-            )
-        return self._stamped(wire.ClusterReply(cluster=self.summary(request.id), typical=typical))
+        self._check_cluster(number)
+        cosines, snapshot = self.members.cosines["image"], self.snapshot
+        typical = [
+            TypicalSample(snapshot.key_of(row), int(snapshot.sample[row]), float(cosines[row]))
+            for row in self.members.rows(number)[:TYPICAL].tolist()
+        ]
+        return ClusterAnswer(*self._stamp, self.summary(number), typical)
 
-    def table(self, request: wire.TableRequest) -> wire.TableReply:
+    def table(self) -> TableAnswer:
         """What is asked about, and the limits of questions."""
         snapshot, origin, limits = self.snapshot, self.snapshot.origin, self.limits
-        count, width = snapshot.table.centroids.shape
-        return self._stamped(
-            wire.TableReply(
-                clusters=count,
-                width=width,
-                source=origin.source,
-                step=origin.step,
-                samples=len(snapshot.sample),
-                has_reports=snapshot.report is not None,
-                split=origin.split,
-                label_names=origin.label_names,
-                max_rows=limits.rows,
-                max_texts=limits.texts,
-                max_images=limits.images,
-                max_message_bytes=limits.message_bytes,
-            )
+        return TableAnswer(
+            *self._stamp,
+            clusters=len(snapshot.table.centroids),
+            width=self.width,
+            source=origin.source,
+            step=origin.step,
+            samples=len(snapshot.sample),
+            has_reports=snapshot.report is not None,
+            split=origin.split,
+            label_names=list(origin.label_names),
+            max_rows=limits.rows,
+            max_texts=limits.texts,
+            max_images=limits.images,
+            max_message_bytes=limits.message_bytes,
         )
 
-    def _nearest(
-        self, rows: Tensor, wanted: wire.Wanted, wanted_still: Callable[[], bool]
-    ) -> wire.NearestReply:
+    @property
+    def _stamp(self) -> tuple[int, str]:
+        """Version and fingerprint, with which every answer begins."""
+        return self.snapshot.table.version, self.snapshot.table.fingerprint
+
+    def _nearest(self, rows: Tensor, wanted: Wanted, wanted_still: Callable[[], bool]) -> NearestAnswer:
         clusters, samples = self._check_wanted(len(rows), wanted)
-        reply = wire.NearestReply(rows=len(rows))
+        answer = NearestAnswer(*self._stamp, len(rows), [], [], [], [], [])
         for block in torch.split(rows, _BLOCK) if samples else (rows,):
             if not wanted_still():
                 break
             cosines, ids = self.snapshot.table.nearest(block, clusters)
-            reply.clusters.extend(ids.flatten().tolist())
-            reply.cosines.extend(cosines.flatten().tolist())
+            answer.clusters.extend(ids.flatten().tolist())
+            answer.cosines.extend(cosines.flatten().tolist())
             if samples:
-                near, places = self.indexes[_MODALITIES[wanted.of]].search(block.numpy(), samples)
-                self._add_samples(reply, near, places)
-        return self._stamped(reply)
+                near, places = self.indexes[wanted.of].search(block.numpy(), samples)
+                flat = places.ravel()
+                answer.sample_keys.extend(self.snapshot.key_of(row) for row in flat.tolist())
+                answer.sample_positions.extend(self.snapshot.sample.numpy()[flat].tolist())
+                answer.sample_cosines.extend(near.ravel().tolist())
+        return answer
 
-    def _add_samples(
-        self, reply: wire.NearestReply, cosines: NDArray[np.float32], rows: NDArray[np.int64]
-    ) -> None:
-        flat = rows.ravel()
-        reply.sample_keys.extend([self.snapshot.key_of(row) for row in flat.tolist()])
-        reply.sample_positions.extend(self.snapshot.sample.numpy()[flat].tolist())
-        reply.sample_cosines.extend(cosines.ravel().tolist())
-
-    def _check_wanted(self, rows: int, wanted: wire.Wanted) -> tuple[int, int]:
+    def _check_wanted(self, rows: int, wanted: Wanted) -> tuple[int, int]:
         """Entries of each row, of clusters and of samples: never more than there are."""
         limits = self.limits
+        if min(wanted.clusters, wanted.samples) < 0:
+            raise RequestError("less than no clusters or samples cannot be answered")
         if max(wanted.clusters, wanted.samples) > limits.entries:
             raise RequestError(f"at most {limits.entries} clusters and samples are answered for a row")
         if rows * max(wanted.clusters, wanted.samples) > limits.answers:
             raise RequestError(f"that is more than {limits.answers} answers: send fewer rows at a time")
-        if wanted.samples and _MODALITIES.get(wanted.of) not in self.snapshot.embeddings():
+        if wanted.samples and wanted.of not in self.snapshot.embeddings():
             raise RequestError("the samples are stored with their images alone: ask for those (of: IMAGE)")
         clusters = min(wanted.clusters or 1, self.snapshot.table.centroids.shape[0])
         return clusters, min(wanted.samples, len(self.snapshot.sample))
 
     def _check_cluster(self, number: int) -> int:
         total = self.snapshot.table.centroids.shape[0]
-        if number >= total:
+        if not 0 <= number < total:
             raise UnknownClusterError(f"there is no cluster {number}: ids go from 0 to {total - 1}")
         return total
 
-    def summary(self, number: int) -> wire.ClusterSummary:
+    def summary(self, number: int) -> ClusterSummary:
         """Size, purity and findings of a cluster."""
         members = self.members
-        similarity = float(members.similarity[number])
-        mix = members.label_mix(number)
-        return wire.ClusterSummary(
+        similarity, purity = float(members.similarity[number]), members.purity(number)
+        return ClusterSummary(
             id=number,
             images=int(members.images[number]),
             reports=int(members.reports[number]),
-            similarity=None if np.isnan(similarity) else similarity,
-            purity=members.purity(number),
-            labels=[wire.LabelShare(name=name, share=share) for name, share in mix.items()],
+            similarity=None if np.isnan(similarity) else _single(similarity),
+            purity=None if purity is None else _single(purity),
+            labels=[LabelShare(name, _single(share)) for name, share in members.label_mix(number).items()],
         )
 
-    def _stamped(self, reply: Reply) -> Reply:
-        """With version and fingerprint, so that answers of two versions are never mixed up."""
-        reply.version = self.snapshot.table.version
-        reply.fingerprint = self.snapshot.table.fingerprint
-        return reply
+
+def _single(number: float) -> float:
+    """In float32's precision, which a server sends: an answer is the same from whomever it comes."""
+    return float(np.float32(number))
 
 
 def _check_count(count: int, most: int, what: str) -> None:

@@ -15,17 +15,34 @@ from google.protobuf.message import Message
 
 from medvlp import trust
 from medvlp.serving.access import metadata, read_token
-from medvlp.serving.errors import RemoteError
 from medvlp.serving.layout import ADDRESS, SERVER, TOKEN, folder_of
-from medvlp.serving.messages import as_request
+from medvlp.serving.messages import from_message, image_request, nearest_request, text_request
+from medvlp.serving.questions import (
+    Answer,
+    ClusterAnswer,
+    ClustersAnswer,
+    ClusterSummary,
+    Modality,
+    NearestAnswer,
+    TableAnswer,
+    Wanted,
+)
 from medvlp.serving.wire import prototypes_pb2 as wire
 from medvlp.serving.wire.prototypes_pb2_grpc import PrototypesStub
+from shards.errors import MedvlpError
+
+
+class RemoteError(MedvlpError):
+    """The server refused, or does not answer; the message is its own sentence."""
+
+    exit_code = 11
+
 
 #: Seconds a call may take, connecting included.
 TIMEOUT = 60.0
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
-Reply = TypeVar("Reply", bound=Message)
+Known = TypeVar("Known", bound=Answer)
 
 
 @dataclass(frozen=True)
@@ -109,37 +126,33 @@ class PrototypeClient:
         self._channel.close()
 
     def nearest(
-        self, embeddings: Any, clusters: int = 1, samples: int = 0, of: wire.Modality = wire.IMAGE
-    ) -> wire.NearestReply:
+        self, embeddings: Any, clusters: int = 1, samples: int = 0, of: Modality = "image"
+    ) -> NearestAnswer:
         """[n, D] float16 or float32 embeddings -> their nearest clusters and samples.
 
         This and all calls below raise RemoteError with the server's sentence.
         """
-        return self._call("Nearest", as_request(embeddings, clusters, samples, of), wire.NearestReply)
+        return self._call(
+            "Nearest", nearest_request(embeddings, Wanted(clusters, samples, of)), NearestAnswer
+        )
 
     def nearest_text(
-        self, texts: Sequence[str], clusters: int = 1, samples: int = 0, of: wire.Modality = wire.IMAGE
-    ) -> wire.NearestReply:
+        self, texts: Sequence[str], clusters: int = 1, samples: int = 0, of: Modality = "image"
+    ) -> NearestAnswer:
         """The same for texts."""
-        wanted = wire.Wanted(clusters=clusters, samples=samples, of=of)
-        return self._call(
-            "NearestText", wire.NearestTextRequest(texts=texts, wanted=wanted), wire.NearestReply
-        )
+        return self._call("NearestText", text_request(texts, Wanted(clusters, samples, of)), NearestAnswer)
 
     def nearest_image(
-        self, files: Sequence[bytes], clusters: int = 1, samples: int = 0, of: wire.Modality = wire.IMAGE
-    ) -> wire.NearestReply:
+        self, files: Sequence[bytes], clusters: int = 1, samples: int = 0, of: Modality = "image"
+    ) -> NearestAnswer:
         """The same for image files."""
-        wanted = wire.Wanted(clusters=clusters, samples=samples, of=of)
-        return self._call(
-            "NearestImage", wire.NearestImageRequest(images=files, wanted=wanted), wire.NearestReply
-        )
+        return self._call("NearestImage", image_request(files, Wanted(clusters, samples, of)), NearestAnswer)
 
-    def clusters(self, first: int = 0, count: int = 0) -> wire.ClustersReply:
+    def clusters(self, first: int = 0, count: int = 0) -> ClustersAnswer:
         """A page of clusters."""
-        return self._call("Clusters", wire.ClustersRequest(first=first, count=count), wire.ClustersReply)
+        return self._call("Clusters", wire.ClustersRequest(first=first, count=count), ClustersAnswer)
 
-    def all_clusters(self) -> Iterator[wire.ClusterSummary]:
+    def all_clusters(self) -> Iterator[ClusterSummary]:
         """Every cluster, page by page.
 
         Raises:
@@ -158,20 +171,20 @@ class PrototypeClient:
                 return
             page = self.clusters(first)
 
-    def cluster(self, number: int) -> wire.ClusterReply:
+    def cluster(self, number: int) -> ClusterAnswer:
         """One cluster with its most typical samples."""
-        return self._call("Cluster", wire.ClusterRequest(id=number), wire.ClusterReply)
+        return self._call("Cluster", wire.ClusterRequest(id=number), ClusterAnswer)
 
-    def table(self) -> wire.TableReply:
+    def table(self) -> TableAnswer:
         """What is served, and the limits of requests."""
-        return self._call("Table", wire.TableRequest(), wire.TableReply)
+        return self._call("Table", wire.TableRequest(), TableAnswer)
 
-    def _call(self, name: str, request: Message, kind: type[Reply]) -> Reply:
+    def _call(self, name: str, request: Message, kind: type[Known]) -> Known:
         try:
-            reply: Reply = getattr(self._stub, name)(request, timeout=self.timeout, metadata=self._metadata)
-            return reply
+            reply = getattr(self._stub, name)(request, timeout=self.timeout, metadata=self._metadata)
         except grpc.RpcError as error:
             raise RemoteError(self._sentence(error)) from error
+        return from_message(reply, kind)
 
     def _sentence(self, error: Any) -> str:
         code, details = error.code(), error.details()

@@ -148,7 +148,7 @@ def report_of(members: Members) -> dict[str, Any]:
 
 
 def overall(members: Members) -> dict[str, Any]:
-    """Figures over all clusters, as `medvlp.prototypes.cluster_metrics` defines them.
+    """Metrics over all clusters, as `medvlp.prototypes.cluster_metrics` defines them.
 
     dead_share and perplexity: of sizes in images and reports together. purity, nmi: of the clusters of the
     images and the sets of findings of labelled samples; nmi_by_finding: the same for each finding alone.

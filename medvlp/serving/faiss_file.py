@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from medvlp.losses.normalise import unit_norm
-from medvlp.serving.errors import PrototypeFilesError
+from medvlp.serving.layout import PrototypeFilesError
 from medvlp.serving.snapshot import Snapshot
 from shards.atomic import atomic_write
 

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from medvlp.serving.answers import Answers
 from medvlp.serving.build import BuildRequest, make_snapshot, store
-from medvlp.serving.errors import PrototypeFilesError
-from medvlp.serving.layout import SNAPSHOT, folder_of
+from medvlp.serving.layout import SNAPSHOT, PrototypeFilesError, folder_of
 from medvlp.serving.limits import Limits
 from medvlp.serving.run_model import RunModel, checkpoint_of, choose_device
 from medvlp.serving.snapshot import Snapshot

@@ -13,8 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from medvlp.config import DataConfig
 from medvlp.data.cache import open_reader
 from medvlp.serving.cluster_report import Members, overall
-from medvlp.serving.errors import PrototypeFilesError
-from medvlp.serving.layout import GALLERY, PAGE
+from medvlp.serving.layout import GALLERY, PAGE, PrototypeFilesError
 from shards.errors import DataError
 from shards.images import decode_image
 from shards.reader import ShardReader
@@ -37,7 +36,7 @@ def write_gallery(
 ) -> Path:
     """Write `gallery/`: one contact sheet (PNG) for each of the largest clusters, and `index.html`.
 
-    The page holds sample keys, findings and figures, no report text. It appears whole or not at all; a
+    The page holds sample keys, findings and metrics, no report text. It appears whole or not at all; a
     gallery that was there is replaced.
 
     Args:

@@ -1,8 +1,10 @@
-"""What lies where in `RUN/prototypes/`."""
+"""What lies where in `RUN/prototypes/`, and the error of what should lie there."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+from shards.errors import MedvlpError
 
 #: Folder of a run that holds everything of this package.
 FOLDER = "prototypes"
@@ -14,6 +16,12 @@ GALLERY, PAGE = "gallery", "index.html"
 TOKEN, ADDRESS = "token", "server.json"
 #: Under what the address of a server that a user has started is remembered (`medvlp.trust`).
 SERVER = "server"
+
+
+class PrototypeFilesError(MedvlpError):
+    """What a run's folder `prototypes/` holds, or should hold, cannot be used."""
+
+    exit_code = 4
 
 
 def folder_of(run: Path) -> Path:

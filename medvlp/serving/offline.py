@@ -9,10 +9,16 @@ from typing import Any, Self
 
 from medvlp.serving.answers import Answers
 from medvlp.serving.layout import SNAPSHOT, folder_of
-from medvlp.serving.messages import as_request
+from medvlp.serving.questions import (
+    ClusterAnswer,
+    ClusterSummary,
+    Modality,
+    NearestAnswer,
+    TableAnswer,
+    Wanted,
+)
 from medvlp.serving.run_model import RunModel, checkpoint_of, choose_device
 from medvlp.serving.snapshot import Snapshot
-from medvlp.serving.wire import prototypes_pb2 as wire
 
 
 class RunFiles:
@@ -42,33 +48,31 @@ class RunFiles:
         """Nothing is held open."""
 
     def nearest(
-        self, embeddings: Any, clusters: int = 1, samples: int = 0, of: wire.Modality = wire.IMAGE
-    ) -> wire.NearestReply:
+        self, embeddings: Any, clusters: int = 1, samples: int = 0, of: Modality = "image"
+    ) -> NearestAnswer:
         """[n, D] float16 or float32 embeddings -> their nearest clusters and samples."""
-        return self._answers.nearest(as_request(embeddings, clusters, samples, of))
+        return self._answers.nearest(embeddings, Wanted(clusters, samples, of))
 
     def nearest_text(
-        self, texts: Sequence[str], clusters: int = 1, samples: int = 0, of: wire.Modality = wire.IMAGE
-    ) -> wire.NearestReply:
+        self, texts: Sequence[str], clusters: int = 1, samples: int = 0, of: Modality = "image"
+    ) -> NearestAnswer:
         """The same for texts."""
-        wanted = wire.Wanted(clusters=clusters, samples=samples, of=of)
-        return self._answers.nearest_text(wire.NearestTextRequest(texts=texts, wanted=wanted))
+        return self._answers.nearest_text(texts, Wanted(clusters, samples, of))
 
     def nearest_image(
-        self, files: Sequence[bytes], clusters: int = 1, samples: int = 0, of: wire.Modality = wire.IMAGE
-    ) -> wire.NearestReply:
+        self, files: Sequence[bytes], clusters: int = 1, samples: int = 0, of: Modality = "image"
+    ) -> NearestAnswer:
         """The same for image files."""
-        wanted = wire.Wanted(clusters=clusters, samples=samples, of=of)
-        return self._answers.nearest_image(wire.NearestImageRequest(images=files, wanted=wanted))
+        return self._answers.nearest_image(files, Wanted(clusters, samples, of))
 
-    def all_clusters(self) -> Iterator[wire.ClusterSummary]:
+    def all_clusters(self) -> Iterator[ClusterSummary]:
         """Every cluster."""
         return map(self._answers.summary, range(len(self._answers.snapshot.table.centroids)))
 
-    def cluster(self, number: int) -> wire.ClusterReply:
+    def cluster(self, number: int) -> ClusterAnswer:
         """One cluster with its most typical samples."""
-        return self._answers.cluster(wire.ClusterRequest(id=number))
+        return self._answers.cluster(number)
 
-    def table(self) -> wire.TableReply:
+    def table(self) -> TableAnswer:
         """What is asked about."""
-        return self._answers.table(wire.TableRequest())
+        return self._answers.table()

@@ -14,7 +14,8 @@ from medvlp.data.report import report_sentences
 from medvlp.data.text import Tokenizer
 from medvlp.data.transforms import evaluation_view
 from medvlp.methods.base import Method
-from medvlp.serving.errors import PrototypeFilesError, RequestError
+from medvlp.serving.layout import PrototypeFilesError
+from medvlp.serving.questions import RequestError
 from medvlp.serving.snapshot import Origin
 from medvlp.training import saved_run
 from medvlp.training.saved_run import SavedRun

@@ -18,15 +18,14 @@ from grpc_reflection.v1alpha import reflection
 from medvlp import trust
 from medvlp.serving.access import StreamLimit, TokenCheck
 from medvlp.serving.answers import Answers
-from medvlp.serving.errors import PrototypeFilesError
-from medvlp.serving.layout import ADDRESS, SERVER
+from medvlp.serving.layout import ADDRESS, SERVER, PrototypeFilesError
 from medvlp.serving.limits import Limits
 from medvlp.serving.servicer import SERVICE, Servicer
 from shards.atomic import atomic_write
 from shards.errors import UsageError
 
 #: Calls that are worked on at a time, and streams of requests (reflection) among them.
-_THREADS, _STREAMS = 16, 4
+_THREADS, STREAMS = 16, 4
 #: Seconds that calls in flight get when the server ends.
 _GRACE = 5.0
 _KEEPALIVE = 60.0
@@ -76,7 +75,7 @@ class PrototypeServer:
         self._server = grpc.server(
             # Calls are the parallelism: a product of one row would wake a second core for nothing.
             ThreadPoolExecutor(_THREADS, "prototypes", torch.set_num_threads, (1,)),
-            interceptors=[TokenCheck(token), StreamLimit(_STREAMS)],
+            interceptors=[TokenCheck(token), StreamLimit(STREAMS)],
             options=_options(limits),
             maximum_concurrent_rpcs=limits.calls,
         )

@@ -13,8 +13,9 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from medvlp.serving.answers import Answers
-from medvlp.serving.errors import RequestError, UnknownClusterError
 from medvlp.serving.limits import Limits, RateLimit, peer_address
+from medvlp.serving.messages import rows_of, to_message, wanted_of
+from medvlp.serving.questions import Answer, RequestError, UnknownClusterError
 from medvlp.serving.wire import prototypes_pb2 as wire
 from shards.errors import MedvlpError
 
@@ -37,13 +38,17 @@ class Servicer:
         self._waiting = threading.BoundedSemaphore(limits.waiting)
         self._model = threading.Lock()
         self._cores = torch.get_num_threads()
-        self._calls: dict[str, Callable[[Answers, Any, grpc.ServicerContext], Message]] = {
-            "Nearest": lambda answers, request, context: answers.nearest(request, context.is_active),
-            "NearestText": self._with_model(lambda answers, request: answers.nearest_text(request)),
-            "NearestImage": self._with_model(lambda answers, request: answers.nearest_image(request)),
-            "Clusters": lambda answers, request, context: answers.clusters(request),
-            "Cluster": lambda answers, request, context: answers.cluster(request),
-            "Table": lambda answers, request, context: answers.table(request),
+        self._calls: dict[str, Callable[[Answers, Any, grpc.ServicerContext], Answer]] = {
+            "Nearest": self._nearest,
+            "NearestText": self._with_model(
+                lambda answers, request: answers.nearest_text(request.texts, wanted_of(request.wanted))
+            ),
+            "NearestImage": self._with_model(
+                lambda answers, request: answers.nearest_image(request.images, wanted_of(request.wanted))
+            ),
+            "Clusters": lambda answers, request, context: answers.clusters(request.first, request.count),
+            "Cluster": lambda answers, request, context: answers.cluster(request.id),
+            "Table": lambda answers, request, context: answers.table(),
         }
 
     def handlers(self) -> grpc.GenericRpcHandler[bytes, Message]:
@@ -54,7 +59,9 @@ class Servicer:
         """
         methods = {
             method.name: grpc.unary_unary_rpc_method_handler(
-                self._handler(method.name, GetMessageClass(method.input_type)),
+                self._handler(
+                    method.name, GetMessageClass(method.input_type), GetMessageClass(method.output_type)
+                ),
                 response_serializer=GetMessageClass(method.output_type).SerializeToString,
             )
             for method in SERVICE.methods
@@ -62,7 +69,7 @@ class Servicer:
         return grpc.method_handlers_generic_handler(SERVICE.full_name, methods)
 
     def _handler(
-        self, name: str, request_type: type[Message]
+        self, name: str, request_type: type[Message], reply_type: type[Message]
     ) -> Callable[[bytes, grpc.ServicerContext], Message]:
         call = self._calls[name]
 
@@ -82,7 +89,7 @@ class Servicer:
                     "the run has no checkpoint yet: try again after its first one",
                 )
             try:
-                return call(answers, request_type.FromString(data), context)
+                return to_message(call(answers, request_type.FromString(data), context), reply_type)
             except DecodeError:
                 _abort(
                     context,
@@ -99,12 +106,18 @@ class Servicer:
 
         return _logged(handle)
 
+    def _nearest(
+        self, answers: Answers, request: wire.NearestRequest, context: grpc.ServicerContext
+    ) -> Answer:
+        rows = rows_of(request, answers.width, self.limits.rows)
+        return answers.nearest(rows, wanted_of(request.wanted), context.is_active)
+
     def _with_model(
-        self, call: Callable[[Answers, Any], Message]
-    ) -> Callable[[Answers, Any, grpc.ServicerContext], Message]:
+        self, call: Callable[[Answers, Any], Answer]
+    ) -> Callable[[Answers, Any, grpc.ServicerContext], Answer]:
         """One call at a time; a few may wait for their turn as long as their deadline and ours allow."""
 
-        def turn(answers: Answers, request: Any, context: grpc.ServicerContext) -> Message:
+        def turn(answers: Answers, request: Any, context: grpc.ServicerContext) -> Answer:
             if not self._waiting.acquire(blocking=False):
                 _abort(
                     context,

@@ -15,8 +15,7 @@ import xxhash
 from torch import Tensor
 
 from medvlp.prototypes.table import PrototypeTable
-from medvlp.serving.errors import PrototypeFilesError
-from medvlp.serving.layout import REPORT, SNAPSHOT
+from medvlp.serving.layout import REPORT, SNAPSHOT, PrototypeFilesError
 from shards.atomic import atomic_write, remove_leftovers
 
 #: Version of the file's layout.

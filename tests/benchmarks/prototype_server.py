@@ -36,7 +36,8 @@ from medvlp.prototypes.table import PrototypeTable
 from medvlp.serving.access import metadata
 from medvlp.serving.answers import Answers
 from medvlp.serving.limits import Limits
-from medvlp.serving.messages import as_request
+from medvlp.serving.messages import nearest_request
+from medvlp.serving.questions import Wanted
 from medvlp.serving.server import Address, PrototypeServer
 from medvlp.serving.servicer import SERVICE
 from medvlp.serving.snapshot import Origin, Snapshot, pack_keys
@@ -233,7 +234,7 @@ def main() -> int:
     ]  # fmt: skip
     for name, batch, samples, count, in_flight, goal in cases:
         rows = np.random.default_rng(0).normal(size=(batch, options.width))
-        data = as_request(rows, samples=samples).SerializeToString()
+        data = nearest_request(rows, Wanted(samples=samples)).SerializeToString()
         rate = measure(pipes, server, Load(METHOD, data, in_flight, count, options.seconds))
         empty = measure(pipes, rival, Load(ECHO, data, in_flight, count, options.seconds))
         reached = reached and batch * rate.calls >= goal

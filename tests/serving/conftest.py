@@ -95,5 +95,5 @@ def start(snapshot: Snapshot, model: RunModel) -> Iterator[Callable[..., Prototy
 @pytest.fixture
 def client(start: Callable[..., PrototypeServer]) -> Iterator[PrototypeClient]:
     """A client of a server with default limits."""
-    with PrototypeClient(Connection(f"127.0.0.1:{start().port}", TOKEN), timeout=20) as made:
+    with PrototypeClient(Connection(f"127.0.0.1:{start().port}", TOKEN), timeout=200) as made:
         yield made

@@ -18,11 +18,10 @@ from medvlp.prototypes.table import PrototypeTable
 from medvlp.serving import snapshot as snapshots
 from medvlp.serving.build import BuildRequest, build
 from medvlp.serving.cluster_report import Members, overall, report_of
-from medvlp.serving.errors import PrototypeFilesError
-from medvlp.serving.layout import REPORT, SNAPSHOT, folder_of
+from medvlp.serving.layout import REPORT, SNAPSHOT, PrototypeFilesError, folder_of
+from medvlp.serving.run_clusters import stored_table
 from medvlp.serving.run_model import RunModel
 from medvlp.serving.snapshot import Origin, Snapshot
-from medvlp.serving.tables import stored_table
 from medvlp.training.errors import CheckpointError
 from medvlp.training.saved_run import locate
 from shards.errors import UsageError

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +14,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from launcher.main import app
+from medvlp.serving.client import RemoteError
 from medvlp.serving.cluster_report import Members
-from medvlp.serving.errors import PrototypeFilesError, RemoteError, RequestError, UnknownClusterError
-from medvlp.serving.layout import ADDRESS, REPORT, SNAPSHOT, TOKEN, folder_of
+from medvlp.serving.layout import ADDRESS, REPORT, SNAPSHOT, TOKEN, PrototypeFilesError, folder_of
+from medvlp.serving.questions import RequestError, UnknownClusterError
 from medvlp.serving.server import PrototypeServer
 from medvlp.serving.snapshot import Snapshot
 from shards.errors import MedvlpError, UsageError
@@ -111,6 +114,22 @@ def test_a_server_that_is_gone_is_told_from_one_that_refuses(served: Path) -> No
     assert "--offline" in str(medvlp("clusters", "--run", served).exception)
     (folder_of(served) / ADDRESS).write_text(json.dumps(content | {"tls": True}))
     assert "--tls-ca" in str(medvlp("clusters", "--run", served).exception)
+
+
+@pytest.mark.parametrize("question", [("clusters",), ("cluster", "1"), ("nearest", "--text", "Clear lungs.")])
+def test_offline_questions_need_no_protobuf(question: tuple[str, ...], built: Path) -> None:
+    """Neither gRPC nor protobuf can be imported in that process."""
+    program = (
+        "import sys\n"
+        "for name in ('grpc', 'google.protobuf', 'medvlp.serving.wire', 'medvlp.serving.messages'):\n"
+        "    sys.modules[name] = None\n"
+        "from launcher.main import run\n"
+        "run()\n"
+    )
+    words = ["prototypes", *question, "--run", str(built), "--offline"]
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == medvlp(*question, "--run", built, "--offline").stdout
 
 
 def test_texts_need_the_checkpoint_and_clusters_do_not(run: Path) -> None:

@@ -16,16 +16,14 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from medvlp.serving.access import metadata
 from medvlp.serving.answers import Answers
-from medvlp.serving.client import Connection, PrototypeClient
+from medvlp.serving.client import Connection, PrototypeClient, RemoteError
 from medvlp.serving.cluster_report import Members
-from medvlp.serving.errors import RemoteError
 from medvlp.serving.limits import Limits
 from medvlp.serving.offline import RunFiles
 from medvlp.serving.run_model import RunModel
 from medvlp.serving.server import Address, PrototypeServer
 from medvlp.serving.servicer import SERVICE
 from medvlp.serving.snapshot import Snapshot
-from medvlp.serving.wire import prototypes_pb2 as wire
 from shards.errors import UsageError
 from shards.reader import ShardReader
 from tests.serving.conftest import TOKEN
@@ -64,7 +62,7 @@ def test_the_length_of_a_row_does_not_matter(scale: float, client: PrototypeClie
 
 def test_many_rows_and_the_samples_by_their_reports(client: PrototypeClient, snapshot: Snapshot) -> None:
     rows = snapshot.report.numpy()
-    reply = client.nearest(np.tile(rows, (6, 1)), samples=1, of=wire.REPORT)
+    reply = client.nearest(np.tile(rows, (6, 1)), samples=1, of="report")
     assert len(reply.clusters) == len(reply.sample_keys) == 6 * len(rows)
     np.testing.assert_allclose(reply.sample_cosines, 1, atol=1e-3)
     everything = client.nearest(rows[:1], clusters=100, samples=100)
@@ -107,7 +105,7 @@ def test_clusters_come_in_pages_and_one_by_one(
         assert detail.typical[0].key == snapshot.key_of(int(members.rows(largest)[0]))
         empty = np.flatnonzero(members.images + members.reports == 0)
         for number in empty.tolist():
-            assert not found[number].HasField("similarity")
+            assert found[number].similarity is None
         table = client.table()
         assert (table.clusters, table.width, table.step) == (8, 16, 3)
         assert list(table.label_names) == snapshot.origin.label_names
@@ -161,7 +159,7 @@ def test_before_the_first_checkpoint_and_after_a_new_one(
         asking = threading.Thread(target=ask)
         asking.start()
         server.publish(Answers(snapshot, lambda: model))
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 200
         while snapshot.table.fingerprint not in versions and time.monotonic() < deadline:
             time.sleep(0.01)
         stop.set()
@@ -177,7 +175,7 @@ def test_calls_in_flight_end_before_the_server_does(
     class SlowModel:
         def embed_texts(self, texts: list[str]) -> torch.Tensor:
             entered.set()
-            leave.wait(10)
+            assert leave.wait(200)
             return torch.nn.functional.normalize(torch.ones(len(texts), 16), dim=1)
 
     server = start()
@@ -186,12 +184,12 @@ def test_calls_in_flight_end_before_the_server_does(
         found = []
         asking = threading.Thread(target=lambda: found.append(client.nearest_text(["x"])))
         asking.start()
-        assert entered.wait(10)
-        stopping = threading.Thread(target=server.stop)
+        assert entered.wait(200)
+        stopping = threading.Thread(target=server.stop, args=(200,))
         stopping.start()
         leave.set()
-        stopping.join(10)
-        asking.join(10)
+        stopping.join(200)
+        asking.join(200)
         assert found[0].rows == 1
         with pytest.raises(RemoteError, match="no server answers"):
             client.table()

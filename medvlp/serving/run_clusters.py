@@ -13,7 +13,7 @@ from medvlp.losses.normalise import unit_norm
 from medvlp.prototypes.kmeans import spherical_kmeans
 from medvlp.prototypes.learned import LearnedPrototypes
 from medvlp.prototypes.table import PrototypeTable
-from medvlp.serving.errors import PrototypeFilesError
+from medvlp.serving.layout import PrototypeFilesError
 from medvlp.serving.run_model import RunModel
 from medvlp.serving.snapshot import Source
 from medvlp.training.saved_run import SavedRun
