@@ -12,9 +12,19 @@ from typing import Any, Literal
 from omegaconf import MISSING
 
 
-def key(default: Any, meaning: str, low: float | None = None, high: float | None = None) -> Any:
-    """A config key: its default, what `configs/reference.yaml` says beside it, and its closed range."""
-    metadata = {"help": meaning, "low": low, "high": high}
+def key(
+    default: Any,
+    meaning: str,
+    low: float | None = None,
+    high: float | None = None,
+    items: tuple[int, int] | None = None,
+) -> Any:
+    """A config key: its default and what `configs/reference.yaml` says beside it.
+
+    A number, or every number of a list, lies in the closed range from `low` to `high`; both are needed. A
+    list has from `items[0]` to `items[1]` values.
+    """
+    metadata = {"help": meaning, "low": low, "high": high, "items": items}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -55,33 +65,35 @@ class DataConfig:
         "true: resume, and evaluate without --data, though the dataset's content is not what the run was "
         "trained on (added studies); said in a warning and in events.jsonl",
     )
-    image_size: int = key(224, "side of the square image the encoder sees, in pixels", 8)
+    image_size: int = key(224, "side of the square image the encoder sees, in pixels", 8, 8192)
     transform: TransformConfig = field(default_factory=TransformConfig)
-    sections: list[str] = key(["findings", "impression"], "report sections, in this order")
+    sections: list[str] = key(["findings", "impression"], "report sections, in this order", items=(1, 32))
     cleaning: Literal["none", "mgca"] = key(
         "none", "mgca: lower case and no punctuation, as MGCA's preprocessing"
     )
     shuffle_sentences: bool = key(False, "true: the sentences of a report in another order at every access")
     tokenizer: str | None = key(None, "folder or hub name; default: the dataset's tokenizer.json")
-    max_tokens: int = key(112, "tokens of a report with [CLS] and [SEP]; longer ones are cut", 4)
+    max_tokens: int = key(112, "tokens of a report with [CLS] and [SEP]; longer ones are cut", 4, 1 << 16)
     pad_to_max: bool = key(
         False, "pad every batch to max_tokens instead of its longest report (published quirks)"
     )
-    shuffle_block: int = key(4096, "samples permuted together; bounds how far a sample can travel", 1)
+    shuffle_block: int = key(
+        4096, "samples permuted together; bounds how far a sample can travel", 1, 1 << 40
+    )
     partitions: int = key(
-        1, "equal parts of the shards, so that a node reads only its part of a remote dataset", 1
+        1, "equal parts of the shards, so that a node reads only its part of a remote dataset", 1, 1 << 20
     )
     tail: Literal["drop", "wrap"] = key(
         "drop", "what happens to the samples that do not fill the last global batch of an epoch"
     )
-    workers: int = key(2, "data-loading processes of each rank; 0 loads in the rank itself", 0)
-    prefetch: int = key(2, "batches each worker prepares ahead", 1)
+    workers: int = key(2, "data-loading processes of each rank; 0 loads in the rank itself", 0, 1024)
+    prefetch: int = key(2, "batches each worker prepares ahead", 1, 1024)
     max_bad_fraction: float = key(0.01, "share of corrupt samples above which the run stops", 0, 1)
     cache_dir: str | None = key(
         None,
         "node-local folder for remote shards and token ids; default: $MEDVLP_CACHE_DIR, else ~/.cache/medvlp",
     )
-    cache_gigabytes: float = key(200.0, "size at which the oldest cached shards are removed", 0)
+    cache_gigabytes: float = key(200.0, "size at which the oldest cached shards are removed", 0, 10**9)
 
 
 @dataclass
@@ -90,14 +102,16 @@ class ImageConfig:
     pretrained: bool = key(False, "load timm's published weights (needs the hub or its cache)")
     weights: str | None = key(None, "local .safetensors or .pth file with backbone weights")
     options: dict[str, Any] = key({}, "more arguments of timm.create_model")
-    in_channels: int = key(3, "channels of the backbone; a grayscale image is repeated", 1)
-    mean: Any = key(0.5, "mean of normalisation, on images scaled to [0, 1]: one number, or one per channel")
-    std: Any = key(0.5, "standard deviation of normalisation: one number, or one per channel")
+    in_channels: int = key(3, "channels of the backbone; a grayscale image is repeated", 1, 1024)
+    mean: Any = key(
+        0.5, "mean of normalisation, on images scaled to [0, 1]: one number, or one per channel", -1000, 1000
+    )
+    std: Any = key(0.5, "standard deviation of normalisation: one number, or one per channel", 1e-06, 1000)
     resize_to: int | None = key(
-        None, "side to which the encoder upsamples its input first (MGCA's ResNet: 299)", 8
+        None, "side to which the encoder upsamples its input first (MGCA's ResNet: 299)", 8, 8192
     )
     local_stage: int | None = key(
-        None, "stage whose feature map is local (timm out_indices); default: the last"
+        None, "stage whose feature map is local (timm out_indices); default: the last", -64, 64
     )
     frozen: bool = key(False, "keep the backbone fixed, batch-norm statistics included")
     gradient_checkpointing: bool = key(False, "recompute activations in the backward pass to save memory")
@@ -110,7 +124,7 @@ class TextConfig:
     )
     model_type: str = key("bert", "transformers model type when built from options")
     options: dict[str, Any] = key({}, "config arguments of the transformers model (hidden_size, ...)")
-    layers: int | None = key(None, "keep only the first n layers", 1)
+    layers: int | None = key(None, "keep only the first n layers", 1, 1024)
     dropout: float | None = key(None, "all dropout probabilities; default: as the model's config says", 0, 1)
     positions: bool = key(True, "false: every token gets position 0 (published MGCA code)")
     token_types: bool = key(True, "false: no token-type embedding (published MGCA code)")
@@ -134,8 +148,10 @@ class PrototypesConfig:
     init: Literal["random", "kmeans"] = key(
         "random", "kmeans: learned prototypes start from k-means of the first embeddings"
     )
-    init_samples: int = key(8192, "samples embedded for the k-means start (a pass without gradient)", 1)
-    iterations: int = key(10, "k-means iterations of a start or refresh", 1)
+    init_samples: int = key(
+        8192, "samples embedded for the k-means start (a pass without gradient)", 1, 1 << 31
+    )
+    iterations: int = key(10, "k-means iterations of a start or refresh", 1, 10000)
     start: Literal["k-means++", "farthest_first"] = key(
         "k-means++", "how k-means chooses its first centroids (farthest_first: k-center, for rare findings)"
     )
@@ -144,17 +160,25 @@ class PrototypesConfig:
         "true: refresh clusters inline at the step boundary (deterministic); false: in a cluster worker of "
         "each node, behind the training; default: inline on CPU, workers on GPUs",
     )
-    clusters: int = key(500, "service clusters, where the method has no number of prototypes of its own", 1)
-    refresh_steps: int = key(100, "steps between refreshes of service clusters", 1)
-    bank_rows: int = key(16384, "embeddings each rank keeps for the refresh; the oldest are overwritten", 1)
-    min_points: int = key(1, "embeddings for each cluster below which a refresh is put off", 1)
-    max_points: int = key(256, "embeddings for each cluster above which a refresh takes a random sample", 1)
-    ivf_above: int = key(16384, "clusters from which a refresh searches them through an inverted file", 1)
+    clusters: int = key(
+        500, "service clusters, where the method has no number of prototypes of its own", 1, 1 << 22
+    )
+    refresh_steps: int = key(100, "steps between refreshes of service clusters", 1, 10**9)
+    bank_rows: int = key(
+        16384, "embeddings each rank keeps for the refresh; the oldest are overwritten", 1, 1 << 31
+    )
+    min_points: int = key(1, "embeddings for each cluster below which a refresh is put off", 1, 10**6)
+    max_points: int = key(
+        256, "embeddings for each cluster above which a refresh takes a random sample", 1, 10**6
+    )
+    ivf_above: int = key(
+        16384, "clusters from which a refresh searches them through an inverted file", 1, 1 << 31
+    )
     blend: float = key(1.0, "share of the new centroids at a refresh, in (0, 1]", 0, 1)
     balance: Literal["sinkhorn", "bias", "none"] = key(
         "sinkhorn", "how assignments to service clusters are balanced"
     )
-    temperature: float = key(0.1, "temperature of soft assignments to service clusters", 0.0001)
+    temperature: float = key(0.1, "temperature of soft assignments to service clusters", 0.0001, 100)
     cluster_temperature: bool = key(
         False, "a temperature for each cluster from its density, with `temperature` as their mean (PCL)"
     )
@@ -169,15 +193,18 @@ class PrototypesConfig:
         "keep", "mask: samples of one service cluster are not negatives of each other in contrastive losses"
     )
     max_staleness: int | None = key(
-        None, "steps since the last refresh from which clusters are stale; default: 5 x refresh_steps", 1
+        None,
+        "steps since the last refresh from which clusters are stale; default: 5 x refresh_steps",
+        1,
+        10**9,
     )
     stale: Literal["continue", "drop_loss", "block"] = key(
         "continue", "what follows from stale clusters: a warning, no loss that needs them, or waiting"
     )
     worker_timeout_seconds: float = key(
-        60.0, "longest time cluster workers wait for each other before they give a refresh up", 0.1
+        60.0, "longest time cluster workers wait for each other before they give a refresh up", 0.1, 10**6
     )
-    worker_threads: int | None = key(None, "CPU threads of a cluster worker; default: one", 1)
+    worker_threads: int | None = key(None, "CPU threads of a cluster worker; default: one", 1, 4096)
     revive_below: float = key(
         0.0,
         "every refresh_steps steps, learned prototypes used by less than this share of an even use start "
@@ -189,72 +216,76 @@ class PrototypesConfig:
 
 @dataclass
 class TrainConfig:
-    seed: int = key(0, "seed of weights, order, augmentation and dropout")
-    steps: int | None = key(None, "optimiser steps; stands above epochs", 1)
-    epochs: float = key(50.0, "passes over the split when steps is not set", 0)
-    global_batch: int = key(144, "samples of one optimiser step over all ranks", 1)
+    seed: int = key(0, "seed of weights, order, augmentation and dropout", 0, (1 << 32) - 1)
+    steps: int | None = key(None, "optimiser steps; stands above epochs", 1, 10**9)
+    epochs: float = key(50.0, "passes over the split when steps is not set", 0, 10**6)
+    global_batch: int = key(144, "samples of one optimiser step over all ranks", 1, 1 << 24)
     micro_batch: int | None = key(
-        None, "samples of one forward pass on a rank; default: global_batch / ranks", 1
+        None, "samples of one forward pass on a rank; default: global_batch / ranks", 1, 1 << 24
     )
-    gradient_clip: float = key(0.0, "largest gradient norm; 0 turns clipping off", 0)
+    gradient_clip: float = key(0.0, "largest gradient norm; 0 turns clipping off", 0, 10**9)
     max_bad_steps: int = key(
-        3, "steps in a row that may be skipped because loss or gradient is NaN, infinite or a spike", 0
+        3, "steps in a row that may be skipped because loss or gradient is NaN, infinite or a spike", 0, 10**6
     )
     spike_sigma: float = key(
         0.0,
         "standard deviations above the mean of the last 100 steps from which a loss is a spike and its step "
         "is skipped (8 is a start); 0: only NaN and infinity are",
         0,
+        10**6,
     )
     max_minutes: float | None = key(
-        None, "save a checkpoint and stop, as on a signal, this long after the start", 0
+        None, "save a checkpoint and stop, as on a signal, this long after the start", 0, 10**7
     )
     start_timeout_minutes: float = key(
-        30.0, "longest time a rank may spend on one part of the start or of the first step", 0.01
+        30.0, "longest time a rank may spend on one part of the start or of the first step", 0.01, 10**6
     )
     step_timeout_seconds: float = key(
         600.0,
         "after the first step, longest time a rank may spend on one part of a step (loading, computing, one "
         "checkpoint) before the run ends, naming the rank that did not arrive; 0: wait for ever",
         0,
+        10**7,
     )
-    threads: int | None = key(None, "CPU threads of each rank; default: cores / local ranks", 1)
+    threads: int | None = key(None, "CPU threads of each rank; default: cores / local ranks", 1, 4096)
 
 
 @dataclass
 class PhaseConfig:
     """One part of a run with an optimiser and a learning-rate schedule of its own."""
 
-    epochs: float = key(MISSING, "length of the phase in passes over the split", 0)
-    lr: float = key(MISSING, "peak learning rate", 0)
-    start_lr: float = key(0.0, "learning rate of the first warm-up step", 0)
-    min_lr: float = key(0.0, "learning rate the cosine falls towards", 0)
-    warmup_epochs: float = key(0.0, "passes with linearly rising learning rate", 0)
+    epochs: float = key(MISSING, "length of the phase in passes over the split", 0, 10**6)
+    lr: float = key(MISSING, "peak learning rate", 0, 1e3)
+    start_lr: float = key(0.0, "learning rate of the first warm-up step", 0, 1e3)
+    min_lr: float = key(0.0, "learning rate the cosine falls towards", 0, 1e3)
+    warmup_epochs: float = key(0.0, "passes with linearly rising learning rate", 0, 10**6)
 
 
 @dataclass
 class OptimizerConfig:
     name: Literal["adamw", "sgd"] = key("adamw", "optimizer")
-    lr: float = key(2e-5, "peak learning rate", 0)
-    min_lr: float = key(1e-8, "learning rate at the start of warm-up and the end of the cosine", 0)
+    lr: float = key(2e-5, "peak learning rate", 0, 1e3)
+    min_lr: float = key(1e-8, "learning rate at the start of warm-up and the end of the cosine", 0, 1e3)
     warmup: float = key(0.1, "share of all steps with linearly rising learning rate, in [0, 1)", 0, 0.999)
-    warmup_steps: int | None = key(None, "length of the warm-up in steps; stands above warmup", 0)
+    warmup_steps: int | None = key(None, "length of the warm-up in steps; stands above warmup", 0, 10**9)
     schedule: Literal["cosine", "epoch_cosine"] = key(
         "cosine",
         "cosine: a new learning rate at every step; epoch_cosine: at every epoch, with the warm-up inside "
         "epoch 0 (MeDSLIP)",
     )
-    warmup_stair: int = key(1, "steps of the warm-up between two rises, with epoch_cosine", 1)
+    warmup_stair: int = key(1, "steps of the warm-up between two rises, with epoch_cosine", 1, 10**9)
     phases: list[PhaseConfig] = key(
         [],
         "parts of the run, each with a fresh optimizer and its own schedule (PRIOR); with any, lr, min_lr "
         "and the warm-up stand there, and the run is as long as all of them",
     )
-    image_lr_scale: float = key(1.0, "factor on the learning rate of the image encoder", 0)
-    text_lr_scale: float = key(1.0, "factor on the learning rate of the text encoder", 0)
-    betas: list[float] = key([0.9, 0.999], "decay rates of AdamW's moments; the first is SGD's momentum")
-    eps: float = key(1e-8, "AdamW's epsilon")
-    weight_decay: float = key(0.05, "weight decay", 0)
+    image_lr_scale: float = key(1.0, "factor on the learning rate of the image encoder", 0, 10**6)
+    text_lr_scale: float = key(1.0, "factor on the learning rate of the text encoder", 0, 10**6)
+    betas: list[float] = key(
+        [0.9, 0.999], "decay rates of AdamW's moments; the first is SGD's momentum", 0, 0.999999, (2, 2)
+    )
+    eps: float = key(1e-8, "AdamW's epsilon", 1e-16, 1)
+    weight_decay: float = key(0.05, "weight decay", 0, 1e3)
     decay_all: bool = key(False, "true: decay biases and norms too (published MGCA code)")
 
 
@@ -267,29 +298,35 @@ class ZeroConfig:
 
 @dataclass
 class CheckpointConfig:
-    every_steps: int = key(1000, "steps between checkpoints; the last step always saves one; 0: only that", 0)
+    every_steps: int = key(
+        1000, "steps between checkpoints; the last step always saves one; 0: only that", 0, 10**9
+    )
     every_minutes: float = key(
-        0.0, "also save when the last checkpoint is this old (rank 0's clock); 0: no", 0
+        0.0, "also save when the last checkpoint is this old (rank 0's clock); 0: no", 0, 10**7
     )
     asynchronous: bool = key(
         True, "copy the state to host memory and write it while training goes on; false: wait for the disk"
     )
-    keep_last: int = key(2, "newest checkpoints to keep; 0 keeps all", 0)
-    keep_every: int = key(0, "also keep checkpoints whose step is a multiple of this for ever; 0: none", 0)
+    keep_last: int = key(2, "newest checkpoints to keep; 0 keeps all", 0, 10**6)
+    keep_every: int = key(
+        0, "also keep checkpoints whose step is a multiple of this for ever; 0: none", 0, 10**9
+    )
     keep_best: str | None = key(
         None, "also keep the checkpoint with the best value of this logged metric (a name in metrics.jsonl)"
     )
     best_mode: Literal["min", "max"] = key(
         "min", "whether the best value of keep_best is the lowest or highest"
     )
-    retries: int = key(3, "times a failed write to disk is tried again before the run stops", 0)
-    retry_seconds: float = key(2.0, "pause before the first retry; every further one is twice as long", 0)
+    retries: int = key(3, "times a failed write to disk is tried again before the run stops", 0, 1000)
+    retry_seconds: float = key(
+        2.0, "pause before the first retry; every further one is twice as long", 0, 10**5
+    )
 
 
 @dataclass
 class MonitorConfig:
     log_every: int = key(
-        1, "steps between log lines (metrics.jsonl, console, W&B); metrics are read only then", 1
+        1, "steps between log lines (metrics.jsonl, console, W&B); metrics are read only then", 1, 10**9
     )
     progress: bool = key(True, "rich progress bar on rank 0 when the console is a terminal")
     wandb: Literal["auto", "online", "offline", "disabled"] = key(
@@ -305,10 +342,12 @@ class MonitorConfig:
 @dataclass
 class EvaluationConfig:
     split: str = key("test", "split to evaluate on")
-    batch: int = key(64, "images of one forward pass", 1)
-    bootstrap: int = key(1000, "resamples (by patient) of the 95 % intervals", 1)
-    seed: int = key(0, "seed of the bootstrap and of label fractions")
-    fractions: list[float] = key([0.01, 0.1, 1.0], "shares of the training labels of the linear probe")
+    batch: int = key(64, "images of one forward pass", 1, 1 << 20)
+    bootstrap: int = key(1000, "resamples (by patient) of the 95 % intervals", 1, 10**6)
+    seed: int = key(0, "seed of the bootstrap and of label fractions", 0, (1 << 32) - 1)
+    fractions: list[float] = key(
+        [0.01, 0.1, 1.0], "shares of the training labels of the linear probe", 1e-6, 1, (1, 100)
+    )
     prompts: str | None = key(
         None,
         "YAML with prompts; a relative path is looked for beside the config file first; default: templates",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import io
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
@@ -15,7 +17,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from medvlp import trust
 from medvlp.config import Config, ImageConfig, MethodConfig
+from medvlp.config_values import value_problem
 from shards.errors import MedvlpError
+from shards.strict_json import read_limited
+from shards.strict_yaml import YAML_LIMIT, YamlError, check_yaml, parse_yaml
 
 #: Keys that name files; in a config file they are looked for beside it, then in the working directory.
 FILE_KEYS = (("evaluation", "prompts"), ("image", "weights"))
@@ -69,8 +74,8 @@ def load(
     absent = missing(merged)
     if absent:
         raise ConfigError(f"no value for {', '.join(absent)}: set it in a YAML file or as {absent[0]}=VALUE")
-    config = cast(Config, OmegaConf.to_object(merged))
-    _check_ranges(config, prefix="")
+    config = cast(Config, _resolved(merged))
+    _check_values(config)
     _check_combinations(config)
     found = trust.unsaid(config, [(source.values, source.folder) for source in sources])
     trust.refuse([problem for problem in found if problem[0].key not in unused])
@@ -113,10 +118,34 @@ def load_schema(file: Path | str, schema: type[Schema]) -> Schema:
     Raises:
         ConfigError: unreadable file, unknown key, wrong type, or a value out of range.
     """
-    tree = _merge_sources(OmegaConf.structured(schema), [_Source(str(file), _read(Path(file)))])
-    loaded = cast(Schema, OmegaConf.to_object(tree))
-    _check_ranges(loaded, prefix="")
+    values = trust.escaped(_plain_values(Path(file)))  # a job's shell reads `${NAME}`, not this program
+    tree = _merge_sources(OmegaConf.structured(schema), [_Source(str(file), values)])
+    loaded = cast(Schema, _resolved(tree))
+    try:
+        _check_values(loaded)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
     return loaded
+
+
+def _resolved(tree: DictConfig) -> Any:
+    """The dataclasses of a tree with every `${other.key}` replaced by its value."""
+    try:
+        return OmegaConf.to_object(tree)
+    except (OmegaConfBaseException, RecursionError) as error:
+        key = getattr(error, "full_key", None) or "a value"
+        raise ConfigError(f"{key}: {_one_line(error)}") from error
+
+
+def _check_values(config: Any) -> None:
+    if problem := value_problem(config):
+        raise ConfigError(problem)
+
+
+def _one_line(error: BaseException) -> str:
+    """The first line of an error of OmegaConf or YAML, at most 200 characters."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0][:200]
 
 
 def _merge_sources(tree: Any, sources: Sequence[_Source]) -> DictConfig:
@@ -125,17 +154,19 @@ def _merge_sources(tree: Any, sources: Sequence[_Source]) -> DictConfig:
         _check_keys(values, tree, name, prefix="")
         try:
             tree = OmegaConf.merge(tree, values)
-        except OmegaConfBaseException as error:
+        except (OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
             key = getattr(error, "full_key", None) or "a section"
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"{name}: {key}: {reason}") from error
+            raise ConfigError(f"{name}: {key}: {_one_line(error)}") from error
     OmegaConf.set_struct(tree, True)
     return cast(DictConfig, tree)
 
 
 def missing(tree: DictConfig) -> list[str]:
     """Keys that still need a value, sorted."""
-    return sorted(OmegaConf.missing_keys(tree))
+    try:
+        return sorted(OmegaConf.missing_keys(tree))
+    except (OmegaConfBaseException, RecursionError) as error:
+        raise ConfigError(f"{getattr(error, 'full_key', None) or 'a value'}: {_one_line(error)}") from error
 
 
 def to_yaml(config: Config | DictConfig) -> str:
@@ -165,17 +196,45 @@ def reference(schemas: Mapping[str, type[MethodConfig]]) -> str:
 
 
 def _read(file: Path) -> dict[str, Any]:
+    text = _text(file)
     try:
-        values = OmegaConf.load(file)
+        values = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
+    except (OmegaConfBaseException, OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{file}: {_one_line(error)}") from error
+    return _anchored(_mapping(values, file), file.parent)
+
+
+def _plain_values(file: Path) -> dict[str, Any]:
+    try:
+        values = parse_yaml(_text(file))
+    except YamlError as error:
+        raise ConfigError(f"{file}: not valid YAML: {error}") from error
+    return _mapping({} if values is None else values, file)
+
+
+def _mapping(values: Any, file: Path) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: a config file holds `section:` mappings, not a list")
+    return cast(dict[str, Any], values)
+
+
+def _text(file: Path) -> str:
+    """The text of a YAML file that is safe to build values from."""
+    try:
+        text = read_limited(file, YAML_LIMIT).decode()
+        check_yaml(text)
     except OSError as error:
         raise ConfigError(
             f"{file}: cannot be read ({error.strerror}); give the path of a YAML file"
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, DictConfig):
-        raise ConfigError(f"{file}: a config file holds `section:` mappings, not a list")
-    return _anchored(cast(dict[str, Any], OmegaConf.to_container(values)), file.parent)
+    except YamlError as error:
+        raise ConfigError(f"{file}: not valid YAML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: not valid YAML: not UTF-8") from error
+    except ValueError as error:  # too large, a pipe, or a path with NUL
+        where = repr(str(file)[:200])
+        raise ConfigError(f"{where}: cannot be read ({error}); give the path of a YAML file") from error
+    return text
 
 
 def _anchored(values: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -189,13 +248,14 @@ def _anchored(values: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _parse_override(text: str) -> dict[str, Any]:
-    key, separator, _ = text.partition("=")
-    if not separator or not key.strip():
-        raise ConfigError(f"override {text!r}: write section.key=value")
+    key, separator, value = text.partition("=")
+    if not separator or not all(re.fullmatch(r"[A-Za-z_]\w*", part) for part in key.split(".")):
+        raise ConfigError(f"override {text[:200]!r}: write section.key=value")
     try:
+        check_yaml(value)
         return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist([text])))
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"override {text!r}: {str(error).splitlines()[0]}") from error
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"override {text[:200]!r}: {_one_line(error)}") from error
 
 
 def _method_schema(sources: Sequence[_Source], schemas: Mapping[str, type[MethodConfig]]) -> MethodConfig:
@@ -205,9 +265,10 @@ def _method_schema(sources: Sequence[_Source], schemas: Mapping[str, type[Method
         section, name = source.values.get("method"), source.name
         if isinstance(section, dict) and "name" in section:
             chosen, origin = section["name"], name
-    if chosen not in schemas:
+    if not isinstance(chosen, str) or chosen not in schemas:
+        given = str(chosen)[:100]
         raise ConfigError(
-            f"{origin}: method.name: no method {chosen!r}{_suggestion(str(chosen), list(schemas))}; "
+            f"{origin}: method.name: no method {given!r}{_suggestion(given, list(schemas))}; "
             f"there are {', '.join(sorted(schemas))}"
         )
     return schemas[chosen](name=chosen)
@@ -217,7 +278,8 @@ def _check_keys(values: Mapping[str, Any], tree: DictConfig, source: str, prefix
     """Refuse keys the schema does not have, naming the nearest valid one."""
     for key, value in values.items():
         path = f"{prefix}{key}"
-        if key not in tree.keys():  # noqa: SIM118 - "in tree" is false for keys that still need a value
+        # "in tree" is false for keys that still need a value.
+        if not isinstance(key, str) or key not in tree.keys():  # noqa: SIM118
             nearest = _suggestion(path, [f"{prefix}{sibling}" for sibling in map(str, tree)])
             raise ConfigError(f"{source}: unknown key {path!r}{nearest}")
         node = tree._get_node(key)
@@ -241,33 +303,14 @@ def _check_items(values: Any, schema: Any, source: str, path: str) -> None:
         _check_keys(item, tree, source, f"{where}.")
         try:
             OmegaConf.merge(tree, item)
-        except OmegaConfBaseException as error:
+        except (OmegaConfBaseException, ValueError, TypeError) as error:
             key = f"{where}.{getattr(error, 'full_key', None) or 'a key'}"
-            raise ConfigError(f"{source}: {key}: {str(error).splitlines()[0]}") from error
+            raise ConfigError(f"{source}: {key}: {_one_line(error)}") from error
 
 
 def _suggestion(word: str, candidates: Sequence[str]) -> str:
     nearest = difflib.get_close_matches(word, candidates, n=1, cutoff=0.5)
     return f" (did you mean {nearest[0]!r}?)" if nearest else ""
-
-
-def _check_ranges(section: Any, prefix: str) -> None:
-    for item in dataclasses.fields(section):
-        value = getattr(section, item.name)
-        path = f"{prefix}{item.name}"
-        if dataclasses.is_dataclass(value):
-            _check_ranges(value, f"{path}.")
-            continue
-        if isinstance(value, list) and value and dataclasses.is_dataclass(value[0]):
-            for number, inner in enumerate(value):
-                _check_ranges(inner, f"{path}[{number}].")
-            continue
-        low, high = item.metadata.get("low"), item.metadata.get("high")
-        if isinstance(value, (int, float)) and (
-            (low is not None and value < low) or (high is not None and value > high) or value != value
-        ):
-            limits = f"from {low}" + (f" to {high}" if high is not None else " up")
-            raise ConfigError(f"{path}={value} is out of range: it goes {limits}")
 
 
 def _check_combinations(config: Config) -> None:
@@ -299,8 +342,6 @@ def _check_combinations(config: Config) -> None:
                 f"optimizer.phases[{number}]: epochs={phase.epochs} must be above 0 and above "
                 f"warmup_epochs={phase.warmup_epochs}"
             )
-    if not all(0 < fraction <= 1 for fraction in config.evaluation.fractions):
-        raise ConfigError(f"evaluation.fractions={config.evaluation.fractions}: each is a share in (0, 1]")
 
 
 def _check_normalisation(image: ImageConfig) -> None:

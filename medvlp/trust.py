@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -159,7 +160,8 @@ def escaped(value: Any) -> Any:
         return {key: escaped(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [escaped(inner) for inner in value]
-    return value.replace("${", "\\${") if isinstance(value, str) else value
+    # A backslash before `${` would escape ours.
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def look_ups(values: Any, prefix: str = "") -> list[str]:
@@ -169,7 +171,8 @@ def look_ups(values: Any, prefix: str = "") -> list[str]:
         return [key for found in inner for key in found]
     if isinstance(values, list):
         return [key for number, value in enumerate(values) for key in look_ups(value, f"{prefix}[{number}]")]
-    return [prefix] if isinstance(values, str) and "${" in values.replace("\\${", "") else []
+    # Two backslashes are one of the text, and leave `${` what it is.
+    return [prefix] if isinstance(values, str) and re.search(r"(?<!\\)(\\\\)*\$\{", values) else []
 
 
 def is_said(key: str, value: Any) -> bool:

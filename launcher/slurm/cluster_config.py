@@ -26,16 +26,17 @@ class SbatchDefaults:
     time: Any = key(None, "time limit in quotes, as sbatch writes it: minutes, HH:MM:SS or D-HH:MM:SS")
     mem: str | None = key(None, "memory of each node, such as 500G; 0: all of it")
     exclusive: bool = key(False, "whole nodes, shared with no other job")
-    cpus_per_task: int | None = key(None, "CPUs of each node, shared by its ranks", 1)
-    gpus_per_node: int | None = key(None, "GPUs of each node; 0: train on CPUs", 0)
+    cpus_per_task: int | None = key(None, "CPUs of each node, shared by its ranks", 1, 4096)
+    gpus_per_node: int | None = key(None, "GPUs of each node; 0: train on CPUs", 0, 1024)
     gpu_type: str | None = key(None, "type of the GPUs where a cluster has several, such as a100")
     exclude: str | None = key(None, "nodes never to use")
     signal_seconds: int = key(
         300,
         "how long before the time limit the run is asked to save and stop; Slurm may do so a minute earlier",
         10,
+        10**5,
     )
-    max_requeues: int = key(100, "how often one job may be requeued", 0)
+    max_requeues: int = key(100, "how often one job may be requeued", 0, 10**6)
     extra: list[str] = key([], "more options of sbatch, each as --name=value")
 
 

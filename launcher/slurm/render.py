@@ -18,7 +18,13 @@ from shards.errors import MedvlpError, UsageError
 #: Values of sbatch's options: what node lists, times, dependencies and constraints are written with.
 _VALUE = re.compile(r"[A-Za-z0-9_.,:;@%+*/=&|?~^()\[\]-]+")
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})")
-_TIME = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}|UNLIMITED|INFINITE")
+_TIME = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}|UNLIMITED|INFINITE", re.ASCII)
+_MEMORY = re.compile(r"([0-9]{1,15})([KMGTkmgt]?)")
+_SHIFTS = {"K": 10, "": 20, "M": 20, "G": 30, "T": 40}
+#: Ten years; what sbatch takes beyond is a slip.
+_MOST_MINUTES = 10 * 366 * 24 * 60
+#: 1024 TB; no node has more.
+_MOST_MEGABYTES = 1 << 30
 
 
 class TemplateError(MedvlpError):
@@ -71,9 +77,10 @@ def directives(request: SlurmRequest) -> list[str]:
     """The `#SBATCH` lines of a request.
 
     Raises:
-        UsageError: a value holds characters that no option of sbatch takes, or is no time.
+        UsageError: a value holds characters that no option of sbatch takes, or is no time or memory.
     """
     limit_seconds(request.time)
+    check_memory(request.mem)
     gpus = f"{request.gpu_type}:{request.gpus_per_node}" if request.gpu_type else request.gpus_per_node
     options: dict[str, str | int | None] = {
         "job-name": re.sub(r"[^A-Za-z0-9_.+-]", "_", request.job_name)[:60],
@@ -150,7 +157,7 @@ def limit_seconds(time: str | None) -> int | None:
     """
     if time is None or time in ("UNLIMITED", "INFINITE"):
         return None
-    if not _TIME.fullmatch(time):
+    if not _TIME.fullmatch(time) or _is_overflowing(time):
         raise UsageError(f"--time {time!r}: write minutes, HH:MM:SS or D-HH:MM:SS")
     days, dash, rest = time.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
@@ -161,6 +168,31 @@ def limit_seconds(time: str | None) -> int | None:
     else:
         hours, (minutes, seconds) = 0, [*parts, 0][:2]
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def _is_overflowing(time: str) -> bool:
+    """Whether a part behind a larger one is as long as that, as 1:99:99; or the whole is over ten years."""
+    days, dash, rest = time.rpartition("-")
+    first, *parts = [int(part) for part in rest.split(":")]
+    return (
+        any(part > 59 for part in parts)
+        or (bool(dash) and first > 23)
+        or first > _MOST_MINUTES
+        or int(days or 0) > _MOST_MINUTES // 1440
+    )
+
+
+def check_memory(memory: str | None) -> None:
+    """Refuse an amount of memory that sbatch does not take.
+
+    Raises:
+        UsageError: it is no number of megabytes, nor one with K, M, G or T, or more than a node has.
+    """
+    if memory is None:
+        return
+    found = _MEMORY.fullmatch(memory)
+    if not found or int(found[1]) << _SHIFTS[found[2].upper()] > _MOST_MEGABYTES << 20:
+        raise UsageError(f"--mem {memory!r}: write megabytes, or a number with K, M, G or T, such as 500G")
 
 
 def _checked(option: str, value: str) -> str:

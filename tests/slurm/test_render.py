@@ -90,6 +90,43 @@ def test_time_limits_are_read_as_slurm_reads_them(time, seconds):
     assert limit_seconds(time) == seconds
 
 
+@pytest.mark.parametrize(
+    "time",
+    [
+        "1:99:99",
+        "0:60",
+        "1-24",
+        "1-0:60",
+        "9" * 30,
+        "-1",
+        "1e3",
+        "",
+        "1:2:3:4",
+        "\u0661",
+        "1h",
+        "99999-0",
+        "10\n",
+    ],
+)
+def test_a_time_that_sbatch_would_read_otherwise_is_refused(time: str) -> None:
+    with pytest.raises(UsageError, match="--time"):
+        directives(SlurmRequest("a job", Path("/tmp/log"), nodes=1, time=time))
+
+
+@pytest.mark.parametrize(
+    "memory", ["500Q", "lots", "-1", "1.5G", "", "500GB", "9" * 20, "9999T", "nan", "5 G"]
+)
+def test_memory_that_no_node_has_is_refused(memory: str) -> None:
+    with pytest.raises(UsageError, match="--mem"):
+        directives(SlurmRequest("a job", Path("/tmp/log"), nodes=1, mem=memory))
+
+
+@pytest.mark.parametrize("memory", ["0", "500", "500G", "2T", "64000M", None])
+def test_memory_as_sbatch_takes_it(memory: str | None) -> None:
+    lines = directives(SlurmRequest("a job", Path("/tmp/log"), nodes=1, mem=memory))
+    assert (f"#SBATCH --mem={memory}" in lines) == (memory is not None)
+
+
 def test_the_warning_fits_into_the_time():
     site = ClusterConfig()
     for time, given_seconds, expected in [

@@ -14,9 +14,9 @@ from medvlp.methods.prior.config import PRIORConfig
 @dataclass
 class CombinationConfig(MethodConfig):
     name: str = key("combination", "registered method; its own keys stand beside this one")
-    mgca_weight: float = key(1.0, "factor of MGCA's loss; 0 leaves MGCA out", 0)
-    prior_weight: float = key(1.0, "factor of PRIOR's loss; 0 leaves PRIOR out", 0)
-    place_weight: float = key(1.0, "factor of PLACE's loss; 0 leaves PLACE out", 0)
+    mgca_weight: float = key(1.0, "factor of MGCA's loss; 0 leaves MGCA out", 0, 10**6)
+    prior_weight: float = key(1.0, "factor of PRIOR's loss; 0 leaves PRIOR out", 0, 10**6)
+    place_weight: float = key(1.0, "factor of PLACE's loss; 0 leaves PLACE out", 0, 10**6)
     embeds_with: Literal["mgca", "prior", "place"] = key(
         "mgca", "part whose embeddings, scores and maps are the method's"
     )

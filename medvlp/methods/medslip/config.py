@@ -11,10 +11,10 @@ from medvlp.config import MethodConfig, key
 @dataclass
 class MeDSLIPConfig(MethodConfig):
     name: str = key("medslip", "registered method; its own keys stand beside this one")
-    width: int = key(256, "width of both streams, their queries and decoders", 4)
-    layers: int = key(4, "layers of each query decoder", 1)
-    heads: int = key(4, "attention heads of the decoders", 1)
-    expansion: int = key(4, "middle width of the decoders' feed-forward parts over width", 1)
+    width: int = key(256, "width of both streams, their queries and decoders", 4, 1 << 16)
+    layers: int = key(4, "layers of each query decoder", 1, 1024)
+    heads: int = key(4, "attention heads of the decoders", 1, 1024)
+    expansion: int = key(4, "middle width of the decoders' feed-forward parts over width", 1, 64)
     dropout: float = key(0.1, "dropout of the decoders and of their outputs before the heads", 0, 0.99)
     shared_norm: bool = key(False, "true: one final norm for both decoders (published)")
     gate: Literal["sigmoid", "linear"] = key(
@@ -27,12 +27,16 @@ class MeDSLIPConfig(MethodConfig):
         "scaled", "scaled: by the width of each layer's input; normal: deviation 0.02 (published)"
     )
 
-    existence_weight: float = key(1.0, "factor of the existence losses", 0)
-    prototype_weight: float = key(1.0, "factor of the prototype losses (the paper's alpha)", 0)
-    relation_weight: float = key(1.0, "factor of the anatomy-observation relation loss (the paper's beta)", 0)
-    prototype_negatives: int = key(7, "texts drawn against each prototype; fewer where there are fewer", 1)
+    existence_weight: float = key(1.0, "factor of the existence losses", 0, 10**6)
+    prototype_weight: float = key(1.0, "factor of the prototype losses (the paper's alpha)", 0, 10**6)
+    relation_weight: float = key(
+        1.0, "factor of the anatomy-observation relation loss (the paper's beta)", 0, 10**6
+    )
+    prototype_negatives: int = key(
+        7, "texts drawn against each prototype; fewer where there are fewer", 1, 1 << 16
+    )
     prototype_normalise: bool = key(True, "cosines in the prototype losses; false: dot products (published)")
-    prototype_temperature: float = key(0.1, "temperature of the prototype losses; 1: published", 1e-4)
+    prototype_temperature: float = key(0.1, "temperature of the prototype losses; 1: published", 1e-4, 100)
     relation_scale: Literal["root", "one", "learned"] = key(
         "root", "factor of the relation's dot products: width**-0.5, learned from there, or one (published)"
     )

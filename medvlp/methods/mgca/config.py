@@ -11,24 +11,26 @@ from medvlp.config import MethodConfig, key
 @dataclass
 class MGCAConfig(MethodConfig):
     name: str = key("mgca", "registered method; its own keys stand beside this one")
-    embedding: int = key(128, "width of the shared embedding space", 1)
-    head_hidden: int = key(2048, "width of the middle layer of the projection heads", 1)
+    embedding: int = key(128, "width of the shared embedding space", 1, 1 << 16)
+    head_hidden: int = key(2048, "width of the middle layer of the projection heads", 1, 1 << 16)
 
-    instance_weight: float = key(1.0, "factor of the image-report contrastive loss", 0)
-    token_weight: float = key(1.0, "factor of the word and patch losses", 0)
-    prototype_weight: float = key(1.0, "factor of the prototype loss", 0)
-    instance_temperature: float = key(0.07, "temperature of the image-report contrast", 1e-4)
-    token_temperature: float = key(0.1, "temperature of the contrast of words and of patches", 1e-4)
-    attention_temperature: float = key(0.1, "temperature of the attention between words and patches", 1e-4)
+    instance_weight: float = key(1.0, "factor of the image-report contrastive loss", 0, 10**6)
+    token_weight: float = key(1.0, "factor of the word and patch losses", 0, 10**6)
+    prototype_weight: float = key(1.0, "factor of the prototype loss", 0, 10**6)
+    instance_temperature: float = key(0.07, "temperature of the image-report contrast", 1e-4, 100)
+    token_temperature: float = key(0.1, "temperature of the contrast of words and of patches", 1e-4, 100)
+    attention_temperature: float = key(
+        0.1, "temperature of the attention between words and patches", 1e-4, 100
+    )
 
-    prototypes: int = key(500, "number of prototypes", 1)
+    prototypes: int = key(500, "number of prototypes", 1, 1 << 22)
     prototype_source: Literal["learned", "clusters"] = key(
         "learned", "weights of the model, or clusters of the prototype service"
     )
-    prototype_temperature: float = key(0.2, "temperature of the predicted prototype distributions", 1e-4)
-    sinkhorn_epsilon: float = key(0.05, "entropy regularisation of Sinkhorn; smaller is harder", 1e-4)
-    sinkhorn_iterations: int = key(3, "Sinkhorn rounds", 1)
-    freeze_epochs: int = key(1, "first epochs in which learned prototypes stay as they are", 0)
+    prototype_temperature: float = key(0.2, "temperature of the predicted prototype distributions", 1e-4, 100)
+    sinkhorn_epsilon: float = key(0.05, "entropy regularisation of Sinkhorn; smaller is harder", 1e-4, 100)
+    sinkhorn_iterations: int = key(3, "Sinkhorn rounds", 1, 10000)
+    freeze_epochs: int = key(1, "first epochs in which learned prototypes stay as they are", 0, 10**6)
 
     word_weights: Literal["auto", "attention", "uniform"] = key(
         "auto", "weights of words; auto: [CLS] attention where the model has it, else uniform"

@@ -11,36 +11,38 @@ from medvlp.config import MethodConfig, key
 @dataclass
 class PLACEConfig(MethodConfig):
     name: str = key("place", "registered method; its own keys stand beside this one")
-    embedding: int = key(128, "width of the shared embedding space", 1)
-    head_hidden: int = key(2048, "width of the middle layer of the projection heads", 1)
+    embedding: int = key(128, "width of the shared embedding space", 1, 1 << 16)
+    head_hidden: int = key(2048, "width of the middle layer of the projection heads", 1, 1 << 16)
     report_pool: Literal["cls", "attention"] = key(
         "cls", "report embedding: the first token, or an attention pool over all tokens"
     )
 
-    instance_weight: float = key(1.0, "factor of the image-report contrastive loss", 0)
-    observation_weight: float = key(1.0, "factor of the contrast of observations and sentences", 0)
-    correlation_weight: float = key(1.0, "factor of the loss of predicted patch correlations", 0)
+    instance_weight: float = key(1.0, "factor of the image-report contrastive loss", 0, 10**6)
+    observation_weight: float = key(1.0, "factor of the contrast of observations and sentences", 0, 10**6)
+    correlation_weight: float = key(1.0, "factor of the loss of predicted patch correlations", 0, 10**6)
     diversity_weight: float = key(
-        0.01, "factor of the penalty on equal observations; needs observation_weight above 0", 0
+        0.01, "factor of the penalty on equal observations; needs observation_weight above 0", 0, 10**6
     )
-    token_weight: float = key(0.0, "factor of MGCA's word and patch losses", 0)
-    instance_temperature: float = key(0.07, "temperature of the image-report contrast", 1e-4)
-    observation_temperature: float = key(0.1, "temperature of the contrast of observations", 1e-4)
-    token_temperature: float = key(0.1, "temperature of the contrast of words and of patches", 1e-4)
-    attention_temperature: float = key(0.1, "temperature of the attention between words and patches", 1e-4)
+    token_weight: float = key(0.0, "factor of MGCA's word and patch losses", 0, 10**6)
+    instance_temperature: float = key(0.07, "temperature of the image-report contrast", 1e-4, 100)
+    observation_temperature: float = key(0.1, "temperature of the contrast of observations", 1e-4, 100)
+    token_temperature: float = key(0.1, "temperature of the contrast of words and of patches", 1e-4, 100)
+    attention_temperature: float = key(
+        0.1, "temperature of the attention between words and patches", 1e-4, 100
+    )
 
-    queries: int = key(16, "number of pathology query tokens", 1)
-    decoder_width: int = key(768, "width of the query decoder and of the correlation branch", 4)
-    decoder_heads: int = key(12, "attention heads of both; must divide decoder_width", 1)
-    query_layers: int = key(3, "layers of the query decoder", 1)
+    queries: int = key(16, "number of pathology query tokens", 1, 4096)
+    decoder_width: int = key(768, "width of the query decoder and of the correlation branch", 4, 1 << 16)
+    decoder_heads: int = key(12, "attention heads of both; must divide decoder_width", 1, 1024)
+    query_layers: int = key(3, "layers of the query decoder", 1, 1024)
     patch_positions: bool = key(True, "the query decoder sees fixed sin-cos positions of the patches")
 
-    max_sentences: int = key(16, "sentences of a report that are used; later ones are left out", 1)
+    max_sentences: int = key(16, "sentences of a report that are used; later ones are left out", 1, 4096)
     matching: Literal["hungarian", "soft"] = key(
         "hungarian", "how sentences get their observation: one each, or a mixture of all"
     )
-    soft_epochs: int = key(1, "first epochs with soft matching, whatever `matching` says", 0)
-    assignment_temperature: float = key(0.1, "temperature of soft matching", 1e-4)
+    soft_epochs: int = key(1, "first epochs with soft matching, whatever `matching` says", 0, 10**6)
+    assignment_temperature: float = key(0.1, "temperature of soft matching", 1e-4, 100)
     negative_scope: Literal["batch", "report"] = key(
         "batch",
         "observations and sentences that are negatives: of the batch (see `negatives`) or of one report",
@@ -49,7 +51,7 @@ class PLACEConfig(MethodConfig):
         0.9, "cosine of two sentences above which they are no negatives of each other; 1 keeps all", -1, 1
     )
 
-    correlation_layers: int = key(1, "cross-attention layers from patches to words", 1)
+    correlation_layers: int = key(1, "cross-attention layers from patches to words", 1, 1024)
     correlation_target: Literal["pixels", "teacher"] = key(
         "pixels", "correlations to predict: of the patches' pixels, or of their features by a slow teacher"
     )
@@ -58,7 +60,7 @@ class PLACEConfig(MethodConfig):
     patch_drop: float = key(0.0, "share of patches the correlation branch has to infer from the report", 0, 1)
 
     observation_score: float = key(
-        0.0, "factor of the best observation's cosine in zero-shot scores; 0: embeddings alone", 0
+        0.0, "factor of the best observation's cosine in zero-shot scores; 0: embeddings alone", 0, 10**6
     )
     grounding: Literal["observation", "patch"] = key(
         "observation",

@@ -14,44 +14,58 @@ STAGES = 3
 @dataclass
 class PRIORConfig(MethodConfig):
     name: str = key("prior", "registered method; its own keys stand beside this one")
-    embedding: int = key(768, "width of the shared embedding space", 1)
-    pool_heads: int = key(8, "heads of the attention pools of images and reports", 1)
+    embedding: int = key(768, "width of the shared embedding space", 1, 1 << 16)
+    pool_heads: int = key(8, "heads of the attention pools of images and reports", 1, 1024)
     head_norm: Literal["none", "batch"] = key(
         "none", "batch: projections and reports end in a batch norm; for encoders without published weights"
     )
     stage: int = key(3, "stage of the whole run; with optimizer.phases, phase i is stage i", 1, STAGES)
 
-    global_weights: list[float] = key([1.0, 1.0, 10.0], "image-report contrast: factor in each stage")
-    local_image_weights: list[float] = key([1.0, 1.0, 1.0], "patches and their contexts: factors")
-    local_text_weights: list[float] = key([1.0, 1.0, 1.0], "sentences and their contexts: factors")
-    bank_weights: list[float] = key(
-        [0.0, 10.0, 10.0], "distance of sentences to the bank's mixtures: factors"
+    global_weights: list[float] = key(
+        [1.0, 1.0, 10.0], "image-report contrast: factor in each stage", 0, 1e6, (STAGES, STAGES)
     )
-    image_weights: list[float] = key([0.0, 0.0, 1.0], "reconstruction of the image: factors")
-    sentence_weights: list[float] = key([0.0, 0.0, 10.0], "generation of sentence prototypes: factors")
-    score_weights: list[float] = key([0.0, 0.0, 1.0], "prototype scores of generated sentences: factors")
-    generated_weights: list[float] = key([0.0, 0.0, 1.0], "generated reports against true ones: factors")
-    temperature: float = key(0.07, "learned temperatures of the contrasts start here", 1e-4)
+    local_image_weights: list[float] = key(
+        [1.0, 1.0, 1.0], "patches and their contexts: factors", 0, 1e6, (STAGES, STAGES)
+    )
+    local_text_weights: list[float] = key(
+        [1.0, 1.0, 1.0], "sentences and their contexts: factors", 0, 1e6, (STAGES, STAGES)
+    )
+    bank_weights: list[float] = key(
+        [0.0, 10.0, 10.0], "distance of sentences to the bank's mixtures: factors", 0, 1e6, (STAGES, STAGES)
+    )
+    image_weights: list[float] = key(
+        [0.0, 0.0, 1.0], "reconstruction of the image: factors", 0, 1e6, (STAGES, STAGES)
+    )
+    sentence_weights: list[float] = key(
+        [0.0, 0.0, 10.0], "generation of sentence prototypes: factors", 0, 1e6, (STAGES, STAGES)
+    )
+    score_weights: list[float] = key(
+        [0.0, 0.0, 1.0], "prototype scores of generated sentences: factors", 0, 1e6, (STAGES, STAGES)
+    )
+    generated_weights: list[float] = key(
+        [0.0, 0.0, 1.0], "generated reports against true ones: factors", 0, 1e6, (STAGES, STAGES)
+    )
+    temperature: float = key(0.07, "learned temperatures of the contrasts start here", 1e-4, 100)
 
     bank_stage: int = key(2, "first stage whose sentences go through the bank", 1, STAGES + 1)
-    prototypes: int = key(512, "sentence prototypes in the bank", 1)
-    bank_temperature: float = key(0.9, "temperature of the bank's softmax", 1e-3)
+    prototypes: int = key(512, "sentence prototypes in the bank", 1, 1 << 22)
+    bank_temperature: float = key(0.9, "temperature of the bank's softmax", 1e-3, 100)
     bank_schedule: Literal["fixed", "linear", "exponential"] = key(
         "fixed", "how the bank's temperature falls to a tenth over the run"
     )
     bank_noise: Literal["training", "always", "never"] = key(
         "training", "when Gumbel noise is added to the bank's scores; always: at test time too (published)"
     )
-    max_sentences: int = key(64, "sentences of a report that take part where none are generated", 1)
+    max_sentences: int = key(64, "sentences of a report that take part where none are generated", 1, 4096)
 
-    queries: int = key(16, "generated sentences; where they are, reports are cut to as many", 1)
-    decoder_layers: int = key(8, "layers of the sentence decoder", 1)
-    decoder_heads: int = key(12, "attention heads of the sentence decoder", 1)
-    decoder_hidden: int = key(3072, "width of the sentence decoder's feed-forward layers", 1)
+    queries: int = key(16, "generated sentences; where they are, reports are cut to as many", 1, 4096)
+    decoder_layers: int = key(8, "layers of the sentence decoder", 1, 1024)
+    decoder_heads: int = key(12, "attention heads of the sentence decoder", 1, 1024)
+    decoder_hidden: int = key(3072, "width of the sentence decoder's feed-forward layers", 1, 1 << 16)
     decoder_dropout: float = key(0.1, "dropout of the sentence decoder", 0, 1)
-    image_decoder_width: int = key(768, "channels of the image decoder's first block; they halve", 1)
+    image_decoder_width: int = key(768, "channels of the image decoder's first block; they halve", 1, 1 << 16)
     reconstruction_size: int | None = key(
-        None, "side of the reconstructed image in pixels; default: the image's", 8
+        None, "side of the reconstructed image in pixels; default: the image's", 8, 8192
     )
     channel_dropout: float = key(0.5, "share of the image's feature channels that the decoder misses", 0, 1)
 
