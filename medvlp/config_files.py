@@ -92,7 +92,8 @@ def merge(
 def _sources(files: Sequence[Path | str], overrides: Sequence[str], run: Path | None) -> list[_Source]:
     sources = []
     for file in files:
-        folder, values = run or trust.run_folder_of(Path(file)), _read(Path(file))
+        values = _read(Path(file))  # first, for it refuses paths that no file has
+        folder = run or trust.run_folder_of(Path(file))
         if folder is not None and (keys := trust.look_ups(values)):
             raise trust.TrustError(
                 f"{file}: {', '.join(keys)} would be looked up (${{...}}), which is not done for files of a "

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 from typer.testing import CliRunner, Result
 
 from launcher.main import app
@@ -296,3 +297,21 @@ def test_defaults_reach_nothing() -> None:
     config = Config()
     config.run.dir, config.data.root = "run", "data"
     assert trust.words(config) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "looked_up"),
+    [
+        ("${x}", True),
+        ("\\${x}", False),
+        ("\\\\${x}", True),
+        ("\\\\\\${x}", False),
+        ("$x", False),
+        ("\\", False),
+    ],
+)
+def test_a_look_up_is_seen_behind_backslashes_and_escaped_text_reads_back(text: str, looked_up: bool) -> None:
+    assert bool(trust.look_ups({"a": text})) == looked_up
+    written = trust.escaped({"a": text})
+    assert trust.look_ups(written) == []
+    assert OmegaConf.to_container(OmegaConf.create(written), resolve=True) == {"a": text}
