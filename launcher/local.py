@@ -21,8 +21,7 @@ from launcher.placement import Node
 from launcher.slurm.attempts import note_node_exit
 from medvlp.lifetime import die_with
 from medvlp.prototypes.supervisor import WorkerSupervisor
-from medvlp.ranks import FIRST_ERROR, available_cpus, claim_first_error
-from medvlp.training.errors import LostPeerError
+from medvlp.ranks import FIRST_ERROR, LostPeerError, available_cpus, claim_first_error
 from shards.errors import MedvlpError
 
 #: Signals the ranks act on (they save a checkpoint and stop).

@@ -13,9 +13,9 @@ import yaml
 
 from launcher.exit_codes import meaning
 from launcher.json_lines import newest, newest_first
-from medvlp.training.errors import CheckpointError
-from medvlp.training.events import EVENTS
-from medvlp.training.manifest import Manifest, step_folders
+from medvlp.runs.errors import CheckpointError
+from medvlp.runs.events import EVENTS
+from medvlp.runs.manifest import Manifest, step_folders
 
 METRICS = "metrics.jsonl"
 CONFIG = "config.yaml"

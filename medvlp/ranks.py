@@ -20,6 +20,12 @@ class LaunchError(MedvlpError):
     """The launcher's environment variables contradict each other or are incomplete."""
 
 
+class LostPeerError(MedvlpError):
+    """Another rank ended while this one waited for it; that one's message tells the reason."""
+
+    exit_code = 6
+
+
 @dataclass(frozen=True)
 class Ranks:
     """Place of this process among all of them.

@@ -1,4 +1,4 @@
-"""Fixtures every test may use: golden values, the maintainers' shared folder, the pool of gloo processes."""
+"""Fixtures every test may use: golden values, shared folder, pool of gloo processes, data of tiny runs."""
 
 from __future__ import annotations
 
@@ -56,3 +56,29 @@ def gloo_pool() -> Iterator[Callable[[int], object]]:
     yield pool
     for running in pools.values():
         running.close()
+
+
+@pytest.fixture(scope="session")
+def phantom_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """64-pixel phantoms of 80 studies, as shards."""
+    from typer.testing import CliRunner
+
+    from launcher.main import app
+
+    root = tmp_path_factory.mktemp("phantoms") / "data"
+    arguments = ["--out", str(root), "--studies", "80", "--image-size", "64", "--seed", "0", "--workers", "1"]
+    result = CliRunner().invoke(app, ["shards", "build", "phantom", *arguments])
+    assert result.exit_code == 0, result.output
+    return root
+
+
+@pytest.fixture
+def overrides(phantom_data: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """`overrides("zero.stage=1", run="name")` -> the `key=value` list of a tiny run below tmp_path."""
+
+    from tests.training.runs import TINY
+
+    def build(*more: str, run: str = "run") -> list[str]:
+        return [*TINY, f"data.root={phantom_data}", f"run.dir={tmp_path / run}", *more]
+
+    return build

@@ -59,8 +59,8 @@ def test_configs_hold_only_yaml() -> None:
     [
         "launcher", "medvlp", "shards", "tests", "slurm", "shards/sources", "shards/entities",
         "medvlp/data", "medvlp/encoders", "medvlp/losses", "medvlp/methods",
-        "medvlp/prototypes", "medvlp/training", "medvlp/evaluation", "medvlp/export", "medvlp/serving",
-        "launcher/slurm",
+        "medvlp/prototypes", "medvlp/runs", "medvlp/training", "medvlp/evaluation", "medvlp/export",
+        "medvlp/serving", "launcher/slurm",
     ],
 )  # fmt: skip
 def test_every_folder_says_what_lives_there(folder: str) -> None:

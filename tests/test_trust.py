@@ -282,8 +282,8 @@ def test_prototypes_are_not_mixed_with_a_later_training(run: Path, tmp_path: Pat
 def _change_weights(path: Path) -> None:
     import safetensors.torch
 
-    from medvlp.training.manifest import Manifest
-    from medvlp.training.state_files import checksum
+    from medvlp.runs.manifest import Manifest
+    from medvlp.runs.state_files import checksum
 
     file = path.parent / "weights.safetensors"
     weights = safetensors.torch.load_file(file)

@@ -12,7 +12,7 @@ from rich.table import Table
 from shards.errors import UsageError
 
 if TYPE_CHECKING:
-    from medvlp.training.manifest import Manifest
+    from medvlp.runs.manifest import Manifest
 
 
 def checkpoints(
@@ -40,9 +40,9 @@ def checkpoints(
     ] = None,
 ) -> None:
     """List the checkpoints of a run; verify, convert or prune them."""
-    from medvlp.training.conversion import to_safetensors, to_universal
-    from medvlp.training.errors import CheckpointError, RunFolderError
-    from medvlp.training.manifest import newest_valid, step_folder
+    from medvlp.runs.conversion import to_safetensors, to_universal
+    from medvlp.runs.errors import CheckpointError, RunFolderError
+    from medvlp.runs.manifest import newest_valid, step_folder
 
     folder = run / "checkpoints"
     if not folder.is_dir():
@@ -66,8 +66,8 @@ def checkpoints(
 
 def _list(run: Path, verify: bool) -> list[str]:
     """Print the table; returns what is wrong, if it was looked for."""
-    from medvlp.training.errors import CheckpointError
-    from medvlp.training.manifest import Manifest, step_folders
+    from medvlp.runs.errors import CheckpointError
+    from medvlp.runs.manifest import Manifest, step_folders
 
     table = Table(title=f"checkpoints of {run}")
     for column in ("step", "epoch", "size", "created", "ranks", "ZeRO", "loss", "state"):
@@ -110,10 +110,10 @@ def _row(manifest: Manifest) -> tuple[str, ...]:
 def _prune(run: Path, keep_last: int | None) -> None:
     from medvlp import config_files, trust
     from medvlp.methods.registry import schemas
-    from medvlp.training.errors import CheckpointError
-    from medvlp.training.manifest import newest_valid
-    from medvlp.training.retention import prune
-    from medvlp.training.run_folder import CONFIG
+    from medvlp.runs.errors import CheckpointError
+    from medvlp.runs.manifest import newest_valid
+    from medvlp.runs.retention import prune
+    from medvlp.runs.run_folder import CONFIG
 
     newest = newest_valid(run)
     if newest is None:

@@ -55,7 +55,7 @@ def evaluate(
     """Evaluate a run and write evaluation.json: every number with a 95 % interval, beside two baselines."""
     from medvlp.evaluation.report import results
     from medvlp.evaluation.session import Request, evaluate
-    from medvlp.training import saved_run
+    from medvlp.runs import saved_run
 
     for text in overrides or []:
         if "=" not in text:

@@ -27,7 +27,7 @@ def export(
 ) -> None:
     """Write image/ (timm), text/ (transformers), the heads and a model card to FOLDER, and check them."""
     from medvlp.export.run import export
-    from medvlp.training import saved_run
+    from medvlp.runs import saved_run
 
     console = Console(stderr=True)
     source = saved_run.locate(run if checkpoint is None else run / "checkpoints" / checkpoint)

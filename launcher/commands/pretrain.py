@@ -82,7 +82,7 @@ def pretrain(
 def _train_rank(config: object, fresh: bool) -> int:
     """Train as one rank; of errors that several ranks raise, one is shown."""
     from launcher.local import die_with_launcher, may_show_error
-    from medvlp.training.errors import AgreedError
+    from medvlp.runs.errors import AgreedError
     from medvlp.training.run import pretrain as train
 
     die_with_launcher(os.environ)

@@ -61,11 +61,11 @@ def gallery(
     clusters: Annotated[int, typer.Option("--clusters", min=1, help="only so many, the largest")] = 500,
 ) -> None:
     """Contact sheets of the most typical images of each cluster, as a page in RUN/prototypes/gallery."""
+    from medvlp.runs import saved_run
     from medvlp.serving.cluster_report import Members
     from medvlp.serving.gallery import write_gallery
     from medvlp.serving.layout import SNAPSHOT, folder_of
     from medvlp.serving.snapshot import Snapshot
-    from medvlp.training import saved_run
 
     folder = folder_of(run)
     members = Members.of(Snapshot.read(folder / SNAPSHOT))

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from launcher.run_state import CONFIG, SLURM_FOLDER
-from medvlp.training.errors import RunFolderError
+from medvlp.runs.errors import RunFolderError
 
 #: Options of an earlier submission that say nothing about the next one.
 _ONCE = ("dependency", "dry_run", "arguments")

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from launcher.number_text import bytes_text, duration_text, number_text
 from launcher.run_state import RunState, find_runs, read_run
-from medvlp.training.errors import RunFolderError
+from medvlp.runs.errors import RunFolderError
 
 COLOURS = {"finished": "green", "running": "cyan", "queued": "blue", "interrupted": "yellow", "failed": "red"}
 

@@ -10,7 +10,7 @@ import typer
 from launcher import command_words
 from launcher.commands.evaluate import PARTS_FOLDER
 from launcher.commands.submit import JobOptions
-from medvlp.training.errors import RunFolderError
+from medvlp.runs.errors import RunFolderError
 from shards.errors import UsageError
 
 

@@ -9,7 +9,7 @@ import typer
 
 from launcher import command_words
 from launcher.commands.submit import DependentJobOptions, serving_words
-from medvlp.training.errors import RunFolderError
+from medvlp.runs.errors import RunFolderError
 
 #: For `command`: what is not an option of submitting is one of serving.
 SETTINGS = {"ignore_unknown_options": True}

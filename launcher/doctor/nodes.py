@@ -56,7 +56,7 @@ def inside_job(environment: Mapping[str, str]) -> int:
 
 def report_node(token: Path, cache: Path, cache_gigabytes: float, remote_data: bool) -> NodeReport:
     """The checks of this node; leaves `<token>.<node>` beside the token, which the other side looks for."""
-    from medvlp.training.run_folder import library_versions
+    from medvlp.runs.run_folder import library_versions
 
     now = time.time()
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()

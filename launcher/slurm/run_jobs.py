@@ -11,7 +11,7 @@ from launcher.json_lines import newest_first
 from launcher.run_state import CONFIG, SLURM_FOLDER, SUBMISSIONS, RunState, is_run_folder, read_run
 from launcher.slurm import slurm_commands
 from launcher.slurm.slurm_commands import Job, PastRun, SlurmError
-from medvlp.training.events import EVENTS
+from medvlp.runs.events import EVENTS
 from shards.errors import UsageError
 
 #: `kind` of a submission that trains.

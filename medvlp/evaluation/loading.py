@@ -8,10 +8,10 @@ from medvlp.config import Config
 from medvlp.data.text import Tokenizer
 from medvlp.methods.base import Method
 from medvlp.methods.registry import build_method
-from medvlp.training import saved_run
-from medvlp.training.encoder_records import check_start
-from medvlp.training.randomness import random_state, restore_random_state, seed_weights
-from medvlp.training.saved_run import SavedRun
+from medvlp.runs import saved_run
+from medvlp.runs.encoder_records import check_start
+from medvlp.runs.randomness import random_state, restore_random_state, seed_weights
+from medvlp.runs.saved_run import SavedRun
 
 
 def load_models(

@@ -28,7 +28,7 @@ from medvlp.evaluation.tasks import retrieval
 from medvlp.evaluation.tasks.linear_probe import LinearProbe
 from medvlp.evaluation.tasks.zero_shot import Ensemble, ZeroShot, prompts_of
 from medvlp.methods.base import Method
-from medvlp.training import saved_run
+from medvlp.runs import saved_run
 from shards.errors import UsageError
 from shards.reader import ShardReader
 

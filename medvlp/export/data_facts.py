@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from medvlp.config import DataConfig
 from medvlp.data.cache import open_reader
 from medvlp.export.errors import ExportError
-from medvlp.training.identity import DataRecord, read_licences
-from medvlp.training.saved_run import SavedRun
+from medvlp.runs.identity import DataRecord, read_licences
+from medvlp.runs.saved_run import SavedRun
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from medvlp.export.errors import ExportError
-from medvlp.training.state_files import fsync_folder
+from medvlp.runs.state_files import fsync_folder
 
 
 def check_free(folder: Path) -> None:

@@ -17,8 +17,8 @@ from medvlp.export.folder import check_free, new_folder
 from medvlp.export.image import write_image
 from medvlp.export.text import write_text
 from medvlp.methods.base import Method
-from medvlp.training import saved_run
-from medvlp.training.run_folder import CONFIG
+from medvlp.runs import saved_run
+from medvlp.runs.run_folder import CONFIG
 
 #: Everything of the method that is in neither encoder.
 HEADS = "heads.safetensors"
@@ -39,7 +39,7 @@ def export(
     compared with the trained ones.
 
     Args:
-        source: a run and a verified checkpoint of it (`medvlp.training.saved_run.locate`).
+        source: a run and a verified checkpoint of it (`medvlp.runs.saved_run.locate`).
         out: a folder that does not exist or is empty.
         say: receives one line of progress at a time.
         data: where the training data are now; without it the card says what is stored with the run.

@@ -15,13 +15,13 @@ from medvlp.data.batch import Batch
 from medvlp.data.cache import open_reader
 from medvlp.data.loader import evaluation_loader
 from medvlp.data.sample_store import SampleStore
+from medvlp.runs import saved_run
 from medvlp.serving import snapshot as snapshots
 from medvlp.serving.cluster_report import Members, report_of
 from medvlp.serving.layout import PrototypeFilesError, folder_of
 from medvlp.serving.run_clusters import choose_table
 from medvlp.serving.run_model import RunModel, choose_device
 from medvlp.serving.snapshot import UNKNOWN, Origin, Snapshot
-from medvlp.training import saved_run
 
 #: Samples embedded where nobody says how many: enough for 500 clusters, minutes on a CPU.
 DEFAULT_LIMIT = 20_000

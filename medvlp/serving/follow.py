@@ -8,14 +8,14 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from medvlp.runs import saved_run
+from medvlp.runs.manifest import MANIFEST, step_folders
 from medvlp.serving.answers import Answers
 from medvlp.serving.build import BuildRequest, make_snapshot, store
 from medvlp.serving.layout import SNAPSHOT, PrototypeFilesError, folder_of
 from medvlp.serving.limits import Limits
 from medvlp.serving.run_model import RunModel, checkpoint_of, choose_device
 from medvlp.serving.snapshot import Snapshot
-from medvlp.training import saved_run
-from medvlp.training.manifest import MANIFEST, step_folders
 from shards.errors import MedvlpError
 
 logger = logging.getLogger(__name__)

@@ -13,11 +13,11 @@ from medvlp.losses.normalise import unit_norm
 from medvlp.prototypes.kmeans import spherical_kmeans
 from medvlp.prototypes.learned import LearnedPrototypes
 from medvlp.prototypes.table import PrototypeTable
+from medvlp.runs.saved_run import SavedRun
+from medvlp.runs.state_files import read_state
 from medvlp.serving.layout import PrototypeFilesError
 from medvlp.serving.run_model import RunModel
 from medvlp.serving.snapshot import Source
-from medvlp.training.saved_run import SavedRun
-from medvlp.training.state_files import read_state
 
 #: Embeddings for each cluster that FAISS advises at least; decides K where nobody says it.
 POINTS_PER_CLUSTER = 39

@@ -14,11 +14,11 @@ from medvlp.data.report import report_sentences
 from medvlp.data.text import Tokenizer
 from medvlp.data.transforms import evaluation_view
 from medvlp.methods.base import Method
+from medvlp.runs import saved_run
+from medvlp.runs.saved_run import SavedRun
 from medvlp.serving.layout import PrototypeFilesError
 from medvlp.serving.questions import RequestError
 from medvlp.serving.snapshot import Origin
-from medvlp.training import saved_run
-from medvlp.training.saved_run import SavedRun
 from shards.errors import DataError, UsageError
 from shards.images import MAX_PIXELS, decode_image, fit_square
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from medvlp import distributed
+from medvlp.runs.errors import AgreedError
+from medvlp.runs.events import EventLog
 from medvlp.training.callbacks import BaseCallback, StepRecord
-from medvlp.training.errors import NotFiniteError
-from medvlp.training.events import EventLog
 from medvlp.training.step_guard import Finding, StepGuard
 
 logger = logging.getLogger(__name__)
@@ -23,6 +23,12 @@ _REASONS = {
     "loss_spike": "the loss is a spike (train.spike_sigma)",
     "gradient_not_finite": "the gradient is not finite",
 }
+
+
+class NotFiniteError(AgreedError):
+    """Too many steps in a row had a bad loss or gradient; the message names step, ranks and samples."""
+
+    exit_code = 5
 
 
 class BadSteps(BaseCallback):

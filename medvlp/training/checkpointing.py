@@ -13,18 +13,18 @@ import torch
 
 from medvlp import distributed
 from medvlp.config import Config
-from medvlp.training import checkpoint, optimizer_files
+from medvlp.runs import checkpoint, optimizer_files
+from medvlp.runs.checkpoint_writer import CheckpointWriter
+from medvlp.runs.errors import CheckpointError
+from medvlp.runs.fitting import REMEDY, check_trainable
+from medvlp.runs.manifest import FORMAT, Manifest
+from medvlp.runs.optimizer_files import OptimizerFiles
+from medvlp.runs.randomness import random_state, restore_random_state, seed_rank
+from medvlp.runs.run_folder import config_hash, library_versions
+from medvlp.runs.state_files import StateFile, read_state
 from medvlp.training.callbacks import BaseCallback, Callback, StepRecord
-from medvlp.training.checkpoint_writer import CheckpointWriter
 from medvlp.training.engine import Engine
-from medvlp.training.errors import CheckpointError
-from medvlp.training.fitting import REMEDY, check_trainable
 from medvlp.training.host_copies import HostCopies
-from medvlp.training.manifest import FORMAT, Manifest
-from medvlp.training.optimizer_files import OptimizerFiles
-from medvlp.training.randomness import random_state, restore_random_state, seed_rank
-from medvlp.training.run_folder import config_hash, library_versions
-from medvlp.training.state_files import StateFile, read_state
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from medvlp.config import Config
 from medvlp.data.batch import Batch
 from medvlp.data.batch_plan import BatchPlan
 from medvlp.methods.base import Method
+from medvlp.runs.optimizer_files import OptimizerFiles
 from medvlp.training.deepspeed_config import deepspeed_json, is_plain
-from medvlp.training.optimizer_files import OptimizerFiles
 from medvlp.training.optimizer_shards import (
     Shard,
     find_shards,

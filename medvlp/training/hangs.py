@@ -15,11 +15,17 @@ from typing import NamedTuple, Self
 
 from medvlp import distributed
 from medvlp.ranks import claim_first_error
-from medvlp.training.errors import HangError
-from medvlp.training.events import EVENTS, EventLog
+from medvlp.runs.events import EVENTS, EventLog
+from shards.errors import MedvlpError
 
 #: Seconds to wait for the store's answer, and that the ranks which do not speak leave to the one that does.
 _STORE_SECONDS, _SPEAKER_SECONDS = 5.0, 10.0
+
+
+class HangError(MedvlpError):
+    """A rank no longer arrives. Its exit code is what counts: a thread ends the process with it."""
+
+    exit_code = 7
 
 
 class Place(NamedTuple):

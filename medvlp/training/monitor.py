@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from medvlp import distributed
+from medvlp.runs.metrics_file import MetricsFile
 from medvlp.training.callbacks import BaseCallback, StepRecord
-from medvlp.training.metrics_file import MetricsFile
 from medvlp.training.wandb_run import WandbRun
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from medvlp.training.optimizer_files import STEP, OptimizerFiles, entry_name
+from medvlp.runs.optimizer_files import STEP, OptimizerFiles, entry_name
 
 
 class Shard(NamedTuple):

@@ -24,27 +24,26 @@ from medvlp.prototypes.anchors import AnchorEncoder
 from medvlp.prototypes.initialise import initialise_prototypes
 from medvlp.prototypes.supervisor import decline_worker
 from medvlp.prototypes.synchronous import build_service
-from medvlp.ranks import Ranks, detect, threads_of_rank
+from medvlp.ranks import LostPeerError, Ranks, detect, threads_of_rank
+from medvlp.runs.checkpoint import load_weights
+from medvlp.runs.encoder_records import described
+from medvlp.runs.events import EventLog
+from medvlp.runs.fitting import check_fits, check_weights
+from medvlp.runs.identity import RunIdentity
+from medvlp.runs.manifest import Manifest, newest_valid, step_folders
+from medvlp.runs.opening import open_data, take_up
+from medvlp.runs.randomness import seed_rank, seed_weights
+from medvlp.runs.run_folder import describe_run, open_run_folder
 from medvlp.training.bad_steps import BadSteps
 from medvlp.training.callbacks import Callback
-from medvlp.training.checkpoint import load_weights
 from medvlp.training.checkpointing import CheckpointCallback, restore_randomness
 from medvlp.training.deepspeed_config import check_device
-from medvlp.training.encoder_records import described
 from medvlp.training.engine import Engine
-from medvlp.training.errors import LostPeerError
-from medvlp.training.events import EventLog
-from medvlp.training.fitting import check_fits, check_weights
 from medvlp.training.hangs import Watchdog
-from medvlp.training.identity import RunIdentity
 from medvlp.training.interrupts import EXIT_INTERRUPTED, Interrupts
-from medvlp.training.manifest import Manifest, newest_valid, step_folders
 from medvlp.training.monitor import Monitor
-from medvlp.training.opening import open_data, take_up
 from medvlp.training.prototype_refresh import PrototypeRefresh
 from medvlp.training.prototype_revival import PrototypeRevival
-from medvlp.training.randomness import seed_rank, seed_weights
-from medvlp.training.run_folder import describe_run, open_run_folder
 from medvlp.training.sample_log import SampleLog
 from medvlp.training.schedule import build_schedule
 from medvlp.training.step_guard import StepGuard
@@ -69,7 +68,7 @@ def pretrain(config: Config, fresh: bool = False) -> int:
         0 when the run is finished, `EXIT_INTERRUPTED` when a signal ended it after a checkpoint.
 
     Raises:
-        MedvlpError: anything the user can mend; see `medvlp.training.errors` and `shards.errors`.
+        MedvlpError: anything the user can mend; see `medvlp.runs.errors` and `shards.errors`.
     """
     ranks = detect()
     console = configure_logging(ranks.rank)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from medvlp import distributed
+from medvlp.runs.metrics_file import MetricsFile
 from medvlp.training.callbacks import BaseCallback, StepRecord
-from medvlp.training.metrics_file import MetricsFile
 
 
 class SampleLog(BaseCallback):

@@ -51,7 +51,7 @@ def build_engine(config: Config, depth: int, checkpoint_folder: Path | None = No
 
     from medvlp import distributed
     from medvlp.data.batch_plan import plan_batch
-    from medvlp.training import checkpoint
+    from medvlp.runs import checkpoint
     from medvlp.training.engine import Engine
 
     class OneTower(nn.Module):
@@ -126,8 +126,8 @@ def resume(folder: str, depth: int) -> dict[str, float]:
     import deepspeed  # noqa: F401
     import timm  # noqa: F401
 
+    from medvlp.runs.manifest import newest_valid
     from medvlp.training.checkpointing import CheckpointCallback
-    from medvlp.training.manifest import newest_valid
 
     mark("imports")
     newest = newest_valid(folder)

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from medvlp.training.errors import CheckpointError
-from medvlp.training.manifest import newest_valid, step_folder
+from medvlp.runs.errors import CheckpointError
+from medvlp.runs.manifest import newest_valid, step_folder
 from tests.drills.outcomes import Case, DrillError, expect
 from tests.drills.process import medvlp, read_lines
 from tests.drills.workplace import SAVE_EVERY, STEPS, Workplace

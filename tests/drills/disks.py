@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from medvlp.training.manifest import newest_valid, step_folder
+from medvlp.runs.manifest import newest_valid, step_folder
 from tests.drills.outcomes import Case, DrillError, expect
 from tests.drills.process import Pretraining, read_lines
 from tests.drills.workplace import SAVE_EVERY, STEPS, Workplace

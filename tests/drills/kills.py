@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from medvlp.training.manifest import step_folder
+from medvlp.runs.manifest import step_folder
 from tests.drills.opens import Opens
 from tests.drills.outcomes import Case, Listing, Outcome, expect
 from tests.drills.process import Pretraining

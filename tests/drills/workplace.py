@@ -7,8 +7,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from medvlp.training.checkpoint import WEIGHTS
-from medvlp.training.manifest import newest_valid, step_folder
+from medvlp.runs.checkpoint import WEIGHTS
+from medvlp.runs.manifest import newest_valid, step_folder
 from tests.drills.outcomes import DrillError, expect
 from tests.drills.process import Pretraining, medvlp, read_lines
 

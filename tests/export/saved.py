@@ -12,8 +12,8 @@ from medvlp.config import Config
 from medvlp.data.text import Tokenizer
 from medvlp.methods.base import Method
 from medvlp.methods.registry import build_method, schemas
-from medvlp.training.manifest import Manifest
-from medvlp.training.state_files import checksum
+from medvlp.runs.manifest import Manifest
+from medvlp.runs.state_files import checksum
 
 TINY = [
     "image.name=test_vit",

@@ -25,7 +25,7 @@ from medvlp.export.folder import new_folder
 from medvlp.methods.base import Method
 from medvlp.methods.mgca.config import MGCAConfig
 from medvlp.methods.registry import REGISTRY, Entry
-from medvlp.training.errors import CheckpointError, RunFolderError
+from medvlp.runs.errors import CheckpointError, RunFolderError
 from shards.reader import ShardReader
 from tests.export.saved import save_run
 from tests.training.tiny import TinyMethod

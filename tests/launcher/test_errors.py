@@ -13,8 +13,8 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from launcher import local, main
 from launcher.commands import pretrain
 from medvlp import distributed
-from medvlp.ranks import FIRST_ERROR
-from medvlp.training.errors import CheckpointError, LostPeerError
+from medvlp.ranks import FIRST_ERROR, LostPeerError
+from medvlp.runs.errors import CheckpointError
 from shards.errors import DataError
 from tests.distributed_pool import GlooPool, RankError
 

@@ -19,9 +19,9 @@ from medvlp.config import CheckpointConfig, Config
 from medvlp.data.text import Tokenizer
 from medvlp.evaluation.report import results
 from medvlp.methods.registry import build_method, schemas
-from medvlp.training import checkpoint
-from medvlp.training.manifest import Manifest
-from medvlp.training.state_files import StateFile
+from medvlp.runs import checkpoint
+from medvlp.runs.manifest import Manifest
+from medvlp.runs.state_files import StateFile
 from shards.build import BuildOptions, build_shards
 from shards.errors import MedvlpError
 from shards.merge import merge

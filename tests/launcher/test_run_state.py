@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from launcher.run_state import find_runs, read_run
-from medvlp.training.events import EventLog
-from medvlp.training.manifest import MANIFEST, Manifest, step_folder
+from medvlp.runs.events import EventLog
+from medvlp.runs.manifest import MANIFEST, Manifest, step_folder
 
 CONFIG = """
 run: {name: trial}

@@ -20,7 +20,7 @@ from launcher.slurm.cluster_config import ClusterConfig
 from launcher.slurm.heterogeneous import prototype_server
 from launcher.slurm.slurm_commands import Job
 from medvlp import trust
-from medvlp.training.errors import RunFolderError
+from medvlp.runs.errors import RunFolderError
 from shards.errors import UsageError
 
 JOB = Job(

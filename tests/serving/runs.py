@@ -10,9 +10,9 @@ from medvlp import config_files
 from medvlp.config import CheckpointConfig
 from medvlp.data.text import Tokenizer
 from medvlp.methods.registry import build_method, schemas
-from medvlp.training import checkpoint
-from medvlp.training.manifest import Manifest
-from medvlp.training.state_files import StateFile
+from medvlp.runs import checkpoint
+from medvlp.runs.manifest import Manifest
+from medvlp.runs.state_files import StateFile
 from tests.training.runs import TINY
 
 

@@ -15,6 +15,8 @@ from medvlp.data.report import report_sentences
 from medvlp.data.sample_store import SampleStore
 from medvlp.prototypes.kmeans import TooFewRowsError
 from medvlp.prototypes.table import PrototypeTable
+from medvlp.runs.errors import CheckpointError
+from medvlp.runs.saved_run import locate
 from medvlp.serving import snapshot as snapshots
 from medvlp.serving.build import BuildRequest, build
 from medvlp.serving.cluster_report import Members, overall, report_of
@@ -22,8 +24,6 @@ from medvlp.serving.layout import REPORT, SNAPSHOT, PrototypeFilesError, folder_
 from medvlp.serving.run_clusters import stored_table
 from medvlp.serving.run_model import RunModel
 from medvlp.serving.snapshot import Origin, Snapshot
-from medvlp.training.errors import CheckpointError
-from medvlp.training.saved_run import locate
 from shards.errors import UsageError
 from shards.reader import ShardReader
 from tests.serving.runs import save_run

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from medvlp.runs.errors import RunFolderError
 from medvlp.serving.answers import Answers
 from medvlp.serving.build import BuildRequest, build
 from medvlp.serving.follow import Source
 from medvlp.serving.layout import SNAPSHOT, folder_of
 from medvlp.serving.limits import Limits
 from medvlp.serving.snapshot import Snapshot
-from medvlp.training.errors import RunFolderError
 from tests.serving.runs import save_run
 
 

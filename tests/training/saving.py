@@ -9,10 +9,10 @@ import torch
 from medvlp import distributed
 from medvlp.config import Config
 from medvlp.data.batch_plan import plan_batch
-from medvlp.training import checkpoint
+from medvlp.runs import checkpoint
+from medvlp.runs.manifest import newest_valid
 from medvlp.training.checkpointing import CheckpointCallback
 from medvlp.training.engine import Engine
-from medvlp.training.manifest import newest_valid
 from tests.training.tiny import TinyMethod, random_batch
 
 BATCH = 12

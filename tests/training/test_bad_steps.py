@@ -52,10 +52,9 @@ def run_steps(
 ) -> dict:  # fmt: skip
     """Train; the state afterwards. `skip_seed`: without poison and without the batches of the bad step."""
     from medvlp.data.batch_plan import plan_batch
-    from medvlp.training.bad_steps import BadSteps
+    from medvlp.training.bad_steps import BadSteps, NotFiniteError
     from medvlp.training.callbacks import BaseCallback
     from medvlp.training.engine import Engine
-    from medvlp.training.errors import NotFiniteError
     from medvlp.training.hangs import Watchdog
     from medvlp.training.interrupts import Interrupts
     from medvlp.training.schedule import Schedule

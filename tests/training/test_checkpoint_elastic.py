@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from medvlp import distributed
+from medvlp.runs.conversion import OPTIMIZER, to_safetensors
+from medvlp.runs.errors import CheckpointError
+from medvlp.runs.optimizer_files import OptimizerFiles
 from medvlp.training import optimizer_shards
-from medvlp.training.conversion import OPTIMIZER, to_safetensors
-from medvlp.training.errors import CheckpointError
-from medvlp.training.optimizer_files import OptimizerFiles
 from tests.training.runs import read_metrics, train
 from tests.training.saving import load_and_save, start, tiny_config, train_and_save, train_steps
 from tests.training.tiny import TinyMethod

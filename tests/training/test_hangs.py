@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from medvlp import distributed
-from medvlp.training.events import EventLog
+from medvlp.runs.events import EventLog
 from medvlp.training.hangs import Place, Watchdog
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from medvlp.config import MonitorConfig
-from medvlp.training.metrics_file import MetricsFile
+from medvlp.runs.metrics_file import MetricsFile
 from medvlp.training.wandb_run import WandbRun, resolve_mode
 from tests.training.runs import read_metrics, train
 

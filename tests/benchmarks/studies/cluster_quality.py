@@ -36,7 +36,7 @@ from medvlp.prototypes.cluster_metrics import nmi
 from medvlp.prototypes.refresh import refresh_table
 from medvlp.prototypes.ring import MODALITIES, BankRows, label_bits
 from medvlp.prototypes.table import PrototypeTable
-from medvlp.training.saved_run import load_config, load_tokenizer, locate
+from medvlp.runs.saved_run import load_config, load_tokenizer, locate
 
 #: Share of the logged steps, counted from the last one, over which figures of masks are averaged.
 LAST = 0.25

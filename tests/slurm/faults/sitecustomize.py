@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 if os.environ.get("RANK") == "0" and {"MEDVLP_TEST_SLOW", "MEDVLP_TEST_ABORT"} & os.environ.keys():
-    from medvlp.training.metrics_file import MetricsFile
+    from medvlp.runs.metrics_file import MetricsFile
 
     _write = MetricsFile.write
 

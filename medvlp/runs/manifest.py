@@ -16,7 +16,7 @@ from typing import Any
 
 import xxhash
 
-from medvlp.training.errors import CheckpointError
+from medvlp.runs.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class Manifest:
 
     def problem(self, folder: Path, names: Sequence[str]) -> str | None:
         """What is wrong with these files, or None when sizes and checksums are right."""
-        from medvlp.training.state_files import checksum
+        from medvlp.runs.state_files import checksum
 
         for name in names:
             path, entry = folder / name, self.files[name]

@@ -16,8 +16,8 @@ from typer.testing import CliRunner, Result
 
 from launcher.main import app
 from medvlp.data.text import Tokenizer
-from medvlp.training.identity import DataRecord, IdentityError, RunIdentity
-from medvlp.training.manifest import Manifest
+from medvlp.runs.identity import DataRecord, IdentityError, RunIdentity
+from medvlp.runs.manifest import Manifest
 from shards.errors import MedvlpError
 from shards.format import Index, hash_bytes
 from tests.training.runs import train, train_expecting_error

@@ -15,10 +15,10 @@ from medvlp import distributed
 from medvlp.config import Config
 from medvlp.data.cache import open_reader
 from medvlp.data.text import Tokenizer
-from medvlp.training.encoder_records import describe_encoders, starting_weights
-from medvlp.training.errors import AgreedError
-from medvlp.training.identity import DataRecord, IdentityError, RunIdentity, check_tokenizer, record_data
-from medvlp.training.manifest import Manifest
+from medvlp.runs.encoder_records import describe_encoders, starting_weights
+from medvlp.runs.errors import AgreedError
+from medvlp.runs.identity import DataRecord, IdentityError, RunIdentity, check_tokenizer, record_data
+from medvlp.runs.manifest import Manifest
 from shards.errors import DataError, MedvlpError
 from shards.reader import ShardReader
 

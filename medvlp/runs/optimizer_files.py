@@ -16,8 +16,8 @@ import safetensors
 import torch
 from torch import Tensor
 
-from medvlp.training.errors import CheckpointError
-from medvlp.training.manifest import Manifest
+from medvlp.runs.errors import CheckpointError
+from medvlp.runs.manifest import Manifest
 
 FOLDER = "optimizer"
 #: Key of the number of updates a parameter has had.

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from medvlp.training.run_folder import changed_keys
+from medvlp.runs.run_folder import changed_keys
 from tests.training.runs import read_metrics, train, train_expecting_error, train_from_file
 
 

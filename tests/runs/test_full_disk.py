@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from medvlp.training.errors import RunFolderError
-from medvlp.training.metrics_file import MetricsFile
-from medvlp.training.state_files import StateFile, _CheckedFile, _save
+from medvlp.runs.errors import RunFolderError
+from medvlp.runs.metrics_file import MetricsFile
+from medvlp.runs.state_files import StateFile, _CheckedFile, _save
 from tests.training.runs import read_metrics, train, train_expecting_error
 
 FULL = Path("/dev/full")

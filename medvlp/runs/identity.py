@@ -19,7 +19,7 @@ import xxhash
 from medvlp.config import Config
 from medvlp.config_files import ConfigError
 from medvlp.data.text import Tokenizer
-from medvlp.training.errors import AgreedError
+from medvlp.runs.errors import AgreedError
 from shards.atomic import atomic_write
 from shards.errors import DataError
 from shards.format import TOKENIZER_NAME, Index, Shard, hash_bytes, is_remote
@@ -107,7 +107,7 @@ class RunIdentity:
         named: `data.tokenizer` at the start; None: the dataset's own.
         data: datasets in the order in which the run read them; more than one after `data.allow_changed`.
         encoders: "text" and "image" -> what a model that was named, not described, is built from
-            (see `medvlp.training.encoder_records`).
+            (see `medvlp.runs.encoder_records`).
         start: "text" and "image" -> hash of the published weights that training began with.
     """
 

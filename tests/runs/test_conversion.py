@@ -8,10 +8,10 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from launcher.main import app
-from medvlp.training.conversion import to_safetensors, to_universal
-from medvlp.training.errors import CheckpointError
+from medvlp.runs.conversion import to_safetensors, to_universal
+from medvlp.runs.errors import CheckpointError
+from tests.runs.test_checkpoint import flip, save
 from tests.training.saving import start, tiny_config, train_and_save, train_steps
-from tests.training.test_checkpoint import flip, save
 
 pytestmark = pytest.mark.dist
 

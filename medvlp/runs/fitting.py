@@ -9,9 +9,9 @@ from torch import nn
 
 from medvlp.config import Config
 from medvlp.data.batch_plan import BatchPlan
-from medvlp.training import checkpoint
-from medvlp.training.errors import CheckpointError
-from medvlp.training.manifest import FORMAT, Manifest
+from medvlp.runs import checkpoint
+from medvlp.runs.errors import CheckpointError
+from medvlp.runs.manifest import FORMAT, Manifest
 
 REMEDY = "Resume with the config it was made with (config.yaml in the run folder), or choose a new run.dir"
 

@@ -15,11 +15,11 @@ from typing import Any
 
 from medvlp import distributed
 from medvlp.config import CheckpointConfig
-from medvlp.training import checkpoint
-from medvlp.training.background import DiskTask
-from medvlp.training.errors import CheckpointError
-from medvlp.training.manifest import Manifest, step_folder
-from medvlp.training.state_files import StateFile
+from medvlp.runs import checkpoint
+from medvlp.runs.background import DiskTask
+from medvlp.runs.errors import CheckpointError
+from medvlp.runs.manifest import Manifest, step_folder
+from medvlp.runs.state_files import StateFile
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 from medvlp.config import CheckpointConfig
-from medvlp.training.errors import CheckpointError
-from medvlp.training.manifest import MANIFEST, Manifest, step_folders
+from medvlp.runs.errors import CheckpointError
+from medvlp.runs.manifest import MANIFEST, Manifest, step_folders
 
 
 def prune(checkpoints: Path, step: int, config: CheckpointConfig) -> list[Path]:

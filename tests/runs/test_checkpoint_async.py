@@ -11,13 +11,13 @@ import torch
 
 from medvlp import distributed
 from medvlp.config import CheckpointConfig
-from medvlp.training import checkpoint
-from medvlp.training.background import DiskTask
-from medvlp.training.checkpoint_writer import CheckpointWriter
-from medvlp.training.errors import CheckpointError
+from medvlp.runs import checkpoint
+from medvlp.runs.background import DiskTask
+from medvlp.runs.checkpoint_writer import CheckpointWriter
+from medvlp.runs.errors import CheckpointError
+from medvlp.runs.manifest import Manifest, newest_valid
+from medvlp.runs.state_files import StateFile, WriteGivenUpError
 from medvlp.training.host_copies import HostCopies
-from medvlp.training.manifest import Manifest, newest_valid
-from medvlp.training.state_files import StateFile, WriteGivenUpError
 from tests.training.runs import read_metrics, train, train_expecting_error
 
 

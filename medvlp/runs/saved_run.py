@@ -15,13 +15,13 @@ from medvlp.config_files import ConfigError
 from medvlp.data.text import Tokenizer
 from medvlp.methods.base import Method
 from medvlp.methods.registry import build_method, schemas
-from medvlp.training import checkpoint as checkpoints
-from medvlp.training.encoder_records import described
-from medvlp.training.errors import CheckpointError, RunFolderError
-from medvlp.training.identity import DataRecord, IdentityError, RunIdentity, check_tokenizer
-from medvlp.training.manifest import MANIFEST, Manifest
-from medvlp.training.opening import unchecked
-from medvlp.training.run_folder import CONFIG
+from medvlp.runs import checkpoint as checkpoints
+from medvlp.runs.encoder_records import described
+from medvlp.runs.errors import CheckpointError, RunFolderError
+from medvlp.runs.identity import DataRecord, IdentityError, RunIdentity, check_tokenizer
+from medvlp.runs.manifest import MANIFEST, Manifest
+from medvlp.runs.opening import unchecked
+from medvlp.runs.run_folder import CONFIG
 from shards.format import Index
 
 logger = logging.getLogger(__name__)

@@ -18,10 +18,10 @@ import safetensors.torch
 from torch import nn
 
 from medvlp.config import CheckpointConfig
-from medvlp.training.errors import CheckpointError
-from medvlp.training.manifest import MANIFEST, Manifest, newest_valid, step_folder
-from medvlp.training.retention import prune, remove
-from medvlp.training.state_files import StateFile, fsync_folder
+from medvlp.runs.errors import CheckpointError
+from medvlp.runs.manifest import MANIFEST, Manifest, newest_valid, step_folder
+from medvlp.runs.retention import prune, remove
+from medvlp.runs.state_files import StateFile, fsync_folder
 
 __all__ = [
     "LATEST",

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from medvlp.training.errors import RunFolderError
+from medvlp.runs.errors import RunFolderError
 
 
 class MetricsFile:

@@ -19,8 +19,8 @@ from medvlp import distributed
 from medvlp.config import Config
 from medvlp.config_files import to_yaml
 from medvlp.data.text import Tokenizer
-from medvlp.training.errors import RunFolderError
-from medvlp.training.identity import RunIdentity
+from medvlp.runs.errors import RunFolderError
+from medvlp.runs.identity import RunIdentity
 from shards.atomic import atomic_write
 from shards.errors import DataError
 

@@ -1,4 +1,4 @@
-"""Errors of a training run. All ranks raise most of them alike, so that showing one is enough."""
+"""Errors of a run's files. All ranks raise them alike, so that showing one is enough."""
 
 from __future__ import annotations
 
@@ -29,21 +29,3 @@ class RunFolderError(AgreedError):
     """The run folder cannot be made or used."""
 
     exit_code = 4
-
-
-class LostPeerError(MedvlpError):
-    """Another rank ended while this one waited for it; that one's message tells the reason."""
-
-    exit_code = 6
-
-
-class HangError(MedvlpError):
-    """A rank no longer arrives. Its exit code is what counts: a thread ends the process with it."""
-
-    exit_code = 7
-
-
-class NotFiniteError(AgreedError):
-    """Too many steps in a row had a bad loss or gradient; the message names step, ranks and samples."""
-
-    exit_code = 5

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from medvlp.training.errors import CheckpointError
-from medvlp.training.manifest import newest_valid
+from medvlp.runs.errors import CheckpointError
+from medvlp.runs.manifest import newest_valid
 from tests.training.saving import tiny_config, train_and_save
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from medvlp.config import Config
 from medvlp.encoders.image import ImageEncoder
 from medvlp.encoders.text import TextEncoder
-from medvlp.training.identity import IdentityError, RunIdentity
+from medvlp.runs.identity import IdentityError, RunIdentity
 
 #: Keys of a transformers config that say nothing about the network.
 _NOT_SHAPE = frozenset({

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from medvlp.training.state_files import WriteGivenUpError
+from medvlp.runs.state_files import WriteGivenUpError
 
 logger = logging.getLogger(__name__)
 

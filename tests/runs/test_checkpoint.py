@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medvlp.config import CheckpointConfig
-from medvlp.training import checkpoint
-from medvlp.training.checkpoint_writer import CheckpointWriter
-from medvlp.training.errors import CheckpointError
-from medvlp.training.manifest import Manifest, newest_valid, step_folder
-from medvlp.training.state_files import StateFile, read_state
+from medvlp.runs import checkpoint
+from medvlp.runs.checkpoint_writer import CheckpointWriter
+from medvlp.runs.errors import CheckpointError
+from medvlp.runs.manifest import Manifest, newest_valid, step_folder
+from medvlp.runs.state_files import StateFile, read_state
 from tests.training.tiny import TinyMethod
 
 

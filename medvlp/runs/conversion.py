@@ -14,11 +14,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from medvlp.training.checkpoint import WEIGHTS
-from medvlp.training.errors import CheckpointError
-from medvlp.training.manifest import FORMAT, Manifest
-from medvlp.training.optimizer_files import STEP, OptimizerFiles
-from medvlp.training.state_files import StateFile, fsync_folder, read_state
+from medvlp.runs.checkpoint import WEIGHTS
+from medvlp.runs.errors import CheckpointError
+from medvlp.runs.manifest import FORMAT, Manifest
+from medvlp.runs.optimizer_files import STEP, OptimizerFiles
+from medvlp.runs.state_files import StateFile, fsync_folder, read_state
 
 #: File of `to_safetensors` with the whole optimiser state.
 OPTIMIZER = "optimizer.safetensors"
