@@ -22,7 +22,7 @@ from shards.sample import StoredImage, to_sample
 from shards.sources.base import Json, RejectedRecord, Source
 from shards.splits import DEFAULT_FRACTIONS, parse_fractions
 from shards.study import Study
-from shards.tokenizer import load_tokenizer
+from shards.tokenizer import MIN_PATIENTS, load_tokenizer
 from shards.workers import run_tasks
 from shards.writer import Sample, write_shard
 
@@ -39,6 +39,8 @@ class BuildOptions:
         split_seed: key of the hash that decides the split, up to 64 bytes.
         hash_key: secret key with which patient and study ids are hashed; None keeps them.
         tokenizer: folder or hub name; None trains one of at most `vocab_size` pieces.
+        min_patients: patients whose reports must hold a word before it takes part in that training; None:
+            `tokenizer.MIN_PATIENTS`, and 1 for generated reports, which are nobody's.
         entities: "rules" reads them from the report (`shards.entities.extractor`); None keeps the source's.
     """
 
@@ -50,7 +52,14 @@ class BuildOptions:
     hash_key: bytes | None = None
     tokenizer: str | None = None
     vocab_size: int = 30522
+    min_patients: int | None = None
     entities: Literal["rules"] | None = None
+
+    def patients_of_a_word(self, source: Source) -> int:
+        """`min_patients`, or the source's default."""
+        if self.min_patients is not None:
+            return self.min_patients
+        return 1 if source.generated else MIN_PATIENTS
 
     def arguments(self, source: Source) -> dict[str, Json]:
         """Everything the bytes of the dataset depend on, as the index records it; no path, no secret."""
@@ -63,6 +72,7 @@ class BuildOptions:
             "hash_key": key_fingerprint(self.hash_key) if self.hash_key else None,
             "tokenizer": Path(self.tokenizer).name if self.tokenizer else None,
             "vocab_size": self.vocab_size,
+            "min_patients": self.patients_of_a_word(source),
         }
         if self.entities is not None:
             arguments["entities"] = {"by": self.entities, "version": extractor.VERSION}
@@ -102,6 +112,7 @@ def build_shards(
         files=[planned.file for planned in plan],
         tokenizer=options.tokenizer,
         vocab_size=options.vocab_size,
+        min_patients=options.patients_of_a_word(source),
         arguments=options.arguments(source),
         remarks=source.remarks(),
     ).save(out)

@@ -87,6 +87,7 @@ class BuildPlan:
         records: number of records in the source.
         files: tar names of all planned shards, in order.
         tokenizer: folder or hub name, or None to train one of `vocab_size` pieces.
+        min_patients: patients that must share a word of that vocabulary.
         arguments: everything the bytes of the dataset depend on.
         remarks: what the user should be told about the source (`Source.remarks`).
     """
@@ -99,6 +100,7 @@ class BuildPlan:
     files: list[str]
     tokenizer: str | None
     vocab_size: int
+    min_patients: int
     arguments: dict[str, Json]
     remarks: list[str] = field(default_factory=list)
 

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 
 from shards.reader import ShardReader
+from shards.tokenizer import MIN_PATIENTS, count_words, load_tokenizer
+
+#: How many of the rarest words are shown.
+RAREST = 10
+_TRAIN = "train"
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,8 @@ def describe(reader: ShardReader) -> Group:
     tables = [_split_table(reader, counts), _text_table(counts)]
     if reader.index.label_names:
         tables.append(_label_table(counts, reader.index.label_names))
+    if reader.index.tokenizer is not None and _TRAIN in reader.index.splits:
+        tables.append(_vocabulary_table(reader))
     return Group(*tables)
 
 
@@ -93,6 +101,36 @@ def _label_table(counts: dict[str, SplitCounts], label_names: list[str]) -> Tabl
             cells.append(" / ".join(f"{values[value]:,}" for value in (1, 0, -1, None)))
         table.add_row(name, *cells)
     return table
+
+
+def _vocabulary_table(reader: ShardReader) -> Table:
+    """The words of the vocabulary that the fewest training patients share; of very few only counted.
+
+    A word is what stands in the vocabulary whole, longer than a character; pieces may be part of many words.
+    """
+    counts = count_words(_train_reports(reader), limit=10 * MIN_PATIENTS)
+    vocabulary = load_tokenizer(str(reader.root)).get_vocab()
+    whole = {word: n for word, n in counts.holders.items() if len(word) > 1 and word in vocabulary}
+    held = sorted((n, word) for word, n in whole.items())
+    rare = [n for n, _ in held if n < MIN_PATIENTS]
+    table = Table(
+        title=f"vocabulary of {len(vocabulary):,} pieces, {len(held):,} of them words of the train split",
+        title_justify="left",
+        caption=f"{len(rare):,} words of fewer than {MIN_PATIENTS} patients are not shown"
+        + (f"; the rarest has {rare[0]}" if rare else ""),
+        caption_justify="left",
+    )
+    table.add_column("rarest words")
+    table.add_column("patients", justify="right")
+    for n, word in held[len(rare) : len(rare) + RAREST]:
+        table.add_row(escape(word), f"{n:,}" + (" or more" if n == 10 * MIN_PATIENTS else ""))
+    return table
+
+
+def _train_reports(reader: ShardReader) -> Iterator[tuple[str, str]]:
+    for i in range(reader.sample_count(_TRAIN)):
+        metadata = reader.metadata(_TRAIN, i)
+        yield metadata["patient_id"], " ".join(metadata["sentences"])
 
 
 def _spread(values: Sequence[int]) -> str:

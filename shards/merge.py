@@ -26,9 +26,26 @@ from shards.format import (
 )
 from shards.reader import scan_shard
 from shards.study import LabelValue
-from shards.tokenizer import load_tokenizer, tokenizer_bytes, train_wordpiece
+from shards.tokenizer import count_words, load_tokenizer, tokenizer_bytes, train_wordpiece
 
 _TRAIN = "train"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a trained vocabulary was made from.
+
+    Attributes:
+        size: number of its pieces.
+        patients: whose reports were read; `min_patients` of them must share a word.
+        words, left_out: number of words that took part, and of those that too few patients share.
+    """
+
+    size: int
+    patients: int
+    min_patients: int
+    words: int
+    left_out: int
 
 
 @dataclass(frozen=True)
@@ -43,6 +60,7 @@ class BuildSummary:
         first_lines: reason -> line of the source's file in which the first such record begins.
         labels: finding -> samples by value: 1, 0, -1 uncertain, None unknown.
         remarks: lines about the source and about what was done to load it.
+        vocabulary: of the tokenizer; None where none was trained.
     """
 
     records: int
@@ -52,6 +70,7 @@ class BuildSummary:
     first_lines: dict[str, int] = field(default_factory=dict)
     labels: dict[str, Counter[LabelValue]] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
+    vocabulary: Vocabulary | None = None
 
     @property
     def rejected_share(self) -> float:
@@ -78,6 +97,7 @@ def merge(out: Path) -> BuildSummary:
         raise DataError(
             f"none of the {plan.records} records could be used; {out / REJECTED_NAME} has the reasons"
         )
+    tokenizer, vocabulary = _write_tokenizer(out, plan, shards)
     labels: dict[str, Counter[LabelValue]] = {name: Counter() for name in plan.label_names}
     splits, leaking = _totals(out, shards, labels)
     index = Index(
@@ -86,7 +106,7 @@ def merge(out: Path) -> BuildSummary:
         splits=splits,
         shards=shards,
         image_size=plan.image_size,
-        tokenizer=_write_tokenizer(out, plan, shards),
+        tokenizer=tokenizer,
         fingerprint=fingerprint(shards),
         arguments=plan.arguments,
     )
@@ -100,6 +120,7 @@ def merge(out: Path) -> BuildSummary:
         leaking,
         first_lines={entry.reason: entry.line for entry in reversed(rejections) if entry.line is not None},
         labels=labels,
+        vocabulary=vocabulary,
         remarks=[*plan.remarks, *(f"{note} ({count:,} records)" for note, count in sorted(notes.items()))],
     )
 
@@ -149,29 +170,27 @@ def _totals(
     return totals, sum(count > 1 for count in occurrences.values())
 
 
-@dataclass(frozen=True)
-class _TrainTexts:
-    """The report of each training sample; can be iterated again and again."""
-
-    out: Path
-    shards: list[Shard]
-    label_names: list[str]
-
-    def __iter__(self) -> Iterator[str]:
-        for shard in self.shards:
-            for _, _, metadata in scan_shard(self.out, shard, self.label_names, METADATA_EXTENSION):
-                yield " ".join(metadata["sentences"])
-
-
-def _write_tokenizer(out: Path, plan: BuildPlan, shards: list[Shard]) -> str | None:
-    """Write `tokenizer.json` and return its hash; None where there is no text to train one on."""
+def _write_tokenizer(out: Path, plan: BuildPlan, shards: list[Shard]) -> tuple[str | None, Vocabulary | None]:
+    """Write `tokenizer.json`; returns its hash, None where there is no text to train one on."""
+    vocabulary = None
     if plan.tokenizer is not None:
         tokenizer = load_tokenizer(plan.tokenizer)
     else:
-        texts = _TrainTexts(out, [shard for shard in shards if shard.split == _TRAIN], plan.label_names)
-        if not any(texts):
-            return None
-        tokenizer = train_wordpiece(texts, plan.vocab_size)
+        counts = count_words(_train_reports(out, plan, shards), plan.min_patients)
+        if not counts.occurrences:
+            return None, None
+        tokenizer = train_wordpiece(counts, plan.vocab_size, plan.min_patients)
+        words, size = len(counts.shared(plan.min_patients)), tokenizer.get_vocab_size()
+        left_out = len(counts.occurrences) - words
+        vocabulary = Vocabulary(size, counts.patients, plan.min_patients, words, left_out)
     data = tokenizer_bytes(tokenizer)
     atomic_write(out / TOKENIZER_NAME, data)
-    return hash_bytes(data)
+    return hash_bytes(data), vocabulary
+
+
+def _train_reports(out: Path, plan: BuildPlan, shards: list[Shard]) -> Iterator[tuple[str, str]]:
+    """Patient and report of each training sample."""
+    for shard in shards:
+        if shard.split == _TRAIN:
+            for _, _, metadata in scan_shard(out, shard, plan.label_names, METADATA_EXTENSION):
+                yield metadata["patient_id"], " ".join(metadata["sentences"])

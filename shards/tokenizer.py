@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -13,26 +14,81 @@ from shards.format import TOKENIZER_NAME
 
 #: Ids 0 to 4, in this order.
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+#: Patients whose reports must hold a word before it may enter a vocabulary.
+MIN_PATIENTS = 20
 
 _MAX_ALPHABET = 1000
 _MIN_PAIR_COUNT = 2
 _CONTINUATION = "##"
+_LINE_WORDS = 1000
+_NORMALIZER = normalizers.BertNormalizer(lowercase=True)
+_PRE_TOKENIZER = pre_tokenizers.BertPreTokenizer()
 
 
-def train_wordpiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a lower-case BERT WordPiece tokenizer; `texts` is iterated twice.
+@dataclass(frozen=True)
+class WordCounts:
+    """The words of a set of reports, as the tokenizer cuts them: lower case, punctuation apart.
 
-    The same texts always give the same vocabulary. The library's trainer alone does not: it numbers the
+    Attributes:
+        patients: number of patients.
+        occurrences: word -> how often it occurs.
+        holders: word -> number of patients with a report that holds it; counted no further than a limit.
+    """
+
+    patients: int
+    occurrences: Mapping[str, int]
+    holders: Mapping[str, int]
+
+    def shared(self, min_patients: int) -> dict[str, int]:
+        """Occurrences of the words that at least `min_patients` patients' reports hold, sorted by word."""
+        words = sorted(word for word, held in self.holders.items() if held >= min_patients)
+        return {word: self.occurrences[word] for word in words}
+
+
+def count_words(reports: Iterable[tuple[str, str]], limit: int) -> WordCounts:
+    """Count the words of (patient, text) pairs.
+
+    Args:
+        reports: any number a patient, in any order; the result does not depend on it.
+        limit: number of patients of a word up to which is counted; bounds the memory.
+    """
+    numbers: dict[str, int] = {}
+    occurrences: Counter[str] = Counter()
+    holders: dict[str, set[int]] = {}
+    full: set[str] = set()
+    for patient, text in reports:
+        number = numbers.setdefault(patient, len(numbers))
+        words = [word for word, _ in _PRE_TOKENIZER.pre_tokenize_str(_NORMALIZER.normalize_str(text))]
+        occurrences.update(words)
+        for word in set(words) - full:
+            held = holders.setdefault(word, set())
+            held.add(number)
+            if len(held) >= limit:
+                full.add(word)
+                del holders[word]
+    counted = {word: len(held) for word, held in holders.items()} | dict.fromkeys(full, limit)
+    return WordCounts(len(numbers), occurrences, counted)
+
+
+def train_wordpiece(counts: WordCounts, vocab_size: int, min_patients: int) -> Tokenizer:
+    """Train a lower-case BERT WordPiece tokenizer on the words that enough patients share.
+
+    No other word takes part: a piece longer than a character is part of a shared word, so that a rare name
+    is in the vocabulary neither whole nor in telling pieces, and is spelled by characters and common pieces.
+    Single characters are those of all words, the 1,000 most frequent.
+
+    The same reports always give the same vocabulary. The library's trainer alone does not: it numbers the
     pieces "##a", "##b", ... in the random order of a hash map, and breaks ties by those numbers. Naming them
     beforehand, in sorted order, fixes the numbers.
     """
-    normalizer = normalizers.BertNormalizer(lowercase=True)
-    counts = Counter(character for text in texts for character in normalizer.normalize_str(text))
-    frequent = sorted(counts, key=lambda character: (-counts[character], character))
-    alphabet = sorted([character for character in frequent if not character.isspace()][:_MAX_ALPHABET])
+    characters: Counter[str] = Counter()
+    for word, occurrences in counts.occurrences.items():
+        for character in word:
+            characters[character] += occurrences
+    frequent = sorted(characters, key=lambda character: (-characters[character], character))
+    alphabet = sorted(frequent[:_MAX_ALPHABET])
     learner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    learner.normalizer = normalizer
-    learner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
         min_frequency=_MIN_PAIR_COUNT,
@@ -42,8 +98,18 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         continuing_subword_prefix=_CONTINUATION,
         show_progress=False,
     )
-    learner.train_from_iterator(texts, trainer)
+    learner.train_from_iterator(_lines(counts.shared(min_patients)), trainer)
     return _bert_tokenizer(learner.get_vocab(with_added_tokens=True))
+
+
+def _lines(words: Mapping[str, int]) -> Iterator[str]:
+    """Each word as often as it occurs: the trainer takes no counts."""
+    for word, occurrences in words.items():
+        whole, rest = divmod(occurrences, _LINE_WORDS)
+        line = f"{word} "
+        for _ in range(whole):
+            yield line * _LINE_WORDS
+        yield line * rest
 
 
 def load_tokenizer(name: str) -> Tokenizer:
@@ -74,8 +140,8 @@ def tokenizer_bytes(tokenizer: Tokenizer) -> bytes:
 
 def _bert_tokenizer(vocabulary: dict[str, int]) -> Tokenizer:
     tokenizer = Tokenizer(models.WordPiece(vocab=vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.normalizer = _NORMALIZER
+    tokenizer.pre_tokenizer = _PRE_TOKENIZER
     tokenizer.decoder = decoders.WordPiece(prefix=_CONTINUATION)
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     tokenizer.post_processor = processors.BertProcessing(

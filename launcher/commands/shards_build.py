@@ -20,12 +20,13 @@ from launcher.command_words import options_of_dataclasses
 from shards.build import BuildOptions, build_shards
 from shards.errors import DataError, UsageError
 from shards.identifiers import KEY_VARIABLE, read_key
-from shards.merge import BuildSummary, merge
+from shards.merge import BuildSummary, Vocabulary, merge
 from shards.plan import Part
 from shards.sample import StoredImage
 from shards.sources import registry
 from shards.splits import DEFAULT_FRACTIONS, parse_fractions
 from shards.study import LabelValue
+from shards.tokenizer import MIN_PATIENTS
 from shards.workers import default_workers
 
 
@@ -84,6 +85,14 @@ class BuildSettings:
     vocab_size: Annotated[int, typer.Option(min=100, help="largest vocabulary of a trained tokenizer")] = (
         BuildOptions.vocab_size
     )
+    min_patients: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help=f"patients that must share a word of a trained vocabulary; default: {MIN_PATIENTS}, "
+            "and 1 for generated reports",
+        ),
+    ] = None
     image_format: Annotated[Literal["jpg", "png"], typer.Option(help="how images are stored")] = "jpg"
     jpeg_quality: Annotated[int, typer.Option(min=1, max=100)] = 90
     name: Annotated[str | None, typer.Option(help="name of the dataset; default: that of the source")] = None
@@ -128,6 +137,7 @@ def _build(source: Any, settings: BuildSettings) -> None:
         hash_key=read_key(settings.hash_key) if settings.hash_ids else None,
         tokenizer=settings.tokenizer,
         vocab_size=settings.vocab_size,
+        min_patients=settings.min_patients,
         entities=settings.entities,
     )
     columns = (TextColumn("shards"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -167,6 +177,8 @@ def report(summary: BuildSummary, out: Path, max_rejected: float) -> None:
         console.print(f"  {count:,} x {reason}{where}", highlight=False, markup=False, soft_wrap=True)
     for remark in summary.remarks:
         console.print(f"warning: {remark}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+    if summary.vocabulary is not None:
+        console.print(_vocabulary(summary.vocabulary), highlight=False)
     if summary.leaking_patients:
         console.print(
             f"[yellow]warning:[/] {summary.leaking_patients:,} patients are in more than one split, as the "
@@ -190,6 +202,23 @@ def _label_table(labels: Mapping[str, Mapping[LabelValue, int]]) -> Table:
     for name, values in labels.items():
         table.add_row(Text(name), *(f"{values.get(value, 0):,}" for value in columns.values()))
     return table
+
+
+def _vocabulary(made: Vocabulary) -> str:
+    text = (
+        f"vocabulary of {made.size:,} pieces from {made.words:,} words of {made.patients:,} training patients"
+    )
+    if made.left_out:
+        text += (
+            f"; {made.left_out:,} words that fewer than {made.min_patients} patients share are left out and "
+            "spelled by pieces"
+        )
+    if not made.words:
+        text += (
+            "\n[yellow]warning:[/] no word is shared by so many patients, so the vocabulary is single "
+            "characters: use --tokenizer, more studies or a smaller --min-patients"
+        )
+    return text
 
 
 def _parse_part(text: str | None) -> Part:

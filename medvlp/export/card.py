@@ -189,9 +189,27 @@ def _data(facts: DataFacts) -> str:
         f"{earlier}- dataset {data.name}, `{data.fingerprint}`, split {data.split}{since}\n"
         f"- {totals['samples']:,} samples of {totals['studies']:,} studies and "
         f"{totals['patients']:,} patients\n"
-        f"- licence as stored (read from {data.asked} samples): {licence}\n\n"
+        f"- licence as stored (read from {data.asked} samples): {licence}\n"
+        f"- tokenizer: {_tokenizer(facts)}\n\n"
         "No image, report or identifier of the data is in this folder, apart from what weights and the words "
         "of the tokenizer may hold.\n"
+    )
+
+
+def _tokenizer(facts: DataFacts) -> str:
+    """What the tokenizer was trained on, and whose words may be in it."""
+    record = facts.tokenizer_from
+    if record is None or record.trained_tokenizer is None:
+        return (
+            "not trained on the reports of this data as far as is stored; what it was trained on is not known"
+        )
+    patients, least = record.trained_tokenizer["patients"], record.trained_tokenizer["min_patients"]
+    trained = f"WordPiece trained on the reports of {patients:,} patients (train split of {record.name})"
+    if least is None or least <= 1:
+        return f"{trained}, with words of single patients: **do not publish it if the reports are private**"
+    return (
+        f"{trained}; only words in the reports of at least {least} patients took part, others are spelled by "
+        "characters and pieces of such words"
     )
 
 

@@ -19,10 +19,12 @@ class DataFacts:
     Attributes:
         data: the dataset the exported weights were last trained on.
         earlier: those before it (`data.allow_changed`), oldest first.
+        tokenizer_from: the dataset whose tokenizer the run has; None where the config named another.
     """
 
     data: DataRecord
     earlier: tuple[DataRecord, ...] = ()
+    tokenizer_from: DataRecord | None = None
 
 
 def facts_of(source: SavedRun, config: DataConfig, given: bool) -> DataFacts:
@@ -38,10 +40,13 @@ def facts_of(source: SavedRun, config: DataConfig, given: bool) -> DataFacts:
         DataError: a dataset that is needed cannot be read, or lacks the split.
     """
     if source.stored is None:
-        return DataFacts(_read(config))
+        record = _read(config)
+        return DataFacts(record, tokenizer_from=record if config.tokenizer is None else None)
     identity, _ = source.stored
     record = identity.trained_on(source.manifest.identity)
-    facts = DataFacts(record, identity.data[: identity.data.index(record)])
+    # A run keeps the tokenizer it began with, also on data that were added later.
+    origin = identity.data[0] if identity.named is None else None
+    facts = DataFacts(record, identity.data[: identity.data.index(record)], origin)
     if not given:
         return facts
     read = _read(config)

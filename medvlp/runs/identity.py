@@ -51,6 +51,8 @@ class DataRecord:
         splits: split -> its totals, and `content`, the hash over its shards.
         licences: `license` fields of samples, sorted; "" where a sample says nothing.
         asked: number of samples they were read from; 0 for remote data, which nothing is fetched of.
+        trained_tokenizer: what its tokenizer was trained on, if that was its own reports: "patients" of its
+            training split, and "min_patients" that share a word (None: words of single patients are in it).
     """
 
     from_step: int
@@ -64,6 +66,7 @@ class DataRecord:
     splits: dict[str, dict[str, Any]]
     licences: list[str] = field(default_factory=list)
     asked: int = 0
+    trained_tokenizer: dict[str, int | None] | None = None
 
     @classmethod
     def of(cls, index: Index, split: str, from_step: int = 0) -> Self:
@@ -76,7 +79,7 @@ class DataRecord:
         content = _hash([hashes, index.label_names, index.image_size])
         return cls(
             from_step, content, index.name, index.fingerprint, index.image_size, list(index.label_names),
-            index.tokenizer, split, splits,
+            index.tokenizer, split, splits, trained_tokenizer=_trained_tokenizer(index),
         )  # fmt: skip
 
     def differences(self, now: DataRecord) -> list[str]:
@@ -95,6 +98,17 @@ class DataRecord:
         if self.image_size != now.image_size:
             found.append(f"stored images of {now.image_size} pixels, not {self.image_size}")
         return found
+
+
+def _trained_tokenizer(index: Index) -> dict[str, int | None] | None:
+    named = index.arguments.get("tokenizer")
+    if index.tokenizer is None or named is not None or "train" not in index.splits:
+        return None
+    least = index.arguments.get("min_patients")
+    return {
+        "patients": index.splits["train"].patients,
+        "min_patients": least if type(least) is int else None,
+    }
 
 
 @dataclass(frozen=True)

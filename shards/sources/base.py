@@ -62,9 +62,11 @@ class Source(ABC):
         label_names: the findings whose labels a sample may have, in the order of the index.
         arguments: everything beside the records themselves that the bytes of the dataset depend on, as the
             index records it: no path, no secret.
+        generated: whether its reports are made up by a program, so that no word in them is anybody's.
     """
 
     name: ClassVar[str]
+    generated: ClassVar[bool] = False
     label_names: list[str]
     arguments: dict[str, Json]
 

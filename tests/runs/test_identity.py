@@ -203,6 +203,7 @@ def test_everything_afterwards_works_with_the_data_moved(
     card = (tmp_path / "out" / "README.md").read_text()
     assert Index.load(moved).fingerprint in card
     assert "phantom" in card.lower()
+    assert f"trained on the reports of {Index.load(moved).splits['train'].patients} patients" in card
 
 
 def test_another_dataset_is_refused_afterwards_unless_it_is_meant(

@@ -52,6 +52,7 @@ class PhantomSource(Source):
     """
 
     name = "phantom"
+    generated = True
 
     def __init__(self, studies: int, image_size: int, seed: int) -> None:
         if studies < 1 or not 32 <= image_size <= 4096 or seed < 0:
