@@ -45,6 +45,7 @@ def pretrain(
     from medvlp.data.batch_plan import plan_batch
     from medvlp.methods.registry import schemas
     from medvlp.prototypes.supervisor import uses_workers
+    from medvlp.runs.run_lock import release_after
     from medvlp.training.deepspeed_config import check_device
 
     place = detect()
@@ -76,18 +77,22 @@ def pretrain(
         raise typer.Exit(_train_rank(config, fresh))
     command = ["pretrain", *arguments, *(["--fresh"] if fresh else [])]
     workers = uses_workers(config.prototypes, has_cuda)
-    raise typer.Exit(local.launch(command, ranks, has_cuda, workers, node))
+    code = local.launch(command, ranks, has_cuda, workers, node)
+    release_after(config.run.dir, os.getpid())
+    raise typer.Exit(code)
 
 
 def _train_rank(config: object, fresh: bool) -> int:
     """Train as one rank; of errors that several ranks raise, one is shown."""
-    from launcher.local import die_with_launcher, may_show_error
+    from launcher.local import PARENT, die_with_launcher, may_show_error
+    from launcher.slurm.slurm_commands import job_is_over
     from medvlp.runs.errors import AgreedError
     from medvlp.training.run import pretrain as train
 
     die_with_launcher(os.environ)
     try:
-        return train(config, fresh=fresh)  # type: ignore[arg-type]
+        launcher = int(os.environ[PARENT]) if PARENT in os.environ else None
+        return train(config, fresh, launcher, job_is_over)  # type: ignore[arg-type]
     except MedvlpError as error:
         agreed = isinstance(error, AgreedError)
         if (agreed and detect().rank > 0) or not (agreed or may_show_error(error, os.environ)):

@@ -160,6 +160,10 @@ def check_script(script: Path, arguments: Sequence[str] = ()) -> str:
     return finished.stderr.strip()
 
 
+#: States in which processes of a job may be there.
+_OCCUPYING = frozenset(("RUNNING", "SUSPENDED", "STOPPED", "COMPLETING", "CONFIGURING", "SIGNALING"))
+
+
 def list_jobs(ids: Sequence[int] | None = None, user: str | None = None) -> list[Job]:
     """Jobs that the controller still knows (finished ones for some minutes: MinJobAge), oldest first.
 
@@ -177,6 +181,20 @@ def list_jobs(ids: Sequence[int] | None = None, user: str | None = None) -> list
     if user is not None:
         jobs = [job for job in jobs if job.user == user]
     return sorted(jobs, key=lambda job: job.id)
+
+
+def job_is_over(job: str) -> bool | None:
+    """Whether no process of a job, "cluster/id", is left; None: another cluster's, or no answer."""
+    cluster, _, number = job.rpartition("/")
+    try:
+        config = run_command(["scontrol", "show", "config"]) if is_installed() and number.isdigit() else ""
+        own = next((line.split("=")[1].strip() for line in config.splitlines() if "ClusterName" in line), "")
+        if not own or own != cluster:
+            return None
+        jobs = list_jobs([int(number)])
+    except SlurmError:
+        return None
+    return not any(_OCCUPYING & {found.state, *found.flags} for found in jobs)
 
 
 def _job(entry: Mapping[str, Any]) -> Job:

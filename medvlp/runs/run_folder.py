@@ -21,6 +21,7 @@ from medvlp.config_files import to_yaml
 from medvlp.data.text import Tokenizer
 from medvlp.runs.errors import RunFolderError
 from medvlp.runs.identity import RunIdentity
+from medvlp.runs.run_lock import LOCK, RunLock
 from shards.atomic import atomic_write
 from shards.errors import DataError
 
@@ -36,21 +37,24 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def open_run_folder(folder: Path, fresh: bool) -> None:
-    """Make the run folder; all ranks call this together, rank 0 acts.
+def open_run_folder(folder: Path, fresh: bool, lock: RunLock) -> None:
+    """Make the run folder and lock it; all ranks call this together, rank 0 acts.
 
     Raises:
-        RunFolderError: it cannot be made or written, or `fresh` and it holds something.
+        RunFolderError: it cannot be made or written, another run holds it, or `fresh` and it holds something.
     """
     problem = None
     if distributed.is_main():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if fresh and any(folder.iterdir()):
+            lock.acquire()
+            if fresh and any(path.name != LOCK for path in folder.iterdir()):
                 problem = f"{folder} is not empty and --fresh asks for a new run: choose another run.dir"
             probe = folder / ".writable"
             probe.touch()
             probe.unlink()
+        except RunFolderError as error:
+            problem = str(error)
         except OSError as error:
             problem = f"run.dir={folder} cannot be used: {error.strerror}; choose another run.dir"
     problem = distributed.broadcast_object(problem)

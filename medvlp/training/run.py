@@ -27,6 +27,7 @@ from medvlp.prototypes.synchronous import build_service
 from medvlp.ranks import LostPeerError, Ranks, detect, threads_of_rank
 from medvlp.runs.checkpoint import load_weights
 from medvlp.runs.encoder_records import described
+from medvlp.runs.errors import AgreedError
 from medvlp.runs.events import EventLog
 from medvlp.runs.fitting import check_fits, check_weights
 from medvlp.runs.identity import RunIdentity
@@ -34,6 +35,7 @@ from medvlp.runs.manifest import Manifest, newest_valid, step_folders
 from medvlp.runs.opening import open_data, take_up
 from medvlp.runs.randomness import seed_rank, seed_weights
 from medvlp.runs.run_folder import describe_run, open_run_folder
+from medvlp.runs.run_lock import JobIsOver, RunLock, this_process, unknown
 from medvlp.training.bad_steps import BadSteps
 from medvlp.training.callbacks import Callback
 from medvlp.training.checkpointing import CheckpointCallback, restore_randomness
@@ -57,12 +59,17 @@ logger = logging.getLogger(__name__)
 _CLOSING_SECONDS = 10.0
 
 
-def pretrain(config: Config, fresh: bool = False) -> int:
+def pretrain(
+    config: Config, fresh: bool = False, launcher: int | None = None, job_is_over: JobIsOver = unknown
+) -> int:
     """Train this rank's part of a run, resuming what is in `run.dir`.
 
     Args:
         config: complete and validated.
         fresh: refuse a run folder that is not empty.
+        launcher: process that ends all ranks of this node when one fails; the run folder is held as long as
+            it lives.
+        job_is_over: asks Slurm about the job that holds the run folder.
 
     Returns:
         0 when the run is finished, `EXIT_INTERRUPTED` when a signal ended it after a checkpoint.
@@ -77,23 +84,27 @@ def pretrain(config: Config, fresh: bool = False) -> int:
     torch.set_num_threads(config.train.threads or threads_of_rank(ranks))
     run_dir, start_seconds = Path(config.run.dir), 60 * config.train.start_timeout_minutes
     distributed.record_flights(run_dir)
+    lock = RunLock(run_dir, this_process(launcher), job_is_over)
     with Interrupts(config.train.max_minutes) as interrupts:
         device = _join(ranks, start_seconds)
         try:
             with Watchdog(run_dir, start_seconds, config.train.step_timeout_seconds) as watchdog:
                 shown = console if config.monitor.progress else None
-                _train(config, plan, device, interrupts, watchdog, shown, fresh)
+                _train(config, plan, device, interrupts, watchdog, shown, fresh, lock)
         except Exception as error:
             named = _named(error, ranks.rank)
             code = named.exit_code if isinstance(named, MedvlpError) else 1
             closed = end_within(_CLOSING_SECONDS, code, str(named))
             kill_workers()
             distributed.shutdown(graceful=False)
+            if ranks.world_size == 1 or isinstance(error, AgreedError):
+                lock.release()  # else another rank may still write; the end of this one's processes tells
             closed.set()
             if named is error:
                 raise
             raise named from error
         distributed.shutdown()
+        lock.release()
     if interrupts.stopped_by:
         logger.info("stopped by %s after a checkpoint; the same command resumes", interrupts.stopped_by)
         return EXIT_INTERRUPTED
@@ -151,11 +162,12 @@ def _train(
     watchdog: Watchdog,
     console: Console | None,
     fresh: bool,
+    lock: RunLock,
 ) -> None:
     watchdog.mark("opening the dataset")
     reader = open_data(config)
     watchdog.mark("looking for a checkpoint")
-    open_run_folder(Path(config.run.dir), fresh)
+    open_run_folder(Path(config.run.dir), fresh, lock)
     checkpoint = newest_valid(config.run.dir)
     manifest = None if checkpoint is None else Manifest.read(checkpoint)
     if manifest is not None:
