@@ -11,6 +11,7 @@ from medvlp import distributed
 from medvlp.runs.errors import AgreedError
 from medvlp.runs.events import EventLog
 from medvlp.training.callbacks import BaseCallback, StepRecord
+from medvlp.training.loss_scale import LossScale
 from medvlp.training.step_guard import Finding, StepGuard
 
 logger = logging.getLogger(__name__)
@@ -22,6 +23,7 @@ _REASONS = {
     "loss_not_finite": "the loss is not finite",
     "loss_spike": "the loss is a spike (train.spike_sigma)",
     "gradient_not_finite": "the gradient is not finite",
+    "gradient_overflow": "the gradient is not finite at the smallest loss scale of fp16",
 }
 
 
@@ -39,7 +41,6 @@ class BadSteps(BaseCallback):
         limit: skipped steps in a row that are borne.
         run_dir: the run folder.
         log: takes the metric `train/bad_steps`, the skipped steps of the whole run.
-        loss_scaling: fp16, where gradients that are too large skip a step by design: those are not counted.
     """
 
     name = "bad_steps"
@@ -50,13 +51,13 @@ class BadSteps(BaseCallback):
         limit: int,
         run_dir: Path | str,
         log: Callable[[dict[str, float]], None],
-        loss_scaling: bool = False,
     ):
-        self.guard, self.limit, self.log, self.loss_scaling = guard, limit, log, loss_scaling
+        self.guard, self.limit, self.log = guard, limit, log
         self.run_dir = Path(run_dir)
         self.events = EventLog(run_dir)
         self.count = 0
         self.in_a_row = 0
+        self.overflows = 0
 
     def on_step(self, record: StepRecord) -> None:
         """Look into a step that was not applied; all ranks know of it alike.
@@ -70,14 +71,22 @@ class BadSteps(BaseCallback):
             self._examine(record)
         if record.logged or record.last:
             self.log({"train/bad_steps": float(self.count)})
+            if record.engine.loss_scale is not None:
+                scale = record.engine.loss_scale.value
+                self.log({"train/overflows": float(self.overflows), "train/loss_scale": scale})
 
     def _examine(self, record: StepRecord) -> None:
         own = self.guard.finding()
         told = distributed.gather_objects([own.loss, own.finite, own.spike, record.keys])
         findings = [(Finding(loss, finite, spike), keys) for loss, finite, spike, keys in told]
         kind = _kind([finding for finding, _ in findings])
-        if kind == "gradient_not_finite" and self.loss_scaling:
-            return
+        if record.engine.loss_scale is not None:
+            if kind != "gradient_not_finite":
+                record.engine.loss_scale.restore()
+            elif self._is_search(record.engine.loss_scale):
+                return
+            else:
+                kind = "gradient_overflow"
         self.count += 1
         self.in_a_row += 1
         ranks = [
@@ -95,6 +104,17 @@ class BadSteps(BaseCallback):
                 f"(train.max_bad_steps={self.limit}); none of them changed the weights. {self._remedy()}"
             )
 
+    def _is_search(self, scale: LossScale) -> bool:
+        """Count an overflow; whether it is one of those by which the scale finds its size."""
+        self.overflows += 1
+        if distributed.is_main() and scale.could_fall:
+            logger.info(
+                "fp16: the gradient overflowed at loss scale %g; it is now %g",
+                scale.value_before,
+                scale.value,
+            )
+        return scale.could_fall
+
     def _remedy(self) -> str:
         latest = self.run_dir / "checkpoints" / "latest"
         saved = latest.read_text(encoding="utf-8").strip() if latest.is_file() else ""
@@ -108,11 +128,13 @@ class BadSteps(BaseCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Counts, and the statistics of the loss."""
-        return {"count": self.count, "in_a_row": self.in_a_row, "guard": self.guard.state_dict()}
+        counts = {"count": self.count, "in_a_row": self.in_a_row, "overflows": self.overflows}
+        return counts | {"guard": self.guard.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `state_dict`."""
         self.count, self.in_a_row = state.get("count", 0), state.get("in_a_row", 0)
+        self.overflows = state.get("overflows", 0)
         self.guard.load_state_dict(state.get("guard", {}))
 
 

@@ -20,6 +20,7 @@ from medvlp.data.batch_plan import BatchPlan
 from medvlp.methods.base import Method
 from medvlp.runs.optimizer_files import OptimizerFiles
 from medvlp.training.deepspeed_config import deepspeed_json, is_plain
+from medvlp.training.loss_scale import LossScale
 from medvlp.training.optimizer_shards import (
     Shard,
     find_shards,
@@ -34,9 +35,8 @@ from medvlp.training.parameter_groups import parameter_groups
 # DeepSpeed 0.19 still uses the names that torch 2.14 renamed.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
 
-#: What DeepSpeed counts, and what its loss scalers remember (under the same names at every stage).
+#: What DeepSpeed counts.
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
-_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class Engine:
@@ -48,6 +48,7 @@ class Engine:
         plan: micro-batch, accumulation and ranks.
         zero_stage: 0 to 3.
         applied: whether the last optimiser step updated the weights; the same on all ranks.
+        loss_scale: of fp16; None in other precisions.
     """
 
     def __init__(self, method: Method, config: Config, plan: BatchPlan, device: torch.device):
@@ -70,6 +71,7 @@ class Engine:
         self._masters: dict[int, Tensor] = {}
         if config.zero.stage == 0 and config.precision != "fp32":
             self._repair_stage_zero()
+        self.loss_scale = LossScale(self._optimizer) if config.precision == "fp16" else None
         self._plain, self._clip = is_plain(config), config.train.gradient_clip
         self._norm: Tensor | float | None = None
         self.applied = True
@@ -81,6 +83,9 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of `loss` (divided by the accumulation steps, averaged over ranks)."""
+        if self.loss_scale is not None and self.zero_stage == 0:
+            # DeepSpeed's optimiser divides by the scale at every stage, its `backward` multiplies from 1 on.
+            loss = loss.float() * self.loss_scale.value
         self._engine.backward(loss)
 
     def step(self) -> None:
@@ -91,10 +96,16 @@ class Engine:
         boundary = self._engine.is_gradient_accumulation_boundary()
         if self._plain and boundary:
             self._prepare_plain_step()
+        if self.loss_scale is not None and boundary:
+            self.loss_scale.begin()
         self._engine.step()
         if not self._plain:
             self._norm = self._engine.get_global_grad_norm()
             self.applied = not boundary or self._engine.was_step_applied()
+        if self.loss_scale is not None and boundary:
+            if self.zero_stage == 0 and self._norm is not None:
+                self._norm = self._norm / self.loss_scale.value_before
+            self.loss_scale.end(self.applied)
 
     def _prepare_plain_step(self) -> None:
         """Do what DeepSpeed does at every other stage: find the norm, refuse a bad one, clip."""
@@ -149,9 +160,7 @@ class Engine:
         """Plain values beside the optimiser state, the same on all ranks: counters, loss scaling, names."""
         return {
             "counters": {name: int(getattr(self._engine, name)) for name in _COUNTERS},
-            "scaler": {
-                name: getattr(self._scaler(), name) for name in _SCALER if hasattr(self._scaler(), name)
-            },
+            "scaler": {} if self.loss_scale is None else self.loss_scale.state_dict(),
             "trainable": [name for name, p in self.method.named_parameters() if p.requires_grad],
             "parameters": [name for name, _ in self.method.named_parameters(remove_duplicate=False)],
             "groups": len(self._optimizer.param_groups),
@@ -174,15 +183,8 @@ class Engine:
         load_shards(shards, self._engine.basic_optimizer, files)
         for name, value in counters["counters"].items():
             setattr(self._engine, name, value)
-        for name, value in counters["scaler"].items():
-            if hasattr(self._scaler(), name):
-                setattr(self._scaler(), name, value)
-
-    def _scaler(self) -> Any:
-        for name in ("loss_scale_config", "loss_scaler"):
-            if hasattr(self._optimizer, name):
-                return getattr(self._optimizer, name)
-        return None
+        if self.loss_scale is not None:
+            self.loss_scale.load_state_dict(counters["scaler"])
 
     @torch.no_grad()
     def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:

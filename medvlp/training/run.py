@@ -278,8 +278,7 @@ def _callbacks(
     run_id = distributed.broadcast_object(None if wandb_run is None else wandb_run.id)
     bar = console if console is not None and console.is_terminal and distributed.is_main() else None
     monitor = Monitor(run_dir / "metrics.jsonl", steps, wandb_run, bar)
-    limit, loss_scaling = config.train.max_bad_steps, config.precision == "fp16"
-    callbacks: list[Callback] = [BadSteps(guard, limit, run_dir, monitor.add, loss_scaling)]
+    callbacks: list[Callback] = [BadSteps(guard, config.train.max_bad_steps, run_dir, monitor.add)]
     noted: dict[str, Callable[[], Any]] = {}
     size = method.service_user.service_size()
     if size is not None:
