@@ -94,6 +94,10 @@ class DataConfig:
         "node-local folder for remote shards and token ids; default: $MEDVLP_CACHE_DIR, else ~/.cache/medvlp",
     )
     cache_gigabytes: float = key(200.0, "size at which the oldest cached shards are removed", 0, 10**9)
+    stall_seconds: float = key(
+        60.0, "a remote file that brings less than 1 KiB/s for so long is tried again, three times in all",
+        1, 3600,
+    )  # fmt: skip
 
 
 @dataclass

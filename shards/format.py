@@ -14,7 +14,8 @@ from typing import Any, Self
 import xxhash
 
 from shards.errors import DataError
-from shards.strict_json import PLAIN_NAME, JsonError, parse_json, read_limited, to_record
+from shards.remote import STALL_SECONDS, read_remote
+from shards.strict_json import PLAIN_NAME, JsonError, open_regular, parse_json, read_limited, to_record
 
 FORMAT_VERSION = 1
 TOOL_VERSION = importlib.metadata.version("medvlp")
@@ -165,15 +166,19 @@ class Index:
         return problems
 
     @classmethod
-    def load(cls, root: str | Path) -> Self:
-        """Read the index of a folder or of a URL prefix (`http://`, `https://`, `s3://`, `pipe:`).
+    def load(cls, root: str | Path, stall_seconds: float = STALL_SECONDS) -> Self:
+        """Read the index of a folder or of a URL prefix (`http://`, `https://`, `s3://`, `gs://`, `pipe:`).
+
+        Args:
+            root: where it lies.
+            stall_seconds: see `shards.remote.download`.
 
         Raises:
             DataError: there is no index, or it cannot be read.
         """
         where = locate(root, INDEX_NAME)
         if is_remote(root):
-            return cls.from_json(_read_remote(where), where)
+            return cls.from_json(read_remote(where, INDEX_LIMIT, stall_seconds), where)
         path = Path(where)
         if not path.parent.is_dir():
             raise DataError(f"data folder {path.parent} does not exist")
@@ -223,9 +228,18 @@ def hash_bytes(data: bytes) -> str:
 
 
 def hash_file(path: Path) -> str:
-    """`hash_bytes` of a file of any size."""
+    """`hash_bytes` of a file of any size.
+
+    Raises:
+        DataError: a pipe, socket or device.
+        OSError: it cannot be read.
+    """
     digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
+    try:
+        descriptor = open_regular(path)
+    except JsonError as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    with open(descriptor, "rb") as file:  # noqa: PTH123 - a descriptor, not a path
         while block := file.read(1 << 20):
             digest.update(block)
     return f"xxh3:{digest.hexdigest()}"
@@ -235,17 +249,3 @@ def fingerprint(shards: list[Shard]) -> str:
     """Hash over file names and hashes of all shards."""
     text = "".join(f"{shard.file} {shard.hash}\n" for shard in shards)
     return f"blake2b:{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"
-
-
-def _read_remote(url: str) -> bytes:
-    # Imported here: webdataset imports torch, which nothing else in this package needs.
-    from webdataset.gopen import gopen
-
-    try:
-        with gopen(url, "rb") as stream:
-            data: bytes = stream.read(INDEX_LIMIT + 1)
-    except Exception as error:  # webdataset's openers raise whatever their transport raises
-        raise DataError(f"cannot read {url}: {error}") from error
-    if not data:
-        raise DataError(f"cannot read {url}: nothing came back")
-    return data

@@ -22,7 +22,7 @@ from shards.format import (
 )
 from shards.metadata import METADATA_LIMIT, parse_metadata
 from shards.shard_index import SHARD_INDEX_LIMIT, ShardIndex
-from shards.strict_json import JsonError, read_limited
+from shards.strict_json import JsonError, open_regular, read_limited
 
 _MAX_OPEN_FILES = 64
 #: Largest image or mask file of a sample, in bytes.
@@ -39,18 +39,21 @@ class ShardReader:
         root: dataset folder, or a URL prefix together with `fetch`.
         fetch: gives the local path of a dataset file by its name, bringing it here first if need be;
             default: the file in `root`.
+        index: of the dataset, where it has been read already.
 
     Raises:
         DataError: the dataset has no readable index or one that contradicts itself, or `root` is remote
             and there is no `fetch`.
     """
 
-    def __init__(self, root: str | Path, fetch: Callable[[str], Path] | None = None) -> None:
+    def __init__(
+        self, root: str | Path, fetch: Callable[[str], Path] | None = None, index: Index | None = None
+    ) -> None:
         self._open_files: OrderedDict[str, int] = OrderedDict()
         if fetch is None and is_remote(root):
             raise DataError(f"{root} is remote: its shards need a local cache to be read from")
         self.root = root
-        self.index = Index.load(root)
+        self.index = index or Index.load(root)
         if problems := self.index.contradictions():
             raise DataError(f"{root}: index.json contradicts itself: {problems[0]}; rebuild the dataset")
         self._fetch = fetch or Path(root).__truediv__
@@ -181,7 +184,11 @@ class ShardReader:
             return self._open_files[file]
         if len(self._open_files) >= _MAX_OPEN_FILES:
             os.close(self._open_files.popitem(last=False)[1])
-        self._open_files[file] = os.open(self._fetch(file), os.O_RDONLY | os.O_CLOEXEC)
+        path = self._fetch(file)
+        try:
+            self._open_files[file] = open_regular(path)
+        except JsonError as error:
+            raise DataError(f"cannot read {path}: {error}") from error
         return self._open_files[file]
 
 
@@ -200,7 +207,7 @@ def scan_shard(
         DataError: a file cannot be read or a sample is damaged; names the file, and the key.
     """
     try:
-        with (folder / shard.file).open("rb") as tar:
+        with open(open_regular(folder / shard.file), "rb") as tar:  # noqa: PTH123 - a descriptor, not a path
             data = read_limited(folder / shard.index_file, SHARD_INDEX_LIMIT)
             size = os.fstat(tar.fileno()).st_size
             shard_index = ShardIndex.from_bytes(data, str(folder / shard.index_file), size)

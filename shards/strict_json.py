@@ -8,6 +8,7 @@ more than their annotations (pydantic costs 0.2 s at every start of a command).
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -31,6 +32,26 @@ class JsonError(ValueError):
     """What is wrong with a file, without a word of its content."""
 
 
+def open_regular(path: Path | str) -> int:
+    """A descriptor of a regular file, for reading.
+
+    Raises:
+        OSError: it cannot be opened.
+        JsonError: a pipe, socket, device or folder.
+    """
+    try:
+        # Without O_NONBLOCK, opening a named pipe would wait for its writer.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket
+            raise JsonError("not a regular file") from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise JsonError("not a regular file")
+    return descriptor
+
+
 def read_limited(path: Path | str, most: int) -> bytes:
     """The content of a regular file of at most `most` bytes.
 
@@ -38,12 +59,8 @@ def read_limited(path: Path | str, most: int) -> bytes:
         OSError: it cannot be read.
         JsonError: a pipe, device or folder, or larger than that.
     """
-    # Without O_NONBLOCK, opening a named pipe would wait for its writer.
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    with open(descriptor, "rb") as file:  # noqa: PTH123 - a descriptor, not a path
-        about = os.fstat(descriptor)
-        if not stat.S_ISREG(about.st_mode):
-            raise JsonError("not a regular file")
+    with open(open_regular(path), "rb") as file:
+        about = os.fstat(file.fileno())
         data = file.read(min(about.st_size, most) + 1)
     if len(data) > most:
         raise JsonError(f"{about.st_size} bytes, more than the limit of {most}")

@@ -5,32 +5,22 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
-import xxhash
 from filelock import FileLock
-from webdataset.gopen import Pipe, gopen, gopen_schemes
 
 from medvlp.config import DataConfig
 from shards.atomic import atomic_file, remove_leftovers
 from shards.errors import DataError
 from shards.format import Index, is_remote, locate
 from shards.reader import ShardReader
+from shards.remote import STALL_SECONDS, RemoteError, download
+from shards.shard_index import SHARD_INDEX_LIMIT
 
 logger = logging.getLogger(__name__)
 
-_BLOCK = 1 << 20
 #: Names that can stand in a URL or a shell command (`pipe:`) without meaning anything there.
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-
-
-def _open_s3(url: str, mode: str = "rb", bufsize: int = 8192) -> object:
-    """WebDataset's pipe around `aws s3 cp`, which it recommends for S3 but does not register."""
-    return Pipe(["aws", "s3", "cp", "--only-show-errors", url, "-"], mode=mode, bufsize=bufsize)
-
-
-gopen_schemes.setdefault("s3", _open_s3)
 
 
 def cache_folder(config: DataConfig) -> Path:
@@ -47,24 +37,10 @@ def open_reader(config: DataConfig) -> ShardReader:
     root = str(config.root)
     if not is_remote(root):
         return ShardReader(root)
-    limit = int(config.cache_gigabytes * 1e9)
-    return ShardReader(root, fetch=ShardCache(root, Index.load(root), cache_folder(config) / "shards", limit))
-
-
-def read_remote(url: str) -> Iterator[bytes]:
-    """The blocks of a remote file, opened by WebDataset (`http`, `https`, `s3`, `gs`, `pipe`, ...).
-
-    Raises:
-        DataError: the file cannot be read to its end.
-    """
-    try:
-        with gopen(url, "rb", bufsize=_BLOCK) as stream:
-            while block := stream.read(_BLOCK):
-                yield block
-    except FileNotFoundError as error:
-        raise DataError(f"cannot read {url}: the program {error.filename!r} is not installed") from error
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {url}: {error}") from error
+    limit, stall_seconds = int(config.cache_gigabytes * 1e9), config.stall_seconds
+    index = Index.load(root, stall_seconds)
+    cache = ShardCache(root, index, cache_folder(config) / "shards", limit, stall_seconds)
+    return ShardReader(root, fetch=cache, index=index)
 
 
 class ShardCache:
@@ -75,10 +51,14 @@ class ShardCache:
     recently opened ones are deleted; a reader that still has one open keeps reading it.
     """
 
-    def __init__(self, root: str, index: Index, folder: Path, limit: int) -> None:
+    def __init__(
+        self, root: str, index: Index, folder: Path, limit: int, stall_seconds: float = STALL_SECONDS
+    ) -> None:
         self.root = root
         self.folder = folder
         self.limit = limit
+        self.stall_seconds = stall_seconds
+        self._sizes = {shard.file: shard.bytes for shard in index.shards}
         self._hashes = {shard.file: shard.hash for shard in index.shards}
         self._hashes |= {shard.index_file: shard.index_hash for shard in index.shards}
 
@@ -86,7 +66,8 @@ class ShardCache:
         """Local path of a shard or `.idx` file of the dataset.
 
         Raises:
-            DataError: not a file of the dataset, a failed download, or content that the index contradicts.
+            DataError: not a file of the dataset, or the folder cannot be written.
+            RemoteError: a failed download, or content that the index contradicts.
         """
         if file not in self._hashes or not _PLAIN_NAME.fullmatch(file):
             raise DataError(f"{self.root}: {file!r} is no file of the dataset")
@@ -107,13 +88,10 @@ class ShardCache:
                 return
             remove_leftovers(self.folder, path.name)
             url = locate(self.root, file)
-            digest = xxhash.xxh3_128()
             with atomic_file(path) as target:
-                for block in read_remote(url):
-                    digest.update(block)
-                    target.write(block)
-                if f"xxh3:{digest.hexdigest()}" != self._hashes[file]:
-                    raise DataError(
+                most = self._sizes.get(file, SHARD_INDEX_LIMIT)
+                if download(url, target, most, self.stall_seconds) != self._hashes[file]:
+                    raise RemoteError(
                         f"{url}: the content differs from the dataset's index; run medvlp shards verify"
                     )
             logger.info("cached %s (%.1f MB)", file, path.stat().st_size / 1e6)

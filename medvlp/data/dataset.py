@@ -21,6 +21,7 @@ from medvlp.data.transforms import DRAWS, SampleRandom, View, evaluation_view, t
 from shards.errors import DataError
 from shards.images import decode_image
 from shards.reader import ShardReader
+from shards.remote import RemoteError
 
 #: Other samples tried in place of a corrupt one before the run stops.
 REPLACEMENTS = 8
@@ -143,6 +144,8 @@ class TrainingDataset(ImageReportDataset):
             for candidate in self._candidates(random, position):
                 try:
                     pixels = self.decode(candidate)
+                except RemoteError:
+                    raise
                 except DataError as error:
                     faults.append(str(error))
                     continue
@@ -182,6 +185,8 @@ class EvaluationDataset(ImageReportDataset):
         for position in positions:
             try:
                 pixels = self.decode(position)
+            except RemoteError:
+                raise
             except DataError as error:
                 faults.append(str(error))
                 continue

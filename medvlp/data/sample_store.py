@@ -27,6 +27,7 @@ from shards.entities.matrix import Triple
 from shards.errors import DataError
 from shards.format import TOOL_VERSION, is_remote
 from shards.reader import ShardReader
+from shards.remote import RemoteError
 
 logger = logging.getLogger(__name__)
 
@@ -203,6 +204,8 @@ def _first_writable(folders: list[Path]) -> Path:
 def _metadata(reader: ShardReader, split: str, i: int) -> dict[str, Any] | None:
     try:
         return reader.metadata(split, i)
+    except RemoteError:  # not this sample's fault
+        raise
     except DataError:
         return None
 

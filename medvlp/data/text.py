@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from medvlp.config_files import ConfigError
 from medvlp.data.batch import Text
-from medvlp.data.cache import read_remote
 from medvlp.hub import hub_reason, quiet_hub
 from shards.errors import DataError
 from shards.format import INDEX_NAME, TOKENIZER_NAME, Index, hash_bytes, is_remote, locate
+from shards.remote import read_remote
 from shards.strict_json import JsonError, read_limited
 
 if TYPE_CHECKING:
@@ -120,7 +120,8 @@ class Tokenizer:
         described = is_remote(root) or Path(root, INDEX_NAME).exists()
         expected = Index.load(root).tokenizer if described else None
         try:
-            data = _download(where) if is_remote(root) else read_limited(where, _TOKENIZER_LIMIT)
+            read = read_remote if is_remote(root) else read_limited
+            data = read(where, _TOKENIZER_LIMIT)
         except (OSError, JsonError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise ConfigError(
@@ -285,15 +286,6 @@ class Tokenizer:
             word_index=torch.from_numpy(word),
             sentence_index=torch.from_numpy(sentence),
         )
-
-
-def _download(url: str) -> bytes:
-    data = b""
-    for block in read_remote(url):
-        data += block
-        if len(data) > _TOKENIZER_LIMIT:
-            raise JsonError(f"more than the limit of {_TOKENIZER_LIMIT} bytes")
-    return data
 
 
 def _continuation(

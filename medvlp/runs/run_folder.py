@@ -33,7 +33,6 @@ ENVIRONMENT = "environment.json"
 PACKAGES = (
     "medvlp", "torch", "torchvision", "deepspeed", "transformers", "tokenizers", "timm", "numpy",
     "safetensors", "opencv-python-headless", "simplejpeg", "faiss-cpu", "faiss-gpu", "omegaconf", "wandb",
-    "webdataset",
 )  # fmt: skip
 
 

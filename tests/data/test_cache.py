@@ -168,3 +168,25 @@ def test_a_reader_with_a_cache_travels_to_workers(
 ) -> None:
     reader = open_reader(make_config(root=server[0]).data)
     assert pickle.loads(pickle.dumps(reader)).read("train", 1) == reader.read("train", 1)
+
+
+@needs_curl
+def test_a_shard_that_cannot_be_fetched_ends_the_epoch_and_is_no_corrupt_sample(
+    server: tuple[str, Counter[str]], own_dataset: Path, make_config: ConfigFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from shards import remote
+
+    monkeypatch.setattr(remote, "PAUSE_SECONDS", 0.01)
+    url, requests = server
+    config = make_config(root=url, workers=0, max_bad_fraction=1.0, stall_seconds=2.0)
+    reader = open_reader(config.data)
+    loader = build_loader(config, reader, Tokenizer.load(None, url), 0, 1, 16)
+    reader.close()
+    shutil.rmtree(Path(config.data.cache_dir or "") / "shards")
+    requests.clear()
+    for tar in own_dataset.glob("*.tar"):
+        tar.write_bytes(b"other content")
+    with pytest.raises(DataError, match="the content differs from the dataset's index"):
+        list(itertools.islice(loader, 6))
+    assert sum(count for file, count in requests.items() if file.endswith(".tar")) == 1
