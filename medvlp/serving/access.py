@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from medvlp.serving.door import Door
 from medvlp.serving.layout import PrototypeFilesError
 from shards.errors import UsageError
 
@@ -90,10 +91,16 @@ def metadata(token: str) -> list[tuple[str, str]]:
 
 
 class TokenCheck(_Interceptor):
-    """Refuses every call, health and reflection included, that does not bring the token."""
+    """Refuses every call, health and reflection included, that does not bring the token.
 
-    def __init__(self, token: str) -> None:
+    Args:
+        token: the right one.
+        door: counts wrong ones and remembers who has shown the right one.
+    """
+
+    def __init__(self, token: str, door: Door) -> None:
         self._expected = (_SCHEME + token).encode()
+        self._door = door
 
     def intercept_service(
         self, continuation: Callable[[Any], Any], handler_call_details: Any
@@ -102,13 +109,15 @@ class TokenCheck(_Interceptor):
             (value for name, value in handler_call_details.invocation_metadata if name == "authorization"), ""
         )
         given = given if isinstance(given, bytes) else given.encode("utf-8", "replace")
-        if hmac.compare_digest(given, self._expected):
-            handler: grpc.RpcMethodHandler[Any, Any] = continuation(handler_call_details)
-            return handler
-        return _refusal(
-            grpc.StatusCode.UNAUTHENTICATED,
-            f"wrong token: {_REMEDY}" if given else f"no token: {_REMEDY}",
-        )
+        if not hmac.compare_digest(given, self._expected):
+            reason = f"wrong token: {_REMEDY}" if given else f"no token: {_REMEDY}"
+            return _ending(lambda context: self._door.refuse(context, reason, guess=bool(given)))
+        handler = continuation(handler_call_details)
+        return _ending(self._unknown_method) if handler is None else _admitting(handler, self._door)
+
+    def _unknown_method(self, context: grpc.ServicerContext) -> None:
+        self._door.admit(context)
+        context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
 
 
 class StreamLimit(_Interceptor):
@@ -140,11 +149,32 @@ class StreamLimit(_Interceptor):
         )
 
 
-def _refusal(code: grpc.StatusCode, reason: str) -> grpc.RpcMethodHandler[Any, Any]:
+def _ending(end: Callable[[grpc.ServicerContext], None]) -> grpc.RpcMethodHandler[Any, Any]:
     """Ends a call of any kind without reading its request."""
 
     def refuse(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        context.abort(code, reason)
+        end(context)
         yield b""
 
     return grpc.stream_stream_rpc_method_handler(refuse)
+
+
+def _admitting(handler: Any, door: Door) -> grpc.RpcMethodHandler[Any, Any]:
+    """The handler behind the door. Of every kind it makes one of streams, where a request is read here."""
+
+    def admitted(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
+        door.admit(context)
+        argument: Any = requests
+        if not handler.request_streaming:
+            with door.reading(context):
+                argument = next(requests, None)
+            if argument is None:
+                context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call has no request")
+        if handler.response_streaming:
+            yield from (handler.stream_stream or handler.unary_stream)(argument, context)
+        else:
+            yield (handler.unary_unary or handler.stream_unary)(argument, context)
+
+    return grpc.stream_stream_rpc_method_handler(
+        admitted, handler.request_deserializer, handler.response_serializer
+    )

@@ -18,6 +18,7 @@ from grpc_reflection.v1alpha import reflection
 from medvlp import trust
 from medvlp.serving.access import StreamLimit, TokenCheck
 from medvlp.serving.answers import Answers
+from medvlp.serving.door import Door
 from medvlp.serving.layout import ADDRESS, SERVER, PrototypeFilesError
 from medvlp.serving.limits import Limits
 from medvlp.serving.servicer import SERVICE, Servicer
@@ -72,10 +73,11 @@ class PrototypeServer:
         self.address, self.limits = address, limits
         self.servicer = Servicer(limits)
         self._health = health.HealthServicer()
+        self._door = Door(limits)
         self._server = grpc.server(
             # Calls are the parallelism: a product of one row would wake a second core for nothing.
             ThreadPoolExecutor(_THREADS, "prototypes", torch.set_num_threads, (1,)),
-            interceptors=[TokenCheck(token), StreamLimit(STREAMS)],
+            interceptors=[TokenCheck(token, self._door), StreamLimit(STREAMS)],
             options=_options(limits),
             maximum_concurrent_rpcs=limits.calls,
         )
@@ -102,6 +104,7 @@ class PrototypeServer:
     def start(self) -> None:
         """Begin to answer."""
         self._server.start()
+        self._door.watch(self.port)
 
     def publish(self, answers: Answers) -> None:
         """Answer from these from now on."""
@@ -112,7 +115,8 @@ class PrototypeServer:
     def stop(self, grace: float = _GRACE) -> None:
         """Take no more calls, let those in flight end within `grace` seconds, and close."""
         self._health.enter_graceful_shutdown()
-        self._server.stop(grace).wait()
+        self._server.stop(grace).wait(2 * grace + 1)
+        self._door.close()
 
     def describe(self, folder: Path, run: Path) -> None:
         """Write `server.json`, for the client commands.
