@@ -54,8 +54,8 @@ def train_steps(
     clip: float = 0.0, micro: int = 8, limit: int = 3, deepspeed: dict | None = None,
 ) -> dict:  # fmt: skip
     """Train; gradients that the optimiser got, norms, scales, counts, and the error."""
+    from medvlp.data.batch_plan import plan_batch
     from medvlp.training.bad_steps import BadSteps
-    from medvlp.training.batch_plan import plan_batch
     from medvlp.training.callbacks import BaseCallback
     from medvlp.training.engine import Engine
     from medvlp.training.errors import NotFiniteError
