@@ -55,10 +55,9 @@ def train_steps(
 ) -> dict:  # fmt: skip
     """Train; gradients that the optimiser got, norms, scales, counts, and the error."""
     from medvlp.data.batch_plan import plan_batch
-    from medvlp.training.bad_steps import BadSteps
+    from medvlp.training.bad_steps import BadSteps, NotFiniteError
     from medvlp.training.callbacks import BaseCallback
     from medvlp.training.engine import Engine
-    from medvlp.training.errors import NotFiniteError
     from medvlp.training.hangs import Watchdog
     from medvlp.training.interrupts import Interrupts
     from medvlp.training.schedule import Schedule
