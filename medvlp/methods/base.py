@@ -7,12 +7,11 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from medvlp.config_files import ConfigError
 from medvlp.data.batch import Batch, Text
 from medvlp.data.text import Tokenizer
-from medvlp.losses.normalise import unit_norm
-from medvlp.prototypes.false_negatives import NOTHING_EXCLUDED, Exclusion, exclude_false_negatives
+from medvlp.prototypes.false_negatives import NOTHING_EXCLUDED, Exclusion
 from medvlp.prototypes.table import PrototypeTable
+from medvlp.prototypes.user import PrototypeUser
 
 
 class Progress(NamedTuple):
@@ -32,129 +31,31 @@ class Progress(NamedTuple):
     phase: int = 0
 
 
-class Objective(nn.Module):
-    """What the trainer may ask of anything that is trained; all of it has a default.
+class StepOutput(NamedTuple):
+    """What a step returns (a tuple: ZeRO-3's hooks look inside).
 
     Attributes:
-        prototype_table: clusters of the prototype service this step may use (set by the trainer; None
-            until there are some, and always None for objectives without `uses_service`).
-        keep_embeddings: when true, `forward` leaves its detached unit-norm embeddings in `last_embeddings`
-            (set by the trainer for objectives with `uses_service`).
-        last_embeddings: modality ("image", "text") -> [B, D] float32 of the last `forward`.
-        mask_clusters: number of service clusters whose samples are no negatives of each other; None: all
-            other samples are negatives (set by `mask_false_negatives`).
-        last_exclusion: what `share_embeddings` returned last.
-        embedding_need: keys without which there are no embeddings to cluster, for messages.
+        loss: 0-d, differentiable. The value on each rank is the mean over that rank's rows; the mean over
+            ranks equals the single-process value on the concatenated batch wherever the terms are global.
+        terms: the terms of the loss and other metrics by name ("loss/instance", "retrieval/top1"), 0-d,
+            detached or not.
+        embeddings: modality ("image", "text") -> [B, D] detached unit-norm float32, for the prototype
+            service; {} of methods that it does not serve.
+        exclusion: which samples were no negatives of each other.
     """
 
-    prototype_table: PrototypeTable | None = None
-    keep_embeddings: bool = False
-    mask_clusters: int | None = None
-    last_exclusion: Exclusion = NOTHING_EXCLUDED
-    embedding_need: str = "a method that has them"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.last_embeddings: dict[str, Tensor] = {}
-
-    def on_progress(self, progress: Progress) -> None:
-        """Called before every optimiser step."""
-
-    def parameters_without_decay(self) -> set[str]:
-        """Names of parameters that never get weight decay, not even with `optimizer.decay_all`.
-
-        A frozen parameter has zero gradients, so that Adam leaves it exactly unchanged unless it decays.
-        """
-        return set()
+    loss: Tensor
+    terms: dict[str, Tensor]
+    embeddings: dict[str, Tensor] = {}  # noqa: RUF012 - nothing writes into it
+    exclusion: Exclusion = NOTHING_EXCLUDED
 
     @property
-    def prototype_user(self) -> Objective:
-        """The part whose learned prototypes the trainer starts and revives: the objective, or one of it."""
-        return self
-
-    def prototype_size(self) -> tuple[int, int] | None:
-        """(number, width) of the learned prototypes that embeddings can start; None without any."""
-        return None
-
-    def set_prototypes(self, centroids: Tensor, length: float = 1.0) -> None:
-        """Write [K, D] unit-norm centroids into the learned prototypes (before the engine takes the weights).
-
-        Args:
-            centroids: found among `Method.prototype_features`.
-            length: mean length of these, for prototypes whose length matters.
-
-        Raises:
-            NotImplementedError: there are no learned prototypes.
-        """
-        raise NotImplementedError(f"{type(self).__name__} has no learned prototypes")
-
-    @property
-    def service_user(self) -> Objective:
-        """The part whose embeddings the prototype service clusters: the objective, or a module of it."""
-        return self
-
-    @property
-    def uses_service(self) -> bool:
-        """Whether the trainer should run a prototype service (see medvlp/prototypes)."""
-        return self.service_size() is not None
-
-    def service_size(self) -> tuple[int, int] | None:
-        """(number, width) of the service clusters this part uses; None: it uses none."""
-        width = self.embedding_width()
-        return None if self.mask_clusters is None or width is None else (self.mask_clusters, width)
-
-    def embedding_width(self) -> int | None:
-        """Width of the embeddings that every `forward` can leave in `last_embeddings`; None: there are none.
-
-        They have to be what some loss shapes: clusters of untrained projections would say nothing.
-        """
-        return None
-
-    def mask_false_negatives(self, clusters: int) -> None:
-        """From now on samples of one service cluster are no negatives of each other (before training).
-
-        Args:
-            clusters: their number, where the part does not have a number of its own.
-
-        Raises:
-            ConfigError: this part leaves no embeddings that could be clustered.
-        """
-        if self.embedding_width() is None:
-            raise ConfigError(
-                "prototypes.false_negatives=mask needs embeddings of whole samples that a loss shapes, and "
-                f"{type(self).__name__} has none without {self.embedding_need}: change that, or set "
-                "prototypes.false_negatives=keep"
-            )
-        self.mask_clusters = clusters
-
-    def share_embeddings(
-        self, batch: Batch, every_rank: bool, image: Tensor | None, text: Tensor | None
-    ) -> Exclusion:
-        """Leave the embeddings for the service, and say which samples are no negatives of each other.
-
-        Reports alone decide: one cluster id a sample makes "the same cluster" an equivalence, reports worded
-        alike share theirs, and images can be alike in much that is no finding (projection, exposure).
-
-        Args:
-            batch: the samples.
-            every_rank: the contrasts have the negatives of all ranks; false: of this one.
-            image, text: [B, D] embeddings of any length; None: this step makes none. Without those of texts
-                nothing is left out.
-        """
-        self.last_exclusion = NOTHING_EXCLUDED
-        table = self.prototype_table if self.mask_clusters is not None and text is not None else None
-        if not self.keep_embeddings and table is None:
-            return self.last_exclusion
-        given = {"image": image, "text": text}
-        unit = {name: unit_norm(x.detach()).float() for name, x in given.items() if x is not None}
-        if self.keep_embeddings:
-            self.last_embeddings = unit
-        if table is not None:
-            self.last_exclusion = exclude_false_negatives(table, unit["text"], batch.labels, every_rank)
-        return self.last_exclusion
+    def named(self) -> dict[str, Tensor]:
+        """ "loss" and the terms."""
+        return {"loss": self.loss} | self.terms
 
 
-class Method(Objective, abc.ABC):
+class Method(nn.Module, abc.ABC):
     """A pre-training objective with its encoders.
 
     A method imports no DeepSpeed, no W&B and no files. Every random draw comes from torch's default
@@ -162,11 +63,13 @@ class Method(Objective, abc.ABC):
     """
 
     @abc.abstractmethod
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Return 0-d tensors: "loss" (differentiable) and every named term of it (detached or not).
+    def forward(self, batch: Batch, clusters: PrototypeTable | None = None) -> StepOutput:
+        """Loss and terms of this rank's samples.
 
-        The value on each rank is the mean over that rank's rows; the mean over ranks equals the
-        single-process value on the concatenated batch wherever the terms are global.
+        Args:
+            batch: the samples.
+            clusters: those of the prototype service this step may use, the same on all ranks; None until
+                there are some, and always for methods without a `service_user`.
         """
 
     @abc.abstractmethod
@@ -185,20 +88,31 @@ class Method(Objective, abc.ABC):
     def image_features(self, image: Tensor) -> Tensor:
         """[B, 1, H, W] uint8 images -> [B, F] backbone features before any projection (linear probes)."""
 
-    def prototype_features(self, batch: Batch) -> list[Tensor]:
-        """Features of a batch that k-means may start the learned prototypes from.
+    def on_progress(self, progress: Progress) -> None:
+        """Called before every optimiser step."""
 
-        Returns:
-            [B, ..., D] tensors; zeros stand where a sample has none. By default the embeddings of images and
-            reports.
+    def parameters_without_decay(self) -> set[str]:
+        """Names of parameters that never get weight decay, not even with `optimizer.decay_all`.
+
+        A frozen parameter has zero gradients, so that Adam leaves it exactly unchanged unless it decays.
         """
-        return [self.encode_image(batch.image), self.encode_text(batch.text)]
+        return set()
 
     def prepare(self, tokenizer: Tokenizer) -> None:
         """Called once after the build, on the device and before any weights are loaded or sharded.
 
         For methods that keep encoded texts as buffers. Buffers are saved, so a loaded state replaces them.
         """
+
+    @property
+    def prototype_user(self) -> PrototypeUser | None:
+        """The part whose learned prototypes the trainer starts and revives; None without any."""
+        return None
+
+    @property
+    def service_user(self) -> PrototypeUser | None:
+        """The part whose embeddings the prototype service may cluster; None: it has no use for clusters."""
+        return None
 
     @property
     def embeds_reports(self) -> bool:

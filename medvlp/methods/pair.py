@@ -6,15 +6,17 @@ import abc
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from medvlp.config import Config
 from medvlp.data.batch import Batch, Text
 from medvlp.encoders.errors import EncoderError
 from medvlp.encoders.image import ImageEncoder, ImageFeatures
 from medvlp.encoders.text import TextEncoder, TextFeatures
-from medvlp.methods.base import Method, Objective, Progress
+from medvlp.methods.base import Method, Progress, StepOutput
 from medvlp.prototypes.false_negatives import Exclusion
+from medvlp.prototypes.table import PrototypeTable
+from medvlp.prototypes.user import PrototypeUser
 
 
 class EncodedPair(NamedTuple):
@@ -31,10 +33,10 @@ class EncodedPair(NamedTuple):
     exclusion: Exclusion | None = None
 
 
-class Alignment(Objective, abc.ABC):
+class Alignment(PrototypeUser, nn.Module, abc.ABC):
     """Heads and losses of a method on top of the two encoders, which it does not own.
 
-    Alignments of different methods can share one pair of encoders (`medvlp.methods.combination.method`).
+    Alignments of different methods can share one pair of encoders (`medvlp.methods.combination`).
 
     Attributes:
         image_attention, text_attention: whether `forward` needs the encoders' attention maps.
@@ -44,7 +46,7 @@ class Alignment(Objective, abc.ABC):
     text_attention: bool = False
 
     @abc.abstractmethod
-    def forward(self, pair: EncodedPair) -> dict[str, Tensor]:
+    def forward(self, pair: EncodedPair, clusters: PrototypeTable | None = None) -> StepOutput:
         """As `Method.forward`, from encoded pairs."""
 
     @abc.abstractmethod
@@ -55,25 +57,30 @@ class Alignment(Objective, abc.ABC):
     def embed_text(self, features: TextFeatures, text: Text) -> Tensor:
         """[B, D] unit-norm float32 embeddings of texts in the shared space."""
 
-    def exclude(
-        self, pair: EncodedPair, negatives: str, image: Tensor | None, text: Tensor | None
-    ) -> Exclusion:
-        """Pairs of samples that are no negatives of each other in this alignment's contrasts.
+    def on_progress(self, progress: Progress) -> None:
+        """See `Method.on_progress`."""
 
-        Args:
-            pair: what was encoded. negatives: "global" or "local".
-            image, text: [B, D] this alignment's embeddings of any length, see `share_embeddings`.
-        """
+    def parameters_without_decay(self) -> set[str]:
+        """See `Method.parameters_without_decay`; names inside the alignment."""
+        return set()
+
+    @property
+    def prototype_user(self) -> PrototypeUser:
+        """See `Method.prototype_user`."""
+        return self
+
+    @property
+    def service_user(self) -> PrototypeUser:
+        """See `Method.service_user`."""
+        return self
+
+    def exclude_in(
+        self, pair: EncodedPair, clusters: PrototypeTable | None, negatives: str, text: Tensor | None
+    ) -> Exclusion:
+        """`exclude`, unless another alignment on the same encoders has decided."""
         if pair.exclusion is not None:
             return pair.exclusion._replace(figures={})
-        return self.share_embeddings(pair.batch, negatives == "global", image, text)
-
-    def prototype_features(
-        self, image_encoder: ImageEncoder, text_encoder: TextEncoder, batch: Batch
-    ) -> list[Tensor]:
-        """See `Method.prototype_features`; the encoders are those of the method."""
-        image = self.embed_image(image_encoder(batch.image))
-        return [image, self.embed_text(text_encoder(batch.text), batch.text)]
+        return self.exclude(pair.batch, clusters, negatives, text)
 
     @property
     def scores_by_embedding(self) -> bool:
@@ -96,11 +103,11 @@ class PairMethod(Method):
         super().__init__()
         self.image_encoder, self.text_encoder, self.alignment = image, text, alignment
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, clusters: PrototypeTable | None = None) -> StepOutput:
         image = self.image_encoder(batch.image, attention=self.alignment.image_attention)
         text = self.text_encoder(batch.text, attention=self.alignment.text_attention)
-        terms: dict[str, Tensor] = self.alignment(EncodedPair(image, text, batch))
-        return terms
+        output: StepOutput = self.alignment(EncodedPair(image, text, batch), clusters)
+        return output
 
     def encode_image(self, image: Tensor) -> Tensor:
         return self.alignment.embed_image(self.image_encoder(image))
@@ -131,16 +138,11 @@ class PairMethod(Method):
         return {f"alignment.{name}" for name in self.alignment.parameters_without_decay()}
 
     @property
-    def prototype_user(self) -> Objective:
+    def prototype_user(self) -> PrototypeUser:
         return self.alignment.prototype_user
 
-    def prototype_features(self, batch: Batch) -> list[Tensor]:
-        user = self.prototype_user
-        assert isinstance(user, Alignment)
-        return user.prototype_features(self.image_encoder, self.text_encoder, batch)
-
     @property
-    def service_user(self) -> Objective:
+    def service_user(self) -> PrototypeUser:
         return self.alignment.service_user
 
 

@@ -116,6 +116,11 @@ def build_method(config: Config, vocab_size: int) -> Method:
     """
     method = _entry(config.method.name).build(config, vocab_size)
     if config.prototypes.false_negatives == "mask":
+        if method.service_user is None:
+            raise ConfigError(
+                f"prototypes.false_negatives=mask: method.name={config.method.name} has no embeddings that "
+                "could be clustered; set prototypes.false_negatives=keep"
+            )
         method.service_user.mask_false_negatives(config.prototypes.clusters)
     if config.prototypes.anchors:
         _check_anchors(method, config)
@@ -124,7 +129,8 @@ def build_method(config: Config, vocab_size: int) -> Method:
 
 def _check_anchors(method: Method, config: Config) -> None:
     """Refuse anchors that nothing would use, or that cannot be embedded."""
-    count, size = len(config.prototypes.anchors), method.service_user.service_size()
+    count, user = len(config.prototypes.anchors), method.service_user
+    size = None if user is None else user.service_size()
     named = f"prototypes.anchors ({count} texts)"
     if size is None:
         raise ConfigError(

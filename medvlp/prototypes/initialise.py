@@ -16,23 +16,14 @@ from medvlp.data.batch import Batch
 from medvlp.losses.normalise import unit_norm
 from medvlp.prototypes.kmeans import Clusters, spherical_kmeans
 from medvlp.prototypes.sampling import row_keys
+from medvlp.prototypes.user import Embedder, PrototypeUser
 
 
-class PrototypeUser(Protocol):
-    """The part of `medvlp.methods.base.Objective` that is needed here."""
-
-    def prototype_size(self) -> tuple[int, int] | None: ...
-
-    def set_prototypes(self, centroids: Tensor, length: float) -> None: ...
-
-
-class HasPrototypes(Protocol):
+class HasPrototypes(Embedder, Protocol):
     """The part of `medvlp.methods.base.Method` that is needed here; a method is also an `nn.Module`."""
 
     @property
-    def prototype_user(self) -> PrototypeUser: ...
-
-    def prototype_features(self, batch: Batch) -> list[Tensor]: ...
+    def prototype_user(self) -> PrototypeUser | None: ...
 
 
 def initialise_prototypes(
@@ -41,10 +32,10 @@ def initialise_prototypes(
     """Write k-means centroids of the first features into the learned prototypes; a collective.
 
     To be called before an engine owns the weights; afterwards all ranks have the same prototypes. What is
-    clustered is the method's choice (`Method.prototype_features`): embeddings of images and reports together,
-    or of sentences. The pass has no gradient and no dropout; batch norms use batch statistics, as in the
-    training that follows (running averages of an untrained network would leave all embeddings in a narrow
-    cone), and are put back afterwards.
+    clustered is the method's choice (`PrototypeUser.prototype_features`): embeddings of images and reports
+    together, or of sentences. The pass has no gradient and no dropout; batch norms use batch statistics, as
+    in the training that follows (running averages of an untrained network would leave all embeddings in a
+    narrow cone), and are put back afterwards.
 
     Args:
         method: a method with learned prototypes.
@@ -59,8 +50,9 @@ def initialise_prototypes(
         TooFewRowsError: fewer features than prototypes.
         ValueError: features are NaN or infinite.
     """
-    size = method.prototype_user.prototype_size()
-    if config.init != "kmeans" or size is None:
+    user = method.prototype_user
+    size = None if user is None else user.prototype_size()
+    if config.init != "kmeans" or user is None or size is None:
         return None
     assert isinstance(method, nn.Module)
     device = next(method.parameters()).device
@@ -71,7 +63,7 @@ def initialise_prototypes(
         if first is not None:
             steps = -(-config.init_samples // (len(first.sample) * distributed.world_size()))
             for step, batch in enumerate([first, *islice(iterator, steps - 1)]):
-                for part, features in enumerate(method.prototype_features(batch.to(device))):
+                for part, features in enumerate(user.prototype_features(method, batch.to(device))):
                     found = features.float().cpu()
                     places = _places(found.shape[:-1], step, part)
                     there = (found != 0).any(-1)
@@ -81,7 +73,7 @@ def initialise_prototypes(
     lengths = torch.linalg.vector_norm(features, dim=1)
     total = distributed.sum_on_host(torch.stack([lengths.sum(), torch.tensor(float(len(lengths)))]).double())
     clusters = spherical_kmeans(unit_norm(features), size[0], config, seed, keys=torch.cat(keys))
-    method.prototype_user.set_prototypes(clusters.centroids, float(total[0] / total[1]))
+    user.set_prototypes(clusters.centroids, float(total[0] / total[1]))
     return clusters
 
 

@@ -49,7 +49,7 @@ def choose_table(
             say(f"clusters: version {table.version} of the run's prototype service")
             return table, "service"
     if clusters is None and not elsewhere:
-        for module in user.modules():
+        for module in model.method.modules():
             if isinstance(module, LearnedPrototypes) and module.weight.shape[1] == width:
                 say(f"clusters: the {len(module.weight)} prototypes the method has learned")
                 return PrototypeTable.start(module.weight.detach().cpu(), model.source.step), "learned"

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from medvlp.data.batch import Batch
+from medvlp.methods.base import StepOutput
 from medvlp.training.engine import Engine
 
 
@@ -53,8 +54,8 @@ class Callback(Protocol):
     def on_start(self, step: int) -> None:
         """Training goes on after `step` finished steps (0: a new run)."""
 
-    def on_micro_batch(self, batch: Batch, step: int) -> None:
-        """A micro-batch went forward and backward; `step` finished steps lie before it. It is on the CPU."""
+    def on_micro_batch(self, batch: Batch, output: StepOutput, step: int) -> None:
+        """A micro-batch, on the CPU, went forward and backward; `step` finished steps lie before it."""
 
     def proposal(self, step: int) -> list[int]:
         """See `medvlp.training.agreement.Party`; before `on_step` of the step."""
@@ -86,7 +87,7 @@ class BaseCallback:
     def on_start(self, step: int) -> None:
         """See `Callback`."""
 
-    def on_micro_batch(self, batch: Batch, step: int) -> None:
+    def on_micro_batch(self, batch: Batch, output: StepOutput, step: int) -> None:
         """See `Callback`."""
 
     def proposal(self, step: int) -> list[int]:

@@ -17,7 +17,8 @@ from medvlp import distributed
 from medvlp.config import Config
 from medvlp.data.batch import Batch
 from medvlp.data.batch_plan import BatchPlan
-from medvlp.methods.base import Method
+from medvlp.methods.base import Method, StepOutput
+from medvlp.prototypes.table import PrototypeTable
 from medvlp.runs.optimizer_files import OptimizerFiles
 from medvlp.training.deepspeed_config import deepspeed_json, is_plain
 from medvlp.training.loss_scale import LossScale
@@ -76,10 +77,10 @@ class Engine:
         self._norm: Tensor | float | None = None
         self.applied = True
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """The method's loss and terms for one micro-batch on this rank."""
-        outputs: dict[str, Tensor] = self._engine(batch)
-        return outputs
+    def forward(self, batch: Batch, clusters: PrototypeTable | None = None) -> StepOutput:
+        """The method's loss and terms for one micro-batch on this rank; see `Method.forward`."""
+        output: StepOutput = self._engine(batch, clusters)
+        return output
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of `loss` (divided by the accumulation steps, averaged over ranks)."""

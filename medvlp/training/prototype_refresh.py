@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from medvlp.data.batch import Batch
-from medvlp.methods.base import Method
+from medvlp.methods.base import StepOutput
 from medvlp.prototypes.ring import label_bits
 from medvlp.prototypes.running_bias import RunningBias
 from medvlp.prototypes.service import PrototypeService
@@ -21,13 +21,13 @@ class PrototypeRefresh(BaseCallback):
     """Feeds the service after every good step, has it refresh when due, and swaps tables between two steps.
 
     Args:
-        method: one with `uses_service`.
         service: what clusters its embeddings.
         device: where the method reads the table.
         log: takes metrics.
         anchors: gives the [A, D] embeddings that hold the first clusters at a refresh, the same on all ranks.
 
     Attributes:
+        table: of the service, for the next step (on the device); None: there is none, or it may not be used.
         version: of the clusters the last step was made with; 0: without any.
     """
 
@@ -35,25 +35,23 @@ class PrototypeRefresh(BaseCallback):
 
     def __init__(
         self,
-        method: Method,
         service: PrototypeService,
         device: torch.device,
         log: Callable[[dict[str, float]], None],
         anchors: Callable[[], Tensor | None] = lambda: None,
     ):
-        self.user, self.service, self.device, self.log = method.service_user, service, device, log
+        self.service, self.device, self.log = service, device, log
         self.anchors = anchors
+        self.table: PrototypeTable | None = None
         self.version = 0
         self._embeddings: list[tuple[dict[str, Tensor], Tensor, int, Tensor]] = []
         self._handed_over: object = None
         self._bias: RunningBias | None = None
-        self.user.keep_embeddings = True
 
-    def on_micro_batch(self, batch: Batch, step: int) -> None:
-        """Keep the method's last embeddings until it is known whether the step was a good one."""
-        table = self.user.prototype_table
-        self.version = 0 if table is None else table.version
-        self._embeddings.append((self.user.last_embeddings, batch.sample, step, label_bits(batch.labels)))
+    def on_micro_batch(self, batch: Batch, output: StepOutput, step: int) -> None:
+        """Keep the method's embeddings until it is known whether the step was a good one."""
+        self.version = 0 if self.table is None else self.table.version
+        self._embeddings.append((output.embeddings, batch.sample, step, label_bits(batch.labels)))
 
     def proposal(self, step: int) -> list[int]:
         """See `PrototypeService`."""
@@ -81,7 +79,7 @@ class PrototypeRefresh(BaseCallback):
     def _hand_over(self) -> None:
         table = self.service.usable_table
         if table is not self._handed_over:
-            self.user.prototype_table = None if table is None else self._balanced(table.to(self.device))
+            self.table = None if table is None else self._balanced(table.to(self.device))
             self._handed_over = table
 
     def _balanced(self, table: PrototypeTable) -> PrototypeTable:

@@ -200,7 +200,7 @@ def _train(
     data = loader(step)
     schedule = build_schedule(config, data.steps_per_epoch)
     guard = StepGuard(method, config.train.spike_sigma, device)
-    callbacks, saving = _callbacks(
+    callbacks, saving, refresh = _callbacks(
         config, method, engine, guard, schedule.steps, manifest, console, anchors, identity
     )
     saving.alive = watchdog.mark
@@ -218,7 +218,7 @@ def _train(
     describe_run(config, plan.world_size, identity, tokenizer)
     trainer = Trainer(
         engine, batches, schedule, data.steps_per_epoch, callbacks, guard, watchdog,
-        config.monitor.log_every, step,
+        config.monitor.log_every, step, refresh,
     )  # fmt: skip
     _note_start(config, checkpoint, step, schedule.steps, taken_up.changes)
     trainer.train(interrupts)
@@ -248,7 +248,7 @@ def _note_start(
 
 
 def _start_prototypes(config: Config, method: Method, data: TrainingLoader) -> None:
-    if method.prototype_user.prototype_size() is None:
+    if method.prototype_user is None or method.prototype_user.prototype_size() is None:
         return
     method.train()
     clusters = initialise_prototypes(method, data, config.prototypes, config.train.seed)
@@ -268,7 +268,7 @@ def _callbacks(
     console: Console | None,
     anchors: AnchorEncoder,
     identity: RunIdentity,
-) -> tuple[list[Callback], CheckpointCallback]:
+) -> tuple[list[Callback], CheckpointCallback, PrototypeRefresh | None]:
     """All callbacks in the order in which they see a step: check, refresh, log, save."""
     run_dir = Path(config.run.dir)
     wandb_run = None
@@ -280,12 +280,13 @@ def _callbacks(
     monitor = Monitor(run_dir / "metrics.jsonl", steps, wandb_run, bar)
     callbacks: list[Callback] = [BadSteps(guard, config.train.max_bad_steps, run_dir, monitor.add)]
     noted: dict[str, Callable[[], Any]] = {}
-    size = method.service_user.service_size()
+    refresh: PrototypeRefresh | None = None
+    size = None if method.service_user is None else method.service_user.service_size()
     if size is not None:
         service = build_service(config.prototypes, size, config.train.seed, detect(), engine.device.type)
-        refresh = PrototypeRefresh(method, service, engine.device, monitor.add, anchors)
+        refreshing = refresh = PrototypeRefresh(service, engine.device, monitor.add, anchors)
         callbacks.append(refresh)
-        noted["clusters"] = lambda: refresh.version
+        noted["clusters"] = lambda: refreshing.version
     else:
         decline_worker(detect())
     if config.prototypes.revive_below > 0:
@@ -296,4 +297,4 @@ def _callbacks(
     saving = CheckpointCallback(
         config, engine, list(callbacks), run_id, identity.summary(), lambda: monitor.latest, monitor.add
     )
-    return [*callbacks, saving], saving
+    return [*callbacks, saving], saving, refresh

@@ -14,6 +14,7 @@ from medvlp.training.callbacks import Callback, StepRecord
 from medvlp.training.engine import Engine
 from medvlp.training.hangs import Watchdog
 from medvlp.training.interrupts import Interrupts
+from medvlp.training.prototype_refresh import PrototypeRefresh
 from medvlp.training.schedule import Schedule
 from medvlp.training.step_guard import StepGuard
 
@@ -31,6 +32,7 @@ class Trainer:
         watchdog: is told where this rank is.
         log_every: steps between those at which metrics are read.
         step: finished steps.
+        refresh: the callback that has the table of the prototype service; None: there is no service.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Trainer:
         watchdog: Watchdog,
         log_every: int = 1,
         step: int = 0,
+        refresh: PrototypeRefresh | None = None,
     ):
         self.engine = engine
         self.batches = batches
@@ -54,6 +57,7 @@ class Trainer:
         self.watchdog = watchdog
         self.log_every = log_every
         self.step = step
+        self.refresh = refresh
 
     def train(self, interrupts: Interrupts) -> None:
         """Run until the last step, or until the ranks agree on an interrupt."""
@@ -104,17 +108,18 @@ class Trainer:
             self.watchdog.mark("forward and backward", self.step)
             keys += batch.keys
             skipped += batch.skipped
-            outputs = self.engine.forward(batch.to(self.engine.device))
-            for name, value in outputs.items():
+            clusters = None if self.refresh is None else self.refresh.table
+            output = self.engine.forward(batch.to(self.engine.device), clusters)
+            for name, value in output.named.items():
                 share = value.detach().float() / accumulation
                 losses[name] = losses[name] + share if name in losses else share
-            loss = outputs["loss"]
+            loss = output.loss
             if number == accumulation:
                 loss = loss * self.guard.allowance(losses["loss"])
             self.engine.backward(loss)
             self.engine.step()
             for callback in self.callbacks:
-                callback.on_micro_batch(batch, self.step)
+                callback.on_micro_batch(batch, output, self.step)
         if not self.engine.applied:
             self.guard.undo()
         self.step += 1

@@ -53,7 +53,7 @@ def training_step(batch: int) -> Callable[[], object]:
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        method(data)["loss"].backward()
+        method(data).loss.backward()
         optimizer.step()
 
     return step

@@ -77,7 +77,7 @@ def one_step(engine: Engine) -> None:
 
     engine.set_learning_rate(1e-5)
     batch: Any = torch.randn(1, 3, 224, 224, device=engine.device)
-    engine.backward(engine.forward(batch)["loss"])
+    engine.backward(engine.forward(batch).loss)
     engine.step()
 
 

@@ -66,7 +66,7 @@ def objective_vectorised(batch: int) -> tuple[Callable[[], Tensor], list[Tensor]
     objective = MGCALosses(CONFIG)
     assert objective.prototypes is not None
     objective.prototypes.set(prototypes)
-    return lambda: objective(embeddings)["loss"], leaves
+    return lambda: objective(embeddings).loss, leaves
 
 
 def objective_by_loop(batch: int) -> tuple[Callable[[], Tensor], list[Tensor]]:

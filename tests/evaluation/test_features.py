@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from medvlp.data.batch import Batch, Text
 from medvlp.evaluation.features import Wanted, embed, embed_texts, shrink
 from medvlp.evaluation.report.results import EvaluationError
-from medvlp.methods.base import Method
+from medvlp.methods.base import Method, StepOutput
+from medvlp.prototypes.table import PrototypeTable
 
 CPU = torch.device("cpu")
 
@@ -22,8 +23,9 @@ class Linear(Method):
         super().__init__()
         self.image, self.text, self.dropout = nn.Linear(64, 4), nn.Embedding(10, 4), nn.Dropout(0.5)
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        return {"loss": -(self.encode_image(batch.image) * self.encode_text(batch.text)).sum(1).mean()}
+    def forward(self, batch: Batch, clusters: PrototypeTable | None = None) -> StepOutput:
+        loss = -(self.encode_image(batch.image) * self.encode_text(batch.text)).sum(1).mean()
+        return StepOutput(loss, {})
 
     def encode_image(self, image: Tensor) -> Tensor:
         return nn.functional.normalize(self.image_features(image), dim=1)

@@ -9,16 +9,17 @@ from torch import nn
 
 from medvlp.data.batch import Batch
 from medvlp.distributed import rank
+from medvlp.prototypes.table import PrototypeTable
 from tests.methods.small_mgca import rows_of
 
 
 def averaged_gradients(
-    model: nn.Module, batch: Batch, ranks: int
+    model: nn.Module, batch: Batch, ranks: int, clusters: PrototypeTable | None = None
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Terms of this rank, and gradients of its rows averaged over ranks (0 where there is none)."""
     each = len(batch.keys) // ranks
     own = rows_of(batch, rank() * each, (rank() + 1) * each) if ranks > 1 else batch
-    terms = model(own)
+    terms = model(own, clusters).named
     terms["loss"].backward()
     averaged = {}
     for name, parameter in model.named_parameters():

@@ -77,12 +77,12 @@ def labelled_batch(name: str) -> Batch:
 def table_for(method: Method, batch: Batch) -> PrototypeTable:
     """A table whose clusters lie around embeddings of the batch, spread over it; `method` stays as it is."""
     copied = copy.deepcopy(method)
-    probe = copied.service_user
-    probe.keep_embeddings, size = True, probe.service_size()
+    assert copied.service_user is not None
+    size = copied.service_user.service_size()
     assert size is not None
     with torch.no_grad():
-        copied(batch)
-    rows = probe.last_embeddings.get("text", probe.last_embeddings["image"])
+        embeddings = copied(batch).embeddings
+    rows = embeddings.get("text", embeddings["image"])
     return PrototypeTable.start(rows[torch.linspace(0, len(rows) - 1, size[0]).long()])
 
 

@@ -34,34 +34,34 @@ def test_a_step_with_masks(name: str) -> None:
     plain = masked_config(name)
     plain.prototypes.false_negatives = "keep"
     batch, without, method = labelled_batch(name), built(plain), masked_method(name)
-    assert not without.service_user.uses_service
+    assert without.service_user.service_size() is None
     user = method.service_user
     assert user.service_size() == (CLUSTERS, user.embedding_width())
-    user.keep_embeddings = True
     torch.manual_seed(1)
-    expected = without(batch)
+    expected = without(batch).named
     torch.manual_seed(1)
-    before = method(batch)
+    before = method(batch).named
     assert set(before) == set(expected), "there is no table yet"
     for term, value in expected.items():
         torch.testing.assert_close(before[term], value)
-    user.prototype_table = table_for(method, batch)
+    table = table_for(method, batch)
     torch.manual_seed(1)
-    terms = method(batch)
+    output = method(batch, table)
+    terms, embeddings = output.named, output.embeddings
     terms["loss"].backward()
     assert terms["loss"].isfinite()
     gradients = [p.grad for p in method.parameters() if p.grad is not None]
     assert all(gradient.isfinite().all() for gradient in gradients)
     assert sum(gradient.abs().sum() for gradient in gradients) > 0
-    for modality, values in user.last_embeddings.items():
+    for modality, values in embeddings.items():
         assert values.dtype == torch.float32, modality
         torch.testing.assert_close(values.norm(dim=1), torch.ones(len(REPORTS)))
     if name == "medslip":
-        assert set(user.last_embeddings) == {"image"}
+        assert set(embeddings) == {"image"}
         torch.testing.assert_close(terms["loss"], expected["loss"])
         return
-    assert set(user.last_embeddings) == {"image", "text"}
-    sharing = cluster_sharing(user.prototype_table, user.last_embeddings["text"])
+    assert set(embeddings) == {"image", "text"}
+    sharing = cluster_sharing(table, embeddings["text"])
     assert 0 < sharing.sum() < sharing.numel() - len(sharing)
     assert set(terms) == set(expected) | FIGURES
     assert terms["prototypes/masked"] == pytest.approx(sharing.sum().item() / 56)
@@ -84,11 +84,11 @@ def test_a_step_with_masks(name: str) -> None:
 
 def test_instance_loss_by_hand() -> None:
     method = masked_method("mgca", token_weight=0.0, prototype_weight=0.0)
-    user, batch = method.service_user, labelled_batch("mgca")
-    user.keep_embeddings, user.prototype_table = True, table_for(method, batch)
-    loss = method(batch)["loss/instance"]
-    image, report = user.last_embeddings["image"], user.last_embeddings["text"]
-    sharing = cluster_sharing(user.prototype_table, report)
+    batch = labelled_batch("mgca")
+    table = table_for(method, batch)
+    output = method(batch, table)
+    loss, image, report = output.terms["loss/instance"], *output.embeddings.values()
+    sharing = cluster_sharing(table, report)
     expected = torch.zeros(())
     for side in (image @ report.T / 0.07, report @ image.T / 0.07):
         for row, left in zip(side, ~sharing, strict=True):
@@ -102,8 +102,7 @@ def test_one_cluster_for_all_leaves_no_negatives(name: str) -> None:
     config = masked_config(name)
     config.prototypes.clusters = 1
     method, batch = built(config), labelled_batch(name)
-    method.service_user.prototype_table = table_for(method, batch)
-    terms = method(batch)
+    terms = method(batch, table_for(method, batch)).named
     terms["loss"].backward()
     assert terms["prototypes/masked"] == 1
     for term, value in terms.items():
@@ -116,8 +115,8 @@ def test_one_cluster_for_all_leaves_no_negatives(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype: torch.dtype) -> None:
     method, batch = masked_method("mgca", image="vit"), labelled_batch("mgca")
-    method.service_user.prototype_table = table_for(method, batch)
-    terms = method.to(dtype)(batch)
+    table = table_for(method, batch)
+    terms = method.to(dtype)(batch, table).named
     terms["loss"].backward()
     assert terms["loss/instance"].dtype == torch.float32
     assert 0 < terms["prototypes/masked"] < 1
@@ -151,8 +150,7 @@ def test_a_step_without_a_table_has_no_prototype_loss() -> None:
     batch = labelled_batch("mgca")
     for table in (None, table_for(method, batch), None, table_for(method, batch)):
         method.zero_grad()
-        method.service_user.prototype_table = table
-        terms = method(batch)
+        terms = method(batch, table).named
         terms["loss"].backward()
         assert ("loss/prototype" in terms) == (table is not None)
         assert FIGURES.isdisjoint(terms) == (table is None)
@@ -198,7 +196,7 @@ def test_medslip_says_that_nothing_is_masked(caplog: pytest.LogCaptureFixture) -
 def test_anchors_need_something_to_hold() -> None:
     config = masked_config("mgca")
     config.prototypes.anchors = ["edema", "mass"]
-    assert built(config).service_user.uses_service
+    assert built(config).service_user.service_size() == (CLUSTERS, 8)
     config.prototypes.anchors = ["edema"] * (CLUSTERS + 1)
     with pytest.raises(ConfigError, match=r"prototypes\.anchors \(4 texts\).*there are 3"):
         built(config)

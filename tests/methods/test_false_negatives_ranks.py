@@ -36,9 +36,8 @@ def gradients(ranks: int, name: str, centroids: np.ndarray) -> tuple[dict[str, f
     """Terms and gradients averaged over ranks, in float64, of this rank's part of one batch."""
     method = masked_method(name, **KEYS.get(name, {})).double()
     method.on_progress(Progress(1, 1, 2))
-    method.service_user.keep_embeddings = True
-    method.service_user.prototype_table = PrototypeTable.start(torch.from_numpy(centroids))
-    return averaged_gradients(method, labelled_batch(name), ranks)
+    table = PrototypeTable.start(torch.from_numpy(centroids))
+    return averaged_gradients(method, labelled_batch(name), ranks, table)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -70,9 +69,8 @@ def train_with_dropped_tables(stage: int, name: str, centroids: np.ndarray) -> l
     steps = []
     for step, usable in enumerate(USABLE):
         method.on_progress(Progress(0, step, len(USABLE)))
-        method.service_user.prototype_table = table if usable else None
         engine.set_learning_rate(1e-3)
-        terms = engine.forward(own)
+        terms = engine.forward(own, table if usable else None).named
         engine.backward(terms["loss"])
         engine.step()
         steps.append({term: value.item() for term, value in terms.items()})

@@ -48,7 +48,7 @@ def train_steps(engine: Engine, first: int, last: int) -> list[float]:
     for step in range(first, last + 1):
         engine.set_learning_rate(1e-3)
         batch = random_batch(step, BATCH, distributed.rank(), distributed.world_size())
-        loss = engine.forward(batch)["loss"]
+        loss = engine.forward(batch).loss
         engine.backward(loss)
         engine.step()
         losses += distributed.mean_over_ranks([float(loss.detach())])

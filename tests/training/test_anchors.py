@@ -46,7 +46,7 @@ def losses_and_anchors(root: str, stage: int, anchors: list[str]) -> tuple[list[
         batch = rows_of(
             small_batch([3 + row % 5 for row in range(12)], seed=step), share * rank, share * (rank + 1)
         )
-        loss = engine.forward(batch)["loss"]
+        loss = engine.forward(batch).loss
         engine.backward(loss)
         engine.step()
         losses.append(float(loss.detach()))

@@ -22,28 +22,29 @@ class Poisoned(TinyMethod):
         self.poison = poison
         self.norm = torch.nn.BatchNorm1d(16, affine=False)
 
-    def forward(self, batch):
-        outputs = super().forward(batch)
+    def forward(self, batch, clusters=None):
+        output = super().forward(batch)
         embedded = self.norm(self.encode_image(batch.image).to(self.norm.running_mean.dtype)).float()
-        outputs["loss"] = outputs["loss"] + embedded.square().mean()
+        loss = output.loss + embedded.square().mean()
         if self.progress[-1][1] >= BAD_STEP and distributed.rank() == 1:
-            self._poison(outputs)
+            loss = self._poisoned(loss)
         elif self.progress[-1][1] == BAD_STEP and self.poison == "spike":
-            outputs["loss"] = outputs["loss"] + 100
-        return outputs
+            loss = loss + 100
+        return output._replace(loss=loss)
 
-    def _poison(self, outputs):
+    def _poisoned(self, loss):
         persistent = self.poison == "for ever"
         if self.progress[-1][1] > BAD_STEP and not persistent:
-            return
+            return loss
         if self.poison in ("loss", "for ever"):
-            outputs["loss"] = outputs["loss"] * torch.nan
+            loss = loss * torch.nan
         if self.poison == "detached loss":
-            outputs["loss"] = outputs["loss"] + torch.inf
+            loss = loss + torch.inf
         if self.poison == "gradient":
-            outputs["loss"].register_hook(lambda gradient: gradient * torch.nan)
+            loss.register_hook(lambda gradient: gradient * torch.nan)
         if self.poison in ("loss", "gradient"):
             self.mean.fill_(torch.nan)
+        return loss
 
 
 def run_steps(

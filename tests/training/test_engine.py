@@ -24,7 +24,7 @@ def first_update(stage: int, precision: str) -> tuple[dict[str, torch.Tensor], d
     before = engine.full_weights()
     engine.set_learning_rate(0.01)
     outputs = engine.forward(random_batch(0, 8, distributed.rank(), distributed.world_size()))
-    engine.backward(outputs["loss"])
+    engine.backward(outputs.loss)
     engine.step()
     after = engine.full_weights()
     engine.close()
@@ -78,7 +78,7 @@ def make_step(engine, seed: int, learning_rate: float) -> None:
     """One step on the global batch of a seed."""
     engine.set_learning_rate(learning_rate)
     outputs = engine.forward(random_batch(seed, 8, distributed.rank(), distributed.world_size()))
-    engine.backward(outputs["loss"])
+    engine.backward(outputs.loss)
     engine.step()
 
 

@@ -60,7 +60,9 @@ def start(name: str, stage: int, precision: str) -> tuple[Engine, str]:
     )
     batch = global_batch(name)
     with torch.no_grad():
-        features = torch.cat([part.flatten(0, -2) for part in method.prototype_features(batch)])
+        features = torch.cat(
+            [part.flatten(0, -2) for part in method.prototype_user.prototype_features(method, batch)]
+        )
         features = unit_norm(features)
         axes = torch.linalg.svd(features).Vh[:2]
         used = torch.cat([axes, -axes])
@@ -85,7 +87,7 @@ def train(engine: Engine, name: str, step: int, epoch: int = 5) -> None:
     engine.set_learning_rate(3e-4)
     share = 12 // distributed.world_size()
     first = share * distributed.rank()
-    engine.backward(engine.forward(rows_of(global_batch(name), first, first + share))["loss"])
+    engine.backward(engine.forward(rows_of(global_batch(name), first, first + share)).loss)
     engine.step()
 
 

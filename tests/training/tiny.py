@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from medvlp import distributed
 from medvlp.data.batch import Batch, Text
-from medvlp.methods.base import Method, Progress
+from medvlp.methods.base import Method, Progress, StepOutput
+from medvlp.prototypes.table import PrototypeTable
 
 VOCABULARY = 50
 
@@ -41,7 +42,7 @@ class TinyMethod(Method):
     def encode_text(self, text: Text) -> Tensor:
         return F.normalize(self.head(self.text_encoder(text.input_ids).mean(1)).float(), dim=-1)
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, clusters: PrototypeTable | None = None) -> StepOutput:
         image, text = self.encode_image(batch.image), self.encode_text(batch.text)
         with torch.no_grad():
             mean = distributed.sum_over_ranks(image.mean(0)) / distributed.world_size()
@@ -50,7 +51,7 @@ class TinyMethod(Method):
         scores = image @ everyone.T * self.log_scale.float().exp()
         target = torch.arange(len(image), device=image.device) + distributed.rank() * len(image)
         loss = F.cross_entropy(scores, target)
-        return {"loss": loss, "image_to_text": loss.detach()}
+        return StepOutput(loss, {"image_to_text": loss.detach()})
 
     def on_progress(self, progress: Progress) -> None:
         self.progress.append((progress.epoch, progress.step))

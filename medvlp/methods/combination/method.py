@@ -13,13 +13,16 @@ from medvlp.config_files import ConfigError
 from medvlp.data.batch import Text
 from medvlp.encoders.image import ImageEncoder, ImageFeatures
 from medvlp.encoders.text import TextEncoder, TextFeatures
-from medvlp.methods.base import Objective, Progress
+from medvlp.methods.base import Progress, StepOutput
 from medvlp.methods.combination.config import CombinationConfig
 from medvlp.methods.mgca.method import MGCA
 from medvlp.methods.pair import Alignment, EncodedPair, PairMethod, build_encoders
 from medvlp.methods.place.method import PLACE
 from medvlp.methods.prior.method import PRIOR
 from medvlp.methods.registry import register
+from medvlp.prototypes.false_negatives import NOTHING_EXCLUDED
+from medvlp.prototypes.table import PrototypeTable
+from medvlp.prototypes.user import PrototypeUser
 
 PartConfig = TypeVar("PartConfig", bound=MethodConfig)
 
@@ -60,25 +63,29 @@ class Combination(Alignment):
         self.image_attention = any(part.image_attention for part in self._parts().values())
         self.text_attention = any(part.text_attention for part in self._parts().values())
 
-    def forward(self, pair: EncodedPair) -> dict[str, Tensor]:
-        """Losses of a batch: "loss", every term of a part as "PART/...", its total as "PART/loss".
+    def forward(self, pair: EncodedPair, clusters: PrototypeTable | None = None) -> StepOutput:
+        """Losses of a batch: every term of a part as "PART/...", its total as "PART/loss".
 
-        With masks of false negatives also the figures of `Objective.share_embeddings`.
+        With masks of false negatives also the figures of `exclude_false_negatives`. The embeddings are those
+        of the part that decides which samples are no negatives.
         """
         loss = torch.zeros((), device=pair.image.pooled.device)
         terms: dict[str, Tensor] = {}
+        embeddings: dict[str, Tensor] = {}
         parts, user = self._parts(), self.service_user
         if self._masks:
             # Its embeddings decide for all parts which samples are no negatives of each other.
             parts = dict(sorted(parts.items(), key=lambda item: item[1] is not user))
         for name, part in parts.items():
-            own: dict[str, Tensor] = part(pair)
-            loss = loss + self.weights[name] * own["loss"]
-            for term, value in own.items():
+            own: StepOutput = part(pair, clusters)
+            loss = loss + self.weights[name] * own.loss
+            for term, value in own.named.items():
                 terms[term if term.startswith("prototypes/") else f"{name}/{term}"] = value
-            if self._masks and part is user:
-                pair = pair._replace(exclusion=user.last_exclusion)
-        return {"loss": loss} | terms
+            if part is user:
+                embeddings = own.embeddings
+                if self._masks:
+                    pair = pair._replace(exclusion=own.exclusion)
+        return StepOutput(loss, terms, embeddings, pair.exclusion or NOTHING_EXCLUDED)
 
     def embed_image(self, features: ImageFeatures) -> Tensor:
         return self._embedding().embed_image(features)
@@ -109,15 +116,15 @@ class Combination(Alignment):
         }
 
     @property
-    def prototype_user(self) -> Objective:
+    def prototype_user(self) -> PrototypeUser:
         """MGCA where it is a part: only its prototypes are started and refreshed from embeddings."""
         return self._parts().get("mgca", self)
 
     @property
-    def service_user(self) -> Objective:
+    def service_user(self) -> PrototypeUser:
         """MGCA where clusters are its prototypes, else the part that embeds: one service has one space."""
         mgca = self._parts().get("mgca")
-        return mgca if mgca is not None and mgca.uses_service else self._embedding()
+        return mgca if mgca is not None and mgca.service_size() is not None else self._embedding()
 
     @property
     def _masks(self) -> bool:
@@ -145,7 +152,7 @@ def build(config: Config, vocab_size: int) -> PairMethod:
         )
     image, text = build_encoders(config, vocab_size)
     combination = Combination(method, image, text, staged=bool(config.optimizer.phases))
-    if config.prototypes.anchors and method.embeds_with != "mgca" and combination.service_user.uses_service:
+    if config.prototypes.anchors and method.embeds_with != "mgca" and combination.service_user.service_size():
         raise ConfigError(
             "prototypes.anchors are embedded as the method's texts, but method.mgca.prototype_source="
             f"clusters has MGCA's embeddings clustered, not those of method.embeds_with={method.embeds_with}"

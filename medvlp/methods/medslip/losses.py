@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from medvlp import distributed
 from medvlp.losses.normalise import at_least_float32, unit_norm
+from medvlp.methods.base import StepOutput
 from medvlp.methods.medslip.config import MeDSLIPConfig
 from medvlp.methods.medslip.terms import (
     existence_labels,
@@ -100,8 +101,8 @@ class MeDSLIPLosses(nn.Module):
         self.anatomy_projection = TextProjection(config.width, text_width)
         self.relation_scale = RelationScale(config.relation_scale, config.width)
 
-    def forward(self, read: Read, matrix: Tensor, negatives: Negatives | None = None) -> dict[str, Tensor]:
-        """All terms with a weight above 0, as 0-d tensors; "loss" is their weighted sum.
+    def forward(self, read: Read, matrix: Tensor, negatives: Negatives | None = None) -> StepOutput:
+        """All terms with a weight above 0, and their weighted sum.
 
         Args:
             read: of this rank's samples.
@@ -149,7 +150,7 @@ class MeDSLIPLosses(nn.Module):
             terms["relation"] = relation_loss(scores, matrix, counts[4])
             weights["relation"] = config.relation_weight
         loss = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
-        return {"loss": loss} | {f"loss/{name}": value for name, value in terms.items()}
+        return StepOutput(loss, {f"loss/{name}": value for name, value in terms.items()})
 
     def _contrast(
         self,

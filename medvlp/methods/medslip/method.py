@@ -17,13 +17,15 @@ from medvlp.encoders.image import ImageEncoder, ImageFeatures
 from medvlp.encoders.positions import sincos_positions
 from medvlp.encoders.text import TextEncoder
 from medvlp.losses.normalise import unit_norm
-from medvlp.methods.base import Method
+from medvlp.methods.base import Method, StepOutput
 from medvlp.methods.medslip.book import TextBook
 from medvlp.methods.medslip.config import MeDSLIPConfig
 from medvlp.methods.medslip.losses import MeDSLIPLosses, Negatives, Read
 from medvlp.methods.medslip.modules import Decoded, QueryDecoder, Streams, TwoStreams
 from medvlp.methods.pair import build_encoders_of
 from medvlp.methods.registry import register
+from medvlp.prototypes.table import PrototypeTable
+from medvlp.prototypes.user import PrototypeUser, to_cluster
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +37,7 @@ class ImageStreams(NamedTuple):
     grid: tuple[int, int]
 
 
-class MeDSLIP(Method):
+class MeDSLIP(Method, PrototypeUser):
     """Frozen texts ask an image's pathology and anatomy streams what is there.
 
     Reports enter only as the batch field `entities`, the anatomy-observation matrix. `prepare` must have been
@@ -75,12 +77,15 @@ class MeDSLIP(Method):
         """Write the text book with the frozen encoder."""
         self.book.write(self.text_encoder, tokenizer, self.max_tokens)
 
-    def forward(self, batch: Batch, negatives: Negatives | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, batch: Batch, clusters: PrototypeTable | None = None, negatives: Negatives | None = None
+    ) -> StepOutput:
         """Losses "loss/existence_pathology", ".../existence_anatomy", "loss/prototype_pathology",
-        ".../prototype_anatomy", "loss/relation", and "loss".
+        ".../prototype_anatomy", "loss/relation".
 
         Args:
             batch: with entities.
+            clusters: not used: the losses contrast texts with parts of one image, never two samples.
             negatives: of the prototype losses; None: drawn.
 
         Raises:
@@ -89,14 +94,15 @@ class MeDSLIP(Method):
         if "entities" not in batch.fields:
             raise ValueError("medslip reads the batch field entities: name it when the loader is built")
         streams = self._image_streams(batch.image).streams
-        if self.keep_embeddings:
-            # For the service alone: the losses contrast texts with parts of one image, never two samples.
-            self.share_embeddings(batch, self.config.negatives == "global", _embedding(streams), None)
         pathology: Decoded = self._read(self.pathology_decoder, self._book().pathology, streams.pathology)
         anatomy: Decoded = self._read(self.anatomy_decoder, self._book().anatomy, streams.anatomy)
         read = Read(pathology.features, anatomy.features, self.book.pathology, self.book.anatomy)
-        terms: dict[str, Tensor] = self.objective(read, batch.fields["entities"], negatives)
-        return terms
+        output: StepOutput = self.objective(read, batch.fields["entities"], negatives)
+        return output._replace(embeddings=to_cluster(_embedding(streams), None))
+
+    @property
+    def service_user(self) -> PrototypeUser:
+        return self
 
     @property
     def embeds_reports(self) -> bool:

@@ -11,6 +11,7 @@ from medvlp import distributed
 from medvlp.losses.cross_attention import clamped_weights, patch_loss, word_loss
 from medvlp.losses.normalise import at_least_float32, unit_norm
 from medvlp.losses.sinkhorn import sinkhorn
+from medvlp.methods.base import StepOutput
 from medvlp.methods.instance_contrast import instance_contrast
 from medvlp.methods.mgca.config import MGCAConfig
 from medvlp.prototypes.learned import LearnedPrototypes
@@ -61,8 +62,8 @@ class MGCALosses(nn.Module):
         embeddings: MGCAEmbeddings,
         table: PrototypeTable | None = None,
         excluded: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """All terms with a weight as 0-d tensors; "loss" is their weighted sum.
+    ) -> StepOutput:
+        """All terms with a weight, and their weighted sum.
 
         Args:
             embeddings: of this rank's samples.
@@ -83,7 +84,7 @@ class MGCALosses(nn.Module):
         if config.prototype_weight > 0 and (self.prototypes is not None or table is not None):
             terms["loss/prototype"] = self.prototype(image, report, table)
             loss = loss + config.prototype_weight * terms["loss/prototype"]
-        return {"loss": loss} | terms
+        return StepOutput(loss, terms)
 
     def instance(self, image: Tensor, report: Tensor, excluded: Tensor | None = None) -> dict[str, Tensor]:
         """Contrastive loss between [B, D] unit-norm images and reports: the sum of both directions."""

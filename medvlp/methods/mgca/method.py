@@ -13,11 +13,13 @@ from medvlp.encoders.projection import ProjectionHead
 from medvlp.encoders.text import TextEncoder, TextFeatures
 from medvlp.encoders.words import aggregate_words
 from medvlp.losses.normalise import unit_norm
-from medvlp.methods.base import Progress
+from medvlp.methods.base import Progress, StepOutput
 from medvlp.methods.mgca.config import MGCAConfig
 from medvlp.methods.mgca.losses import MGCAEmbeddings, MGCALosses, MGCATokens
 from medvlp.methods.pair import Alignment, EncodedPair, PairMethod, build_encoders
 from medvlp.methods.registry import register
+from medvlp.prototypes.table import PrototypeTable
+from medvlp.prototypes.user import to_cluster
 
 
 class MGCA(Alignment):
@@ -51,20 +53,21 @@ class MGCA(Alignment):
             )
             self.text_attention = _wants_attention("word_weights", config.word_weights, text.has_attention)
 
-    def forward(self, pair: EncodedPair) -> dict[str, Tensor]:
-        """Losses of a batch: "loss/instance", "loss/word", "loss/patch", "loss/prototype", and "loss".
+    def forward(self, pair: EncodedPair, clusters: PrototypeTable | None = None) -> StepOutput:
+        """Losses of a batch: "loss/instance", "loss/word", "loss/patch", "loss/prototype".
 
         A term whose weight is 0 is left out. Besides the losses: "retrieval/top1" and "retrieval/top5",
-        in-batch accuracy of both directions in [0, 1], and the figures of `Objective.share_embeddings`.
+        in-batch accuracy of both directions in [0, 1], and the figures of `exclude_false_negatives`.
         """
         embeddings = MGCAEmbeddings(
             image=self.image_head(pair.image.pooled),
             report=self.report_head(pair.text.hidden[:, 0]),
             tokens=self._tokens(pair) if self.config.token_weight > 0 else None,
         )
-        exclusion = self.exclude(pair, self.config.negatives, embeddings.image, embeddings.report)
-        terms: dict[str, Tensor] = self.objective(embeddings, self.prototype_table, exclusion.pairs)
-        return terms | exclusion.figures
+        exclusion = self.exclude_in(pair, clusters, self.config.negatives, embeddings.report)
+        output: StepOutput = self.objective(embeddings, clusters, exclusion.pairs)
+        shared = to_cluster(embeddings.image, embeddings.report)
+        return StepOutput(output.loss, output.terms | exclusion.figures, shared, exclusion)
 
     def _tokens(self, pair: EncodedPair) -> MGCATokens:
         config = self.config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from medvlp.losses.normalise import at_least_float32, unit_norm
 from medvlp.methods.instance_contrast import instance_contrast
 from medvlp.methods.mpma.config import MPMAConfig
 from medvlp.prototypes.false_negatives import NOTHING_EXCLUDED, Exclusion
+from medvlp.prototypes.user import to_cluster
 
 
 class LearnedTemperature(nn.Module):
@@ -37,6 +39,18 @@ class LearnedTemperature(nn.Module):
         """The temperature, 0-d, in float32 or better."""
         share = at_least_float32(self.position).sigmoid().squeeze(0)
         return self.low * (self.span * share).exp()
+
+
+class Aligned(NamedTuple):
+    """What the alignment of a batch came to (a tuple: ZeRO-3's hooks look inside).
+
+    Attributes:
+        terms: losses and metrics. embeddings, exclusion: see `StepOutput`; of the global contrast.
+    """
+
+    terms: dict[str, Tensor]
+    embeddings: dict[str, Tensor]
+    exclusion: Exclusion
 
 
 class GlobalLocalAlignment(nn.Module):
@@ -69,28 +83,31 @@ class GlobalLocalAlignment(nn.Module):
         image: ImageFeatures,
         hidden: Tensor,
         words: Tensor,
-        exclude: Callable[[Tensor, Tensor], Exclusion] | None = None,
-    ) -> dict[str, Tensor]:
+        exclude: Callable[[Tensor], Exclusion] | None = None,
+    ) -> Aligned:
         """Losses of a batch: "loss/global" and "loss/local", without those of weight 0.
 
         Args:
             image: features of the patches the encoder saw.
             hidden: [B, L, D] hidden states of the reports.
             words: [B, L] bool, tokens of the report that were not hidden from the encoder.
-            exclude: decides from [B, E] images and reports which samples are no negatives of each other in
+            exclude: decides from [B, E] reports which samples are no negatives of each other in
                 the global contrast; None: all are.
 
         Besides the losses: "retrieval/top1" and "retrieval/top5", in-batch accuracy of both directions, and
         "alignment/temperature".
         """
         terms: dict[str, Tensor] = {}
+        shared: dict[str, Tensor] = {}
+        exclusion = NOTHING_EXCLUDED
         if self.config.global_weight:
             embeddings = self.embed_image(image), self.embed_report(hidden, words)
-            exclusion = NOTHING_EXCLUDED if exclude is None else exclude(*embeddings)
+            shared = to_cluster(*embeddings)
+            exclusion = NOTHING_EXCLUDED if exclude is None else exclude(embeddings[1])
             terms |= self._global(*embeddings, exclusion.pairs) | exclusion.figures
         if self.config.local_weight:
             terms["loss/local"] = self._local(self.embed_patches(image), self.embed_words(hidden), words)
-        return terms
+        return Aligned(terms, shared, exclusion)
 
     def embed_image(self, image: ImageFeatures) -> Tensor:
         """[B, E] unit-norm embeddings of images."""

@@ -21,8 +21,8 @@ from medvlp.data.batch import Batch, Text
 from medvlp.encoders.errors import EncoderError
 from medvlp.encoders.image import ImageFeatures
 from medvlp.encoders.text import TextFeatures
-from medvlp.methods.base import Method, Progress
-from medvlp.methods.mpma.alignment import GlobalLocalAlignment
+from medvlp.methods.base import Method, Progress, StepOutput
+from medvlp.methods.mpma.alignment import Aligned, GlobalLocalAlignment
 from medvlp.methods.mpma.config import MPMAConfig
 from medvlp.methods.mpma.decoder import ImageDecoder
 from medvlp.methods.mpma.encoders import MaskedImageEncoder, MaskedTextEncoder
@@ -44,6 +44,9 @@ from medvlp.methods.mpma.masking import (
 )
 from medvlp.methods.pair import build_encoders_of
 from medvlp.methods.registry import register
+from medvlp.prototypes.false_negatives import NOTHING_EXCLUDED
+from medvlp.prototypes.table import PrototypeTable
+from medvlp.prototypes.user import PrototypeUser
 
 
 class PairMasks(NamedTuple):
@@ -73,7 +76,7 @@ class EncodedViews(NamedTuple):
     words: Tensor
 
 
-class MPMA(Method):
+class MPMA(Method, PrototypeUser):
     """One masked pair, encoded once, is reconstructed in both modalities and aligned.
 
     Masks are drawn anew at each step from (seed, step, sample): the same on every rank layout.
@@ -124,16 +127,17 @@ class MPMA(Method):
         if config.global_weight or config.local_weight:
             self.alignment = GlobalLocalAlignment(config, image.width, image.local_width, text.width)
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Losses of a batch: "loss/image", "loss/report", "loss/global", "loss/local", and "loss".
+    def forward(self, batch: Batch, clusters: PrototypeTable | None = None) -> StepOutput:
+        """Losses of a batch: "loss/image", "loss/report", "loss/global", "loss/local".
 
         Terms of weight 0 are left out. Besides the losses: "report/accuracy", share of hidden tokens that
-        are predicted, and the alignment's metrics (see `GlobalLocalAlignment`, `Objective.share_embeddings`).
+        are predicted, and the alignment's metrics (see `GlobalLocalAlignment`, `exclude_false_negatives`).
         """
         config = self.config
         masks = self.draw_masks(batch)
         views = self._encode(batch, masks)
         terms: dict[str, Tensor] = {}
+        aligned = Aligned({}, {}, NOTHING_EXCLUDED)
         if self.decoder is not None:
             terms["loss/image"] = self._image_loss(self.decoder, batch, masks, views)
         if self.fusion is not None:
@@ -141,8 +145,9 @@ class MPMA(Method):
         if self.alignment is not None:
             assert views.image is not None, "images are encoded for the alignment"
             assert views.text is not None, "reports are encoded for the alignment"
-            exclude = partial(self.share_embeddings, batch, config.negatives == "global")
-            terms |= self.alignment(views.image, views.text.hidden, views.words, exclude)
+            exclude = partial(self.exclude, batch, clusters, config.negatives)
+            aligned = self.alignment(views.image, views.text.hidden, views.words, exclude)
+            terms |= aligned.terms
         weights = {
             "loss/image": config.image_weight,
             "loss/report": config.report_weight,
@@ -150,7 +155,7 @@ class MPMA(Method):
             "loss/local": config.local_weight,
         }
         loss = torch.stack([weights[name] * terms[name] for name in weights if name in terms]).sum()
-        return {"loss": loss, **terms}
+        return StepOutput(loss, terms, aligned.embeddings, aligned.exclusion)
 
     def draw_masks(self, batch: Batch) -> PairMasks:
         """The masks of a batch at the present step."""
@@ -165,6 +170,10 @@ class MPMA(Method):
     def on_progress(self, progress: Progress) -> None:
         """Every step has masks of its own."""
         self.step = progress.step
+
+    @property
+    def service_user(self) -> PrototypeUser:
+        return self
 
     def encode_image(self, image: Tensor) -> Tensor:
         return self._global_alignment().embed_image(self.image_encoder(image)).float()

@@ -14,7 +14,7 @@ from medvlp.encoders.sentences import sentence_means
 from medvlp.encoders.text import TextEncoder, TextFeatures
 from medvlp.encoders.words import aggregate_words
 from medvlp.losses.normalise import unit_norm
-from medvlp.methods.base import Progress
+from medvlp.methods.base import Progress, StepOutput
 from medvlp.methods.instance_contrast import instance_contrast
 from medvlp.methods.pair import Alignment, EncodedPair, PairMethod, build_encoders
 from medvlp.methods.place.config import PLACEConfig
@@ -29,6 +29,8 @@ from medvlp.methods.place.terms import (
 )
 from medvlp.methods.registry import register
 from medvlp.prototypes.false_negatives import NOTHING_EXCLUDED
+from medvlp.prototypes.table import PrototypeTable
+from medvlp.prototypes.user import to_cluster
 
 
 class PLACE(Alignment):
@@ -89,20 +91,21 @@ class PLACE(Alignment):
             self.patch_head = ProjectionHead(image.local_width, *sizes)
             self.word_head = ProjectionHead(text.width, *sizes)
 
-    def forward(self, pair: EncodedPair) -> dict[str, Tensor]:
-        """Losses of a batch: "loss" and "loss/..." of the terms with a weight.
+    def forward(self, pair: EncodedPair, clusters: PrototypeTable | None = None) -> StepOutput:
+        """Losses of a batch: "loss/..." of the terms with a weight.
 
         These are "instance", "observation", "diversity", "correlation", "word" and "patch". Besides them:
         "retrieval/top1" and "retrieval/top5" (see MGCA), "observation/similarity" and
         "observation/excluded" (see `losses.observation_terms`), and the figures of
-        `Objective.share_embeddings`.
+        `exclude_false_negatives`.
         """
         config, (image, text, batch) = self.config, pair[:3]
         terms: dict[str, Tensor] = {}
-        exclusion = pair.exclusion or NOTHING_EXCLUDED
+        exclusion, shared = pair.exclusion or NOTHING_EXCLUDED, {}
         if config.instance_weight > 0:
             embeddings = self._image(image), self._report(text, batch.text)
-            exclusion = self.exclude(pair, config.negatives, *embeddings)
+            exclusion = self.exclude_in(pair, clusters, config.negatives, embeddings[1])
+            shared = to_cluster(*embeddings)
             both, accuracies = instance_contrast(
                 *embeddings, config.instance_temperature, config.negatives, exclusion.pairs
             )
@@ -129,7 +132,7 @@ class PLACE(Alignment):
         weighted = [
             weight * terms[f"loss/{name}"] for name, weight in weights.items() if f"loss/{name}" in terms
         ]
-        return {"loss": sum(weighted[1:], start=weighted[0])} | terms
+        return StepOutput(sum(weighted[1:], start=weighted[0]), terms, shared, exclusion)
 
     def embed_image(self, features: ImageFeatures) -> Tensor:
         return self._image(features).float()

@@ -13,6 +13,7 @@ from medvlp import distributed
 from medvlp.encoders.batch_norm import GlobalBatchNorm
 from medvlp.losses.contrastive import contrastive_logits, in_batch_accuracy, paired_cross_entropy
 from medvlp.losses.normalise import at_least_float32, unit_norm
+from medvlp.methods.base import StepOutput
 from medvlp.methods.prior.attention import AttentionPool, LocalContext, LocalCrossAttention
 from medvlp.methods.prior.bank import BankedSentences, SentenceBank, gumbel_noise
 from medvlp.methods.prior.config import PRIORConfig
@@ -27,14 +28,15 @@ from medvlp.methods.prior.terms import (
     simsiam,
 )
 from medvlp.prototypes.false_negatives import NOTHING_EXCLUDED, Exclusion
+from medvlp.prototypes.user import to_cluster
 
 #: Terms that need sentences from the bank whatever the stage.
 _BANKED = {"bank", "sentence", "score", "generated"}
 #: Terms that need generated sentences.
 _GENERATED = {"sentence", "score", "generated"}
 
-#: From [B, E] images and reports (None where no term needs them) to the pairs that are no negatives.
-Exclude = Callable[[Tensor | None, Tensor | None], Exclusion]
+#: From [B, E] reports (None where no term embeds them) to the pairs that are no negatives.
+Exclude = Callable[[Tensor | None], Exclusion]
 
 
 class PRIORParts(NamedTuple):
@@ -110,12 +112,12 @@ class PRIORLosses(nn.Module):
         """Whether sentences are generated in this stage, so that reports are cut to `queries` sentences."""
         return bool(_GENERATED & self.config.weights(self.stage).keys())
 
-    def forward(self, parts: PRIORParts, exclude: Exclude | None = None) -> dict[str, Tensor]:
-        """All terms of the stage as 0-d tensors; "loss" is their weighted sum.
+    def forward(self, parts: PRIORParts, exclude: Exclude | None = None) -> StepOutput:
+        """All terms of the stage, their weighted sum, and the embeddings of images and reports if it has any.
 
         Args:
             parts: of this rank's samples.
-            exclude: decides, once images and reports are embedded, which samples are no negatives of each
+            exclude: decides, once reports are embedded, which samples are no negatives of each
                 other in the contrasts between samples ("global", "generated"); None: all are.
         """
         weights = self.config.weights(self.stage)
@@ -130,7 +132,7 @@ class PRIORLosses(nn.Module):
             sentences = banked.sentences.to(parts.patches.dtype)
         terms: dict[str, Tensor] = {}
         report = self.report(sentences, valid) if "global" in weights else None
-        exclusion = NOTHING_EXCLUDED if exclude is None else exclude(parts.image, report)
+        exclusion = NOTHING_EXCLUDED if exclude is None else exclude(report)
         terms |= exclusion.figures
         if parts.image is not None and report is not None:
             terms |= self._global(parts.image, report, exclusion.pairs)
@@ -143,7 +145,7 @@ class PRIORLosses(nn.Module):
         if banked is not None and _GENERATED & weights.keys():
             terms |= self._generation(parts, banked, weights, noise[1], exclusion.pairs)
         loss = torch.stack([weight * terms[f"loss/{name}"] for name, weight in weights.items()]).sum()
-        return {"loss": loss} | terms
+        return StepOutput(loss, terms, to_cluster(parts.image, report), exclusion)
 
     def banked(self, sentences: Tensor, noise: Tensor | None = None) -> BankedSentences:
         """[B, S, E] sentences as mixtures of the bank's prototypes, with the noise that is due."""

@@ -17,13 +17,15 @@ from medvlp.encoders.image import ImageEncoder, ImageFeatures, normalise_image
 from medvlp.encoders.sentences import sentence_means
 from medvlp.encoders.text import TextEncoder, TextFeatures
 from medvlp.losses.normalise import unit_norm
-from medvlp.methods.base import Progress
+from medvlp.methods.base import Progress, StepOutput
 from medvlp.methods.pair import Alignment, EncodedPair, PairMethod, build_encoders
 from medvlp.methods.prior.attention import AttentionPool
 from medvlp.methods.prior.config import STAGES, PRIORConfig
 from medvlp.methods.prior.losses import PRIORLosses, PRIORParts
 from medvlp.methods.prior.modules import LinearHead, patch_vectors
 from medvlp.methods.registry import register
+from medvlp.prototypes.table import PrototypeTable
+from medvlp.prototypes.user import Embedder
 
 _NO_SHARED_SPACE = "with method.global_weights of 0 PRIOR has no embeddings of images and reports"
 
@@ -65,12 +67,12 @@ class PRIOR(Alignment):
         self.register_buffer("reached", torch.tensor([self.objective.stage, 0, 1]))
         self.register_load_state_dict_post_hook(_follow_reached)  # type: ignore[no-untyped-call]
 
-    def forward(self, pair: EncodedPair) -> dict[str, Tensor]:
-        """Losses of a batch by the terms of the stage, "loss", retrieval accuracies and temperatures.
+    def forward(self, pair: EncodedPair, clusters: PrototypeTable | None = None) -> StepOutput:
+        """Losses of a batch by the terms of the stage, retrieval accuracies and temperatures.
 
         The terms: "loss/global", "loss/local_image", "loss/local_text", "loss/bank", "loss/image",
         "loss/sentence", "loss/score", "loss/generated". Besides them the figures of
-        `Objective.share_embeddings`. With "sentence", "score" or "generated" the host waits for the device
+        `exclude_false_negatives`. With "sentence", "score" or "generated" the host waits for the device
         once, for the matching.
         """
         weights = self.config.weights(self.objective.stage)
@@ -82,8 +84,9 @@ class PRIOR(Alignment):
             valid=valid,
             target=self._target(pair.batch.image) if "image" in weights else None,
         )
-        terms: dict[str, Tensor] = self.objective(parts, partial(self.exclude, pair, self.config.negatives))
-        return terms
+        exclude = partial(self.exclude_in, pair, clusters, self.config.negatives)
+        output: StepOutput = self.objective(parts, exclude)
+        return output
 
     def embed_image(self, features: ImageFeatures) -> Tensor:
         return unit_norm(self._image(features)).float()
@@ -135,11 +138,10 @@ class PRIOR(Alignment):
         else:
             self.objective.bank.set(centroids, length)
 
-    def prototype_features(
-        self, image_encoder: ImageEncoder, text_encoder: TextEncoder, batch: Batch
-    ) -> list[Tensor]:
+    def prototype_features(self, method: Embedder, batch: Batch) -> list[Tensor]:
         """[B, S, E] sentences, as the bank gets them; zero in empty slots."""
-        sentences, valid = self._sentences(text_encoder(batch.text), batch.text)
+        assert isinstance(method, PairMethod)
+        sentences, valid = self._sentences(method.text_encoder(batch.text), batch.text)
         return [sentences.masked_fill(~valid[:, :, None], 0)]
 
     def on_progress(self, progress: Progress) -> None:

@@ -84,13 +84,10 @@ def over_training(runs: list[Path]) -> Table:
 def embed_training_samples(method: Method, batches: Iterator[Batch]) -> BankRows:
     """What the ring would hold after these batches: both modalities of every sample."""
     method.train()
-    user = method.service_user
-    user.keep_embeddings = True
     parts = []
     for batch in batches:
-        method(batch)
         labels = label_bits(batch.labels)
-        for modality, values in user.last_embeddings.items():
+        for modality, values in method(batch).embeddings.items():
             same = torch.full_like(batch.sample, MODALITIES.index(modality), dtype=torch.uint8)
             parts.append(BankRows(values, batch.sample, same, torch.zeros_like(batch.sample), labels))
     return BankRows.joined(parts)

@@ -60,7 +60,7 @@ def small_combination(image: str = "vit", **method: Any) -> PairMethod:
 @pytest.mark.parametrize("image", ["vit", "resnet"])
 def test_the_loss_is_the_weighted_sum_of_the_parts(image: str) -> None:
     model = small_combination(image, mgca_weight=1.0, prior_weight=0.25, place_weight=3.0)
-    terms = model(report_batch(REPORTS))
+    terms = model(report_batch(REPORTS)).named
     expected = terms["mgca/loss"] + 0.25 * terms["prior/loss"] + 3.0 * terms["place/loss"]
     torch.testing.assert_close(terms["loss"], expected)
     assert {"mgca/loss/instance", "prior/loss/bank", "place/loss/correlation"} <= set(terms)
@@ -79,7 +79,7 @@ def test_a_part_alone_is_that_method() -> None:
     renamed = {name.replace("parts.mgca.", ""): value for name, value in alone.state_dict().items()}
     mgca.load_state_dict(renamed)
     batch = report_batch(REPORTS)
-    torch.testing.assert_close(alone(batch)["loss"], mgca(batch)["loss"])
+    torch.testing.assert_close(alone(batch).loss, mgca(batch).loss)
     alone.eval(), mgca.eval()
     torch.testing.assert_close(alone.encode_image(batch.image), mgca.encode_image(batch.image))
     assert alone.prototype_user.prototype_size() == (6, 8)
@@ -104,7 +104,7 @@ def test_ranks_of_the_parts_follow_the_combination() -> None:
 @pytest.mark.parametrize("reports", [[[1]], [[], []], [[12]], [[], [3]]])
 def test_corners_stay_finite(reports: list[list[int]]) -> None:
     model = small_combination()
-    terms = model(report_batch(reports))
+    terms = model(report_batch(reports)).named
     terms["loss"].backward()
     assert all(value.isfinite() for value in terms.values())
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)

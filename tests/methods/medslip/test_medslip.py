@@ -54,7 +54,7 @@ def test_any_batch_gives_finite_loss_and_gradients(
         if isinstance(value, int):
             matrix[row] = value
     batch, before = small_batch(matrix), matrix.clone()
-    terms = model(batch)
+    terms = model(batch).named
     assert torch.equal(matrix, before)
     assert set(terms) == TERMS
     assert all(value.ndim == 0 and value.isfinite() for value in terms.values())
@@ -71,7 +71,7 @@ def test_any_batch_gives_finite_loss_and_gradients(
 
 def test_a_batch_without_entities_mentioned_trains_nothing() -> None:
     model = small_medslip()
-    terms = model(small_batch(torch.full((2, 51, 75), -1, dtype=torch.int8)))
+    terms = model(small_batch(torch.full((2, 51, 75), -1, dtype=torch.int8))).named
     assert all(value == 0 for value in terms.values())
     terms["loss"].backward()
     assert all((p.grad == 0).all() for p in model.parameters() if p.requires_grad)
@@ -80,24 +80,24 @@ def test_a_batch_without_entities_mentioned_trains_nothing() -> None:
 @pytest.mark.parametrize("option", [name for name in OFFICIAL if name not in ("negatives", "batch_norm")])
 def test_every_published_choice_changes_the_loss(option: str) -> None:
     batch = small_batch(random_matrix(3))
-    sound = small_medslip()(batch)["loss"]
+    sound = small_medslip()(batch).loss
     if option == "shared_norm":
         model = small_medslip(shared_norm=True)
         assert model.anatomy_decoder.norm is model.pathology_decoder.norm
     else:
-        assert (sound - small_medslip(**{option: OFFICIAL[option]})(batch)["loss"]).abs() > 1e-4
+        assert (sound - small_medslip(**{option: OFFICIAL[option]})(batch).loss).abs() > 1e-4
 
 
 def test_weights_and_terms_add_up_and_unweighted_terms_are_left_out() -> None:
     batch = small_batch(random_matrix(3))
     weights = {"existence_weight": 2.0, "prototype_weight": 0.5, "relation_weight": 3.0}
-    terms = small_medslip(**weights)(batch)
+    terms = small_medslip(**weights)(batch).named
     expected = sum(
         weights[f"{name.split('/')[1].split('_')[0]}_weight"] * terms[name] for name in TERMS - {"loss"}
     )
     torch.testing.assert_close(terms["loss"], expected)
     for name in weights:
-        found = set(small_medslip(**{name: 0.0})(batch))
+        found = set(small_medslip(**{name: 0.0})(batch).named)
         assert found == {term for term in TERMS if name.split("_")[0] not in term}
 
 
@@ -109,10 +109,10 @@ def test_training_lowers_the_loss_and_recognises_the_images() -> None:
     matrix[:, 4, effusion] = torch.tensor([1, 1, 1, 0, 0, 0])
     batch = small_batch(matrix)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
-    first = model(batch)["loss"].item()
+    first = model(batch).loss.item()
     for _ in range(60):
         optimizer.zero_grad()
-        loss = model(batch)["loss"]
+        loss = model(batch).loss
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.5 * first
@@ -126,8 +126,8 @@ def test_training_lowers_the_loss_and_recognises_the_images() -> None:
 def test_a_learned_relation_scale_starts_at_the_root_and_learns() -> None:
     batch = small_batch(random_matrix(3))
     fixed, learned = small_medslip(), small_medslip(relation_scale="learned")
-    torch.testing.assert_close(fixed(batch)["loss/relation"], learned(batch)["loss/relation"])
-    learned(batch)["loss/relation"].backward()
+    torch.testing.assert_close(fixed(batch).terms["loss/relation"], learned(batch).terms["loss/relation"])
+    learned(batch).terms["loss/relation"].backward()
     assert learned.objective.relation_scale.logarithm.grad.abs() > 0
 
 
@@ -198,7 +198,7 @@ def test_the_book_is_saved_stays_float32_and_is_needed() -> None:
     with pytest.raises(RuntimeError, match="prepare"):
         empty(batch)
     empty.load_state_dict(state)
-    torch.testing.assert_close(empty.eval()(batch)["loss"], model.eval()(batch)["loss"])
+    torch.testing.assert_close(empty.eval()(batch).loss, model.eval()(batch).loss)
 
 
 @torch.no_grad()
@@ -227,7 +227,7 @@ def test_embeddings_and_features() -> None:
 
 def test_sine_positions_reach_the_tokens() -> None:
     batch = small_batch(random_matrix(2))
-    assert (small_medslip()(batch)["loss"] - small_medslip(positions="sine")(batch)["loss"]).abs() > 1e-4
+    assert (small_medslip()(batch).loss - small_medslip(positions="sine")(batch).loss).abs() > 1e-4
 
 
 def test_errors_say_what_to_do() -> None:

@@ -46,7 +46,7 @@ def test_local_counts_are_means_of_each_rank(gloo_pool) -> None:
     local = {"negatives": "local", "batch_norm": "local"}
     results = gloo_pool(2).run(gradients, 2, "vit", local)
     batch = batch_of_unlike_ranks()
-    halves = [small_medslip("vit", **local).double()(rows_of(batch, k, k + 4))["loss"].item() for k in (0, 4)]
+    halves = [small_medslip("vit", **local).double()(rows_of(batch, k, k + 4)).loss.item() for k in (0, 4)]
     np.testing.assert_allclose([own["loss"] for own, _ in results], halves, rtol=1e-9)
     whole, _ = gradients(1, "vit", {})
     assert abs(np.mean(halves) - whole["loss"]) > 1e-3
@@ -64,7 +64,7 @@ def train_with_deepspeed(stage: int) -> tuple[dict[str, np.ndarray], dict[str, n
     own = rows_of(batch_of_unlike_ranks(), rank() * half, (rank() + 1) * half)
     for _ in range(2):
         engine.set_learning_rate(1e-2)
-        engine.backward(engine.forward(own)["loss"])
+        engine.backward(engine.forward(own).loss)
         engine.step()
     end = engine.full_weights()
     engine.close()

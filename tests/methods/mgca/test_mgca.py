@@ -52,7 +52,7 @@ def test_any_batch_gives_finite_loss_and_gradients(
     words: list[int], official: bool, dtype: torch.dtype, image: str
 ) -> None:
     model = small_mgca(image, **(OFFICIAL if official else {})).to(dtype)
-    terms = model(small_batch(words))
+    terms = model(small_batch(words)).named
     assert set(terms) == TERMS
     assert all(value.ndim == 0 and value.isfinite() for value in terms.values())
     assert terms["loss"].dtype == torch.float32
@@ -67,17 +67,17 @@ def test_any_batch_gives_finite_loss_and_gradients(
 @pytest.mark.parametrize("image", ["vit", "resnet"])
 def test_fp16_gradients_are_finite(image: str) -> None:
     model = small_mgca(image).half()
-    model(small_batch([3, 7, 1, 5]))["loss"].backward()
+    model(small_batch([3, 7, 1, 5])).loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad.isfinite().all(), name
 
 
 def test_order_of_samples_does_not_matter() -> None:
     batch = small_batch([3, 7, 1, 5])
-    whole = small_mgca()(batch)
+    whole = small_mgca()(batch).named
     reversed_text = type(batch.text)(*(getattr(batch.text, f).flip(0) for f in vars(batch.text)))
     flipped = type(batch)(batch.image.flip(0), reversed_text, batch.sample.flip(0), batch.labels, batch.keys)
-    for name, value in small_mgca()(flipped).items():
+    for name, value in small_mgca()(flipped).named.items():
         torch.testing.assert_close(value, whole[name], msg=name)
 
 
@@ -85,21 +85,23 @@ def test_loss_does_not_depend_on_padding_but_the_published_one_does() -> None:
     batch = small_batch([3, 7, 1, 5], length=16)
     short = rows_of(batch, 0, 4)
     assert short.text.input_ids.shape[1] < 16
-    torch.testing.assert_close(small_mgca()(batch)["loss"], small_mgca()(short)["loss"])
-    official = [small_mgca(**OFFICIAL)(each)["loss"].item() for each in (batch, short)]
+    torch.testing.assert_close(small_mgca()(batch).loss, small_mgca()(short).loss)
+    official = [small_mgca(**OFFICIAL)(each).loss.item() for each in (batch, short)]
     assert abs(official[0] - official[1]) > 1e-4
 
 
 @pytest.mark.parametrize("option", [name for name in OFFICIAL if name not in ("batch_norm", "negatives")])
 def test_every_published_quirk_changes_the_loss(option: str) -> None:
     batch = small_batch([3, 7, 1, 10])
-    sound = small_mgca()(batch)["loss"].item()
-    quirk = small_mgca(**{option: OFFICIAL[option]})(batch)["loss"].item()
+    sound = small_mgca()(batch).loss.item()
+    quirk = small_mgca(**{option: OFFICIAL[option]})(batch).loss.item()
     assert abs(sound - quirk) > 1e-6
 
 
 def test_weights_and_terms_add_up() -> None:
-    terms = small_mgca(instance_weight=2.0, token_weight=0.5, prototype_weight=3.0)(small_batch([3, 4, 5]))
+    terms = small_mgca(instance_weight=2.0, token_weight=0.5, prototype_weight=3.0)(
+        small_batch([3, 4, 5])
+    ).named
     expected = (
         2.0 * terms["loss/instance"]
         + 0.5 * (terms["loss/word"] + terms["loss/patch"])
@@ -113,10 +115,10 @@ def test_training_lowers_the_loss_and_finds_the_pairs() -> None:
     model.on_progress(Progress(0, 0, 60))
     batch = small_batch([3, 7, 1, 5, 2, 6])
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    first = model(batch)["loss"].item()
+    first = model(batch).loss.item()
     for _ in range(60):
         optimizer.zero_grad()
-        terms = model(batch)
+        terms = model(batch).named
         terms["loss"].backward()
         optimizer.step()
     assert terms["loss"].item() < 0.6 * first
@@ -129,7 +131,7 @@ def test_frozen_prototypes_get_zero_gradients() -> None:
     for epoch, frozen in ((0, True), (1, False)):
         model.zero_grad()
         model.on_progress(Progress(epoch, 0, 2))
-        model(small_batch([3, 4]))["loss"].backward()
+        model(small_batch([3, 4])).loss.backward()
         assert (weight.grad == 0).all() == frozen
     assert model.parameters_without_decay() == {"alignment.objective.prototypes.weight"}
     assert "alignment.objective.prototypes.weight" in dict(model.named_parameters())
@@ -161,30 +163,28 @@ def test_embeddings_and_scores() -> None:
 def test_deepcopy_is_independent() -> None:
     model = small_mgca().eval()
     batch = small_batch([3, 7])
-    expected = model(batch)["loss"]
+    expected = model(batch).loss
     copied = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    torch.testing.assert_close(copied(batch)["loss"], expected)
+    torch.testing.assert_close(copied(batch).loss, expected)
 
 
 def test_clusters_replace_learned_prototypes() -> None:
     model = small_mgca(prototype_source="clusters")
     batch = small_batch([3, 7, 1, 5])
-    assert model.service_user.uses_service
+    size = model.service_user.service_size()
+    assert size is not None
     assert model.parameters_without_decay() == set()
     assert not any("prototypes" in name for name, _ in model.named_parameters())
     assert model.prototype_user.prototype_size() is None
-    assert "loss/prototype" not in model(batch)
-    model.service_user.keep_embeddings = True
-    model(batch)
-    size = model.service_user.service_size()
+    before = model(batch)
+    assert "loss/prototype" not in before.terms
     service = SynchronousService(PrototypesConfig(bank_rows=32, iterations=3), *size)
-    service.update(model.service_user.last_embeddings, batch.sample, step=1)
+    service.update(before.embeddings, batch.sample, step=1)
     assert service.refresh(step=1)["prototypes/rows"] == 8
-    model.service_user.prototype_table = service.table
-    terms = model(batch)
+    terms = model(batch, service.table).named
     assert terms["loss/prototype"] > 0
     terms["loss/prototype"].backward()
     assert model.alignment.image_head.linear1.weight.grad.abs().sum() > 0
@@ -247,7 +247,7 @@ def test_registry_and_errors() -> None:
 
 def test_a_term_without_weight_is_neither_computed_nor_built() -> None:
     model = small_mgca(token_weight=0.0, prototype_weight=0.0)
-    terms = model(small_batch([3, 4]))
+    terms = model(small_batch([3, 4])).named
     assert set(terms) == {"loss", "loss/instance", "retrieval/top1", "retrieval/top5"}
     assert terms["loss"] == terms["loss/instance"]
     assert not any("patch_head" in name or "prototypes" in name for name in model.state_dict())

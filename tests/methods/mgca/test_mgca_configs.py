@@ -60,7 +60,7 @@ def test_small_models_run(image: str, method: str) -> None:
     overrides = ["data.image_size=32", "text.layers=null", "data.max_tokens=12"]
     config = load_files(f"methods/{method}", f"models/{image}", "models/bert_cpu", overrides=overrides)
     model = build_method(config, VOCABULARY)
-    terms = model(small_batch([3, 7, 1]))
+    terms = model(small_batch([3, 7, 1])).named
     terms["loss"].backward()
     assert terms["loss"].isfinite()
     assert all(parameter.grad is not None for parameter in model.parameters())

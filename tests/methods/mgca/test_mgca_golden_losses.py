@@ -53,7 +53,7 @@ def build(golden: Golden, dtype: torch.dtype) -> tuple[MGCALosses, MGCAEmbedding
 @every("mgca_losses_*.npz")
 def test_values(golden: Golden, precision: str) -> None:
     objective, embeddings = build(golden, DTYPES[precision])
-    terms = objective(embeddings)
+    terms = objective(embeddings).named
     expected = {
         "loss/instance": "loss_ita",
         "loss/word": "loss_word",
@@ -89,7 +89,7 @@ def test_gradients(
     golden: Golden, published: str, terms: list[str], inputs: dict[str, str], precision: str
 ) -> None:
     objective, embeddings = build(golden, DTYPES[precision])
-    values = objective(embeddings)
+    values = objective(embeddings).named
     sum(values[name] for name in terms).backward()
     leaves = embeddings.tokens._asdict() | embeddings._asdict()
     for short, field in inputs.items():
@@ -105,7 +105,7 @@ def test_gradients(
 def test_prototype_weight_gradient(golden: Golden, precision: str) -> None:
     """Ours is with respect to the weight before normalisation: the published one without its radial part."""
     objective, embeddings = build(golden, DTYPES[precision])
-    objective(embeddings)["loss/prototype"].backward()
+    objective(embeddings).terms["loss/prototype"].backward()
     weight = objective.prototypes.weight
     published = golden(f"grad_{precision}_proto_wrt_protoW")
     radial = (published * weight).sum(1, keepdim=True) * weight

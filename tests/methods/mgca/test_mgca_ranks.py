@@ -47,9 +47,7 @@ def test_local_options_differ_from_global_ones(gloo_pool) -> None:
     results = gloo_pool(2).run(gradients, 2, "vit", local)
     mean = np.mean([own["loss/instance"] for own, _ in results])
     assert abs(mean - terms["loss/instance"]) > 1e-2
-    halves = [
-        small_mgca(**local).double()(rows_of(small_batch(WORDS), k, k + 4))["loss"].item() for k in (0, 4)
-    ]
+    halves = [small_mgca(**local).double()(rows_of(small_batch(WORDS), k, k + 4)).loss.item() for k in (0, 4)]
     np.testing.assert_allclose([own["loss"] for own, _ in results], halves, rtol=1e-9)
 
 
@@ -87,7 +85,7 @@ def train_with_deepspeed(stage: int, precision: str, frozen_steps: int, steps: i
     for step in range(steps):
         model.on_progress(Progress(0 if step < frozen_steps else 1, step, steps))
         engine.set_learning_rate(1e-2)
-        engine.backward(engine.forward(own)["loss"])
+        engine.backward(engine.forward(own).loss)
         engine.step()
         history.append(copy.deepcopy(engine.full_weights().get(name)))
     engine.close()

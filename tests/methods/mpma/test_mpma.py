@@ -50,7 +50,7 @@ def test_any_batch_gives_finite_loss_and_gradients(
     model = small_mpma(**ablation, **ratios).to(dtype)
     batch = small_batch(words)
     before = copy.deepcopy(batch)
-    terms = model(batch)
+    terms = model(batch).named
     assert set(terms) == {"loss"} | LOSSES | METRICS
     assert all(value.ndim == 0 and value.isfinite() for value in terms.values())
     assert terms["loss"].dtype == torch.float32
@@ -115,17 +115,17 @@ def test_hidden_words_and_patches_are_seen_by_no_task() -> None:
     model = small_mpma().eval()
     batch = small_batch([6, 8])
     masks = model.draw_masks(batch)
-    terms = model(batch)
+    terms = model(batch).named
     other = changed(batch, input_ids=batch.text.input_ids.masked_fill(masks.words, 5))
     for name in ("loss/image", "loss/global", "loss/local"):
         torch.testing.assert_close(model(other)[name], terms[name])
-    assert (model(other)["loss/report"] - terms["loss/report"]).abs() > 1e-4
+    assert (model(other).terms["loss/report"] - terms["loss/report"]).abs() > 1e-4
     image = batch.image.clone()
     for row in range(2):
         for patch in masks.patches.hidden[row].tolist():
             y, x = 8 * (patch // 4), 8 * (patch % 4)
             image[row, :, y : y + 8, x : x + 8] = image[row, :, y : y + 8, x : x + 8].flip(-1)
-    found = model(dataclasses.replace(batch, image=image))
+    found = model(dataclasses.replace(batch, image=image)).named
     for name in ("loss/report", "loss/global", "loss/local"):
         torch.testing.assert_close(found[name], terms[name])
     assert (found["loss/image"] - terms["loss/image"]).abs() > 1e-4
@@ -138,7 +138,7 @@ def test_visible_words_and_patches_are_no_targets() -> None:
     model.zero_grad()
     logits = []
     model.report_head.register_forward_hook(lambda _, inputs, output: logits.append(output))
-    terms = model(batch)
+    terms = model(batch).named
     logits[0].retain_grad()
     terms["loss/report"].backward()
     assert (logits[0].grad[~masks.words] == 0).all()
@@ -148,25 +148,25 @@ def test_visible_words_and_patches_are_no_targets() -> None:
 def test_the_report_is_reconstructed_from_the_image() -> None:
     model = small_mpma().eval()
     batch = small_batch([6, 8])
-    terms = model(batch)
-    swapped = model(dataclasses.replace(batch, image=batch.image.flip(0)))
+    terms = model(batch).named
+    swapped = model(dataclasses.replace(batch, image=batch.image.flip(0))).named
     assert (swapped["loss/report"] - terms["loss/report"]).abs() > 1e-5
     plain, reading = small_mpma(), small_mpma(decoder_reads_report=True)
     other = changed(batch, input_ids=batch.text.input_ids.flip(0))
-    assert plain(other)["loss/image"] == plain(batch)["loss/image"]
-    assert (reading(other)["loss/image"] - reading(batch)["loss/image"]).abs() > 1e-6
+    assert plain(other).terms["loss/image"] == plain(batch).terms["loss/image"]
+    assert (reading(other).terms["loss/image"] - reading(batch).terms["loss/image"]).abs() > 1e-6
 
 
 def test_terms_add_up_and_weightless_ones_are_left_out() -> None:
     weights = {"image_weight": 0.5, "report_weight": 2.0, "global_weight": 3.0, "local_weight": 0.25}
     batch = small_batch([3, 4, 5])
-    terms = small_mpma(**weights)(batch)
+    terms = small_mpma(**weights)(batch).named
     expected = sum(weights[f"{name}_weight"] * terms[f"loss/{name}"] for name in
                    ("image", "report", "global", "local"))  # fmt: skip
     torch.testing.assert_close(terms["loss"], expected)
     for name in ("image", "report", "global", "local"):
         model = small_mpma(**{f"{name}_weight": 0.0})
-        terms = model(batch)
+        terms = model(batch).named
         assert LOSSES - set(terms) == {f"loss/{name}"}
         terms["loss"].backward()
         unused = [
@@ -200,7 +200,7 @@ def test_alignment_losses_from_their_definition() -> None:
     model = small_mpma().double().eval()
     batch = small_batch([4, 7, 1])
     masks = model.draw_masks(batch)
-    terms = model(batch)
+    terms = model(batch).named
     image = model.image_encoder(batch.image, visible=masks.patches.visible)
     hidden = model.text_encoder(batch.text, hidden=masks.words).hidden
     seen = is_word(batch.text) & ~masks.words
@@ -237,12 +237,12 @@ def test_temperature_stays_in_its_bounds_and_can_come_back() -> None:
 
 def test_loss_does_not_depend_on_order_or_padding() -> None:
     batch = small_batch([3, 7, 1, 5], length=16)
-    whole = small_mpma()(batch)
+    whole = small_mpma()(batch).named
     short = rows_of(batch, 0, 4)
     assert short.text.input_ids.shape[1] < 16
     turned = Text(*(getattr(short.text, item.name).flip(0) for item in dataclasses.fields(Text)))
     flipped = Batch(short.image.flip(0), turned, short.sample.flip(0), short.labels, short.keys)
-    for name, value in small_mpma()(flipped).items():
+    for name, value in small_mpma()(flipped).named.items():
         torch.testing.assert_close(value, whole[name], msg=name)
 
 
@@ -254,7 +254,7 @@ def test_training_lowers_every_loss(ablation: dict[str, Any]) -> None:
     history = []
     for _ in range(25):
         optimizer.zero_grad()
-        terms = model(batch)
+        terms = model(batch).named
         terms["loss"].backward()
         optimizer.step()
         history.append({name: value.item() for name, value in terms.items()})
@@ -318,20 +318,20 @@ def test_errors_at_build_time() -> None:
 def test_no_weight_is_changed_by_forward_and_copies_are_independent() -> None:
     model = small_mpma().eval()
     before = {name: value.clone() for name, value in model.named_parameters()}
-    loss = model(small_batch([3, 4]))["loss"]
+    loss = model(small_batch([3, 4])).loss
     for name, value in model.named_parameters():
         assert torch.equal(value, before[name]), name
     copied = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    torch.testing.assert_close(copied(small_batch([3, 4]))["loss"], loss)
+    torch.testing.assert_close(copied(small_batch([3, 4])).loss, loss)
     assert model.parameters_without_decay() == {"alignment.temperature.position"}
 
 
 @pytest.mark.parametrize("head", ["mlp", "batch_norm"])
 def test_fp16_gradients_are_finite(head: str) -> None:
     model = small_mpma(head=head).half()
-    model(small_batch([3, 7, 1, 5]))["loss"].backward()
+    model(small_batch([3, 7, 1, 5])).loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is None or parameter.grad.isfinite().all(), name

@@ -38,7 +38,7 @@ def test_small_models_run() -> None:
     heads = ["method.fusion_heads=2", "method.fusion_layers=1"]
     config = load_files("methods/mpma", "models/vit_cpu", "models/bert_cpu", overrides=SMALL + heads)
     model = build_method(config, VOCABULARY)
-    terms = model(small_batch([3, 7, 1]))
+    terms = model(small_batch([3, 7, 1])).named
     terms["loss"].backward()
     assert terms["loss"].isfinite()
 

@@ -48,7 +48,7 @@ def test_local_negatives_are_one_ranks_own(gloo_pool) -> None:
     for (own, _), start in zip(results, (0, 4), strict=True):
         model = small_mpma(**local).double()
         model.on_progress(Progress(0, 17, 100))
-        alone = model(rows_of(small_batch(WORDS), start, start + 4))
+        alone = model(rows_of(small_batch(WORDS), start, start + 4)).named
         assert own["loss/global"] == pytest.approx(alone["loss/global"].item(), rel=1e-9)
     whole, _ = gradients(1, {})
     assert abs(np.mean([own["loss/global"] for own, _ in results]) - whole["loss/global"]) > 1e-2
@@ -68,7 +68,7 @@ def train_with_deepspeed(stage: int, precision: str, method: dict) -> dict[str, 
     for step in range(3):
         model.on_progress(Progress(0, step, 3))
         engine.set_learning_rate(0.05)
-        engine.backward(engine.forward(own)["loss"])
+        engine.backward(engine.forward(own).loss)
         engine.step()
     weights = engine.full_weights()
     engine.close()

@@ -78,7 +78,7 @@ def test_any_batch_gives_finite_loss_and_gradients(
     if flat:
         batch.image.zero_()
     before = copy.deepcopy(batch)
-    terms = model(batch)
+    terms = model(batch).named
     assert all(value.ndim == 0 and value.isfinite() for value in terms.values())
     assert terms["loss"].dtype == torch.float32
     terms["loss"].backward()
@@ -94,7 +94,7 @@ def test_any_batch_gives_finite_loss_and_gradients(
 @pytest.mark.parametrize("image", ["vit", "resnet"])
 def test_fp16_gradients_are_finite(image: str) -> None:
     model = hard_place(image).half()
-    model(report_batch(REPORTS))["loss"].backward()
+    model(report_batch(REPORTS)).loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad.isfinite().all(), name
 
@@ -108,7 +108,7 @@ def test_every_option_changes_the_loss(variant: str) -> None:
     if variant == "pool":
         torch.manual_seed(1)
         changed.alignment.report_pool.score.weight.data.normal_()
-    assert abs(plain(batch)["loss"].item() - changed(batch)["loss"].item()) > 1e-5
+    assert abs(plain(batch).loss.item() - changed(batch).loss.item()) > 1e-5
 
 
 def test_soft_matching_in_the_first_epochs_only() -> None:
@@ -117,10 +117,10 @@ def test_soft_matching_in_the_first_epochs_only() -> None:
     losses = []
     for epoch in (0, 1, 2):
         model.on_progress(Progress(epoch, epoch, 3))
-        losses.append(model(batch)["loss/observation"].item())
-    assert losses[0] == losses[1] == pytest.approx(soft(batch)["loss/observation"].item())
+        losses.append(model(batch).terms["loss/observation"].item())
+    assert losses[0] == losses[1] == pytest.approx(soft(batch).terms["loss/observation"].item())
     assert abs(losses[2] - losses[0]) > 1e-4
-    assert losses[2] == pytest.approx(hard_place()(batch)["loss/observation"].item())
+    assert losses[2] == pytest.approx(hard_place()(batch).terms["loss/observation"].item())
 
 
 def test_metrics_of_observations() -> None:
@@ -138,7 +138,7 @@ def test_metrics_of_observations() -> None:
 def test_weights_and_terms_add_up() -> None:
     weights = {"instance": 2.0, "observation": 0.5, "diversity": 0.3, "correlation": 3.0, "token": 0.25}
     model = hard_place(**{f"{name}_weight": value for name, value in weights.items()})
-    terms = model(report_batch(REPORTS))
+    terms = model(report_batch(REPORTS)).named
     token = weights.pop("token")
     expected = sum(value * terms[f"loss/{name}"] for name, value in weights.items())
     expected = expected + token * (terms["loss/word"] + terms["loss/patch"])
@@ -149,7 +149,7 @@ def test_weights_and_terms_add_up() -> None:
 def test_terms_without_weight_do_not_exist(left: str) -> None:
     weights = dict.fromkeys(("instance", "observation", "correlation", "token"), 0.0) | {left: 1.0}
     model = hard_place(**{f"{name}_weight": value for name, value in weights.items()}, diversity_weight=0.0)
-    terms = model(report_batch(REPORTS))
+    terms = model(report_batch(REPORTS)).named
     expected = {"loss/word", "loss/patch"} if left == "token" else {f"loss/{left}"}
     assert {name for name in terms if name.startswith("loss/")} == expected
     names = {name.split(".")[1] for name, _ in model.named_parameters() if name.startswith("alignment.")}
@@ -167,12 +167,12 @@ def test_loss_depends_neither_on_padding_nor_on_the_order_of_samples() -> None:
     short = rows_of(batch, 0, 4)
     assert short.text.input_ids.shape[1] < 16
     options = {"token_weight": 1.0}
-    whole = hard_place(**options)(batch)
-    for name, value in hard_place(**options)(short).items():
+    whole = hard_place(**options)(batch).named
+    for name, value in hard_place(**options)(short).named.items():
         torch.testing.assert_close(value, whole[name], msg=name, rtol=1e-4, atol=1e-5)
     text = type(batch.text)(*(getattr(batch.text, name).flip(0) for name in vars(batch.text)))
     flipped = type(batch)(batch.image.flip(0), text, batch.sample.flip(0), batch.labels, batch.keys)
-    for name, value in hard_place(**options)(flipped).items():
+    for name, value in hard_place(**options)(flipped).named.items():
         torch.testing.assert_close(value, whole[name], msg=name, rtol=1e-4, atol=1e-5)
 
 
@@ -185,7 +185,7 @@ def test_training_lowers_every_loss(options: dict[str, Any]) -> None:
     for step in range(50):
         model.on_progress(Progress(step // 25, step, 50))
         optimizer.zero_grad()
-        terms = model(batch)
+        terms = model(batch).named
         terms["loss"].backward()
         optimizer.step()
         history.append({name: value.item() for name, value in terms.items()})
@@ -285,7 +285,7 @@ def test_the_shipped_file_runs_with_small_models(image: str) -> None:
     overrides = ["run.dir=/tmp/run", "data.root=/tmp/data", "data.image_size=32", "data.max_tokens=14"]
     config = load(files, [*overrides, "method.decoder_width=48"], schemas())
     model = build_method(config, VOCABULARY)
-    terms = model(report_batch(REPORTS))
+    terms = model(report_batch(REPORTS)).named
     terms["loss"].backward()
     assert terms["loss"].isfinite()
     assert all(parameter.grad is not None for parameter in model.parameters())

@@ -63,7 +63,7 @@ def test_local_negatives_differ_from_global_ones(gloo_pool) -> None:
     for start, (own, _) in zip((0, 4), results, strict=True):
         model = small_place(**local).double()
         model.on_progress(Progress(1, 1, 2))
-        alone = model(rows_of(batch, start, start + 4))["loss"].item()
+        alone = model(rows_of(batch, start, start + 4)).loss.item()
         assert own["loss"] == pytest.approx(alone, rel=1e-9)
 
 
@@ -86,7 +86,7 @@ def train_with_teacher(stage: int, precision: str, steps: int) -> dict[str, Any]
         engine.set_learning_rate(1e-2)
         for part in range(2):
             batch = report_batch(REPORTS, seed=10 * step + part)
-            engine.backward(engine.forward(rows_of(batch, rank() * 4, rank() * 4 + 4))["loss"])
+            engine.backward(engine.forward(rows_of(batch, rank() * 4, rank() * 4 + 4)).loss)
             engine.step()
         teachers.append(dict(model.named_buffers())[f"{name}teacher_weight"].clone())
     engine.close()

@@ -54,7 +54,7 @@ def test_any_batch_gives_finite_loss_and_gradients(
     model = small_prior(image, stage=stage, **(OFFICIAL if official else {})).to(dtype)
     batch = report_batch(reports)
     copies = [value.clone() for value in (batch.image, batch.text.input_ids, batch.text.sentence_index)]
-    terms = model(batch)
+    terms = model(batch).named
     assert set(terms) == TERMS[stage] | METRICS
     assert all(value.ndim == 0 and value.isfinite() for value in terms.values())
     assert terms["loss"].dtype == torch.float32
@@ -72,17 +72,17 @@ def test_any_batch_gives_finite_loss_and_gradients(
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_fp16_gradients_are_finite(stage: int) -> None:
     model = small_prior(stage=stage).half()
-    model(report_batch(REPORTS))["loss"].backward()
+    model(report_batch(REPORTS)).loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad.isfinite().all(), name
 
 
 def test_reports_of_one_sentence_or_none_add_nothing_to_the_local_losses() -> None:
-    one = small_prior(stage=1)(report_batch([[4]]))
+    one = small_prior(stage=1)(report_batch([[4]])).named
     assert one["loss/local_text"] == 0
     assert one["loss/local_image"] != 0
     for stage in (1, 2, 3):
-        none = small_prior(stage=stage)(report_batch([[], []]))
+        none = small_prior(stage=stage)(report_batch([[], []])).named
         for name in TERMS[stage] - {"loss/global", "loss/generated", "loss/image"}:
             assert none[name] == 0, name
 
@@ -93,11 +93,11 @@ def test_neither_padding_nor_order_of_samples_matters(stage: int) -> None:
     short = rows_of(batch, 0, len(REPORTS))
     assert short.text.input_ids.shape[1] < 16
     model = small_prior(stage=stage)
-    whole = model(batch)
+    whole = model(batch).named
     flipped_text = type(batch.text)(*(value.flip(0) for value in vars(batch.text).values()))
     flipped = type(batch)(batch.image.flip(0), flipped_text, batch.sample, batch.labels, batch.keys)
     for other in (short, flipped):
-        for name, value in model(other).items():
+        for name, value in model(other).named.items():
             torch.testing.assert_close(value, whole[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
@@ -110,15 +110,15 @@ def test_sentences_beyond_the_limits_take_no_part() -> None:
     cut.text.sentence_index[beyond] = -1
     for options in ({"stage": 3}, {"stage": 2, "max_sentences": 4}):
         model = small_prior(**options)
-        torch.testing.assert_close(model(first_four)["loss"], model(cut)["loss"])
+        torch.testing.assert_close(model(first_four).loss, model(cut).loss)
     model = small_prior(stage=2)
-    assert abs(model(first_four)["loss"] - model(cut)["loss"]) > 1e-4
+    assert abs(model(first_four).loss - model(cut).loss) > 1e-4
 
 
 def test_weights_and_terms_add_up_and_zero_weights_cost_nothing() -> None:
     model = small_prior(global_weights=[0, 0, 3.0], score_weights=[0, 0, 0.5], image_weights=[0, 0, 0])
     assert model.alignment.objective.image_decoder is None
-    terms = model(report_batch(REPORTS))
+    terms = model(report_batch(REPORTS)).named
     assert "loss/image" not in terms
     factors = {
         "global": 3,
@@ -139,7 +139,7 @@ def test_bank_and_local_text_alone() -> None:
         for name in ("global", "local_image", "image", "sentence", "score", "generated")
     }
     model = small_prior(stage=2, **off)
-    terms = model(report_batch(REPORTS))
+    terms = model(report_batch(REPORTS)).named
     assert {name for name in terms if name.startswith("loss/")} == {"loss/local_text", "loss/bank"}
     terms["loss"].backward()
     without = {name for name, parameter in model.alignment.named_parameters() if parameter.grad is None}
@@ -156,10 +156,10 @@ def test_phases_are_stages() -> None:
     batch = report_batch(REPORTS)
     for phase in (0, 1, 2):
         model.on_progress(Progress(phase, phase, 3, phase))
-        assert set(model(batch)) == TERMS[phase + 1] | METRICS
+        assert set(model(batch).named) == TERMS[phase + 1] | METRICS
     without = small_prior(stage=2)
     without.on_progress(Progress(0, 0, 3, 2))
-    assert set(without(batch)) == TERMS[2] | METRICS
+    assert set(without(batch).named) == TERMS[2] | METRICS
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_noise_is_gumbel_drawn_from_the_default_generator_in_training_only() -> 
     losses = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        losses.append(model(batch)["loss"].item())
+        losses.append(model(batch).loss.item())
     assert losses[0] == losses[1] != losses[2]
     model.eval()
     assert torch.equal(model.encode_text(batch.text), model.encode_text(batch.text))
@@ -208,10 +208,10 @@ def test_training_lowers_the_loss_and_finds_the_pairs() -> None:
     model = small_prior(prototypes=24, temperature=0.1)
     batch = report_batch(REPORTS)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    first = model(batch)
+    first = model(batch).named
     for _ in range(30):
         optimizer.zero_grad()
-        terms = model(batch)
+        terms = model(batch).named
         terms["loss"].backward()
         optimizer.step()
     assert terms["loss"] < 0.5 * first["loss"]
@@ -267,7 +267,7 @@ def test_reconstruction_at_another_size_is_of_the_same_image() -> None:
     target = small_prior(reconstruction_size=16).alignment._target(batch.image)
     blocks = (batch.image.double() / 255).unfold(2, 2, 2).unfold(3, 2, 2).mean((4, 5))
     torch.testing.assert_close(target.double(), (blocks - 0.5) / 0.5, rtol=1e-5, atol=1e-5)
-    assert small_prior(reconstruction_size=16)(batch)["loss/image"].isfinite()
+    assert small_prior(reconstruction_size=16)(batch).terms["loss/image"].isfinite()
 
 
 def test_batch_norm_heads_spread_what_random_encoders_give() -> None:
@@ -275,7 +275,7 @@ def test_batch_norm_heads_spread_what_random_encoders_give() -> None:
     similar = {}
     for norm in ("none", "batch"):
         model = small_prior(head_norm=norm)
-        model(batch)["loss"].backward()
+        model(batch).loss.backward()
         assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
         for _ in range(30):
             model(batch)  # running averages
@@ -321,7 +321,7 @@ def test_kmeans_starts_the_bank_from_sentences() -> None:
     clusters = initialise_prototypes(method, batches, config, seed=0)
     assert clusters.counts.sum() == 3 * 6  # sentences, not slots
     weight = method.alignment.objective.bank.weight
-    (features,) = method.prototype_features(batches[0])
+    (features,) = method.prototype_user.prototype_features(method, batches[0])
     lengths = features.norm(dim=2)
     assert (lengths > 0).sum() == 6
     torch.testing.assert_close(weight.norm(dim=1), weight.norm(dim=1)[:1].expand(len(weight)))

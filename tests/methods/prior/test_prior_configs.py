@@ -62,7 +62,7 @@ def test_small_models_run_through_all_stages(official: bool) -> None:
     batch = dataclasses.replace(batch, image=batch.image.repeat(1, 1, 2, 2))
     for phase in range(3):
         model.on_progress(Progress(phase, phase, 3, phase))
-        model(batch)["loss"].backward()
+        model(batch).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 

@@ -122,7 +122,7 @@ def leaves_of(golden: Golden) -> dict[str, Tensor]:
 def test_terms_and_gradients(golden: Golden, stage: int) -> None:
     objective, leaves = build(golden), leaves_of(golden)
     objective.stage = stage
-    terms = objective(parts_of(golden, stage, leaves))
+    terms = objective(parts_of(golden, stage, leaves)).named
     prefix = f"out_stage{stage}/stage{stage}_"
     published = [name.removeprefix(prefix) for name in golden.names(prefix)]
     assert {TERMS[name] for name in published} == {name for name in terms if name.startswith("loss")}
@@ -176,5 +176,5 @@ def test_every_published_quirk_changes_the_third_stage(golden: Golden, option: s
     for options in ({}, {option: sound[option]}):
         objective = build(golden, **options)
         objective.stage = 3
-        losses.append(objective(parts_of(golden, 3, leaves_of(golden)))["loss"].item())
+        losses.append(objective(parts_of(golden, 3, leaves_of(golden))).loss.item())
     assert abs(losses[0] - losses[1]) > 1e-5

@@ -71,7 +71,7 @@ def train_with_deepspeed(stage: int, precision: str) -> tuple[list[float], dict[
     for step, phase in enumerate((0, 0, 1, 2, 2)):
         method.on_progress(Progress(phase, step, 5, phase))
         engine.set_learning_rate(1e-3)
-        terms = engine.forward(own)
+        terms = engine.forward(own).named
         engine.backward(terms["loss"])
         engine.step()
         losses.append(terms["loss"].item())

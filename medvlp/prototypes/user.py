@@ -1,0 +1,117 @@
+"""What a method, or a part of one, has to do with prototypes: learned ones, service clusters, masks."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from medvlp.config_files import ConfigError
+from medvlp.data.batch import Batch, Text
+from medvlp.losses.normalise import unit_norm
+from medvlp.prototypes.false_negatives import NOTHING_EXCLUDED, Exclusion, exclude_false_negatives
+from medvlp.prototypes.table import PrototypeTable
+
+
+class Embedder(Protocol):
+    """The part of `medvlp.methods.base.Method` that embeds."""
+
+    def encode_image(self, image: Tensor) -> Tensor: ...
+
+    def encode_text(self, text: Text) -> Tensor: ...
+
+
+class PrototypeUser:
+    """The optional part of a method; all of it has a default. A mixin beside `nn.Module`.
+
+    Attributes:
+        mask_clusters: number of service clusters whose samples are no negatives of each other; None: all
+            other samples are negatives (set by `mask_false_negatives`).
+        embedding_need: keys without which there are no embeddings to cluster, for messages.
+    """
+
+    mask_clusters: int | None = None
+    embedding_need: str = "a method that has them"
+
+    def prototype_size(self) -> tuple[int, int] | None:
+        """(number, width) of the learned prototypes that embeddings can start; None without any."""
+        return None
+
+    def set_prototypes(self, centroids: Tensor, length: float = 1.0) -> None:
+        """Write [K, D] unit-norm centroids into the learned prototypes (before the engine takes the weights).
+
+        Args:
+            centroids: found among `prototype_features`.
+            length: mean length of these, for prototypes whose length matters.
+
+        Raises:
+            NotImplementedError: there are no learned prototypes.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no learned prototypes")
+
+    def prototype_features(self, method: Embedder, batch: Batch) -> list[Tensor]:
+        """Features of a batch that k-means may start the learned prototypes from.
+
+        Args:
+            method: the whole method, which has the encoders.
+            batch: the samples.
+
+        Returns:
+            [B, ..., D] tensors; zeros stand where a sample has none. By default the embeddings of images and
+            reports.
+        """
+        return [method.encode_image(batch.image), method.encode_text(batch.text)]
+
+    def service_size(self) -> tuple[int, int] | None:
+        """(number, width) of the service clusters this part uses; None: it uses none."""
+        width = self.embedding_width()
+        return None if self.mask_clusters is None or width is None else (self.mask_clusters, width)
+
+    def embedding_width(self) -> int | None:
+        """Width of the embeddings that every step returns; None: there are none.
+
+        They have to be what some loss shapes: clusters of untrained projections would say nothing.
+        """
+        return None
+
+    def mask_false_negatives(self, clusters: int) -> None:
+        """From now on samples of one service cluster are no negatives of each other (before training).
+
+        Args:
+            clusters: their number, where the part does not have a number of its own.
+
+        Raises:
+            ConfigError: this part returns no embeddings that could be clustered.
+        """
+        if self.embedding_width() is None:
+            raise ConfigError(
+                "prototypes.false_negatives=mask needs embeddings of whole samples that a loss shapes, and "
+                f"{type(self).__name__} has none without {self.embedding_need}: change that, or set "
+                "prototypes.false_negatives=keep"
+            )
+        self.mask_clusters = clusters
+
+    def exclude(
+        self, batch: Batch, clusters: PrototypeTable | None, negatives: str, text: Tensor | None
+    ) -> Exclusion:
+        """Which samples are no negatives of each other.
+
+        Reports alone decide: one cluster id a sample makes "the same cluster" an equivalence, reports worded
+        alike share theirs, and images can be alike in much that is no finding (projection, exposure).
+
+        Args:
+            batch: the samples.
+            clusters: of the service, as `forward` got them.
+            negatives: "global": the contrasts have the negatives of all ranks; "local": of this one.
+            text: [B, D] embeddings of any length. Without those of texts nothing is left out.
+        """
+        if self.mask_clusters is None or clusters is None or text is None:
+            return NOTHING_EXCLUDED
+        unit = unit_norm(text.detach()).float()
+        return exclude_false_negatives(clusters, unit, batch.labels, negatives == "global")
+
+
+def to_cluster(image: Tensor | None, text: Tensor | None) -> dict[str, Tensor]:
+    """`StepOutput.embeddings` of [B, D] embeddings of any length: detached, unit-norm, in float32."""
+    given = {"image": image, "text": text}
+    return {name: unit_norm(value.detach()).float() for name, value in given.items() if value is not None}
