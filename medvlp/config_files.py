@@ -17,8 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from medvlp import trust
 from medvlp.config import Config, ImageConfig, MethodConfig
+from medvlp.config import ConfigError as ConfigError  # the readers of files know it under this name
 from medvlp.config_values import value_problem
-from shards.errors import MedvlpError
 from shards.strict_json import read_limited
 from shards.strict_yaml import YAML_LIMIT, YamlError, check_yaml, parse_yaml
 
@@ -29,12 +29,6 @@ FILE_KEYS = (("evaluation", "prompts"), ("image", "weights"))
 MIN_STD = 1e-6
 
 Schema = TypeVar("Schema")
-
-
-class ConfigError(MedvlpError):
-    """A config file or override is wrong; the message names the key, the source and the remedy."""
-
-    exit_code = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +71,7 @@ def load(
     config = cast(Config, _resolved(merged))
     _check_values(config)
     _check_combinations(config)
+    config.method.check(config)
     found = trust.unsaid(config, [(source.values, source.folder) for source in sources])
     trust.refuse([problem for problem in found if problem[0].key not in unused])
     return config

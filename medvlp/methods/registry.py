@@ -17,7 +17,6 @@ from typing import TypeVar
 
 import medvlp.methods
 from medvlp.config import Config, MethodConfig
-from medvlp.config_files import ConfigError
 from medvlp.methods.base import Method
 from shards.errors import MedvlpError
 
@@ -111,40 +110,15 @@ def build_method(config: Config, vocab_size: int) -> Method:
     Raises:
         UnknownMethodError: no such method.
         EncoderError: an encoder that cannot be built or does not fit the method.
-        ConfigError: keys that contradict each other; the method has no use for `prototypes.anchors`, or no
-            embeddings for `prototypes.false_negatives`.
+        ConfigError: see `MethodConfig.check`.
     """
+    config.method.check(config)
     method = _entry(config.method.name).build(config, vocab_size)
     if config.prototypes.false_negatives == "mask":
         if method.service_user is None:
-            raise ConfigError(
-                f"prototypes.false_negatives=mask: method.name={config.method.name} has no embeddings that "
-                "could be clustered; set prototypes.false_negatives=keep"
-            )
+            raise TypeError(f"{type(method).__name__} has embeddings by its config, but no service_user")
         method.service_user.mask_false_negatives(config.prototypes.clusters)
-    if config.prototypes.anchors:
-        _check_anchors(method, config)
     return method
-
-
-def _check_anchors(method: Method, config: Config) -> None:
-    """Refuse anchors that nothing would use, or that cannot be embedded."""
-    count, user = len(config.prototypes.anchors), method.service_user
-    size = None if user is None else user.service_size()
-    named = f"prototypes.anchors ({count} texts)"
-    if size is None:
-        raise ConfigError(
-            f"{named} hold clusters of the prototype service, which nothing uses: set "
-            "prototypes.false_negatives=mask (or method.prototype_source=clusters with method.name=mgca), or "
-            "prototypes.anchors=[]"
-        )
-    if not method.embeds_reports:
-        raise ConfigError(
-            f"{named} are embedded as reports are, and method.name={config.method.name} embeds no reports: "
-            "set prototypes.anchors=[]"
-        )
-    if count > size[0]:
-        raise ConfigError(f"{named} need as many clusters; there are {size[0]}")
 
 
 def fields_of(name: str) -> frozenset[str]:

@@ -6,7 +6,6 @@ from typing import Protocol
 
 from torch import Tensor
 
-from medvlp.config_files import ConfigError
 from medvlp.data.batch import Batch, Text
 from medvlp.losses.normalise import unit_norm
 from medvlp.prototypes.false_negatives import NOTHING_EXCLUDED, Exclusion, exclude_false_negatives
@@ -27,11 +26,9 @@ class PrototypeUser:
     Attributes:
         mask_clusters: number of service clusters whose samples are no negatives of each other; None: all
             other samples are negatives (set by `mask_false_negatives`).
-        embedding_need: keys without which there are no embeddings to cluster, for messages.
     """
 
     mask_clusters: int | None = None
-    embedding_need: str = "a method that has them"
 
     def prototype_size(self) -> tuple[int, int] | None:
         """(number, width) of the learned prototypes that embeddings can start; None without any."""
@@ -70,7 +67,7 @@ class PrototypeUser:
     def embedding_width(self) -> int | None:
         """Width of the embeddings that every step returns; None: there are none.
 
-        They have to be what some loss shapes: clusters of untrained projections would say nothing.
+        See `MethodConfig.embedding_need`.
         """
         return None
 
@@ -79,16 +76,7 @@ class PrototypeUser:
 
         Args:
             clusters: their number, where the part does not have a number of its own.
-
-        Raises:
-            ConfigError: this part returns no embeddings that could be clustered.
         """
-        if self.embedding_width() is None:
-            raise ConfigError(
-                "prototypes.false_negatives=mask needs embeddings of whole samples that a loss shapes, and "
-                f"{type(self).__name__} has none without {self.embedding_need}: change that, or set "
-                "prototypes.false_negatives=keep"
-            )
         self.mask_clusters = clusters
 
     def exclude(

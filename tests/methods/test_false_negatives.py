@@ -172,7 +172,7 @@ IMPOSSIBLE: dict[str, tuple[str, dict[str, Any], str]] = {
     "combination": (
         "combination",
         {"mgca": MGCAConfig(instance_weight=0.0, prototype_weight=0.0)},
-        r"MGCA has none without method\.instance_weight",
+        r"has none without method\.mgca\.instance_weight",
     ),
     "mpma": ("mpma", {"global_weight": 0.0}, r"method\.global_weight"),
     "place": ("place", {"instance_weight": 0.0, "observation_weight": 1.0}, r"method\.instance_weight"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from medvlp.config import MethodConfig, key
+from medvlp.config import Config, ConfigError, MethodConfig, key
 from medvlp.methods.mgca.config import MGCAConfig
 from medvlp.methods.place.config import PLACEConfig
 from medvlp.methods.prior.config import PRIORConfig
@@ -23,3 +23,51 @@ class CombinationConfig(MethodConfig):
     mgca: MGCAConfig = field(default_factory=MGCAConfig)
     prior: PRIORConfig = field(default_factory=PRIORConfig)
     place: PLACEConfig = field(default_factory=PLACEConfig)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Part -> factor of its loss, of the parts that have one above 0."""
+        weights = {"mgca": self.mgca_weight, "prior": self.prior_weight, "place": self.place_weight}
+        return {name: weight for name, weight in weights.items() if weight > 0}
+
+    @property
+    def clustered(self) -> MethodConfig:
+        """The part whose embeddings the service clusters: MGCA where clusters are its prototypes."""
+        if "mgca" in self.weights and self.mgca.clusters_are_prototypes:
+            return self.mgca
+        parts: dict[str, MethodConfig] = {"mgca": self.mgca, "prior": self.prior, "place": self.place}
+        return parts[self.embeds_with]
+
+    def check(self, config: Config) -> None:
+        if self.embeds_with not in self.weights:
+            raise ConfigError(
+                f"method.embeds_with={self.embeds_with}, but method.{self.embeds_with}_weight is 0"
+            )
+        staged = bool(config.optimizer.phases)
+        for name in self.weights:
+            try:
+                if name == "prior":
+                    self.prior.check_terms(staged)
+                else:
+                    (self.mgca if name == "mgca" else self.place).check_terms()
+            except ConfigError as error:
+                raise ConfigError(str(error).replace("method.", f"method.{name}.")) from error
+        if config.prototypes.init == "kmeans" and self.embeds_with != "mgca":
+            raise ConfigError(
+                "prototypes.init=kmeans clusters the method's embeddings for MGCA's prototypes: it needs "
+                "method.embeds_with=mgca"
+            )
+        if config.prototypes.anchors and self.clustered is self.mgca and self.embeds_with != "mgca":
+            raise ConfigError(
+                "prototypes.anchors are embedded as the method's texts, but "
+                "method.mgca.prototype_source=clusters has MGCA's embeddings clustered, not those of "
+                f"method.embeds_with={self.embeds_with}"
+            )
+        super().check(config)
+
+    def embedding_need(self, config: Config) -> str | None:
+        need = self.clustered.embedding_need(config)
+        return None if need is None else need.replace("method.", f"method.{self.clustered.name}.")
+
+    def service_clusters(self, config: Config) -> int | None:
+        return self.clustered.service_clusters(config)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from medvlp.config import Config, MethodConfig
-from medvlp.config_files import ConfigError
 from medvlp.data.batch import Text
 from medvlp.encoders.image import ImageEncoder, ImageFeatures
 from medvlp.encoders.text import TextEncoder, TextFeatures
@@ -37,9 +36,6 @@ class Combination(Alignment):
         config: keys of the method.
         image: image backbone; text: text backbone (only their sizes and normalisation are read).
         staged: PRIOR follows the optimiser phases.
-
-    Raises:
-        ConfigError: `embeds_with` names a part without weight, or a part's keys contradict each other.
     """
 
     def __init__(
@@ -47,12 +43,7 @@ class Combination(Alignment):
     ) -> None:
         super().__init__()
         self.config = config
-        weights = {"mgca": config.mgca_weight, "prior": config.prior_weight, "place": config.place_weight}
-        self.weights = {name: weight for name, weight in weights.items() if weight > 0}
-        if config.embeds_with not in self.weights:
-            raise ConfigError(
-                f"method.embeds_with={config.embeds_with}, but method.{config.embeds_with}_weight is 0"
-            )
+        self.weights = config.weights
         self.parts = nn.ModuleDict()
         if "mgca" in self.weights:
             self.parts["mgca"] = MGCA(_over_ranks(config.mgca, config), image, text)
@@ -145,16 +136,5 @@ def _over_ranks(part: PartConfig, config: CombinationConfig) -> PartConfig:
 def build(config: Config, vocab_size: int) -> PairMethod:
     """The combination as the config describes it (see `medvlp.methods.registry.build_method`)."""
     method: CombinationConfig = config.method  # type: ignore[assignment]
-    if config.prototypes.init == "kmeans" and method.embeds_with != "mgca":
-        raise ConfigError(
-            "prototypes.init=kmeans clusters the method's embeddings for MGCA's prototypes: it needs "
-            "method.embeds_with=mgca"
-        )
     image, text = build_encoders(config, vocab_size)
-    combination = Combination(method, image, text, staged=bool(config.optimizer.phases))
-    if config.prototypes.anchors and method.embeds_with != "mgca" and combination.service_user.service_size():
-        raise ConfigError(
-            "prototypes.anchors are embedded as the method's texts, but method.mgca.prototype_source="
-            f"clusters has MGCA's embeddings clustered, not those of method.embeds_with={method.embeds_with}"
-        )
-    return PairMethod(image, text, combination)
+    return PairMethod(image, text, Combination(method, image, text, staged=bool(config.optimizer.phases)))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-from medvlp.config import MethodConfig, key
+from medvlp.config import Config, ConfigError, MethodConfig, key
 
 
 @dataclass
@@ -51,3 +51,20 @@ class MeDSLIPConfig(MethodConfig):
     ground_by_anatomy: bool = key(
         False, "grounding: multiply a prompt's attention with that of every anatomy and average"
     )
+
+    embeds_reports: ClassVar[bool] = False
+
+    def check(self, config: Config) -> None:
+        if not config.text.frozen:
+            raise ConfigError("method.name=medslip: its text encoder is never trained; set text.frozen=true")
+        if self.existence_weight == self.prototype_weight == self.relation_weight == 0:
+            raise ConfigError(
+                "no loss is left: set one of method.existence_weight, method.prototype_weight, "
+                "method.relation_weight above 0"
+            )
+        if self.width % self.heads:
+            raise ConfigError(f"method.width={self.width} does not divide into method.heads={self.heads}")
+        super().check(config)
+
+    def embedding_need(self, config: Config) -> str | None:
+        return None  # the streams are trained by every loss

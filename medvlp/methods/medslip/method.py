@@ -50,14 +50,17 @@ class MeDSLIP(Method, PrototypeUser):
         max_tokens: longest text of the book.
 
     Raises:
-        EncoderError: the text encoder would be trained, nothing would, or the width does not divide.
+        EncoderError: positions do not fit the width of the image tokens.
     """
 
     def __init__(
         self, config: MeDSLIPConfig, image: ImageEncoder, text: TextEncoder, max_tokens: int
     ) -> None:
         super().__init__()
-        _check(config, text, image)
+        if config.positions == "sine" and image.local_width % 4:
+            raise EncoderError(
+                f"method.positions=sine needs image tokens of a width that 4 divides, not {image.local_width}"
+            )
         self.config, self.max_tokens = config, max_tokens
         self.image_encoder, self.text_encoder = image, text
         self.book = TextBook(text.width, config.text_pooling, config.standardise_book)
@@ -223,19 +226,6 @@ def _scaled_start(module: nn.Module) -> None:
 def _normal_start(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=0.02)
-
-
-def _check(config: MeDSLIPConfig, text: TextEncoder, image: ImageEncoder) -> None:
-    if not text.config.frozen:
-        raise EncoderError("method.name=medslip: its text encoder is never trained; set text.frozen=true")
-    if config.existence_weight == config.prototype_weight == config.relation_weight == 0:
-        raise EncoderError("method.name=medslip: every weight of a loss is 0, so there is nothing to train")
-    if config.width % config.heads:
-        raise EncoderError(f"method.width={config.width} does not divide into method.heads={config.heads}")
-    if config.positions == "sine" and image.local_width % 4:
-        raise EncoderError(
-            f"method.positions=sine needs image tokens of a width that 4 divides, not {image.local_width}"
-        )
 
 
 @register("medslip", MeDSLIPConfig, fields=["entities"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from medvlp.config import MethodConfig, key
+from medvlp.config import Config, ConfigError, MethodConfig, key
 
 
 @dataclass
@@ -48,3 +48,41 @@ class MGCAConfig(MethodConfig):
     padding_statistics: bool = key(False, "true: empty word slots enter batch-norm statistics (published)")
     attention_off_by_one: bool = key(False, "true: words take the next token's attention (published)")
     lost_last_word: bool = key(False, "true: reports cut at max_tokens lose their last word (published)")
+
+    @property
+    def embeds(self) -> bool:
+        """Whether a loss shapes the embeddings of images and reports."""
+        return self.instance_weight > 0 or self.prototype_weight > 0
+
+    @property
+    def clusters_are_prototypes(self) -> bool:
+        """Whether the prototypes are clusters of the service."""
+        return self.prototype_weight > 0 and self.prototype_source == "clusters"
+
+    def check(self, config: Config) -> None:
+        self.check_terms()
+        if self.clusters_are_prototypes and self.instance_weight == self.token_weight == 0:
+            raise ConfigError(
+                "method.prototype_source=clusters with method.instance_weight=0 and method.token_weight=0 "
+                "leaves no loss before the first refresh of the clusters: set one of the two above 0"
+            )
+        super().check(config)
+        if config.prototypes.false_negatives == "mask" and self.instance_weight == 0:
+            raise ConfigError(
+                "prototypes.false_negatives=mask: method.instance_weight=0 switches off MGCA's only contrast "
+                "between samples; set it above 0, or prototypes.false_negatives=keep"
+            )
+
+    def check_terms(self) -> None:
+        """What holds for a part of a combination too (`ConfigError`)."""
+        if self.instance_weight == self.token_weight == self.prototype_weight == 0:
+            raise ConfigError(
+                "no loss is left: set one of method.instance_weight, method.token_weight, "
+                "method.prototype_weight above 0"
+            )
+
+    def embedding_need(self, config: Config) -> str | None:
+        return None if self.embeds else "method.instance_weight or method.prototype_weight above 0"
+
+    def service_clusters(self, config: Config) -> int | None:
+        return self.prototypes if self.clusters_are_prototypes else super().service_clusters(config)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from medvlp.config import Config
-from medvlp.config_files import ConfigError
 from medvlp.data.batch import Text
 from medvlp.encoders.errors import EncoderError
 from medvlp.encoders.image import ImageEncoder, ImageFeatures
@@ -34,8 +33,6 @@ class MGCA(Alignment):
     Raises:
         EncoderError: attention weights are asked for and a backbone has none.
     """
-
-    embedding_need = "method.instance_weight or method.prototype_weight above 0"
 
     def __init__(self, config: MGCAConfig, image: ImageEncoder, text: TextEncoder) -> None:
         super().__init__()
@@ -115,13 +112,12 @@ class MGCA(Alignment):
 
     def service_size(self) -> tuple[int, int] | None:
         """Clusters that are prototypes have the method's own number; those that mask negatives share them."""
-        if self.config.prototype_weight > 0 and self.config.prototype_source == "clusters":
+        if self.config.clusters_are_prototypes:
             return self.config.prototypes, self.config.embedding
         return super().service_size()
 
     def embedding_width(self) -> int | None:
-        trained = self.config.instance_weight > 0 or self.config.prototype_weight > 0
-        return self.config.embedding if trained else None
+        return self.config.embedding if self.config.embeds else None
 
 
 def _wants_attention(name: str, choice: str, available: bool) -> bool:
@@ -134,21 +130,7 @@ def _wants_attention(name: str, choice: str, available: bool) -> bool:
 
 @register("mgca", MGCAConfig)
 def build(config: Config, vocab_size: int) -> PairMethod:
-    """MGCA as the config describes it (see `medvlp.methods.registry.build_method`).
-
-    Raises:
-        ConfigError: there would be steps without a loss, or masks without a contrast they could change.
-    """
+    """MGCA as the config describes it (see `medvlp.methods.registry.build_method`)."""
     method: MGCAConfig = config.method  # type: ignore[assignment]
-    if method.prototype_source == "clusters" and method.instance_weight == method.token_weight == 0:
-        raise ConfigError(
-            "method.prototype_source=clusters with method.instance_weight=0 and method.token_weight=0 leaves "
-            "no loss before the first refresh of the clusters: set one of the two above 0"
-        )
-    if config.prototypes.false_negatives == "mask" and method.instance_weight == 0:
-        raise ConfigError(
-            "prototypes.false_negatives=mask: method.instance_weight=0 switches off MGCA's only contrast "
-            "between samples; set it above 0, or prototypes.false_negatives=keep"
-        )
     image, text = build_encoders(config, vocab_size)
     return PairMethod(image, text, MGCA(method, image, text))

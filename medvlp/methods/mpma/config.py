@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from medvlp.config import MethodConfig, key
+from medvlp.config import Config, ConfigError, MethodConfig, key
 
 
 @dataclass
@@ -68,3 +68,21 @@ class MPMAConfig(MethodConfig):
     decoder_heads: int = key(16, "attention heads of the image decoder", 1, 1024)
     decoder_reads_report: bool = key(False, "the image decoder also attends to the report")
     normalise_pixels: bool = key(True, "reconstruct pixels normalised in each patch")
+
+    def check(self, config: Config) -> None:
+        if not (self.image_weight or self.report_weight or self.global_weight or self.local_weight):
+            raise ConfigError("method.image_weight, report_weight, global_weight and local_weight are all 0")
+        if not self.temperature_min < self.temperature < self.temperature_max:
+            raise ConfigError(
+                f"method.temperature={self.temperature} must lie between method.temperature_min="
+                f"{self.temperature_min} and method.temperature_max={self.temperature_max}"
+            )
+        if self.image_weight and (self.decoder_width % self.decoder_heads or self.decoder_width % 4):
+            raise ConfigError(
+                f"method.decoder_width={self.decoder_width} must be a multiple of 4 and of "
+                f"method.decoder_heads={self.decoder_heads}"
+            )
+        super().check(config)
+
+    def embedding_need(self, config: Config) -> str | None:
+        return None if self.global_weight else "method.global_weight above 0"

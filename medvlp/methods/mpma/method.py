@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from medvlp import distributed
 from medvlp.config import Config
-from medvlp.config_files import ConfigError
 from medvlp.data.batch import Batch, Text
 from medvlp.encoders.errors import EncoderError
 from medvlp.encoders.image import ImageFeatures
@@ -89,8 +88,6 @@ class MPMA(Method, PrototypeUser):
     Raises:
         EncoderError: widths and heads that do not fit, or a word embedding that cannot be tied.
     """
-
-    embedding_need = "method.global_weight above 0"
 
     def __init__(
         self, config: MPMAConfig, image: MaskedImageEncoder, text: MaskedTextEncoder, seed: int
@@ -296,17 +293,9 @@ def build(config: Config, vocab_size: int) -> MPMA:
     """MPMA as the config describes it (see `medvlp.methods.registry.build_method`).
 
     Raises:
-        ConfigError: every weight is 0, or a first temperature outside its bounds.
         EncoderError: see `MPMA`, `MaskedImageEncoder` and `MaskedTextEncoder`.
     """
     method: MPMAConfig = config.method  # type: ignore[assignment]
-    if not (method.image_weight or method.report_weight or method.global_weight or method.local_weight):
-        raise ConfigError("method.image_weight, report_weight, global_weight and local_weight are all 0")
-    if not method.temperature_min < method.temperature < method.temperature_max:
-        raise ConfigError(
-            f"method.temperature={method.temperature} must lie between method.temperature_min="
-            f"{method.temperature_min} and method.temperature_max={method.temperature_max}"
-        )
     image, text = build_encoders_of(
         partial(MaskedImageEncoder, fixed_positions=method.fixed_positions),
         partial(MaskedTextEncoder, mask_token=method.mask_token),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from medvlp.config import MethodConfig, key
+from medvlp.config import Config, ConfigError, MethodConfig, key
 
 
 @dataclass
@@ -66,3 +66,25 @@ class PLACEConfig(MethodConfig):
         "observation",
         "map of a prompt: attention of its best observation, or patch similarity (needs token_weight)",
     )
+
+    def check(self, config: Config) -> None:
+        self.check_terms()
+        super().check(config)
+
+    def check_terms(self) -> None:
+        """What holds for a part of a combination too (`ConfigError`)."""
+        if self.decoder_width % self.decoder_heads or self.decoder_width % 4:
+            raise ConfigError(
+                f"method.decoder_width={self.decoder_width} must be a multiple of 4 and of "
+                f"method.decoder_heads={self.decoder_heads}"
+            )
+        weights = ("instance_weight", "observation_weight", "correlation_weight", "token_weight")
+        if not any(getattr(self, name) > 0 for name in weights):
+            raise ConfigError(f"no loss is left: set one of method.{', method.'.join(weights)} above 0")
+        if self.observation_score > 0 and self.observation_weight == 0:
+            raise ConfigError("method.observation_score needs method.observation_weight above 0")
+        if self.grounding == "patch" and self.token_weight == 0:
+            raise ConfigError("method.grounding=patch needs method.token_weight above 0")
+
+    def embedding_need(self, config: Config) -> str | None:
+        return None if self.instance_weight > 0 else "method.instance_weight above 0"

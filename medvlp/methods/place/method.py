@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from medvlp.config import Config
-from medvlp.config_files import ConfigError
 from medvlp.data.batch import Text
 from medvlp.encoders.image import ImageEncoder, ImageFeatures
 from medvlp.encoders.projection import ProjectionHead
@@ -46,16 +45,10 @@ class PLACE(Alignment):
     Args:
         config: keys of the method.
         image: image backbone; text: text backbone (only their sizes are read).
-
-    Raises:
-        ConfigError: keys that contradict each other.
     """
-
-    embedding_need = "method.instance_weight above 0"
 
     def __init__(self, config: PLACEConfig, image: ImageEncoder, text: TextEncoder) -> None:
         super().__init__()
-        _check(config)
         self.config = config
         self.soft = config.matching == "soft" or config.soft_epochs > 0
         synchronise = config.batch_norm == "global"
@@ -220,22 +213,6 @@ class PLACE(Alignment):
         else:
             target, usable = feature_correlation(tokens.taught)
         return correlation_loss(tokens.conditioned, target, usable, self.config.huber_delta or None)
-
-
-def _check(config: PLACEConfig) -> None:
-    """Refuse keys that contradict each other (`ConfigError`)."""
-    if config.decoder_width % config.decoder_heads or config.decoder_width % 4:
-        raise ConfigError(
-            f"method.decoder_width={config.decoder_width} must be a multiple of 4 and of "
-            f"method.decoder_heads={config.decoder_heads}"
-        )
-    weights = ("instance_weight", "observation_weight", "correlation_weight", "token_weight")
-    if not any(getattr(config, name) > 0 for name in weights):
-        raise ConfigError(f"no loss is left: set one of method.{', method.'.join(weights)} above 0")
-    if config.observation_score > 0 and config.observation_weight == 0:
-        raise ConfigError("method.observation_score needs method.observation_weight above 0")
-    if config.grounding == "patch" and config.token_weight == 0:
-        raise ConfigError("method.grounding=patch needs method.token_weight above 0")
 
 
 @register("place", PLACEConfig)

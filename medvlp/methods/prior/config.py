@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from medvlp.config import MethodConfig, key
+from medvlp.config import Config, ConfigError, MethodConfig, key
 
 #: Stages of the training, from 1.
 STAGES = 3
+#: Terms that need sentences from the bank whatever the stage.
+BANKED = {"bank", "sentence", "score", "generated"}
+#: Terms that need generated sentences.
+GENERATED = {"sentence", "score", "generated"}
 
 
 @dataclass
@@ -92,3 +97,53 @@ class PRIORConfig(MethodConfig):
             "generated": self.generated_weights,
         }
         return {term: values[stage - 1] for term, values in factors.items() if values[stage - 1]}
+
+    def stages(self, staged: bool) -> Sequence[int]:
+        """Stages of the training to come; `staged`: they follow the optimiser phases."""
+        return range(1, STAGES + 1) if staged else [self.stage]
+
+    def embeds(self, stages: Sequence[int]) -> bool:
+        """Whether a loss shapes the embeddings of images and reports in each of the stages."""
+        return all("global" in self.weights(stage) for stage in stages)
+
+    def has_bank(self, stages: Sequence[int]) -> bool:
+        """Whether sentences go through the bank in any of the stages."""
+        return max(stages) >= self.bank_stage or any(BANKED & self.weights(s).keys() for s in stages)
+
+    def check(self, config: Config) -> None:
+        staged = bool(config.optimizer.phases)
+        self.check_terms(staged)
+        super().check(config)
+        if config.prototypes.init != "random" and not self.has_bank(self.stages(staged)):
+            raise ConfigError(
+                f"prototypes.init={config.prototypes.init} starts PRIOR's bank of sentences, and "
+                f"method.stage={self.stage} has none: set prototypes.init=random or a stage from "
+                "method.bank_stage on"
+            )
+
+    def check_terms(self, staged: bool) -> None:
+        """What holds for a part of a combination too (`ConfigError`)."""
+        for name in [name for name in vars(self) if name.endswith("_weights")]:
+            values = getattr(self, name)
+            if len(values) != STAGES or min(values) < 0:
+                raise ConfigError(
+                    f"method.{name}={values}: give one factor of at least 0 for each of {STAGES} stages"
+                )
+        terms = {term for stage in self.stages(staged) for term in self.weights(stage)}
+        if terms & {"global", "generated"} and self.embedding % self.pool_heads:
+            raise ConfigError(
+                f"method.pool_heads={self.pool_heads} does not divide method.embedding={self.embedding}"
+            )
+        if terms & GENERATED and self.embedding % self.decoder_heads:
+            raise ConfigError(
+                f"method.decoder_heads={self.decoder_heads} does not divide method.embedding={self.embedding}"
+            )
+        for stage in self.stages(staged):
+            if not self.weights(stage):
+                raise ConfigError(
+                    f"every method.*_weights is 0 in stage {stage}, which leaves no loss to train on"
+                )
+
+    def embedding_need(self, config: Config) -> str | None:
+        embeds = self.embeds(self.stages(bool(config.optimizer.phases)))
+        return None if embeds else "method.global_weights above 0 in every stage"

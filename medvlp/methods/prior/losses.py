@@ -16,7 +16,7 @@ from medvlp.losses.normalise import at_least_float32, unit_norm
 from medvlp.methods.base import StepOutput
 from medvlp.methods.prior.attention import AttentionPool, LocalContext, LocalCrossAttention
 from medvlp.methods.prior.bank import BankedSentences, SentenceBank, gumbel_noise
-from medvlp.methods.prior.config import PRIORConfig
+from medvlp.methods.prior.config import BANKED, GENERATED, PRIORConfig
 from medvlp.methods.prior.decoders import SentenceDecoder, UpsamplingDecoder
 from medvlp.methods.prior.modules import LearnedScale, feature_map
 from medvlp.methods.prior.terms import (
@@ -29,11 +29,6 @@ from medvlp.methods.prior.terms import (
 )
 from medvlp.prototypes.false_negatives import NOTHING_EXCLUDED, Exclusion
 from medvlp.prototypes.user import to_cluster
-
-#: Terms that need sentences from the bank whatever the stage.
-_BANKED = {"bank", "sentence", "score", "generated"}
-#: Terms that need generated sentences.
-_GENERATED = {"sentence", "score", "generated"}
 
 #: From [B, E] reports (None where no term embeds them) to the pairs that are no negatives.
 Exclude = Callable[[Tensor | None], Exclusion]
@@ -89,14 +84,13 @@ class PRIORLosses(nn.Module):
         self.cross_attention = LocalCrossAttention(width)
         self.predictor = _predictor(width) if "local_image" in terms else None
         self.local_scale = LearnedScale(config.temperature) if "local_text" in terms else None
-        mixes = bool(terms & _BANKED) or max(stages) >= config.bank_stage
-        self.bank = SentenceBank(config.prototypes, width) if mixes else None
+        self.bank = SentenceBank(config.prototypes, width) if config.has_bank(stages) else None
         self.channel_dropout = nn.Dropout2d(config.channel_dropout)
         self.image_decoder = self.sentence_decoder = None
         if "image" in terms:
             sizes = config.image_decoder_width, grid, size, config.batch_norm == "global"
             self.image_decoder = UpsamplingDecoder(2 * width, *sizes)
-        if terms & _GENERATED:
+        if terms & GENERATED:
             self.sentence_decoder = SentenceDecoder(
                 width,
                 config.queries,
@@ -110,7 +104,7 @@ class PRIORLosses(nn.Module):
     @property
     def generates(self) -> bool:
         """Whether sentences are generated in this stage, so that reports are cut to `queries` sentences."""
-        return bool(_GENERATED & self.config.weights(self.stage).keys())
+        return bool(GENERATED & self.config.weights(self.stage).keys())
 
     def forward(self, parts: PRIORParts, exclude: Exclude | None = None) -> StepOutput:
         """All terms of the stage, their weighted sum, and the embeddings of images and reports if it has any.
@@ -124,7 +118,7 @@ class PRIORLosses(nn.Module):
         sentences, valid = parts.sentences, parts.valid
         noise = parts.noise or (None, None)
         banked = None
-        if self.stage >= self.config.bank_stage or _BANKED & weights.keys():
+        if self.stage >= self.config.bank_stage or BANKED & weights.keys():
             banked = self.banked(sentences, noise[0])
             assert self.bank is not None
             self.bank.count(banked.scores, valid)
@@ -142,7 +136,7 @@ class PRIORLosses(nn.Module):
         if banked is not None and "bank" in weights:
             distance = (banked.sentences - at_least_float32(parts.sentences)).abs().mean(2)
             terms["loss/bank"] = masked_mean(distance, valid, self._mean_over_ranks)
-        if banked is not None and _GENERATED & weights.keys():
+        if banked is not None and GENERATED & weights.keys():
             terms |= self._generation(parts, banked, weights, noise[1], exclusion.pairs)
         loss = torch.stack([weight * terms[f"loss/{name}"] for name, weight in weights.items()]).sum()
         return StepOutput(loss, terms, to_cluster(parts.image, report), exclusion)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -11,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medvlp.config import Config
-from medvlp.config_files import ConfigError
 from medvlp.data.batch import Batch, Text
 from medvlp.encoders.image import ImageEncoder, ImageFeatures, normalise_image
 from medvlp.encoders.sentences import sentence_means
@@ -39,27 +37,24 @@ class PRIOR(Alignment):
         staged: the stage is the optimiser phase + 1; false: `config.stage` throughout.
 
     Raises:
-        ConfigError: factors that do not make a loss in every stage.
         EncoderError: sizes that do not fit the encoders.
     """
 
-    embedding_need = "method.global_weights above 0 in every stage"
     reached: Tensor
 
     def __init__(
         self, config: PRIORConfig, image: ImageEncoder, text: TextEncoder, staged: bool = False
     ) -> None:
         super().__init__()
-        _check_weights(config, staged)
         self.config, self.staged = config, staged
         self._normalisation = (image.config.mean, image.config.std)
         self.size = config.reconstruction_size or image.image_size
-        stages = self._stages()
+        self.stages = config.stages(staged)
         self.patch_projection = _head(image.local_width, config)
         self.sentence_projection = _head(text.width, config)
-        self.objective = PRIORLosses(config, stages, image.grid, self.size)
+        self.objective = PRIORLosses(config, self.stages, image.grid, self.size)
         self.image_pool: AttentionPool | None = None
-        if self._embeds_images(stages):
+        if any("global" in config.weights(stage) for stage in self.stages):
             places = image.grid[0] * image.grid[1]
             self.image_pool = AttentionPool(image.local_width, config.pool_heads, places)
             self.image_projection = _head(image.local_width, config)
@@ -152,22 +147,13 @@ class PRIOR(Alignment):
             self.reached[slot].fill_(value)  # a copy from the host would wait for the device
 
     def embedding_width(self) -> int | None:
-        embeds = all("global" in self.config.weights(stage) for stage in self._stages())
-        return self.config.embedding if embeds else None
+        return self.config.embedding if self.config.embeds(self.stages) else None
 
     def _reach(self, stage: int, step: int, steps: int) -> None:
         share = step / max(1, steps)
         factor = {"fixed": 1.0, "linear": 1 - 0.9 * share, "exponential": 0.1**share}
         self.objective.stage = stage
         self.objective.temperature = self.config.bank_temperature * factor[self.config.bank_schedule]
-
-    def _stages(self) -> Sequence[int]:
-        """Stages of the training to come."""
-        return range(1, STAGES + 1) if self.staged else [self.config.stage]
-
-    def _embeds_images(self, stages: Sequence[int]) -> bool:
-        """Whether a report embedding is learned with images, so that there is a shared space."""
-        return any("global" in self.config.weights(stage) for stage in stages)
 
     def _image(self, features: ImageFeatures) -> Tensor:
         if self.image_pool is None:
@@ -216,21 +202,6 @@ def _head(width: int, config: PRIORConfig) -> LinearHead:
     return LinearHead(width, config.embedding, config.head_norm == "batch", config.batch_norm == "global")
 
 
-def _check_weights(config: PRIORConfig, staged: bool) -> None:
-    names = [name for name in vars(config) if name.endswith("_weights")]
-    for name in names:
-        values = getattr(config, name)
-        if len(values) != STAGES or min(values) < 0:
-            raise ConfigError(
-                f"method.{name}={values}: give one factor of at least 0 for each of {STAGES} stages"
-            )
-    for stage in range(1, STAGES + 1) if staged else [config.stage]:
-        if not config.weights(stage):
-            raise ConfigError(
-                f"every method.*_weights is 0 in stage {stage}, which leaves no loss to train on"
-            )
-
-
 def _follow_reached(module: nn.Module, incompatible: object) -> None:
     """After loading weights: the stage and temperature they were trained with."""
     assert isinstance(module, PRIOR)
@@ -242,10 +213,4 @@ def build(config: Config, vocab_size: int) -> PairMethod:
     """PRIOR as the config describes it (see `medvlp.methods.registry.build_method`)."""
     method: PRIORConfig = config.method  # type: ignore[assignment]
     image, text = build_encoders(config, vocab_size)
-    prior = PRIOR(method, image, text, staged=bool(config.optimizer.phases))
-    if config.prototypes.init != "random" and prior.objective.bank is None:
-        raise ConfigError(
-            f"prototypes.init={config.prototypes.init} starts PRIOR's bank of sentences, and method.stage="
-            f"{method.stage} has none: set prototypes.init=random or a stage from method.bank_stage on"
-        )
-    return PairMethod(image, text, prior)
+    return PairMethod(image, text, PRIOR(method, image, text, staged=bool(config.optimizer.phases)))

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medvlp.config_files import load
+from medvlp.config_files import ConfigError, load
 from medvlp.encoders.errors import EncoderError
 from medvlp.methods.medslip.config import MeDSLIPConfig
 from medvlp.methods.medslip.modules import QueryDecoder
@@ -233,11 +233,11 @@ def test_sine_positions_reach_the_tokens() -> None:
 def test_errors_say_what_to_do() -> None:
     config = small_config()
     config.text.frozen = False
-    with pytest.raises(EncoderError, match=r"text\.frozen=true"):
+    with pytest.raises(ConfigError, match=r"text\.frozen=true"):
         build_method(config, tokenizer().vocab_size)
-    with pytest.raises(EncoderError, match=r"method\.heads=3"):
+    with pytest.raises(ConfigError, match=r"method\.heads=3"):
         small_medslip(heads=3)
-    with pytest.raises(EncoderError, match="nothing to train"):
+    with pytest.raises(ConfigError, match="no loss is left"):
         small_medslip(existence_weight=0, prototype_weight=0, relation_weight=0)
     config = small_config("resnet")
     config.image.local_stage = 9

@@ -303,8 +303,8 @@ def test_losses_in_the_corners() -> None:
         ({"global_weights": [1.0]}, ConfigError, r"method\.global_weights"),
         ({"stage": 1, **{f"{n}_weights": [0, 1, 1] for n in ("global", "local_image", "local_text")}},
          ConfigError, "no loss"),
-        ({"pool_heads": 3}, EncoderError, r"method\.pool_heads=3"),
-        ({"decoder_heads": 3}, EncoderError, r"method\.decoder_heads=3"),
+        ({"pool_heads": 3}, ConfigError, r"method\.pool_heads=3"),
+        ({"decoder_heads": 3}, ConfigError, r"method\.decoder_heads=3"),
         ({"image_decoder_width": 2}, EncoderError, r"method\.image_decoder_width=2"),
     ],
 )  # fmt: skip

@@ -1,0 +1,206 @@
+"""What every method promises, run over the registry: a new method is tested here without a line more."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from medvlp.config_files import ConfigError
+from medvlp.methods.base import Method, Progress, StepOutput
+from tests.methods.gradients import assert_equal_gradients, averaged_gradients
+from tests.methods.small import REPORTS, built, names, reordered, small_batch, small_config
+
+#: Batches in which something that losses divide by, or choose from, is not there.
+BATCHES: dict[str, dict[str, Any]] = {
+    "many": {},
+    "no positives": {"mentioned": 0.0},
+    "one sample": {"reports": [[3, 2]]},
+    "one sentence": {"reports": [[4], [3]]},
+    "one word": {"reports": [[1], [1], [1]]},
+    "some padding": {"reports": [[2, 1], []]},
+    "all padding": {"reports": [[], []], "mentioned": 0.0},
+}
+
+
+def step_of(method: Method, **batch: Any) -> StepOutput:
+    """A step with seeded draws."""
+    torch.manual_seed(1)
+    output: StepOutput = method(small_batch(**batch))
+    return output
+
+
+@pytest.mark.parametrize("case", BATCHES)
+@pytest.mark.parametrize("name", names())
+def test_any_batch_gives_a_finite_step(name: str, case: str) -> None:
+    method = built(small_config(name))
+    output = step_of(method, **BATCHES[case])
+    assert output.loss.shape == ()
+    assert output.loss.dtype == torch.float32
+    assert "loss" not in output.terms
+    for term, value in output.named.items():
+        assert value.shape == (), term
+        assert value.isfinite() or term == "prototypes/mask_precision", term
+    output.loss.backward()
+    for parameter, value in method.named_parameters():
+        assert value.grad is None or value.grad.isfinite().all(), parameter
+
+
+@pytest.mark.parametrize("case", ["many", "some padding"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", names())
+def test_half_precision_is_finite(name: str, dtype: torch.dtype, case: str) -> None:
+    method = built(small_config(name)).to(dtype)
+    output = step_of(method, **BATCHES[case])
+    assert output.loss.dtype == torch.float32, "losses are computed in float32"
+    assert all(value.isfinite() for value in output.named.values())
+    output.loss.backward()
+    if dtype == torch.bfloat16:  # fp16 is trained with a scaled loss, and a step that overflows is skipped
+        assert all(p.grad.isfinite().all() for p in method.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("name", names())
+def test_something_learns_and_everything_trained_is_used(name: str) -> None:
+    method, batch = built(small_config(name)), small_batch()
+    method.on_progress(Progress(1, 0, 15))
+    optimizer = torch.optim.Adam((p for p in method.parameters() if p.requires_grad), lr=3e-3)
+    losses = []
+    for _ in range(15):
+        torch.manual_seed(1)
+        output = method(batch)
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+        losses.append(output.loss.item())
+    unused = [key for key, p in method.named_parameters() if p.requires_grad and p.grad is None]
+    assert not unused
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("name", names())
+def test_the_order_of_samples_does_not_matter(name: str) -> None:
+    method, batch = built(small_config(name)).double(), small_batch()
+    expected = method(batch).named
+    found = method(reordered(batch, torch.randperm(len(REPORTS)))).named
+    assert found.keys() == expected.keys()
+    for term, value in expected.items():
+        torch.testing.assert_close(found[term], value, msg=term)
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_copy_and_a_loaded_state_give_the_same_step(name: str) -> None:
+    method = built(small_config(name))
+    expected = step_of(method)
+    torch.manual_seed(2)
+    config = small_config(name)
+    config.train.seed = 0
+    for other in (copy.deepcopy(method), built(config)):
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.add_(1.0)
+        other.load_state_dict(method.state_dict())
+        torch.testing.assert_close(step_of(other).named, expected.named)
+
+
+def weight_keys(name: str) -> list[str]:
+    """Keys of a method that are the factor of a loss."""
+    config = small_config(name).method
+    return [item.name for item in dataclasses.fields(config) if item.name.endswith("_weight")]
+
+
+@pytest.mark.parametrize(("name", "key"), [(name, key) for name in names() for key in weight_keys(name)])
+def test_weights_add_up(name: str, key: str) -> None:
+    """The loss is linear in each weight, and one of 0 leaves its term out."""
+    whole = built(small_config(name, **{key: 1.0})).double()
+    losses, terms = [], []
+    for weight in (0.0, 1.0, 2.0, 3.0):
+        config = small_config(name, **{key: weight})
+        try:
+            method = built(config).double()
+        except ConfigError:
+            pytest.skip(f"{name} needs {key}: without it the rest of the config is refused")
+        shared = {k: v for k, v in whole.state_dict().items() if k in method.state_dict()}
+        method.load_state_dict(shared)
+        output = step_of(method)
+        losses.append(output.loss.item())
+        terms.append(output.terms.keys())
+    assert losses[1] != pytest.approx(losses[0], rel=1e-9)
+    assert losses[3] - losses[2] == pytest.approx(losses[2] - losses[1], rel=1e-9)
+    assert terms[0] < terms[1] == terms[3]
+
+
+@pytest.mark.parametrize("name", names())
+def test_embeddings_and_scores(name: str) -> None:
+    method, batch = built(small_config(name)).eval(), small_batch()
+    with torch.no_grad():
+        image = method.encode_image(batch.image)
+        scores = method.score(batch.image, batch.text)
+        features = method.image_features(batch.image)
+    assert image.dtype == torch.float32
+    torch.testing.assert_close(image.norm(dim=1), torch.ones(len(REPORTS)))
+    assert features.ndim == 2
+    assert len(features) == len(REPORTS)
+    assert scores.shape == (len(REPORTS), len(REPORTS))
+    assert scores.isfinite().all()
+    if not method.embeds_reports:
+        with pytest.raises(NotImplementedError):
+            method.encode_text(batch.text)
+        return
+    with torch.no_grad():
+        text = method.encode_text(batch.text)
+    torch.testing.assert_close(text.norm(dim=1), torch.ones(len(REPORTS)))
+    if method.scores_by_embedding:
+        torch.testing.assert_close(scores, image @ text.T)
+
+
+@pytest.mark.parametrize("name", names())
+def test_maps(name: str) -> None:
+    method, batch = built(small_config(name)).eval(), small_batch()
+    prompts = small_batch([[3], [2, 1]], seed=1).text
+    try:
+        with torch.no_grad():
+            maps = method.ground(batch.image, prompts)
+    except NotImplementedError:
+        return
+    assert maps.shape[:2] == (len(REPORTS), 2)
+    assert maps.ndim == 4
+    assert maps.dtype == torch.float32
+    assert maps.isfinite().all()
+    with torch.no_grad():
+        alone = method.ground(batch.image[:3], type(prompts)(*(v[:1] for v in vars(prompts).values())))
+    torch.testing.assert_close(alone[:, 0], maps[:3, 0], msg="a map depends on no other image or prompt")
+
+
+@pytest.mark.parametrize("name", names())
+def test_what_the_prototype_service_gets(name: str) -> None:
+    method = built(small_config(name))
+    found = step_of(method).embeddings
+    user = method.service_user
+    width = None if user is None else user.embedding_width()
+    assert bool(found) == (width is not None)
+    for modality, values in found.items():
+        assert modality in ("image", "text")
+        assert values.shape == (len(REPORTS), width)
+        assert values.dtype == torch.float32
+        assert not values.requires_grad
+        torch.testing.assert_close(values.norm(dim=1), torch.ones(len(REPORTS)))
+
+
+def gradients(ranks: int, name: str) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Terms and gradients averaged over ranks, in float64, of this rank's part of one batch."""
+    method = built(small_config(name)).double()
+    method.on_progress(Progress(1, 1, 2))
+    return averaged_gradients(method, small_batch(), ranks)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", names())
+def test_the_gradient_on_two_ranks_is_the_single_process_one(gloo_pool: Any, name: str) -> None:
+    terms, expected = gradients(1, name)
+    results = gloo_pool(2).run(gradients, 2, name)
+    assert np.mean([own["loss"] for own, _ in results]) == pytest.approx(terms["loss"], rel=1e-6)
+    assert_equal_gradients(results, expected)
