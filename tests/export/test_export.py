@@ -22,9 +22,10 @@ from medvlp.evaluation.metrics.bootstrap import Estimate
 from medvlp.evaluation.report import results
 from medvlp.export.errors import ExportError
 from medvlp.export.folder import new_folder
-from medvlp.methods.base import Method
+from medvlp.methods.base import Method, StepOutput
 from medvlp.methods.mgca.config import MGCAConfig
 from medvlp.methods.registry import REGISTRY, Entry
+from medvlp.prototypes.table import PrototypeTable
 from medvlp.runs.errors import CheckpointError, RunFolderError
 from shards.reader import ShardReader
 from tests.export.saved import save_run
@@ -190,8 +191,8 @@ class ImageOnly(Method):
         self.image_encoder = ImageEncoder(config.image, config.data.image_size)
         self.head = torch.nn.Linear(self.image_encoder.width, 4)
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        return {"loss": self.encode_image(batch.image).sum()}
+    def forward(self, batch: Batch, clusters: PrototypeTable | None = None) -> StepOutput:
+        return StepOutput(self.encode_image(batch.image).sum(), {})
 
     def encode_image(self, image: Tensor) -> Tensor:
         return self.head(self.image_features(image))
