@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 FOLDER = Path(os.environ.get("MEDVLP_SLURM_DIR") or f"/tmp/medvlp-slurm-{os.getuid()}")
-WAIT_SECONDS = 60.0
+WAIT_SECONDS = 240.0
 
 
 class ClusterError(Exception):

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from launcher.command_words import split_arguments
-from launcher.doctor import report
-from launcher.doctor.findings import Finding, guarded, ok, warn
-from launcher.doctor.slurm_limits import check_limits, minutes_of
+from launcher.doctor import results
 
 if TYPE_CHECKING:
     from medvlp.config import Config
@@ -48,35 +44,27 @@ def doctor(
     Exit codes: 0 no check failed (some may warn); 9 a check failed; 10 checks failed on some nodes of the job
     only, which are named.
     """
-    from launcher.doctor.collective import check_collective
-    from launcher.doctor.dataset import check_dataset
-    from launcher.doctor.nodes import check_nodes, inside_job
-    from launcher.doctor.storage import check_run_folder
-    from launcher.doctor.tracking import check_tracking
+    from launcher.doctor.checks import CHECKS, Surroundings
 
     config = _config(arguments or [])
-    folder = run_dir or Path(config.run.dir if config is not None else ".")
-    root = data or (config.data.root if config is not None else None)
-    nodes = inside_job(os.environ)
-    findings = guarded("run folder", lambda: check_run_folder(folder))
-    if nodes:
-        findings += guarded("nodes", lambda: check_nodes(folder, _node_arguments(config, root), os.environ))
-    else:
-        findings += _this_machine(config, root)
-    if collective:
-        findings += guarded("all-reduce", lambda: check_collective(dict(os.environ)))
-    if root is not None:
-        findings += guarded("dataset", lambda: check_dataset(root))
-    mode = "auto" if config is None else config.monitor.wandb
-    findings += guarded("W&B", lambda: [check_tracking(mode)])
-    findings += guarded("slurm", lambda: _slurm(cluster, partition, time, array))
+    here = Surroundings(
+        folder=run_dir or Path(config.run.dir if config is not None else "."),
+        data=data or (config.data.root if config is not None else None),
+        config=config,
+        collective=collective,
+        cluster=cluster,
+        partition=partition,
+        time=time,
+        array=array,
+    )
+    found = results.examine(CHECKS, here)
     if bad_nodes is not None:
-        bad_nodes.write_text("".join(f"{node}\n" for node in report.bad_nodes(findings)))
+        bad_nodes.write_text("".join(f"{node}\n" for node in results.bad_nodes(found)))
     if as_json:
-        typer.echo(report.to_json(findings))
+        typer.echo(results.to_json(found))
     else:
-        report.print_findings(findings)
-    report.raise_for(findings, nodes)
+        results.print_results(found)
+    results.raise_for(found, here.job_nodes)
 
 
 def doctor_node(
@@ -86,9 +74,11 @@ def doctor_node(
     remote_data: Annotated[bool, typer.Option("--remote-data")] = False,
 ) -> None:
     """One node's part of `medvlp doctor`, started there by srun."""
-    from launcher.doctor.nodes import print_report, report_node
+    from launcher.doctor.checks import Surroundings
+    from launcher.doctor.nodes import NodeSurroundings, print_report, report_node
 
-    print_report(report_node(token, cache or _cache(None)[0], cache_gigabytes, remote_data))
+    folder = cache or Surroundings(token.parent).node.cache
+    print_report(report_node(token, NodeSurroundings(folder, cache_gigabytes, remote_data)))
 
 
 def doctor_summary(token: Path, reports: Path, since: float, bad_nodes: Path, names: list[str]) -> None:
@@ -99,11 +89,11 @@ def doctor_summary(token: Path, reports: Path, since: float, bad_nodes: Path, na
     from launcher.doctor.nodes import judge_nodes
 
     lines = reports.read_text(encoding="utf-8", errors="replace").splitlines()
-    findings = list(judge_nodes(token, lines, names, since))
-    report.print_findings([finding for finding in findings if finding.status != "ok"])
+    found = list(judge_nodes(token, lines, names, since))
+    results.print_results([result for result in found if result.status != "ok"])
     with bad_nodes.open("a", encoding="utf-8") as file:
-        file.writelines(f"{node}\n" for node in report.bad_nodes(findings))
-    report.raise_for(findings, len(names))
+        file.writelines(f"{node}\n" for node in results.bad_nodes(found))
+    results.raise_for(found, len(names))
 
 
 def doctor_rank() -> None:
@@ -121,64 +111,3 @@ def _config(arguments: list[str]) -> Config | None:
 
     files, overrides = split_arguments(arguments)
     return config_files.load(files, overrides, schemas())
-
-
-def _cache(config: Config | None) -> tuple[Path, float]:
-    from medvlp.config import DataConfig
-    from medvlp.data.cache import cache_folder
-
-    data = DataConfig() if config is None else config.data
-    return cache_folder(data), data.cache_gigabytes
-
-
-def _node_arguments(config: Config | None, root: str | None) -> list[str]:
-    from shards.format import is_remote
-
-    cache, gigabytes = _cache(config)
-    remote = ["--remote-data"] if root is not None and is_remote(root) else []
-    return ["--cache", str(cache), "--cache-gigabytes", str(gigabytes), *remote]
-
-
-def _this_machine(config: Config | None, root: str | None) -> list[Finding]:
-    from launcher.doctor.machine import check_machine
-    from launcher.doctor.software import check_software
-    from launcher.doctor.storage import check_cache
-    from shards.format import is_remote
-
-    remote = root is not None and is_remote(root)
-    return [
-        *guarded("packages", check_software),
-        *guarded("machine", check_machine),
-        *guarded("node cache", lambda: [check_cache(*_cache(config), remote)]),
-    ]
-
-
-def _slurm(
-    cluster: Path | None, partition: str | None, time: str | None, array: int | None
-) -> Iterator[Finding]:
-    from launcher.slurm import slurm_commands
-    from launcher.slurm.cluster_config import load_cluster
-    from shards.errors import UsageError
-
-    if not slurm_commands.is_installed():
-        yield ok("slurm", "not installed on this machine")
-        return
-    try:
-        settings, partitions = slurm_commands.configuration(), slurm_commands.partitions()
-    except slurm_commands.SlurmError as error:
-        yield warn(
-            "slurm", f"no cluster answers ({error})", "on a login node: see SLURM_CONF and scontrol ping"
-        )
-        return
-    default = next((name for name, values in partitions.items() if values.get("Default") == "YES"), None)
-    site = load_cluster(cluster).sbatch
-    name = partition or site.partition or os.environ.get("SLURM_JOB_PARTITION") or default
-    if name not in partitions:
-        raise UsageError(f"--partition {name}: there are {', '.join(partitions)}")
-    yield ok(
-        "slurm",
-        f"{settings.get('SLURM_VERSION', 'version unknown')}, cluster {settings.get('ClusterName', '?')}",
-    )
-    limit = time or site.time
-    minutes = minutes_of(limit) if limit else None
-    yield from check_limits(settings, partitions[name], minutes, site.signal_seconds, array)

@@ -9,8 +9,8 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 
-from launcher.doctor.findings import Finding, fail, ok
 from launcher.doctor.nodes import inside_job, program, run_on_nodes
+from launcher.doctor.results import Result, fail, ok
 
 #: Float32 numbers reduced at once (64 MB), about a bucket of gradients, and how often.
 NUMBERS, TIMES = 1 << 24, 5
@@ -19,7 +19,7 @@ _JOIN = timedelta(seconds=120)
 
 
 def reduce_as_rank() -> None:
-    """Join the group that the environment describes, reduce, check the sum; rank 0 prints the figures.
+    """Join the group that the environment describes, reduce, check the sum; rank 0 prints what it measured.
 
     Raises:
         RuntimeError: the sum is wrong, or a rank was lost.
@@ -45,18 +45,18 @@ def reduce_as_rank() -> None:
     if distributed.is_main():
         # The first one makes connections. A ring moves 2 (n - 1) / n of the bytes over each link.
         best = min(seconds[1:])
-        figures = {
+        times = {
             "ranks": ranks,
             "backend": "nccl" if device.type == "cuda" else "gloo",
             "first_seconds": round(seconds[0], 3),
             "seconds": round(best, 4),
             "gigabytes_per_second": round(2 * (ranks - 1) / ranks * 4 * NUMBERS / best / 1e9, 3),
         }
-        print(MARK + json.dumps(figures), flush=True)
+        print(MARK + json.dumps(times), flush=True)
     distributed.shutdown()
 
 
-def check_collective(environment: dict[str, str]) -> Iterator[Finding]:
+def check_collective(environment: dict[str, str]) -> Iterator[Result]:
     """Run `reduce_as_rank` on all nodes of the job, one task a GPU (or a node), or on this machine.
 
     Args:
@@ -77,12 +77,12 @@ def check_collective(environment: dict[str, str]) -> Iterator[Finding]:
         lines, complaints = _on_this_machine()
     for line in lines:
         if line.startswith(MARK):
-            figures = json.loads(line.removeprefix(MARK))
+            times = json.loads(line.removeprefix(MARK))
             yield ok(
                 "all-reduce",
-                f"{figures['ranks']} ranks on {figures['backend']}: {4 * NUMBERS / 1e6:.0f} MB in "
-                f"{figures['seconds']:g} s ({figures['gigabytes_per_second']:g} GB/s on the wire; the first "
-                f"took {figures['first_seconds']:g} s)",
+                f"{times['ranks']} ranks on {times['backend']}: {4 * NUMBERS / 1e6:.0f} MB in "
+                f"{times['seconds']:g} s ({times['gigabytes_per_second']:g} GB/s on the wire; the first "
+                f"took {times['first_seconds']:g} s)",
             )
             return
     yield fail(

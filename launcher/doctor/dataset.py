@@ -7,13 +7,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from launcher.doctor.findings import Finding, fail, ok
+from launcher.doctor.results import Result, fail, ok
 
 #: Shards whose hash is compared, and samples that are decoded, spread over the dataset.
 SHARDS, SAMPLES = 2, 16
 
 
-def check_dataset(root: str) -> Iterator[Finding]:
+def check_dataset(root: str) -> Iterator[Result]:
     """Compare the hashes of `SHARDS` shards with the index, and decode `SAMPLES` images.
 
     Args:

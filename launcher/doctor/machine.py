@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from launcher.doctor.findings import Finding, fail, ok, warn
+from launcher.doctor.results import Result, fail, ok, warn
 
 GIB = 2**30
 #: Open files that data workers with many shards, W&B and NCCL's sockets may need together.
@@ -17,7 +17,7 @@ ENOUGH_FILES = 4096
 ENOUGH_SHARED_MEMORY = GIB
 
 
-def check_machine() -> Iterator[Finding]:
+def check_machine() -> Iterator[Result]:
     """Accelerators, `/dev/shm`, `ulimit -n` and `ulimit -l`."""
     yield from check_accelerators(os.environ)
     yield _shared_memory(Path("/dev/shm"))
@@ -28,7 +28,7 @@ def check_machine() -> Iterator[Finding]:
     )
 
 
-def check_accelerators(environment: Mapping[str, str]) -> Iterator[Finding]:
+def check_accelerators(environment: Mapping[str, str]) -> Iterator[Result]:
     """Whether the GPUs that Slurm gave (SLURM_GPUS_ON_NODE) are there and compute."""
     import torch
 
@@ -59,7 +59,7 @@ def check_accelerators(environment: Mapping[str, str]) -> Iterator[Finding]:
     yield ok("accelerators", detail)
 
 
-def _gpu_problems(index: int) -> Iterator[Finding]:
+def _gpu_problems(index: int) -> Iterator[Result]:
     """Multiply two matrices of ones on the GPU, and look at its memory."""
     import torch
 
@@ -82,7 +82,7 @@ def _gpu_problems(index: int) -> Iterator[Finding]:
         yield warn(f"GPU {index}", used, "see nvidia-smi for a process that was left behind")
 
 
-def _shared_memory(folder: Path) -> Finding:
+def _shared_memory(folder: Path) -> Result:
     try:
         free = shutil.disk_usage(folder).free
     except OSError as error:
@@ -98,7 +98,7 @@ def _shared_memory(folder: Path) -> Finding:
     return ok("shared memory", f"{folder} has {free / GIB:.1f} GiB free")
 
 
-def open_files(limits: tuple[int, int]) -> Finding:
+def open_files(limits: tuple[int, int]) -> Result:
     """`limits`: soft and hard limit of open files of a process."""
     soft, hard = limits
     if soft == resource.RLIM_INFINITY or soft >= ENOUGH_FILES:
@@ -109,7 +109,7 @@ def open_files(limits: tuple[int, int]) -> Finding:
     return warn("open files", f"ulimit -n {soft} (hard limit {hard})", remedy)
 
 
-def locked_memory(soft: int, has_infiniband: bool) -> Finding:
+def locked_memory(soft: int, has_infiniband: bool) -> Result:
     """`soft`: bytes a process may pin; RDMA adapters need it unlimited."""
     if soft == resource.RLIM_INFINITY:
         return ok("locked memory", "unlimited")

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launcher.doctor.findings import Finding, fail, guarded, ok
 from launcher.doctor.machine import check_machine
+from launcher.doctor.results import Check, Result, examine, fail, ok
 from launcher.doctor.software import check_software
 from launcher.doctor.storage import CLOCK_SECONDS, check_cache, existing_parent, probe_name
 from medvlp.ranks import NODE_LAUNCH
@@ -40,13 +40,13 @@ class NodeReport:
         node: its name for Slurm.
         time: its clock, in seconds since 1970.
         versions: of Python and the packages that can change results.
-        findings: of the checks made there.
+        results: of the checks made there.
     """
 
     node: str
     time: float
     versions: dict[str, str]
-    findings: list[Finding]
+    results: list[Result]
 
 
 def inside_job(environment: Mapping[str, str]) -> int:
@@ -54,22 +54,49 @@ def inside_job(environment: Mapping[str, str]) -> int:
     return int(environment.get("SLURM_JOB_NUM_NODES", "1")) if "SLURM_JOB_ID" in environment else 0
 
 
-def report_node(token: Path, cache: Path, cache_gigabytes: float, remote_data: bool) -> NodeReport:
+@dataclass(frozen=True)
+class NodeSurroundings:
+    """What of a node is looked at: its cache, the gigabytes that may take, and whether shards go there."""
+
+    cache: Path
+    cache_gigabytes: float
+    remote_data: bool
+
+
+#: What is looked at on every node.
+NODE_CHECKS: tuple[Check[NodeSurroundings], ...] = (
+    Check(
+        "packages",
+        lambda here: check_software(),
+        "make the environment anew: pip install --editable . in the checkout, with .ci/constraints.txt",
+    ),
+    Check(
+        "machine",
+        lambda here: check_machine(),
+        "torch has to be importable, and its CUDA to fit the driver (nvidia-smi)",
+    ),
+    Check(
+        "node cache",
+        lambda here: [check_cache(here.cache, here.cache_gigabytes, here.remote_data)],
+        "set data.cache_dir to a node-local folder",
+    ),
+)
+
+
+def report_node(token: Path, here: NodeSurroundings) -> NodeReport:
     """The checks of this node; leaves `<token>.<node>` beside the token, which the other side looks for."""
     from medvlp.runs.run_folder import library_versions
 
     now = time.time()
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    findings = [
-        *guarded("packages", check_software),
-        *guarded("machine", check_machine),
-        *guarded("node cache", lambda: [check_cache(cache, cache_gigabytes, remote_data)]),
-        *guarded("shared storage", lambda: [_answer(token, node)]),
-    ]
-    return NodeReport(node, now, {"python": platform.python_version()} | library_versions(), findings)
+    seen = Check[None](
+        "shared storage", lambda _: [_answer(token, node)], f"see that every node can write to {token.parent}"
+    )
+    results = [*examine(NODE_CHECKS, here), *examine([seen], None)]
+    return NodeReport(node, now, {"python": platform.python_version()} | library_versions(), results)
 
 
-def _answer(token: Path, node: str) -> Finding:
+def _answer(token: Path, node: str) -> Result:
     """Find the token written on the first node, and write an answer beside it."""
     remedy = f"mount {token.parent} on every node, or choose a run.dir that is"
     if not _appears(token):
@@ -98,7 +125,7 @@ def print_report(report: NodeReport) -> None:
         print(f"{MARK}{report.node} {number}/{len(parts)} {part}", flush=True)
 
 
-def check_nodes(folder: Path, arguments: list[str], environment: Mapping[str, str]) -> Iterator[Finding]:
+def check_nodes(folder: Path, arguments: list[str], environment: Mapping[str, str]) -> Iterator[Result]:
     """Look at every node of this job at once.
 
     Args:
@@ -121,7 +148,7 @@ def check_nodes(folder: Path, arguments: list[str], environment: Mapping[str, st
 
 def judge_nodes(
     token: Path, lines: Sequence[str], names: Sequence[str], since: float, complaints: str = ""
-) -> Iterator[Finding]:
+) -> Iterator[Result]:
     """What the reports of all nodes say together; removes the token and the answers to it.
 
     Args:
@@ -186,13 +213,13 @@ def read_reports(lines: Sequence[str]) -> list[NodeReport]:
         places = [f"{number}/{count}" for number in range(count)]
         if set(places) == found.keys():
             values: dict[str, Any] = json.loads("".join(found[place] for place in places))
-            findings = [Finding(**finding) for finding in values.pop("findings")]
-            reports.append(NodeReport(findings=findings, **values))
+            results = [Result(**result) for result in values.pop("results")]
+            reports.append(NodeReport(results=results, **values))
     return sorted(reports, key=lambda report: report.node)
 
 
-def missing_nodes(reports: Sequence[NodeReport], names: Sequence[str], complaints: str) -> Iterator[Finding]:
-    """A failed finding for each node that did not report."""
+def missing_nodes(reports: Sequence[NodeReport], names: Sequence[str], complaints: str) -> Iterator[Result]:
+    """A failed result for each node that did not report."""
     for name in sorted(set(names) - {report.node for report in reports}):
         detail = f"did not report. {complaints}".rstrip()
         remedy = f"look at the node (sinfo -N -l), or leave it out: --exclude={name}"
@@ -211,22 +238,20 @@ def job_nodes(environment: Mapping[str, str]) -> list[str]:
 
 
 def _with_visible_answer(report: NodeReport, token: Path) -> NodeReport:
-    """The report, with a failed finding if what that node wrote is not seen here."""
-    answered = any(
-        finding.check == "shared storage" and finding.status == "ok" for finding in report.findings
-    )
+    """The report, with a failed result if what that node wrote is not seen here."""
+    answered = any(result.check == "shared storage" and result.status == "ok" for result in report.results)
     answer = token.with_name(f"{token.name}.{report.node}")
     if not answered or (_appears(answer) and answer.read_bytes() == token.read_bytes()):
         return report
-    finding = fail(
+    result = fail(
         "shared storage", f"what this node writes to {token.parent} is not seen by the first node",
         "it has a folder of its own there: mount the shared file system on every node",
     )  # fmt: skip
-    others = [other for other in report.findings if other.check != "shared storage"]
-    return replace(report, findings=[*others, finding])
+    others = [other for other in report.results if other.check != "shared storage"]
+    return replace(report, results=[*others, result])
 
 
-def compare_clocks(reports: list[NodeReport], before: float, after: float) -> Iterator[Finding]:
+def compare_clocks(reports: list[NodeReport], before: float, after: float) -> Iterator[Result]:
     """Every node read its clock between two readings of this one's, so what lies outside is skew.
 
     Args:
@@ -244,31 +269,31 @@ def compare_clocks(reports: list[NodeReport], before: float, after: float) -> It
         yield ok("clock", f"{len(reports)} nodes agree within the {after - before:.1f} s that asking took")
 
 
-def compare_versions(reports: list[NodeReport]) -> Iterator[Finding]:
+def compare_versions(reports: list[NodeReport]) -> Iterator[Result]:
     """All nodes should have the versions that most of them have."""
     for package in sorted({name for report in reports for name in report.versions}):
         versions = [report.versions.get(package, "none") for report in reports]
         usual = max(versions, key=versions.count)
         for report, version in zip(reports, versions, strict=True):
             if version != usual:
-                finding = fail(
+                result = fail(
                     "packages", f"{package} is {version}, on other nodes {usual}",
                     "use one environment on shared storage, or one container image",
                 )  # fmt: skip
-                yield replace(finding, node=report.node)
+                yield replace(result, node=report.node)
 
 
-def _by_check(reports: list[NodeReport]) -> Iterator[Finding]:
+def _by_check(reports: list[NodeReport]) -> Iterator[Result]:
     """One line for each check all nodes pass, and one for each node and check that does not."""
-    for check in dict.fromkeys(finding.check for report in reports for finding in report.findings):
+    for check in dict.fromkeys(result.check for report in reports for result in report.results):
         about = [
-            replace(finding, node=report.node)
+            replace(result, node=report.node)
             for report in reports
-            for finding in report.findings
-            if finding.check == check
+            for result in report.results
+            if result.check == check
         ]
-        bad = [finding for finding in about if finding.status != "ok"]
-        good = sorted({finding.detail for finding in about if finding.status == "ok"})
+        bad = [result for result in about if result.status != "ok"]
+        good = sorted({result.detail for result in about if result.status == "ok"})
         yield from bad
         if good and not bad:
             more = f" (and {len(good) - 1} others)" if len(good) > 1 else ""

@@ -3,11 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
-from launcher.doctor.findings import Finding, ok, warn
+from launcher.doctor.results import Result, ok, warn
+from launcher.slurm import slurm_commands
+from launcher.slurm.cluster_config import load_cluster
+from shards.errors import UsageError
 
 #: Slurm sends the warning signal up to this much earlier than asked for (sbatch's manual), in seconds.
 EARLY_SECONDS = 60
+
+
+def check_slurm(
+    cluster: Path | None,
+    partition: str | None,
+    time: str | None,
+    array: int | None,
+    environment: Mapping[str, str],
+) -> Iterator[Result]:
+    """Ask this machine's Slurm, if there is one, and compare a job with what it allows.
+
+    Args:
+        cluster: the site's YAML file; partition, time: over it. array: tasks of an array that will run.
+        environment: of this process.
+    """
+    if not slurm_commands.is_installed():
+        yield ok("slurm", "not installed on this machine")
+        return
+    try:
+        settings, partitions = slurm_commands.configuration(), slurm_commands.partitions()
+    except slurm_commands.SlurmError as error:
+        yield warn(
+            "slurm", f"no cluster answers ({error})", "on a login node: see SLURM_CONF and scontrol ping"
+        )
+        return
+    default = next((name for name, values in partitions.items() if values.get("Default") == "YES"), None)
+    site = load_cluster(cluster).sbatch
+    name = partition or site.partition or environment.get("SLURM_JOB_PARTITION") or default
+    if name not in partitions:
+        raise UsageError(f"--partition {name}: there are {', '.join(partitions)}")
+    yield ok(
+        "slurm",
+        f"{settings.get('SLURM_VERSION', 'version unknown')}, cluster {settings.get('ClusterName', '?')}",
+    )
+    limit = time or site.time
+    minutes = minutes_of(limit) if limit else None
+    yield from check_limits(settings, partitions[name], minutes, site.signal_seconds, array)
 
 
 def check_limits(
@@ -16,7 +57,7 @@ def check_limits(
     minutes: int | None,
     signal_lead: int,
     array: int | None,
-) -> Iterator[Finding]:
+) -> Iterator[Result]:
     """Compare a job with the limits of a partition.
 
     Args:
@@ -54,7 +95,7 @@ def check_limits(
         yield ok("arrays", f"up to {most} tasks")
 
 
-def _signal(minutes: int | None, lead: int) -> Finding:
+def _signal(minutes: int | None, lead: int) -> Result:
     if minutes is not None and 60 * minutes <= lead + EARLY_SECONDS:
         return warn(
             "warning signal", f"{lead} s before a limit of {minutes} min leave no time to train",
@@ -65,7 +106,7 @@ def _signal(minutes: int | None, lead: int) -> Finding:
     )
 
 
-def _preemption(settings: Mapping[str, str], partition: Mapping[str, str]) -> Iterator[Finding]:
+def _preemption(settings: Mapping[str, str], partition: Mapping[str, str]) -> Iterator[Result]:
     """A preempted job has the partition's GraceTime to save, and the signal only where the site sends it."""
     mode = partition.get("PreemptMode", settings.get("PreemptMode", "OFF"))
     if mode.upper() == "OFF":
@@ -85,7 +126,7 @@ def _preemption(settings: Mapping[str, str], partition: Mapping[str, str]) -> It
         )  # fmt: skip
 
 
-def _requeue(settings: Mapping[str, str]) -> Finding:
+def _requeue(settings: Mapping[str, str]) -> Result:
     kill_wait = settings.get("KillWait", "30 sec")
     if settings.get("JobRequeue") == "0":
         return ok(

@@ -12,7 +12,7 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from launcher.doctor.findings import Finding, fail, ok, warn
+from launcher.doctor.results import Result, fail, ok, warn
 
 #: Extras of which one is needed.
 _ALTERNATIVES = ("cpu", "gpu")
@@ -20,11 +20,11 @@ _ALTERNATIVES = ("cpu", "gpu")
 _FOR_DEVELOPERS = ("dev",)
 
 
-def check_software() -> list[Finding]:
+def check_software() -> list[Result]:
     """Python's version, every required package, and the extras."""
     project = _project()
-    findings = [_python(str(project.get("requires-python", "")))]
-    findings.append(_required(_parsed(project["dependencies"])))
+    results = [_python(str(project.get("requires-python", "")))]
+    results.append(_required(_parsed(project["dependencies"])))
     extras: dict[str, list[str]] = project.get("optional-dependencies", {})
     problems = {
         extra: _problems(_parsed(texts)) for extra, texts in extras.items() if extra not in _FOR_DEVELOPERS
@@ -33,13 +33,13 @@ def check_software() -> list[Finding]:
     if alternatives and all(alternatives):
         text = "; ".join(problem for found in alternatives for problem in found)
         remedy = f"for the prototype service: pip install 'medvlp[{_ALTERNATIVES[0]}]'"
-        findings.append(warn("packages", f"no faiss: {text}", remedy))
-    findings += [
+        results.append(warn("packages", f"no faiss: {text}", remedy))
+    results += [
         warn("packages", f"{extra}: {'; '.join(found)}", f"pip install 'medvlp[{extra}]'")
         for extra, found in problems.items()
         if found
     ]
-    return findings
+    return results
 
 
 def _project() -> dict[str, Any]:
@@ -59,7 +59,7 @@ def _parsed(texts: list[str]) -> list[Requirement]:
     return [needed for needed in parsed if needed.marker is None or needed.marker.evaluate({"extra": ""})]
 
 
-def _python(required: str) -> Finding:
+def _python(required: str) -> Result:
     version = platform.python_version()
     if required and version not in SpecifierSet(required):
         return fail(
@@ -70,7 +70,7 @@ def _python(required: str) -> Finding:
     return ok("python", f"{version} at {sys.executable}")
 
 
-def _required(requirements: list[Requirement]) -> Finding:
+def _required(requirements: list[Requirement]) -> Result:
     problems = _problems(requirements)
     if problems:
         return fail(

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from launcher.doctor.findings import Finding, fail, ok, warn
+from launcher.doctor.results import Result, fail, ok, warn
 
 GIB = 2**30
 #: File systems that no other node sees.
@@ -35,7 +35,7 @@ def existing_parent(folder: Path) -> Path:
     return folder
 
 
-def check_run_folder(folder: Path) -> Iterator[Finding]:
+def check_run_folder(folder: Path) -> Iterator[Result]:
     """Write, fsync, rename and read a file where the run folder is or will be; file system, free space."""
     place = existing_parent(folder)
     named = f"{folder}" if place == folder.absolute() else f"{folder} (made below {place})"
@@ -75,7 +75,7 @@ def check_run_folder(folder: Path) -> Iterator[Finding]:
     yield from _kind_and_space(place)
 
 
-def _clock_of_files(modified: float, before: float, after: float) -> Iterator[Finding]:
+def _clock_of_files(modified: float, before: float, after: float) -> Iterator[Result]:
     """The time that the file system gave a file written between two readings of this node's clock."""
     apart = max(before - modified, modified - after, 0.0)
     if apart > CLOCK_SECONDS:
@@ -85,7 +85,7 @@ def _clock_of_files(modified: float, before: float, after: float) -> Iterator[Fi
         )  # fmt: skip
 
 
-def _kind_and_space(place: Path) -> Iterator[Finding]:
+def _kind_and_space(place: Path) -> Iterator[Result]:
     kind = file_system(place)
     nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
     if kind in LOCAL_TYPES and nodes == 1:
@@ -117,7 +117,7 @@ def file_system(folder: Path) -> str:
     return kind
 
 
-def check_cache(folder: Path, gigabytes: float, remote_data: bool) -> Finding:
+def check_cache(folder: Path, gigabytes: float, remote_data: bool) -> Result:
     """Room in the node-local cache for `gigabytes` (1e9 bytes) of remote shards, or for token ids only."""
     place = existing_parent(folder)
     if not os.access(place, os.W_OK):

@@ -6,12 +6,12 @@ import os
 import urllib.error
 import urllib.request
 
-from launcher.doctor.findings import Finding, ok, warn
+from launcher.doctor.results import Result, ok, warn
 
 _SECONDS = 5.0
 
 
-def check_tracking(mode: str = "auto") -> Finding:
+def check_tracking(mode: str = "auto") -> Result:
     """Ask W&B's server for a page when the run would log online (proxies of the environment are used).
 
     Args:

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from launcher.doctor import dataset, machine, nodes, report, software, storage, tracking
-from launcher.doctor.findings import BadNodesError, Finding, UnhealthyError, fail, guarded, ok, warn
+from launcher.doctor import dataset, machine, nodes, results, software, storage, tracking
+from launcher.doctor.checks import CHECKS
 from launcher.doctor.nodes import NodeReport
+from launcher.doctor.results import BadNodesError, Check, Result, UnhealthyError, examine, fail, ok, warn
 from launcher.doctor.slurm_limits import check_limits, minutes_of
 from launcher.main import app
 
@@ -23,8 +24,8 @@ SETTINGS = {"PreemptMode": "OFF", "MaxArraySize": "1001", "JobRequeue": "1", "Ki
 PARTITION = {"PartitionName": "gpu", "MaxTime": "1-00:00:00", "DefaultTime": "01:00:00", "State": "UP"}
 
 
-def statuses(findings: list[Finding]) -> dict[str, str]:
-    return {finding.check: finding.status for finding in findings}
+def statuses(found: list[Result]) -> dict[str, str]:
+    return {result.check: result.status for result in found}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def test_missing_and_old_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("finding", "status", "remedy"),
+    ("result", "status", "remedy"),
     [
         (machine.open_files((INFINITE, INFINITE)), "ok", ""),
         (machine.open_files((1024, 65536)), "warn", "ulimit -n 4096"),
@@ -69,9 +70,9 @@ def test_missing_and_old_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> 
         (machine.locked_memory(8 << 20, True), "fail", "LimitMEMLOCK=infinity"),
     ],
 )
-def test_limits_of_processes(finding: Finding, status: str, remedy: str) -> None:
-    assert finding.status == status
-    assert remedy in finding.remedy
+def test_limits_of_processes(result: Result, status: str, remedy: str) -> None:
+    assert result.status == status
+    assert remedy in result.remedy
 
 
 def test_gpus_that_slurm_gave_and_torch_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,15 +94,13 @@ def test_a_gpu_that_fell_off_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Slurm gave 8 GPUs and torch sees 7: 7 x H100; torch" in found.detail
     # No driver here: whatever computing on a GPU raises is told as a failed check.
     problems = list(machine.check_accelerators({}))
-    assert {finding.check for finding in problems if finding.status == "fail"} == {
-        f"GPU {n}" for n in range(7)
-    }
+    assert {result.check for result in problems if result.status == "fail"} == {f"GPU {n}" for n in range(7)}
 
 
 def test_a_run_folder_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
-    findings = list(storage.check_run_folder(tmp_path / "deep" / "run"))
-    assert findings[0].status == "ok"
-    assert f"made below {tmp_path}" in findings[0].detail
+    found = list(storage.check_run_folder(tmp_path / "deep" / "run"))
+    assert found[0].status == "ok"
+    assert f"made below {tmp_path}" in found[0].detail
     assert not list(tmp_path.iterdir())
     (refused,) = storage.check_run_folder(Path("/proc/run"))
     assert (refused.check, refused.status) == ("run folder", "fail")
@@ -165,7 +164,7 @@ def test_times_of_slurm(text: str, minutes: int | None) -> None:
 
 def test_limits_of_slurm() -> None:
     good = list(check_limits(SETTINGS, PARTITION, 120, 300, 100))
-    assert {finding.status for finding in good} == {"ok"}
+    assert {result.status for result in good} == {"ok"}
     bad = statuses(list(check_limits(SETTINGS, PARTITION | {"State": "DRAIN"}, 1441, 300, 1001)))
     assert bad["time limit"] == bad["partition"] == bad["arrays"] == "warn"
     assert statuses(list(check_limits(SETTINGS, PARTITION, 6, 300, None)))["warning signal"] == "warn"
@@ -188,8 +187,8 @@ def test_preemption_without_warning_is_told(parameters: str, grace: str, mode: s
     assert found["preemption"] == status
 
 
-def node(name: str, time: float = 100.5, torch: str = "2.6", *findings: Finding) -> NodeReport:
-    return NodeReport(name, time, {"torch": torch}, list(findings))
+def node(name: str, time: float = 100.5, torch: str = "2.6", *found: Result) -> NodeReport:
+    return NodeReport(name, time, {"torch": torch}, list(found))
 
 
 def lines_of(reports: list[NodeReport], capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -212,13 +211,13 @@ def test_nodes_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     found = list(
         nodes.judge_nodes(token, lines_of(reports, capsys), ["n1", "n2", "n3", "n4"], 0.0, "refused")
     )
-    failed = {(finding.node, finding.check) for finding in found if finding.status == "fail"}
+    failed = {(result.node, result.check) for result in found if result.status == "fail"}
     assert failed == {("n1", "clock"), ("n3", "packages"), ("n3", "shared storage"), ("n4", "nodes")}
     assert not list(tmp_path.iterdir())
     with pytest.raises(BadNodesError, match="n1,n3,n4"):
-        report.raise_for(found, 5)
+        results.raise_for(found, 5)
     with pytest.raises(UnhealthyError):
-        report.raise_for(found, 3)
+        results.raise_for(found, 3)
 
 
 def test_reports_are_put_together_from_mixed_lines(capsys: pytest.CaptureFixture[str]) -> None:
@@ -242,20 +241,31 @@ def test_a_folder_of_the_nodes_own_is_found(
 
 
 def test_the_report_and_its_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
-    findings = [ok("a", "fine"), warn("b", "so so [x]", "do this"), fail("c", "broken", "do that")]
-    report.print_findings(findings)
+    found = [ok("a", "fine"), warn("b", "so so [x]", "do this"), fail("c", "broken", "do that")]
+    results.print_results(found)
     printed = capsys.readouterr().out
     assert "so so [x]" in printed
     assert "-> do that" in printed
-    values = json.loads(report.to_json(findings))
+    values = json.loads(results.to_json(found))
     assert (values["status"], values["bad_nodes"], len(values["findings"])) == ("fail", [], 3)
-    assert report.worst(findings[:2]) == "warn"
-    report.raise_for(findings[:2], 0)
+    assert results.worst(found[:2]) == "warn"
+    results.raise_for(found[:2], 0)
     with pytest.raises(UnhealthyError, match="c: broken") as raised:
-        report.raise_for(findings, 0)
+        results.raise_for(found, 0)
     assert raised.value.exit_code == 9
-    (broken,) = guarded("x", lambda: [ok("x", str(1 / 0))])
-    assert (broken.status, "ZeroDivisionError" in broken.detail) == ("fail", True)
+
+
+def test_a_check_that_breaks_off_has_failed_with_the_remedy_of_its_table() -> None:
+    checks = [
+        Check[int]("x", lambda here: [ok("x", str(1 / here))], "do not divide"),
+        Check[int]("y", lambda here: [ok("y", str(here))], ""),
+        Check[int]("z", lambda here: [ok("z", "")], "", lambda here: here > 0),
+    ]
+    broken, fine = examine(checks, 0)
+    assert (broken.check, broken.status, broken.remedy) == ("x", "fail", "do not divide")
+    assert "ZeroDivisionError" in broken.detail
+    assert fine == ok("y", "0")
+    assert all(check.remedy for check in (*CHECKS, *nodes.NODE_CHECKS))
 
 
 def test_the_command_on_this_machine(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,7 +275,7 @@ def test_the_command_on_this_machine(shards: Path, tmp_path: Path, monkeypatch: 
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     values = json.loads(result.output)
-    assert {finding["check"] for finding in values["findings"]} >= {"python", "packages", "dataset", "slurm"}
+    assert {result["check"] for result in values["findings"]} >= {"python", "packages", "dataset", "slurm"}
     broken = CliRunner().invoke(app, [*words[:4], str(tmp_path / "none")])
     assert isinstance(broken.exception, UnhealthyError)
     assert sys.executable in result.output

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from typer.testing import CliRunner
@@ -22,6 +22,11 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAM = REPOSITORY / "slurm" / "local-cluster"
 #: Python in the ranks of a job finds `faults/sitecustomize.py` here.
 FAULTS = Path(__file__).parent / "faults"
+#: Bound of what is waited for, reached by nothing but a fault: machines may be busy.
+PATIENCE = 900
+Answer = TypeVar("Answer")
+#: What the fixture `tiny` gives: the words behind `medvlp submit` for a run of a name.
+Tiny = Callable[..., list[str]]
 
 
 class Cluster:
@@ -39,7 +44,7 @@ class Cluster:
     def manage(self, *arguments: str) -> str:
         """Run slurm/local-cluster."""
         finished = subprocess.run(
-            [sys.executable, str(PROGRAM), *arguments], capture_output=True, text=True, timeout=120
+            [sys.executable, str(PROGRAM), *arguments], capture_output=True, text=True, timeout=PATIENCE
         )
         assert finished.returncode == 0, finished.stderr
         return finished.stdout
@@ -62,7 +67,7 @@ class Cluster:
         (job,) = slurm_commands.list_jobs([job_id])
         return job
 
-    def wait(self, what: str, condition: Callable[[], Any], seconds: float = 150) -> Any:
+    def wait(self, what: str, condition: Callable[[], Answer | None], seconds: float = PATIENCE) -> Answer:
         """Poll until `condition` says something; its answer."""
         deadline = time.monotonic() + seconds
         while True:
@@ -73,7 +78,7 @@ class Cluster:
                 pytest.fail(f"no {what} within {seconds:g} s")
             time.sleep(0.2)
 
-    def wait_for_end(self, job_id: int, run: Path | None = None, seconds: float = 240) -> Job:
+    def wait_for_end(self, job_id: int, run: Path | None = None, seconds: float = PATIENCE) -> Job:
         """The job once it is over; on the way out its log is printed for the report of a failure."""
         try:
             return self.wait(f"end of job {job_id}", lambda: self._over(job_id), seconds)
@@ -90,13 +95,17 @@ class Cluster:
         states = subprocess.check_output(["sinfo", "-h", "-N", "-p", "batch", "-o", "%T"], text=True)
         return states.split().count("idle")
 
-    def wait_for_step(self, run: Path, step: int, seconds: float = 150) -> None:
+    def wait_for_step(self, run: Path, step: int, seconds: float = PATIENCE) -> None:
         """Until the run has logged a step."""
         self.wait(f"step {step} of {run.name}", lambda: last_step(run) >= step, seconds)
 
-    def wait_for_start(self, run: Path, count: int, seconds: float = 150) -> None:
+    def wait_for_start(self, run: Path, count: int, seconds: float = PATIENCE) -> None:
         """Until the run's training has begun for the `count`-th time."""
         self.wait(f"start {count} of {run.name}", lambda: len(starts(run)) >= count, seconds)
+
+    def wait_for_attempt(self, run: Path, count: int) -> None:
+        """Until a run's batch script has started for the `count`-th time."""
+        self.wait(f"attempt {count} of {run.name}", lambda: len(attempts(run)) >= count)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

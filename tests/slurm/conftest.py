@@ -34,7 +34,13 @@ def cluster() -> Iterator[Cluster]:
     running = Cluster(folder, disk)
     try:
         running.manage(
-            "start", "--nodes", "3", "--isolation", os.environ.get("MEDVLP_SLURM_ISOLATION", "auto")
+            "start",
+            "--nodes",
+            "3",
+            "--grace",
+            "300",
+            "--isolation",
+            os.environ.get("MEDVLP_SLURM_ISOLATION", "auto"),
         )
         yield running
     finally:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
 from launcher.slurm import slurm_commands
-from tests.slurm.cluster import lines
+from tests.slurm.cluster import PATIENCE, Cluster, Tiny, lines
 from tests.slurm.commands import medvlp
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3 * PATIENCE)]
 
 BUILD = [
     "build",
@@ -27,12 +28,12 @@ BUILD = [
 ]
 
 
-def submitted(output):
+def submitted(output: str) -> list[int]:
     """The ids of the first job and of the one that depends on it."""
     return [int(number) for number in re.findall(r"(?:array|job|evaluation) (\d+)", output)][:2]
 
 
-def test_parts_built_by_an_array_are_the_dataset_of_one_process(cluster, tmp_path):
+def test_parts_built_by_an_array_are_the_dataset_of_one_process(cluster: Cluster, tmp_path: Path) -> None:
     parted, whole = tmp_path / "parted", tmp_path / "whole"
     output = medvlp(
         "submit", "shards", *BUILD, "--out", parted, "--parts", "4", "--time", "5", "--cpus-per-task", "1"
@@ -42,7 +43,7 @@ def test_parts_built_by_an_array_are_the_dataset_of_one_process(cluster, tmp_pat
     assert cluster.wait_for_end(merging, parted).state == "COMPLETED"
     tasks = slurm_commands.list_jobs([array])
     assert [task.state for task in tasks] == ["COMPLETED"] * 4
-    assert sorted(task.array_task_id for task in tasks) == [0, 1, 2, 3]
+    assert {task.array_task_id for task in tasks} == {0, 1, 2, 3}
     names = {path.name for path in whole.iterdir()}
     assert {path.name for path in parted.iterdir()} == names | {"slurm"}
     for name in names:
@@ -52,7 +53,7 @@ def test_parts_built_by_an_array_are_the_dataset_of_one_process(cluster, tmp_pat
     assert medvlp("logs", array).count("is built") == 4
 
 
-def test_nothing_is_merged_when_a_part_fails(cluster, tmp_path):
+def test_nothing_is_merged_when_a_part_fails(cluster: Cluster, tmp_path: Path) -> None:
     missing = ["--table", tmp_path / "none.csv", "--images", tmp_path, "--map", tmp_path / "none.yaml"]
     output = medvlp(
         "submit",
@@ -73,7 +74,9 @@ def test_nothing_is_merged_when_a_part_fails(cluster, tmp_path):
     assert "cannot read map" in medvlp("logs", array)
 
 
-def test_evaluations_run_after_a_training_and_are_joined(cluster, tiny, tmp_path):
+def test_evaluations_run_after_a_training_and_are_joined(
+    cluster: Cluster, tiny: Tiny, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     training = cluster.submit(*tiny("run", "train.steps=2", "evaluation.bootstrap=20", "--nodes", "1"))
     output = medvlp(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -50,13 +51,13 @@ def ended(restart: int, code: int | None, step: int | None, asked: bool = False,
         (99, False, "stop", "exit code 99"),
     ],
 )
-def test_every_exit_code_has_its_consequence(code, asked, action, reason):
+def test_every_exit_code_has_its_consequence(code: int, asked: bool, action: str, reason: str) -> None:
     decision = decide([], ended(0, code, 4, asked), max_requeues=3)
     assert decision.action == action
     assert reason in decision.reason
 
 
-def test_two_failures_at_one_step_stop_and_at_different_steps_do_not():
+def test_two_failures_at_one_step_stop_and_at_different_steps_do_not() -> None:
     earlier = [ended(0, 137, 7), ended(1, 75, 9)]
     assert (
         decide(earlier, ended(2, 139, 7), 9).reason == "failed twice at step 7: killed by SIGSEGV (code 139)"
@@ -65,24 +66,24 @@ def test_two_failures_at_one_step_stop_and_at_different_steps_do_not():
     assert decide(earlier, ended(2, 75, 7), 9).action == "requeue"
 
 
-def test_a_lost_node_is_no_failure_of_the_run():
+def test_a_lost_node_is_no_failure_of_the_run() -> None:
     lost = Attempt(1, 0, "node1", "then", step=7)
     assert decide([lost], ended(1, 137, 7), 9).action == "requeue"
 
 
-def test_the_user_and_slurm_end_a_job_for_good():
+def test_the_user_and_slurm_end_a_job_for_good() -> None:
     assert "cancelled on request" in decide([], ended(0, 75, 4), 9, cancelled=True).reason
     decision = decide([], ended(0, 75, 4), 9, terminated=True)
     assert (decision.action, "Slurm is ending the job" in decision.reason) == ("leave", True)
 
 
-def test_slurm_may_start_a_job_again_that_it_ended(tmp_path):
+def test_slurm_may_start_a_job_again_that_it_ended(tmp_path: Path) -> None:
     start_attempt(tmp_path, 5, slurm(tmp_path, 0))
     assert end_attempt(tmp_path, 6, 5, False, True, slurm(tmp_path, 0))[0].action == "leave"
     assert start_attempt(tmp_path, 5, slurm(tmp_path, 1)).restart == 1
 
 
-def test_a_job_whose_time_is_too_short_for_a_step_stops():
+def test_a_job_whose_time_is_too_short_for_a_step_stops() -> None:
     history = [ended(restart, 138, None, asked=True) for restart in range(8)]
     assert decide(history, ended(8, 75, None, asked=True), 99).action == "requeue"
     decision = decide([*history, ended(8, 75, None)], ended(9, 138, None, asked=True), 99)
@@ -94,7 +95,7 @@ def test_a_job_whose_time_is_too_short_for_a_step_stops():
     st.lists(st.tuples(CODES, st.integers(0, 2), st.booleans()), min_size=1, max_size=12),
     st.integers(0, 5),
 )
-def test_a_job_always_ends(ends, max_requeues):
+def test_a_job_always_ends(ends: list[Any], max_requeues: int) -> None:
     """Played through as a batch script would: never more starts than allowed, never on after a real error."""
     history: list[Attempt] = []
     for restart, (code, step, asked) in enumerate(ends):
@@ -121,7 +122,7 @@ def test_a_job_always_ends(ends, max_requeues):
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 9), st.sampled_from([0, 3, 6, 75, 137])), max_size=5))
-def test_the_first_cause_over_nodes(ends):
+def test_the_first_cause_over_nodes(ends: list[tuple[float, int]]) -> None:
     cause = first_cause(ends)
     codes = {code for _, code in ends}
     if not ends:
@@ -141,7 +142,7 @@ def slurm(run: Path, restart: int) -> dict[str, str]:
     return {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restart), "SLURM_JOB_NODELIST": "n[1-2]"} | exits
 
 
-def test_starts_and_ends_are_recorded_one_line_each(tmp_path):
+def test_starts_and_ends_are_recorded_one_line_each(tmp_path: Path) -> None:
     start_attempt(tmp_path, 5, slurm(tmp_path, 0))
     assert read_attempts(tmp_path)[0].ended is None
     (tmp_path / "metrics.jsonl").write_text('{"step": 3}\n{"step": 4}\n{"ste')
@@ -159,14 +160,14 @@ def test_starts_and_ends_are_recorded_one_line_each(tmp_path):
         start_attempt(tmp_path, 5, slurm(tmp_path, 2))
 
 
-def test_slurm_itself_cannot_requeue_more_often_than_allowed(tmp_path):
+def test_slurm_itself_cannot_requeue_more_often_than_allowed(tmp_path: Path) -> None:
     start_attempt(tmp_path, 1, slurm(tmp_path, 1))
     with pytest.raises(AttemptError, match="requeued 2 times, more than max_requeues=1"):
         start_attempt(tmp_path, 1, slurm(tmp_path, 2))
     assert read_attempts(tmp_path)[-1].decision == "stop"
 
 
-def test_a_request_to_cancel_counts_for_its_job_only(tmp_path):
+def test_a_request_to_cancel_counts_for_its_job_only(tmp_path: Path) -> None:
     (tmp_path / "slurm").mkdir()
     request_cancel(tmp_path, 6)
     for restart, action in [(0, "requeue"), (1, "stop")]:
@@ -175,7 +176,7 @@ def test_a_request_to_cancel_counts_for_its_job_only(tmp_path):
         request_cancel(tmp_path, 7)
 
 
-def test_a_run_folder_that_cannot_be_used_is_one_clear_error(tmp_path):
+def test_a_run_folder_that_cannot_be_used_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "slurm").write_text("not a folder")
     with pytest.raises(AttemptError, match="slurm"):
         start_attempt(tmp_path, 5, slurm(tmp_path, 0))
@@ -183,7 +184,7 @@ def test_a_run_folder_that_cannot_be_used_is_one_clear_error(tmp_path):
         end_attempt(tmp_path, 75, 5, True, False, slurm(tmp_path, 0))
 
 
-def test_what_is_no_attempt_in_the_record_is_passed_over(tmp_path):
+def test_what_is_no_attempt_in_the_record_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "slurm").mkdir()
     (tmp_path / "slurm/attempts.jsonl").write_text('nothing\n[1]\n{"job_id": 7}\n')
     start_attempt(tmp_path, 5, slurm(tmp_path, 0))

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import attempts
+from tests.slurm.cluster import PATIENCE, Cluster, Tiny, attempts
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3 * PATIENCE)]
 
 
-def test_all_nodes_of_a_job_are_looked_at(cluster, data, tmp_path):
+def test_all_nodes_of_a_job_are_looked_at(cluster: Cluster, data: Path, tmp_path: Path) -> None:
     options = f"--run-dir {tmp_path / 'run'} --data {data} --collective --json"
     command = f"{sys.executable} -m launcher.main doctor {options} > {tmp_path / 'report.json'}"
     job_id = cluster.sbatch(f"{command} 2> {tmp_path / 'errors'}", "--nodes=2", "--time=5")
@@ -29,7 +30,9 @@ def test_all_nodes_of_a_job_are_looked_at(cluster, data, tmp_path):
     assert not list(tmp_path.glob(".medvlp-doctor-*"))
 
 
-def test_a_node_that_does_not_see_the_run_folder_is_left_out(cluster, tiny, tmp_path):
+def test_a_node_that_does_not_see_the_run_folder_is_left_out(
+    cluster: Cluster, tiny: Tiny, tmp_path: Path
+) -> None:
     if cluster.small_disk is None:
         pytest.skip("only nodes with file systems of their own can lose one (needs root's rights)")
     run = tmp_path / "run"

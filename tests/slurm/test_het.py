@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
 from launcher.slurm import slurm_commands
-from tests.slurm.cluster import attempts
+from tests.slurm.cluster import PATIENCE, Cluster, Tiny, attempts
 from tests.slurm.commands import listed, medvlp
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3 * PATIENCE)]
 
 
-def test_the_prototype_server_runs_beside_the_training(cluster, tiny, tmp_path):
+def test_the_prototype_server_runs_beside_the_training(cluster: Cluster, tiny: Tiny, tmp_path: Path) -> None:
     run = tmp_path / "run"
     more = ["train.steps=100000", "checkpoint.every_steps=20", "--nodes", "1"]
     job_id = cluster.submit(*tiny("run", *more, "--serve-prototypes", "--port 0", "--beside", "mem=2G"))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from launcher.slurm import slurm_commands
-from tests.slurm.cluster import attempts, last_step
+from tests.slurm.cluster import PATIENCE, Cluster, Tiny, attempts, last_step
 from tests.slurm.commands import listed, medvlp
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3 * PATIENCE)]
 
 
-def test_a_run_is_watched_cancelled_and_resumed_on_more_nodes(cluster, tiny, tmp_path):
+def test_a_run_is_watched_cancelled_and_resumed_on_more_nodes(
+    cluster: Cluster, tiny: Tiny, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     first = cluster.submit(*tiny("run", "train.steps=100000", "checkpoint.every_steps=50", "--nodes", "1"))
     cluster.wait_for_step(run, 3)
@@ -53,7 +57,7 @@ def test_a_run_is_watched_cancelled_and_resumed_on_more_nodes(cluster, tiny, tmp
     assert rows == [(str(first), step), (str(second.id), step + 4)]
 
 
-def test_a_job_that_waits_is_cancelled_at_once(cluster, tiny, tmp_path):
+def test_a_job_that_waits_is_cancelled_at_once(cluster: Cluster, tiny: Tiny, tmp_path: Path) -> None:
     before = cluster.sbatch("sleep 600", "--begin=now+1hour")
     try:
         job_id = cluster.submit(*tiny("run", "--dependency", f"afterok:{before}"))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shlex
 import subprocess
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given, settings
@@ -42,7 +44,7 @@ def bash(script: str, **environment: str) -> str:
 
 @settings(max_examples=25, deadline=None)
 @given(st.text(st.characters(blacklist_characters="\x00\r", blacklist_categories=["Cs"]), max_size=30))
-def test_only_names_of_variables_live_in_a_quoted_value(text):
+def test_only_names_of_variables_live_in_a_quoted_value(text: str) -> None:
     plain = text.replace("$", "")
     assert bash(f"printf %s {quote_with_variables(plain)}") == plain
     with_name = f"{plain}/${{NAME}}$NAME/$(false)`false`"
@@ -50,7 +52,7 @@ def test_only_names_of_variables_live_in_a_quoted_value(text):
     assert bash(f"printf %s {quote_with_variables(with_name)}", NAME="a b") == expected
 
 
-def test_options_become_directives():
+def test_options_become_directives() -> None:
     request = SlurmRequest(
         "my run; rm -rf ~", Path("/runs/a b/slurm/job-%j.out"), nodes=2, gpus_per_node=4, gpu_type="a100",
         time="1-02:00:00", signal_seconds=90, exclusive=True, dependency="afterok:12", constraint="a100&ib",
@@ -77,16 +79,16 @@ def test_options_become_directives():
         {"dependency": ""},
     ],
 )
-def test_values_that_could_be_something_else_are_refused(wrong):
+def test_values_that_could_be_something_else_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
-        directives(SlurmRequest(**({"job_name": "a", "output": Path("/out")} | wrong)))
+        directives(replace(SlurmRequest("a", Path("/out")), **wrong))
 
 
 @pytest.mark.parametrize(
     ("time", "seconds"),
     [("90", 5400), ("1:30", 90), ("2:00:00", 7200), ("1-2", 93600), ("1-2:30", 95400), ("UNLIMITED", None)],
 )
-def test_time_limits_are_read_as_slurm_reads_them(time, seconds):
+def test_time_limits_are_read_as_slurm_reads_them(time: str, seconds: int | None) -> None:
     assert limit_seconds(time) == seconds
 
 
@@ -127,7 +129,7 @@ def test_memory_as_sbatch_takes_it(memory: str | None) -> None:
     assert (f"#SBATCH --mem={memory}" in lines) == (memory is not None)
 
 
-def test_the_warning_fits_into_the_time():
+def test_the_warning_fits_into_the_time() -> None:
     site = ClusterConfig()
     for time, given_seconds, expected in [
         ("60", None, 300),
@@ -143,7 +145,7 @@ def test_the_warning_fits_into_the_time():
         build_request(site, Path("/out"), "a", 1, {"time": "1", "signal_seconds": 60})
 
 
-def test_the_command_line_stands_above_the_site_and_extra_options_add_up():
+def test_the_command_line_stands_above_the_site_and_extra_options_add_up() -> None:
     site = load_cluster(CLUSTERS / "preemptible.yaml")
     request = build_request(
         site, Path("/out"), "a", 2, {"partition": "other", "gpus_per_node": None, "extra": ["-H"]}
@@ -158,7 +160,7 @@ def hostile_job(site: ClusterConfig) -> PretrainJob:
 
 
 @pytest.mark.parametrize("kind", ["none", "apptainer", "pyxis"])
-def test_a_script_holds_names_as_they_are(kind):
+def test_a_script_holds_names_as_they_are(kind: Literal["none", "apptainer", "pyxis"]) -> None:
     site = ClusterConfig(
         container=Container(kind, None if kind == "none" else "my image.sif", ["/a b:/c"]),
         environment={"NAME": "it's $HOME; $(no)"},
@@ -188,7 +190,7 @@ def test_a_script_holds_names_as_they_are(kind):
         assert "--container-mounts=/a b:/c" in words
 
 
-def test_how_a_job_calls_the_program():
+def test_how_a_job_calls_the_program() -> None:
     assert program(ClusterConfig())[1:] == ["-m", "launcher.main"]
     assert program(ClusterConfig(container=Container("apptainer", "x.sif"))) == ["medvlp"]
     assert program(ClusterConfig(command=["/opt/medvlp"])) == ["/opt/medvlp"]
@@ -198,7 +200,7 @@ def test_how_a_job_calls_the_program():
 
 
 @pytest.mark.parametrize("name", ["cpu", "8xh100", "preemptible"])
-def test_the_examples_render(name, tmp_path):
+def test_the_examples_render(name: str, tmp_path: Path) -> None:
     command = [
         "submit", *TINY, "data.root=/data", f"run.dir={tmp_path / 'run'}", "train.global_batch=64",
         "--nodes", "2", "--cluster", str(CLUSTERS / f"{name}.yaml"), "--dry-run",
@@ -225,14 +227,14 @@ def test_the_examples_render(name, tmp_path):
         ("- a", "not a list"),
     ],
 )
-def test_a_wrong_site_file_is_named(tmp_path, text, message):
+def test_a_wrong_site_file_is_named(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "site.yaml"
     file.write_text(text)
     with pytest.raises((ConfigError, UsageError), match=rf"site\.yaml.*{message}|{message}"):
         load_cluster(file)
 
 
-def test_a_template_without_a_value_is_an_error():
+def test_a_template_without_a_value_is_an_error() -> None:
     with pytest.raises(TemplateError, match=r"slurm/pretrain\.sbatch\.j2: .* is undefined"):
         render("pretrain.sbatch.j2", directives=[])
     with pytest.raises(TemplateError, match="nothing"):
@@ -240,6 +242,6 @@ def test_a_template_without_a_value_is_an_error():
     assert (template_folder() / "pretrain.sbatch.j2").is_file()
 
 
-def test_a_run_folder_that_sbatch_would_read_as_a_pattern_is_refused():
+def test_a_run_folder_that_sbatch_would_read_as_a_pattern_is_refused() -> None:
     with pytest.raises(UsageError, match="pattern"):
         job_log(Path("/runs/100%j"))

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from torch import Tensor
 
 from launcher.slurm import slurm_commands
-from tests.slurm.cluster import FAULTS, attempts, last_step, lines, starts
+from tests.slurm.cluster import FAULTS, PATIENCE, Cluster, Tiny, attempts, last_step, lines, starts
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3 * PATIENCE)]
 
 
-def weights(run: Path) -> dict:
+def weights(run: Path) -> dict[str, Tensor]:
     saved = (run / "checkpoints/latest").read_text().strip()
     return load_file(run / "checkpoints" / saved / "weights.safetensors")
 
@@ -36,7 +37,7 @@ def decisions(run: Path) -> list[tuple[int | None, str | None]]:
 
 
 @pytest.fixture
-def slow(tmp_path, monkeypatch):
+def slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file: as long as it exists, steps of jobs submitted from now on take half a second longer."""
     file = tmp_path / "slow"
     file.touch()
@@ -44,19 +45,27 @@ def slow(tmp_path, monkeypatch):
     return file
 
 
+def wait_until_deaf(cluster: Cluster, log: Path, count: int) -> None:
+    """Until so many tasks have said that they do not listen."""
+    cluster.wait("training", lambda: log.exists() and log.read_text().count("deaf") >= count)
+
+
 def update(job_id: int, **values: str) -> None:
     slurm_commands.update_job(str(job_id), **values)
 
 
-def test_a_time_limit_and_two_warnings_change_nothing(cluster, tiny, tmp_path, slow):
+def test_a_time_limit_and_two_warnings_change_nothing(
+    cluster: Cluster, tiny: Tiny, tmp_path: Path, slow: Path
+) -> None:
     """Interrupted three times, once by a true time limit, against a run that nobody interrupts."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     # Slurm's warning reaches data workers too, which must not die of it.
     options = ["train.steps=200", "monitor.wandb=offline", "data.workers=1", "--signal-seconds", "60"]
     job_id = cluster.submit(*tiny("parts", *options))
     cluster.wait_for_step(parts, 2)
-    # A whole minute from now on, with time for the warning before it: limits are checked every half minute.
-    minutes = int(time.time() - cluster.job(job_id).start_time + 40) // 60 + 1
+    # A whole minute from now on, with time for the warning before it and to save on a busy machine: limits
+    # are checked every half minute.
+    minutes = int(time.time() - cluster.job(job_id).start_time + 100) // 60 + 1
     update(job_id, TimeLimit=str(minutes))
     cluster.wait("the time limit's requeue", lambda: decisions(parts)[0][1])
     update(job_id, TimeLimit="30")
@@ -64,7 +73,7 @@ def test_a_time_limit_and_two_warnings_change_nothing(cluster, tiny, tmp_path, s
         cluster.wait_for_start(parts, start)
         cluster.wait_for_step(parts, starts(parts)[-1]["step"] + 2)
         slurm_commands.cancel(str(job_id), "--signal=USR1", "--batch")
-        cluster.wait("the requeue", lambda start=start: len(attempts(parts)) > start)
+        cluster.wait_for_attempt(parts, start + 1)
     slow.unlink()
     other = cluster.submit(*tiny("whole", *options))
     job = cluster.wait_for_end(job_id, parts)
@@ -81,7 +90,9 @@ def test_a_time_limit_and_two_warnings_change_nothing(cluster, tiny, tmp_path, s
     assert len(list((parts / "wandb").glob("offline-run-*"))) == 4
 
 
-def test_a_preempted_job_saves_gives_way_and_comes_back(cluster, tiny, tmp_path, slow):
+def test_a_preempted_job_saves_gives_way_and_comes_back(
+    cluster: Cluster, tiny: Tiny, tmp_path: Path, slow: Path
+) -> None:
     run = tmp_path / "run"
     job_id = cluster.submit(*tiny("run", "train.steps=1000", "--partition", "low"))
     cluster.wait_for_step(run, 2)
@@ -103,7 +114,9 @@ def test_a_preempted_job_saves_gives_way_and_comes_back(cluster, tiny, tmp_path,
     assert attempts(run)[-1]["decision"] in (None, "leave")
 
 
-def test_a_lost_node_costs_the_steps_since_the_checkpoint(cluster, tiny, tmp_path, slow):
+def test_a_lost_node_costs_the_steps_since_the_checkpoint(
+    cluster: Cluster, tiny: Tiny, tmp_path: Path, slow: Path
+) -> None:
     run = tmp_path / "run"
     job_id = cluster.submit(*tiny("run", "train.steps=1000", "checkpoint.every_steps=3"))
     cluster.wait_for_step(run, 2)
@@ -131,7 +144,9 @@ def test_a_lost_node_costs_the_steps_since_the_checkpoint(cluster, tiny, tmp_pat
     cluster.wait("all nodes", lambda: cluster.idle_nodes() == 3)
 
 
-def test_a_crash_at_the_same_step_is_not_tried_a_third_time(cluster, tiny, tmp_path, monkeypatch):
+def test_a_crash_at_the_same_step_is_not_tried_a_third_time(
+    cluster: Cluster, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = tmp_path / "run"
     monkeypatch.setenv("MEDVLP_TEST_ABORT", "3")
     job_id = cluster.submit(*tiny("run", "train.steps=6"))
@@ -141,7 +156,9 @@ def test_a_crash_at_the_same_step_is_not_tried_a_third_time(cluster, tiny, tmp_p
     assert attempts(run)[-1]["reason"] == "failed twice at step 2: killed by SIGABRT (code 134)"
 
 
-def test_ranks_that_do_not_save_in_time_are_ended_before_the_limit(cluster, tiny, tmp_path):
+def test_ranks_that_do_not_save_in_time_are_ended_before_the_limit(
+    cluster: Cluster, tiny: Tiny, tmp_path: Path
+) -> None:
     run, site = tmp_path / "run", tmp_path / "site.yaml"
     program = [sys.executable, str(FAULTS / "stubborn.py")]
     site.write_text(json.dumps({"command": program}))
@@ -149,9 +166,7 @@ def test_ranks_that_do_not_save_in_time_are_ended_before_the_limit(cluster, tiny
     job_id = cluster.submit(*tiny("run", *options))
     log = run / f"slurm/job-{job_id}.out"
     for start in (1, 2):
-        cluster.wait(
-            "training", lambda start=start: log.exists() and log.read_text().count("deaf") == 2 * start
-        )
+        wait_until_deaf(cluster, log, 2 * start)
         slurm_commands.cancel(str(job_id), "--signal=USR1", "--batch")
     job = cluster.wait_for_end(job_id, run)
     assert (job.state, job.restarts) == ("FAILED", 1)

@@ -6,6 +6,7 @@ import pytest
 
 from launcher.slurm import slurm_commands
 from launcher.slurm.slurm_commands import SlurmError
+from tests.slurm.cluster import Cluster
 
 #: Slurm 22.05 writes numbers and states plainly; 23.11 and later as below, with the same names.
 PLAIN = {
@@ -16,11 +17,11 @@ PLAIN = {
 }  # fmt: skip
 
 
-def number(value: int | None, infinite: bool = False) -> dict[str, object]:
+def number(value: object, infinite: bool = False) -> dict[str, object]:
     return {"set": value is not None, "infinite": infinite, "number": value or 0}
 
 
-def test_both_forms_of_the_json_are_one_job():
+def test_both_forms_of_the_json_are_one_job() -> None:
     newer = PLAIN | {
         "job_state": ["RUNNING"],
         "array_task_id": number(None),
@@ -43,7 +44,7 @@ def test_both_forms_of_the_json_are_one_job():
     assert ending.time_limit_minutes is None
 
 
-def test_past_runs_are_read():
+def test_past_runs_are_read() -> None:
     run = slurm_commands._past_run(
         ["24_2", "a", "CANCELLED by 0", "0:15", "n1", "2026-01-01T00:00:00", "Unknown"]
     )
@@ -52,7 +53,7 @@ def test_past_runs_are_read():
     assert slurm_commands._past_run(["1", "a", "PENDING", "", "", "x", "y"]).exit_code is None
 
 
-def test_without_slurm_the_remedy_is_named(monkeypatch):
+def test_without_slurm_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     assert not slurm_commands.is_installed()
     with pytest.raises(SlurmError, match="sbatch is not installed here: run this on a login node"):
@@ -61,7 +62,7 @@ def test_without_slurm_the_remedy_is_named(monkeypatch):
 
 
 @pytest.mark.slurm
-def test_a_running_cluster_answers(cluster):
+def test_a_running_cluster_answers(cluster: Cluster) -> None:
     job_id = cluster.sbatch("exit 5", "--nodes=2", "--comment=a word")
     job = cluster.wait_for_end(job_id)
     assert (job.state, job.comment, job.time_limit_minutes) == ("FAILED", "a word", 60)
@@ -70,6 +71,6 @@ def test_a_running_cluster_answers(cluster):
     (run,) = cluster.wait("the record", lambda: slurm_commands.past_runs(job_id))
     assert (run.state, run.nodes) == ("FAILED", job.nodes)
     assert slurm_commands.configuration()["MULTIPLE_SLURMD"] == "Yes"
-    assert slurm_commands.node_address("node1").startswith("127.")
+    assert str(slurm_commands.node_address("node1")).startswith("127.")
     with pytest.raises(SlurmError, match="Invalid job id"):
         slurm_commands.requeue("999999")

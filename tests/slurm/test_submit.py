@@ -6,32 +6,33 @@ import contextlib
 import json
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from launcher.main import app
 from launcher.slurm import slurm_commands
 from launcher.slurm.slurm_commands import SlurmError
 from launcher.slurm.submit import SubmitError
 from medvlp.config_files import ConfigError
-from tests.slurm.cluster import REPOSITORY, attempts, lines
+from tests.slurm.cluster import PATIENCE, REPOSITORY, Cluster, Tiny, attempts, lines
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3 * PATIENCE)]
 
 
-def invoke(*arguments):
+def invoke(*arguments: str) -> Result:
     return CliRunner().invoke(app, ["submit", *arguments])
 
 
-def fill(file):
+def fill(file: Path) -> None:
     """Until the disk takes nothing more."""
     with contextlib.suppress(OSError), file.open("wb", buffering=0) as ballast:
         while True:
             ballast.write(bytes(4096))
 
 
-def test_two_nodes_of_two_ranks_train_and_finish(cluster, tiny, tmp_path):
+def test_two_nodes_of_two_ranks_train_and_finish(cluster: Cluster, tiny: Tiny, tmp_path: Path) -> None:
     run = tmp_path / "run"
     job_id = cluster.submit(*tiny("run", "--ranks-per-node", "2"))
     with pytest.raises(SubmitError, match=rf"job {job_id} of .* is .*--dependency afterany:{job_id}"):
@@ -50,7 +51,7 @@ def test_two_nodes_of_two_ranks_train_and_finish(cluster, tiny, tmp_path):
     assert not list((run / "slurm/exits").iterdir())
 
 
-def test_mistakes_are_told_before_anything_is_submitted(cluster, tiny, tmp_path):
+def test_mistakes_are_told_before_anything_is_submitted(cluster: Cluster, tiny: Tiny, tmp_path: Path) -> None:
     for more, error, message in [
         (["optimizer.rate=1"], ConfigError, "unknown key"),
         (["train.global_batch=15"], ConfigError, "does not divide over 2 ranks"),
@@ -70,7 +71,7 @@ def test_mistakes_are_told_before_anything_is_submitted(cluster, tiny, tmp_path)
     assert not lines(tmp_path / "run/slurm/jobs.jsonl")
 
 
-def test_an_error_of_the_ranks_ends_the_job_once(cluster, tiny, tmp_path):
+def test_an_error_of_the_ranks_ends_the_job_once(cluster: Cluster, tiny: Tiny, tmp_path: Path) -> None:
     job_id = cluster.submit(*tiny("run", "data.root=/nowhere"))
     job = cluster.wait_for_end(job_id, tmp_path / "run")
     assert (job.state, job.restarts) == ("FAILED", 0)
@@ -81,13 +82,18 @@ def test_an_error_of_the_ranks_ends_the_job_once(cluster, tiny, tmp_path):
     assert "another start would not help" in log
 
 
-def test_a_full_disk_ends_the_job_with_its_earlier_checkpoint(cluster, tiny):
+def test_a_full_disk_ends_the_job_with_its_earlier_checkpoint(
+    cluster: Cluster, tiny: Tiny, tmp_path: Path
+) -> None:
     if cluster.small_disk is None:
         pytest.skip("needs the right to mount a small file system")
     run = cluster.small_disk / "run"
     ballast = cluster.small_disk / "ballast"
-    job_id = cluster.submit(*tiny("run", f"run.dir={run}", "train.steps=2"))
+    site = tmp_path / "site.yaml"
+    site.write_text("sbatch: {extra: [--hold]}\n")
+    job_id = cluster.submit(*tiny("run", f"run.dir={run}", "train.steps=2", "--cluster", str(site)))
     ballast.write_bytes(bytes(2_500_000))
+    subprocess.run(["scontrol", "release", str(job_id)], check=True)
     job = cluster.wait_for_end(job_id, run)
     assert (job.state, job.restarts) == ("FAILED", 0)
     assert [line["decision"] for line in attempts(run)] == ["stop"]
@@ -96,7 +102,9 @@ def test_a_full_disk_ends_the_job_with_its_earlier_checkpoint(cluster, tiny):
     ballast.unlink()
 
 
-def test_a_run_folder_that_is_full_at_the_start_starts_nothing(cluster, tiny, tmp_path):
+def test_a_run_folder_that_is_full_at_the_start_starts_nothing(
+    cluster: Cluster, tiny: Tiny, tmp_path: Path
+) -> None:
     if cluster.small_disk is None:
         pytest.skip("needs the right to mount a small file system")
     run, ballast = cluster.small_disk / "held", cluster.small_disk / "ballast"
@@ -113,7 +121,7 @@ def test_a_run_folder_that_is_full_at_the_start_starts_nothing(cluster, tiny, tm
     shutil.rmtree(run)
 
 
-def test_the_large_example_passes_shellcheck_and_slurm(cluster, tiny, tmp_path):
+def test_the_large_example_passes_shellcheck_and_slurm(cluster: Cluster, tiny: Tiny, tmp_path: Path) -> None:
     if shutil.which("shellcheck") is None:
         pytest.skip("needs shellcheck")
     script = tmp_path / "large.sbatch"
