@@ -81,7 +81,7 @@ class WorkerSupervisor:
     def close(self) -> None:
         """End the worker, by force if it takes long, and give the board's memory back."""
         self._closing.set()
-        self._thread.join()
+        self._thread.join(4 * GRACE_SECONDS)  # longer only where a killed worker waits for a dead disk
         os.close(self._descriptor)
 
     def __enter__(self) -> Self:

@@ -16,7 +16,7 @@ import torch
 from medvlp.config import Config, TransformConfig
 from medvlp.config_files import ConfigError
 from medvlp.data.batch import Batch
-from medvlp.data.loader import build_loader, evaluation_loader
+from medvlp.data.loader import build_loader, evaluation_loader, kill_workers, worker_death
 from medvlp.data.text import Tokenizer
 from medvlp.data.transforms import DRAWS, SampleRandom, evaluation_view, training_view
 from shards.errors import DataError
@@ -229,3 +229,20 @@ def test_impossible_batches_and_splits_are_refused(make_config: ConfigFactory, t
         batches(config, tokenizer, 1, micro_batch=2)
     with pytest.raises(DataError, match="no split 'holdout'"):
         batches(make_config(split="holdout"), tokenizer, 1)
+
+
+def test_a_killed_worker_of_an_evaluation_is_named(make_config: ConfigFactory, tokenizer: Tokenizer) -> None:
+    config = make_config(workers=2)
+    others = set(multiprocessing.active_children())
+    stream = iter(evaluation_loader(config, ShardReader(config.data.root), tokenizer, "train", 1))
+    next(stream)
+    victim = max(set(multiprocessing.active_children()) - others, key=lambda child: child.pid or 0)
+    victim.kill()
+    with pytest.raises(RuntimeError) as caught:
+        list(stream)
+    named = worker_death(caught.value)
+    assert named is not None
+    assert f"data worker 1 (process {victim.pid}) was killed by SIGKILL" in str(named)
+    assert worker_death(RuntimeError("something else")) is None
+    kill_workers()
+    assert not set(multiprocessing.active_children()) - others

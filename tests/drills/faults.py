@@ -27,7 +27,7 @@ def cases(place: Workplace) -> list[Case]:
     """Every fault once, and the resume after those that end a run."""
     return [
         Case("fault", "one NaN image", lambda: _poisoned(place)),
-        Case("fault", "every step bad (learning rate 1e30)", lambda: _all_bad(place)),
+        Case("fault", "every step bad (a NaN image in each batch)", lambda: _all_bad(place)),
         Case("fault", "SIGSTOP to a rank", lambda: _stopped(place)),
         Case("fault", "SIGKILL to a rank", lambda: _killed(place)),
         *[
@@ -68,8 +68,9 @@ def _all_bad(place: Workplace) -> str:
     folder = place.folder / "all-bad"
     with place.start(folder, f"train.steps={SAVE_EVERY}") as run:
         run.finish()
-    options = ("optimizer.lr=1e30", "optimizer.warmup=0", "checkpoint.every_steps=0")
-    with place.start(folder, *options) as run:
+    path = os.pathsep.join(filter(None, [str(_POISON), os.environ.get("PYTHONPATH", "")]))
+    poison = {"PYTHONPATH": path, "MEDVLP_DRILL_POISON": "*"}
+    with place.start(folder, "checkpoint.every_steps=0", **poison) as run:
         code, text = run.end(), run.output()
     expect(code == 5, f"ended with code {code}: {text[-300:]}")
     good = folder / "checkpoints" / f"step-{SAVE_EVERY:08d}"

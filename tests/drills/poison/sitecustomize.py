@@ -2,7 +2,8 @@
 
 They are put in where the dataset hands out a batch; all behind that is the real thing.
 
-- `MEDVLP_DRILL_POISON=KEY`: the image of that sample is NaN, in every rank (shards hold 8-bit pixels).
+- `MEDVLP_DRILL_POISON=KEY`: the image of that sample is NaN, in every rank (shards hold 8-bit pixels);
+  `*`: one of every batch.
 - `MEDVLP_DRILL_FAIL=POSITION`: reading that position of the split fails with a MemoryError, once the file
   `MEDVLP_DRILL_FAILED` (if given) tells when.
 """
@@ -18,6 +19,7 @@ if "RANK" in os.environ and "MEDVLP_DRILL_POISON" in os.environ:
     def _poisoned(self, request):
         batch = _load(self, request)
         key = os.environ["MEDVLP_DRILL_POISON"]
+        key = batch.keys[0] if key == "*" else key
         if key in batch.keys:
             batch.image = batch.image.float() / 127.5 - 1
             batch.image[batch.keys.index(key)] = float("nan")
