@@ -59,7 +59,8 @@ def test_half_precision_is_finite(name: str, dtype: torch.dtype, case: str) -> N
     assert output.loss.dtype == torch.float32, "losses are computed in float32"
     assert all(value.isfinite() for value in output.named.values())
     output.loss.backward()
-    if dtype == torch.bfloat16:  # fp16 is trained with a scaled loss, and a step that overflows is skipped
+    if dtype == torch.bfloat16 or case == "many":
+        # Batch norms of equal values multiply rounding by 300, which fp16 cannot always hold.
         assert all(p.grad.isfinite().all() for p in method.parameters() if p.grad is not None)
 
 
@@ -94,11 +95,11 @@ def test_the_order_of_samples_does_not_matter(name: str) -> None:
 @pytest.mark.parametrize("name", names())
 def test_a_copy_and_a_loaded_state_give_the_same_step(name: str) -> None:
     method = built(small_config(name))
+    before = {key: value.clone() for key, value in method.named_parameters()}
     expected = step_of(method)
-    torch.manual_seed(2)
-    config = small_config(name)
-    config.train.seed = 0
-    for other in (copy.deepcopy(method), built(config)):
+    for key, value in method.named_parameters():
+        assert torch.equal(value, before[key]), f"{key} is changed by a forward pass"
+    for other in (copy.deepcopy(method), built(small_config(name))):
         with torch.no_grad():
             for parameter in other.parameters():
                 parameter.add_(1.0)
