@@ -1,7 +1,8 @@
 """The schema of a run: one tree of dataclasses, every key with its default and meaning.
 
 `medvlp.config_files` reads YAML files and `key=value` overrides into it. A method's own keys live beside
-the method (a subclass of `MethodConfig`), so that adding one does not touch this file.
+the method (a subclass of `MethodConfig`) and those of an evaluation task beside the task (a subclass of
+`TaskConfig`), so that adding one does not touch this file.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from omegaconf import MISSING
 
 from medvlp.config_section import ConfigError as ConfigError
 from medvlp.config_section import MethodConfig as MethodConfig
+from medvlp.config_section import TaskConfig as TaskConfig
 from medvlp.config_section import key as key
 
 
@@ -90,7 +92,7 @@ class DataConfig:
 class ImageConfig:
     name: str = key("vit_base_patch16_224", "any timm model")
     pretrained: bool = key(False, "load timm's published weights (needs the hub or its cache)")
-    weights: str | None = key(None, "local .safetensors or .pth file with backbone weights")
+    weights: str | None = key(None, "local .safetensors or .pth file with backbone weights", file=True)
     options: dict[str, Any] = key({}, "more arguments of timm.create_model")
     in_channels: int = key(3, "channels of the backbone; a grayscale image is repeated", 1, 1024)
     mean: Any = key(
@@ -324,13 +326,7 @@ class EvaluationConfig:
     batch: int = key(64, "images of one forward pass", 1, 1 << 20)
     bootstrap: int = key(1000, "resamples (by patient) of the 95 % intervals", 1, 10**6)
     seed: int = key(0, "seed of the bootstrap and of label fractions", 0, (1 << 32) - 1)
-    fractions: list[float] = key(
-        [0.01, 0.1, 1.0], "shares of the training labels of the linear probe", 1e-6, 1, (1, 100)
-    )
-    prompts: str | None = key(
-        None,
-        "YAML with prompts; a relative path is looked for beside the config file first; default: templates",
-    )
+    tasks: dict[str, Any] = key({}, "the keys of each task (see `medvlp evaluate --help`)")
 
 
 @dataclass

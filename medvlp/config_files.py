@@ -1,4 +1,4 @@
-"""YAML files and `key=value` overrides -> a checked `Config`; and the reference of every key."""
+"""YAML files and `key=value` overrides -> a checked `Config`."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, cast
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from medvlp import trust
-from medvlp.config import Config, ImageConfig, MethodConfig
+from medvlp.config import Config, EvaluationConfig, ImageConfig, MethodConfig, TaskConfig
 from medvlp.config import ConfigError as ConfigError  # the readers of files know it under this name
+from medvlp.config_keys import anchor_files, move_keys, moved_keys, section_at
 from medvlp.config_values import value_problem
 from shards.strict_json import read_limited
 from shards.strict_yaml import YAML_LIMIT, YamlError, check_yaml, parse_yaml
-
-#: Keys that name files; in a config file they are looked for beside it, then in the working directory.
-FILE_KEYS = (("evaluation", "prompts"), ("image", "weights"))
 
 #: Least standard deviation of a channel.
 MIN_STD = 1e-6
 
 Schema = TypeVar("Schema")
+#: Evaluation task -> its config class; None: `evaluation.tasks` is kept as it stands, unchecked.
+Tasks = Mapping[str, type[TaskConfig]] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +46,7 @@ def load(
     schemas: Mapping[str, type[MethodConfig]],
     run: Path | None = None,
     unused: Collection[str] = (),
+    tasks: Tasks = None,
 ) -> Config:
     """Merge YAML files left to right, then overrides, into a complete `Config`.
 
@@ -57,14 +58,15 @@ def load(
         schemas: method name -> its config class (`medvlp.methods.registry.schemas()`).
         run: the run folder all files belong to; default: looked for, file by file.
         unused: keys of `medvlp.trust.GUARDS` that the caller makes no use of.
+        tasks: `medvlp.evaluation.task.schemas()`; None for what reads a run's config and evaluates nothing.
 
     Raises:
         TrustError: a run folder names what only the user may.
         ConfigError: unreadable file, unknown key, wrong type, value out of range, missing value, or an
             impossible combination.
     """
-    sources = _sources(files, overrides, run)
-    merged = _merged(sources, schemas)
+    sources = _sources(files, overrides, run, tasks)
+    merged = _merged(sources, schemas, tasks)
     absent = missing(merged)
     if absent:
         raise ConfigError(f"no value for {', '.join(absent)}: set it in a YAML file or as {absent[0]}=VALUE")
@@ -72,22 +74,37 @@ def load(
     _check_values(config)
     _check_combinations(config)
     config.method.check(config)
+    for settings in config.evaluation.tasks.values():
+        if isinstance(settings, TaskConfig):
+            settings.check(config)
     found = trust.unsaid(config, [(source.values, source.folder) for source in sources])
     trust.refuse([problem for problem in found if problem[0].key not in unused])
     return config
 
 
 def merge(
-    files: Sequence[Path | str], overrides: Sequence[str], schemas: Mapping[str, type[MethodConfig]]
+    files: Sequence[Path | str],
+    overrides: Sequence[str],
+    schemas: Mapping[str, type[MethodConfig]],
+    tasks: Tasks = None,
 ) -> DictConfig:
     """As `load`, but values may still be missing (`???`); returns the OmegaConf tree in struct mode."""
-    return _merged(_sources(files, overrides, None), schemas)
+    return _merged(_sources(files, overrides, None, tasks), schemas, tasks)
 
 
-def _sources(files: Sequence[Path | str], overrides: Sequence[str], run: Path | None) -> list[_Source]:
+def defaults(tasks: Tasks) -> Config:
+    """The whole schema: a config with the default keys of every task."""
+    return Config(
+        evaluation=EvaluationConfig(tasks={name: schema() for name, schema in (tasks or {}).items()})
+    )
+
+
+def _sources(
+    files: Sequence[Path | str], overrides: Sequence[str], run: Path | None, tasks: Tasks
+) -> list[_Source]:
     sources = []
     for file in files:
-        values = _read(Path(file))  # first, for it refuses paths that no file has
+        values = _read(Path(file), defaults(tasks))  # first, for it refuses paths that no file has
         folder = run or trust.run_folder_of(Path(file))
         if folder is not None and (keys := trust.look_ups(values)):
             raise trust.TrustError(
@@ -95,11 +112,23 @@ def _sources(files: Sequence[Path | str], overrides: Sequence[str], run: Path | 
                 "run folder: write the value, or remove the line"
             )
         sources.append(_Source(str(file), values, folder))
-    return sources + [_Source(f"override {text!r}", _parse_override(text)) for text in overrides]
+    sources += [_Source(f"override {text!r}", _parse_override(text)) for text in overrides]
+    for source in sources:
+        for old, new in moved_keys(source.values) if source.folder is None else ():
+            raise ConfigError(f"{source.name}: unknown key {old!r}: its name is {new}")
+        move_keys(source.values)
+        stored = section_at(source.values, ("evaluation", "tasks")) if source.folder is not None else None
+        if stored is not None and tasks is not None:
+            # Of a task that was registered where the run was made, and is not here.
+            for name in stored.keys() - tasks.keys():
+                del stored[name]
+    return sources
 
 
-def _merged(sources: Sequence[_Source], schemas: Mapping[str, type[MethodConfig]]) -> DictConfig:
-    tree = OmegaConf.structured(Config)
+def _merged(
+    sources: Sequence[_Source], schemas: Mapping[str, type[MethodConfig]], tasks: Tasks
+) -> DictConfig:
+    tree = OmegaConf.structured(defaults(tasks))
     tree.method = OmegaConf.structured(_method_schema(sources, schemas))
     return _merge_sources(tree, sources)
 
@@ -173,31 +202,15 @@ def to_yaml(config: Config | DictConfig) -> str:
     return str(OmegaConf.to_yaml(OmegaConf.create(trust.escaped(dataclasses.asdict(config)))))
 
 
-def reference(schemas: Mapping[str, type[MethodConfig]]) -> str:
-    """Every key with its default and meaning as commented YAML: the content of `configs/reference.yaml`."""
-    lines = [
-        "# Every key with its default. Made by `medvlp config --reference`; a check keeps it true.",
-        "# The keys of each method stand at the end; use those of the method that `method.name` chooses.",
-        *_reference_lines(Config(), depth=0),
-        "",
-    ]
-    for name, schema in sorted(schemas.items()):
-        lines.append(f"# method.name={name}")
-        lines.append("# method:")
-        own = _reference_lines(
-            schema(), depth=1, skip={item.name for item in dataclasses.fields(MethodConfig)}
-        )
-        lines.extend(f"# {line}" for line in own)
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Path, schema: Any) -> dict[str, Any]:
     text = _text(file)
     try:
         values = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
     except (OmegaConfBaseException, OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{file}: {_one_line(error)}") from error
-    return _anchored(_mapping(values, file), file.parent)
+    found = _mapping(values, file)
+    anchor_files(found, file.parent, schema)
+    return found
 
 
 def _plain_values(file: Path) -> dict[str, Any]:
@@ -233,19 +246,9 @@ def _text(file: Path) -> str:
     return text
 
 
-def _anchored(values: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Make relative paths of files that lie beside a config file absolute: a run may start anywhere."""
-    for section, key in FILE_KEYS:
-        inner = values.get(section)
-        path = inner.get(key) if isinstance(inner, dict) else None
-        if isinstance(path, str) and (folder / path).is_file():
-            values[section] = {**cast(dict[str, Any], inner), key: str((folder / path).resolve())}
-    return values
-
-
 def _parse_override(text: str) -> dict[str, Any]:
     key, separator, value = text.partition("=")
-    if not separator or not all(re.fullmatch(r"[A-Za-z_]\w*", part) for part in key.split(".")):
+    if not separator or not all(re.fullmatch(r"[A-Za-z_][\w-]*", part) for part in key.split(".")):
         raise ConfigError(f"override {text[:200]!r}: write section.key=value")
     try:
         check_yaml(value)
@@ -282,11 +285,21 @@ def _check_keys(values: Mapping[str, Any], tree: DictConfig, source: str, prefix
         if isinstance(node, ListConfig) and dataclasses.is_dataclass(node._metadata.element_type):
             _check_items(value, node._metadata.element_type, source, path)
             continue
-        is_section = isinstance(node, DictConfig) and dataclasses.is_dataclass(OmegaConf.get_type(node))
+        is_section = _is_section(node)
         if is_section and isinstance(value, Mapping):
             _check_keys(value, cast(DictConfig, node), source, f"{path}.")
         elif is_section:
             raise ConfigError(f"{source}: {path} is a section with keys of its own, not a value")
+
+
+def _is_section(node: Any) -> bool:
+    """Whether a node has a fixed set of keys: it is made from a dataclass, or maps names to such."""
+    if not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
+        return False
+    inner = [node._get_node(name) for name in node]
+    return dataclasses.is_dataclass(OmegaConf.get_type(node)) or (
+        bool(inner) and all(map(_is_section, inner))
+    )
 
 
 def _check_items(values: Any, schema: Any, source: str, path: str) -> None:
@@ -353,27 +366,3 @@ def _check_normalisation(image: ImageConfig) -> None:
             )
         if name == "std" and min(numbers) < MIN_STD:
             raise ConfigError(f"image.std={value} is out of range: it goes from {MIN_STD} up")
-
-
-def _reference_lines(section: Any, depth: int, skip: frozenset[str] | set[str] = frozenset()) -> list[str]:
-    indent = "  " * depth
-    hints = get_type_hints(type(section))
-    lines = []
-    for item in dataclasses.fields(section):
-        if item.name in skip:
-            continue
-        value = getattr(section, item.name)
-        if dataclasses.is_dataclass(value):
-            lines.append(f"{indent}{item.name}:")
-            lines.extend(_reference_lines(value, depth + 1))
-            continue
-        scalar = "???" if value == "???" else yaml.safe_dump(value, default_flow_style=True, width=1000)
-        text = scalar.removesuffix("...\n").strip()
-        choices = " | ".join(get_args(hints[item.name])) if get_origin(hints[item.name]) is Literal else ""
-        meaning = f"[{choices}] {item.metadata['help']}" if choices else item.metadata.get("help", "")
-        lines.append(f"{indent}{item.name}: {text}  # {meaning}".rstrip(" #"))
-        inner = get_args(hints[item.name])
-        if get_origin(hints[item.name]) is list and dataclasses.is_dataclass(inner[0]):
-            lines.append(f"{indent}# Each of {item.name}:")
-            lines.extend(f"{indent}#   {line}" for line in _reference_lines(cast(type, inner[0])(), depth=0))
-    return lines

@@ -1,4 +1,5 @@
-"""What the sections of a config are made of: keys, the error they are refused with, and a method's section.
+"""What the sections of a config are made of: keys, the error they are refused with, and the
+sections of a method and of an evaluation task.
 
 Import it all from `medvlp.config`, whose tree it is part of.
 """
@@ -26,13 +27,15 @@ def key(
     low: float | None = None,
     high: float | None = None,
     items: tuple[int, int] | None = None,
+    file: bool = False,
 ) -> Any:
     """A config key: its default and what `configs/reference.yaml` says beside it.
 
     A number, or every number of a list, lies in the closed range from `low` to `high`; both are needed. A
-    list has from `items[0]` to `items[1]` values.
+    list has from `items[0]` to `items[1]` values. A key that names a `file` is looked for beside the config
+    file first.
     """
-    metadata = {"help": meaning, "low": low, "high": high, "items": items}
+    metadata = {"help": meaning, "low": low, "high": high, "items": items, "file": file}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -100,3 +103,18 @@ class MethodConfig:
     def service_clusters(self, config: Config) -> int | None:
         """Number of clusters of the prototype service that the method uses; None: it uses none."""
         return config.prototypes.clusters if config.prototypes.false_negatives == "mask" else None
+
+
+@dataclass
+class TaskConfig:
+    """Keys of one evaluation task; a task with keys has a subclass beside it."""
+
+    def check(self, config: Config) -> None:
+        """Refuse values that cannot stand together; called by `config_files.load`.
+
+        Args:
+            config: the whole config; `self` is one of its `evaluation.tasks`.
+
+        Raises:
+            ConfigError: the message names the keys and what to set.
+        """

@@ -47,10 +47,12 @@ def _list_problems(values: list[Any], allowed: Mapping[str, Any], path: str) -> 
 
 
 def _plain_problems(value: Any, allowed: Mapping[str, Any], path: str) -> Iterator[str]:
-    """Of a text, a number, or the free values of `options` and `deepspeed`."""
+    """Of a text, a number, the free values of `options` and `deepspeed`, or a section among such."""
     if isinstance(value, bool) or value is None:
         return
-    if isinstance(value, str):
+    if dataclasses.is_dataclass(value):
+        yield from _problems(value, f"{path}.")
+    elif isinstance(value, str):
         if len(value) > _MOST_TEXT or not value.translate(_BLANKS).isprintable():
             yield f"{path} is longer than {_MOST_TEXT} characters or holds some that cannot be printed"
     elif isinstance(value, int | float):

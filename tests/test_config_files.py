@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from medvlp import config_files
-from medvlp.config import Config, MethodConfig
+from medvlp import config_files, config_keys
+from medvlp.config import Config, MethodConfig, TaskConfig, key
 from medvlp.config_files import ConfigError
+from medvlp.config_reference import reference
+from medvlp.evaluation import task
 
 
 @dataclass
@@ -18,6 +20,17 @@ class OtherConfig(MethodConfig):
     temperature: float = 0.07
 
 
+@dataclass
+class ATaskConfig(TaskConfig):
+    count: int = key(1, "a number", 1, 9)
+    prompts: str | None = key(None, "a file", file=True)
+
+    def check(self, config: Config) -> None:
+        if self.count == 7:
+            raise ConfigError("evaluation.tasks.a-task.count=7: not on a Sunday")
+
+
+TASKS = {"a-task": ATaskConfig, "plain": TaskConfig}
 SCHEMAS = {"mgca": MethodConfig, "other": OtherConfig}
 COMPLETE = ["run.dir=run", "data.root=data"]
 
@@ -38,9 +51,11 @@ def test_later_sources_win(tmp_path: Path) -> None:
 def test_files_beside_a_config_file_are_found_from_anywhere(tmp_path: Path) -> None:
     (tmp_path / "prompts.yaml").write_text("templates: {}\n")
     file = tmp_path / "mine.yaml"
-    file.write_text("evaluation: {prompts: prompts.yaml}\nimage: {weights: elsewhere.pth}\n")
-    config = load(files=(file,))
-    assert config.evaluation.prompts == str((tmp_path / "prompts.yaml").resolve())
+    file.write_text(
+        "evaluation: {tasks: {a-task: {prompts: prompts.yaml}}}\nimage: {weights: elsewhere.pth}\n"
+    )
+    config = config_files.load([file], COMPLETE, SCHEMAS, tasks=TASKS)
+    assert config.evaluation.tasks["a-task"].prompts == str((tmp_path / "prompts.yaml").resolve())
     assert config.image.weights == "elsewhere.pth"
 
 
@@ -138,7 +153,67 @@ def test_missing_values_are_listed() -> None:
 
 
 def test_the_reference_is_yaml_with_every_key() -> None:
-    text = config_files.reference(SCHEMAS)
+    text = reference(SCHEMAS)
     tree = yaml.safe_load(text)
     assert tree["train"]["global_batch"] == 144
     assert "temperature: 0.07" in text
+
+
+def test_a_task_brings_its_own_keys(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("evaluation:\n  tasks:\n    a-task: {count: 3}\n")
+    config = config_files.load([file], [*COMPLETE, "evaluation.tasks.a-task.prompts=x"], SCHEMAS, tasks=TASKS)
+    assert config.evaluation.tasks == {"a-task": ATaskConfig(3, "x"), "plain": TaskConfig()}
+    stored = tmp_path / "config.yaml"
+    stored.write_text(config_files.to_yaml(config))
+    assert config_files.load([stored], [], SCHEMAS, tasks=TASKS) == config
+    raw = config_files.load([stored], [], SCHEMAS).evaluation.tasks
+    assert raw == {"a-task": {"count": 3, "prompts": "x"}, "plain": {}}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("evaluation.tasks.a-task.cuont=2", "did you mean 'evaluation.tasks.a-task.count'?"),
+        ("evaluation.tasks.b-task.count=2", "did you mean 'evaluation.tasks.a-task'?"),
+        ("evaluation.tasks.a-task=2", "evaluation.tasks.a-task is a section"),
+        ("evaluation.tasks=2", "evaluation.tasks is a section"),
+        ("evaluation.tasks.a-task.count=x", "evaluation.tasks.a-task.count"),
+        ("evaluation.tasks.a-task.count=10", "evaluation.tasks.a-task.count=10 is out of range"),
+        ("evaluation.tasks.a-task.count=7", "evaluation.tasks.a-task.count=7: not on a Sunday"),
+    ],
+)
+def test_a_wrong_key_of_a_task_is_named(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_files.load([], [*COMPLETE, override], SCHEMAS, tasks=TASKS)
+    assert message in str(caught.value)
+
+
+def test_moved_keys_are_read_in_stored_configs_and_named_in_those_of_a_user(tmp_path: Path) -> None:
+    stored, mine = tmp_path / "run" / "config.yaml", tmp_path / "mine.yaml"
+    (stored.parent / "checkpoints").mkdir(parents=True)
+    tree = yaml.safe_load(config_files.to_yaml(load()))
+    del tree["evaluation"]["tasks"]
+    tree["run"]["dir"] = str(stored.parent)
+    tree["evaluation"] |= {"fractions": [0.5], "prompts": None}
+    stored.write_text(yaml.safe_dump(tree))
+    tasks = task.schemas()
+    found = config_files.load([stored], ["evaluation.seed=4"], SCHEMAS, tasks=tasks).evaluation
+    assert found.tasks["linear-probe"].fractions == [0.5]
+    assert found.seed == 4
+    assert config_files.load([stored], [], SCHEMAS).evaluation.tasks["linear-probe"] == {"fractions": [0.5]}
+    mine.write_text("evaluation: {fractions: [0.5]}\n")
+    name = "its name is evaluation.tasks.linear-probe.fractions"
+    here = f"run.dir={stored.parent}"
+    for files, overrides in (([mine], []), ([], ["evaluation.fractions=[0.5]"]), ([stored, mine], [here])):
+        for known in (tasks, None):
+            with pytest.raises(ConfigError, match=name):
+                config_files.load(files, [*COMPLETE, *overrides], SCHEMAS, tasks=known)
+
+
+def test_every_moved_key_has_its_new_place() -> None:
+    defaults = config_files.load([], COMPLETE, SCHEMAS, tasks=task.schemas())
+    for new in config_keys.MOVED.values():
+        value: object = defaults
+        for part in new:
+            value = value[part] if isinstance(value, dict) else getattr(value, part)

@@ -17,16 +17,17 @@ from launcher.slurm.cluster_config import ClusterConfig, load_cluster
 from medvlp import config_files
 from medvlp.config import Config, PhaseConfig, TransformConfig
 from medvlp.config_files import ConfigError
+from medvlp.evaluation import task
 from medvlp.methods.registry import schemas
 from shards.strict_json import MAX_DEPTH
 
-SCHEMAS = schemas()
+SCHEMAS, TASKS = schemas(), task.schemas()
 NEEDED = ["data.root=x", "run.dir=y"]
 
 
 SECTIONS: list[Any] = [
     *(type(value) for value in vars(Config()).values() if dataclasses.is_dataclass(value)),
-    TransformConfig, PhaseConfig, *SCHEMAS.values(),
+    TransformConfig, PhaseConfig, *SCHEMAS.values(), *TASKS.values(),
     *(type(value) for value in vars(ClusterConfig()).values() if dataclasses.is_dataclass(value)),
 ]  # fmt: skip
 #: For every key, and more of them for keys that are numbers.
@@ -48,7 +49,7 @@ def is_number(annotation: str) -> bool:
 def attempt(*overrides: str) -> Config | str:
     """The config, or the one line that refuses it."""
     try:
-        return config_files.load([], [*NEEDED, *overrides], SCHEMAS)
+        return config_files.load([], [*NEEDED, *overrides], SCHEMAS, tasks=TASKS)
     except ConfigError as error:
         return one_line(error)
 
@@ -117,8 +118,11 @@ def test_any_text_as_an_override_is_one_line_or_accepted(text: str) -> None:
         ("train.steps=100000000000000000000", "train.steps=100000000000000000000"),
         ("method.instance_weight=nan", "method.instance_weight=nan"),
         ("data.sections=[]", "data.sections has 0 values"),
-        ("evaluation.fractions=[]", "evaluation.fractions has 0 values"),
-        ("evaluation.fractions=[0]", "evaluation.fractions[0]=0"),
+        (
+            "evaluation.tasks.linear-probe.fractions=[]",
+            "linear-probe.fractions has 0 values",
+        ),
+        ("evaluation.tasks.linear-probe.fractions=[0]", "evaluation.tasks.linear-probe.fractions[0]=0"),
         ("deepspeed={a: {b: [.inf]}}", "deepspeed.a.b[0]=inf"),
         ("data.root=''", "data.root is empty"),
         ('data.root="a\\nb"', "data.root has more than one line"),

@@ -107,7 +107,8 @@ def _config(arguments: list[str]) -> Config | None:
     if not arguments:
         return None
     from medvlp import config_files
+    from medvlp.evaluation import task
     from medvlp.methods.registry import schemas
 
     files, overrides = split_arguments(arguments)
-    return config_files.load(files, overrides, schemas())
+    return config_files.load(files, overrides, schemas(), tasks=task.schemas())

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand
 
 from shards.errors import UsageError
 
@@ -17,6 +18,16 @@ if TYPE_CHECKING:
 RESULT_NAME = "evaluation.json"
 #: Below the run folder: a result file for each task that was evaluated by a job of its own.
 PARTS_FOLDER = "evaluation-parts"
+
+
+class EvaluateCommand(TyperCommand):
+    """Its help ends with the tasks there are."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from medvlp.evaluation.task import tasks
+
+        self.epilog = "\n\n".join(["Tasks:", *(f"{name}: {task.summary}" for name, task in tasks().items())])
+        super().format_help(ctx, formatter)
 
 
 def evaluate(
@@ -31,8 +42,13 @@ def evaluate(
     ] = None,
     task: Annotated[
         list[str] | None,
+        typer.Option("--task", help="name of a task, see below (repeat it); default: all that can be done"),
+    ] = None,
+    unit: Annotated[
+        list[str] | None,
         typer.Option(
-            "--task", help="zero-shot, retrieval, linear-probe (repeat it); default: all that can be"
+            "--unit",
+            help="only this unit of the task (repeat it); --out then holds a part, to be joined",
         ),
     ] = None,
     label: Annotated[
@@ -45,6 +61,7 @@ def evaluate(
         str, typer.Option("--uncertain", help="labels of -1: exclude, positive or negative")
     ] = "exclude",
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda")] = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", help="evaluate again what is finished")] = False,
     out: Annotated[
         Path | None, typer.Option("--out", help=f"result file; default: {RESULT_NAME} in the run folder")
     ] = None,
@@ -52,9 +69,9 @@ def evaluate(
         bool, typer.Option("--findings", help="also print every metric of every finding")
     ] = False,
 ) -> None:
-    """Evaluate a run and write evaluation.json: every number with a 95 % interval, beside two baselines."""
+    """Evaluate a run and write evaluation.json: every number with a 95 % interval, beside its baselines."""
+    from medvlp.evaluation.evaluate import EvaluationOptions, evaluate
     from medvlp.evaluation.report import results
-    from medvlp.evaluation.session import Request, evaluate
     from medvlp.runs import saved_run
 
     for text in overrides or []:
@@ -64,10 +81,14 @@ def evaluate(
             )
     changes = list(overrides or []) + ([f"evaluation.split={split}"] if split else [])
     console = Console(stderr=True)
-    request = Request(source, data, task or (), label or (), changes, uncertain, device)  # type: ignore[arg-type]
+    asked = EvaluationOptions(
+        source, data, task or (), unit or (), label or (), changes, uncertain, device, fresh,  # type: ignore[arg-type]
+    )  # fmt: skip
     evaluation = evaluate(
-        request, lambda line: console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
+        asked, lambda line: console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
     )
+    if unit and out is None:
+        return
     target = out or saved_run.locate(source).run / RESULT_NAME
     results.write(evaluation, target)
     _print_tables({evaluation.model["name"]: evaluation}, findings)
@@ -107,7 +128,7 @@ def _join_parts(run: Path) -> None:
 
 
 def _print_tables(evaluations: dict[str, Evaluation], findings: bool, markdown: bool = False) -> None:
-    from medvlp.evaluation.report import tables
+    from medvlp.evaluation.report import comparison, tables
 
     first = next(iter(evaluations.values()))
     if markdown:
@@ -118,15 +139,11 @@ def _print_tables(evaluations: dict[str, Evaluation], findings: bool, markdown: 
     # A pipe or log file has no width; the tables need this much to stay on one line a row.
     console = Console() if sys.stdout.isatty() else Console(width=110)
     for task in first.results:
-        grids = [tables.grid(evaluations, task)]
-        if findings:
-            grids.append(tables.grid(evaluations, task, findings=True))
-        elif task == "zero-shot":
-            grids.append(tables.auroc_by_finding(tables.grid(evaluations, task, findings=True)))
-        for grid in grids:
-            if grid.metrics:
+        single = comparison.grid(evaluations, task, findings=True)
+        for grid in (comparison.grid(evaluations, task), single if findings else single.by_finding()):
+            if grid is not None and grid.metrics:
                 console.print(tables.console_table(grid, f"{task}: {title}"))
         # All evaluations are of the same data, so what one cannot say about it none can.
-        for line in tables.remarks(first.notes[task]) + tables.unavailable(evaluations, task):
+        for line in tables.remarks(task, first.notes[task]) + comparison.unavailable(evaluations, task):
             typer.echo(f" {line}")
         typer.echo()

@@ -43,6 +43,7 @@ def pretrain(
     from launcher.placement import place_node
     from medvlp import config_files, trust
     from medvlp.data.batch_plan import plan_batch
+    from medvlp.evaluation import task
     from medvlp.methods.registry import schemas
     from medvlp.prototypes.supervisor import uses_workers
     from medvlp.runs.run_lock import release_after
@@ -57,7 +58,7 @@ def pretrain(
             "here: leave --nproc out"
         )
     files, overrides = split_arguments(arguments)
-    config = config_files.load(files, overrides, schemas())
+    config = config_files.load(files, overrides, schemas(), tasks=task.schemas())
     if place.rank == 0:
         trust.remember_config(config)
     if place.launcher != "none":
@@ -108,14 +109,15 @@ def config(
     reference: Annotated[bool, typer.Option("--reference", help="print every key with its meaning")] = False,
 ) -> None:
     """Print the config that these files and overrides give, or the reference of all keys."""
-    from medvlp import config_files, trust
+    from medvlp import config_files, config_reference, trust
+    from medvlp.evaluation import task
     from medvlp.methods.registry import schemas
 
     if reference:
-        typer.echo(config_files.reference(schemas()), nl=False)
+        typer.echo(config_reference.reference(schemas(), task.schemas()), nl=False)
         return
     files, overrides = split_arguments(arguments or [])
-    tree = config_files.merge(files, overrides, schemas())
+    tree = config_files.merge(files, overrides, schemas(), tasks=task.schemas())
     if not config_files.missing(tree):
-        config_files.load(files, overrides, schemas(), unused=trust.KEYS)
+        config_files.load(files, overrides, schemas(), unused=trust.KEYS, tasks=task.schemas())
     typer.echo(config_files.to_yaml(tree), nl=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ import typer
 from launcher import command_words
 from launcher.commands.evaluate import PARTS_FOLDER
 from launcher.commands.submit import JobOptions
+from launcher.run_state import CONFIG, SLURM_FOLDER
 from medvlp.runs.errors import RunFolderError
 from shards.errors import UsageError
 
@@ -33,7 +35,7 @@ def evaluate(
     *,
     options: JobOptions,
 ) -> None:
-    """Evaluate runs by an array over runs and tasks; a dependent job writes evaluation.json and compares."""
+    """Evaluate runs by an array over runs, tasks and their units; a dependent job joins and compares."""
     from launcher.run_state import is_run_folder
     from launcher.slurm.cluster_config import load_cluster
     from launcher.slurm.command_jobs import CommandJob, after, output_pattern, submit_command
@@ -49,9 +51,9 @@ def evaluate(
     site, folder, given = load_cluster(options.cluster), runs[0], options.slurm
     common = [*overrides, *(["--data", data] if data else []), *(["--split", split] if split else [])]
     commands = [
-        ["evaluate", str(run), *common, "--task", name, "--out", str(run / PARTS_FOLDER / f"{name}.json")]
+        ["evaluate", str(run), *common, *words, "--out", str(run / PARTS_FOLDER / f"{name}.json")]
         for run in runs
-        for name in task or ()
+        for name, words in _parts(run, overrides, task or ()).items()
     ] or [["evaluate", str(run), *common] for run in runs]
     first = {"gpus_per_node": gpus_per_node} | (after([after_job]) if after_job is not None else {})
     is_array = len(commands) > 1
@@ -77,3 +79,31 @@ def evaluate(
     what = f"array {job_id} of {len(commands)} evaluations" if is_array else f"evaluation {job_id}"
     typer.echo(f"submitted {what}, and job {summary_id} that shows the results")
     typer.echo(f"  medvlp logs {summary_id} -f")
+
+
+def _parts(run: Path, overrides: list[str], names: Sequence[str]) -> dict[str, list[str]]:
+    """Name of each part of an evaluation -> the options that ask for it: a task, or one unit of it."""
+    from omegaconf import OmegaConf
+
+    from medvlp import config_files
+    from medvlp.evaluation.task import schemas, tasks
+    from medvlp.methods import registry
+
+    known = tasks()
+    for name in names:
+        if name not in known:
+            raise UsageError(f"--task {name}: there are {', '.join(known)}")
+    if not names:
+        return {}
+    # A run that has only been submitted has the config of its job.
+    files = [file for file in (run / CONFIG, run / SLURM_FOLDER / CONFIG) if file.is_file()]
+    tree = config_files.merge(files[:1], overrides, registry.schemas(), schemas())
+    parts = {}
+    for name in names:
+        units = known[name](OmegaConf.to_object(tree.evaluation.tasks[name])).units()
+        for unit in units:
+            if len(units) == 1:
+                parts[name] = ["--task", name]
+            else:
+                parts[f"{name}.{unit.name}"] = ["--task", name, "--unit", unit.name]
+    return parts

@@ -8,13 +8,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import Ridge, RidgeCV
-from sklearn.preprocessing import StandardScaler, normalize
+
+if TYPE_CHECKING:
+    from sklearn.preprocessing import StandardScaler
 
 Floats = NDArray[np.float64]
 
@@ -50,6 +50,8 @@ class PixelRidge:
 
     def __init__(self, pixels: NDArray[Any]):
         """`pixels` [N, P] of the training split set mean and scale (they need no label)."""
+        from sklearn.preprocessing import StandardScaler  # here: 2 s that `medvlp --help` need not wait
+
         self._scaler = StandardScaler()
         self._inputs = self._scaler.fit_transform(pixels.astype(np.float64))
         self._fitted: dict[str, FittedRidge] = {}
@@ -65,6 +67,8 @@ class PixelRidge:
 
 def _ridge(inputs: Floats, targets: Floats) -> tuple[Floats, Floats]:
     """Weights [P, C] and intercepts [C]; see `PixelRidge`."""
+    from sklearn.linear_model import Ridge, RidgeCV
+
     labelled = (~np.isnan(targets)).any(axis=1)
     inputs, targets = inputs[labelled], targets[labelled]
     known = ~np.isnan(targets)
@@ -86,27 +90,32 @@ def _ridge(inputs: Floats, targets: Floats) -> tuple[Floats, Floats]:
     return weights, intercepts
 
 
-def report_embeddings(
-    ridge: PixelRidge,
-    rows: NDArray[np.int64],
-    reports: Sequence[str],
-    test_pixels: NDArray[Any],
-    test_reports: Sequence[str],
-) -> tuple[Floats, Floats]:
+class ReportWords:
     """Retrieval without a network: images and reports as unit vectors in the space of report words.
 
     A report is its TF-IDF vector minus the training mean; an image is the ridge prediction of that vector
     from its pixels. (Without the mean taken off, the most ordinary reports would rank first for every image.)
-
-    Args:
-        ridge: of the training pixels; rows: the n of them with a report; reports: their n reports.
-        test_pixels: [M, P]; test_reports: the M reports to rank.
-
-    Returns:
-        Image vectors [M, V] and report vectors [M, V]; the inner product is the cosine similarity.
     """
-    words = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), max_features=VOCABULARY)
-    targets = words.fit_transform(reports).toarray()
-    mean = targets.mean(axis=0)
-    images = ridge.fit(targets - mean, rows).predict(test_pixels)
-    return normalize(images), normalize(words.transform(test_reports).toarray() - mean)
+
+    def __init__(self, ridge: PixelRidge, rows: NDArray[np.int64], reports: Sequence[str]):
+        """`ridge` is of the training pixels; `rows` [n] are those with a report, `reports` their n texts."""
+        from sklearn.feature_extraction.text import TfidfVectorizer
+
+        self._words = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), max_features=VOCABULARY)
+        targets = self._words.fit_transform(reports).toarray()
+        self._mean = targets.mean(axis=0)
+        self._ridge = ridge.fit(targets - self._mean, rows)
+
+    def images(self, pixels: NDArray[Any]) -> Floats:
+        """[M, P] pixels -> [M, V] unit vectors; the inner product with `texts` is the cosine similarity."""
+        from sklearn.preprocessing import normalize
+
+        vectors: Floats = normalize(self._ridge.predict(pixels))
+        return vectors
+
+    def texts(self, reports: Sequence[str]) -> Floats:
+        """M reports -> [M, V] unit vectors."""
+        from sklearn.preprocessing import normalize
+
+        vectors: Floats = normalize(self._words.transform(reports).toarray() - self._mean)
+        return vectors

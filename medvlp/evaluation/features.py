@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from medvlp.data.batch import Batch, Text
-from medvlp.evaluation.report.results import EvaluationError
+from medvlp.evaluation.task import EvaluationError
 from medvlp.methods.base import Method
 
 #: Side of the images of the pixel baseline.
@@ -26,8 +26,9 @@ class Wanted:
     image: bool = False
     text: bool = False
     features: bool = False
-    #: Prompts for methods that score pairs in their own way (see `Method.scores_by_embedding`).
-    prompts: Text | None = None
+    #: Sets of prompts, tokenised, for methods that score pairs in their own way (see
+    #: `Method.scores_by_embedding`). Each is scored by itself, so that no set changes the numbers of another.
+    prompts: Mapping[tuple[str, ...], Text] = field(default_factory=dict)
 
 
 @dataclass
@@ -37,13 +38,13 @@ class ModelArrays:
     Attributes:
         image, text: [N, D] unit-norm embeddings; no `text` of methods that embed no reports.
         features: [N, F] backbone features.
-        scores: [N, prompts] similarities, only for methods with their own `score`.
+        scores: set of prompts -> [N, prompts] similarities, only for methods with their own `score`.
     """
 
     image: NDArray[Any] | None = None
     text: NDArray[Any] | None = None
     features: NDArray[Any] | None = None
-    scores: NDArray[Any] | None = None
+    scores: dict[tuple[str, ...], NDArray[Any]] = field(default_factory=dict)
 
 
 @dataclass
@@ -73,8 +74,8 @@ def embed(
     training = {name: method.training for name, method in models.items()}
     for method in models.values():
         method.eval()
-    prompts = wanted.prompts.to(device) if wanted.prompts is not None else None
-    parts: dict[str, dict[str, list[NDArray[Any]]]] = {name: {} for name in models}
+    prompts = {sentences: text.to(device) for sentences, text in wanted.prompts.items()}
+    parts: dict[str, dict[str | tuple[str, ...], list[NDArray[Any]]]] = {name: {} for name in models}
     samples, pixels = [], []
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
         for batch in batches:
@@ -93,24 +94,29 @@ def embed(
         joined = {key: np.concatenate(rows) for key, rows in of.items()}
         for key, array in joined.items():
             if not np.isfinite(array).all():
+                what = key if isinstance(key, str) else "scores of prompts"
                 raise EvaluationError(
-                    f"the {name} network gives NaN or infinite values ({key}): if training has diverged, "
+                    f"the {name} network gives NaN or infinite values ({what}): if training has diverged, "
                     "evaluate an earlier checkpoint"
                 )
-        arrays[name] = ModelArrays(**joined)
+        found = {key: array for key, array in joined.items() if isinstance(key, str)}
+        scores = {key: array for key, array in joined.items() if isinstance(key, tuple)}
+        arrays[name] = ModelArrays(**found, scores=scores)
     return SplitArrays(np.concatenate(samples), np.concatenate(pixels), arrays)
 
 
-def _forward(method: Method, batch: Batch, wanted: Wanted, prompts: Text | None) -> dict[str, torch.Tensor]:
-    found = {}
+def _forward(
+    method: Method, batch: Batch, wanted: Wanted, prompts: Mapping[tuple[str, ...], Text]
+) -> dict[str | tuple[str, ...], torch.Tensor]:
+    found: dict[str | tuple[str, ...], torch.Tensor] = {}
     if wanted.image:
         found["image"] = method.encode_image(batch.image)
     if wanted.text and method.embeds_reports:
         found["text"] = method.encode_text(batch.text)
     if wanted.features:
         found["features"] = method.image_features(batch.image)
-    if prompts is not None and not method.scores_by_embedding:
-        found["scores"] = method.score(batch.image, prompts)
+    for sentences, text in prompts.items() if not method.scores_by_embedding else ():
+        found[sentences] = method.score(batch.image, text)
     return found
 
 

@@ -157,7 +157,7 @@ def read(file: Path | str | None) -> PromptBook:
     try:
         content = load_yaml_text(Path(file))
     except DataError as error:
-        raise PromptError(f"evaluation.prompts={file}: {error}") from error
+        raise PromptError(f"evaluation.tasks.zero-shot.prompts={file}: {error}") from error
     content = _section(content, str(file), {"templates", "findings"})
     templates = _sides(content.get("templates"), f"{file}: templates", {"positive", "negative"})
     for side, sentences in templates.items():

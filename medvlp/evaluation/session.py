@@ -1,293 +1,274 @@
-"""One evaluation from beginning to end: load, embed each split once, do the tasks, collect the results."""
+"""What the tasks of one evaluation share: networks, dataset, and splits that are embedded once for all.
+
+Everything heavy is made when it is first asked for. A task never holds the session: each step of a unit gets
+a `View` that hands out only the splits this step may see.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import get_args
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from medvlp.config import Config
-from medvlp.data.cache import open_reader
+from medvlp.data.batch import Batch, Text
+from medvlp.data.fields import FIELDS
 from medvlp.data.loader import evaluation_loader
 from medvlp.data.report import report_sentences
 from medvlp.data.text import Tokenizer
-from medvlp.evaluation import prompts
 from medvlp.evaluation.features import Wanted, embed, embed_texts
-from medvlp.evaluation.labels import Uncertain
+from medvlp.evaluation.labels import Floats, Uncertain, binary, not_evaluable
 from medvlp.evaluation.loading import load_models
 from medvlp.evaluation.metrics.bootstrap import PatientBootstrap
-from medvlp.evaluation.report.results import Evaluation, EvaluationError, TaskResult
-from medvlp.evaluation.splits import Split, columns, selection_split
-from medvlp.evaluation.tasks import retrieval
-from medvlp.evaluation.tasks.linear_probe import LinearProbe
-from medvlp.evaluation.tasks.zero_shot import Ensemble, ZeroShot, prompts_of
+from medvlp.evaluation.splits import Split, chosen_labels, selection_split
+from medvlp.evaluation.task import Facts, Needs, Role, Task
 from medvlp.methods.base import Method
-from medvlp.runs import saved_run
-from shards.errors import UsageError
+from medvlp.runs.saved_run import SavedRun
 from shards.reader import ShardReader
-
-TASKS = ("zero-shot", "retrieval", "linear-probe")
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the user asks for.
-
-    Attributes:
-        source: run folder or checkpoint folder.
-        data: dataset folder or URL prefix; None: the one the run was trained on.
-        tasks: some of `TASKS`; none: every task the dataset allows.
-        labels: labels to evaluate; none: all of the dataset.
-        overrides: `section.key=value` over the run's config.
-        uncertain: what becomes of uncertain labels.
-        device: "auto", "cpu" or "cuda".
-    """
-
-    source: Path
-    data: str | None = None
-    tasks: Sequence[str] = ()
-    labels: Sequence[str] = ()
-    overrides: Sequence[str] = ()
-    uncertain: Uncertain = "exclude"
-    device: str = "auto"
-
-    def check(self) -> None:
-        """Raise UsageError for a value that does not exist."""
-        choices = {"--task": (self.tasks, TASKS), "--uncertain": ((self.uncertain,), get_args(Uncertain))}
-        choices["--device"] = ((self.device,), ("auto", "cpu", "cuda"))
-        for option, (values, known) in choices.items():
-            for value in values:
-                if value not in known:
-                    raise UsageError(f"{option} {value}: there are {', '.join(known)}")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise UsageError("--device cuda: this machine has no usable CUDA device")
-
-
-def evaluate(request: Request, say: Callable[[str], None]) -> Evaluation:
-    """Evaluate a run beside its baselines.
-
-    Args:
-        request: what to evaluate on what.
-        say: receives one line of progress at a time.
-
-    Raises:
-        MedvlpError: something needed is missing or wrong (see `saved_run`, `prompts`, `splits`).
-    """
-    request.check()
-    source = saved_run.locate(request.source)
-    # A run that stores no tokenizer reads it where its own data are.
-    moved = None if source.stored is None else request.data
-    config = saved_run.load_config(source, request.overrides, moved, untrained=True)
-    tokenizer = saved_run.load_tokenizer(source, config)
-    if request.data is not None:
-        config.data.root = request.data
-    device = torch.device("cuda" if request.device != "cpu" and torch.cuda.is_available() else "cpu")
-    models = load_models(source, config, tokenizer, device)
-    reader = open_reader(config.data)
-    said = request.data is not None or any(text.startswith("data.root=") for text in request.overrides)
-    saved_run.check_data(source, config, reader.index, said, say)
-    session = _Session(request, config, tokenizer, models, device, reader, say)
-    evaluation = Evaluation(
-        model={
-            "name": source.name(config),
-            "run": str(source.run),
-            "checkpoint": source.checkpoint.name,
-            "step": source.step,
-            "weights": source.weights,
-        },
-        data={},
-        settings={
-            "tasks": list(request.tasks or TASKS),
-            "labels": list(request.labels),
-            "uncertain": request.uncertain,
-            "device": device.type,
-            "tokenizer": tokenizer.fingerprint,
-            **dataclasses.asdict(config.evaluation),
-        },
-        config=dataclasses.asdict(config),
-    )
-    for task in request.tasks or TASKS:
-        say(f"{task}: started")
-        start = time.monotonic()
-        try:
-            result = session.tasks[task]()
-        except EvaluationError as error:
-            if request.tasks:
-                raise
-            say(f"{task} left out: {error}")
-            evaluation.notes[task] = {"left_out": str(error)}
-            continue
-        evaluation.results[task], evaluation.notes[task] = result.models, result.notes
-        say(f"{task}: done in {time.monotonic() - start:.0f} s")
-    if not evaluation.results:
-        raise EvaluationError(f"{config.data.root}: no task can be evaluated on it (see the lines above)")
-    evaluation.data = session.data()
-    return evaluation
 
 
 @dataclass
-class _Session:
-    """The parts of one evaluation; splits are embedded when a task first needs them."""
+class Session:
+    """One checkpoint on one dataset.
 
-    request: Request
+    Attributes:
+        source: run and checkpoint. config: the run's, with overrides. tokenizer: the run's.
+        device: of the networks.
+        reader: the dataset.
+        labels: those asked for; none: all.
+        uncertain: what becomes of uncertain labels.
+        say: receives one line of progress at a time.
+    """
+
+    source: SavedRun
     config: Config
     tokenizer: Tokenizer
-    models: dict[str, Method]
     device: torch.device
     reader: ShardReader
+    labels: Sequence[str]
+    uncertain: Uncertain
     say: Callable[[str], None]
+    _needs: dict[str, list[Needs]] = field(default_factory=dict)
     _splits: dict[str, Split] = field(default_factory=dict)
+    _prompts: dict[tuple[str, ...], dict[str, NDArray[Any] | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.tasks: dict[str, Callable[[], TaskResult]] = {
-            "zero-shot": self.zero_shot,
-            "retrieval": self.retrieval,
-            "linear-probe": self.linear_probe,
-        }
-        self.evaluated = self.config.evaluation.split
-        self.reader.index.split_shards(self.evaluated)
-        self.names = list(self.reader.index.label_names)
-        if self.request.labels:
-            columns(self.names, self.request.labels)
-        self.available = [name for name, totals in self.reader.index.splits.items() if totals.samples]
-        self.wanted_tasks = self.request.tasks or TASKS
-        book = prompts.read(self.config.evaluation.prompts)
-        for finding in book.unused(self.names):
-            self.say(f"{self.config.evaluation.prompts}: {finding!r} is no label of the dataset")
-        self.ensemble = Ensemble.of(prompts_of(book, self.names))
-        sentences = [[sentence] for sentence in self.ensemble.sentences]
-        data = self.config.data
-        self.prompt_text = self.tokenizer.tokenize(sentences, data.max_tokens, data.pad_to_max)
+        """Check that there are such a split and such labels.
 
-    def zero_shot(self) -> TaskResult:
-        chosen = columns(self.names, self.request.labels)
-        if not any(self.names[number] in self.ensemble.rows for number in chosen):
-            raise EvaluationError(
-                "zero-shot: no prompts for any of the labels; set evaluation.prompts=FILE.yaml"
-            )
-        split, settings = self.split(self.evaluated), self.config.evaluation
-        selection = selection_split(self.available, self.evaluated)
-        task = ZeroShot(
-            split=split,
-            selection=self.split(selection) if selection else None,
-            train=self.train(),
-            names=[self.names[number] for number in chosen],
-            columns=chosen,
-            ensemble=self.ensemble,
-            uncertain=self.request.uncertain,
-            bootstrap=PatientBootstrap(split.patients, settings.bootstrap, settings.seed),
-        )
-        embedded = {
-            name: embed_texts(method, self.prompt_text, self.device) if method.scores_by_embedding else None
-            for name, method in self.models.items()
-        }
-        return task.evaluate(embedded)
+        Raises:
+            DataError, UsageError: there are not.
+        """
+        self.reader.index.split_shards(self.config.evaluation.split)
+        self.findings = chosen_labels(self.reader.index.label_names, self.labels)
 
-    def retrieval(self) -> TaskResult:
-        if not all(method.embeds_reports for method in self.models.values()):
-            method_name = self.config.method.name
-            return TaskResult(notes={"not_available": f"the method {method_name} does not embed reports"})
-        split, settings = self.split(self.evaluated), self.config.evaluation
-        chosen = columns(self.names, self.request.labels) if self.names else []
-        return retrieval.evaluate(
-            split,
-            self.train(),
-            [self.names[number] for number in chosen],
-            chosen,
-            self.request.uncertain,
-            settings.bootstrap,
-            settings.seed,
-        )
+    @cached_property
+    def models(self) -> dict[str, Method]:
+        """The trained network and the untrained one, by these names."""
+        return load_models(self.source, self.config, self.tokenizer, self.device)
 
-    def linear_probe(self) -> TaskResult:
-        chosen = columns(self.names, self.request.labels)
-        train = self.train()
-        selection = selection_split(self.available, self.evaluated, trained_on=True)
-        if train is None or selection is None:
-            raise EvaluationError(
-                "linear-probe: needs the splits train and valid beside the evaluated one; "
-                f"{self.config.data.root} has {', '.join(self.available)}"
-            )
-        split, settings = self.split(self.evaluated), self.config.evaluation
-        task = LinearProbe(
-            split=split,
-            selection=self.split(selection),
-            train=train,
-            names=[self.names[number] for number in chosen],
-            columns=chosen,
-            uncertain=self.request.uncertain,
-            fractions=settings.fractions,
-            seed=settings.seed,
-            bootstrap=PatientBootstrap(split.patients, settings.bootstrap, settings.seed),
-        )
-        return task.evaluate()
+    def facts(self, task: Task) -> Facts:
+        """What is known before a sample is read, and which split plays which role for the task."""
+        index, evaluated = self.reader.index, self.config.evaluation.split
+        available = [name for name, totals in index.splits.items() if totals.samples]
+        roles: dict[Role, str] = {"evaluated": evaluated}
+        if selection := selection_split(available, evaluated, task.fits_to_labels):
+            roles["selection"] = selection
+        if "train" in available and evaluated != "train":
+            roles["train"] = "train"
+        return Facts(index, available, roles, self.findings)
 
-    def train(self) -> Split | None:
-        """The training split, unless it is the one evaluated or the dataset has none."""
-        usable = "train" in self.available and self.evaluated != "train"
-        return self.split("train") if usable else None
+    def expect(self, task: Task) -> None:
+        """Note what a task needs of the splits, before the first of them is embedded.
+
+        Raises:
+            ValueError: the loader has no such batch field, or splits have been embedded.
+        """
+        if self._splits:
+            raise ValueError("all tasks say what they need before the first split is embedded")
+        facts = self.facts(task)
+        for role, needs in task.needs(facts).items():
+            if unknown := sorted(needs.fields - FIELDS.keys()):
+                raise ValueError(
+                    f"task {task.name} needs the batch field {unknown[0]}, which is never loaded"
+                )
+            if role in facts.roles:
+                self._needs.setdefault(facts.roles[role], []).append(needs)
+
+    def view(self, task: Task, roles: Sequence[Role], folder: Path | None) -> View:
+        """The session as a step of one of the task's units sees it."""
+        return View(self, task, self.facts(task), frozenset(roles), folder)
 
     def split(self, name: str) -> Split:
-        """A split with everything the wanted tasks need of it."""
+        """A split with everything that the tasks need of it."""
         if name not in self._splits:
             self._splits[name] = self._load(name)
         return self._splits[name]
 
-    def data(self) -> dict[str, object]:
-        """The `data` section of the result."""
+    def prompt_embeddings(self, sentences: tuple[str, ...]) -> dict[str, NDArray[Any] | None]:
+        """See `View.prompt_embeddings`."""
+        if sentences not in self._prompts:
+            text = self._tokenised(sentences)
+            self._prompts[sentences] = {
+                name: embed_texts(method, text, self.device) if method.scores_by_embedding else None
+                for name, method in self.models.items()
+            }
+        return self._prompts[sentences]
+
+    def splits_used(self) -> dict[str, dict[str, int]]:
+        """Samples, patients and corrupt samples of each split that has been read."""
         return {
-            "root": str(self.config.data.root),
-            "name": self.reader.index.name,
-            "fingerprint": self.reader.index.fingerprint,
-            "split": self.evaluated,
-            "splits": {
-                name: {
-                    "samples": len(split.patients),
-                    "patients": len(np.unique(split.patients)),
-                    "corrupt": self.reader.sample_count(name) - len(split.patients),
-                }
-                for name, split in self._splits.items()
-            },
+            name: {
+                "samples": len(split.patients),
+                "patients": len(np.unique(split.patients)),
+                "corrupt": self.reader.sample_count(name) - len(split.patients),
+            }
+            for name, split in self._splits.items()
         }
 
+    def _tokenised(self, sentences: tuple[str, ...]) -> Text:
+        data = self.config.data
+        return self.tokenizer.tokenize(
+            [[sentence] for sentence in sentences], data.max_tokens, data.pad_to_max
+        )
+
     def _load(self, name: str) -> Split:
-        wanted = self._wanted(name)
-        models = self.models if wanted.image or wanted.text or wanted.features else {}
+        needs = self._needs[name]
+        wanted = Wanted(
+            image=any(of.image for of in needs),
+            text=any(of.text for of in needs),
+            features=any(of.features for of in needs),
+            prompts={of.prompts: self._tokenised(of.prompts) for of in needs if of.prompts},
+        )
+        # Only prompts need no network of a method that compares embeddings.
+        models = self.models if wanted.image or wanted.text or wanted.features or wanted.prompts else {}
         self.say(
             f"  embedding {self.reader.sample_count(name)} samples of {name} with {len(models)} networks "
             f"({', '.join(models)})"
             if models
             else f"  reading {self.reader.sample_count(name)} samples of {name}"
         )
-        settings, data = self.config.evaluation, self.config.data
-        loader = evaluation_loader(self.config, self.reader, self.tokenizer, name, settings.batch)
+        config, names = self.config, self.reader.index.label_names
+        loader = evaluation_loader(config, self.reader, self.tokenizer, name, config.evaluation.batch)
         arrays = embed(models, loader, wanted, self.device)
         metadata = [self.reader.metadata(name, int(position)) for position in arrays.sample]
-        labels = [[sample["labels"].get(label) for label in self.names] for sample in metadata]
+        labels = [[sample["labels"].get(label) for label in names] for sample in metadata]
         return Split(
             name,
             np.array([sample["patient_id"] for sample in metadata]),
             [
-                " ".join(report_sentences(sample["sections"], data.sections, data.cleaning))
+                " ".join(report_sentences(sample["sections"], config.data.sections, config.data.cleaning))
                 for sample in metadata
             ],
-            np.array(labels, dtype=np.float64).reshape(len(metadata), len(self.names)),
+            np.array(labels, dtype=np.float64).reshape(len(metadata), len(names)),
             arrays,
         )
 
-    def _wanted(self, name: str) -> Wanted:
-        zero_shot, retrieving, probing = (task in self.wanted_tasks for task in TASKS)
-        evaluated = name == self.evaluated
-        chooses = name == selection_split(self.available, self.evaluated)
-        return Wanted(
-            image=(evaluated and (zero_shot or retrieving)) or (chooses and zero_shot),
-            text=evaluated and retrieving,
-            features=probing,
-            prompts=self.prompt_text if self.ensemble.rows and zero_shot and (evaluated or chooses) else None,
-        )
+
+@dataclass(frozen=True)
+class View:
+    """What a step of a unit may see: `Task.fit` the training and selection splits, `Task.measure` the rest.
+
+    Attributes:
+        facts: what is known before a sample is read.
+    """
+
+    _session: Session
+    _task: Task
+    facts: Facts
+    _roles: frozenset[Role]
+    _folder: Path | None
+
+    def split(self, role: Role) -> Split | None:
+        """The split that plays a role, embedded as the task needs it; None where the dataset has none.
+
+        Raises:
+            ValueError: this step may not see it, or the task has not said that it needs it.
+        """
+        name = self._name(role)
+        return None if name is None else self._session.split(name)
+
+    def batches(self, role: Role) -> Iterator[Batch]:
+        """Read a split in order, with the batch fields the task needs of it; every sample once.
+
+        Raises:
+            ValueError: as for `split`.
+        """
+        name, session = self._name(role), self._session
+        fields = self._task.needs(self.facts)[role].fields
+        if name is not None:
+            config = session.config
+            batch = config.evaluation.batch
+            yield from evaluation_loader(
+                config, session.reader, session.tokenizer, name, batch, fields=sorted(fields)
+            )
+
+    def truth(self, split: Split, findings: Sequence[str] | None = None) -> Floats:
+        """[N, C] labels (1, 0, NaN) of some findings, by default of all that are evaluated."""
+        names = self.facts.index.label_names
+        columns = [names.index(name) for name in (self.facts.findings if findings is None else findings)]
+        return binary(split.labels[:, columns], self._session.uncertain)
+
+    def prompt_embeddings(self, sentences: tuple[str, ...]) -> dict[str, NDArray[Any] | None]:
+        """[P, D] unit-norm embeddings of sentences by every network; None: it scores pairs in its own way."""
+        return self._session.prompt_embeddings(sentences)
+
+    def bootstrap(self, patients: NDArray[Any]) -> PatientBootstrap:
+        """The resamples of the intervals, for samples of these [N] patients."""
+        return PatientBootstrap(patients, self._session.config.evaluation.bootstrap, self.seed)
+
+    @cached_property
+    def evaluable(self) -> frozenset[str]:
+        """Findings with both classes in the evaluated split: all that `fit` is told of it."""
+        truth = self.truth(split := self._session.split(self.facts.roles["evaluated"]))
+        out = {item.finding for item in not_evaluable(truth, self.facts.findings, split.name)}
+        return frozenset(self.facts.findings) - out
+
+    @property
+    def seed(self) -> int:
+        """Seed of resamples and draws."""
+        return self._session.config.evaluation.seed
+
+    @property
+    def models(self) -> dict[str, Method]:
+        """The networks "trained" and "untrained", in evaluation mode, on `device`."""
+        return self._session.models
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return self._session.device
+
+    @property
+    def say(self) -> Callable[[str], None]:
+        """Receives one line of progress at a time."""
+        return self._session.say
+
+    @property
+    def folder(self) -> Path:
+        """A folder of the unit's own, kept between calls until the unit is finished anew.
+
+        Raises:
+            ValueError: the run folder cannot be written.
+        """
+        if self._folder is None:
+            raise ValueError(f"task {self._task.name} keeps files, and its run folder cannot be written")
+        self._folder.mkdir(parents=True, exist_ok=True)
+        return self._folder
+
+    def _name(self, role: Role) -> str | None:
+        if role not in self._roles:
+            raise ValueError(
+                f"task {self._task.name}: this step may see {' and '.join(sorted(self._roles))}, not {role}: "
+                "what is trained or chosen must not have seen the split that is evaluated"
+            )
+        if role not in self._task.needs(self.facts):
+            raise ValueError(
+                f"task {self._task.name} reads the split {role} without having said that it needs it"
+            )
+        return self.facts.roles.get(role)

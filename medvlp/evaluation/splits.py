@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from medvlp.evaluation.baselines import PixelRidge
 from medvlp.evaluation.features import SplitArrays
-from medvlp.evaluation.report.results import EvaluationError
 from shards.errors import UsageError
 
 #: Splits on which thresholds and penalties may be chosen, in this order; never the evaluated one.
@@ -43,33 +41,24 @@ class Split:
         return PixelRidge(self.arrays.pixels)
 
 
-def selection_split(available: Sequence[str], evaluated: str, trained_on: bool = False) -> str | None:
+def selection_split(available: Sequence[str], evaluated: str, fits_to_labels: bool = False) -> str | None:
     """The split that chooses thresholds and penalties when `evaluated` is reported; None if there is none.
 
-    `trained_on`: the choice is about a model fitted to the training labels, so it cannot be made on them.
+    `fits_to_labels`: the choice is about a model fitted to the training labels, so it cannot be made on them.
     """
     for name in SELECTION_ORDER:
-        if name in available and name != evaluated and not (trained_on and name == "train"):
+        if name in available and name != evaluated and not (fits_to_labels and name == "train"):
             return name
     return None
 
 
-def columns(label_names: Sequence[str], chosen: Sequence[str]) -> list[int]:
-    """Positions of the chosen labels (all for none chosen).
+def chosen_labels(label_names: Sequence[str], chosen: Sequence[str]) -> list[str]:
+    """The chosen labels (all for none chosen).
 
     Raises:
         UsageError: the dataset has no such label.
-        EvaluationError: it has none at all.
     """
-    if not label_names:
-        raise EvaluationError("the dataset has no labels; only the task retrieval can be evaluated on it")
     for name in chosen:
         if name not in label_names:
-            raise UsageError(f"--label {name!r}: the dataset has {', '.join(label_names)}")
-    return [label_names.index(name) for name in chosen] if chosen else list(range(len(label_names)))
-
-
-def report_groups(reports: Sequence[str]) -> NDArray[np.int64]:
-    """[N] numbers that are equal where report texts are equal but for case and white space."""
-    plain = [" ".join(report.lower().split()) for report in reports]
-    return np.unique(np.asarray(plain, dtype=object), return_inverse=True)[1].astype(np.int64)
+            raise UsageError(f"--label {name!r}: the dataset has {', '.join(label_names) or 'no labels'}")
+    return list(chosen or label_names)

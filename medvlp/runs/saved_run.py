@@ -100,6 +100,7 @@ def load_config(
     data: str | None = None,
     reads_data: bool = True,
     untrained: bool = False,
+    tasks: config_files.Tasks = None,
 ) -> Config:
     """The run's config with overrides; errors as `medvlp.config_files.load`.
 
@@ -112,6 +113,7 @@ def load_config(
         data: dataset folder or URL prefix in place of the run's.
         reads_data: false for a caller that opens no dataset.
         untrained: the network before training is built too, from what training began with.
+        tasks: config classes of evaluation tasks, for what evaluates.
     """
     given = [*overrides, *([] if data is None else [f"data.root={json.dumps(trust.escaped(data))}"])]
     unused = set(_OF_TRAINING | {"data.cache_dir"} | (set() if reads_data else {"data.root"}))
@@ -120,7 +122,7 @@ def load_config(
         unused.add("data.tokenizer")
     if not untrained:
         unused |= {"image.pretrained"} | {f"{part}.name" for part in encoders}
-    config = config_files.load([source.run / CONFIG], given, schemas(), source.run, unused)
+    config = config_files.load([source.run / CONFIG], given, schemas(), source.run, unused, tasks)
     cache = config.data.cache_dir
     if cache and not any(text.startswith("data.cache_dir=") for text in overrides):
         config.data.cache_dir = cache if trust.is_said("data.cache_dir", cache) else None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from medvlp.data.batch import Batch, Text
 from medvlp.evaluation.features import Wanted, embed, embed_texts, shrink
-from medvlp.evaluation.report.results import EvaluationError
+from medvlp.evaluation.task import EvaluationError
 from medvlp.methods.base import Method, StepOutput
 from medvlp.prototypes.table import PrototypeTable
 
@@ -96,7 +96,8 @@ def test_batch_size_does_not_matter_and_training_mode_comes_back() -> None:
 def test_only_what_is_wanted_is_computed() -> None:
     arrays = embed({"m": Linear()}, make_batches(4), Wanted(features=True), CPU).models["m"]
     assert arrays.features is not None
-    assert arrays.image is arrays.text is arrays.scores is None
+    assert arrays.image is arrays.text is None
+    assert arrays.scores == {}
     assert embed({}, make_batches(4), Wanted(), CPU).pixels.shape == (12, 1024)
 
 
@@ -104,11 +105,13 @@ def test_a_method_with_its_own_score_is_run_on_the_prompts() -> None:
     plain, biased, prompts = Linear(), Biased(), make_text(3, 2)
     assert plain.scores_by_embedding
     assert not biased.scores_by_embedding
-    found = embed({"plain": plain, "biased": biased}, make_batches(5), Wanted(prompts=prompts), CPU).models
-    assert found["plain"].scores is None
+    wanted = Wanted(prompts={("a", "b", "c"): prompts, ("d",): make_text(1, 3)})
+    found = embed({"plain": plain, "biased": biased}, make_batches(5), wanted, CPU).models
+    assert found["plain"].scores == {}
     with torch.no_grad():
         expected = biased.eval().score(make_batches(12)[0].image, prompts)
-    np.testing.assert_allclose(found["biased"].scores, expected, atol=1e-6)
+    np.testing.assert_allclose(found["biased"].scores["a", "b", "c"], expected, atol=1e-6)
+    assert found["biased"].scores[("d",)].shape == (12, 1)
 
 
 def test_a_method_that_embeds_no_reports_has_no_text() -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from medvlp.evaluation import prompts
 from medvlp.evaluation.labels import Count, binary, counts, not_evaluable
-from medvlp.evaluation.report.results import EvaluationError
-from medvlp.evaluation.splits import columns, report_groups, selection_split
+from medvlp.evaluation.splits import chosen_labels, selection_split
+from medvlp.evaluation.tasks.retrieval import report_groups
 from shards.entities.observations import observation_class
 from shards.entities.vocabulary import DESCRIPTIONS
 from shards.errors import UsageError
@@ -37,17 +37,17 @@ def test_findings_with_too_few_of_a_class_are_listed_with_their_counts() -> None
 def test_thresholds_are_never_chosen_on_the_evaluated_split() -> None:
     assert selection_split(["train", "valid", "test"], "test") == "valid"
     assert selection_split(["train", "valid", "test"], "valid") == "train"
-    assert selection_split(["train", "valid", "test"], "valid", trained_on=True) is None
+    assert selection_split(["train", "valid", "test"], "valid", fits_to_labels=True) is None
     assert selection_split(["test"], "test") is None
 
 
 def test_unknown_labels_are_refused() -> None:
-    assert columns(["a", "b", "c"], ["c", "a"]) == [2, 0]
-    assert columns(["a", "b"], []) == [0, 1]
-    with pytest.raises(UsageError, match="the dataset has a, b"):
-        columns(["a", "b"], ["edema"])
-    with pytest.raises(EvaluationError, match="no labels"):
-        columns([], [])
+    assert chosen_labels(["a", "b", "c"], ["c", "a"]) == ["c", "a"]
+    assert chosen_labels(["a", "b"], []) == ["a", "b"]
+    assert chosen_labels([], []) == []
+    for names, message in ((["a", "b"], "the dataset has a, b"), ([], "the dataset has no labels")):
+        with pytest.raises(UsageError, match=message):
+            chosen_labels(names, ["edema"])
 
 
 def test_equal_reports_share_a_group_whatever_their_spacing_and_case() -> None:

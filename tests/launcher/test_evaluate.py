@@ -9,81 +9,31 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import torch
 import typer
 from typer.testing import CliRunner, Result
 
 from launcher.commands import evaluate
 from medvlp import config_files
-from medvlp.config import CheckpointConfig, Config
 from medvlp.data.text import Tokenizer
 from medvlp.evaluation.report import results
-from medvlp.methods.registry import build_method, schemas
+from medvlp.methods.registry import schemas
 from medvlp.runs import checkpoint
 from medvlp.runs.manifest import Manifest
-from medvlp.runs.state_files import StateFile
-from shards.build import BuildOptions, build_shards
 from shards.errors import MedvlpError
-from shards.merge import merge
-from shards.plan import Part
-from shards.sample import StoredImage
-from shards.sources.base import Source
-from shards.sources.phantom import PhantomSource
 from shards.sources.table import TableSource
+from tests.launcher.tiny_run import TINY, build, make_run, make_shards, save
 
-TINY = [
-    "data.image_size=32",
-    "data.max_tokens=48",
-    "data.workers=0",
-    "image.name=vit_tiny_patch16_224",
-    "image.options={embed_dim: 16, depth: 1, num_heads: 2, patch_size: 8}",
-    "text.options={hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 32}",
-    "method.embedding=8",
-    "method.head_hidden=16",
-    "method.prototypes=8",
-    "train.global_batch=8",
-    "evaluation.bootstrap=40",
-    "precision=fp32",
-]
 ALL_TASKS = ["--task", "zero-shot", "--task", "retrieval", "--task", "linear-probe"]
-
-
-def build(source: Source, out: Path, **options) -> Path:
-    fractions = {"train": 0.5, "valid": 0.25, "test": 0.25}
-    settings = BuildOptions(image=StoredImage(32), fractions=fractions, **options)
-    build_shards(source, out, settings, 1, Part(0, 1), lambda finished, total: None)
-    merge(out)
-    return out
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    source = PhantomSource(studies=160, image_size=32, seed=3)
-    return build(source, tmp_path_factory.mktemp("data") / "phantom", vocab_size=300)
-
-
-def save(config: Config, step: int, seed: int) -> None:
-    """A checkpoint as training writes it, of a model with the weights of another seed than the run's."""
-    torch.manual_seed(seed)
-    tokenizer = Tokenizer.load(None, config.data.root)
-    method = build_method(config, tokenizer.vocab_size)
-    method.prepare(tokenizer)
-    folder = checkpoint.partial_folder(Path(config.run.dir) / "checkpoints", step)
-    weights = {name: value.contiguous() for name, value in method.state_dict().items()}
-    entries = checkpoint.write(folder, [StateFile(folder / checkpoint.WEIGHTS, weights)])
-    manifest = Manifest(step, 0, 1, 0, "fp32", 8, config_hash="", files=entries)
-    checkpoint.commit(folder, manifest, CheckpointConfig(keep_last=0))
+    return make_shards(tmp_path_factory.mktemp("data") / "phantom")
 
 
 @pytest.fixture(scope="module")
 def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    config = config_files.load([], [f"data.root={shards}", f"run.dir={folder}", *TINY], schemas())
-    for step in (4, 9):
-        save(config, step, seed=step)
-    (folder / "config.yaml").write_text(config_files.to_yaml(config))
-    shutil.copy(shards / "tokenizer.json", folder / "tokenizer.json")
-    return folder
+    return make_run(shards, tmp_path_factory.mktemp("runs") / "tiny")
 
 
 @pytest.fixture
@@ -145,7 +95,9 @@ def test_a_method_that_embeds_no_reports_has_no_retrieval(
     save(config, 4, seed=4)
     (folder / "config.yaml").write_text(config_files.to_yaml(config))
     prompts = repository / "configs" / "tasks" / "zero-shot-phantom-medslip.yaml"
-    result = medvlp("evaluate", folder, "--data", shards, *ALL_TASKS, f"evaluation.prompts={prompts}")
+    result = medvlp(
+        "evaluate", folder, "--data", shards, *ALL_TASKS, f"evaluation.tasks.zero-shot.prompts={prompts}"
+    )
     assert result.exit_code == 0, result.exception
     found = results.read(folder / "evaluation.json")
     assert "retrieval of medslip: not available: the method medslip does not embed reports" in result.output
@@ -194,12 +146,12 @@ def test_a_damaged_checkpoint_is_not_evaluated(run: Path, shards: Path, medvlp, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--task", "zeroshot"], "--task zeroshot: there are zero-shot"),
+        (["--task", "zeroshot"], "--task zeroshot: there are linear-probe, retrieval, zero-shot"),
         (["--label", "Edeema"], "--label 'Edeema': the dataset has pleural effusion"),
         (["--split", "tset"], "no split 'tset'"),
         (["--uncertain", "maybe"], "there are exclude, positive, negative"),
         (["evaluation.bootsrap=3"], "did you mean 'evaluation.bootstrap'"),
-        (["evaluation.prompts=/nowhere.yaml"], "/nowhere.yaml: cannot be read"),
+        (["evaluation.tasks.zero-shot.prompts=/nowhere.yaml"], "cannot read /nowhere.yaml: No such file"),
         (["configs/demo.yaml"], "write section.key=value"),
         (["--data", "/nowhere"], "/nowhere does not exist"),
         (["--split", "valid", "--task", "linear-probe"], "needs the splits train and valid"),

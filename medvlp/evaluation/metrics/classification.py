@@ -1,9 +1,8 @@
-"""Metrics of per-finding scores with intervals: what zero-shot classification and linear probes share."""
+"""Metrics of per-finding scores with intervals: of any classifier."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -15,21 +14,20 @@ from medvlp.evaluation.metrics.bootstrap import Estimate, Macro, PatientBootstra
 Floats = NDArray[np.float64]
 
 
-@dataclass
-class Selection:
-    """Scores and labels of the split on which thresholds are chosen (never the one evaluated)."""
+def thresholds(scores: Floats, truth: Floats, names: Sequence[str]) -> dict[str, float]:
+    """The score from which on each finding is called positive: the one with the best F1.
 
-    split: str
-    scores: Floats
-    truth: Floats
-
-
-@dataclass
-class Scored:
-    """Metrics of one model: `auroc/<finding>`, `auroc/macro`, ...; and the thresholds of F1 and accuracy."""
-
-    metrics: dict[str, Estimate] = field(default_factory=dict)
-    thresholds: dict[str, float] = field(default_factory=dict)
+    Args:
+        scores: [N, C] of the split that chooses, never of the one evaluated.
+        truth: [N, C] labels 1, 0 or NaN.
+        names: the C findings; one without positives gets no threshold.
+    """
+    chosen = {}
+    for column, name in enumerate(names):
+        known = ~np.isnan(truth[:, column])
+        if (truth[:, column] == 1).any():
+            chosen[name] = best_f1_threshold(scores[known, column], truth[known, column] == 1)
+    return chosen
 
 
 def score_findings(
@@ -37,10 +35,10 @@ def score_findings(
     truth: Floats,
     names: Sequence[str],
     bootstrap: PatientBootstrap,
-    selection: Selection | None = None,
+    called_from: Mapping[str, float] | None = None,
     only_auroc: bool = False,
-) -> Scored:
-    """AUROC, average precision, and F1 and accuracy at the threshold with the best F1 on the selection split.
+) -> dict[str, Estimate]:
+    """AUROC, average precision, and F1 and accuracy at a threshold.
 
     Args:
         scores: [N, C], higher for positives.
@@ -48,14 +46,13 @@ def score_findings(
             (`labels.not_evaluable` has taken the others out).
         names: the C findings.
         bootstrap: resamples of the N samples' patients.
-        selection: another split's scores for the thresholds; without it, or for a finding without positives
-            there, F1 and accuracy are left out.
+        called_from: thresholds by finding; one without has no F1 and accuracy.
         only_auroc: leave the other metrics out.
 
     Returns:
         Estimates by `<metric>/<finding>` and `<metric>/macro`, the mean over findings.
     """
-    result = Scored()
+    found: dict[str, Estimate] = {}
     macros: dict[str, Macro] = {}
     for column, name in enumerate(names):
         rows = np.flatnonzero(~np.isnan(truth[:, column]))
@@ -63,21 +60,16 @@ def score_findings(
         statistics: dict[str, Statistic] = {"auroc": partial(auroc, score, positive)}
         if not only_auroc:
             statistics["pr_auc"] = partial(average_precision, score, positive)
-            threshold = _threshold(selection, column)
-            if threshold is not None:
-                result.thresholds[name] = threshold
-                called = score >= threshold
+            if called_from is not None and name in called_from:
+                called = score >= called_from[name]
                 statistics["f1"] = partial(f1, called, positive)
                 statistics["accuracy"] = partial(accuracy, called, positive)
         for metric, statistic in statistics.items():
             value = float(statistic(np.ones((1, len(rows))))[0])
             draws = bootstrap.draws(statistic, rows)
-            result.metrics[f"{metric}/{name}"] = estimate(value, draws)
+            found[f"{metric}/{name}"] = estimate(value, draws)
             macros.setdefault(metric, Macro()).add(value, draws)
-    result.metrics = {
-        f"{metric}/macro": macro.estimate() for metric, macro in macros.items()
-    } | result.metrics
-    return result
+    return {f"{metric}/macro": macro.estimate() for metric, macro in macros.items()} | found
 
 
 def chance(truth: Floats, names: Sequence[str], only_auroc: bool = False) -> dict[str, Estimate]:
@@ -90,13 +82,3 @@ def chance(truth: Floats, names: Sequence[str], only_auroc: bool = False) -> dic
             f"pr_auc/{name}": Estimate(float(share)) for name, share in zip(names, prevalence, strict=True)
         }
     return found | {f"auroc/{name}": Estimate(0.5) for name in names}
-
-
-def _threshold(selection: Selection | None, column: int) -> float | None:
-    if selection is None:
-        return None
-    truth = selection.truth[:, column]
-    known = ~np.isnan(truth)
-    if not (truth == 1).any():
-        return None
-    return best_f1_threshold(selection.scores[known, column], truth[known] == 1)

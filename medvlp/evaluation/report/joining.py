@@ -1,11 +1,12 @@
-"""Puts the results of tasks that were evaluated apart together to one evaluation of the run."""
+"""Puts the results of tasks and units that were evaluated apart together to one evaluation of the run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 
-from medvlp.evaluation.report.results import Evaluation, EvaluationError
+from medvlp.evaluation.report.results import Evaluation
+from medvlp.evaluation.task import EvaluationError, tasks
 
 
 def join(parts: Mapping[Path, Evaluation]) -> Evaluation:
@@ -15,33 +16,82 @@ def join(parts: Mapping[Path, Evaluation]) -> Evaluation:
         parts: file -> its evaluation; all of one checkpoint, on the same data, with the same settings.
 
     Raises:
-        EvaluationError: they are not, or a task is in two of them.
+        EvaluationError: they are not, a task or unit is in two of them, or a unit is in none.
     """
     files = list(parts)
     first = parts[files[0]]
-    joined = Evaluation(first.model, first.data, first.settings | {"tasks": []}, config=first.config)
-    joined.data = first.data | {"splits": {}}
+    joined = Evaluation(
+        first.model, first.data | {"splits": {}}, first.settings | {"tasks": []}, config=first.config
+    )
     for file, part in parts.items():
         _check_same(files[0], first, file, part)
         for task, models in part.results.items():
-            if task in joined.results:
+            # Every unit of a task that the method cannot do says so.
+            if task in joined.results and (models or joined.results[task]):
                 raise EvaluationError(f"{file}: {task} is in another file too; delete one of them")
             joined.results[task] = models
+        for task, units in part.units.items():
+            stored = joined.units.setdefault(task, {})
+            if twice := sorted(stored.keys() & units.keys()):
+                raise EvaluationError(
+                    f"{file}: {task}, unit {twice[0]} is in another file too; delete one of them"
+                )
+            stored |= units
         joined.notes |= part.notes
-        joined.settings["tasks"] += part.settings["tasks"]
+        joined.settings["tasks"] += [
+            task for task in part.settings["tasks"] if task not in joined.settings["tasks"]
+        ]
+        if "options" in part.settings:
+            joined.settings["options"] = joined.settings.get("options", {}) | part.settings["options"]
         joined.data["splits"] |= part.data["splits"]
-    return joined
+    return complete(joined)
+
+
+def complete(evaluation: Evaluation) -> Evaluation:
+    """The evaluation with the results of its tasks in place of those of their units.
+
+    Raises:
+        EvaluationError: a unit is missing, or no such task is registered here.
+    """
+    known, settings = tasks(), evaluation.settings
+    for name, units in evaluation.units.items():
+        if name not in known:
+            raise EvaluationError(f"task {name} was evaluated by units, and no such task is registered here")
+        try:
+            task = known[name](known[name].config(**settings["options"][name]))
+            expected = {unit: unit.name for unit in task.units()}
+        except (KeyError, TypeError, ValueError) as error:
+            raise EvaluationError(f"the settings of task {name} cannot be read ({error})") from error
+        if missing := [unit for unit in expected.values() if unit not in units]:
+            raise EvaluationError(
+                f"{name}: without unit {', '.join(missing)}: evaluate it (medvlp evaluate ... --task {name} "
+                f"--unit {missing[0]})"
+            )
+        result = task.join({unit: units[unit_name] for unit, unit_name in expected.items()})
+        evaluation.results[name], evaluation.notes[name] = result.models, result.notes
+    evaluation.units = {}
+    return evaluation
 
 
 def _check_same(first_file: Path, first: Evaluation, file: Path, part: Evaluation) -> None:
     for what, one, other in (
         ("checkpoint", first.model, part.model),
         ("data", _without(first.data, "splits"), _without(part.data, "splits")),
-        ("settings", _without(first.settings, "tasks"), _without(part.settings, "tasks")),
+        (
+            "settings",
+            _without(first.settings, "tasks", "options"),
+            _without(part.settings, "tasks", "options"),
+        ),
     ):
         if one != other:
             raise EvaluationError(f"{file}: has another {what} than {first_file}; evaluate the task again")
+    ours, theirs = first.settings.get("options", {}), part.settings.get("options", {})
+    for task in ours.keys() & theirs.keys():
+        if ours[task] != theirs[task]:
+            raise EvaluationError(
+                f"{file}: has other settings of {task} than {first_file}; evaluate it again"
+            )
 
 
-def _without(values: Mapping[str, object], name: str) -> dict[str, object]:
-    return {key: value for key, value in values.items() if key != name}
+def _without(values: Mapping[str, object], *names: str) -> dict[str, object]:
+    return {key: value for key, value in values.items() if key not in names}

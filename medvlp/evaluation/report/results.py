@@ -3,7 +3,8 @@
 schema_version  1
 model           name, run, checkpoint (folder name), step, weights (checksum)
 data            root, name, fingerprint, split; samples, patients and corrupt samples of each split used
-settings        tasks, labels, uncertain, bootstrap, seed, fractions, prompts, tokenizer fingerprint
+settings        tasks, labels, uncertain, split, batch, bootstrap, seed, tokenizer fingerprint, and `options`:
+                task -> its own keys (files of before have fractions and prompts in their place)
 results         task -> model -> metric -> {value, low, high}
                 models: trained, untrained, pixels, chance; low and high bound the 95 % interval
                 (bootstrap by patient) or are null
@@ -11,6 +12,7 @@ notes           task -> what stands beside its numbers: counts of each finding, 
                 evaluated and why, chosen thresholds and penalties with the split that chose them;
                 `not_available`: why the method cannot do the task at all (its results are then empty)
 config          the resolved config of the run, with the overrides of this evaluation
+units           only in files of single units: task -> unit -> its models, notes and fingerprint
 """
 
 from __future__ import annotations
@@ -22,25 +24,17 @@ from pathlib import Path
 from typing import Any
 
 from medvlp.evaluation.metrics.bootstrap import Estimate
+from medvlp.evaluation.task import EvaluationError, Metrics, TaskResult
 from shards.atomic import atomic_write
-from shards.errors import MedvlpError
 
 SCHEMA_VERSION = 1
-Metrics = dict[str, Estimate]
-
-
-class EvaluationError(MedvlpError):
-    """An evaluation cannot be done or read; the message says what is missing and what to do."""
-
-    exit_code = 3
 
 
 @dataclass
-class TaskResult:
-    """One task: metrics of each model, and what stands beside them."""
+class UnitResult(TaskResult):
+    """One unit of a task; `fingerprint` is of everything its numbers depend on."""
 
-    models: dict[str, Metrics] = field(default_factory=dict)
-    notes: dict[str, Any] = field(default_factory=dict)
+    fingerprint: str = ""
 
 
 @dataclass
@@ -53,6 +47,7 @@ class Evaluation:
     results: dict[str, dict[str, Metrics]] = field(default_factory=dict)
     notes: dict[str, dict[str, Any]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    units: dict[str, dict[str, UnitResult]] = field(default_factory=dict)
 
 
 def write(evaluation: Evaluation, file: Path) -> None:
@@ -62,6 +57,8 @@ def write(evaluation: Evaluation, file: Path) -> None:
         DataError: it cannot be written.
     """
     content = _without_nan({"schema_version": SCHEMA_VERSION, **asdict(evaluation)})
+    if not evaluation.units:
+        del content["units"]
     atomic_write(file, (json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode())
 
 
@@ -76,12 +73,13 @@ def read(file: Path) -> Evaluation:
         version = content.pop("schema_version")
         if version != SCHEMA_VERSION:
             raise EvaluationError(f"{file}: schema version {version}, this program reads {SCHEMA_VERSION}")
-        content["results"] = {
+        content["results"] = {task: _models(models) for task, models in content["results"].items()}
+        content["units"] = {
             task: {
-                model: {metric: Estimate(**estimate) for metric, estimate in metrics.items()}
-                for model, metrics in models.items()
+                unit: UnitResult(**(values | {"models": _models(values["models"])}))
+                for unit, values in units.items()
             }
-            for task, models in content["results"].items()
+            for task, units in content.get("units", {}).items()
         }
         return Evaluation(**content)
     except OSError as error:
@@ -90,6 +88,13 @@ def read(file: Path) -> Evaluation:
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise EvaluationError(f"{file}: not an evaluation.json of this program ({error})") from error
+
+
+def _models(stored: dict[str, dict[str, dict[str, float]]]) -> dict[str, Metrics]:
+    return {
+        model: {metric: Estimate(**estimate) for metric, estimate in metrics.items()}
+        for model, metrics in stored.items()
+    }
 
 
 def _without_nan(value: Any) -> Any:

@@ -14,22 +14,36 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
 
-from medvlp.evaluation.labels import Uncertain, as_notes, binary, not_evaluable
+from medvlp.config import Config, ConfigError, TaskConfig, key
+from medvlp.evaluation.labels import NotEvaluable, as_notes, not_evaluable
 from medvlp.evaluation.metrics.binary import auroc
-from medvlp.evaluation.metrics.bootstrap import PatientBootstrap
 from medvlp.evaluation.metrics.classification import chance, score_findings
-from medvlp.evaluation.report.results import EvaluationError, TaskResult
-from medvlp.evaluation.splits import Split
+from medvlp.evaluation.task import (
+    EvaluationError,
+    Facts,
+    Needs,
+    Reading,
+    Role,
+    Task,
+    TaskResult,
+    Unit,
+    register,
+)
+
+if TYPE_CHECKING:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    from medvlp.evaluation.baselines import FittedRidge
+    from medvlp.evaluation.session import View
+    from medvlp.evaluation.splits import Split
 
 Floats = NDArray[np.float64]
 #: Standardised features.
@@ -51,21 +65,24 @@ def patient_fraction(patients: NDArray[Any], fraction: float, seed: int) -> NDAr
 
 
 @dataclass
-class Fitted:
-    """Scores [M, C] on the evaluated split with the chosen C, and the fits that did not converge."""
+class Probe:
+    """A logistic regression a finding, with the chosen C, and how many did not converge."""
 
-    scores: Floats
+    models: list[LogisticRegression]
     penalty: float
     unconverged: int
 
+    def scores(self, features: Features) -> Floats:
+        """[M, F] standardised features -> [M, C] scores."""
+        return np.stack([model.decision_function(features) for model in self.models], axis=1)
 
-def fit(train: tuple[Features, Floats], selection: tuple[Features, Floats], inputs: Features) -> Fitted:
-    """Fit one logistic regression a finding for each C, choose C on the selection split, score `inputs`.
+
+def fit(train: tuple[Features, Floats], selection: tuple[Features, Floats]) -> Probe:
+    """Fit one logistic regression a finding for each C, and choose C on the selection split.
 
     Args:
         train: features [N, F] and labels [N, C] (1, 0, NaN); each finding has both classes.
         selection: features [V, F] and labels [V, C].
-        inputs: features [M, F] to score.
 
     Raises:
         EvaluationError: no finding has both classes in the selection split.
@@ -92,13 +109,13 @@ def fit(train: tuple[Features, Floats], selection: tuple[Features, Floats], inpu
     assert best is not None
     penalty, models = best
     unconverged = sum(int(model.n_iter_[0]) >= ITERATIONS for model in models)
-    return Fitted(
-        np.stack([model.decision_function(inputs) for model in models], axis=1), penalty, unconverged
-    )
+    return Probe(models, penalty, unconverged)
 
 
 def _logistic(features: int) -> LogisticRegression:
     """Warm start: each penalty begins at the solution of the stronger one before it."""
+    from sklearn.linear_model import LogisticRegression
+
     solver = "newton-cholesky" if features <= NEWTON_FEATURES else "lbfgs"
     return LogisticRegression(solver=solver, max_iter=ITERATIONS, warm_start=True)
 
@@ -106,6 +123,8 @@ def _logistic(features: int) -> LogisticRegression:
 def _fitted(
     model: LogisticRegression, penalty: float, features: Features, labels: Floats
 ) -> LogisticRegression:
+    from sklearn.exceptions import ConvergenceWarning
+
     known = ~np.isnan(labels)
     with warnings.catch_warnings():
         # Reported as `unconverged` in the notes, not as a line for every fit.
@@ -114,93 +133,167 @@ def _fitted(
 
 
 @dataclass
-class LinearProbe:
-    """The task with its three splits and settings."""
+class LinearProbeConfig(TaskConfig):
+    fractions: list[float] = key(
+        [0.01, 0.1, 1.0], "shares of the training labels of the linear probe", 1e-6, 1, (1, 100)
+    )
 
-    split: Split
-    selection: Split
-    train: Split
-    names: Sequence[str]
-    columns: Sequence[int]
-    uncertain: Uncertain
-    fractions: Sequence[float]
-    seed: int
-    bootstrap: PatientBootstrap
+    def check(self, config: Config) -> None:
+        if len(set(self.fractions)) < len(self.fractions):
+            where = f"evaluation.tasks.{LinearProbe.name}.fractions"
+            raise ConfigError(f"{where}={self.fractions}: one of them stands twice; remove it")
 
-    def evaluate(self) -> TaskResult:
-        """AUROC (`auroc@10%/<finding>`) of every model in the splits' arrays, the pixel baseline and chance.
 
-        Raises:
-            EvaluationError: no finding can be evaluated at any fraction.
-        """
-        truth = self._truth(self.split)
-        listed = not_evaluable(truth, self.names, self.split.name)
-        result = TaskResult(notes=as_notes(truth, self.names, listed))
-        result.notes |= {"selection_split": self.selection.name, "fractions": {}}
-        for fraction in self.fractions:
-            self._evaluate_fraction(fraction, truth, {item.finding for item in listed}, result)
-        if not result.models:
-            raise EvaluationError(
-                "linear-probe: no finding can be trained and evaluated; see the label counts"
+@dataclass
+class Fitted:
+    """The probes of one fraction; `kept` findings are trained and evaluated.
+
+    Attributes:
+        missing: findings of which the fraction does not hold both classes.
+        probes: model -> scaler of its features and its probe.
+        ridge: the pixel baseline.
+        notes: samples, patients and findings of the fraction, chosen penalties.
+    """
+
+    kept: list[str]
+    missing: list[NotEvaluable]
+    notes: dict[str, Any]
+    probes: dict[str, tuple[StandardScaler, Probe]]
+    ridge: FittedRidge | None = None
+
+
+def _remarks(notes: Mapping[str, Any]) -> list[str]:
+    lines = [f"C chosen on the split {notes['selection_split']}"] if "selection_split" in notes else []
+    for fraction, of in notes.get("fractions", {}).items():
+        unconverged = sum(of["unconverged"].values())
+        stopped = f", {unconverged} fits stopped before they converged" if unconverged else ""
+        samples = f"{of['samples']} images of {of['patients']} patients"
+        lines.append(f"{fraction} of the labels: {samples}, {of['findings']} findings{stopped}")
+    return lines
+
+
+@register
+class LinearProbe(Task):
+    """See the module. A unit is a fraction; its metrics are `auroc@10%/<finding>`."""
+
+    name = "linear-probe"
+    summary = "logistic regression on frozen features with a part of the training labels"
+    config = LinearProbeConfig
+    unit_keys = frozenset({"fractions"})
+    fits_to_labels = True
+    reading = Reading(remarks=_remarks)
+
+    def unavailable_on(self, facts: Facts) -> str | None:
+        if not facts.findings:
+            return "the dataset has no labels"
+        if not {"train", "selection"} <= facts.roles.keys():
+            return (
+                "needs the splits train and valid beside the evaluated one; "
+                f"{facts.index.name} has {', '.join(facts.available)}"
             )
-        return result
+        return None
 
-    def _evaluate_fraction(self, fraction: float, truth: Floats, out: set[str], result: TaskResult) -> None:
-        rows = patient_fraction(self.train.patients, fraction, self.seed)
-        targets = self._truth(self.train)[rows]
-        missing = not_evaluable(targets, self.names, f"{share(fraction)} of {self.train.name}", fewest=1)
-        out = out | {item.finding for item in missing}
-        kept = [number for number, name in enumerate(self.names) if name not in out]
-        result.notes["not_evaluable"] += [vars(item) for item in missing]
+    def needs(self, facts: Facts) -> Mapping[Role, Needs]:
+        features = Needs(features=True)
+        return {"train": features, "selection": features, "evaluated": features}
+
+    def units(self) -> Sequence[Unit]:
+        return [Unit(fraction) for fraction in self.settings.fractions]
+
+    def fit(self, view: View, unit: Unit) -> Fitted:
+        """Fit the probes of one fraction and the pixel baseline; choose C on the selection split."""
+        train, selection = view.split("train"), view.split("selection")
+        assert train is not None
+        assert selection is not None
+        assert unit.fraction is not None
+        rows = patient_fraction(train.patients, unit.fraction, view.seed)
+        findings = view.facts.findings
+        drawn = f"{share(unit.fraction)} of {train.name}"
+        missing = not_evaluable(view.truth(train)[rows], findings, drawn, fewest=1)
+        out = {item.finding for item in missing}
+        kept = [name for name in findings if name in view.evaluable and name not in out]
         notes: dict[str, Any] = {
             "samples": len(rows),
-            "patients": len(np.unique(self.train.patients[rows])),
+            "patients": len(np.unique(train.patients[rows])),
             "findings": len(kept),
             "penalties": {},
             "unconverged": {},
         }
-        result.notes["fractions"][share(fraction)] = notes
+        fitted = Fitted(kept, missing, notes, {})
         if not kept:
-            return
-        names, truth, targets = [self.names[number] for number in kept], truth[:, kept], targets[:, kept]
-        for model in self.split.arrays.models:
-            features, selection_features, inputs = self._features(model)
-            selection_truth = self._truth(self.selection)[:, kept]
-            fitted = fit((features[rows], targets), (selection_features, selection_truth), inputs)
-            notes["penalties"][model], notes["unconverged"][model] = fitted.penalty, fitted.unconverged
-            self._add(result, model, fraction, fitted.scores, truth, names)
-        scores = self.train.ridge.fit(targets, rows).predict(self.split.arrays.pixels)
-        self._add(result, "pixels", fraction, scores, truth, names)
-        chances = chance(truth, names, only_auroc=True)
-        result.models.setdefault("chance", {}).update(
-            {_at(metric, fraction): value for metric, value in chances.items()}
-        )
+            return fitted
+        targets, choosing = view.truth(train, kept)[rows], view.truth(selection, kept)
+        for model in train.arrays.models:
+            scaler = _scaler(train, model)
+            features, choice = _features(train, model, scaler), _features(selection, model, scaler)
+            probe = fit((features[rows], targets), (choice, choosing))
+            fitted.probes[model] = scaler, probe
+            notes["penalties"][model], notes["unconverged"][model] = probe.penalty, probe.unconverged
+        fitted.ridge = train.ridge.fit(targets, rows)
+        return fitted
 
-    def _add(
-        self,
-        result: TaskResult,
-        model: str,
-        fraction: float,
-        scores: Floats,
-        truth: Floats,
-        names: Sequence[str],
-    ) -> None:
-        metrics = score_findings(scores, truth, names, self.bootstrap, only_auroc=True).metrics
-        named = {_at(metric, fraction): value for metric, value in metrics.items()}
-        result.models.setdefault(model, {}).update(named)
+    def measure(self, view: View, unit: Unit, fitted: Fitted) -> TaskResult:
+        """AUROC of every network, the pixel baseline and chance."""
+        split = view.split("evaluated")
+        assert split is not None
+        assert unit.fraction is not None
+        findings = view.facts.findings
+        truth = view.truth(split)
+        listed = not_evaluable(truth, findings, split.name) + fitted.missing
+        result = TaskResult(notes=as_notes(truth, findings, listed))
+        result.notes["selection_split"] = view.facts.roles["selection"]
+        result.notes["fractions"] = {share(unit.fraction): fitted.notes}
+        if not fitted.kept:
+            return result
+        scores = {
+            model: probe.scores(_features(split, model, scaler))
+            for model, (scaler, probe) in fitted.probes.items()
+        }
+        assert fitted.ridge is not None
+        scores["pixels"] = fitted.ridge.predict(split.arrays.pixels)
+        truth, bootstrap = view.truth(split, fitted.kept), view.bootstrap(split.patients)
+        found = {
+            model: score_findings(of, truth, fitted.kept, bootstrap, only_auroc=True)
+            for model, of in scores.items()
+        }
+        found["chance"] = chance(truth, fitted.kept, only_auroc=True)
+        for model, metrics in found.items():
+            result.models[model] = {_at(metric, unit.fraction): value for metric, value in metrics.items()}
+        return result
 
-    def _features(self, model: str) -> tuple[Features, Features, Features]:
-        """Standardised features of the training, selection and evaluated split."""
-        arrays = [split.arrays.models[model].features for split in (self.train, self.selection, self.split)]
-        scaler = StandardScaler().fit(np.asarray(arrays[0], dtype=np.float64))
-        # The networks give float32, and fits in it take half the time.
-        train, selection, inputs = (
-            scaler.transform(np.asarray(array, dtype=np.float64)).astype(np.float32) for array in arrays
-        )
-        return train, selection, inputs
+    def join(self, parts: Mapping[Unit, TaskResult]) -> TaskResult:
+        """The metrics of all fractions beside each other.
 
-    def _truth(self, split: Split) -> Floats:
-        return binary(split.labels[:, list(self.columns)], self.uncertain)
+        Raises:
+            EvaluationError: there are none.
+        """
+        first = next(iter(parts.values()))
+        joined = TaskResult(notes=first.notes | {"fractions": {}, "not_evaluable": []})
+        for part in parts.values():
+            for model, metrics in part.models.items():
+                joined.models.setdefault(model, {}).update(metrics)
+            joined.notes["fractions"] |= part.notes["fractions"]
+            # What the evaluated split lacks stands in every part.
+            known = joined.notes["not_evaluable"]
+            known += [item for item in part.notes["not_evaluable"] if item not in known]
+        if not joined.models:
+            raise EvaluationError(
+                f"{self.name}: no finding can be trained and evaluated; see the label counts"
+            )
+        return joined
+
+
+def _scaler(train: Split, model: str) -> StandardScaler:
+    from sklearn.preprocessing import StandardScaler
+
+    return StandardScaler().fit(np.asarray(train.arrays.models[model].features, dtype=np.float64))
+
+
+def _features(split: Split, model: str, scaler: StandardScaler) -> Features:
+    """Standardised features. The networks give float32, and fits in it take half the time."""
+    features = np.asarray(split.arrays.models[model].features, dtype=np.float64)
+    standardised: Features = scaler.transform(features).astype(np.float32)
+    return standardised
 
 
 def share(fraction: float) -> str:

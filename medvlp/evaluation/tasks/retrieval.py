@@ -10,15 +10,15 @@ Intervals resample the queries by patient; the candidates stay as they are. Chan
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from medvlp.evaluation.baselines import report_embeddings
-from medvlp.evaluation.labels import NotEvaluable, Uncertain, as_notes, binary, not_evaluable
+from medvlp.evaluation.baselines import ReportWords
+from medvlp.evaluation.labels import NotEvaluable, as_notes, not_evaluable
 from medvlp.evaluation.metrics.bootstrap import Estimate, Macro, PatientBootstrap, estimate
 from medvlp.evaluation.metrics.ranking import (
     best_ranks,
@@ -28,8 +28,23 @@ from medvlp.evaluation.metrics.ranking import (
     precision_at,
     recall_at,
 )
-from medvlp.evaluation.report.results import EvaluationError, Metrics, TaskResult
-from medvlp.evaluation.splits import Split, report_groups
+from medvlp.evaluation.task import (
+    EvaluationError,
+    Facts,
+    Metrics,
+    Needs,
+    Reading,
+    Role,
+    Task,
+    TaskResult,
+    Unit,
+    register,
+)
+
+if TYPE_CHECKING:
+    from medvlp.evaluation.session import View
+    from medvlp.evaluation.splits import Split
+    from medvlp.methods.base import Method
 
 RECALL_AT = (1, 5, 10)
 PRECISION_AT = (5, 10, 100)
@@ -38,66 +53,87 @@ DIRECTIONS = ("image_to_text", "text_to_image")
 Floats = NDArray[np.float64]
 
 
-def evaluate(
-    split: Split,
-    train: Split | None,
-    names: Sequence[str],
-    columns: Sequence[int],
-    uncertain: Uncertain,
-    resamples: int,
-    seed: int,
-) -> TaskResult:
-    """Both directions for every model in the split's arrays, the pixel baseline and chance.
+def report_groups(reports: Sequence[str]) -> NDArray[np.int64]:
+    """[N] numbers that are equal where report texts are equal but for case and white space."""
+    plain = [" ".join(report.lower().split()) for report in reports]
+    return np.unique(np.asarray(plain, dtype=object), return_inverse=True)[1].astype(np.int64)
 
-    Args:
-        split: evaluated split, with image and text embeddings of each model.
-        train: split that teaches the pixel baseline; None leaves it out (noted).
-        names, columns: labels of `P@K` and their positions; may be empty.
-        uncertain: what becomes of uncertain labels.
-        resamples, seed: bootstrap by patient.
 
-    Raises:
-        EvaluationError: fewer than two samples have a report.
-    """
-    rows = np.flatnonzero([bool(report.strip()) for report in split.reports])
-    if len(rows) < 2:
-        raise EvaluationError(
-            f"retrieval: {len(rows)} samples of {split.name} have a report, it needs at least 2"
-        )
-    groups = report_groups([split.reports[row] for row in rows])
-    bootstrap = PatientBootstrap(split.patients[rows], resamples, seed)
-    truth = binary(split.labels[:, list(columns)], uncertain)[rows]
-    listed = not_evaluable(truth, names, split.name)
-    out = {item.finding for item in listed}
-    classes = {name: truth[:, number] for number, name in enumerate(names) if name not in out}
-    ranker = _Ranker(groups, classes, bootstrap)
-    result = TaskResult(notes=as_notes(truth, names, listed + ranker.too_few()))
-    result.notes |= {
-        "queries": len(rows),
-        "without_report": len(split.reports) - len(rows),
-        "distinct_reports": int(groups.max()) + 1,
-    }
-    for model, arrays in split.arrays.models.items():
-        assert arrays.image is not None, "image embeddings have been asked for"
-        assert arrays.text is not None, "text embeddings have been asked for"
-        result.models[model] = ranker.metrics(arrays.image[rows], arrays.text[rows])
-    taught = [] if train is None else [row for row, report in enumerate(train.reports) if report.strip()]
-    if train is not None and taught:
-        images, texts = report_embeddings(
-            train.ridge,
-            np.array(taught),
-            [train.reports[row] for row in taught],
-            split.arrays.pixels[rows],
-            [split.reports[row] for row in rows],
-        )
-        result.models["pixels"] = ranker.metrics(images, texts)
-        result.notes["pixels"] = (
-            f"ridge regression to TF-IDF, trained on {len(taught)} reports of {train.name}"
-        )
-    else:
-        result.notes["pixels"] = "not available: the dataset has no training reports"
-    result.models["chance"] = ranker.chance()
-    return result
+def _with_report(split: Split) -> NDArray[np.int64]:
+    return np.flatnonzero([bool(report.strip()) for report in split.reports])
+
+
+def _remarks(notes: Mapping[str, Any]) -> list[str]:
+    if "queries" not in notes:
+        return []
+    without = notes["without_report"]
+    left_out = f", {without} samples without a report left out" if without else ""
+    return [f"{notes['queries']} queries, {notes['distinct_reports']} distinct reports{left_out}"]
+
+
+@register
+class Retrieval(Task):
+    """See the module."""
+
+    name = "retrieval"
+    summary = "reports from images and images from reports, among all samples of the split"
+    reading = Reading(
+        names={
+            "image_to_text": "image→text",
+            "text_to_image": "text→image",
+            "median_rank": "median rank",
+        },
+        summary=lambda metric: metric.endswith(("/macro", "/median_rank")) or "/R@" in metric,
+        whole=frozenset({"median_rank"}),
+        remarks=_remarks,
+    )
+
+    def needs(self, facts: Facts) -> Mapping[Role, Needs]:
+        return {"evaluated": Needs(image=True, text=True), "train": Needs()}
+
+    def unavailable_with(self, method: Method) -> str | None:
+        return None if method.embeds_reports else "does not embed reports"
+
+    def fit(self, view: View, unit: Unit) -> tuple[ReportWords | None, str]:
+        """Teach the pixel baseline the words of the training reports; and how it was taught."""
+        train = view.split("train")
+        taught = np.empty(0, dtype=np.int64) if train is None else _with_report(train)
+        if train is None or not len(taught):
+            return None, "not available: the dataset has no training reports"
+        words = ReportWords(train.ridge, taught, [train.reports[row] for row in taught])
+        return words, f"ridge regression to TF-IDF, trained on {len(taught)} reports of {train.name}"
+
+    def measure(self, view: View, unit: Unit, fitted: tuple[ReportWords | None, str]) -> TaskResult:
+        """Both directions for every network, the pixel baseline and chance."""
+        split = view.split("evaluated")
+        assert split is not None
+        rows = _with_report(split)
+        if len(rows) < 2:
+            raise EvaluationError(
+                f"{self.name}: {len(rows)} samples of {split.name} have a report, it needs at least 2"
+            )
+        reports, names = [split.reports[row] for row in rows], view.facts.findings
+        groups, truth = report_groups(reports), view.truth(split)[rows]
+        listed = not_evaluable(truth, names, split.name)
+        out = {item.finding for item in listed}
+        classes = {name: truth[:, number] for number, name in enumerate(names) if name not in out}
+        ranker = _Ranker(groups, classes, view.bootstrap(split.patients[rows]))
+        result = TaskResult(notes=as_notes(truth, names, listed + ranker.too_few()))
+        result.notes |= {
+            "queries": len(rows),
+            "without_report": len(split.reports) - len(rows),
+            "distinct_reports": int(groups.max()) + 1,
+        }
+        for model, arrays in split.arrays.models.items():
+            assert arrays.image is not None, "image embeddings have been asked for"
+            assert arrays.text is not None, "text embeddings have been asked for"
+            result.models[model] = ranker.metrics(arrays.image[rows], arrays.text[rows])
+        words, result.notes["pixels"] = fitted
+        if words is not None:
+            pixels = split.arrays.pixels[rows]
+            result.models["pixels"] = ranker.metrics(words.images(pixels), words.texts(reports))
+        result.models["chance"] = ranker.chance()
+        return result
 
 
 class _Ranker:

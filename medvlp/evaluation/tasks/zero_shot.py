@@ -9,22 +9,36 @@ finding without negative prompts has the score of its positive ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from medvlp.evaluation.baselines import FittedRidge
-from medvlp.evaluation.features import ModelArrays
-from medvlp.evaluation.labels import NotEvaluable, Uncertain, as_notes, binary, not_evaluable
-from medvlp.evaluation.metrics.bootstrap import PatientBootstrap
-from medvlp.evaluation.metrics.classification import Selection, chance, score_findings
+from medvlp.config import TaskConfig, key
+from medvlp.evaluation import prompts as prompt_files
+from medvlp.evaluation.labels import NotEvaluable, as_notes, not_evaluable
+from medvlp.evaluation.metrics.classification import chance, score_findings, thresholds
 from medvlp.evaluation.prompts import PromptBook, Prompts
-from medvlp.evaluation.report.results import EvaluationError, TaskResult
-from medvlp.evaluation.splits import Split
+from medvlp.evaluation.task import (
+    EvaluationError,
+    Facts,
+    Needs,
+    Reading,
+    Role,
+    Task,
+    TaskResult,
+    Unit,
+    register,
+)
+
+if TYPE_CHECKING:
+    from medvlp.evaluation.baselines import FittedRidge
+    from medvlp.evaluation.features import ModelArrays
+    from medvlp.evaluation.session import View
+    from medvlp.evaluation.splits import Split
 
 Floats = NDArray[np.float64]
 
@@ -69,8 +83,8 @@ def finding_scores(
     for name in names:
         positive, negative = ensemble.rows[name]
         if prompt_embeddings is None:
-            assert arrays.scores is not None, "a method with its own score has been run on the prompts"
-            scores.append(_mean(arrays.scores[:, positive]) - _mean(arrays.scores[:, negative]))
+            own = arrays.scores[tuple(ensemble.sentences)]
+            scores.append(_mean(own[:, positive]) - _mean(own[:, negative]))
         else:
             assert arrays.image is not None, "image embeddings have been asked for"
             direction = _center(prompt_embeddings[positive]) - _center(prompt_embeddings[negative])
@@ -92,88 +106,138 @@ def _center(embeddings: NDArray[Any]) -> Floats:
 
 
 @dataclass
-class ZeroShot:
-    """The task with everything that does not depend on the model."""
+class ZeroShotConfig(TaskConfig):
+    prompts: str | None = key(
+        None,
+        "YAML with prompts; a relative path is looked for beside the config file first; default: templates",
+        file=True,
+    )
 
-    split: Split
-    selection: Split | None
-    train: Split | None
-    names: Sequence[str]
-    columns: Sequence[int]
-    ensemble: Ensemble
-    uncertain: Uncertain
-    bootstrap: PatientBootstrap
 
-    def evaluate(self, prompt_embeddings: Mapping[str, NDArray[Any] | None]) -> TaskResult:
-        """Metrics of every model in the split's arrays, of the pixel baseline and of chance.
+@dataclass
+class Fitted:
+    """What was chosen and taught without the evaluated split.
 
-        Args:
-            prompt_embeddings: each model's embeddings of the ensemble's sentences (None: own scores).
+    Attributes:
+        names: findings that have prompts and can be evaluated.
+        thresholds: model -> finding -> score from which on it is called positive.
+        ridge: pixel baseline; None where it cannot be taught. pixels: how it was taught, or why it was not.
+    """
 
-        Raises:
-            EvaluationError: no finding can be evaluated.
-        """
-        truth = self._truth(self.split)
-        listed = [NotEvaluable(name, "no prompts") for name in self.names if name not in self.ensemble.rows]
-        listed += not_evaluable(truth, self.names, self.split.name)
-        out = {item.finding for item in listed}
-        kept = [number for number, name in enumerate(self.names) if name not in out]
-        if not kept:
+    names: list[str]
+    thresholds: dict[str, dict[str, float]]
+    ridge: FittedRidge | None
+    pixels: str
+
+
+def _remarks(notes: Mapping[str, Any]) -> list[str]:
+    if "threshold_split" not in notes:
+        return []
+    if not notes["threshold_split"]:
+        return ["no F1 and accuracy: no other split to choose a threshold on"]
+    return [f"F1 and accuracy at the threshold with the best F1 on the split {notes['threshold_split']}"]
+
+
+@register
+class ZeroShot(Task):
+    """See the module."""
+
+    name = "zero-shot"
+    summary = "findings by similarity to sentences that state and that deny them"
+    config = ZeroShotConfig
+    reading = Reading(
+        # The macro accuracy of rare findings looks high, so it stands with the single findings.
+        summary=lambda metric: metric.endswith("/macro") and not metric.startswith("accuracy"),
+        by_finding="auroc",
+        remarks=_remarks,
+    )
+
+    @cached_property
+    def book(self) -> PromptBook:
+        """The configured prompts."""
+        return prompt_files.read(self.settings.prompts)
+
+    def ensemble(self, facts: Facts) -> Ensemble:
+        """The prompts of all labels of the dataset that have any."""
+        return Ensemble.of(prompts_of(self.book, facts.index.label_names))
+
+    def unavailable_on(self, facts: Facts) -> str | None:
+        if not facts.findings:
+            return "the dataset has no labels"
+        if not set(facts.findings) & self.ensemble(facts).rows.keys():
+            return f"no prompts for any of the labels; set evaluation.tasks.{self.name}.prompts=FILE.yaml"
+        return None
+
+    def needs(self, facts: Facts) -> Mapping[Role, Needs]:
+        images = Needs(image=True, prompts=tuple(self.ensemble(facts).sentences))
+        return {"evaluated": images, "selection": images, "train": Needs()}
+
+    def fit(self, view: View, unit: Unit) -> Fitted:
+        """Choose the thresholds on the selection split and teach the pixel baseline."""
+        for finding in self.book.unused(view.facts.index.label_names):
+            view.say(f"{self.settings.prompts}: {finding!r} is no label of the dataset")
+        ensemble = self.ensemble(view.facts)
+        names = [name for name in view.facts.findings if name in ensemble.rows and name in view.evaluable]
+        ridge, pixels = self._ridge(view, names)
+        selection = view.split("selection")
+        chosen: dict[str, dict[str, float]] = {}
+        if selection is not None and names:
+            truth = view.truth(selection, names)
+            for model, scores in self._scores(view, selection, names, ridge).items():
+                chosen[model] = thresholds(scores, truth, names)
+        return Fitted(names, chosen, ridge, pixels)
+
+    def measure(self, view: View, unit: Unit, fitted: Fitted) -> TaskResult:
+        """Metrics of every network, of the pixel baseline and of chance."""
+        split = view.split("evaluated")
+        assert split is not None
+        ensemble, findings, names = self.ensemble(view.facts), view.facts.findings, fitted.names
+        truth = view.truth(split)
+        listed = [NotEvaluable(name, "no prompts") for name in findings if name not in ensemble.rows]
+        listed += not_evaluable(truth, findings, split.name)
+        if not names:
             reasons = "; ".join(f"{item.finding}: {item.reason}" for item in listed)
-            raise EvaluationError(f"zero-shot: no finding can be evaluated ({reasons})")
-        names, truth_kept = [self.names[number] for number in kept], truth[:, kept]
-        result = TaskResult(notes=as_notes(truth, self.names, listed))
-        result.notes["threshold_split"] = self.selection.name if self.selection else None
-        result.notes["prompts"] = {name: asdict(prompts) for name, prompts in self._sentences(names).items()}
-        scorers: dict[str, Callable[[Split], Floats]] = {
-            model: partial(self._model_scores, model, texts, names)
-            for model, texts in prompt_embeddings.items()
+            raise EvaluationError(f"{self.name}: no finding can be evaluated ({reasons})")
+        scores = self._scores(view, split, names, fitted.ridge)
+        result = TaskResult(notes=as_notes(truth, findings, listed))
+        result.notes |= {
+            "threshold_split": view.facts.roles.get("selection"),
+            "prompts": {name: asdict(prompts) for name, prompts in _sentences(ensemble, names).items()},
+            "pixels": fitted.pixels,
+            "thresholds": {model: fitted.thresholds.get(model, {}) for model in scores},
         }
-        targets, unlabelled = self._targets(kept)
-        if self.train is None:
-            result.notes["pixels"] = "not available: there is no other split to train on"
-        elif unlabelled:
-            result.notes["pixels"] = f"not available: no training labels of {', '.join(unlabelled)}"
-        else:
-            result.notes["pixels"] = f"ridge regression trained with all labels of {self.train.name}"
-            scorers["pixels"] = partial(_pixel_scores, self.train.ridge.fit(targets))
-        result.notes["thresholds"] = {}
-        for model, scorer in scorers.items():
-            selection = None
-            if self.selection is not None:
-                chosen_on = self.selection
-                selection = Selection(chosen_on.name, scorer(chosen_on), self._truth(chosen_on)[:, kept])
-            scored = score_findings(scorer(self.split), truth_kept, names, self.bootstrap, selection)
-            result.models[model], result.notes["thresholds"][model] = scored.metrics, scored.thresholds
-        result.models["chance"] = chance(truth_kept, names)
+        truth, bootstrap = view.truth(split, names), view.bootstrap(split.patients)
+        for model, of in scores.items():
+            result.models[model] = score_findings(of, truth, names, bootstrap, fitted.thresholds.get(model))
+        result.models["chance"] = chance(truth, names)
         return result
 
-    def _model_scores(
-        self, model: str, texts: NDArray[Any] | None, names: Sequence[str], split: Split
-    ) -> Floats:
-        return finding_scores(split.arrays.models[model], texts, self.ensemble, names)
-
-    def _targets(self, kept: Sequence[int]) -> tuple[Floats, list[str]]:
-        """Training labels of the findings, and the findings that have none."""
-        if self.train is None:
-            return np.empty((0, len(kept))), []
-        targets = self._truth(self.train)[:, kept]
-        return targets, [
-            self.names[number]
-            for number, column in zip(kept, targets.T, strict=True)
-            if np.isnan(column).all()
-        ]
-
-    def _truth(self, split: Split) -> Floats:
-        return binary(split.labels[:, list(self.columns)], self.uncertain)
-
-    def _sentences(self, names: Sequence[str]) -> dict[str, Prompts]:
-        rows = ((name, self.ensemble.rows[name]) for name in names)
-        return {
-            name: Prompts(tuple(self.ensemble.sentences[positive]), tuple(self.ensemble.sentences[negative]))
-            for name, (positive, negative) in rows
+    def _scores(
+        self, view: View, split: Split, names: Sequence[str], ridge: FittedRidge | None
+    ) -> dict[str, Floats]:
+        """[N, C] scores of the findings by every network, and by the pixel baseline where there is one."""
+        ensemble = self.ensemble(view.facts)
+        embedded = view.prompt_embeddings(tuple(ensemble.sentences))
+        scores = {
+            model: finding_scores(arrays, embedded[model], ensemble, names)
+            for model, arrays in split.arrays.models.items()
         }
+        return scores | ({"pixels": ridge.predict(split.arrays.pixels)} if ridge is not None else {})
+
+    def _ridge(self, view: View, names: Sequence[str]) -> tuple[FittedRidge | None, str]:
+        train = view.split("train")
+        if train is None or not names:
+            return None, "not available: there is no other split to train on"
+        targets = view.truth(train, names)
+        unlabelled = [name for name, column in zip(names, targets.T, strict=True) if np.isnan(column).all()]
+        if unlabelled:
+            return None, f"not available: no training labels of {', '.join(unlabelled)}"
+        return train.ridge.fit(targets), f"ridge regression trained with all labels of {train.name}"
 
 
-def _pixel_scores(ridge: FittedRidge, split: Split) -> Floats:
-    return ridge.predict(split.arrays.pixels)
+def _sentences(ensemble: Ensemble, names: Sequence[str]) -> dict[str, Prompts]:
+    rows = ((name, ensemble.rows[name]) for name in names)
+    return {
+        name: Prompts(tuple(ensemble.sentences[positive]), tuple(ensemble.sentences[negative]))
+        for name, (positive, negative) in rows
+    }

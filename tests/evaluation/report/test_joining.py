@@ -9,7 +9,8 @@ import pytest
 
 from medvlp.evaluation.metrics.bootstrap import Estimate
 from medvlp.evaluation.report.joining import join
-from medvlp.evaluation.report.results import Evaluation, EvaluationError
+from medvlp.evaluation.report.results import Evaluation, UnitResult
+from medvlp.evaluation.task import EvaluationError
 
 
 def part(task: str, split: str = "test", **changes: Any) -> Evaluation:
@@ -49,3 +50,37 @@ def test_tasks_notes_and_splits_are_put_together() -> None:
 def test_what_does_not_belong_together_is_refused(other: Evaluation, message: str) -> None:
     with pytest.raises(EvaluationError, match=message):
         join({Path("a.json"): part("zero-shot"), Path("b.json"): other})
+
+
+def probe(fraction: float, fractions: tuple[float, ...] = (0.1, 1.0)) -> Evaluation:
+    """A part with one fraction of the linear probe."""
+    found = part("linear-probe")
+    found.results, found.notes = {}, {}
+    found.settings["options"] = {"linear-probe": {"fractions": list(fractions)}}
+    models = {"trained": {f"auroc@{100 * fraction:g}%/macro": Estimate(fraction)}}
+    notes = {"fractions": {f"{100 * fraction:g}%": {}}, "not_evaluable": [{"finding": "a", "reason": "few"}]}
+    found.units = {"linear-probe": {f"fraction-{fraction:g}": UnitResult(models, notes, "abc")}}
+    return found
+
+
+def test_units_of_one_task_become_its_result() -> None:
+    joined = join({Path("b"): probe(1.0), Path("a"): probe(0.1), Path("c"): part("retrieval")})
+    assert list(joined.results["linear-probe"]["trained"]) == ["auroc@10%/macro", "auroc@100%/macro"]
+    assert list(joined.notes["linear-probe"]["fractions"]) == ["10%", "100%"]
+    assert joined.notes["linear-probe"]["not_evaluable"] == [{"finding": "a", "reason": "few"}]
+    assert joined.units == {}
+    assert set(joined.results) == {"linear-probe", "retrieval"}
+    assert joined.settings["options"] == {"linear-probe": {"fractions": [0.1, 1.0]}}
+
+
+def test_a_missing_a_double_and_a_strange_unit_are_refused() -> None:
+    with pytest.raises(EvaluationError, match="linear-probe: without unit fraction-1: evaluate it"):
+        join({Path("a"): probe(0.1)})
+    with pytest.raises(EvaluationError, match=r"unit fraction-0\.1 is in another file too"):
+        join({Path("a"): probe(0.1), Path("b"): probe(0.1)})
+    with pytest.raises(EvaluationError, match="b: has other settings of linear-probe than a"):
+        join({Path("a"): probe(0.1), Path("b"): probe(1.0, (1.0,))})
+    strange = probe(0.1)
+    strange.units = {"from-elsewhere": strange.units["linear-probe"]}
+    with pytest.raises(EvaluationError, match="from-elsewhere was evaluated by units, and no such task"):
+        join({Path("a"): strange})

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from medvlp.evaluation.metrics.bootstrap import Estimate
-from medvlp.evaluation.report import results, tables
-from medvlp.evaluation.report.results import Evaluation, EvaluationError
+from medvlp.evaluation.report import comparison, results, tables
+from medvlp.evaluation.report.results import Evaluation, UnitResult
+from medvlp.evaluation.task import EvaluationError, Reading
 from shards.errors import DataError
 
 
@@ -53,12 +54,8 @@ def test_an_undefined_number_is_null(tmp_path: Path) -> None:
     results.write(evaluation, tmp_path / "evaluation.json")
     content = json.loads((tmp_path / "evaluation.json").read_text())
     assert content["results"]["zero-shot"]["trained"]["auroc/macro"]["value"] is None
-    assert (
-        tables.cell(
-            results.read(tmp_path / "evaluation.json").results["zero-shot"]["trained"]["auroc/macro"], "auroc"
-        )
-        == "–"
-    )
+    stored = results.read(tmp_path / "evaluation.json").results["zero-shot"]["trained"]["auroc/macro"]
+    assert tables.cell(stored, "auroc/macro", Reading()) == "–"
 
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
@@ -79,7 +76,7 @@ def test_another_file_is_refused(tmp_path: Path, content: str) -> None:
 
 
 def test_models_of_several_runs_stand_in_one_table_with_shared_baselines_once() -> None:
-    grid = tables.grid({"first": make(0.8), "second": make(0.9)}, "zero-shot")
+    grid = comparison.grid({"first": make(0.8), "second": make(0.9)}, "zero-shot")
     assert list(grid.cells) == [
         "first",
         "first, untrained",
@@ -93,7 +90,7 @@ def test_models_of_several_runs_stand_in_one_table_with_shared_baselines_once() 
     assert "| model | AUROC macro |" in markdown
     assert "| second | 0.900 (0.70–0.90) |" in markdown
     assert "| chance | 0.500 |" in markdown
-    single = tables.grid({"first": make(0.8)}, "zero-shot", findings=True)
+    single = comparison.grid({"first": make(0.8)}, "zero-shot", findings=True)
     assert single.metrics == ["auroc/edema"]
     assert "AUROC edema" in tables.markdown_table(single)
 
@@ -102,10 +99,11 @@ def test_the_short_tables_hold_the_main_numbers_only() -> None:
     evaluation = make(0.8)
     for metric in ("accuracy/macro", "f1/macro", "f1/edema"):
         evaluation.results["zero-shot"]["trained"][metric] = Estimate(0.7)
-    assert tables.grid({"run": evaluation}, "zero-shot").metrics == ["auroc/macro", "f1/macro"]
-    single = tables.grid({"run": evaluation}, "zero-shot", findings=True)
+    assert comparison.grid({"run": evaluation}, "zero-shot").metrics == ["auroc/macro", "f1/macro"]
+    single = comparison.grid({"run": evaluation}, "zero-shot", findings=True)
     assert set(single.metrics) == {"auroc/edema", "accuracy/macro", "f1/edema"}
-    short = tables.auroc_by_finding(single)
+    short = single.by_finding()
+    assert short is not None
     assert short.metrics == ["auroc/edema"]
     table = tables.console_table(short, "")
     assert (table.columns[0].header, list(table.columns[0].cells)) == ("AUROC by finding", ["edema"])
@@ -114,7 +112,7 @@ def test_the_short_tables_hold_the_main_numbers_only() -> None:
 def test_a_baseline_with_other_numbers_gets_a_row_of_its_own() -> None:
     other = make(0.9)
     other.results["zero-shot"]["pixels"] = {"auroc/macro": Estimate(0.7)}
-    grid = tables.grid({"first": make(0.8), "second": other}, "zero-shot")
+    grid = comparison.grid({"first": make(0.8), "second": other}, "zero-shot")
     assert grid.cells["second, pixels"]["auroc/macro"].value == 0.7
     assert grid.cells["pixels"]["auroc/macro"].value == 0.62
 
@@ -122,36 +120,42 @@ def test_a_baseline_with_other_numbers_gets_a_row_of_its_own() -> None:
 @pytest.mark.parametrize("other", [make(0.9, fingerprint="def"), make(0.9, uncertain="positive")])
 def test_results_of_different_data_do_not_stand_in_one_table(other: Evaluation) -> None:
     with pytest.raises(EvaluationError, match="second: another dataset"):
-        tables.grid({"first": make(0.8), "second": other}, "zero-shot")
+        comparison.grid({"first": make(0.8), "second": other}, "zero-shot")
 
 
 def test_a_task_that_was_not_evaluated_is_named() -> None:
     with pytest.raises(EvaluationError, match="task retrieval has not been evaluated"):
-        tables.grid({"first": make(0.8)}, "retrieval")
+        comparison.grid({"first": make(0.8)}, "retrieval")
 
 
 def test_metrics_have_names_for_people() -> None:
-    assert tables.label("image_to_text/R@10") == "image→text R@10"
-    assert tables.label("text_to_image/P@5/macro") == "text→image P@5 macro"
-    assert tables.label("auroc@10%/macro") == "AUROC 10% macro"
-    assert tables.cell(Estimate(12.0, 8.0, 20.5), "image_to_text/median_rank") == "12 (8–20)"
+    retrieval = comparison.reading_of("retrieval")
+    assert tables.label("image_to_text/R@10", retrieval) == "image→text R@10"
+    assert tables.label("text_to_image/P@5/macro", retrieval) == "text→image P@5 macro"
+    assert tables.label("auroc@10%/macro", comparison.reading_of("linear-probe")) == "AUROC 10% macro"
+    rank = "image_to_text/median_rank"
+    assert tables.cell(Estimate(12.0, 8.0, 20.5), rank, retrieval) == "12 (8–20)"
+    assert tables.label("auroc/macro", comparison.reading_of("of another program")) == "AUROC macro"
 
 
 def test_what_a_table_leaves_out_stands_under_it() -> None:
-    notes = {
-        "threshold_split": None,
-        "fractions": {"1%": {"samples": 4, "patients": 2, "findings": 1, "unconverged": {"trained": 3}}},
-        "queries": 9,
-        "distinct_reports": 8,
-        "without_report": 1,
-        "not_evaluable": [{"finding": name, "reason": "no prompts"} for name in ("mass", "edema")],
-    }
-    text = "\n".join(tables.remarks(notes))
-    assert "no F1 and accuracy" in text
-    assert "1% of the labels: 4 images of 2 patients, 1 findings, 3 fits stopped" in text
-    assert "9 queries, 8 distinct reports, 1 samples without a report left out" in text
-    assert "no number for mass, edema: no prompts" in text
-    assert "best F1 on the split valid" in tables.remarks({"threshold_split": "valid"})[0]
+    listed = {"not_evaluable": [{"finding": name, "reason": "no prompts"} for name in ("mass", "edema")]}
+    notes = {"threshold_split": None, "pixels": "ridge", **listed}
+    assert tables.remarks("zero-shot", notes) == [
+        "no F1 and accuracy: no other split to choose a threshold on",
+        "pixel baseline: ridge",
+        "no number for mass, edema: no prompts",
+    ]
+    assert "best F1 on the split valid" in tables.remarks("zero-shot", {"threshold_split": "valid"})[0]
+    fraction = {"samples": 4, "patients": 2, "findings": 1, "unconverged": {"trained": 3}}
+    assert tables.remarks("linear-probe", {"selection_split": "valid", "fractions": {"1%": fraction}}) == [
+        "C chosen on the split valid",
+        "1% of the labels: 4 images of 2 patients, 1 findings, 3 fits stopped before they converged",
+    ]
+    counts = {"queries": 9, "distinct_reports": 8, "without_report": 1}
+    assert tables.remarks("retrieval", counts) == [
+        "9 queries, 8 distinct reports, 1 samples without a report left out"
+    ]
 
 
 def test_a_task_a_method_cannot_do_is_said_and_stands_as_dashes() -> None:
@@ -160,9 +164,18 @@ def test_a_task_a_method_cannot_do_is_said_and_stands_as_dashes() -> None:
     unable.notes["zero-shot"] = {"not_available": "the method medslip does not embed reports"}
     reason = "zero-shot of two: not available: the method medslip does not embed reports"
     both = {"one": able, "two": unable}
-    assert tables.grid(both, "zero-shot").cells["two"] == {}
+    assert comparison.grid(both, "zero-shot").cells["two"] == {}
     section = tables.markdown_section(both, "zero-shot")
     assert "| two | – |" in section
     assert f"- {reason}" in section
-    assert tables.unavailable({"one": able}, "zero-shot") == []
+    assert comparison.unavailable({"one": able}, "zero-shot") == []
     assert tables.markdown_section({"two": unable}, "zero-shot") == f"- {reason}\n"
+
+
+def test_a_file_of_units_comes_back_and_a_file_without_is_as_before(tmp_path: Path) -> None:
+    file, part = tmp_path / "part.json", make(0.8)
+    part.units = {"zero-shot": {"whole": UnitResult(part.results.pop("zero-shot"), {"a": 1}, "abc")}}
+    results.write(part, file)
+    assert results.read(file) == part
+    results.write(make(0.8), file)
+    assert "units" not in json.loads(file.read_text())

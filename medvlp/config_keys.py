@@ -1,0 +1,78 @@
+"""Keys of a config that are more than name and value: those that have moved, and those that name files."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+#: Old path -> new path. The config in a run folder is read under the new names; a user's own file or
+#: override is refused, naming the new one.
+MOVED = {
+    ("evaluation", "fractions"): ("evaluation", "tasks", "linear-probe", "fractions"),
+    ("evaluation", "prompts"): ("evaluation", "tasks", "zero-shot", "prompts"),
+}
+
+
+def section_at(values: Any, path: Sequence[str]) -> dict[str, Any] | None:
+    """The mapping at a path of nested mappings; None where there is none."""
+    for name in path:
+        values = values.get(name) if isinstance(values, dict) else None
+    return values if isinstance(values, dict) else None
+
+
+def moved_keys(values: dict[str, Any]) -> list[tuple[str, str]]:
+    """(old, new) dotted names of the keys in `values` that have moved."""
+    return [
+        (".".join(old), ".".join(new))
+        for old, new in MOVED.items()
+        if old[-1] in (section_at(values, old[:-1]) or {})
+    ]
+
+
+def move_keys(values: dict[str, Any]) -> None:
+    """Give keys that have moved their new places, in place; a value that stands there already stays."""
+    for old, new in MOVED.items():
+        section = section_at(values, old[:-1])
+        if section is None or old[-1] not in section:
+            continue
+        target, value = values, section.pop(old[-1])
+        for name in new[:-1]:
+            inner = target.setdefault(name, {})
+            if not isinstance(inner, dict):  # no section: the check of keys will say so
+                break
+            target = inner
+        else:
+            target.setdefault(new[-1], value)
+
+
+def anchor_files(values: dict[str, Any], folder: Path, schema: Any) -> None:
+    """Make relative paths of files that lie beside a config file absolute: a run may start anywhere.
+
+    Args:
+        values: of the config file, changed in place.
+        folder: where it lies.
+        schema: instance of a config dataclass; `key(..., file=True)` marks what names a file.
+    """
+    for *path, name in _file_keys(schema):
+        section = section_at(values, path)
+        named = section.get(name) if section is not None else None
+        if section is not None and isinstance(named, str) and (folder / named).is_file():
+            section[name] = str((folder / named).resolve())
+
+
+def _file_keys(section: Any) -> Iterator[tuple[str, ...]]:
+    for item in dataclasses.fields(section):
+        if item.metadata.get("file"):
+            yield (item.name,)
+        for path, inner in inner_sections(item.name, getattr(section, item.name)):
+            yield from ((*path, *rest) for rest in _file_keys(inner))
+
+
+def inner_sections(name: str, value: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(path, dataclass) of a value that is a section, or of each section in a mapping of them."""
+    if dataclasses.is_dataclass(value):
+        yield (name,), value
+    elif isinstance(value, dict):
+        yield from (((name, at), inner) for at, inner in value.items() if dataclasses.is_dataclass(inner))

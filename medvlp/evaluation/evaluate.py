@@ -1,0 +1,225 @@
+"""One evaluation from beginning to end: load, see what is finished, do the units that are not, join them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from medvlp.data.cache import open_reader
+from medvlp.evaluation.labels import Uncertain
+from medvlp.evaluation.report.joining import complete
+from medvlp.evaluation.report.results import Evaluation, UnitResult
+from medvlp.evaluation.session import Session
+from medvlp.evaluation.task import EvaluationError, Task, Unit, schemas, tasks
+from medvlp.evaluation.units import StoredUnit
+from medvlp.runs import saved_run
+from shards.errors import UsageError
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What the user asks for.
+
+    Attributes:
+        source: run folder or checkpoint folder.
+        data: dataset folder or URL prefix; None: the one the run was trained on.
+        tasks: names of tasks; none: every task the dataset allows.
+        units: names of units of the one task named; none: all. The result is then a part, to be joined.
+        labels: labels to evaluate; none: all of the dataset.
+        overrides: `section.key=value` over the run's config.
+        uncertain: what becomes of uncertain labels.
+        device: "auto", "cpu" or "cuda".
+        fresh: do finished units again.
+    """
+
+    source: Path
+    data: str | None = None
+    tasks: Sequence[str] = ()
+    units: Sequence[str] = ()
+    labels: Sequence[str] = ()
+    overrides: Sequence[str] = ()
+    uncertain: Uncertain = "exclude"
+    device: str = "auto"
+    fresh: bool = False
+
+    def check(self) -> None:
+        """Raise UsageError for a value that does not exist."""
+        choices: dict[str, tuple[Sequence[str], Sequence[str]]] = {
+            "--task": (self.tasks, list(tasks())),
+            "--uncertain": ((self.uncertain,), get_args(Uncertain)),
+            "--device": ((self.device,), ("auto", "cpu", "cuda")),
+        }
+        for option, (values, known) in choices.items():
+            for value in values:
+                if value not in known:
+                    raise UsageError(f"{option} {value}: there are {', '.join(known)}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UsageError("--device cuda: this machine has no usable CUDA device")
+        if self.units and len(self.tasks) != 1:
+            raise UsageError("--unit is of one task: name it with --task")
+
+
+def units_of(task: Task, chosen: Sequence[str]) -> list[Unit]:
+    """The chosen units of a task (all for none chosen).
+
+    Raises:
+        UsageError: it has no such unit.
+    """
+    units = {unit.name: unit for unit in task.units()}
+    for name in chosen:
+        if name not in units:
+            raise UsageError(f"--unit {name}: {task.name} has {', '.join(units)}")
+    return [units[name] for name in chosen or units]
+
+
+def evaluate(options: EvaluationOptions, say: Callable[[str], None]) -> Evaluation:
+    """Evaluate a run beside its baselines.
+
+    Args:
+        options: what to evaluate on what.
+        say: receives one line of progress at a time.
+
+    Raises:
+        MedvlpError: something needed is missing or wrong (see `saved_run`, `splits` and the tasks).
+    """
+    options.check()
+    session = _open(options, say)
+    evaluation = _empty(options, session)
+    chosen = [tasks()[name](session.config.evaluation.tasks[name]) for name in options.tasks or tasks()]
+    jobs: list[tuple[Task, dict[Unit, StoredUnit]]] = []
+    for task in chosen:
+        if reason := task.unavailable_on(session.facts(task)):
+            _leave_out(evaluation, task, EvaluationError(f"{task.name}: {reason}"), options, say)
+            continue
+        todo = _unfinished(task, evaluation, options, session)
+        if todo and (reason := task.unavailable_with(session.models["trained"])):
+            reason = f"the method {session.config.method.name} {reason}"
+            evaluation.results[task.name], evaluation.notes[task.name] = {}, {"not_available": reason}
+            evaluation.units.pop(task.name, None)
+            continue
+        if todo:
+            session.expect(task)
+            jobs.append((task, todo))
+    for task, todo in jobs:
+        say(f"{task.name}: started")
+        start = time.monotonic()
+        try:
+            for unit, stored in todo.items():
+                _run(task, unit, stored, evaluation, session)
+        except EvaluationError as error:
+            _leave_out(evaluation, task, error, options, say)
+            continue
+        say(f"{task.name}: done in {time.monotonic() - start:.0f} s")
+    if not options.units:
+        complete(evaluation)
+    if not evaluation.results and not evaluation.units:
+        raise EvaluationError(
+            f"{session.config.data.root}: no task can be evaluated on it (see the lines above)"
+        )
+    names = [task.name for task in chosen]
+    evaluation.results = {name: evaluation.results[name] for name in names if name in evaluation.results}
+    return evaluation
+
+
+def _open(options: EvaluationOptions, say: Callable[[str], None]) -> Session:
+    source = saved_run.locate(options.source)
+    # A run that stores no tokenizer reads it where its own data are.
+    moved = None if source.stored is None else options.data
+    config = saved_run.load_config(source, options.overrides, moved, untrained=True, tasks=schemas())
+    tokenizer = saved_run.load_tokenizer(source, config)
+    if options.data is not None:
+        config.data.root = options.data
+    reader = open_reader(config.data)
+    said = options.data is not None or any(text.startswith("data.root=") for text in options.overrides)
+    saved_run.check_data(source, config, reader.index, said, say)
+    device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
+    return Session(source, config, tokenizer, device, reader, options.labels, options.uncertain, say)
+
+
+def _empty(options: EvaluationOptions, session: Session) -> Evaluation:
+    """The evaluation without results: what of, on what, how."""
+    config, source, index = session.config, session.source, session.reader.index
+    common = dataclasses.asdict(config.evaluation)
+    wanted = list(options.tasks or tasks())
+    return Evaluation(
+        model={
+            "name": source.name(config),
+            "run": str(source.run),
+            "checkpoint": source.checkpoint.name,
+            "step": source.step,
+            "weights": source.weights,
+        },
+        data={
+            "root": str(config.data.root),
+            "name": index.name,
+            "fingerprint": index.fingerprint,
+            "split": config.evaluation.split,
+            "splits": {},
+        },
+        settings={
+            "tasks": wanted,
+            "labels": list(options.labels),
+            "uncertain": options.uncertain,
+            "device": session.device.type,
+            "tokenizer": session.tokenizer.fingerprint,
+            "options": {name: values for name, values in common.pop("tasks").items() if name in wanted},
+            **common,
+        },
+        config=dataclasses.asdict(config),
+    )
+
+
+def _unfinished(
+    task: Task, evaluation: Evaluation, options: EvaluationOptions, session: Session
+) -> dict[Unit, StoredUnit]:
+    """The units still to be done; the results of the finished ones are put into the evaluation."""
+    todo = {}
+    for unit in units_of(task, options.units):
+        stored = StoredUnit.of(session, task, unit)
+        found = None if options.fresh else stored.read(task, unit)
+        if found is None:
+            todo[unit] = stored
+            continue
+        session.say(f"{task.name}, {unit.name}: is finished ({stored.file}); --fresh evaluates it again")
+        evaluation.units.setdefault(task.name, {})[unit.name] = found.units[task.name][unit.name]
+        evaluation.data["splits"] |= found.data["splits"]
+    return todo
+
+
+def _run(task: Task, unit: Unit, stored: StoredUnit, evaluation: Evaluation, session: Session) -> None:
+    """Do one unit and keep its result, in the evaluation and in the run folder."""
+    can_write = os.access(session.source.run, os.W_OK)
+    folder = stored.folder if can_write else None
+    fitted = task.fit(session.view(task, ("train", "selection"), folder), unit)
+    found = task.measure(session.view(task, ("evaluated",), folder), unit, fitted)
+    result = UnitResult(found.models, found.notes, stored.fingerprint)
+    evaluation.units.setdefault(task.name, {})[unit.name] = result
+    evaluation.data["splits"] |= session.splits_used()
+    if can_write:
+        stored.write(evaluation, task, unit, result)
+    else:
+        session.say(
+            f"{task.name}, {unit.name}: {session.source.run} cannot be written, so it is not kept there"
+        )
+
+
+def _leave_out(
+    evaluation: Evaluation,
+    task: Task,
+    error: EvaluationError,
+    options: EvaluationOptions,
+    say: Callable[[str], None],
+) -> None:
+    """Note why a task has no result; a task that was asked for by name must have one."""
+    if options.tasks:
+        raise error
+    say(f"{task.name} left out: {error}")
+    evaluation.units.pop(task.name, None)
+    evaluation.notes[task.name] = {"left_out": str(error)}

@@ -1,0 +1,78 @@
+"""Several evaluations of the same data side by side: which row and which number stands where."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from medvlp.evaluation.report.results import Evaluation
+from medvlp.evaluation.task import EvaluationError, Metrics, Reading, tasks
+
+#: Models that hardly depend on the run: shown once when several evaluations have the same numbers for them.
+SHARED_MODELS = ("pixels", "chance")
+
+
+def reading_of(task: str) -> Reading:
+    """How a task's numbers read; those of a task that is not registered here, under their stored names."""
+    known = tasks().get(task)
+    return known.reading if known else Reading()
+
+
+@dataclass
+class Grid:
+    """One task's numbers: `cells[model][metric]`, in the order to be shown; `reading` says how they read."""
+
+    task: str
+    metrics: list[str]
+    cells: dict[str, Metrics]
+    reading: Reading = Reading()
+
+    def by_finding(self) -> Grid | None:
+        """The one metric of a grid of single findings that has a short table; None if the task has none."""
+        if self.reading.by_finding is None:
+            return None
+        chosen = [metric for metric in self.metrics if metric.startswith(f"{self.reading.by_finding}/")]
+        return replace(self, metrics=chosen)
+
+
+def grid(evaluations: Mapping[str, Evaluation], task: str, findings: bool = False) -> Grid:
+    """Put one task of several evaluations side by side.
+
+    Args:
+        evaluations: evaluations by the name their models get in the table.
+        task: name of one of their tasks.
+        findings: rows for single findings (and accuracy, which rare findings make look high) instead of
+            the summary.
+
+    Raises:
+        EvaluationError: an evaluation has no such task, or they are not of the same split of the same data.
+    """
+    first = next(iter(evaluations.values()))
+    cells: dict[str, Metrics] = {}
+    for name, evaluation in evaluations.items():
+        same = all(evaluation.data[key] == first.data[key] for key in ("fingerprint", "split"))
+        if not same or evaluation.settings["uncertain"] != first.settings["uncertain"]:
+            raise EvaluationError(
+                f"{name}: another dataset, split or treatment of uncertain labels than the first evaluation; "
+                "evaluate all of them alike"
+            )
+        if task not in evaluation.results:
+            raise EvaluationError(
+                f"{name}: task {task} has not been evaluated (medvlp evaluate ... --task {task})"
+            )
+        # A method that cannot do the task at all has a row or column of dashes.
+        for model, metrics in (evaluation.results[task] or {"trained": {}}).items():
+            shared = len(evaluations) == 1 or (
+                model in SHARED_MODELS and cells.get(model, metrics) == metrics
+            )
+            cells[model if shared else name if model == "trained" else f"{name}, {model}"] = metrics
+    ordered = {row: cells[row] for row in sorted(cells, key=lambda row: row in SHARED_MODELS)}
+    names = dict.fromkeys(metric for metrics in ordered.values() for metric in metrics)
+    reading = reading_of(task)
+    return Grid(task, [metric for metric in names if reading.summary(metric) != findings], ordered, reading)
+
+
+def unavailable(evaluations: Mapping[str, Evaluation], task: str) -> list[str]:
+    """What cannot be said about single models: "TASK of NAME: not available: the method ..."."""
+    reasons = {name: evaluation.notes[task].get("not_available") for name, evaluation in evaluations.items()}
+    return [f"{task} of {name}: not available: {reason}" for name, reason in reasons.items() if reason]

@@ -1,0 +1,210 @@
+"""What a task is: the contract that every task keeps, and the registry it is found in.
+
+A task says what it needs of each split, why it cannot be done, which units it falls into, and how its
+numbers read. A unit is done in two steps, and each is handed only the splits it may see:
+
+    fitted = task.fit(view, unit)                # trains and chooses; sees "train" and "selection"
+    result = task.measure(view, unit, fitted)    # scores; sees "evaluated"
+
+So nothing that is trained or chosen (epoch, penalty, threshold, prompt, vocabulary) has seen test data.
+Importing a task imports no torch and no scikit-learn: commands that only name tasks answer at once.
+"""
+
+from __future__ import annotations
+
+import abc
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+from medvlp.config import TaskConfig
+from medvlp.evaluation.metrics.bootstrap import Estimate
+from shards.errors import MedvlpError
+
+if TYPE_CHECKING:
+    from medvlp.evaluation.session import View
+    from medvlp.methods.base import Method
+    from shards.format import Index
+
+#: "evaluated" is scored once; "selection" decides what has to be chosen; "train" teaches.
+Role = Literal["evaluated", "selection", "train"]
+Metrics = dict[str, Estimate]
+
+
+class EvaluationError(MedvlpError):
+    """An evaluation cannot be done or read; the message says what is missing and what to do."""
+
+    exit_code = 3
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of a task that is done, resumed and sent to a cluster by itself.
+
+    Attributes:
+        fraction: share of the training labels, in (0, 1]; None: the task uses no part of them.
+        seed: of the draw and of what is trained; None: the task draws nothing.
+    """
+
+    fraction: float | None = None
+    seed: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Its name in file names and after `--unit`: "whole", "fraction-0.1", "fraction-0.1-seed-2"."""
+        said = {"fraction": self.fraction, "seed": self.seed}
+        return "-".join(f"{name}-{value:g}" for name, value in said.items() if value is not None) or "whole"
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a task needs of a split beside its labels, reports, patients and 32x32 pixels.
+
+    Attributes:
+        image, text: embeddings. features: of the backbone, before any projection.
+        prompts: sentences to which a method that scores pairs in its own way (`Method.score`) compares
+            every image; the others are compared by `View.prompt_embeddings`.
+        fields: of `Batch`, beside image and text; such a task reads the split itself with `View.batches`.
+    """
+
+    image: bool = False
+    text: bool = False
+    features: bool = False
+    prompts: tuple[str, ...] = ()
+    fields: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known before a sample is read.
+
+    Attributes:
+        index: of the dataset. available: names of its splits that hold samples.
+        roles: the split of each role; a role that no split can play is missing.
+        findings: the labels to be evaluated, in the order asked for; none: the dataset has no labels.
+    """
+
+    index: Index
+    available: Sequence[str]
+    roles: Mapping[Role, str]
+    findings: Sequence[str]
+
+
+@dataclass
+class TaskResult:
+    """Metrics of each model ("trained", "untrained", baselines), and what stands beside them."""
+
+    models: dict[str, Metrics] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the metrics of a task read.
+
+    A metric is a path: "auroc/macro", "image_to_text/R@5", "auroc@10%/edema".
+
+    Attributes:
+        names: part of a path -> what people call it.
+        summary: whether a metric stands in the short table; the others are those of single findings.
+        by_finding: first part of the metrics that have a short table of single findings; None: no such table.
+        whole: parts whose numbers are shown without decimals.
+        remarks: lines under the tables, from the notes of the result.
+    """
+
+    names: Mapping[str, str] = field(default_factory=dict)
+    summary: Callable[[str], bool] = lambda metric: metric.endswith("/macro")
+    by_finding: str | None = None
+    whole: frozenset[str] = frozenset()
+    remarks: Callable[[Mapping[str, Any]], list[str]] = lambda notes: []
+
+
+class Task(abc.ABC):
+    """One downstream task, with its own settings.
+
+    Attributes:
+        name: in options, config keys and results.
+        summary: one line for `medvlp evaluate --help`.
+        version: raised when the same settings give other numbers than before, so that units are done again.
+        config: class of its keys `evaluation.tasks.<name>.*`.
+        unit_keys: keys that only list the units, so that the others stay finished when one is added.
+        fits_to_labels: it fits something to the training labels, so "train" cannot be its selection split.
+        reading: how its numbers read.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    version: ClassVar[int] = 1
+    config: ClassVar[type[TaskConfig]] = TaskConfig
+    unit_keys: ClassVar[frozenset[str]] = frozenset()
+    fits_to_labels: ClassVar[bool] = False
+    reading: ClassVar[Reading] = Reading()
+
+    def __init__(self, settings: Any) -> None:
+        """`settings` is an instance of `config`."""
+        self.settings = settings
+
+    @abc.abstractmethod
+    def needs(self, facts: Facts) -> Mapping[Role, Needs]:
+        """What each split has to give; a role that is missing is not read."""
+
+    def unavailable_on(self, facts: Facts) -> str | None:
+        """Why the dataset does not allow the task; None: it does, as far as can be told before reading it."""
+        return None
+
+    def unavailable_with(self, method: Method) -> str | None:
+        """Why a pre-training method cannot do the task at all; None: it can."""
+        return None
+
+    def units(self) -> Sequence[Unit]:
+        """The units, in the order to be done; each by another name."""
+        return (Unit(),)
+
+    def fit(self, view: View, unit: Unit) -> Any:
+        """Train and choose what `measure` needs; may leave its state in `view.folder` and go on from it."""
+        return None
+
+    @abc.abstractmethod
+    def measure(self, view: View, unit: Unit, fitted: Any) -> TaskResult:
+        """Score the evaluated split with what `fit` returned.
+
+        Raises:
+            EvaluationError: the split turns out not to allow it.
+        """
+
+    def join(self, parts: Mapping[Unit, TaskResult]) -> TaskResult:
+        """One result of the results of all units."""
+        (result,) = parts.values()
+        return result
+
+
+REGISTRY: dict[str, type[Task]] = {}
+TaskType = TypeVar("TaskType", bound=type[Task])
+
+
+def register(task: TaskType) -> TaskType:
+    """Decorator of a task's class.
+
+    Raises:
+        ValueError: another task has the name.
+    """
+    known = REGISTRY.setdefault(task.name, task)
+    if known is not task:
+        raise ValueError(f"task {task.name!r} is registered twice, as {known} and {task}")
+    return task
+
+
+def tasks() -> dict[str, type[Task]]:
+    """All tasks by name: those of the folder `tasks/`, then those registered from elsewhere."""
+    from medvlp.evaluation import tasks as folder
+
+    for module in pkgutil.iter_modules(folder.__path__):
+        importlib.import_module(f"{folder.__name__}.{module.name}")
+    return REGISTRY
+
+
+def schemas() -> dict[str, type[TaskConfig]]:
+    """Config class of every task by name (what `medvlp.config_files.load` checks `evaluation.tasks` with)."""
+    return {name: task.config for name, task in tasks().items()}

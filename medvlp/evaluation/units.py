@@ -1,0 +1,115 @@
+"""Finished units on disk: `RUN/evaluation-units/<task>/<unit>-<fingerprint>/result.json`.
+
+The fingerprint is of everything the numbers depend on. A unit whose fingerprint is the same is not done
+again; one of another checkpoint, dataset or setting lies beside it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from importlib import metadata
+from pathlib import Path
+
+import xxhash
+
+from medvlp.evaluation.report import results
+from medvlp.evaluation.report.results import Evaluation, UnitResult
+from medvlp.evaluation.session import Session
+from medvlp.evaluation.task import EvaluationError, Task, Unit
+from medvlp.runs.identity import DataRecord
+
+FOLDER = "evaluation-units"
+RESULT = "result.json"
+#: Keys of `data` that change where and how fast it is read, not what.
+_PLACES = ("root", "tokenizer", "cache_dir", "cache_gigabytes", "workers", "prefetch", "allow_changed")
+
+
+def fingerprint(session: Session, task: Task, unit: Unit) -> str:
+    """Of checkpoint, data, settings and code version of a unit, as 32 hexadecimal digits.
+
+    Raises:
+        EvaluationError: a file that a setting names cannot be read.
+    """
+    config = asdict(session.config)
+    evaluation = config["evaluation"]
+    settings = {name: value for name, value in asdict(task.settings).items() if name not in task.unit_keys}
+    decides = {
+        "program": metadata.version("medvlp"),
+        "task": [task.name, task.version, unit.name, settings, _files(task)],
+        "weights": session.source.weights,
+        "tokenizer": session.tokenizer.fingerprint,
+        "dataset": DataRecord.of(session.reader.index, evaluation["split"]).content,
+        "evaluation": {name: value for name, value in evaluation.items() if name != "tasks"},
+        "findings": session.findings,
+        "uncertain": session.uncertain,
+        "device": session.device.type,
+        "networks": [config[name] for name in ("image", "text", "method", "prototypes")],
+        "seed": config["train"]["seed"],
+        "data": {name: value for name, value in config["data"].items() if name not in _PLACES},
+    }
+    return xxhash.xxh3_128_hexdigest(json.dumps(decides, sort_keys=True).encode())
+
+
+def _files(task: Task) -> dict[str, str]:
+    """Checksums of the files that the task's settings name."""
+    found = {}
+    for item in fields(task.settings):
+        file = getattr(task.settings, item.name)
+        if item.metadata.get("file") and file is not None:
+            try:
+                found[item.name] = xxhash.xxh3_128_hexdigest(Path(file).read_bytes())
+            except OSError as error:
+                raise EvaluationError(
+                    f"evaluation.tasks.{task.name}.{item.name}={file}: cannot be read ({error.strerror})"
+                ) from error
+    return found
+
+
+@dataclass(frozen=True)
+class StoredUnit:
+    """Where a unit's result lies, or will lie."""
+
+    folder: Path
+    fingerprint: str
+
+    @classmethod
+    def of(cls, session: Session, task: Task, unit: Unit) -> StoredUnit:
+        """The place of a unit in the run folder; errors as `fingerprint`."""
+        digest = fingerprint(session, task, unit)
+        return cls(session.source.run / FOLDER / task.name / f"{unit.name}-{digest[:16]}", digest)
+
+    @property
+    def file(self) -> Path:
+        """The result; there is one when the unit is finished."""
+        return self.folder / RESULT
+
+    def read(self, task: Task, unit: Unit) -> Evaluation | None:
+        """The file of the finished unit; None if there is none.
+
+        Raises:
+            EvaluationError: it is not of this unit.
+        """
+        if not self.file.is_file():
+            return None
+        stored = results.read(self.file)
+        found = stored.units.get(task.name, {}).get(unit.name)
+        if found is None or found.fingerprint != self.fingerprint:
+            raise EvaluationError(
+                f"{self.file} is not the result of {task.name}, unit {unit.name}: delete it"
+            )
+        return stored
+
+    def write(self, evaluation: Evaluation, task: Task, unit: Unit, result: UnitResult) -> None:
+        """Write the file of a finished unit; `evaluation` says what it is of.
+
+        Raises:
+            DataError: it cannot be written.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        settings = evaluation.settings | {"tasks": [task.name], "options": {task.name: asdict(task.settings)}}
+        units = {task.name: {unit.name: result}}
+        results.write(
+            Evaluation(evaluation.model, evaluation.data, settings, units=units, config=evaluation.config),
+            self.file,
+        )

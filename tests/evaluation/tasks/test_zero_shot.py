@@ -1,0 +1,122 @@
+"""Zero-shot classification on numbers whose answer is known: a perfect model, a blind one, own scores."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from medvlp.evaluation.prompts import PromptBook
+from medvlp.evaluation.splits import Split
+from medvlp.evaluation.task import EvaluationError, TaskResult
+from medvlp.evaluation.tasks.zero_shot import ZeroShot, ZeroShotConfig
+from tests.evaluation.prepared import NAMES, Prepared, make_splits
+
+BOOK = PromptBook(("{finding}", "some {finding}"), ("no {finding}",))
+SENTENCES = ("edema", "some edema", "no edema", "mass", "some mass", "no mass")
+
+
+def prompt_embeddings() -> np.ndarray:
+    """Positive prompts point along the finding's axis, negative ones against it."""
+    axes = np.eye(8)[:2]
+    return np.stack([axes[0], axes[0], -axes[0], axes[1], axes[1], -axes[1]])
+
+
+def run(
+    splits: dict[str, Split],
+    book: PromptBook = BOOK,
+    names: list[str] | None = None,
+    **given: np.ndarray | None,
+) -> TaskResult:
+    """The task with these prompts; `given` are their embeddings by network (None: it has own scores)."""
+    task = ZeroShot(ZeroShotConfig())
+    task.book = book
+    embeddings = {"trained": prompt_embeddings(), "untrained": prompt_embeddings()} | given
+    return Prepared(splits, embeddings, names).run(task)
+
+
+@pytest.fixture
+def splits() -> dict[str, Split]:
+    return make_splits()
+
+
+def test_zero_shot_tells_a_model_that_sees_from_one_that_does_not(splits: dict[str, Split]) -> None:
+    result = run(splits)
+    trained, blind, pixels = (
+        result.models[name]["auroc/macro"] for name in ("trained", "untrained", "pixels")
+    )
+    assert trained.value > 0.9
+    assert trained.low > 0.8
+    assert blind.low < 0.5 < blind.high
+    assert pixels.value > 0.95
+    assert result.models["chance"]["auroc/macro"].value == 0.5
+    assert result.models["trained"]["f1/edema"].value > 0.8
+    assert result.notes["threshold_split"] == "valid"
+    assert set(result.notes["thresholds"]["pixels"]) == set(NAMES)
+    assert result.notes["prompts"]["mass"]["negative"] == ("no mass",)
+
+
+def test_the_threshold_does_not_look_at_the_evaluated_split(splits: dict[str, Split]) -> None:
+    before = run(splits).notes["thresholds"]
+    splits["test"].labels[:] = 1 - splits["test"].labels
+    after = run(splits).notes["thresholds"]
+    assert before == after
+
+
+def test_without_a_selection_split_there_is_no_f1(splits: dict[str, Split]) -> None:
+    result = run({"test": splits["test"]})
+    assert result.notes["threshold_split"] is None
+    assert {metric.split("/")[0] for metric in result.models["trained"]} == {"auroc", "pr_auc"}
+
+
+def test_without_training_labels_the_pixel_baseline_says_so(splits: dict[str, Split]) -> None:
+    result = run({name: splits[name] for name in ("valid", "test")})
+    assert "pixels" not in result.models
+    assert "not available" in result.notes["pixels"]
+
+
+def test_a_method_with_its_own_score_has_its_scores_averaged(splits: dict[str, Split]) -> None:
+    expected = run(splits).models["trained"]
+    for split in splits.values():
+        arrays = split.arrays.models["trained"]
+        arrays.scores = {SENTENCES: arrays.image @ prompt_embeddings().T}
+    found = run(splits, trained=None).models["trained"]
+    assert found["auroc/macro"].value == pytest.approx(expected["auroc/macro"].value)
+
+
+def test_a_finding_without_negative_prompts_has_the_score_of_its_positives(splits: dict[str, Split]) -> None:
+    book = PromptBook(("{finding}", "some {finding}"), ())
+    sentences = ("edema", "some edema", "mass", "some mass")
+    axes = np.eye(8)[[0, 0, 1, 1]]
+    embedded = run(splits, book, trained=axes, untrained=axes).models["trained"]
+    assert embedded["auroc/macro"].value > 0.9
+    for split in splits.values():
+        arrays = split.arrays.models["trained"]
+        arrays.scores = {sentences: arrays.image @ axes.T}
+    scored = run(splits, book, trained=None, untrained=axes).models["trained"]
+    assert scored["auroc/macro"].value == pytest.approx(embedded["auroc/macro"].value)
+
+
+def test_findings_without_both_classes_or_prompts_are_listed(splits: dict[str, Split]) -> None:
+    splits["test"].labels[:, 1] = 0
+    splits["test"].labels[0, 1] = 1
+    for split in splits.values():
+        split.labels = np.concatenate([split.labels, split.labels[:, :1]], axis=1)
+    result = run(splits, names=[*NAMES, "sex=M"])
+    reasons = {item["finding"]: item["reason"] for item in result.notes["not_evaluable"]}
+    assert reasons == {
+        "sex=M": "no prompts",
+        "mass": "1 positives and 159 negatives in test, needs 2 of each",
+    }
+    assert "auroc/mass" not in result.models["trained"]
+    splits["test"].labels[:] = 1
+    with pytest.raises(EvaluationError, match="no finding can be evaluated"):
+        run(splits)
+
+
+def test_uncertain_labels_do_not_enter_a_metric(splits: dict[str, Split]) -> None:
+    whole = run(splits)
+    splits["test"].labels[:50, 0] = -1
+    part = run(splits)
+    assert part.notes["counts"]["edema"]["excluded"] == 50
+    assert part.models["trained"]["auroc/mass"] == whole.models["trained"]["auroc/mass"]
+    assert part.models["trained"]["auroc/edema"] != whole.models["trained"]["auroc/edema"]
