@@ -163,7 +163,7 @@ class AsynchronousService(PrototypeService):
             try:
                 self._candidate = _Candidate(number, *read_table(self._board, self._board.other_slot))
             except BoardError as error:
-                logger.warning("clusters of request %d are given up: %s", number, error)
+                logger.warning("clusters of request %d are not taken: %s", number, error)
                 return 0, number
         return number * (outcome == PUT_OFF), number * (outcome == FAILED)
 

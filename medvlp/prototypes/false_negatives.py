@@ -19,11 +19,11 @@ class Exclusion(NamedTuple):
         pairs: [B, N] bool, true where candidate j is no negative of sample i of this rank. Candidates are the
             samples of all ranks in rank order, or (`negatives: local`) of this one; a sample's own pair is
             false. None: every other sample is a negative.
-        figures: 0-d float32 by name, see `exclude_false_negatives`.
+        metrics: 0-d float32 by name, see `exclude_false_negatives`.
     """
 
     pairs: Tensor | None
-    figures: dict[str, Tensor]
+    metrics: dict[str, Tensor]
 
 
 #: Every other sample is a negative.
@@ -39,7 +39,7 @@ def exclude_false_negatives(
     Args:
         table: clusters, the same on all ranks.
         embeddings: [B, D] unit-norm embeddings of this rank's samples; B is equal on all ranks.
-        labels: [B, C] 1, 0, -1 (uncertain) or NaN (unknown), only for the figures.
+        labels: [B, C] 1, 0, -1 (uncertain) or NaN (unknown), only for the metrics.
         every_rank: candidates are the samples of all ranks; false: of this one.
 
     Returns:
@@ -53,10 +53,10 @@ def exclude_false_negatives(
     others = distributed.gather_rows(own) if every_rank else own
     pairs = own[:, None, 0] == others[None, :, 0]
     pairs.diagonal(distributed.rank() * len(own) if every_rank else 0).fill_(False)
-    figures = {"prototypes/masked": pairs.sum() / max(1, len(own) * (len(others) - 1))}
+    metrics = {"prototypes/masked": pairs.sum() / max(1, len(own) * (len(others) - 1))}
     if labels.shape[1]:
-        figures["prototypes/mask_precision"] = _precision(pairs, own[:, 1], others, len(table.centroids))
-    return Exclusion(pairs, figures)
+        metrics["prototypes/mask_precision"] = _precision(pairs, own[:, 1], others, len(table.centroids))
+    return Exclusion(pairs, metrics)
 
 
 def _precision(pairs: Tensor, findings: Tensor, others: Tensor, clusters: int) -> Tensor:

@@ -82,9 +82,9 @@ class Worker:
         self._store: Any = None
         self._meeting: Any = None
         if board.restarts:
-            self._give_up_what_was_asked_before()
+            self._cancel_what_was_asked_before()
 
-    def _give_up_what_was_asked_before(self) -> None:
+    def _cancel_what_was_asked_before(self) -> None:
         """A request that an earlier worker has left open: the other nodes have begun it with that one."""
         latest = max(self.board.requests()[0])
         if latest > self.board.answered()[0]:
@@ -123,7 +123,7 @@ class Worker:
                 )
         except (RuntimeError, ValueError) as error:  # of gloo and its stores, a damaged board, a misfit
             reason = " ".join(str(error).split())[:200]
-            logger.warning("node %d gives refresh %d up: %s", settings.node, number, reason)
+            logger.warning("node %d cancels refresh %d: %s", settings.node, number, reason)
             self._store = None  # after a time-out its connection may be out of step
             return FAILED
         if table is None:

@@ -1,4 +1,4 @@
-"""Which pairs a table of clusters excludes, and how the figures about them are counted."""
+"""Which pairs a table of clusters excludes, and how the metrics about them are counted."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ def test_by_hand() -> None:
     table = PrototypeTable.start(torch.eye(3))
     embeddings = on_axes([0, 1, 0, 0, 1], 3)
     labels = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0], [0.0, NAN], [-1.0, 0.0]])
-    pairs, figures = exclude_false_negatives(table, embeddings, labels, every_rank=True)
+    pairs, metrics = exclude_false_negatives(table, embeddings, labels, every_rank=True)
     assert pairs is not None
     expected = torch.zeros(5, 5, dtype=torch.bool)
     for i, j in [(0, 2), (0, 3), (2, 3), (1, 4)]:
         expected[i, j] = expected[j, i] = True
     assert torch.equal(pairs, expected)
-    assert figures["prototypes/masked"] == pytest.approx(4 / 10)
+    assert metrics["prototypes/masked"] == pytest.approx(4 / 10)
     # 0 and 2 share the first finding; 1 and 4 have none (uncertain is not present); 3 has none, 0 and 2 do.
-    assert figures["prototypes/mask_precision"] == pytest.approx(2 / 4)
+    assert metrics["prototypes/mask_precision"] == pytest.approx(2 / 4)
 
 
 def test_samples_without_labels_do_not_count() -> None:
     table = PrototypeTable.start(torch.eye(2))
     unknown = torch.full((3, 2), NAN)
-    figures = exclude_false_negatives(table, on_axes([0, 0, 1], 2), unknown, False).figures
-    assert figures["prototypes/masked"] == pytest.approx(1 / 3)
-    assert figures["prototypes/mask_precision"].isnan()
-    assert set(exclude_false_negatives(table, torch.eye(2), torch.zeros(2, 0), False).figures) == {
+    metrics = exclude_false_negatives(table, on_axes([0, 0, 1], 2), unknown, False).metrics
+    assert metrics["prototypes/masked"] == pytest.approx(1 / 3)
+    assert metrics["prototypes/mask_precision"].isnan()
+    assert set(exclude_false_negatives(table, torch.eye(2), torch.zeros(2, 0), False).metrics) == {
         "prototypes/masked"
     }
     alone = exclude_false_negatives(table, torch.eye(2)[:1], torch.ones(1, 1), False)
     assert alone.pairs is not None
     assert not alone.pairs.any()
-    assert alone.figures["prototypes/masked"] == 0
+    assert alone.metrics["prototypes/masked"] == 0
 
 
 def figures_by_loop(clusters: list[int], labels: list[list[float]]) -> tuple[float, float]:
@@ -78,17 +78,17 @@ def figures_by_loop(clusters: list[int], labels: list[list[float]]) -> tuple[flo
 def test_figures_equal_a_count_by_hand(samples: list[tuple[int, list[float]]]) -> None:
     clusters, labels = [cluster for cluster, _ in samples], [found for _, found in samples]
     table = PrototypeTable.start(torch.eye(4))
-    pairs, figures = exclude_false_negatives(table, on_axes(clusters, 4), torch.tensor(labels), True)
+    pairs, metrics = exclude_false_negatives(table, on_axes(clusters, 4), torch.tensor(labels), True)
     assert pairs is not None
     assert torch.equal(pairs, pairs.T)
     assert not pairs.diagonal().any()
     masked, precision = figures_by_loop(clusters, labels)
-    assert figures["prototypes/masked"] == pytest.approx(masked)
-    assert figures["prototypes/mask_precision"].item() == pytest.approx(precision, nan_ok=True)
+    assert metrics["prototypes/masked"] == pytest.approx(masked)
+    assert metrics["prototypes/mask_precision"].item() == pytest.approx(precision, nan_ok=True)
 
 
 def exclusion_of_rank(ranks: int, every_rank: bool) -> tuple[np.ndarray, dict[str, float]]:
-    """Pairs and figures of this rank's part of eight samples."""
+    """Pairs and metrics of this rank's part of eight samples."""
     generator = torch.Generator().manual_seed(0)
     embeddings = on_axes([0, 1, 0, 2, 2, 2, 0, 1], 3)
     labels = torch.randint(0, 2, (8, 2), generator=generator).float()
@@ -96,18 +96,18 @@ def exclusion_of_rank(ranks: int, every_rank: bool) -> tuple[np.ndarray, dict[st
     each = 8 // ranks
     own = slice(rank() * each, (rank() + 1) * each)
     table = PrototypeTable.start(torch.eye(3))
-    pairs, figures = exclude_false_negatives(table, embeddings[own], labels[own], every_rank)
+    pairs, metrics = exclude_false_negatives(table, embeddings[own], labels[own], every_rank)
     assert pairs is not None
-    return pairs.numpy(), {name: value.item() for name, value in figures.items()}
+    return pairs.numpy(), {name: value.item() for name, value in metrics.items()}
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_together_see_what_one_process_sees(gloo_pool: Any, ranks: int) -> None:
-    expected, figures = exclusion_of_rank(1, True)
+    expected, metrics = exclusion_of_rank(1, True)
     results = gloo_pool(ranks).run(exclusion_of_rank, ranks, True)
     assert np.array_equal(np.concatenate([pairs for pairs, _ in results]), expected)
-    for name, value in figures.items():
+    for name, value in metrics.items():
         assert np.mean([own[name] for _, own in results]) == pytest.approx(value, rel=1e-6), name
     each = 8 // ranks
     for number, (pairs, _) in enumerate(gloo_pool(ranks).run(exclusion_of_rank, ranks, False)):

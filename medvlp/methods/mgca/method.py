@@ -64,7 +64,7 @@ class MGCA(Alignment):
         exclusion = self.exclude_in(pair, clusters, self.config.negatives, embeddings.report)
         output: StepOutput = self.objective(embeddings, clusters, exclusion.pairs)
         shared = to_cluster(embeddings.image, embeddings.report)
-        return StepOutput(output.loss, output.terms | exclusion.figures, shared, exclusion)
+        return StepOutput(output.loss, output.terms | exclusion.metrics, shared, exclusion)
 
     def _tokens(self, pair: EncodedPair) -> MGCATokens:
         config = self.config

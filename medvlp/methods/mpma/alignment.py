@@ -104,7 +104,7 @@ class GlobalLocalAlignment(nn.Module):
             embeddings = self.embed_image(image), self.embed_report(hidden, words)
             shared = to_cluster(*embeddings)
             exclusion = NOTHING_EXCLUDED if exclude is None else exclude(embeddings[1])
-            terms |= self._global(*embeddings, exclusion.pairs) | exclusion.figures
+            terms |= self._global(*embeddings, exclusion.pairs) | exclusion.metrics
         if self.config.local_weight:
             terms["loss/local"] = self._local(self.embed_patches(image), self.embed_words(hidden), words)
         return Aligned(terms, shared, exclusion)

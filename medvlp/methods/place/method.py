@@ -102,7 +102,7 @@ class PLACE(Alignment):
             both, accuracies = instance_contrast(
                 *embeddings, config.instance_temperature, config.negatives, exclusion.pairs
             )
-            terms |= {"loss/instance": 0.5 * both} | accuracies | exclusion.figures
+            terms |= {"loss/instance": 0.5 * both} | accuracies | exclusion.metrics
         if self.extractor is not None:
             observations = self._observations(self.extractor(image.local, image.grid).features)
             sentences, valid = self._sentences(text, batch.text)

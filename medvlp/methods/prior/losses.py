@@ -127,7 +127,7 @@ class PRIORLosses(nn.Module):
         terms: dict[str, Tensor] = {}
         report = self.report(sentences, valid) if "global" in weights else None
         exclusion = NOTHING_EXCLUDED if exclude is None else exclude(report)
-        terms |= exclusion.figures
+        terms |= exclusion.metrics
         if parts.image is not None and report is not None:
             terms |= self._global(parts.image, report, exclusion.pairs)
         if weights.keys() & {"local_image", "local_text", "image"}:
