@@ -79,7 +79,7 @@ class Alignment(PrototypeUser, nn.Module, abc.ABC):
     ) -> Exclusion:
         """`exclude`, unless another alignment on the same encoders has decided."""
         if pair.exclusion is not None:
-            return pair.exclusion._replace(figures={})
+            return pair.exclusion._replace(metrics={})
         return self.exclude(pair.batch, clusters, negatives, text)
 
     @property

@@ -57,7 +57,7 @@ class Combination(Alignment):
     def forward(self, pair: EncodedPair, clusters: PrototypeTable | None = None) -> StepOutput:
         """Losses of a batch: every term of a part as "PART/...", its total as "PART/loss".
 
-        With masks of false negatives also the figures of `exclude_false_negatives`. The embeddings are those
+        With masks of false negatives also the metrics of `exclude_false_negatives`. The embeddings are those
         of the part that decides which samples are no negatives.
         """
         loss = torch.zeros((), device=pair.image.pooled.device)

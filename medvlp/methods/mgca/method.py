@@ -54,7 +54,7 @@ class MGCA(Alignment):
         """Losses of a batch: "loss/instance", "loss/word", "loss/patch", "loss/prototype".
 
         A term whose weight is 0 is left out. Besides the losses: "retrieval/top1" and "retrieval/top5",
-        in-batch accuracy of both directions in [0, 1], and the figures of `exclude_false_negatives`.
+        in-batch accuracy of both directions in [0, 1], and the metrics of `exclude_false_negatives`.
         """
         embeddings = MGCAEmbeddings(
             image=self.image_head(pair.image.pooled),

@@ -89,7 +89,7 @@ class PLACE(Alignment):
 
         These are "instance", "observation", "diversity", "correlation", "word" and "patch". Besides them:
         "retrieval/top1" and "retrieval/top5" (see MGCA), "observation/similarity" and
-        "observation/excluded" (see `losses.observation_terms`), and the figures of
+        "observation/excluded" (see `losses.observation_terms`), and the metrics of
         `exclude_false_negatives`.
         """
         config, (image, text, batch) = self.config, pair[:3]

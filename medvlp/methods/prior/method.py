@@ -66,7 +66,7 @@ class PRIOR(Alignment):
         """Losses of a batch by the terms of the stage, retrieval accuracies and temperatures.
 
         The terms: "loss/global", "loss/local_image", "loss/local_text", "loss/bank", "loss/image",
-        "loss/sentence", "loss/score", "loss/generated". Besides them the figures of
+        "loss/sentence", "loss/score", "loss/generated". Besides them the metrics of
         `exclude_false_negatives`. With "sentence", "score" or "generated" the host waits for the device
         once, for the matching.
         """
