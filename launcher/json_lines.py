@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from shards.strict_json import JsonError, parse_json
 
 #: Bytes read at once, from the end towards the beginning.
 _BLOCK = 1 << 16
@@ -25,8 +26,8 @@ def newest_first(path: Path) -> Iterator[dict[str, Any]]:
     """
     for line in _lines_from_the_end(path):
         try:
-            value = json.loads(line)
-        except ValueError:
+            value = parse_json(line, _LONGEST_LINE)
+        except JsonError:
             continue
         if isinstance(value, dict):
             yield value

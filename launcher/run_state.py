@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from launcher.exit_codes import meaning
 from launcher.json_lines import newest, newest_first
 from medvlp.runs.errors import CheckpointError
 from medvlp.runs.events import EVENTS
 from medvlp.runs.manifest import Manifest, step_folders
+from shards.strict_json import read_limited
+from shards.strict_yaml import YAML_LIMIT, parse_yaml
 
 METRICS = "metrics.jsonl"
 CONFIG = "config.yaml"
@@ -130,16 +130,16 @@ def read_run(folder: Path, job_runs: bool | None = None, measure_size: bool = Tr
     attempts = list(newest_first(folder / SLURM_FOLDER / ATTEMPTS))
     checkpoint_config = _section(config, "checkpoint")
     metric = str(checkpoint_config.get("keep_best") or "loss")
-    values = [facts.metrics[metric] for facts in checkpoints if metric in facts.metrics]
+    values = [value for facts in checkpoints if (value := _number(facts.metrics.get(metric))) is not None]
     choose = (
         max if checkpoint_config.get("keep_best") and checkpoint_config.get("best_mode") == "max" else min
     )
     updated = max((_modified(folder / name) for name in (METRICS, EVENTS)), default=0.0) or None
-    silence_limit = float(_section(config, "train").get("step_timeout_seconds") or _STEP_TIMEOUT_SECONDS)
+    silence_limit = _number(_section(config, "train").get("step_timeout_seconds")) or _STEP_TIMEOUT_SECONDS
     state, reason = _state(boundary, attempts, job_runs, updated, silence_limit)
     steps = [
         value
-        for value in (logged.get("step"), *(facts.step for facts in checkpoints[-1:]))
+        for value in (_count(logged.get("step")), *(facts.step for facts in checkpoints[-1:]))
         if value is not None
     ]
     return RunState(
@@ -149,11 +149,11 @@ def read_run(folder: Path, job_runs: bool | None = None, measure_size: bool = Tr
         state=state,
         reason=reason,
         step=max(steps, default=None),
-        steps=started.get("steps"),
-        epoch=logged.get("epoch"),
-        samples_per_second=logged.get("samples_per_second"),
-        step_seconds=logged.get("step_seconds"),
-        loss=logged.get("loss"),
+        steps=_count(started.get("steps")),
+        epoch=_count(logged.get("epoch")),
+        samples_per_second=_number(logged.get("samples_per_second")),
+        step_seconds=_number(logged.get("step_seconds")),
+        loss=_number(logged.get("loss")),
         best_metric=metric,
         best=choose(values, default=None),
         checkpoint=checkpoints[-1] if checkpoints else None,
@@ -192,7 +192,7 @@ def _last_boundary(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The newest start, resume, interrupt or finish; and the newest start or resume (it knows `steps`)."""
     last: dict[str, Any] = {}
     for event in newest_first(path):
-        if event.get("kind") not in _BOUNDARY_EVENTS:
+        if str(event.get("kind")) not in _BOUNDARY_EVENTS:
             continue
         last = last or event
         if event["kind"] in ("start", "resume"):
@@ -213,12 +213,19 @@ def _checkpoints(folder: Path) -> Iterator[CheckpointFacts]:
 
 def _config(path: Path) -> dict[str, Any]:
     try:
-        with path.open("rb") as file:
-            # libyaml's parser reads a config in milliseconds, the one in Python takes a tenth of a second.
-            config = yaml.load(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (FileNotFoundError, yaml.YAMLError):
+        config = parse_yaml(read_limited(path, YAML_LIMIT).decode())
+    except (FileNotFoundError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}
+
+
+def _number(value: Any) -> float | None:
+    """The value, where it is a number at all: the files of a run may hold anything."""
+    return value if type(value) is float or _count(value) is not None else None
+
+
+def _count(value: Any) -> int | None:
+    return value if type(value) is int and abs(value) < 2**53 else None
 
 
 def _section(config: dict[str, Any], name: str) -> dict[str, Any]:

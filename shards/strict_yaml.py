@@ -77,7 +77,7 @@ def _size(node: yaml.Node | None, sizes: dict[int, int], depth: int) -> int:
         if isinstance(node, yaml.MappingNode):
             names = [name.value for name, _ in node.value if isinstance(name, yaml.ScalarNode)]
             if len(set(names)) < len(node.value):
-                raise YamlError(f"line {node.start_mark.line + 1}: a mapping has one name twice")
+                raise YamlError(f"line {node.start_mark.line + 1}: a key is given twice")
             children = [part for pair in node.value for part in pair]
         total = 1 + sum(_size(child, sizes, depth + 1) for child in children)
         if total > MAX_VALUES:

@@ -8,16 +8,8 @@ from typing import Any
 import yaml
 
 from shards.errors import DataError
-
-
-class _TextLoader(yaml.BaseLoader):
-    """PyYAML's loader without types, which also refuses a key that is given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        mapping = super().construct_mapping(node, deep)
-        if len(mapping) != len(node.value):
-            raise yaml.constructor.ConstructorError(None, None, "a key is given twice", node.start_mark)
-        return mapping
+from shards.strict_json import JsonError, read_limited
+from shards.strict_yaml import YAML_LIMIT, YamlError, check_yaml
 
 
 def load_yaml_text(path: Path) -> Any:
@@ -27,10 +19,14 @@ def load_yaml_text(path: Path) -> Any:
         DataError: the file cannot be read, is no YAML, or gives a key twice.
     """
     try:
-        return yaml.load(path.read_bytes(), _TextLoader)  # makes nothing but text
+        text = read_limited(path, YAML_LIMIT).decode("utf-8-sig")
+        check_yaml(text)
+        return yaml.load(text, yaml.BaseLoader)  # makes nothing but text
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
-    except RecursionError as error:
-        raise DataError(f"{path} is nested too deep") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except JsonError as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not YAML: not UTF-8") from error
+    except YamlError as error:
+        raise DataError(f"{path} is not YAML: {error}") from error

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from medvlp.encoders.errors import EncoderError
+from medvlp.tensor_files import TensorFileError, read_torch_file
 
 #: Keys under which training scripts wrap a model's weights.
 WRAPPERS = ("state_dict", "model", "model_state_dict")
@@ -30,8 +29,8 @@ def read_weights(path: str) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             content: Any = load_file(file)
         else:
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+            content = read_torch_file(file)
+    except (SafetensorError, TensorFileError, OSError) as error:
         raise EncoderError(f"weights file {path} cannot be read as tensors: {error}") from error
     while isinstance(content, dict):
         inner = next((content[name] for name in WRAPPERS if isinstance(content.get(name), dict)), None)

@@ -50,8 +50,12 @@ def check_weights(folder: Path, method: nn.Module) -> None:
     Raises:
         CheckpointError: they differ, with the first difference.
     """
-    with safetensors.safe_open(folder / checkpoint.WEIGHTS, framework="pt") as file:
-        saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    path = folder / checkpoint.WEIGHTS
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error})") from error
     now = {name: tuple(value.shape) for name, value in method.state_dict().items()}
     for name in sorted(saved.keys() | now.keys()):
         if saved.get(name) != now.get(name):

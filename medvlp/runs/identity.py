@@ -24,10 +24,13 @@ from shards.atomic import atomic_write
 from shards.errors import DataError
 from shards.format import TOKENIZER_NAME, Index, Shard, hash_bytes, is_remote
 from shards.reader import ShardReader
+from shards.strict_json import parse_json, read_limited, to_record
 
 #: In the run folder, beside the tokenizer itself (`tokenizer.json`).
 IDENTITY = "identity.json"
 FORMAT = 1
+#: Largest `identity.json` and `tokenizer.json`, in bytes.
+_LIMIT = 1 << 26
 #: Shards of a local dataset that are asked for their licence.
 ASKED_SHARDS = 32
 
@@ -168,13 +171,13 @@ class RunIdentity:
         if not summary:
             return None
         try:
-            values = json.loads(path.read_bytes())
+            values = parse_json(read_limited(path, _LIMIT), _LIMIT)
             if values.pop("format") != FORMAT:
                 raise IdentityError(f"{path}: another format than {FORMAT}; use the version that wrote it")
-            values["data"] = tuple(DataRecord(**record) for record in values["data"])
+            values["data"] = tuple(to_record(record, DataRecord) for record in values["data"])
             values["special"] = tuple(values["special"])
             identity = cls(**values)
-            stored = (run / TOKENIZER_NAME).read_bytes()
+            stored = read_limited(run / TOKENIZER_NAME, _LIMIT)
             tokenizer = Tokenizer.from_json(stored, str(run / TOKENIZER_NAME), identity.special)
             known = [record.content for record in identity.data]
             mixed = [name for name, value in identity.summary().items()

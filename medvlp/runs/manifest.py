@@ -11,19 +11,24 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from medvlp.runs.errors import CheckpointError
+from shards.strict_json import JsonError, parse_json, read_limited, to_record
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 #: Version of the layout that this code writes and resumes from.
 FORMAT = 2
-FOLDER_PATTERN = re.compile(r"step-(\d{8,})")
+FOLDER_PATTERN = re.compile(r"step-([0-9]{8,15})")
+#: Largest manifest, in bytes.
+_LIMIT = 1 << 26
+#: A relative path of plain names.
+_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 
 
 @dataclass
@@ -80,22 +85,42 @@ class Manifest:
         """
         path = folder / MANIFEST
         try:
-            text = path.read_text(encoding="utf-8")
-            manifest = cls(**json.loads(text))
-            sizes = [(str(name), int(entry["bytes"]), str(entry["xxh3_128"]))
-                     for name, entry in manifest.files.items()]  # fmt: skip
+            data = read_limited(path, _LIMIT)
+            manifest = to_record(parse_json(data, _LIMIT), cls)
+            manifest._check_values(folder)
         except FileNotFoundError:
             raise CheckpointError(
                 f"{path} is missing: the checkpoint was never finished or is being deleted"
             ) from None
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, JsonError) as error:
             raise CheckpointError(f"{path} cannot be read as a manifest ({error})") from error
-        for name, _, _ in sizes:
-            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-                raise CheckpointError(f"{path} names a file outside its folder: {name!r}")
-        if (manifest.checksum or manifest.format >= FORMAT) and manifest.to_json() != text:
+        if (manifest.checksum or manifest.format >= FORMAT) and manifest.to_json().encode() != data:
             raise CheckpointError(f"{path} is damaged: it is not as it was written")
         return manifest
+
+    def _check_values(self, folder: Path) -> None:
+        """Refuse what no run writes: the values become paths, loops and lines on a terminal."""
+        if not 1 <= self.format <= FORMAT:
+            raise JsonError(f"format {self.format}, this program reads 1 to {FORMAT}")
+        found = FOLDER_PATTERN.fullmatch(folder.name)
+        if found and int(found[1]) != self.step:
+            raise JsonError(f"step {self.step} in a folder of step {int(found[1])}")
+        limits = {"step": 2**53, "epoch": 2**53, "global_batch": 2**31, "world_size": 2**20, "zero_stage": 4}
+        for name, limit in limits.items():
+            if not 0 <= getattr(self, name) < limit:
+                raise JsonError(f"{name} is out of range")
+        if not self.world_size or not self.files:
+            raise JsonError("it lists no ranks or no files")
+        for name, entry in self.files.items():
+            if not _FILE.fullmatch(name) or ".." in name:
+                raise JsonError("it names a file that is none of a checkpoint")
+            if entry.keys() != {"bytes", "xxh3_128"} or type(entry["bytes"]) is not int:
+                raise JsonError("an entry of a file is not bytes and xxh3_128")
+            if entry["bytes"] < 0 or not isinstance(entry["xxh3_128"], str):
+                raise JsonError("an entry of a file is not bytes and xxh3_128")
+        texts = (self.created, self.precision, self.optimizer, self.wandb_run_id or "", *self.metrics)
+        if not all(text.isprintable() and len(text) < 1000 for text in texts):
+            raise JsonError("a text cannot be printed")
 
     def problem(self, folder: Path, names: Sequence[str]) -> str | None:
         """What is wrong with these files, or None when sizes and checksums are right."""

@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from medvlp.runs.errors import RunFolderError
+from shards.strict_json import JsonError, parse_json
+
+#: In bytes; a longer line is none of ours.
+_LONGEST_LINE = 1 << 22
 
 
 class MetricsFile:
@@ -55,17 +59,19 @@ class MetricsFile:
 
 
 def _cut(path: Path, step: int) -> None:
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(line + "\n" for line in lines if _step(line) <= step)
+    with path.open("rb") as lines, partial.open("wb") as file:
+        while line := lines.readline(_LONGEST_LINE):  # of a longer one, no piece is a whole object
+            if _step(line) <= step:
+                file.write(line.rstrip(b"\r\n") + b"\n")
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
 
 
-def _step(line: str) -> float:
+def _step(line: bytes) -> float:
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+        step = parse_json(line, _LONGEST_LINE)["step"]
+    except (JsonError, KeyError, TypeError):
         return math.inf
+    return step if type(step) is int else math.inf

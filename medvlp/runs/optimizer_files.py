@@ -8,7 +8,6 @@ master weights are whole, in `weights.safetensors`.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +17,13 @@ from torch import Tensor
 
 from medvlp.runs.errors import CheckpointError
 from medvlp.runs.manifest import Manifest
+from shards.strict_json import parse_json
 
 FOLDER = "optimizer"
 #: Key of the number of updates a parameter has had.
 STEP = "step"
+#: Largest table of starts in a file's header, in bytes.
+_LIMIT = 1 << 26
 
 
 def file_name(rank: int) -> str:
@@ -59,7 +61,7 @@ class OptimizerFiles:
     def _index(self, path: Path) -> None:
         try:
             file: Any = safetensors.safe_open(path, framework="pt")
-            starts = json.loads((file.metadata() or {})["starts"])
+            starts = parse_json((file.metadata() or {})["starts"], _LIMIT)
             for entry in file.keys():  # noqa: SIM118  not a dict
                 key, _, name = entry.partition(":")
                 start, shape = int(starts[name]), file.get_slice(entry).get_shape()
@@ -67,7 +69,15 @@ class OptimizerFiles:
                     start = 0
                 part = _Part(file, start, start + int(shape[0]))
                 self._parts.setdefault(name, {}).setdefault(key, []).append(part)
-        except (OSError, safetensors.SafetensorError, KeyError, ValueError, TypeError, IndexError) as error:
+        except (
+            OSError,
+            safetensors.SafetensorError,
+            KeyError,
+            ValueError,
+            TypeError,
+            IndexError,
+            OverflowError,
+        ) as error:
             raise CheckpointError(f"{path} cannot be read as optimiser state ({error})") from error
 
     def names(self) -> list[str]:

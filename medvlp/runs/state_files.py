@@ -13,6 +13,9 @@ import torch
 import xxhash
 from torch import Tensor
 
+from medvlp.runs.errors import CheckpointError
+from medvlp.tensor_files import TensorFileError, read_torch_file
+
 #: Bytes handed to the disk at once; between two pieces a write can be given up.
 _PIECE = 1 << 22
 
@@ -133,8 +136,15 @@ def _save(content: Any, file: _CheckedFile) -> None:
 
 
 def read_state(path: Path) -> Any:
-    """Read a torch file with tensors and plain values on the CPU; no code in it is executed."""
-    return torch.load(path, map_location="cpu", weights_only=True)
+    """Read a torch file with tensors and plain values on the CPU; no code in it is executed.
+
+    Raises:
+        CheckpointError: it cannot be read, or is not one.
+    """
+    try:
+        return read_torch_file(path)
+    except (OSError, TensorFileError) as error:
+        raise CheckpointError(f"{path} cannot be read as state ({error})") from error
 
 
 def checksum(path: Path) -> str:

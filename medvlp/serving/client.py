@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from medvlp.serving.questions import (
 from medvlp.serving.wire import prototypes_pb2 as wire
 from medvlp.serving.wire.prototypes_pb2_grpc import PrototypesStub
 from shards.errors import MedvlpError
+from shards.strict_json import parse_json, read_limited
 
 
 class RemoteError(MedvlpError):
@@ -40,6 +40,8 @@ class RemoteError(MedvlpError):
 
 #: Seconds a call may take, connecting included.
 TIMEOUT = 60.0
+#: Largest `server.json`, in bytes.
+_LIMIT = 1 << 16
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 Known = TypeVar("Known", bound=Answer)
@@ -71,7 +73,7 @@ def connection_of(run: Path, token_file: Path | None = None, authority: Path | N
     folder = folder_of(run)
     file = folder / ADDRESS
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(read_limited(file, _LIMIT), _LIMIT)
         address, tls = str(content["address"]), bool(content["tls"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RemoteError(

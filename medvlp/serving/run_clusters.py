@@ -13,6 +13,7 @@ from medvlp.losses.normalise import unit_norm
 from medvlp.prototypes.kmeans import spherical_kmeans
 from medvlp.prototypes.learned import LearnedPrototypes
 from medvlp.prototypes.table import PrototypeTable
+from medvlp.runs.errors import CheckpointError
 from medvlp.runs.saved_run import SavedRun
 from medvlp.runs.state_files import read_state
 from medvlp.serving.layout import PrototypeFilesError
@@ -82,7 +83,7 @@ def stored_table(source: SavedRun) -> PrototypeTable | None:
         callbacks = read_state(path)["callbacks"]
         state = callbacks.get("prototypes", {}).get("table")
         return None if state is None else PrototypeTable.from_state_dict(state)
-    except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
+    except (CheckpointError, RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise PrototypeFilesError(
             f"{path}: the state of the prototype service cannot be read ({error}); "
             "build from another checkpoint, or cluster anew with --clusters"

@@ -17,9 +17,12 @@ from torch import Tensor
 from medvlp.prototypes.table import PrototypeTable
 from medvlp.serving.layout import REPORT, SNAPSHOT, PrototypeFilesError
 from shards.atomic import atomic_write, remove_leftovers
+from shards.strict_json import parse_json
 
 #: Version of the file's layout.
 FORMAT = 1
+#: Largest description in the header, in bytes.
+_LIMIT = 1 << 22
 #: Stored values of a label.
 PRESENT, ABSENT, UNCERTAIN, UNKNOWN = 1, 0, -1, -2
 
@@ -119,7 +122,7 @@ class Snapshot:
         """
         try:
             with safetensors.safe_open(path, framework="pt") as file:
-                description = json.loads((file.metadata() or {})["description"])
+                description = parse_json((file.metadata() or {})["description"], _LIMIT)
                 # Names are views of the mapped file: a large bank is not copied.
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except FileNotFoundError:
@@ -130,7 +133,7 @@ class Snapshot:
             raise _unusable(path, str(error)) from error
         try:
             return cls._from_parts(description, tensors)
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
             raise _unusable(path, str(error)) from error
 
     @classmethod

@@ -13,13 +13,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.drills import damage, disks, elastic, faults, prototypes
+from tests.drills import damage, disks, elastic, faults, hostile, prototypes
 from tests.drills.kills import Kills
 from tests.drills.outcomes import Case, Outcome, attempt, markdown, show
 from tests.drills.process import stopping
 from tests.drills.workplace import Workplace
 
-DRILLS = ("kills", "elastic", "damage", "disks", "faults", "prototypes")
+DRILLS = ("kills", "elastic", "damage", "disks", "faults", "hostile", "prototypes")
 
 
 def main() -> int:
@@ -35,7 +35,8 @@ def main() -> int:
         wanted = arguments.only or DRILLS
         killed = Kills(place, arguments.kills if "kills" in wanted else 0)
         cases = killed.cases()
-        for name, module in zip(DRILLS[1:], (elastic, damage, disks, faults, prototypes), strict=True):
+        modules = (elastic, damage, disks, faults, hostile, prototypes)
+        for name, module in zip(DRILLS[1:], modules, strict=True):
             cases += module.cases(place) if name in wanted else []
         found = _attempt_all(cases, arguments.parallel)
         if killed.runs:

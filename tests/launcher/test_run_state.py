@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -11,10 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from typer.testing import CliRunner
 
+from launcher.main import app
 from launcher.run_state import find_runs, read_run
 from medvlp.runs.events import EventLog
 from medvlp.runs.manifest import MANIFEST, Manifest, step_folder
+from tests.shards.hostile import mutate_json, to_bytes
 
 CONFIG = """
 run: {name: trial}
@@ -149,3 +154,28 @@ def test_looking_at_runs_needs_no_torch(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout[: done.stdout.index("]\n") + 1])[0]["step"] == 10
+
+
+def test_rubbish_in_the_files_of_a_run_is_passed_over(tmp_path: Path) -> None:
+    events = write_run(tmp_path / "a", [10, 20, 30], {10: 0.7, 20: 0.9})
+    events.note("start", 0, steps=30, ranks=2)
+    add_attempt(tmp_path / "a", job_id=7, exit_code=1)
+    generator = random.Random(0)
+    files = [tmp_path / "a" / name for name in
+             ("metrics.jsonl", "events.jsonl", "config.yaml", "slurm/attempts.jsonl")]  # fmt: skip
+    manifest = tmp_path / "a" / "checkpoints" / step_folder(20) / MANIFEST
+    for _ in range(100):
+        file = generator.choice([*files, manifest])
+        whole = file.read_bytes()
+        if file.suffix == ".jsonl":
+            last = json.loads(whole.splitlines()[-1])
+            rubbish = whole + to_bytes(mutate_json(last, generator)) + b"\n"
+        elif file.suffix == ".yaml":
+            rubbish = to_bytes(mutate_json(yaml.safe_load(whole), generator))
+        else:
+            rubbish = to_bytes(mutate_json(json.loads(whole) | {"checksum": "", "format": 1}, generator))
+        file.write_bytes(rubbish)
+        found = CliRunner().invoke(app, ["runs", str(tmp_path)])
+        assert found.exception is None, (file, rubbish[-300:], found.exception)
+        assert found.exit_code == 0
+        file.write_bytes(whole)

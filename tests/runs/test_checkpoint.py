@@ -2,8 +2,8 @@
 
 import errno
 import json
-import pickle
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -88,7 +88,7 @@ def escape(folder: Path) -> None:
         (lambda folder: (folder / "weights.safetensors").unlink(), "cannot be read"),
         (lambda folder: (folder / "manifest.json").unlink(), "is missing"),
         (lambda folder: (folder / "manifest.json").write_text('{"step": 1}'), "cannot be read as a manifest"),
-        (escape, "outside its folder"),
+        (escape, "names a file that is none of a checkpoint"),
     ],
 )
 def test_a_damaged_newest_one_is_passed_over_with_a_warning(tmp_path, caplog, damage, message):
@@ -100,6 +100,54 @@ def test_a_damaged_newest_one_is_passed_over_with_a_warning(tmp_path, caplog, da
     damage(old)
     with pytest.raises(CheckpointError, match="2 checkpoints and none is good"):
         newest_valid(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"files": {}}, "lists no ranks or no files"),
+        ({"files": {"a\0b": {"bytes": 1, "xxh3_128": ""}}}, "names a file"),
+        ({"files": {"/etc/passwd": {"bytes": 1, "xxh3_128": ""}}}, "names a file"),
+        ({"files": {"a": {"bytes": "1", "xxh3_128": ""}}}, "an entry of a file"),
+        ({"files": {"a": {"bytes": -1, "xxh3_128": ""}}}, "an entry of a file"),
+        ({"files": [1]}, "not of type dict"),
+        ({"step": 11}, "step 11 in a folder of step 10"),
+        ({"step": "10"}, "not of type int"),
+        ({"step": -10}, "in a folder of step 10"),
+        ({"format": 99}, "format 99"),
+        ({"format": None}, "not of type int"),
+        ({"world_size": 10**12}, "world_size is out of range"),
+        ({"world_size": 0}, "lists no ranks"),
+        ({"created": "\x1b[2J"}, "cannot be printed"),
+        ({"metrics": {"loss": "low"}}, "not of type float"),
+        ({"metrics": {"loss": float("nan")}}, "not finite"),
+        ({"surprise": 1}, "unknown field"),
+    ],
+)
+def test_a_manifest_no_run_writes_is_one_line(tmp_path, change, message):
+    folder = save(tmp_path, 10)
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 1, "checksum": ""} | change))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        Manifest.read(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_hostile_state_files_are_one_line(tmp_path):
+    path = tmp_path / "rank-00000.pt"
+    torch.save({"weight": torch.zeros(1 << 20)}, path)
+    packed = tmp_path / "packed.pt"
+    with zipfile.ZipFile(path) as plain, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in plain.namelist():
+            archive.writestr(name, plain.read(name))
+    with pytest.raises(CheckpointError, match="claims more bytes than it has"):
+        read_state(packed)
+    whole = path.read_bytes()
+    for data in (b"", b"PK", whole[:1000], whole[:-5], b"\x80\x02" + b"(" * 100, b"{}"):
+        path.write_bytes(data)
+        with pytest.raises(CheckpointError, match="cannot be read as state") as caught:
+            read_state(path)
+        assert "\n" not in str(caught.value)
 
 
 def test_saving_over_a_damaged_one_replaces_it_and_drops_an_abandoned_future(tmp_path):
@@ -198,7 +246,7 @@ class Evil:
 
 def test_code_in_a_state_file_is_not_executed(tmp_path, capsys):
     torch.save({"x": Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(CheckpointError, match="more than tensors and plain values"):
         read_state(tmp_path / "evil.pt")
     assert "executed" not in capsys.readouterr().out
 

@@ -23,11 +23,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from medvlp.evaluation.metrics.bootstrap import Estimate
 from medvlp.evaluation.task import EvaluationError, Metrics, TaskResult
 from shards.atomic import atomic_write
+from shards.strict_json import JsonError, parse_json, read_limited, to_record
 
 SCHEMA_VERSION = 1
+#: Largest `evaluation.json`, in bytes.
+_LIMIT = 1 << 26
 
 
 @dataclass
@@ -69,31 +71,45 @@ def read(file: Path) -> Evaluation:
         EvaluationError: the file is missing, no JSON, or of another version.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        version = content.pop("schema_version")
+        content = parse_json(read_limited(file, _LIMIT), _LIMIT)
+        version = content.pop("schema_version", None) if isinstance(content, dict) else None
         if version != SCHEMA_VERSION:
-            raise EvaluationError(f"{file}: schema version {version}, this program reads {SCHEMA_VERSION}")
-        content["results"] = {task: _models(models) for task, models in content["results"].items()}
-        content["units"] = {
-            task: {
-                unit: UnitResult(**(values | {"models": _models(values["models"])}))
-                for unit, values in units.items()
-            }
-            for task, units in content.get("units", {}).items()
-        }
-        return Evaluation(**content)
+            shown = version if type(version) is int else "missing"
+            raise EvaluationError(f"{file}: schema version {shown}, this program reads {SCHEMA_VERSION}")
+        content |= {name: _with_nan(content.get(name, {})) for name in ("results", "units")}
+        evaluation = to_record(content, Evaluation)
+        _check_names(evaluation)
+        return evaluation
     except OSError as error:
         raise EvaluationError(
             f"{file}: cannot be read ({error.strerror}); run `medvlp evaluate` first"
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except JsonError as error:
         raise EvaluationError(f"{file}: not an evaluation.json of this program ({error})") from error
 
 
-def _models(stored: dict[str, dict[str, dict[str, float]]]) -> dict[str, Metrics]:
+def _check_names(evaluation: Evaluation) -> None:
+    """Refuse a file without the texts that tables and comparisons are made of."""
+    for section, names in (
+        ("model", ("name",)),
+        ("data", ("fingerprint", "split")),
+        ("settings", ("uncertain",)),
+    ):
+        values = getattr(evaluation, section)
+        for name in names:
+            if not isinstance(values.get(name), str) or not values[name].isprintable():
+                raise JsonError(f"{section}.{name} is no text")
+    if not evaluation.results.keys() <= evaluation.notes.keys():
+        raise JsonError("a task has results and no notes")
+
+
+def _with_nan(value: Any) -> Any:
+    """The reverse of `_without_nan` for the values of estimates."""
+    if not isinstance(value, dict):
+        return value
     return {
-        model: {metric: Estimate(**estimate) for metric, estimate in metrics.items()}
-        for model, metrics in stored.items()
+        name: math.nan if name == "value" and item is None else _with_nan(item)
+        for name, item in value.items()
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -70,7 +71,7 @@ def markdown_section(evaluations: Mapping[str, Evaluation], task: str, findings:
 
 def cell(estimate: Estimate | None, metric: str, reading: Reading) -> str:
     """ "0.812 (0.78–0.84)"; whole numbers without decimals; "–" where there is no number."""
-    if estimate is None or estimate.value is None:
+    if estimate is None or math.isnan(estimate.value):
         return "–"
     digits = 0 if reading.whole & set(metric.split("/")) else 3
     text = f"{estimate.value:.{digits}f}"

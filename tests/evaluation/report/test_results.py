@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import random
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from medvlp.evaluation.report import comparison, results, tables
 from medvlp.evaluation.report.results import Evaluation, UnitResult
 from medvlp.evaluation.task import EvaluationError, Reading
 from shards.errors import DataError
+from tests.shards.hostile import SECRET, mutate_json, to_bytes
 
 
 def make(trained: float, fingerprint: str = "abc", uncertain: str = "exclude") -> Evaluation:
@@ -179,3 +183,22 @@ def test_a_file_of_units_comes_back_and_a_file_without_is_as_before(tmp_path: Pa
     assert results.read(file) == part
     results.write(make(0.8), file)
     assert "units" not in json.loads(file.read_text())
+
+
+def test_rubbish_in_the_file_is_one_line_without_its_text(tmp_path: Path) -> None:
+    file = tmp_path / "evaluation.json"
+    results.write(make(0.8), file)
+    content = json.loads(file.read_text())
+    generator = random.Random(0)
+    for _ in range(200):
+        file.write_bytes(to_bytes(mutate_json(content, generator)))
+        with contextlib.suppress(EvaluationError):  # any other exception fails the test
+            results.read(file)
+    file.write_text(json.dumps(content | {SECRET: SECRET}))
+    with pytest.raises(EvaluationError, match="unknown field") as caught:
+        results.read(file)
+    assert SECRET not in str(caught.value)
+    file.write_bytes(b"")
+    os.truncate(file, 2**33)
+    with pytest.raises(EvaluationError, match="more than the limit"):
+        results.read(file)
