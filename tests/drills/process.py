@@ -62,7 +62,7 @@ class Pretraining:
         variables: Mapping[str, str] | None = None,
         placement: Sequence[str] = (),
     ):
-        self.folder = folder
+        self.folder, self.ranks = folder, ranks
         self.log = folder.with_name("-".join([folder.name, *placement]).replace(":", "-") + ".log")
         folder.parent.mkdir(parents=True, exist_ok=True)
         self._begin = self.log.stat().st_size if self.log.exists() else 0
@@ -116,9 +116,9 @@ class Pretraining:
 
     def rank(self, number: int) -> psutil.Process:
         """The process of a rank."""
+        if self.ranks == 1:  # which needs no process of its own
+            return psutil.Process(self.process.pid)
         for child in self._family():
-            if "RANK" not in child.environ():  # one rank needs no process of its own
-                return child
             if child.environ().get("RANK") == str(number) and "launcher.main" in child.cmdline():
                 return child
         raise DrillError(f"rank {number} is not there")
