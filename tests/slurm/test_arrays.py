@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launcher.slurm import slurm_commands
-from tests.slurm.cluster import PATIENCE, Cluster, Tiny, lines
+from tests.slurm.cluster import PATIENCE, Cluster, lines
 from tests.slurm.commands import medvlp
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3 * PATIENCE)]
@@ -74,21 +74,30 @@ def test_nothing_is_merged_when_a_part_fails(cluster: Cluster, tmp_path: Path) -
     assert "cannot read map" in medvlp("logs", array)
 
 
-def test_evaluations_run_after_a_training_and_are_joined(
-    cluster: Cluster, tiny: Tiny, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
+def test_evaluations_run_after_a_training_and_are_joined(cluster, tiny, tmp_path):
+    run, other = tmp_path / "run", tmp_path / "other"
+    medvlp("shards", "build", "phantom", "--out", other, "--studies", "160", "--image-size", "64",
+           "--split", "train=0.5,valid=0.25,test=0.25", "--workers", "1")  # fmt: skip
     training = cluster.submit(*tiny("run", "train.steps=2", "evaluation.bootstrap=20", "--nodes", "1"))
-    output = medvlp(
-        "submit", "evaluate", run, "--after", training, "--task", "retrieval", "--task", "zero-shot",
-        "--split", "train", "--time", "5",
-    )  # fmt: skip
+    words = [
+        "evaluate", run, "--task", "retrieval", "--task", "linear-probe", "--data", other,
+        "evaluation.tasks.linear-probe.fractions=[0.5,1.0]",
+    ]  # fmt: skip
+    output = medvlp("submit", *words, "--after", training, "--time", "5")
     array, comparing = submitted(output)
     assert {job.state for job in slurm_commands.list_jobs([array, comparing])} == {"PENDING"}
     assert cluster.wait_for_end(comparing, run).state == "COMPLETED"
     ends = {job.id: job.end_time for job in slurm_commands.list_jobs([training, array, comparing])}
     assert ends[training] <= min(end for job_id, end in ends.items() if job_id != training)
-    evaluation = json.loads((run / "evaluation.json").read_text())
-    assert set(evaluation["results"]) == {"retrieval", "zero-shot"}
-    assert evaluation["model"]["step"] == 2
-    assert "zero-shot" in medvlp("logs", comparing)
+    parts = {path.name for path in (run / "evaluation-parts").iterdir()}
+    assert parts == {
+        "retrieval.json", "linear-probe.fraction-0.5.json", "linear-probe.fraction-1.json",
+    }  # fmt: skip
+    joined = json.loads((run / "evaluation.json").read_text())
+    assert joined["model"]["step"] == 2
+    assert "linear-probe" in medvlp("logs", comparing)
+    medvlp(*words, "--fresh", "--out", tmp_path / "local.json")
+    local = json.loads((tmp_path / "local.json").read_text())
+    for part in ("results", "notes", "data"):
+        assert joined[part] == local[part], part
+    assert joined["settings"]["options"] == local["settings"]["options"]
