@@ -100,7 +100,7 @@ def test_the_exit_code_is_that_of_the_cause(
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_agreed_error_is_shown_by_rank_0(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(config: object, fresh: bool) -> int:
+    def fail(*_: object) -> int:
         raise CheckpointError("full")
 
     monkeypatch.setattr("medvlp.training.run.pretrain", fail)

@@ -39,14 +39,14 @@ class Scripted(TinyMethod):
         super().__init__()
         self.bad = bad
 
-    def forward(self, batch):
-        outputs = super().forward(batch)
+    def forward(self, batch, clusters=None):
+        output = super().forward(batch, clusters)
         step = self.progress[-1][1]
         if step in self.bad.get("loss", []):
-            outputs["loss"] = outputs["loss"] * torch.nan
+            output = output._replace(loss=output.loss * torch.nan)
         if step in self.bad.get("gradient", []):
-            outputs["loss"].register_hook(lambda gradient: gradient * torch.inf)
-        return outputs
+            output.loss.register_hook(lambda gradient: gradient * torch.inf)
+        return output
 
 
 def train_steps(
