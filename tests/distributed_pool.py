@@ -63,7 +63,7 @@ class GlooPool:
     leave the default group alive. A pool whose ranks no longer agree is replaced at the next `run`.
     """
 
-    def __init__(self, world_size: int, timeout: float = 120.0):
+    def __init__(self, world_size: int, timeout: float = 280.0):
         """Nothing starts before the first `run`; `timeout` is in seconds and bounds every `run`."""
         self.world_size = world_size
         self.timeout = timeout
