@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import FAULTS, Cluster
+from tests.slurm.cluster import FAULTS, REPOSITORY, Cluster
 from tests.training.runs import TINY
 
 _PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "squeue", "scontrol", "unshare", "nsenter")
@@ -74,7 +74,8 @@ def tiny(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
     Its job asks for 2 nodes with 2 CPUs each, no GPU and 10 minutes, unless said otherwise.
     """
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("PYTHONPATH", str(FAULTS))
+    # Beside the faults this checkout: else `sitecustomize`, and so the ranks, would import an installed one.
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(FAULTS), str(REPOSITORY)]))
 
     def build(name: str, *more: str) -> list[str]:
         given = {word.partition("=")[0] for word in more}

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import threading
+import time
 
 import pytest
 
@@ -42,21 +44,47 @@ def test_the_rank_that_did_not_arrive_is_named(watchdog, found, answering, expec
     assert "train.start_timeout_minutes" in watchdog._story(found, answering, 1800)
 
 
-def test_a_rank_that_moves_is_left_alone(tmp_path, monkeypatch):
-    """With limits of a second, two seconds in many places are no hang; the limit returns at the end."""
-    import time
+class Clock:
+    """The watchdog's clock, which goes when the test says so; `looks`: how often it has been looked at."""
 
-    monkeypatch.setattr("os._exit", lambda code: pytest.fail(f"ended with {code}"))
+    sleep = staticmethod(time.sleep)
+
+    def __init__(self) -> None:
+        self.now, self.looks = 0.0, 0
+
+    def monotonic(self) -> float:
+        self.looks += threading.current_thread() is not threading.main_thread()
+        return self.now
+
+    def go(self, seconds: float) -> None:
+        """Let time pass, and wait until the watchdog has noticed."""
+        self.now += seconds
+        seen, deadline = self.looks, time.monotonic() + 200
+        while self.looks < seen + 3:
+            assert time.monotonic() < deadline, "the watchdog does not look"
+            time.sleep(0.01)
+
+
+def test_a_rank_that_moves_is_left_alone(tmp_path, monkeypatch):
+    """With limits of a second, many seconds in many places are no hang, and one in one place is."""
+    clock, hangs = Clock(), threading.Event()
+    monkeypatch.setattr("medvlp.training.hangs.time", clock)
+    monkeypatch.setattr(Watchdog, "_investigate", lambda self: hangs.set())
+    monkeypatch.setattr(Watchdog, "_interval", lambda self: 0.02)
     distributed.initialize()
     with Watchdog(tmp_path, 1.0, 0.8) as dog:
         for step in range(10):
             dog.mark("loading data", step)
-            time.sleep(0.2)
+            clock.go(0.7)
             dog.first_step_is_done()
         assert dog.limit == 0.8
+        assert not hangs.is_set()
+        dog.mark("forward and backward", 10)
+        clock.go(0.9)
+        assert hangs.is_set()
         dog.last_step_is_done()
         assert dog.limit == 1.0
-        assert dog._places()[0].name == "loading data"
+        assert dog._places()[0].name in ("loading data", "forward and backward")
     distributed.shutdown()
     assert not (tmp_path / "events.jsonl").exists()
 
