@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,9 @@ def test_nothing_is_merged_when_a_part_fails(cluster: Cluster, tmp_path: Path) -
     assert "cannot read map" in medvlp("logs", array)
 
 
-def test_evaluations_run_after_a_training_and_are_joined(cluster, tiny, tmp_path):
+def test_evaluations_run_after_a_training_and_are_joined(
+    cluster: Cluster, tiny: Callable[..., list[str]], tmp_path: Path
+) -> None:
     run, other = tmp_path / "run", tmp_path / "other"
     medvlp("shards", "build", "phantom", "--out", other, "--studies", "160", "--image-size", "64",
            "--split", "train=0.5,valid=0.25,test=0.25", "--workers", "1")  # fmt: skip
