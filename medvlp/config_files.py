@@ -18,10 +18,10 @@ from omegaconf.errors import OmegaConfBaseException
 from medvlp import trust
 from medvlp.config import Config, EvaluationConfig, ImageConfig, MethodConfig, TaskConfig
 from medvlp.config import ConfigError as ConfigError  # the readers of files know it under this name
-from medvlp.config_keys import anchor_files, move_keys, moved_keys, section_at
+from medvlp.config_keys import anchor_files, keep_texts, move_keys, moved_keys, section_at
 from medvlp.config_values import value_problem
 from shards.strict_json import read_limited
-from shards.strict_yaml import YAML_LIMIT, YamlError, check_yaml, parse_yaml
+from shards.strict_yaml import YAML_LIMIT, YamlError, check_yaml, parse_yaml, yaml_as_written
 
 #: Least standard deviation of a channel.
 MIN_STD = 1e-6
@@ -33,10 +33,12 @@ Tasks = Mapping[str, type[TaskConfig]] | None
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """Values, what errors call the place they come from, and the run folder it lies in (None: the user's)."""
+    """Values as YAML types them and as they were written, what errors call the place they come from, and the
+    run folder it lies in (None: the user's)."""
 
     name: str
     values: dict[str, Any]
+    written: dict[str, Any]
     folder: Path | None = None
 
 
@@ -104,19 +106,21 @@ def _sources(
 ) -> list[_Source]:
     sources = []
     for file in files:
-        values = _read(Path(file), defaults(tasks))  # first, for it refuses paths that no file has
+        values, written = _read(Path(file))  # first, for it refuses paths that no file has
+        anchor_files(values, Path(file).parent, defaults(tasks))
         folder = run or trust.run_folder_of(Path(file))
         if folder is not None and (keys := trust.look_ups(values)):
             raise trust.TrustError(
                 f"{file}: {', '.join(keys)} would be looked up (${{...}}), which is not done for files of a "
                 "run folder: write the value, or remove the line"
             )
-        sources.append(_Source(str(file), values, folder))
-    sources += [_Source(f"override {text!r}", _parse_override(text)) for text in overrides]
+        sources.append(_Source(str(file), values, written, folder))
+    sources += [_Source(f"override {text!r}", *_parse_override(text)) for text in overrides]
     for source in sources:
         for old, new in moved_keys(source.values) if source.folder is None else ():
             raise ConfigError(f"{source.name}: unknown key {old!r}: its name is {new}")
         move_keys(source.values)
+        move_keys(source.written)
         stored = section_at(source.values, ("evaluation", "tasks")) if source.folder is not None else None
         if stored is not None and tasks is not None:
             # Of a task that was registered where the run was made, and is not here.
@@ -143,8 +147,9 @@ def load_schema(file: Path | str, schema: type[Schema]) -> Schema:
     Raises:
         ConfigError: unreadable file, unknown key, wrong type, or a value out of range.
     """
-    values = trust.escaped(_plain_values(Path(file)))  # a job's shell reads `${NAME}`, not this program
-    tree = _merge_sources(OmegaConf.structured(schema), [_Source(str(file), values)])
+    values, written = _plain_values(Path(file))
+    values = trust.escaped(values)  # a job's shell reads `${NAME}`, not this program
+    tree = _merge_sources(OmegaConf.structured(schema), [_Source(str(file), values, written)])
     loaded = cast(Schema, _resolved(tree))
     try:
         _check_values(loaded)
@@ -177,6 +182,7 @@ def _merge_sources(tree: Any, sources: Sequence[_Source]) -> DictConfig:
     for source in sources:
         name, values = source.name, source.values
         _check_keys(values, tree, name, prefix="")
+        keep_texts(values, source.written, tree)
         try:
             tree = OmegaConf.merge(tree, values)
         except (OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
@@ -202,23 +208,24 @@ def to_yaml(config: Config | DictConfig) -> str:
     return str(OmegaConf.to_yaml(OmegaConf.create(trust.escaped(dataclasses.asdict(config)))))
 
 
-def _read(file: Path, schema: Any) -> dict[str, Any]:
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Values of a run's config file, and the same as written."""
     text = _text(file)
     try:
         values = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
     except (OmegaConfBaseException, OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{file}: {_one_line(error)}") from error
-    found = _mapping(values, file)
-    anchor_files(found, file.parent, schema)
-    return found
+    return _mapping(values, file), yaml_as_written(text) or {}
 
 
-def _plain_values(file: Path) -> dict[str, Any]:
+def _plain_values(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Values of a YAML file in which nothing is looked up, and the same as written."""
+    text = _text(file)
     try:
-        values = parse_yaml(_text(file))
+        values = parse_yaml(text)
     except YamlError as error:
         raise ConfigError(f"{file}: not valid YAML: {error}") from error
-    return _mapping({} if values is None else values, file)
+    return _mapping({} if values is None else values, file), yaml_as_written(text) or {}
 
 
 def _mapping(values: Any, file: Path) -> dict[str, Any]:
@@ -246,13 +253,16 @@ def _text(file: Path) -> str:
     return text
 
 
-def _parse_override(text: str) -> dict[str, Any]:
+def _parse_override(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Values of `section.key=value`, and the same as written."""
     key, separator, value = text.partition("=")
     if not separator or not all(re.fullmatch(r"[A-Za-z_][\w-]*", part) for part in key.split(".")):
         raise ConfigError(f"override {text[:200]!r}: write section.key=value")
     try:
-        check_yaml(value)
-        return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist([text])))
+        written = yaml_as_written(value)
+        for part in reversed(key.split(".")):
+            written = {part: written}
+        return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist([text]))), written
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"override {text[:200]!r}: {_one_line(error)}") from error
 

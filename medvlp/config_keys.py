@@ -1,4 +1,4 @@
-"""Keys of a config that are more than name and value: those that have moved, and those that name files."""
+"""Keys of a config that are more than name and value: moved ones, those that name files, and texts."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from omegaconf import DictConfig, ListConfig, StringNode
 
 #: Old path -> new path. The config in a run folder is read under the new names; a user's own file or
 #: override is refused, naming the new one.
@@ -76,3 +78,29 @@ def inner_sections(name: str, value: Any) -> Iterator[tuple[tuple[str, ...], Any
         yield (name,), value
     elif isinstance(value, dict):
         yield from (((name, at), inner) for at, inner in value.items() if dataclasses.is_dataclass(inner))
+
+
+def keep_texts(values: dict[str, Any], written: Any, tree: DictConfig) -> None:
+    """Where the schema wants text, take what was written: YAML reads 0123 as 83 and `on` as true.
+
+    Args:
+        values: of a config file or an override, changed in place.
+        written: the same, every value as the text that was written. What is not in it (it came by a merge
+            key, `<<`) is left to OmegaConf.
+        tree: the schema.
+    """
+    for key, value in values.items():
+        node, text = tree._get_node(key), written.get(key) if isinstance(written, dict) else None
+        kind = node._metadata.element_type if isinstance(node, DictConfig | ListConfig) else None
+        if isinstance(node, StringNode):
+            values[key] = _as_text(value, text)
+        elif kind is str and isinstance(value, list) and isinstance(text, list):
+            values[key] = [_as_text(*pair) for pair in zip(value, text, strict=True)]
+        elif kind is str and isinstance(value, dict) and isinstance(text, dict):
+            values[key] = {name: _as_text(item, text.get(name)) for name, item in value.items()}
+        elif isinstance(value, dict) and isinstance(node, DictConfig) and not node._is_none():
+            keep_texts(value, text, node)
+
+
+def _as_text(value: Any, written: Any) -> Any:
+    return written if isinstance(value, bool | int | float) and isinstance(written, str) else value

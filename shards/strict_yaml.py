@@ -59,6 +59,16 @@ def parse_yaml(text: str) -> Any:
         raise YamlError(" ".join(str(error).split())[:300]) from None
 
 
+def yaml_as_written(text: str) -> Any:
+    """Nested dicts, lists and texts: what `parse_yaml` gives, before any text becomes a number or a boolean.
+
+    Raises:
+        YamlError: see `check_yaml`.
+    """
+    check_yaml(text)
+    return yaml.load(text, Loader=yaml.BaseLoader)
+
+
 def _size(node: yaml.Node | None, sizes: dict[int, int], depth: int) -> int:
     """Number of values of a node with its aliases written out."""
     if node is None:

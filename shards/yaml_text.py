@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from shards.errors import DataError
 from shards.strict_json import JsonError, read_limited
-from shards.strict_yaml import YAML_LIMIT, YamlError, check_yaml
+from shards.strict_yaml import YAML_LIMIT, YamlError, yaml_as_written
 
 
 def load_yaml_text(path: Path) -> Any:
@@ -19,9 +17,7 @@ def load_yaml_text(path: Path) -> Any:
         DataError: the file cannot be read, is no YAML, or gives a key twice.
     """
     try:
-        text = read_limited(path, YAML_LIMIT).decode("utf-8-sig")
-        check_yaml(text)
-        return yaml.load(text, yaml.BaseLoader)  # makes nothing but text
+        return yaml_as_written(read_limited(path, YAML_LIMIT).decode("utf-8-sig"))
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     except JsonError as error:

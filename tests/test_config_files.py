@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from launcher.slurm.cluster_config import load_cluster
 from medvlp import config_files, config_keys
 from medvlp.config import Config, MethodConfig, TaskConfig, key
 from medvlp.config_files import ConfigError
 from medvlp.config_reference import reference
 from medvlp.evaluation import task
+from medvlp.methods.registry import schemas
 
 
 @dataclass
@@ -217,3 +219,31 @@ def test_every_moved_key_has_its_new_place() -> None:
         value: object = defaults
         for part in new:
             value = value[part] if isinstance(value, dict) else getattr(value, part)
+
+
+@pytest.mark.parametrize("written", ["0123", "1_000", "1e5", "24:00:00", "0x1f", "on", "No", "1.10", "007"])
+def test_a_text_is_what_was_written(tmp_path: Path, written: str) -> None:
+    """YAML would read 83, 1000, 100000.0, 86400, 31, true, false, 1.1 and 7."""
+    file = tmp_path / "a.yaml"
+    file.write_text(f"run: {{dir: d, name: {written}}}\nmonitor: {{tags: [{written}]}}\ndata: {{root: r}}\n")
+    read = config_files.load([file], [], schemas())
+    assert (read.run.name, read.monitor.tags) == (written, [written])
+    overrides = ["data.root=r", "run.dir=d", f"run.name={written}", f"monitor.tags=[{written}]"]
+    said = config_files.load([], overrides, schemas())
+    assert (said.run.name, said.monitor.tags) == (written, [written])
+
+
+def test_texts_of_a_cluster_file_are_what_was_written(tmp_path: Path) -> None:
+    file = tmp_path / "site.yaml"
+    file.write_text("sbatch: {account: 0123, time: 24:00:00}\nenvironment: {MASK: 0777, NCCL_IB: no}\n")
+    site = load_cluster(file)
+    assert (site.sbatch.account, site.sbatch.time) == ("0123", "24:00:00")
+    assert site.environment == {"MASK": "0777", "NCCL_IB": "no"}
+
+
+def test_numbers_and_nothing_stay_what_they_are(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("run: {dir: d, name: null}\ndata: {root: r}\ntrain: {steps: 10}\nmethod: {name: mgca}\n")
+    read = config_files.load([file], ["train.seed=3", "text.options={hidden_size: 8}"], schemas())
+    assert (read.run.name, read.train.steps, read.train.seed) == (None, 10, 3)
+    assert read.text.options == {"hidden_size": 8}

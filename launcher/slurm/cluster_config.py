@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from medvlp.config import key
 from medvlp.config_files import ConfigError, load_schema
@@ -23,7 +23,7 @@ class SbatchDefaults:
     qos: str | None = key(None, "quality of service")
     constraint: str | None = key(None, "features the nodes must have, such as h100")
     reservation: str | None = key(None, "reservation to run in")
-    time: Any = key(None, "time limit in quotes, as sbatch writes it: minutes, HH:MM:SS or D-HH:MM:SS")
+    time: str | None = key(None, "time limit as sbatch writes it: minutes, HH:MM:SS or D-HH:MM:SS")
     mem: str | None = key(None, "memory of each node, such as 500G; 0: all of it")
     exclusive: bool = key(False, "whole nodes, shared with no other job")
     cpus_per_task: int | None = key(None, "CPUs of each node, shared by its ranks", 1, 4096)
@@ -89,10 +89,6 @@ def load_cluster(file: Path | str | None) -> ClusterConfig:
     if file is None:
         return ClusterConfig()
     config = load_schema(file, ClusterConfig)
-    if not isinstance(config.sbatch.time, str | None):
-        raise ConfigError(
-            f"{file}: sbatch.time={config.sbatch.time!r}: write it in quotes, for YAML reads 4:00:00 as 14400"
-        )
     if config.container.kind != "none" and not config.container.image:
         raise ConfigError(f"{file}: container.kind={config.container.kind} needs container.image")
     if config.container.kind == "none" and config.container.image:

@@ -217,7 +217,6 @@ def test_the_examples_render(name: str, tmp_path: Path) -> None:
         ("sbatch: {partiton: a}", r"unknown key 'sbatch\.partiton'.*did you mean 'sbatch\.partition'"),
         ("sbatch: {max_requeues: many}", r"sbatch\.max_requeues"),
         ("sbatch: {signal_seconds: 1}", "out of range"),
-        ("sbatch: {time: 4:00:00}", "sbatch.time=14400: write it in quotes"),
         ("container: {kind: docker}", r"container\.kind"),
         ("container: {kind: pyxis}", "needs container.image"),
         ("container: {image: x.sif}", "choose container.kind"),
