@@ -52,6 +52,12 @@ def write_holder(run_dir: Path, holder: Holder, seconds_ago: float = 0.0, number
     return path
 
 
+def newest(run_dir: Path) -> dict:
+    """The holder in the lock file that counts."""
+    path = max((run_dir / LOCK).iterdir(), key=lambda path: int(path.name))
+    return json.loads(path.read_text())
+
+
 def acquire(run_dir: Path, environment: dict[str, str] | None = None, over: bool | None = None) -> RunLock:
     lock = RunLock(run_dir, this_process(None, environment or {}), lambda job: over)
     lock.acquire()
@@ -124,7 +130,9 @@ def test_a_recycled_process_id_holds_nothing(tmp_path):
     holder = this_process(None, {})
     pid = str(os.getpid())
     write_holder(tmp_path, replace(holder, processes={pid: str(int(holder.processes[pid]) - 1)}))
-    acquire(tmp_path).release()
+    with_lock = acquire(tmp_path)
+    assert newest(tmp_path)["processes"] == this_process(None, {}).processes
+    with_lock.release()
 
 
 def test_a_launcher_that_still_ends_its_ranks_is_waited_for(tmp_path):
@@ -193,8 +201,13 @@ def test_a_damaged_lock_is_judged_by_its_age(tmp_path, monkeypatch):
     monkeypatch.setattr(run_lock, "DEAD_SECONDS", 1.0)
     for content in ("", "[1, 2", '{"host": 3}'):
         (tmp_path / LOCK).mkdir(exist_ok=True)
-        (tmp_path / LOCK / "50").write_text(content)
-        acquire(tmp_path).release()
+        number = max((int(path.name) for path in (tmp_path / LOCK).iterdir()), default=0) + 50
+        (tmp_path / LOCK / str(number)).write_text(content)
+        started = time.monotonic()
+        with_lock = acquire(tmp_path)
+        assert time.monotonic() - started > 0.5, "a young one may be half written"
+        assert newest(tmp_path)["processes"] == this_process(None, {}).processes
+        with_lock.release()
 
 
 def test_a_launcher_gives_back_what_its_rank_held(tmp_path):

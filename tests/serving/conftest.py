@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -97,3 +98,16 @@ def client(start: Callable[..., PrototypeServer]) -> Iterator[PrototypeClient]:
     """A client of a server with default limits."""
     with PrototypeClient(Connection(f"127.0.0.1:{start().port}", TOKEN), timeout=200) as made:
         yield made
+
+
+def is_closed(connection: socket.socket, seconds: float) -> bool:
+    """Whether the peer has closed the connection, or does so within a time."""
+    connection.settimeout(seconds)
+    try:
+        while connection.recv(4096):
+            pass
+    except TimeoutError:
+        return False
+    except ConnectionError:
+        return True
+    return True

@@ -17,7 +17,7 @@ from medvlp.serving.limits import Limits
 from medvlp.serving.server import Address, PrototypeServer
 from medvlp.serving.servicer import SERVICE
 from medvlp.serving.wire import prototypes_pb2 as wire
-from tests.serving.conftest import TOKEN
+from tests.serving.conftest import TOKEN, is_closed
 
 Start = Callable[..., PrototypeServer]
 Code = grpc.StatusCode
@@ -55,18 +55,6 @@ def holding(server: PrototypeServer, count: int, hello: bytes) -> Iterator[list[
     finally:
         for connection in connections:
             connection.close()
-
-
-def is_closed(connection: socket.socket, seconds: float) -> bool:
-    connection.settimeout(seconds)
-    try:
-        while connection.recv(4096):
-            pass
-    except TimeoutError:
-        return False
-    except ConnectionError:
-        return True
-    return True
 
 
 @pytest.mark.parametrize("hello", [b"", HELLO, HELLO + b"\0\0"], ids=["silent", "idle", "half a frame"])

@@ -31,7 +31,7 @@ from medvlp.serving.servicer import SERVICE
 from medvlp.serving.snapshot import Snapshot
 from medvlp.serving.wire import prototypes_pb2 as wire
 from shards.errors import UsageError
-from tests.serving.conftest import TOKEN
+from tests.serving.conftest import TOKEN, is_closed
 
 #: Bound of what is waited for, reached by nothing but a fault: machines may be busy.
 PATIENCE = 200
@@ -281,9 +281,9 @@ def test_connections_are_bounded(start: Callable[..., PrototypeServer]) -> None:
     server = start(Limits(connections=5, handshake_seconds=10 * PATIENCE))
     idle = [socket.create_connection(("127.0.0.1", server.port), PATIENCE) for _ in range(20)]
     deadline = time.monotonic() + PATIENCE
-    while sum(closed(connection, 0.01) for connection in idle) < 15:
+    while sum(is_closed(connection, 0.01) for connection in idle) < 15:
         assert time.monotonic() < deadline, "less than 15 of 20 were refused"
-    assert sum(closed(connection, 0.2) for connection in idle) == 15
+    assert sum(is_closed(connection, 0.2) for connection in idle) == 15
     for connection in idle:
         connection.close()
 
@@ -291,23 +291,10 @@ def test_connections_are_bounded(start: Callable[..., PrototypeServer]) -> None:
 def test_who_says_nothing_in_time_is_sent_away(start: Callable[..., PrototypeServer]) -> None:
     server = start(Limits(connections=5, handshake_seconds=1))
     idle = [socket.create_connection(("127.0.0.1", server.port), PATIENCE) for _ in range(5)]
-    assert all(closed(connection, PATIENCE) for connection in idle)
+    assert all(is_closed(connection, PATIENCE) for connection in idle)
     assert call(server, "Nearest", request(ROWS))[0] is Code.OK
     for connection in idle:
         connection.close()
-
-
-def closed(connection: socket.socket, seconds: float) -> bool:
-    """Whether the peer has closed the connection, or does so within a time."""
-    connection.settimeout(seconds)
-    try:
-        while connection.recv(4096):
-            pass
-    except TimeoutError:
-        return False
-    except ConnectionError:
-        return True
-    return True
 
 
 def test_tls_needs_its_certificate(start: Callable[..., PrototypeServer], tmp_path: Path) -> None:
