@@ -179,3 +179,26 @@ def test_boxes_of_a_batch_are_those_of_its_samples(
             )
             seen += 1
     assert seen > 3
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_one_box_in_the_last_sample_is_a_dataset_with_boxes(
+    dataset: Path,
+    make_config: ConfigFactory,
+    tokenizer: Tokenizer,
+    last: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config, reader = make_config(), ShardReader(dataset)
+    count, stored = reader.sample_count("train"), ShardReader.metadata
+
+    def without(self: ShardReader, split: str, i: int) -> dict[str, object]:
+        return stored(self, split, i) | ({} if last and i == count - 1 else {"boxes": []})
+
+    assert reader.metadata("train", count - 1)["boxes"]
+    monkeypatch.setattr(ShardReader, "metadata", without)
+    if last:
+        build_loader(config, reader, tokenizer, 0, 1, 16, fields=["boxes"])
+        return
+    with pytest.raises(DataError, match=r"lacks the boxes .* no sample has a box"):
+        build_loader(config, reader, tokenizer, 0, 1, 16, fields=["boxes"])
