@@ -196,14 +196,14 @@ def test_the_end_of_the_time_saves_and_stops(data, tmp_path):
 def test_a_run_folder_has_one_writer_and_outlives_it(data, tmp_path, ranks):
     first = Run(data, tmp_path / "run", ranks=ranks)
     holder = first.rank(0).pid
-    code, output, _ = Run(data, tmp_path / "run", steps=0, ranks=ranks).end(150)
+    code, output, _ = Run(data, tmp_path / "run", steps=0, ranks=ranks).end()
     assert code == 4, output
     assert output.count("error: ") == 1, output
     assert f"run.dir={tmp_path / 'run'} is being written by process {holder} of" in " ".join(output.split())
     steps = first.steps()
     first.process.kill()
     first.process.wait()
-    code, output, _ = Run(data, tmp_path / "run", "train.max_minutes=0.01", steps=0, ranks=ranks).end(150)
+    code, output, _ = Run(data, tmp_path / "run", "train.max_minutes=0.01", steps=0, ranks=ranks).end()
     assert code == 75, output
     assert "sign of life" not in output
     assert steps >= 3

@@ -250,7 +250,7 @@ def test_a_row_without_a_group_goes_by_its_patient(
         ("image: image\npatient_id: patient\nfindings_without_heading: 3\n", "neither true nor false"),
         ("image: &a [*a]\n", "not YAML"),
         ("image: " + "[" * 5000, "YAML|nested too deep"),
-        ("image: !!python/object/apply:os.system [ls]\npatient_id: patient\n", "image: give one value"),
+        ("image: !!python/object/apply:os.system [ls]\npatient_id: patient\n", "a value has a tag"),
     ],
 )
 def test_wrong_maps(text: str, message: str, tmp_path: Path, image_folder: Path, rows: Rows) -> None:

@@ -72,7 +72,7 @@ def test_nothing_is_merged_when_a_part_fails(cluster: Cluster, tmp_path: Path) -
     array, merging = submitted(output)
     assert cluster.wait_for_end(merging, tmp_path / "out").state == "CANCELLED"
     assert {task.state for task in slurm_commands.list_jobs([array])} == {"FAILED"}
-    assert "cannot read map" in medvlp("logs", array)
+    assert "none.yaml: No such file or directory" in medvlp("logs", array)
 
 
 def test_evaluations_run_after_a_training_and_are_joined(
