@@ -40,9 +40,10 @@ def checkpoints(
     ] = None,
 ) -> None:
     """List the checkpoints of a run; verify, convert or prune them."""
+    from medvlp.runs.checkpoint import Checkpoint
     from medvlp.runs.conversion import to_safetensors, to_universal
     from medvlp.runs.errors import CheckpointError, RunFolderError
-    from medvlp.runs.manifest import newest_valid, step_folder
+    from medvlp.runs.manifest import step_folder
 
     folder = run / "checkpoints"
     if not folder.is_dir():
@@ -52,7 +53,10 @@ def checkpoints(
     if prune:
         _prune(run, keep_last)
     if universal is not None or plain is not None:
-        source = folder / step_folder(step) if step is not None else newest_valid(run)
+        newest = Checkpoint.find(run) if step is None else None
+        source = None if newest is None else newest.folder
+        if step is not None:
+            source = folder / step_folder(step)
         if source is None or not source.is_dir():
             raise CheckpointError(f"{folder} has no checkpoint{'' if step is None else f' of step {step}'}")
         for convert, out in ((to_universal, universal), (to_safetensors, plain)):
@@ -110,17 +114,17 @@ def _row(manifest: Manifest) -> tuple[str, ...]:
 def _prune(run: Path, keep_last: int | None) -> None:
     from medvlp import config_files, trust
     from medvlp.methods.registry import schemas
+    from medvlp.runs.checkpoint import Checkpoint
     from medvlp.runs.errors import CheckpointError
-    from medvlp.runs.manifest import newest_valid
     from medvlp.runs.retention import prune
     from medvlp.runs.run_folder import CONFIG
 
-    newest = newest_valid(run)
+    newest = Checkpoint.find(run)
     if newest is None:
         raise CheckpointError(f"{run} has no checkpoint to keep")
     config = config_files.load([run / CONFIG], [], schemas(), run, unused=trust.KEYS).checkpoint
     if keep_last is not None:
         config.keep_last = keep_last
     # Damaged ones count for nothing; what lies beyond the newest good one is damaged.
-    for folder in prune(newest.parent, int(newest.name.removeprefix("step-")), config):
+    for folder in prune(newest.folder.parent, newest.step, config):
         typer.echo(f"deleted {folder}")

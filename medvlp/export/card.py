@@ -14,8 +14,7 @@ from medvlp.encoders.image import ImageEncoder
 from medvlp.encoders.text import TextEncoder
 from medvlp.export.card_code import loading_code
 from medvlp.export.data_facts import DataFacts
-from medvlp.runs.checkpoint import WEIGHTS
-from medvlp.runs.manifest import Manifest
+from medvlp.runs.manifest import WEIGHTS, Manifest
 
 #: Sections of the config the card repeats; config.yaml has all of them. None of these keys names a place.
 _SUMMARY = {

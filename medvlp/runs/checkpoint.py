@@ -1,136 +1,198 @@
-"""Checkpoints on disk: write under a temporary name, close with a manifest, rename.
-
-A reader sees either a whole checkpoint or none. Nothing here talks to other ranks: `checkpoint_writer.py`
-does.
-"""
+"""A checkpoint to go on from or to read: found and verified, checked against a config, loaded."""
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import safetensors
 import safetensors.torch
 from torch import nn
 
-from medvlp.config import CheckpointConfig
+from medvlp import distributed
+from medvlp.config import Config
+from medvlp.data.batch_plan import BatchPlan
 from medvlp.runs.errors import CheckpointError
-from medvlp.runs.manifest import MANIFEST, Manifest, newest_valid, step_folder
-from medvlp.runs.retention import prune, remove
-from medvlp.runs.state_files import StateFile, fsync_folder
+from medvlp.runs.manifest import FORMAT, WEIGHTS, Manifest, rank_file, step_folders
+from medvlp.runs.optimizer_files import OptimizerFiles
+from medvlp.runs.randomness import restore_random_state, seed_rank
+from medvlp.runs.state_files import read_state
 
-__all__ = [
-    "LATEST",
-    "WEIGHTS",
-    "clear_partial",
-    "commit",
-    "load_weights",
-    "newest_valid",
-    "partial_folder",
-    "write",
-]
+logger = logging.getLogger(__name__)
 
-#: All weights of the method, whole and in float32, whatever the ZeRO stage and precision.
-WEIGHTS = "weights.safetensors"
-#: File with the name of the newest checkpoint's folder, for people and scripts (resuming does not trust it).
-LATEST = "latest"
+#: Closes a message about a checkpoint that does not fit the config.
+REMEDY = "Use the config it was made with (config.yaml in the run folder), or choose a new run.dir"
 
 
-def load_weights(checkpoint: Path | str, method: nn.Module) -> None:
-    """Load a checkpoint's weights into a method built from the same config.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder whose manifest was read once, when the folder was verified."""
 
-    Args:
-        checkpoint: a checkpoint folder (for example from `newest_valid`).
-        method: its parameters and buffers are overwritten.
+    folder: Path
+    manifest: Manifest
 
-    Raises:
-        CheckpointError: no weights there, or they do not fit the method.
-    """
-    path = Path(checkpoint) / WEIGHTS
-    try:
-        weights = safetensors.torch.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error})") from error
-    try:
+    @classmethod
+    def find(cls, run_dir: Path | str) -> Self | None:
+        """The newest checkpoint of a run whose files are all there and undamaged; None without any.
+
+        Damaged ones are skipped with a warning. In a process group all ranks call this together: each checks
+        its share of the files, and all get the same answer.
+
+        Raises:
+            CheckpointError: there are checkpoints and none of them is good.
+        """
+        checkpoints = Path(run_dir) / "checkpoints"
+        names: list[str] = distributed.broadcast_object([path.name for _, path in step_folders(checkpoints)])
+        problems = []
+        for name in reversed(names):
+            found, problem = cls._verify_together(checkpoints / name)
+            if found is not None:
+                return found
+            problems.append(problem)
+            if distributed.is_main():
+                logger.warning("checkpoint %s is not used: %s", name, problem)
+        if problems:
+            raise CheckpointError(
+                f"{checkpoints} has {len(problems)} checkpoints and none is good ({problems[0]}). Bring one "
+                "back from a copy, or start anew in another run.dir; nothing was changed"
+            )
+        return None
+
+    @classmethod
+    def _verify_together(cls, folder: Path) -> tuple[Self | None, str | None]:
+        """The checkpoint where no rank finds fault with its share of the files, else the first fault."""
+        manifest = None
+        try:
+            manifest = Manifest.read(folder)
+            share = list(manifest.files)[distributed.rank() :: distributed.world_size()]
+            problem = manifest.problem(folder, share)
+        except CheckpointError as error:
+            problem = str(error)
+        problem = next((found for found in distributed.gather_objects(problem) if found), None)
+        return (None, problem) if manifest is None or problem else (cls(folder, manifest), None)
+
+    @classmethod
+    def open(cls, folder: Path, names: Sequence[str] | None = None) -> Self:
+        """One checkpoint, after a look at the files `names` of it (all by default). Needs no other rank.
+
+        Raises:
+            CheckpointError: no manifest, or not one of ours; a file is not in it, missing or damaged.
+        """
+        manifest = Manifest.read(folder)
+        names = list(manifest.files) if names is None else names
+        for name in names:
+            if name not in manifest.files:
+                raise CheckpointError(f"the manifest of {folder} names no {name}; choose another checkpoint")
+        if problem := manifest.problem(folder, names):
+            raise CheckpointError(problem)
+        return cls(folder, manifest)
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return self.folder.name
+
+    @property
+    def step(self) -> int:
+        """Finished optimiser steps."""
+        return self.manifest.step
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks that saved it."""
+        return self.manifest.world_size
+
+    @property
+    def weights(self) -> Path:
+        """The file of the whole float32 weights."""
+        return self.folder / WEIGHTS
+
+    def check(self, config: Config, plan: BatchPlan) -> None:
+        """Refuse a checkpoint whose sequence of updates this run would not continue.
+
+        World size and ZeRO stage are free to change.
+
+        Raises:
+            CheckpointError: precision, global batch or optimizer differ, or another version wrote it.
+        """
+        saved = self.manifest
+        if saved.format != FORMAT:
+            raise CheckpointError(
+                f"the checkpoint of step {self.step} in {config.run.dir} has layout {saved.format}, this "
+                f"version resumes from layout {FORMAT}; use the version that wrote it, or choose a new "
+                "run.dir"
+            )
+        differences = [
+            f"{name} was {then} and is {now}"
+            for name, then, now in [
+                ("precision", saved.precision, config.precision),
+                ("train.global_batch", saved.global_batch, plan.global_batch),
+                ("optimizer.name", saved.optimizer, config.optimizer.name),
+            ]
+            if then != now
+        ]
+        if differences:
+            raise CheckpointError(
+                f"the checkpoint of step {self.step} in {config.run.dir} does not fit: "
+                f"{'; '.join(differences)}. Use the old values, or a new run.dir (the number of ranks and "
+                "zero.stage may change)"
+            )
+
+    def weights_into(self, method: nn.Module) -> None:
+        """Load the weights into a method built from the same config: its parameters and buffers.
+
+        Raises:
+            CheckpointError: they cannot be read, or have other names or shapes than the method's; names the
+                first difference, found in the file's header before any weight is read.
+        """
+        now = {name: tuple(value.shape) for name, value in method.state_dict().items()}
+        try:
+            with safetensors.safe_open(self.weights, framework="pt") as file:
+                saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            for name in sorted(saved.keys() | now.keys()):
+                if saved.get(name) != now.get(name):
+                    raise CheckpointError(
+                        f"{self.folder} is of another model: {name} is {_shape(saved.get(name))} there and "
+                        f"{_shape(now.get(name))} in this config. {REMEDY}"
+                    )
+            weights = safetensors.torch.load_file(self.weights)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise CheckpointError(f"{self.weights} cannot be read ({error})") from error
         method.load_state_dict(weights, strict=True)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path} does not fit this config's method: {reason[:400]}") from error
+
+    def state_for(self, rank: int) -> dict[str, Any]:
+        """What one rank stored beside weights and optimiser: random states, callbacks, engine, buffers.
+
+        A rank that the saved run did not have gets the last one's.
+        """
+        state: dict[str, Any] = read_state(self.folder / rank_file(min(rank, self.world_size - 1)))
+        return state
+
+    def callback_states(self) -> list[Mapping[str, Any]]:
+        """Of every rank that saved it, in order: callback's name -> its state."""
+        return [self.state_for(rank)["callbacks"] for rank in range(self.world_size)]
+
+    def optimizer(self) -> OptimizerFiles:
+        """The optimiser's state, for any layout."""
+        return OptimizerFiles(self.folder, self.world_size)
+
+    def randomness(self, seed: int) -> None:
+        """Put this rank's random generators back, last before the first step: set-up draws from them.
+
+        A rank that the saved run did not have is seeded by (`seed`, its number, the step).
+        """
+        rank = distributed.rank()
+        if rank < self.world_size:
+            restore_random_state(self.state_for(rank)["random"])
+        else:
+            seed_rank(seed, rank, self.step)
 
 
-def partial_folder(checkpoints: Path, step: int) -> Path:
-    """Temporary name of the folder of the checkpoint of `step`."""
-    return checkpoints / f".{step_folder(step)}.partial"
-
-
-def clear_partial(checkpoints: Path) -> None:
-    """Delete what writes that were cut off have left.
-
-    Raises:
-        OSError: the disk refused.
-    """
-    for leftover in checkpoints.glob(".step-*.partial"):
-        shutil.rmtree(leftover)
-
-
-def write(
-    folder: Path, files: Sequence[StateFile], given_up: Callable[[], bool] = lambda: False
-) -> dict[str, dict[str, Any]]:
-    """Write this rank's files below `folder`, durably.
-
-    Args:
-        folder: from `partial_folder`; made where it is missing.
-        files: their paths lie below `folder`.
-        given_up: see `StateFile.write`.
-
-    Returns:
-        The manifest's entries of these files.
-
-    Raises:
-        OSError: a file could not be written (disk full, no permission).
-    """
-    entries = {file.path.relative_to(folder).as_posix(): file.write(given_up) for file in files}
-    for parent in {file.path.parent for file in files}:
-        fsync_folder(parent)
-    return entries
-
-
-def commit(folder: Path, manifest: Manifest, config: CheckpointConfig) -> Path:
-    """Close a written checkpoint with its manifest, give it its name, point `latest` at it, delete old ones.
-
-    Can be called again after an error.
-
-    Args:
-        folder: from `partial_folder`, with all ranks' files.
-        manifest: with all ranks' entries; its `created` is set.
-        config: says which checkpoints are kept.
-
-    Raises:
-        OSError: the disk refused a step of it.
-    """
-    checkpoints = folder.parent
-    final = checkpoints / step_folder(manifest.step)
-    if folder.exists():  # else an earlier call came this far
-        manifest.created = datetime.now(UTC).isoformat(timespec="seconds")
-        _write_text(folder / MANIFEST, manifest.to_json())
-        fsync_folder(folder)
-        if final.exists():  # a damaged one that this run fell back behind, or one without a manifest
-            remove(final)
-        folder.rename(final)
-    fsync_folder(checkpoints)
-    _write_text(checkpoints / f".{LATEST}.partial", final.name + "\n")
-    (checkpoints / f".{LATEST}.partial").replace(checkpoints / LATEST)
-    fsync_folder(checkpoints)
-    prune(checkpoints, manifest.step, config)
-    return final
-
-
-def _write_text(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else f"of shape {list(shape)}"

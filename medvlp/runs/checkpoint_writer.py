@@ -15,7 +15,7 @@ from typing import Any
 
 from medvlp import distributed
 from medvlp.config import CheckpointConfig
-from medvlp.runs import checkpoint
+from medvlp.runs import checkpoint_files
 from medvlp.runs.background import DiskTask
 from medvlp.runs.errors import CheckpointError
 from medvlp.runs.manifest import Manifest, step_folder
@@ -58,7 +58,7 @@ class CheckpointWriter:
         problem = None
         if distributed.is_main():
             try:
-                checkpoint.clear_partial(self.checkpoints)
+                checkpoint_files.clear_partial(self.checkpoints)
             except OSError as error:
                 problem = error.strerror or str(error)
         problem = distributed.broadcast_object(problem)
@@ -71,13 +71,13 @@ class CheckpointWriter:
         """Begin to write; the files' tensors must not change until `busy` is false again.
 
         Args:
-            files: this rank's, below `checkpoint.partial_folder`.
+            files: this rank's, below `checkpoint_files.partial_folder`.
             manifest: complete but for the files' entries.
         """
         assert not self.busy, "the last checkpoint must be finished first"
-        folder = checkpoint.partial_folder(self.checkpoints, manifest.step)
+        folder = checkpoint_files.partial_folder(self.checkpoints, manifest.step)
         self._manifest, self._started, self._finishing = manifest, time.perf_counter(), False
-        self._task = self._run(lambda given_up: checkpoint.write(folder, files, given_up))
+        self._task = self._run(lambda given_up: checkpoint_files.write(folder, files, given_up))
 
     def poll(self) -> None:
         """Bring the checkpoint on its way a stage further where all ranks are ready; a collective.
@@ -107,8 +107,8 @@ class CheckpointWriter:
         manifest.files = dict(sorted(entries.items()))
         self._finishing = True
         if distributed.is_main():
-            folder = checkpoint.partial_folder(self.checkpoints, manifest.step)
-            self._task = self._run(lambda given_up: checkpoint.commit(folder, manifest, self.config))
+            folder = checkpoint_files.partial_folder(self.checkpoints, manifest.step)
+            self._task = self._run(lambda given_up: checkpoint_files.commit(folder, manifest, self.config))
 
     def wait(self, alive: Callable[[str, int], None] = lambda place, step: None) -> None:
         """`poll` until nothing is on its way; all ranks call this together.
@@ -140,7 +140,7 @@ class CheckpointWriter:
 
     def _fail(self, problems: list[str | None], error: Exception | None) -> None:
         assert self._manifest is not None
-        folder = checkpoint.partial_folder(self.checkpoints, self._manifest.step)
+        folder = checkpoint_files.partial_folder(self.checkpoints, self._manifest.step)
         if distributed.is_main():  # it would be in the way of making room
             shutil.rmtree(folder, ignore_errors=True)
         step, self._manifest = self._manifest.step, None

@@ -14,11 +14,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from medvlp.runs.checkpoint import WEIGHTS
+from medvlp.runs.checkpoint import Checkpoint
 from medvlp.runs.errors import CheckpointError
-from medvlp.runs.manifest import FORMAT, Manifest
+from medvlp.runs.manifest import FORMAT, WEIGHTS
 from medvlp.runs.optimizer_files import STEP, OptimizerFiles
-from medvlp.runs.state_files import StateFile, fsync_folder, read_state
+from medvlp.runs.state_files import StateFile, fsync_folder
 
 #: File of `to_safetensors` with the whole optimiser state.
 OPTIMIZER = "optimizer.safetensors"
@@ -40,7 +40,7 @@ def to_safetensors(checkpoint: Path, out: Path) -> list[Path]:
     Raises:
         CheckpointError: the checkpoint is damaged or of an older layout, `out` exists, or the disk refused.
     """
-    weights, files, _ = _open(checkpoint, out)
+    _, weights, files, _ = _open(checkpoint, out)
     optimizer: dict[str, Tensor] = {}
     for name in files.names():
         for key, value in _whole_state(files, name, weights[name]).items():
@@ -57,8 +57,7 @@ def to_universal(checkpoint: Path, out: Path) -> list[Path]:
 
     Args and errors are those of `to_safetensors`.
     """
-    weights, files, state = _open(checkpoint, out)
-    manifest = Manifest.read(checkpoint)
+    opened, weights, files, state = _open(checkpoint, out)
     tag = checkpoint.name
     names = state["trainable"]
     contents: dict[str, Any] = {}
@@ -81,7 +80,7 @@ def to_universal(checkpoint: Path, out: Path) -> list[Path]:
         "buffer_names": [name for name in weights if name not in state["parameters"]],
         "param_shapes": [],
         "ds_version": metadata.version("deepspeed"),
-        "dp_world_size": manifest.world_size,
+        "dp_world_size": opened.world_size,
         "mp_world_size": 1,
         "universal_checkpoint_info": {"universal_checkpoint_version": 0.4},
         **state["counters"],
@@ -89,17 +88,16 @@ def to_universal(checkpoint: Path, out: Path) -> list[Path]:
     return _write(out, contents, {"latest_universal": tag})
 
 
-def _open(checkpoint: Path, out: Path) -> tuple[dict[str, Tensor], OptimizerFiles, dict[str, Any]]:
-    manifest = Manifest.read(checkpoint)
-    if manifest.format != FORMAT:
-        raise CheckpointError(f"{checkpoint} has layout {manifest.format}; only layout {FORMAT} is converted")
-    if problem := manifest.problem(checkpoint, list(manifest.files)):
-        raise CheckpointError(problem)
+def _open(folder: Path, out: Path) -> tuple[Checkpoint, dict[str, Tensor], OptimizerFiles, dict[str, Any]]:
+    checkpoint = Checkpoint.open(folder)
+    if checkpoint.manifest.format != FORMAT:
+        raise CheckpointError(
+            f"{folder} has layout {checkpoint.manifest.format}; only layout {FORMAT} is converted"
+        )
     if out.exists():
         raise CheckpointError(f"{out} exists; choose a folder that does not")
-    weights = safetensors.torch.load_file(checkpoint / WEIGHTS)
-    state = read_state(checkpoint / "ranks" / "rank-00000.pt")["engine"]
-    return weights, OptimizerFiles(checkpoint), state
+    weights = safetensors.torch.load_file(checkpoint.weights)
+    return checkpoint, weights, checkpoint.optimizer(), checkpoint.state_for(0)["engine"]
 
 
 def _whole_state(files: OptimizerFiles, name: str, weight: Tensor) -> dict[str, Tensor]:

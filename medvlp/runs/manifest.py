@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,9 +18,9 @@ import xxhash
 from medvlp.runs.errors import CheckpointError
 from shards.strict_json import JsonError, parse_json, read_limited, to_record
 
-logger = logging.getLogger(__name__)
-
 MANIFEST = "manifest.json"
+#: All weights of the method, whole and in float32, whatever the ZeRO stage and precision.
+WEIGHTS = "weights.safetensors"
 #: Version of the layout that this code writes and resumes from.
 FORMAT = 2
 FOLDER_PATTERN = re.compile(r"step-([0-9]{8,15})")
@@ -142,6 +141,11 @@ def _text(values: dict[str, Any]) -> str:
     return json.dumps(values, indent=2) + "\n"
 
 
+def rank_file(rank: int) -> str:
+    """Path of a rank's own state inside a checkpoint."""
+    return f"ranks/rank-{rank:05d}.pt"
+
+
 def step_folder(step: int) -> str:
     """Name of the folder of a checkpoint after `step` steps."""
     return f"step-{step:08d}"
@@ -153,48 +157,3 @@ def step_folders(checkpoints: Path) -> list[tuple[int, Path]]:
         return []
     found = [(FOLDER_PATTERN.fullmatch(path.name), path) for path in checkpoints.iterdir() if path.is_dir()]
     return sorted((int(match[1]), path) for match, path in found if match)
-
-
-def newest_valid(run_dir: Path | str) -> Path | None:
-    """The newest checkpoint of a run whose files are all there and undamaged.
-
-    Damaged ones are skipped with a warning. In a process group all ranks call this together: each checks
-    its share of the files, and all get the same answer.
-
-    Returns:
-        The folder, or None when the run has no checkpoint at all.
-
-    Raises:
-        CheckpointError: there are checkpoints and none of them is good.
-    """
-    from medvlp import distributed
-
-    checkpoints = Path(run_dir) / "checkpoints"
-    names: list[str] = distributed.broadcast_object([path.name for _, path in step_folders(checkpoints)])
-    problems = []
-    for name in reversed(names):
-        problem = _problem_of_any_rank(checkpoints / name)
-        if problem is None:
-            return checkpoints / name
-        problems.append(problem)
-        if distributed.is_main():
-            logger.warning("checkpoint %s is not used: %s", name, problem)
-    if problems:
-        raise CheckpointError(
-            f"{checkpoints} has {len(problems)} checkpoints and none is good ({problems[0]}). Bring one "
-            "back from a copy, or start anew in another run.dir; nothing was changed"
-        )
-    return None
-
-
-def _problem_of_any_rank(folder: Path) -> str | None:
-    from medvlp import distributed
-
-    try:
-        manifest = Manifest.read(folder)
-        problem = manifest.problem(
-            folder, list(manifest.files)[distributed.rank() :: distributed.world_size()]
-        )
-    except CheckpointError as error:
-        problem = str(error)
-    return next((found for found in distributed.gather_objects(problem) if found), None)

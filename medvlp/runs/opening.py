@@ -15,10 +15,10 @@ from medvlp import distributed
 from medvlp.config import Config
 from medvlp.data.cache import open_reader
 from medvlp.data.text import Tokenizer
+from medvlp.runs.checkpoint import Checkpoint
 from medvlp.runs.encoder_records import describe_encoders, starting_weights
 from medvlp.runs.errors import AgreedError
 from medvlp.runs.identity import DataRecord, IdentityError, RunIdentity, check_tokenizer, record_data
-from medvlp.runs.manifest import Manifest
 from shards.errors import DataError, MedvlpError
 from shards.reader import ShardReader
 
@@ -81,40 +81,41 @@ def open_data(config: Config) -> ShardReader:
     return reader
 
 
-def take_up(config: Config, reader: ShardReader, manifest: Manifest | None) -> TakenUp:
+def take_up(config: Config, reader: ShardReader, checkpoint: Checkpoint | None) -> TakenUp:
     """The tokenizer a run goes on with, after a check that data and tokenizer are those of its checkpoint.
 
     Args:
         config: of this start.
         reader: the dataset it reads.
-        manifest: of the checkpoint; None: the run begins.
+        checkpoint: what the run goes on from; None: it begins.
 
     Raises:
         AgreedError: on all ranks: another dataset without `data.allow_changed`, another tokenizer, or
             stored files that are not the checkpoint's (`IdentityError`); or no tokenizer to begin with.
     """
     run = Path(config.run.dir)
-    found = None if manifest is None else _together(lambda: RunIdentity.read(run, manifest.identity))
-    if manifest is None or found is None:
-        if manifest is not None and distributed.is_main():
+    saved = {} if checkpoint is None else checkpoint.manifest.identity
+    found = None if checkpoint is None else _together(lambda: RunIdentity.read(run, saved))
+    if checkpoint is None or found is None:
+        if checkpoint is not None and distributed.is_main():
             logger.warning("%s", unchecked(run))
         return TakenUp(_together(lambda: Tokenizer.load(config.data.tokenizer, config.data.root)))
     stored, tokenizer = found
     _together(lambda: check_tokenizer(tokenizer, stored, config.data.tokenizer, str(run)))
-    then, now = stored.trained_on(manifest.identity), DataRecord.of(reader.index, config.data.split)
+    then, now = stored.trained_on(saved), DataRecord.of(reader.index, config.data.split)
     changes = then.differences(now)
     if config.data.tokenizer is None and stored.named is None and then.tokenizer != now.tokenizer:
         changes.append("its tokenizer, in whose place the run uses its own")
     if changes and not config.data.allow_changed:
         raise IdentityError(
-            f"data.root={config.data.root} is not what {run} was trained on until step {manifest.step}: "
+            f"data.root={config.data.root} is not what {run} was trained on until step {checkpoint.step}: "
             f"{'; '.join(changes)}. Name the old data (a moved folder is fine), or say "
             "data.allow_changed=true to go on with these, or choose a new run.dir"
         )
     if changes and distributed.is_main():
         logger.warning(
             "going on with CHANGED DATA (data.allow_changed) after step %d: %s",
-            manifest.step, "; ".join(changes),
+            checkpoint.step, "; ".join(changes),
         )  # fmt: skip
     return TakenUp(tokenizer, stored, tuple(changes))
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from medvlp.runs.errors import CheckpointError
-from medvlp.runs.manifest import Manifest
 from shards.strict_json import parse_json
 
 FOLDER = "optimizer"
@@ -47,15 +46,16 @@ class OptimizerFiles:
 
     Args:
         checkpoint: its folder, verified.
+        ranks: how many saved it.
 
     Raises:
         CheckpointError: one is missing or not of this format.
     """
 
-    def __init__(self, checkpoint: Path):
+    def __init__(self, checkpoint: Path, ranks: int):
         self._folder = checkpoint / FOLDER
         self._parts: dict[str, dict[str, list[_Part]]] = {}
-        for rank in range(Manifest.read(checkpoint).world_size):
+        for rank in range(ranks):
             self._index(checkpoint / file_name(rank))
 
     def _index(self, path: Path) -> None:

@@ -15,11 +15,11 @@ from medvlp.config_files import ConfigError
 from medvlp.data.text import Tokenizer
 from medvlp.methods.base import Method
 from medvlp.methods.registry import build_method, schemas
-from medvlp.runs import checkpoint as checkpoints
+from medvlp.runs.checkpoint import Checkpoint
 from medvlp.runs.encoder_records import described
-from medvlp.runs.errors import CheckpointError, RunFolderError
+from medvlp.runs.errors import RunFolderError
 from medvlp.runs.identity import DataRecord, IdentityError, RunIdentity, check_tokenizer
-from medvlp.runs.manifest import MANIFEST, Manifest
+from medvlp.runs.manifest import MANIFEST, WEIGHTS, Manifest
 from medvlp.runs.opening import unchecked
 from medvlp.runs.run_folder import CONFIG
 from shards.format import Index
@@ -32,8 +32,12 @@ class SavedRun:
     """A run folder and one of its checkpoints, whose weights were whole when it was chosen."""
 
     run: Path
-    checkpoint: Path
-    manifest: Manifest
+    checkpoint: Checkpoint
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of the checkpoint."""
+        return self.checkpoint.manifest
 
     @property
     def step(self) -> int:
@@ -43,7 +47,7 @@ class SavedRun:
     @property
     def weights(self) -> str:
         """Checksum of the weights: another training in the same folder has checkpoints of the same names."""
-        return str(self.manifest.files[checkpoints.WEIGHTS]["xxh3_128"])
+        return str(self.manifest.files[WEIGHTS]["xxh3_128"])
 
     @cached_property
     def stored(self) -> tuple[RunIdentity, Tokenizer] | None:
@@ -71,10 +75,10 @@ def locate(path: Path) -> SavedRun:
         CheckpointError: the checkpoint is damaged, or all of the run's are, or a manifest is unreadable.
     """
     if (path / CONFIG).is_file():
-        newest = checkpoints.newest_valid(path)
+        newest = Checkpoint.find(path)
         if newest is None:
             raise RunFolderError(f"{path}: no checkpoint in its folder checkpoints/; train a step first")
-        return SavedRun(path, newest, Manifest.read(newest))
+        return SavedRun(path, newest)
     if not (path / MANIFEST).is_file():
         raise RunFolderError(
             f"{path}: neither a run folder (with {CONFIG}) nor a checkpoint folder (with {MANIFEST})"
@@ -82,12 +86,7 @@ def locate(path: Path) -> SavedRun:
     run = path.resolve().parent.parent
     if not (run / CONFIG).is_file():
         raise RunFolderError(f"{path}: no {CONFIG} in {run}; a checkpoint is read inside its run folder")
-    manifest = Manifest.read(path)
-    if checkpoints.WEIGHTS not in manifest.files:
-        raise CheckpointError(f"{path / MANIFEST} names no {checkpoints.WEIGHTS}; choose another checkpoint")
-    if problem := manifest.problem(path, [checkpoints.WEIGHTS]):
-        raise CheckpointError(problem)
-    return SavedRun(run, path, manifest)
+    return SavedRun(run, Checkpoint.open(path, [WEIGHTS]))
 
 
 #: Keys that only a training makes use of.
@@ -193,5 +192,5 @@ def load_method(source: SavedRun, config: Config, tokenizer: Tokenizer) -> Metho
     identity = None if source.stored is None else source.stored[0]
     method = build_method(described(config, identity), tokenizer.vocab_size)
     method.prepare(tokenizer)
-    checkpoints.load_weights(source.checkpoint, method)
+    source.checkpoint.weights_into(method)
     return method.eval()

@@ -14,16 +14,14 @@ from medvlp.prototypes.kmeans import spherical_kmeans
 from medvlp.prototypes.learned import LearnedPrototypes
 from medvlp.prototypes.table import PrototypeTable
 from medvlp.runs.errors import CheckpointError
+from medvlp.runs.manifest import rank_file
 from medvlp.runs.saved_run import SavedRun
-from medvlp.runs.state_files import read_state
 from medvlp.serving.layout import PrototypeFilesError
 from medvlp.serving.run_model import RunModel
 from medvlp.serving.snapshot import Source
 
 #: Embeddings for each cluster that FAISS advises at least; decides K where nobody says it.
 POINTS_PER_CLUSTER = 39
-#: Rank 0's state in a checkpoint; the table is the same in all ranks'.
-_RANK_FILE = "ranks/rank-00000.pt"
 
 
 def choose_table(
@@ -76,11 +74,11 @@ def stored_table(source: SavedRun) -> PrototypeTable | None:
     Raises:
         PrototypeFilesError: the checkpoint's state cannot be read.
     """
-    path = source.checkpoint / _RANK_FILE
-    if _RANK_FILE not in source.manifest.files:
+    path = source.checkpoint.folder / rank_file(0)
+    if rank_file(0) not in source.manifest.files:
         return None
     try:
-        callbacks = read_state(path)["callbacks"]
+        callbacks = source.checkpoint.state_for(0)["callbacks"]  # the table is the same in all ranks' state
         state = callbacks.get("prototypes", {}).get("table")
         return None if state is None else PrototypeTable.from_state_dict(state)
     except (CheckpointError, RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:

@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from medvlp import distributed
 from medvlp.config import Config
-from medvlp.runs import checkpoint, optimizer_files
+from medvlp.runs import checkpoint_files, optimizer_files
+from medvlp.runs.checkpoint import REMEDY, Checkpoint
 from medvlp.runs.checkpoint_writer import CheckpointWriter
 from medvlp.runs.errors import CheckpointError
-from medvlp.runs.fitting import REMEDY, check_trainable
-from medvlp.runs.manifest import FORMAT, Manifest
-from medvlp.runs.optimizer_files import OptimizerFiles
-from medvlp.runs.randomness import random_state, restore_random_state, seed_rank
+from medvlp.runs.manifest import FORMAT, WEIGHTS, Manifest, rank_file
+from medvlp.runs.randomness import random_state
 from medvlp.runs.run_folder import config_hash, library_versions
-from medvlp.runs.state_files import StateFile, read_state
+from medvlp.runs.state_files import StateFile
 from medvlp.training.callbacks import BaseCallback, Callback, StepRecord
 from medvlp.training.engine import Engine
 from medvlp.training.host_copies import HostCopies
@@ -110,7 +110,7 @@ class CheckpointCallback(BaseCallback):
         started = self._last = time.monotonic()
         self._writer.wait(self.alive)
         waited = time.monotonic() - started
-        files = self._collect(checkpoint.partial_folder(self.folder, step))
+        files = self._collect(checkpoint_files.partial_folder(self.folder, step))
         self._writer.start(files, self._manifest(step, epoch))
         if not self.config.checkpoint.asynchronous:
             self._writer.wait(self.alive)
@@ -160,25 +160,25 @@ class CheckpointCallback(BaseCallback):
                 {name: self._copies.copy(f"optimizer/{name}", tensor) for name, tensor in tensors.items()},
                 {"starts": json.dumps(starts)},
             ),
-            StateFile(folder / _rank_file(rank), self._copies.copy_tree("rank", state)),
+            StateFile(folder / rank_file(rank), self._copies.copy_tree("rank", state)),
         ]
         if rank == 0:
-            files.append(StateFile(folder / checkpoint.WEIGHTS, weights | buffers))
+            files.append(StateFile(folder / WEIGHTS, weights | buffers))
         self._copies.finish()
         return files
 
-    def load(self, folder: Path) -> None:
-        """Restore this rank's optimiser, buffers and callbacks from a verified checkpoint of any layout.
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Restore this rank's optimiser, buffers and callbacks from a checkpoint of any layout.
 
-        The method must have had these weights (`checkpoint.load_weights`) when the engine was made.
+        The method must have had its weights (`Checkpoint.weights_into`) when the engine was made.
 
         Raises:
             CheckpointError: it is not of this config (other parts frozen, another bank size).
         """
-        saved, rank = Manifest.read(folder).world_size, distributed.rank()
-        state = read_state(folder / _rank_file(min(rank, saved - 1)))
-        check_trainable(folder, state["engine"]["trainable"], self.engine.method)
-        self.engine.load_state(folder / checkpoint.WEIGHTS, OptimizerFiles(folder), state["engine"])
+        saved, rank = checkpoint.world_size, distributed.rank()
+        state = checkpoint.state_for(rank)
+        _check_trained(checkpoint.folder, state["engine"]["trainable"], self.engine.method)
+        self.engine.load_state(checkpoint.weights, checkpoint.optimizer(), state["engine"])
         if rank < saved:
             for name, buffer in self.engine.buffers().items():
                 if name in state["buffers"]:
@@ -188,27 +188,23 @@ class CheckpointCallback(BaseCallback):
                 for callback in self.callbacks:
                     callback.load_state_dict(state["callbacks"].get(callback.name, {}))
             else:
-                every = [read_state(folder / _rank_file(other))["callbacks"] for other in range(saved)]
+                every = checkpoint.callback_states()
                 for callback in self.callbacks:
                     callback.load_states([states.get(callback.name, {}) for states in every])
         except (RuntimeError, KeyError, ValueError) as error:
             if isinstance(error, RuntimeError) and distributed.is_lost_peer(error):
                 raise
             text = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"{folder} does not fit this config ({text}). {REMEDY}") from error
+            raise CheckpointError(
+                f"{checkpoint.folder} does not fit this config ({text}). {REMEDY}"
+            ) from error
 
 
-def restore_randomness(folder: Path, seed: int) -> None:
-    """Put this rank's random generators back, last before the first step: set-up draws from them.
-
-    A rank that the saved run did not have is seeded by (`seed`, its number, the step).
-    """
-    manifest, rank = Manifest.read(folder), distributed.rank()
-    if rank < manifest.world_size:
-        restore_random_state(read_state(folder / _rank_file(rank))["random"])
-    else:
-        seed_rank(seed, rank, manifest.step)
-
-
-def _rank_file(rank: int) -> str:
-    return f"ranks/rank-{rank:05d}.pt"
+def _check_trained(folder: Path, saved: list[str], method: nn.Module) -> None:
+    """Refuse a checkpoint of a run that trained other parameters: some would go on without their moments."""
+    now = {name for name, parameter in method.named_parameters() if parameter.requires_grad}
+    for name in sorted(now ^ set(saved)):
+        then, today = ("frozen", "trained") if name in now else ("trained", "frozen")
+        raise CheckpointError(
+            f"{folder} does not fit this config: {name} was {then} there and is {today} here. {REMEDY}"
+        )

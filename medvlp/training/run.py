@@ -25,20 +25,19 @@ from medvlp.prototypes.initialise import initialise_prototypes
 from medvlp.prototypes.supervisor import decline_worker
 from medvlp.prototypes.synchronous import build_service
 from medvlp.ranks import LostPeerError, Ranks, detect, threads_of_rank
-from medvlp.runs.checkpoint import load_weights
+from medvlp.runs.checkpoint import Checkpoint
 from medvlp.runs.encoder_records import described
 from medvlp.runs.errors import AgreedError
 from medvlp.runs.events import EventLog
-from medvlp.runs.fitting import check_fits, check_weights
 from medvlp.runs.identity import RunIdentity
-from medvlp.runs.manifest import Manifest, newest_valid, step_folders
-from medvlp.runs.opening import open_data, take_up
+from medvlp.runs.manifest import step_folders
+from medvlp.runs.opening import TakenUp, open_data, take_up
 from medvlp.runs.randomness import seed_rank, seed_weights
 from medvlp.runs.run_folder import describe_run, open_run_folder
 from medvlp.runs.run_lock import JobIsOver, RunLock, this_process, unknown
 from medvlp.training.bad_steps import BadSteps
 from medvlp.training.callbacks import Callback
-from medvlp.training.checkpointing import CheckpointCallback, restore_randomness
+from medvlp.training.checkpointing import CheckpointCallback
 from medvlp.training.deepspeed_config import check_device
 from medvlp.training.engine import Engine
 from medvlp.training.hangs import Watchdog
@@ -52,6 +51,7 @@ from medvlp.training.step_guard import StepGuard
 from medvlp.training.trainer import Trainer
 from medvlp.training.wandb_run import WandbRun
 from shards.errors import MedvlpError
+from shards.reader import ShardReader
 
 logger = logging.getLogger(__name__)
 
@@ -168,12 +168,11 @@ def _train(
     reader = open_data(config)
     watchdog.mark("looking for a checkpoint")
     open_run_folder(Path(config.run.dir), fresh, lock)
-    checkpoint = newest_valid(config.run.dir)
-    manifest = None if checkpoint is None else Manifest.read(checkpoint)
-    if manifest is not None:
-        check_fits(manifest, config, plan)
-    step = 0 if manifest is None else manifest.step
-    taken_up = take_up(config, reader, manifest)
+    checkpoint = Checkpoint.find(config.run.dir)
+    if checkpoint is not None:
+        checkpoint.check(config, plan)
+    step = 0 if checkpoint is None else checkpoint.step
+    taken_up = take_up(config, reader, checkpoint)
     tokenizer = taken_up.tokenizer
 
     def loader(start_step: int) -> TrainingLoader:
@@ -183,17 +182,10 @@ def _train(
         )
 
     watchdog.mark("building the method")
-    seed_weights(config.train.seed)
-    # A checkpoint holds every weight: what training began with need not be at hand any more.
-    buildable = config if checkpoint is None else described(config, taken_up.stored)
-    method = build_method(buildable, tokenizer.vocab_size)
-    identity = taken_up.identity(reader, config, method, step)
-    method = method.to(device)
-    method.prepare(tokenizer)
+    method, identity = _build_method(config, reader, taken_up, checkpoint, device)
     anchors = AnchorEncoder(method, tokenizer, config, device)
     if checkpoint is not None:
-        check_weights(checkpoint, method)
-        load_weights(checkpoint, method)
+        checkpoint.weights_into(method)
     else:
         _start_prototypes(config, method, loader(0))
     engine = Engine(method, config, plan, device)
@@ -201,7 +193,7 @@ def _train(
     schedule = build_schedule(config, data.steps_per_epoch)
     guard = StepGuard(method, config.train.spike_sigma, device)
     callbacks, saving, refresh = _callbacks(
-        config, method, engine, guard, schedule.steps, manifest, console, anchors, identity
+        config, method, engine, guard, schedule.steps, checkpoint, console, anchors, identity
     )
     saving.alive = watchdog.mark
     seed_rank(config.train.seed, distributed.rank())
@@ -209,11 +201,7 @@ def _train(
     if checkpoint is not None:
         watchdog.mark("loading the checkpoint")
         saving.load(checkpoint)
-        restore_randomness(checkpoint, config.train.seed)
-        if step >= schedule.steps:
-            logger.info("%s is finished (step %d); more train.steps continue it", config.run.dir, step)
-        else:
-            logger.info("resuming %s after step %d of %d", config.run.dir, step, schedule.steps)
+        checkpoint.randomness(config.train.seed)
     # Not earlier: the config of a start that fails is not the run's.
     describe_run(config, plan.world_size, identity, tokenizer)
     trainer = Trainer(
@@ -228,8 +216,27 @@ def _train(
     engine.close()
 
 
+def _build_method(
+    config: Config,
+    reader: ShardReader,
+    taken_up: TakenUp,
+    checkpoint: Checkpoint | None,
+    device: torch.device,
+) -> tuple[Method, RunIdentity]:
+    """The method with equal weights on all ranks, and what the run is made from."""
+    seed_weights(config.train.seed)
+    # A checkpoint holds every weight: what training began with need not be at hand any more.
+    buildable = config if checkpoint is None else described(config, taken_up.stored)
+    method = build_method(buildable, taken_up.tokenizer.vocab_size)
+    step = 0 if checkpoint is None else checkpoint.step
+    identity = taken_up.identity(reader, config, method, step)
+    method = method.to(device)
+    method.prepare(taken_up.tokenizer)
+    return method, identity
+
+
 def _note_start(
-    config: Config, checkpoint: Path | None, step: int, steps: int, changes: Sequence[str]
+    config: Config, checkpoint: Checkpoint | None, step: int, steps: int, changes: Sequence[str]
 ) -> None:
     """Write into the run's history that it starts or goes on, on which data, and what was passed over."""
     if not distributed.is_main():
@@ -244,6 +251,10 @@ def _note_start(
     if checkpoint is None:
         events.note("start", step, steps=steps, ranks=ranks)
     else:
+        if step >= steps:
+            logger.info("%s is finished (step %d); more train.steps continue it", config.run.dir, step)
+        else:
+            logger.info("resuming %s after step %d of %d", config.run.dir, step, steps)
         events.note("resume", step, steps=steps, ranks=ranks, checkpoint=checkpoint.name)
 
 
@@ -264,7 +275,7 @@ def _callbacks(
     engine: Engine,
     guard: StepGuard,
     steps: int,
-    manifest: Manifest | None,
+    checkpoint: Checkpoint | None,
     console: Console | None,
     anchors: AnchorEncoder,
     identity: RunIdentity,
@@ -273,7 +284,7 @@ def _callbacks(
     run_dir = Path(config.run.dir)
     wandb_run = None
     if distributed.is_main():
-        run_id = None if manifest is None else manifest.wandb_run_id
+        run_id = None if checkpoint is None else checkpoint.manifest.wandb_run_id
         wandb_run = WandbRun(config.monitor, run_dir, config.run.name or run_dir.name, asdict(config), run_id)
     run_id = distributed.broadcast_object(None if wandb_run is None else wandb_run.id)
     bar = console if console is not None and console.is_terminal and distributed.is_main() else None

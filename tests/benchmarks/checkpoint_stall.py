@@ -20,11 +20,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from medvlp.config import Config
+    from medvlp.runs.checkpoint import Checkpoint
     from medvlp.training.engine import Engine
 
 STARTED = time.perf_counter()
@@ -44,14 +44,13 @@ def build_config(run_dir: str, asynchronous: bool) -> Config:
     return config
 
 
-def build_engine(config: Config, depth: int, checkpoint_folder: Path | None = None) -> Engine:
+def build_engine(config: Config, depth: int, checkpoint: Checkpoint | None = None) -> Engine:
     """DeepSpeed around a ViT-B as a method whose loss is the mean of its outputs."""
     import timm
     from torch import Tensor, nn
 
     from medvlp import distributed
     from medvlp.data.batch_plan import plan_batch
-    from medvlp.runs import checkpoint
     from medvlp.training.engine import Engine
 
     class OneTower(nn.Module):
@@ -67,8 +66,8 @@ def build_engine(config: Config, depth: int, checkpoint_folder: Path | None = No
 
     device = distributed.initialize()
     method: Any = OneTower()
-    if checkpoint_folder is not None:
-        checkpoint.load_weights(checkpoint_folder, method)
+    if checkpoint is not None:
+        checkpoint.weights_into(method)
     return Engine(method, config, plan_batch(config, 1), device)
 
 
@@ -126,11 +125,11 @@ def resume(folder: str, depth: int) -> dict[str, float]:
     import deepspeed  # noqa: F401
     import timm  # noqa: F401
 
-    from medvlp.runs.manifest import newest_valid
+    from medvlp.runs.checkpoint import Checkpoint
     from medvlp.training.checkpointing import CheckpointCallback
 
     mark("imports")
-    newest = newest_valid(folder)
+    newest = Checkpoint.find(folder)
     mark("verify the checkpoint")
     config = build_config(folder, True)
     engine = build_engine(config, depth, newest)

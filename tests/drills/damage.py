@@ -8,8 +8,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from medvlp.runs.checkpoint import Checkpoint
 from medvlp.runs.errors import CheckpointError
-from medvlp.runs.manifest import newest_valid, step_folder
+from medvlp.runs.manifest import step_folder
 from tests.drills.outcomes import Case, DrillError, expect
 from tests.drills.process import medvlp, read_lines
 from tests.drills.workplace import SAVE_EVERY, STEPS, Workplace
@@ -78,7 +79,7 @@ def _every_file(place: Workplace, damage: str) -> str:
         run = _copy(place, f"file-{damage}")
         DAMAGES[damage](run / "checkpoints" / NEWEST / name)
         with _Warnings() as warnings:
-            found = newest_valid(run)
+            found = Checkpoint.find(run)
         texts = [text for text in warnings.texts if str(run) in text]  # other drills run at the same time
         expect(found is not None and found.name == BEFORE, f"{name} {damage}: {found} would be loaded")
         expect(
@@ -135,7 +136,7 @@ def _none_good(place: Workplace) -> str:
     after = sorted(path.name for path in (run / "checkpoints").iterdir())
     expect(before == after, f"checkpoints were changed: {after}")
     try:
-        newest_valid(run)
+        Checkpoint.find(run)
     except CheckpointError:
         return "code 4, no new start, nothing changed"
     raise DrillError("a damaged checkpoint would be loaded")

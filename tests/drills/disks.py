@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from medvlp.runs.manifest import newest_valid, step_folder
+from medvlp.runs.checkpoint import Checkpoint
+from medvlp.runs.manifest import step_folder
 from tests.drills.outcomes import Case, DrillError, expect
 from tests.drills.process import Pretraining, read_lines
 from tests.drills.workplace import SAVE_EVERY, STEPS, Workplace
@@ -66,7 +67,7 @@ def _full(place: Workplace) -> str:
         expect(code == 4, f"ended with code {code}: {text[-300:]}")
         expect("No space left on device" in text and "Earlier checkpoints are untouched" in text, text[-300:])
         last = step_folder(3 * SAVE_EVERY)
-        newest = newest_valid(folder)
+        newest = Checkpoint.find(folder)
         expect(newest is not None and newest.name == last, f"the newest good checkpoint is {newest}")
         expect(not list(disk.glob(".*.partial")), "something half-written was left")
         subprocess.run(["mount", "-o", "remount,size=1g", str(disk)], check=True)
@@ -161,7 +162,7 @@ def _failing(place: Workplace) -> str:
     expect(code == 4, f"ended with code {code}: {text[-300:]}")
     expect(f"the checkpoint of step {step} cannot be written" in text, f"unclear: {text[-300:]}")
     expect("Input/output error after 3 tries (rank 0)" in text, f"unclear: {text[-300:]}")
-    newest = newest_valid(folder)
+    newest = Checkpoint.find(folder)
     good = step_folder(step - SAVE_EVERY)
     expect(newest is not None and newest.name == good, f"the newest good checkpoint is {newest}")
     place.resume_and_compare(folder)

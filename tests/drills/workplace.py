@@ -7,8 +7,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from medvlp.runs.checkpoint import WEIGHTS
-from medvlp.runs.manifest import newest_valid, step_folder
+from medvlp.runs.checkpoint import Checkpoint
+from medvlp.runs.manifest import step_folder
 from tests.drills.outcomes import DrillError, expect
 from tests.drills.process import Pretraining, medvlp, read_lines
 
@@ -117,7 +117,7 @@ def finished(folder: Path) -> Finished:
     Raises:
         DrillError: it is not finished.
     """
-    newest = newest_valid(folder)
+    newest = Checkpoint.find(folder)
     lines = read_lines(folder / "metrics.jsonl")
     steps = [line["step"] for line in lines]
     expect(steps == list(range(1, len(steps) + 1)), f"{folder.name}: metrics.jsonl has steps {steps}")
@@ -127,7 +127,7 @@ def finished(folder: Path) -> Finished:
         [key for keys in line["keys"] for key in keys] for line in read_lines(folder / "samples.jsonl")
     ]
     expect(len(samples) == len(steps), f"{folder.name}: {len(samples)} lines of samples, {len(steps)} steps")
-    return Finished((newest / WEIGHTS).read_bytes(), [line["loss"] for line in lines], samples)
+    return Finished(newest.weights.read_bytes(), [line["loss"] for line in lines], samples)
 
 
 def check_epochs(folder: Path, samples: int, batch: int) -> None:

@@ -17,8 +17,7 @@ from medvlp import config_files
 from medvlp.data.text import Tokenizer
 from medvlp.evaluation.report import results
 from medvlp.methods.registry import schemas
-from medvlp.runs import checkpoint
-from medvlp.runs.manifest import Manifest
+from medvlp.runs.manifest import WEIGHTS, Manifest
 from shards.errors import MedvlpError
 from shards.sources.table import TableSource
 from tests.launcher.tiny_run import TINY, build, make_run, make_shards, save
@@ -133,7 +132,7 @@ def test_a_checkpoint_folder_is_that_checkpoint_and_numbers_repeat(
 
 def test_a_damaged_checkpoint_is_not_evaluated(run: Path, shards: Path, medvlp, tmp_path: Path) -> None:
     copy = shutil.copytree(run, tmp_path / "run")
-    weights = copy / "checkpoints" / "step-00000009" / checkpoint.WEIGHTS
+    weights = copy / "checkpoints" / "step-00000009" / WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-8])
     result = medvlp("evaluate", copy, "--data", shards, "--task", "retrieval", "evaluation.bootstrap=1")
     assert result.exit_code == 0, result.exception

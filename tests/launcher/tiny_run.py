@@ -11,8 +11,8 @@ from medvlp import config_files
 from medvlp.config import CheckpointConfig, Config
 from medvlp.data.text import Tokenizer
 from medvlp.methods.registry import build_method, schemas
-from medvlp.runs import checkpoint
-from medvlp.runs.manifest import Manifest
+from medvlp.runs import checkpoint_files
+from medvlp.runs.manifest import WEIGHTS, Manifest
 from medvlp.runs.state_files import StateFile
 from shards.build import BuildOptions, build_shards
 from shards.merge import merge
@@ -55,11 +55,11 @@ def save(config: Config, step: int, seed: int) -> None:
     tokenizer = Tokenizer.load(None, config.data.root)
     method = build_method(config, tokenizer.vocab_size)
     method.prepare(tokenizer)
-    folder = checkpoint.partial_folder(Path(config.run.dir) / "checkpoints", step)
+    folder = checkpoint_files.partial_folder(Path(config.run.dir) / "checkpoints", step)
     weights = {name: value.contiguous() for name, value in method.state_dict().items()}
-    entries = checkpoint.write(folder, [StateFile(folder / checkpoint.WEIGHTS, weights)])
+    entries = checkpoint_files.write(folder, [StateFile(folder / WEIGHTS, weights)])
     manifest = Manifest(step, 0, 1, 0, "fp32", 8, config_hash="", files=entries)
-    checkpoint.commit(folder, manifest, CheckpointConfig(keep_last=0))
+    checkpoint_files.commit(folder, manifest, CheckpointConfig(keep_last=0))
 
 
 def make_run(shards: Path, folder: Path) -> Path:

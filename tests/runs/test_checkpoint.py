@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medvlp.config import CheckpointConfig
-from medvlp.runs import checkpoint
+from medvlp.runs import checkpoint_files
+from medvlp.runs.checkpoint import Checkpoint
 from medvlp.runs.checkpoint_writer import CheckpointWriter
 from medvlp.runs.errors import CheckpointError
-from medvlp.runs.manifest import Manifest, newest_valid, step_folder
+from medvlp.runs.manifest import Manifest, step_folder
 from medvlp.runs.state_files import StateFile, read_state
 from tests.training.tiny import TinyMethod
 
@@ -23,14 +24,14 @@ from tests.training.tiny import TinyMethod
 def save(
     run_dir: Path, step: int, config: CheckpointConfig | None = None, method: TinyMethod | None = None
 ) -> Path:
-    folder = checkpoint.partial_folder(run_dir / "checkpoints", step)
+    folder = checkpoint_files.partial_folder(run_dir / "checkpoints", step)
     whole = manifest(step)
-    whole.files = checkpoint.write(folder, state(run_dir / "checkpoints", step, method))
-    return checkpoint.commit(folder, whole, config or CheckpointConfig(keep_last=0))
+    whole.files = checkpoint_files.write(folder, state(run_dir / "checkpoints", step, method))
+    return checkpoint_files.commit(folder, whole, config or CheckpointConfig(keep_last=0))
 
 
 def state(checkpoints: Path, step: int, method: TinyMethod | None = None) -> list[StateFile]:
-    folder = checkpoint.partial_folder(checkpoints, step)
+    folder = checkpoint_files.partial_folder(checkpoints, step)
     return [
         StateFile(folder / "weights.safetensors", (method or TinyMethod()).state_dict()),
         StateFile(folder / "ranks" / "rank-00000.pt", {"x": torch.arange(5), "n": [1, None, "a"]}),
@@ -49,9 +50,9 @@ def test_what_is_saved_is_verified_and_read_back(tmp_path):
     written = json.loads((folder / "manifest.json").read_text())
     assert written["step"] == 5
     assert set(written["files"]) == {"weights.safetensors", "ranks/rank-00000.pt"}
-    assert newest_valid(tmp_path) == folder
+    assert Checkpoint.find(tmp_path).folder == folder
     other = TinyMethod()
-    checkpoint.load_weights(folder, other)
+    Checkpoint.open(folder).weights_into(other)
     assert all(
         torch.equal(a, b)
         for a, b in zip(method.state_dict().values(), other.state_dict().values(), strict=True)
@@ -61,10 +62,10 @@ def test_what_is_saved_is_verified_and_read_back(tmp_path):
 
 
 def test_a_run_without_checkpoints_has_none(tmp_path):
-    assert newest_valid(tmp_path) is None
+    assert Checkpoint.find(tmp_path) is None
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / f".{step_folder(5)}.partial").mkdir()
-    assert newest_valid(tmp_path) is None
+    assert Checkpoint.find(tmp_path) is None
 
 
 def flip(folder: Path) -> None:
@@ -95,11 +96,11 @@ def test_a_damaged_newest_one_is_passed_over_with_a_warning(tmp_path, caplog, da
     old, new = save(tmp_path, 5), save(tmp_path, 10)
     damage(new)
     with caplog.at_level("WARNING", logger="medvlp"):
-        assert newest_valid(tmp_path) == old
+        assert Checkpoint.find(tmp_path).folder == old
     assert message in caplog.text
     damage(old)
     with pytest.raises(CheckpointError, match="2 checkpoints and none is good"):
-        newest_valid(tmp_path)
+        Checkpoint.find(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +155,7 @@ def test_saving_over_a_damaged_one_replaces_it_and_drops_an_abandoned_future(tmp
     save(tmp_path, 5)
     flip(save(tmp_path, 10))
     save(tmp_path, 15)
-    assert newest_valid(save(tmp_path, 10).parent.parent).name == step_folder(10)
+    assert Checkpoint.find(save(tmp_path, 10).parent.parent).name == step_folder(10)
     assert not (tmp_path / "checkpoints" / step_folder(15)).exists()
 
 
@@ -170,7 +171,9 @@ def test_what_is_kept(tmp_path_factory, steps, last, every):
         folder = run / "checkpoints" / step_folder(step)
         folder.mkdir(parents=True)
         (folder / "manifest.json").write_text("{}")
-    checkpoint.prune(run / "checkpoints", max(steps), CheckpointConfig(keep_last=last, keep_every=every))
+    checkpoint_files.prune(
+        run / "checkpoints", max(steps), CheckpointConfig(keep_last=last, keep_every=every)
+    )
     kept = {int(path.name[5:]) for path in (run / "checkpoints").iterdir()}
     newest = set(sorted(steps)[-last:]) if last else steps
     assert kept == newest | {step for step in steps if every and step % every == 0}
@@ -182,18 +185,18 @@ def test_the_best_is_kept(tmp_path, mode, best):
     config = CheckpointConfig(keep_last=1, keep_best="auroc", best_mode=mode)
     for step, value in enumerate([0.5, 0.2, 0.9, 0.4, 0.2, None, 0.6], start=1):
         metrics = {} if value is None else {"auroc": value, "loss": float(step)}
-        folder = checkpoint.partial_folder(tmp_path / "checkpoints", step)
+        folder = checkpoint_files.partial_folder(tmp_path / "checkpoints", step)
         whole = manifest(step, **metrics)
-        whole.files = checkpoint.write(folder, state(tmp_path / "checkpoints", step))
-        checkpoint.commit(folder, whole, config)
+        whole.files = checkpoint_files.write(folder, state(tmp_path / "checkpoints", step))
+        checkpoint_files.commit(folder, whole, config)
     kept = {int(path.name[5:]) for path in (tmp_path / "checkpoints").glob("step-*")}
     assert kept == {7, best}
 
 
 def test_a_commit_that_was_cut_off_can_be_repeated(tmp_path, monkeypatch):
-    folder = checkpoint.partial_folder(tmp_path / "checkpoints", 5)
+    folder = checkpoint_files.partial_folder(tmp_path / "checkpoints", 5)
     whole = manifest(5)
-    whole.files = checkpoint.write(folder, state(tmp_path / "checkpoints", 5))
+    whole.files = checkpoint_files.write(folder, state(tmp_path / "checkpoints", 5))
     calls = []
 
     def refuse_once(path):
@@ -201,11 +204,11 @@ def test_a_commit_that_was_cut_off_can_be_repeated(tmp_path, monkeypatch):
         if len(calls) == 2:
             raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(checkpoint, "fsync_folder", refuse_once)
+    monkeypatch.setattr(checkpoint_files, "fsync_folder", refuse_once)
     with pytest.raises(OSError, match="Input/output error"):
-        checkpoint.commit(folder, whole, CheckpointConfig())
+        checkpoint_files.commit(folder, whole, CheckpointConfig())
     assert not (tmp_path / "checkpoints/latest").exists()
-    assert checkpoint.commit(folder, whole, CheckpointConfig()) == newest_valid(tmp_path)
+    assert checkpoint_files.commit(folder, whole, CheckpointConfig()) == Checkpoint.find(tmp_path).folder
     assert (tmp_path / "checkpoints/latest").read_text().strip() == "step-00000005"
 
 
@@ -217,7 +220,7 @@ def test_deleting_removes_the_manifest_first(tmp_path, monkeypatch):
 
     monkeypatch.setattr(shutil, "rmtree", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.remove(folder)
+        checkpoint_files.remove(folder)
     assert folder.exists()
     assert not (folder / "manifest.json").exists()
 
@@ -235,7 +238,7 @@ def test_a_disk_that_refuses_is_one_clear_error_and_keeps_the_old(tmp_path, monk
         CheckpointError, match=r"step 10 cannot be written .*No space left on device \(rank 0\)"
     ):
         writer.wait()
-    assert newest_valid(tmp_path) == old
+    assert Checkpoint.find(tmp_path).folder == old
     assert not writer.busy
 
 
@@ -253,5 +256,5 @@ def test_code_in_a_state_file_is_not_executed(tmp_path, capsys):
 
 def test_weights_of_another_method_are_refused(tmp_path):
     folder = save(tmp_path, 5)
-    with pytest.raises(CheckpointError, match="does not fit"):
-        checkpoint.load_weights(folder, torch.nn.Linear(2, 2))
+    with pytest.raises(CheckpointError, match="is of another model"):
+        Checkpoint.open(folder).weights_into(torch.nn.Linear(2, 2))

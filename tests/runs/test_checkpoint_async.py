@@ -11,11 +11,12 @@ import torch
 
 from medvlp import distributed
 from medvlp.config import CheckpointConfig
-from medvlp.runs import checkpoint
+from medvlp.runs import checkpoint_files
 from medvlp.runs.background import DiskTask
+from medvlp.runs.checkpoint import Checkpoint
 from medvlp.runs.checkpoint_writer import CheckpointWriter
 from medvlp.runs.errors import CheckpointError
-from medvlp.runs.manifest import Manifest, newest_valid
+from medvlp.runs.manifest import Manifest
 from medvlp.runs.state_files import StateFile, WriteGivenUpError
 from medvlp.training.host_copies import HostCopies
 from tests.training.runs import read_metrics, train, train_expecting_error
@@ -34,7 +35,7 @@ class SlowFile(StateFile):
 
 
 def begin(writer: CheckpointWriter, step: int, seconds: float) -> None:
-    folder = checkpoint.partial_folder(writer.checkpoints, step)
+    folder = checkpoint_files.partial_folder(writer.checkpoints, step)
     file = SlowFile(folder / f"rank-{distributed.rank()}.pt", {"seconds": seconds})
     writer.start([file], Manifest(step, 0, distributed.world_size(), 0, "fp32", 8, "hash"))
 
@@ -77,7 +78,7 @@ def fail_on_one_rank(run_dir: str) -> tuple[list[str], bool]:
     writer = CheckpointWriter(Path(run_dir) / "checkpoints", CheckpointConfig(retries=1, retry_seconds=0.05))
     begin(writer, 5, 0.0)
     writer.wait()
-    folder = checkpoint.partial_folder(writer.checkpoints, 6)
+    folder = checkpoint_files.partial_folder(writer.checkpoints, 6)
     path = folder / f"rank-{distributed.rank()}.pt"
     if distributed.rank() == 1:
         folder.mkdir(parents=True, exist_ok=True)
@@ -127,7 +128,7 @@ def test_a_disk_that_refuses_twice_delays_only():
 
 def test_an_error_that_is_no_refusal_is_not_hidden(tmp_path):
     writer = CheckpointWriter(tmp_path / "checkpoints", CheckpointConfig())
-    folder = checkpoint.partial_folder(writer.checkpoints, 1)
+    folder = checkpoint_files.partial_folder(writer.checkpoints, 1)
     writer.start([StateFile(folder / "a.pt", {"f": lambda: None})], Manifest(1, 0, 1, 0, "fp32", 8, "hash"))
     with pytest.raises(CheckpointError) as caught:
         writer.wait()
@@ -142,7 +143,7 @@ def test_a_write_can_be_abandoned(tmp_path):
     assert time.monotonic() - started < 5
     assert not writer.busy
     assert not [thread for thread in threading.enumerate() if thread.name == "checkpoint"]
-    assert newest_valid(tmp_path) is None
+    assert Checkpoint.find(tmp_path) is None
     writer.clear()
     assert not list((tmp_path / "checkpoints").glob(".step-*"))
 
@@ -199,7 +200,7 @@ def test_a_refusal_in_the_background_stops_the_run_at_a_later_step(gloo_pool, ov
     results = gloo_pool(1).run(refuse, overrides(*options, "train.steps=8"))
     assert results[0][0] == "CheckpointError"
     assert "step 4 cannot be written" in results[0][1]
-    assert newest_valid(tmp_path / "run").name == "step-00000002"
+    assert Checkpoint.find(tmp_path / "run").name == "step-00000002"
 
 
 def refuse(overrides: list[str]):

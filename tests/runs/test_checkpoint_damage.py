@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from medvlp.runs.checkpoint import Checkpoint
 from medvlp.runs.errors import CheckpointError
-from medvlp.runs.manifest import newest_valid
 from tests.training.saving import tiny_config, train_and_save
 
 
@@ -49,9 +49,9 @@ def test_every_file_in_turn(run_of_two, tmp_path, caplog, damage):
         DAMAGES[damage](run / "checkpoints" / name)
         caplog.clear()
         with caplog.at_level("WARNING", logger="medvlp"):
-            found = newest_valid(run)
+            found = Checkpoint.find(run)
         assert found.name == "step-00000001", name
         assert Path(name).name in caplog.text
         shutil.rmtree(run / "checkpoints/step-00000001")
         with pytest.raises(CheckpointError, match="none is good"):
-            newest_valid(run)
+            Checkpoint.find(run)

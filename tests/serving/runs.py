@@ -10,8 +10,8 @@ from medvlp import config_files
 from medvlp.config import CheckpointConfig
 from medvlp.data.text import Tokenizer
 from medvlp.methods.registry import build_method, schemas
-from medvlp.runs import checkpoint
-from medvlp.runs.manifest import Manifest
+from medvlp.runs import checkpoint_files
+from medvlp.runs.manifest import WEIGHTS, Manifest
 from medvlp.runs.state_files import StateFile
 from tests.training.runs import TINY
 
@@ -22,9 +22,9 @@ def save_run(data: Path, run: Path, *overrides: str, step: int = 3) -> None:
     config = config_files.load([], given, schemas())
     torch.manual_seed(step)
     method = build_method(config, Tokenizer.load(None, data).vocab_size)
-    folder = checkpoint.partial_folder(run / "checkpoints", step)
+    folder = checkpoint_files.partial_folder(run / "checkpoints", step)
     weights = {name: value.contiguous() for name, value in method.state_dict().items()}
-    entries = checkpoint.write(folder, [StateFile(folder / checkpoint.WEIGHTS, weights)])
+    entries = checkpoint_files.write(folder, [StateFile(folder / WEIGHTS, weights)])
     manifest = Manifest(step, 0, 1, 0, "fp32", 8, config_hash="", files=entries)
-    checkpoint.commit(folder, manifest, CheckpointConfig(keep_last=0))
+    checkpoint_files.commit(folder, manifest, CheckpointConfig(keep_last=0))
     (run / "config.yaml").write_text(config_files.to_yaml(config))

@@ -168,7 +168,7 @@ def test_clusters_by_kmeans_and_learned_ones(saved: Path, data: Path, tmp_path: 
     build(BuildRequest(tmp_path / "learned", limit=4), quiet)
     found = Snapshot.read(folder_of(tmp_path / "learned") / SNAPSHOT)
     assert found.origin.source == "learned"
-    weights = safetensors.torch.load_file(locate(tmp_path / "learned").checkpoint / "weights.safetensors")
+    weights = safetensors.torch.load_file(locate(tmp_path / "learned").checkpoint.weights)
     expected = torch.nn.functional.normalize(weights["alignment.objective.prototypes.weight"], dim=1)
     torch.testing.assert_close(found.table.centroids, expected)
 

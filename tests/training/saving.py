@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from medvlp import distributed
 from medvlp.config import Config
 from medvlp.data.batch_plan import plan_batch
-from medvlp.runs import checkpoint
-from medvlp.runs.manifest import newest_valid
+from medvlp.runs.checkpoint import Checkpoint
 from medvlp.training.checkpointing import CheckpointCallback
 from medvlp.training.engine import Engine
 from tests.training.tiny import TinyMethod, random_batch
@@ -28,17 +25,17 @@ def tiny_config(run_dir: str, stage: int, precision: str = "fp32", optimizer: st
     return config
 
 
-def start(config: Config, folder: Path | None = None) -> tuple[Engine, CheckpointCallback]:
-    """An engine around `TinyMethod`, from the checkpoint `folder` if there is one."""
+def start(config: Config, checkpoint: Checkpoint | None = None) -> tuple[Engine, CheckpointCallback]:
+    """An engine around `TinyMethod`, from `checkpoint` if there is one."""
     device = distributed.initialize()
     torch.manual_seed(0)
     method = TinyMethod()
-    if folder is not None:
-        checkpoint.load_weights(folder, method)
+    if checkpoint is not None:
+        checkpoint.weights_into(method)
     engine = Engine(method, config, plan_batch(config, distributed.world_size()), device)
     saving = CheckpointCallback(config, engine, [])
-    if folder is not None:
-        saving.load(folder)
+    if checkpoint is not None:
+        saving.load(checkpoint)
     return engine, saving
 
 
@@ -67,11 +64,11 @@ def train_and_save(config: Config, step: int) -> list[float]:
 
 def load_and_save(config: Config, out: str, steps: int = 0) -> list[float]:
     """Load the newest checkpoint, save it as it is into the run folder `out`, then train on."""
-    folder = newest_valid(config.run.dir)
-    assert folder is not None
+    checkpoint = Checkpoint.find(config.run.dir)
+    assert checkpoint is not None
     config.run.dir = out
-    engine, saving = start(config, folder)
-    step = int(folder.name.removeprefix("step-"))
+    engine, saving = start(config, checkpoint)
+    step = checkpoint.step
     saving.save(step, 0)
     saving._writer.wait()
     losses = train_steps(engine, step + 1, step + steps)

@@ -179,10 +179,10 @@ def test_a_missing_part_is_named(gloo_pool, tmp_path):
     with pytest.raises(
         CheckpointError, match=f"holds {count} of the {count + 1} elements of exp_avg of head"
     ):
-        OptimizerFiles(folder).part("head.weight", "exp_avg", 0, count + 1)
+        OptimizerFiles(folder, 2).part("head.weight", "exp_avg", 0, count + 1)
     (folder / "optimizer/rank-00001.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"rank-00001.safetensors cannot be read as optimiser state"):
-        OptimizerFiles(folder)
+        OptimizerFiles(folder, 2)
 
 
 def test_a_replicated_state_is_shared_out():
