@@ -88,7 +88,7 @@ def _train_rank(config: object, fresh: bool) -> int:
     from launcher.local import PARENT, die_with_launcher, may_show_error
     from launcher.slurm.slurm_commands import job_is_over
     from medvlp.runs.errors import AgreedError
-    from medvlp.training.run import pretrain as train
+    from medvlp.training.pretrain import pretrain as train
 
     die_with_launcher(os.environ)
     try:

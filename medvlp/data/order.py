@@ -45,6 +45,10 @@ class PartitionOrder:
     Sorting the keys of ten million samples takes seconds; of the one or two blocks that a global batch lies
     in, a millisecond.
 
+    A sample has three numbers on the way from its place in the order to its position in the split: the place
+    (blocks permuted, samples permuted in them), its index in the rotated sequence of pieces, and its index in
+    that sequence before the rotation, from which piece and position follow.
+
     Args:
         starts, sizes: pieces of shards in this epoch's order.
         rotation: samples at the end of their concatenation that come first.
@@ -63,8 +67,10 @@ class PartitionOrder:
         self._starts, self._ends = starts, np.cumsum(sizes)
         self._rotation, self._keys = rotation, keys
         self._blocks = np.argsort(block_words, kind="stable")
-        # Sample i of the rotated sequence is in block i * blocks // count.
+        # Sample i of the rotated sequence is in block i * blocks // count, so block b begins at the
+        # smallest i with i * blocks >= b * count. The two minus signs round up in whole numbers, exactly.
         self._cuts = -(-np.arange(len(block_words) + 1) * len(keys) // len(block_words))
+        # The place at which each block begins once the blocks are permuted; sizes differ by one sample.
         self._offsets = np.concatenate([[0], np.cumsum(np.diff(self._cuts)[self._blocks])])
         self._sorted: dict[int, Positions] = {}
 
@@ -86,9 +92,13 @@ class PartitionOrder:
         return positions
 
     def _sort(self, block: int) -> Positions:
+        """Positions of the samples of the block that comes at this point of the permuted blocks."""
         low, high = self._cuts[self._blocks[block]], self._cuts[self._blocks[block] + 1]
+        # Stable, so that equal keys (they are random words) fall alike on every machine.
         inside = low + np.argsort(self._keys[low:high], kind="stable")
-        place = (inside - self._rotation) % len(self._keys)
+        place = (inside - self._rotation) % len(self._keys)  # in the sequence before the rotation
+        # Where it falls among the ends of the pieces says which piece it is in: "right", because a sample at
+        # the end of one piece is the first of the next, and pieces without samples are passed over.
         piece = np.searchsorted(self._ends, place, side="right")
         before = np.where(piece > 0, self._ends[piece - 1], 0)
         positions: Positions = self._starts[piece] + place - before

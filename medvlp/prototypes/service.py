@@ -71,7 +71,7 @@ class PrototypeService(ABC):
         """Bring the table up to date, or ask for that, after `step` steps; returns metrics to log."""
 
     def proposal(self, step: int) -> list[int]:
-        """Numbers of this rank for the agreement after `step` steps (see `medvlp.training.agreement`)."""
+        """Numbers of this rank for the agreement after `step` steps (see `medvlp.training.consensus`)."""
         return []
 
     def agree(self, greatest: list[int]) -> bool:

@@ -10,9 +10,9 @@ from typing import Any
 from medvlp import distributed
 from medvlp.runs.errors import AgreedError
 from medvlp.runs.events import EventLog
-from medvlp.training.callbacks import BaseCallback, StepRecord
+from medvlp.training.callbacks import Callback, StepRecord
 from medvlp.training.loss_scale import LossScale
-from medvlp.training.step_guard import Finding, StepGuard
+from medvlp.training.step_guard import StepGuard, StepVerdict
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class NotFiniteError(AgreedError):
     exit_code = 5
 
 
-class BadSteps(BaseCallback):
+class BadSteps(Callback):
     """What follows a skipped step: a line in `events.jsonl`, a count, and after too many in a row an error.
 
     Args:
@@ -76,10 +76,10 @@ class BadSteps(BaseCallback):
                 self.log({"train/overflows": float(self.overflows), "train/loss_scale": scale})
 
     def _examine(self, record: StepRecord) -> None:
-        own = self.guard.finding()
+        own = self.guard.verdict()
         told = distributed.gather_objects([own.loss, own.finite, own.spike, record.keys])
-        findings = [(Finding(loss, finite, spike), keys) for loss, finite, spike, keys in told]
-        kind = _kind([finding for finding, _ in findings])
+        verdicts = [(StepVerdict(loss, finite, spike), keys) for loss, finite, spike, keys in told]
+        kind = _kind([verdict for verdict, _ in verdicts])
         if record.engine.loss_scale is not None:
             if kind != "gradient_not_finite":
                 record.engine.loss_scale.restore()
@@ -90,9 +90,9 @@ class BadSteps(BaseCallback):
         self.count += 1
         self.in_a_row += 1
         ranks = [
-            {"rank": rank, "loss": finding.loss, "keys": keys}
-            for rank, (finding, keys) in enumerate(findings)
-            if kind != "loss_not_finite" or not finding.finite
+            {"rank": rank, "loss": verdict.loss, "keys": keys}
+            for rank, (verdict, keys) in enumerate(verdicts)
+            if kind != "loss_not_finite" or not verdict.finite
         ]
         text = f"step {record.step}: {_REASONS[kind]} on {'; '.join(_place(entry) for entry in ranks)}"
         if distributed.is_main():
@@ -138,10 +138,10 @@ class BadSteps(BaseCallback):
         self.guard.load_state_dict(state.get("guard", {}))
 
 
-def _kind(findings: list[Finding]) -> str:
-    if not all(finding.finite for finding in findings):
+def _kind(verdicts: list[StepVerdict]) -> str:
+    if not all(verdict.finite for verdict in verdicts):
         return "loss_not_finite"
-    return "loss_spike" if any(finding.spike for finding in findings) else "gradient_not_finite"
+    return "loss_spike" if any(verdict.spike for verdict in verdicts) else "gradient_not_finite"
 
 
 def _place(entry: dict[str, Any]) -> str:

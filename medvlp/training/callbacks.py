@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from medvlp.data.batch import Batch
 from medvlp.methods.base import StepOutput
+from medvlp.training.consensus import Party
 from medvlp.training.engine import Engine
 
 
@@ -45,23 +46,20 @@ class StepRecord:
     engine: Engine
 
 
-class Callback(Protocol):
-    """Something that happens between steps. All ranks have the same callbacks in the same order."""
+class Callback(Party):
+    """Something that happens between steps; does nothing by itself, subclasses override what they need.
+
+    All ranks have the same callbacks in the same order. What `proposal` says is agreed on before `on_step`.
+    """
 
     #: Key of this callback's state in a checkpoint.
-    name: str
+    name = ""
 
     def on_start(self, step: int) -> None:
         """Training goes on after `step` finished steps (0: a new run)."""
 
     def on_micro_batch(self, batch: Batch, output: StepOutput, step: int) -> None:
         """A micro-batch, on the CPU, went forward and backward; `step` finished steps lie before it."""
-
-    def proposal(self, step: int) -> list[int]:
-        """See `medvlp.training.agreement.Party`; before `on_step` of the step."""
-
-    def agree(self, greatest: list[int]) -> bool:
-        """See `medvlp.training.agreement.Party`."""
 
     def on_step(self, record: StepRecord) -> None:
         """A step is finished."""
@@ -71,46 +69,14 @@ class Callback(Protocol):
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values a resumed run needs (of this rank)."""
+        return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
 
     def load_states(self, states: list[dict[str, Any]]) -> None:
-        """Take over from a run of another number of ranks; `states` are those of its ranks, in order."""
+        """Take over from a run of another number of ranks; `states` are those of its ranks, in order.
 
-
-class BaseCallback:
-    """A callback that does nothing; subclasses override what they need."""
-
-    name = ""
-
-    def on_start(self, step: int) -> None:
-        """See `Callback`."""
-
-    def on_micro_batch(self, batch: Batch, output: StepOutput, step: int) -> None:
-        """See `Callback`."""
-
-    def proposal(self, step: int) -> list[int]:
-        """See `Callback`."""
-        return []
-
-    def agree(self, greatest: list[int]) -> bool:
-        """See `Callback`."""
-        return True
-
-    def on_step(self, record: StepRecord) -> None:
-        """See `Callback`."""
-
-    def on_end(self) -> None:
-        """See `Callback`."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """See `Callback`."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `Callback`."""
-
-    def load_states(self, states: list[dict[str, Any]]) -> None:
-        """See `Callback`; what is the same on all ranks needs no more than rank 0's."""
+        What is the same on all ranks needs no more than rank 0's.
+        """
         self.load_state_dict(states[0])

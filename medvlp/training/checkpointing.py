@@ -22,14 +22,14 @@ from medvlp.runs.manifest import FORMAT, WEIGHTS, Manifest, rank_file
 from medvlp.runs.randomness import random_state
 from medvlp.runs.run_folder import config_hash, library_versions
 from medvlp.runs.state_files import StateFile
-from medvlp.training.callbacks import BaseCallback, Callback, StepRecord
+from medvlp.training.callbacks import Callback, StepRecord
 from medvlp.training.engine import Engine
 from medvlp.training.host_copies import HostCopies
 
 logger = logging.getLogger(__name__)
 
 
-class CheckpointCallback(BaseCallback):
+class CheckpointCallback(Callback):
     """Saves every `checkpoint.every_steps` steps, every `every_minutes` minutes, and after the last step.
 
     Args:
@@ -56,7 +56,7 @@ class CheckpointCallback(BaseCallback):
         wandb_run_id: str | None = None,
         identity: Mapping[str, str] | None = None,
         metrics: Callable[[], Mapping[str, float]] = dict,
-        log: Callable[[dict[str, float]], None] = lambda figures: None,
+        log: Callable[[dict[str, float]], None] = lambda metrics: None,
     ):
         self.config = config
         self.engine = engine

@@ -1,13 +1,18 @@
-"""Our config -> DeepSpeed's JSON. Keys of `deepspeed:` are merged over it last."""
+"""Our config -> DeepSpeed's JSON and parameter groups. Keys of `deepspeed:` are merged over it last."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from medvlp.config import Config, OptimizerConfig
 from medvlp.config_files import ConfigError
 from medvlp.data.batch_plan import BatchPlan
+
+if TYPE_CHECKING:  # commands check a config on machines where importing torch takes long
+    from torch import nn
+
+    from medvlp.methods.base import Method
 
 
 def check_device(config: Config, device_type: str) -> None:
@@ -97,3 +102,36 @@ def _optimizer(config: OptimizerConfig, device_type: str, offload: bool) -> dict
     if not offload:
         parameters |= {"torch_adam": True, "fused": device_type == "cuda"}
     return {"type": "AdamW", "params": parameters}
+
+
+def parameter_groups(method: Method, config: OptimizerConfig) -> tuple[list[dict[str, Any]], list[float]]:
+    """Group the trainable parameters of a method by (learning-rate factor, weight decay).
+
+    Not decayed: names in `method.parameters_without_decay()`, and, unless `decay_all`, parameters with at
+    most one dimension (biases, norms, scales). The encoders' factors apply to parameters below the method's
+    attributes `image_encoder` and `text_encoder`.
+
+    Returns:
+        The optimiser's groups, and for each the factor on the scheduled learning rate. Frozen parameters
+        are in no group; order follows the method's parameters, so it is the same on every rank and resume.
+    """
+    exempt = method.parameters_without_decay()
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in method.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decays = name not in exempt and (config.decay_all or parameter.ndim > 1)
+        key = (_scale(name, config), config.weight_decay if decays else 0.0)
+        groups.setdefault(key, []).append(parameter)
+    scales = [scale for scale, _ in groups]
+    return [
+        {"params": parameters, "weight_decay": decay} for (_, decay), parameters in groups.items()
+    ], scales
+
+
+def _scale(name: str, config: OptimizerConfig) -> float:
+    if name.startswith("image_encoder."):
+        return config.image_lr_scale
+    if name.startswith("text_encoder."):
+        return config.text_lr_scale
+    return 1.0

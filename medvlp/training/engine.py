@@ -20,18 +20,17 @@ from medvlp.data.batch_plan import BatchPlan
 from medvlp.methods.base import Method, StepOutput
 from medvlp.prototypes.table import PrototypeTable
 from medvlp.runs.optimizer_files import OptimizerFiles
-from medvlp.training.deepspeed_config import deepspeed_json, is_plain
+from medvlp.training.deepspeed_config import deepspeed_json, is_plain, parameter_groups
 from medvlp.training.loss_scale import LossScale
-from medvlp.training.optimizer_shards import (
-    Shard,
-    find_shards,
+from medvlp.training.optimizer_fragments import (
+    Fragment,
+    find_fragments,
+    fragment_tensors,
+    load_fragments,
     load_masters,
-    load_shards,
-    shard_tensors,
     write_elements,
     write_model_elements,
 )
-from medvlp.training.parameter_groups import parameter_groups
 
 # DeepSpeed 0.19 still uses the names that torch 2.14 renamed.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
@@ -141,21 +140,21 @@ class Engine:
                 else:
                     state[name] = 0  # DeepSpeed's CPU Adam counts its steps in an int
 
-    def _shards(self) -> list[Shard]:
+    def _fragments(self) -> list[Fragment]:
         named = self.method.named_parameters()
-        return find_shards(named, self._optimizer, self.zero_stage, distributed.rank(), self._masters)
+        return find_fragments(named, self._optimizer, self.zero_stage, distributed.rank(), self._masters)
 
     def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """This rank's part of the optimiser state: `<key>:<parameter>` -> 1-D tensor, and where parts begin.
 
         The tensors are the live ones: copy them before the next step.
         """
-        shards = self._shards()
+        fragments = self._fragments()
         if self.zero_stage == 0:  # every rank holds everything and writes its share
             ranks = distributed.world_size()
-            shards = [shard.share(distributed.rank(), ranks) for shard in shards]
-        tensors = shard_tensors(shards, self._engine.basic_optimizer)
-        return tensors, {shard.name: shard.start for shard in shards}
+            fragments = [fragment.share(distributed.rank(), ranks) for fragment in fragments]
+        tensors = fragment_tensors(fragments, self._engine.basic_optimizer)
+        return tensors, {fragment.name: fragment.start for fragment in fragments}
 
     def counters(self) -> dict[str, Any]:
         """Plain values beside the optimiser state, the same on all ranks: counters, loss scaling, names."""
@@ -177,11 +176,11 @@ class Engine:
             files: the optimiser state.
             counters: from `counters`.
         """
-        shards = self._shards()
+        fragments = self._fragments()
         if self._precision != "fp32":  # else the weights themselves are the masters
             with safetensors.safe_open(weights, framework="pt") as masters:
-                load_masters(shards, masters)
-        load_shards(shards, self._engine.basic_optimizer, files)
+                load_masters(fragments, masters)
+        load_fragments(fragments, self._engine.basic_optimizer, files)
         for name, value in counters["counters"].items():
             setattr(self._engine, name, value)
         if self.loss_scale is not None:
@@ -211,9 +210,9 @@ class Engine:
         """
         parameter, width = self.method.get_parameter(name), values.shape[1]
         places = (rows[:, None] * width + torch.arange(width)).flatten()
-        for shard in self._shards():
-            if shard.name == name:
-                write_elements(shard, self._engine.basic_optimizer, places, values.flatten())
+        for fragment in self._fragments():
+            if fragment.name == name:
+                write_elements(fragment, self._engine.basic_optimizer, places, values.flatten())
         write_model_elements(parameter, distributed.rank(), places, values.flatten())
 
     def buffers(self) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ class HangError(MedvlpError):
     exit_code = 7
 
 
-class Place(NamedTuple):
+class RankStatus(NamedTuple):
     """Where a rank is.
 
     Attributes:
@@ -63,7 +63,7 @@ class Watchdog:
         self.run_dir = Path(run_dir)
         self.limit = start_seconds
         self.start_seconds, self.step_seconds = start_seconds, step_seconds
-        self._place = Place(0, None, "the start", 0)
+        self._place = RankStatus(0, None, "the start", 0)
         self._since = time.monotonic()
         self._done = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -71,7 +71,7 @@ class Watchdog:
     def mark(self, name: str, step: int | None = None) -> None:
         """This rank has come to the place `name`, of the step after `step` finished ones."""
         self._since = time.monotonic()
-        self._place = Place(self._place.marks + 1, step, name, 0)
+        self._place = RankStatus(self._place.marks + 1, step, name, 0)
 
     def first_step_is_done(self) -> None:
         """From now on places are passed quickly: shorten the limit, and the collectives' own time-outs."""
@@ -168,19 +168,19 @@ class Watchdog:
 
         return _within(_STORE_SECONDS, read) and bool(noted)
 
-    def _places(self) -> dict[int, Place]:
+    def _places(self) -> dict[int, RankStatus]:
         """Where the ranks are, as far as the store tells; {} when it does not answer."""
-        found: dict[int, Place] = {}
+        found: dict[int, RankStatus] = {}
 
         def read() -> None:
             keys = {rank: _key(rank) for rank in range(self._ranks)}
             known = {rank: key for rank, key in keys.items() if self._store.check([key])}
             values = self._store.multi_get(list(known.values()))
-            found.update({rank: Place(*json.loads(v)) for rank, v in zip(known, values, strict=True)})
+            found.update({rank: RankStatus(*json.loads(v)) for rank, v in zip(known, values, strict=True)})
 
         return dict(found) if _within(_STORE_SECONDS, read) else {}
 
-    def _story(self, places: dict[int, Place], answering: list[int], limit: float) -> str:
+    def _story(self, places: dict[int, RankStatus], answering: list[int], limit: float) -> str:
         own = self._place
         key = "train.step_timeout_seconds" if limit == self.step_seconds else "train.start_timeout_minutes"
         head = f"rank {self._rank} has waited {limit:g} s ({key}) in {_where(own)}. "
@@ -215,7 +215,7 @@ def _key(rank: int) -> str:
     return f"medvlp/place/{rank}"
 
 
-def _where(place: Place) -> str:
+def _where(place: RankStatus) -> str:
     return place.name if place.step is None else f"{place.name} of step {place.step + 1}"
 
 

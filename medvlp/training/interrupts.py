@@ -96,7 +96,7 @@ class Interrupts:
             os._exit(128 + number)
 
     def proposal(self, step: int) -> list[int]:
-        """This rank's wish to stop, for `medvlp.training.agreement`: the signal's number, 0 for none."""
+        """This rank's wish to stop, for `medvlp.training.consensus`: the signal's number, 0 for none."""
         over = not self._received and distributed.is_main() and self._time_is_over()
         return [_TIME_IS_OVER if over else self._received]
 

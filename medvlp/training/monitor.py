@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from medvlp import distributed
 from medvlp.runs.metrics_file import MetricsFile
-from medvlp.training.callbacks import BaseCallback, StepRecord
+from medvlp.training.callbacks import Callback, StepRecord
 from medvlp.training.wandb_run import WandbRun
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 GIB = 2**30
 
 
-class Monitor(BaseCallback):
+class Monitor(Callback):
     """Reads, reduces and writes the metrics of logged steps.
 
     Losses, `grad_norm` and `lr` are those of the logged step; `samples_per_second`, `step_seconds` and
@@ -55,9 +55,9 @@ class Monitor(BaseCallback):
     def _clear(self) -> None:
         self._seconds, self._data_seconds, self._samples = 0.0, 0.0, 0
 
-    def add(self, figures: dict[str, float]) -> None:
-        """Figures, equal on all ranks, that join the next logged line."""
-        self.extra |= figures
+    def add(self, metrics: dict[str, float]) -> None:
+        """Metrics, equal on all ranks, that join the next logged line."""
+        self.extra |= metrics
 
     def on_start(self, step: int) -> None:
         """Cut lines of steps that will be done again; start the bar."""
@@ -139,7 +139,7 @@ class Monitor(BaseCallback):
                 self.wandb_run.finish()
 
     def state_dict(self) -> dict[str, Any]:
-        """Samples skipped so far on this rank, and figures not yet logged."""
+        """Samples skipped so far on this rank, and metrics not yet logged."""
         return {"skipped": self.skipped, "extra": self.extra}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

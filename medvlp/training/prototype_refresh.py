@@ -14,10 +14,10 @@ from medvlp.prototypes.ring import label_bits
 from medvlp.prototypes.running_bias import RunningBias
 from medvlp.prototypes.service import PrototypeService
 from medvlp.prototypes.table import PrototypeTable
-from medvlp.training.callbacks import BaseCallback, StepRecord
+from medvlp.training.callbacks import Callback, StepRecord
 
 
-class PrototypeRefresh(BaseCallback):
+class PrototypeRefresh(Callback):
     """Feeds the service after every good step, has it refresh when due, and swaps tables between two steps.
 
     Args:

@@ -13,14 +13,14 @@ from medvlp.config import PrototypesConfig
 from medvlp.config_files import ConfigError
 from medvlp.prototypes.sampling import mixed_seed
 from medvlp.prototypes.usage import CountedPrototypes, revived_rows
-from medvlp.training.callbacks import BaseCallback, StepRecord
+from medvlp.training.callbacks import Callback, StepRecord
 from medvlp.training.engine import Engine
 
 #: Uses for each prototype, on average, before any is called unused: fewer are left out by chance.
 _ENOUGH = 10
 
 
-class PrototypeRevival(BaseCallback):
+class PrototypeRevival(Callback):
     """Counts the use of every learned bank of a method and, every `refresh_steps` steps, revives rows.
 
     Uses are counted on the device and reduced over ranks only where rows are about to be revived. A bank

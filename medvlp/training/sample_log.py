@@ -8,10 +8,10 @@ from typing import Any
 
 from medvlp import distributed
 from medvlp.runs.metrics_file import MetricsFile
-from medvlp.training.callbacks import BaseCallback, StepRecord
+from medvlp.training.callbacks import Callback, StepRecord
 
 
-class SampleLog(BaseCallback):
+class SampleLog(Callback):
     """Writes {"step", "epoch", "keys": [keys of rank 0, of rank 1, ...]} for each step, each step once.
 
     Costs a gathering of the keys over ranks in every step, so it is off unless `monitor.log_samples` asks.

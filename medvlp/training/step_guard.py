@@ -13,7 +13,7 @@ from medvlp import distributed
 WARMUP, WINDOW = 50, 100
 
 
-class Finding(NamedTuple):
+class StepVerdict(NamedTuple):
     """What was seen in a step: this rank's loss, whether it is finite, whether that of all is a spike."""
 
     loss: float
@@ -89,10 +89,10 @@ class StepGuard:
         if self._buffers:
             torch._foreach_copy_(self._buffers, self._copies)
 
-    def finding(self) -> Finding:
+    def verdict(self) -> StepVerdict:
         """What was seen in the last step (waits for the device)."""
         loss = float(self._loss)
-        return Finding(loss, bool(torch.isfinite(self._loss)), bool(self._spike))
+        return StepVerdict(loss, bool(torch.isfinite(self._loss)), bool(self._spike))
 
     def forget(self) -> None:
         """Start the statistics anew: the loss of another phase is another quantity."""

@@ -9,8 +9,8 @@ import torch
 
 from medvlp.data.batch import Batch
 from medvlp.methods.base import Progress
-from medvlp.training.agreement import reach
 from medvlp.training.callbacks import Callback, StepRecord
+from medvlp.training.consensus import reach
 from medvlp.training.engine import Engine
 from medvlp.training.hangs import Watchdog
 from medvlp.training.interrupts import Interrupts

@@ -103,7 +103,7 @@ def test_an_agreed_error_is_shown_by_rank_0(rank: int, monkeypatch: pytest.Monke
     def fail(*_: object) -> int:
         raise CheckpointError("full")
 
-    monkeypatch.setattr("medvlp.training.run.pretrain", fail)
+    monkeypatch.setattr("medvlp.training.pretrain.pretrain", fail)
     for name, value in {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "x", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
     with pytest.raises(CheckpointError if rank == 0 else SystemExit) as ended:

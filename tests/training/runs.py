@@ -35,7 +35,7 @@ def load_config(overrides: list[str]) -> Config:
 
 def train(overrides: list[str], fresh: bool = False) -> int:
     """A whole run on this rank of the pool; the exit code."""
-    from medvlp.training.run import pretrain
+    from medvlp.training.pretrain import pretrain
 
     return pretrain(load_config(overrides), fresh=fresh)
 
@@ -44,7 +44,7 @@ def train_from_file(file: str, overrides: list[str]) -> int:
     """A whole run from a YAML file and overrides."""
     from medvlp import config_files
     from medvlp.methods.registry import schemas
-    from medvlp.training.run import pretrain
+    from medvlp.training.pretrain import pretrain
 
     return pretrain(config_files.load([file], overrides, schemas()))
 

@@ -54,7 +54,7 @@ def run_steps(
     """Train; the state afterwards. `skip_seed`: without poison and without the batches of the bad step."""
     from medvlp.data.batch_plan import plan_batch
     from medvlp.training.bad_steps import BadSteps, NotFiniteError
-    from medvlp.training.callbacks import BaseCallback
+    from medvlp.training.callbacks import Callback
     from medvlp.training.engine import Engine
     from medvlp.training.hangs import Watchdog
     from medvlp.training.interrupts import Interrupts
@@ -62,7 +62,7 @@ def run_steps(
     from medvlp.training.step_guard import StepGuard
     from medvlp.training.trainer import Trainer
 
-    class Applied(BaseCallback):
+    class Applied(Callback):
         def on_step(self, record):
             applied.append(record.applied)
 
@@ -76,8 +76,8 @@ def run_steps(
     plan = plan_batch(config, world_size)
     engine = Engine(method, config, plan, device)
     guard = StepGuard(method, sigma, device)
-    figures, applied = {}, []
-    bad = BadSteps(guard, limit, run_dir, figures.update)
+    metrics, applied = {}, []
+    bad = BadSteps(guard, limit, run_dir, metrics.update)
     seeds = [seed for seed in range(100) if not (skip_seed and seed == BAD_STEP)]
     batches = (
         random_batch(1000 * seed + part, 8 // plan.accumulation, rank, world_size)
@@ -94,7 +94,7 @@ def run_steps(
         text = str(error)
     weights = {**engine.full_weights(), **{name: b.clone() for name, b in engine.buffers().items()}}
     engine.close()
-    return {"weights": weights, "applied": applied, "figures": figures, "text": text, "step": trainer.step}
+    return {"weights": weights, "applied": applied, "metrics": metrics, "text": text, "step": trainer.step}
 
 
 @pytest.mark.dist
@@ -119,7 +119,7 @@ def test_a_bad_step_leaves_no_trace(gloo_pool, tmp_path, poison, stage, precisio
     for found, expected in zip(bad, good, strict=True):
         assert found["applied"] == [True, True, False, True, True]
         assert expected["applied"] == [True] * 4
-        assert found["figures"] == {"train/bad_steps": 1.0}
+        assert found["metrics"] == {"train/bad_steps": 1.0}
         assert found["weights"].keys() == expected["weights"].keys()
         for name, value in found["weights"].items():
             assert torch.equal(value, expected["weights"][name]), name
@@ -180,7 +180,7 @@ def test_the_running_statistics_are_those_of_accepted_losses():
     assert guard.state_dict()["variance"].item() == pytest.approx(losses.var())
     before = {name: value.item() for name, value in guard.state_dict().items()}
     assert guard.allowance(torch.tensor(2.9)).isnan()
-    assert guard.finding().spike
+    assert guard.verdict().spike
     assert guard.allowance(torch.tensor(torch.inf)).isnan()
     assert {name: value.item() for name, value in guard.state_dict().items()} == before
     assert guard.allowance(torch.tensor(0.1)).item() == 1  # low losses are welcome

@@ -12,7 +12,7 @@ from medvlp import distributed
 from medvlp.runs.conversion import OPTIMIZER, to_safetensors
 from medvlp.runs.errors import CheckpointError
 from medvlp.runs.optimizer_files import OptimizerFiles
-from medvlp.training import optimizer_shards
+from medvlp.training import optimizer_fragments
 from tests.training.runs import read_metrics, train
 from tests.training.saving import load_and_save, start, tiny_config, train_and_save, train_steps
 from tests.training.tiny import TinyMethod
@@ -73,7 +73,7 @@ def train_and_list_samples(overrides: list[str], forget: bool = False) -> list[t
     from medvlp.training.checkpointing import CheckpointCallback
 
     seen: list[tuple[int, list[str]]] = []
-    original, load = CheckpointCallback.on_step, engine.load_shards
+    original, load = CheckpointCallback.on_step, engine.load_fragments
 
     def on_step(self, record):
         seen.append((record.step, list(record.keys)))
@@ -81,11 +81,11 @@ def train_and_list_samples(overrides: list[str], forget: bool = False) -> list[t
 
     CheckpointCallback.on_step = on_step
     if forget:
-        engine.load_shards = lambda *arguments: None
+        engine.load_fragments = lambda *arguments: None
     try:
         train(overrides)
     finally:
-        CheckpointCallback.on_step, engine.load_shards = original, load
+        CheckpointCallback.on_step, engine.load_fragments = original, load
     return seen
 
 
@@ -187,7 +187,7 @@ def test_a_missing_part_is_named(gloo_pool, tmp_path):
 
 def test_a_replicated_state_is_shared_out():
     parameter = torch.nn.Parameter(torch.arange(7.0))
-    shard = optimizer_shards.find_shards([("p", parameter)], None, 0, 0, {})[0]
+    shard = optimizer_fragments.find_fragments([("p", parameter)], None, 0, 0, {})[0]
     shares = [shard.share(rank, 3) for rank in range(3)]
     assert torch.cat([share.of(parameter) for share in shares]).tolist() == list(range(7))
     assert distributed.world_size() == 1

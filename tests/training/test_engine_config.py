@@ -5,8 +5,7 @@ import pytest
 from medvlp.config import Config, OptimizerConfig
 from medvlp.config_files import ConfigError
 from medvlp.data.batch_plan import plan_batch
-from medvlp.training.deepspeed_config import check_device, deepspeed_json
-from medvlp.training.parameter_groups import parameter_groups
+from medvlp.training.deepspeed_config import check_device, deepspeed_json, parameter_groups
 from tests.training.tiny import TinyMethod
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from medvlp import distributed
 from medvlp.runs.events import EventLog
-from medvlp.training.hangs import Place, Watchdog
+from medvlp.training.hangs import RankStatus, Watchdog
 
 
 @pytest.fixture
@@ -20,9 +20,9 @@ def watchdog(tmp_path):
     return dog
 
 
-def places(*marks: int) -> dict[int, Place]:
+def places(*marks: int) -> dict[int, RankStatus]:
     names = {5: "loading data", 6: "forward and backward"}
-    return {rank: Place(mark, 41, names[mark], heartbeat=9) for rank, mark in enumerate(marks)}
+    return {rank: RankStatus(mark, 41, names[mark], heartbeat=9) for rank, mark in enumerate(marks)}
 
 
 @pytest.mark.parametrize(

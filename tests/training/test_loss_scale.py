@@ -56,7 +56,7 @@ def train_steps(
     """Train; gradients that the optimiser got, norms, scales, counts, and the error."""
     from medvlp.data.batch_plan import plan_batch
     from medvlp.training.bad_steps import BadSteps, NotFiniteError
-    from medvlp.training.callbacks import BaseCallback
+    from medvlp.training.callbacks import Callback
     from medvlp.training.engine import Engine
     from medvlp.training.hangs import Watchdog
     from medvlp.training.interrupts import Interrupts
@@ -74,7 +74,7 @@ def train_steps(
     plan = plan_batch(config, ranks)
     seen, pending, norms, scales = [], [], [], []
 
-    class Look(BaseCallback):
+    class Look(Callback):
         def on_step(self, record):
             if pending:
                 seen.append(np.sort(np.concatenate(pending)))
@@ -92,14 +92,14 @@ def train_steps(
         method = Scripted(bad or {})
         engine = Engine(method, config, plan, device)
         engine._engine.basic_optimizer.register_step_pre_hook(gradients)
-        guard, figures = StepGuard(method, 0.0, device), {}
+        guard, metrics = StepGuard(method, 0.0, device), {}
         batches = (
             random_batch(1000 * seed + part, 8 // plan.accumulation, rank, ranks)
             for seed in range(100)
             for part in range(plan.accumulation)
         )
         schedule = Schedule(np.full(steps, 1e-4), np.zeros(steps, dtype=np.int64))
-        callbacks = [BadSteps(guard, limit, run_dir, figures.update), Look()]
+        callbacks = [BadSteps(guard, limit, run_dir, metrics.update), Look()]
         trainer = Trainer(engine, batches, schedule, 3, callbacks, guard, Watchdog(run_dir, 1, 1))
         text = ""
         try:
@@ -110,7 +110,7 @@ def train_steps(
         state = engine.counters()["scaler"]
         engine.close()
     return {
-        "seen": seen, "norms": norms, "scales": scales, "figures": figures, "text": text, "state": state,
+        "seen": seen, "norms": norms, "scales": scales, "metrics": metrics, "text": text, "state": state,
         "step": trainer.step,
     }  # fmt: skip
 
@@ -163,9 +163,9 @@ def test_a_bad_loss_leaves_the_scale_and_an_overflow_halves_it(gloo_pool, tmp_pa
     (found,) = gloo_pool(1).run(train_steps, str(tmp_path), stage, "fp16", 7, bad)
     first, second = (FIRST, FIRST / 2) if stage else (FIRST / 2, FIRST / 4)  # from stage 1 on one is borne
     assert found["scales"] == [FIRST] * 3 + [first, second, second, second]
-    assert found["figures"]["train/bad_steps"] == 3
-    assert found["figures"]["train/overflows"] == 2
-    assert found["figures"]["train/loss_scale"] == second
+    assert found["metrics"]["train/bad_steps"] == 3
+    assert found["metrics"]["train/overflows"] == 2
+    assert found["metrics"]["train/loss_scale"] == second
     assert len(found["seen"]) == 2
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert kinds == ["loss_not_finite"] * 3

@@ -204,7 +204,7 @@ def refused() -> str:
     config.run.dir, config.data.root, config.train.global_batch, config.precision = "", "", 12, "fp32"
     engine = Engine(TinyMethod(), config, plan_batch(config, distributed.world_size()), device)
     try:
-        PrototypeRevival(engine, PrototypesConfig(revive_below=0.1), 0, lambda figures: None)
+        PrototypeRevival(engine, PrototypesConfig(revive_below=0.1), 0, lambda metrics: None)
     except ConfigError as error:
         return str(error)
     finally:

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from medvlp import distributed
-from medvlp.training.agreement import reach
+from medvlp.training.consensus import reach
 from medvlp.training.interrupts import EXIT_INTERRUPTED, Interrupts
 from tests.training.runs import read_metrics, train
 

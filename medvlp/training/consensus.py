@@ -15,13 +15,15 @@ PAUSE = 0.05
 
 
 class Party(Protocol):
-    """Something whose ranks have to do the same thing at the same step."""
+    """Something whose ranks have to do the same thing at the same step. By default it has nothing to say."""
 
     def proposal(self, step: int) -> list[int]:
         """This rank's numbers after `step` steps, 64 bits, as many on every rank."""
+        return []
 
     def agree(self, greatest: list[int]) -> bool:
         """Take the greatest of all ranks' numbers; false: training has to wait, ask again."""
+        return True
 
 
 def reach(

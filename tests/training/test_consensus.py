@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from medvlp import distributed
-from medvlp.training.agreement import reach
+from medvlp.training.consensus import reach
 from medvlp.training.interrupts import Interrupts
 
 
