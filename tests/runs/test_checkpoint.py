@@ -11,12 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medvlp.config import CheckpointConfig
+from medvlp.config import CheckpointConfig, Config
+from medvlp.data.batch_plan import plan_batch
 from medvlp.runs import checkpoint_files
 from medvlp.runs.checkpoint import Checkpoint
 from medvlp.runs.checkpoint_writer import CheckpointWriter
 from medvlp.runs.errors import CheckpointError
-from medvlp.runs.manifest import Manifest, step_folder
+from medvlp.runs.manifest import FORMAT, Manifest, step_folder
 from medvlp.runs.state_files import StateFile, read_state
 from tests.training.tiny import TinyMethod
 
@@ -39,7 +40,7 @@ def state(checkpoints: Path, step: int, method: TinyMethod | None = None) -> lis
 
 
 def manifest(step: int, **metrics: float) -> Manifest:
-    return Manifest(step, 0, 1, 0, "fp32", 8, "hash", metrics=metrics)
+    return Manifest(step, 0, 1, 0, "fp32", 8, "hash", metrics=metrics, format=FORMAT, optimizer="adamw")
 
 
 def test_what_is_saved_is_verified_and_read_back(tmp_path):
@@ -258,3 +259,33 @@ def test_weights_of_another_method_are_refused(tmp_path):
     folder = save(tmp_path, 5)
     with pytest.raises(CheckpointError, match="is of another model"):
         Checkpoint.open(folder).weights_into(torch.nn.Linear(2, 2))
+
+
+def test_a_start_reads_the_manifest_once(tmp_path, monkeypatch):
+    save(tmp_path, 4)
+    config = Config()
+    config.run.dir, config.train.global_batch, config.precision = str(tmp_path), 8, "fp32"
+    reads, read = [], Manifest.read.__func__
+
+    def counted(cls, folder):
+        reads.append(folder)
+        return read(cls, folder)
+
+    monkeypatch.setattr(Manifest, "read", classmethod(counted))
+    found = Checkpoint.find(tmp_path)
+    found.check(config, plan_batch(config, 1))
+    found.weights_into(TinyMethod())
+    assert found.state_for(0)["n"] == found.state_for(7)["n"] == [1, None, "a"]
+    with pytest.raises(CheckpointError, match="cannot be read as optimiser state"):
+        found.optimizer()
+    assert reads == [found.folder]
+
+
+def test_a_checkpoint_is_opened_whole_or_for_the_files_that_are_asked_for(tmp_path):
+    folder = save(tmp_path, 4)
+    flip(folder)
+    assert Checkpoint.open(folder, ["weights.safetensors"]).step == 4
+    with pytest.raises(CheckpointError, match="is damaged"):
+        Checkpoint.open(folder)
+    with pytest.raises(CheckpointError, match="choose another checkpoint"):
+        Checkpoint.open(folder, ["other.pt"])
