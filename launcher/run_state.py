@@ -3,19 +3,49 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher.exit_codes import meaning
 from launcher.json_lines import newest, newest_first
 from medvlp.runs.errors import CheckpointError
 from medvlp.runs.events import EVENTS
 from medvlp.runs.manifest import Manifest, step_folders
 from shards.strict_json import read_limited
 from shards.strict_yaml import YAML_LIMIT, parse_yaml
+
+#: Codes of `medvlp pretrain` (see medvlp/training/README.md) and of the other commands (launcher/README.md).
+MEANINGS = {
+    0: "finished",
+    1: "unexpected error",
+    2: "wrong command line or config",
+    3: "data",
+    4: "checkpoint or run folder",
+    5: "too many bad steps in a row",
+    6: "lost another rank",
+    7: "a rank did not arrive in time",
+    8: "Slurm refused or did not answer",
+    9: "the doctor found what a run would not survive",
+    10: "the doctor found bad nodes",
+    11: "the prototype server refused or did not answer",
+    75: "interrupted after a checkpoint",
+}
+
+
+def meaning(code: int) -> str:
+    """`7` -> "a rank did not arrive in time"; `137` -> "killed by SIGKILL"; `99` -> "exit code 99"."""
+    if code in MEANINGS:
+        return MEANINGS[code]
+    if code > 128:
+        try:
+            return f"killed by {signal.Signals(code - 128).name}"
+        except ValueError:
+            return f"exit code {code}"
+    return f"exit code {code}"
+
 
 METRICS = "metrics.jsonl"
 CONFIG = "config.yaml"

@@ -1,6 +1,9 @@
-"""Errors a user can do something about; the command line shows them as one line and an exit code."""
+"""Errors a user can do something about, and the name that was meant; shown as one line and an exit code."""
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
 
 
 class MedvlpError(Exception):
@@ -19,3 +22,9 @@ class DataError(MedvlpError):
     """A dataset, shard, sample or source file cannot be used as it is."""
 
     exit_code = 3
+
+
+def nearest(name: str, names: Collection[str]) -> str:
+    """ ", did you mean 'x'?" for the most similar of `names`, or all of them where none is similar."""
+    matches = difflib.get_close_matches(name, names, n=1)
+    return f", did you mean {matches[0]!r}?" if matches else f"; there are: {', '.join(names)}"

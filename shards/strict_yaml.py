@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from shards.strict_json import MAX_DEPTH
+from shards.errors import DataError
+from shards.strict_json import MAX_DEPTH, JsonError, read_limited
 
 #: Largest file, in bytes, and most values once aliases are written out.
 YAML_LIMIT = 1 << 20
@@ -94,3 +96,21 @@ def _size(node: yaml.Node | None, sizes: dict[int, int], depth: int) -> int:
             raise YamlError(f"aliases stand for more than {MAX_VALUES} values")
         sizes[id(node)] = total
     return sizes[id(node)]
+
+
+def load_yaml_text(path: Path) -> Any:
+    """Nested dicts, lists and texts of a YAML file; what is left empty is "", an empty file None.
+
+    Raises:
+        DataError: the file cannot be read, is no YAML, or gives a key twice.
+    """
+    try:
+        return yaml_as_written(read_limited(path, YAML_LIMIT).decode("utf-8-sig"))
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    except JsonError as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not YAML: not UTF-8") from error
+    except YamlError as error:
+        raise DataError(f"{path} is not YAML: {error}") from error

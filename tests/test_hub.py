@@ -9,7 +9,7 @@ import pytest
 from medvlp.config import ImageConfig, TextConfig
 from medvlp.config_files import ConfigError
 from medvlp.data.text import Tokenizer
-from medvlp.encoders.errors import EncoderError
+from medvlp.encoders.backbones import EncoderError
 from medvlp.encoders.image import ImageEncoder
 from medvlp.encoders.text_model import create_text_model
 from medvlp.hub import hub_reason, quiet_hub

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 from launcher.main import app
 from medvlp import config_files, trust
 from medvlp.config import Config, ImageConfig
-from medvlp.encoders.errors import EncoderError
+from medvlp.encoders.backbones import EncoderError
 from medvlp.encoders.image import ImageEncoder
 from medvlp.methods.registry import schemas
 from medvlp.serving.client import connection_of

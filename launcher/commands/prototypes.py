@@ -83,9 +83,8 @@ def export(
     ] = None,
 ) -> None:
     """Write centroids (or samples) as a plain FAISS index, which faiss.read_index opens."""
-    from medvlp.serving.faiss_file import export_index
     from medvlp.serving.layout import SNAPSHOT, folder_of
-    from medvlp.serving.snapshot import Snapshot
+    from medvlp.serving.snapshot import Snapshot, export_index
 
     if samples not in (None, "image", "report"):
         raise UsageError(f"--samples {samples}: there are image and report")

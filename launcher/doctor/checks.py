@@ -9,15 +9,110 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.doctor.collective import check_collective
-from launcher.doctor.dataset import check_dataset
 from launcher.doctor.nodes import NODE_CHECKS, NodeSurroundings, check_nodes, inside_job
 from launcher.doctor.results import Check, Result, examine
 from launcher.doctor.slurm_limits import check_slurm
 from launcher.doctor.storage import check_run_folder
-from launcher.doctor.tracking import check_tracking
 
 if TYPE_CHECKING:
     from medvlp.config import Config
+import random
+import time
+import urllib.error
+import urllib.request
+
+from launcher.doctor.results import fail, ok, warn
+
+#: Shards whose hash is compared, and samples that are decoded, spread over the dataset.
+SHARDS, SAMPLES = 2, 16
+
+
+def check_dataset(root: str) -> Iterator[Result]:
+    """Compare the hashes of `SHARDS` shards with the index, and decode `SAMPLES` images.
+
+    Args:
+        root: dataset folder or URL; of a URL only the index is read.
+    """
+    from shards.errors import DataError
+    from shards.format import Index, hash_file, is_remote
+    from shards.images import decode_image
+    from shards.reader import ShardReader
+
+    started = time.monotonic()
+    try:
+        index = Index.load(root)
+    except DataError as error:
+        yield fail("dataset", str(error), "see data.root; build one with `medvlp shards build`")
+        return
+    if is_remote(root):
+        yield ok("dataset", f"{root}: index read, {len(index.shards)} shards (not fetched)")
+        return
+    choose = random.Random(index.fingerprint)
+    shards = choose.sample(index.shards, min(SHARDS, len(index.shards)))
+    try:
+        damaged = [shard.file for shard in shards if hash_file(Path(root) / shard.file) != shard.hash]
+    except OSError as error:
+        yield fail("dataset", f"{root}: {error.filename}: {error.strerror}", f"medvlp shards verify {root}")
+        return
+    if damaged:
+        yield fail(
+            "dataset", f"{root}: {', '.join(damaged)}: not as the index says", f"medvlp shards verify {root}"
+        )
+        return
+    reader = ShardReader(root)
+    try:
+        for split in index.splits:
+            count = reader.sample_count(split)
+            for position in choose.sample(range(count), min(SAMPLES // len(index.splits) + 1, count)):
+                decode_image(reader.image(split, position))
+    except DataError as error:
+        yield fail("dataset", f"{root}: {error}", f"medvlp shards verify {root}")
+        return
+    finally:
+        reader.close()
+    seconds = time.monotonic() - started
+    yield ok(
+        "dataset",
+        f"{root}: {index.name}, {len(index.shards)} shards; {len(shards)} compared and samples decoded "
+        f"in {seconds:.1f} s",
+    )
+
+
+_SECONDS = 5.0
+
+
+def check_tracking(mode: str = "auto") -> Result:
+    """Ask W&B's server for a page when the run would log online (proxies of the environment are used).
+
+    Args:
+        mode: `monitor.wandb`.
+    """
+    from medvlp.training.wandb_run import resolve_mode
+
+    resolved = resolve_mode(mode)
+    if resolved == "disabled":
+        return ok("W&B", "disabled")
+    if resolved == "offline":
+        return ok(
+            "W&B", "offline (no API key): later, where there is a network: wandb sync RUN/wandb/offline-run-*"
+        )
+    url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    if not url.startswith(("http://", "https://")):
+        return warn(
+            "W&B", f"WANDB_BASE_URL={url} is no web address", "correct it, or set monitor.wandb=offline"
+        )
+    try:
+        with urllib.request.urlopen(url, timeout=_SECONDS):
+            pass
+    except urllib.error.HTTPError:
+        pass  # it answered
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        return warn(
+            "W&B", f"{url} cannot be reached ({reason}); runs go on, logged offline",
+            "set monitor.wandb=offline on this cluster and sync later, or set HTTPS_PROXY",
+        )  # fmt: skip
+    return ok("W&B", f"{url} answers")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from launcher.exit_codes import meaning
+from launcher.run_state import meaning
 
 #: Saved and stopped on request; see medvlp.training.interrupts.
 INTERRUPTED = 75

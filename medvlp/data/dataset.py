@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import simplejpeg
@@ -15,7 +15,6 @@ from medvlp.data.batch import Batch, Text
 from medvlp.data.fields import Field
 from medvlp.data.order import Positions
 from medvlp.data.sample_store import SampleStore
-from medvlp.data.sentence_order import shuffle_sentences
 from medvlp.data.text import Tokenizer, TokenRows
 from medvlp.data.transforms import DRAWS, SampleRandom, View, evaluation_view, training_view
 from shards.errors import DataError
@@ -196,3 +195,37 @@ class EvaluationDataset(ImageReportDataset):
         rows = np.array(kept, dtype=np.int64)
         text = self._text(self.store.rows, rows)
         return self._batch(images[: len(kept)], rows, views, text, faults, len(faults))
+
+
+def shuffle_sentences(
+    rows: TokenRows, selection: NDArray[np.int64], draw: Callable[[int, int], NDArray[np.uint64]]
+) -> TokenRows:
+    """The selected reports with their sentences in an order of chance; tokens keep theirs inside a sentence.
+
+    Reports are shuffled whole, so that cutting them afterwards drops other sentences each time.
+    With a byte-level tokenizer the space before a sentence travels with it.
+
+    Args:
+        rows: stored reports.
+        selection: [B] which reports.
+        draw: (report, n) -> [n] uniform 64-bit words of this report.
+
+    Returns:
+        The B reports, sentences renumbered from 0 in their new order.
+    """
+    ids, sentences, lengths = [], [], []
+    for report in selection.tolist():
+        tokens = slice(rows.offsets[report], rows.offsets[report + 1])
+        numbers = np.asarray(rows.sentences[tokens])
+        count = int(numbers.max(initial=-1)) + 1
+        place = np.argsort(np.argsort(draw(report, count), kind="stable"), kind="stable")[numbers]
+        order = np.argsort(place, kind="stable")
+        ids.append(np.asarray(rows.ids[tokens])[order])
+        sentences.append(place[order])
+        lengths.append(len(numbers))
+    nothing = np.zeros(0, dtype=np.int64)
+    return TokenRows(
+        np.concatenate([nothing, *ids]),
+        np.concatenate([nothing, *sentences]),
+        np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64),
+    )

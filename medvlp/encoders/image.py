@@ -14,10 +14,8 @@ from timm.layers.attention import Attention
 from torch import Tensor, nn
 
 from medvlp.config import ImageConfig
+from medvlp.encoders.backbones import EncoderError, plain_options, read_weights
 from medvlp.encoders.batch_norm import convert_batch_norms
-from medvlp.encoders.errors import EncoderError
-from medvlp.encoders.options import plain_options
-from medvlp.encoders.weights import read_weights
 from medvlp.hub import hub_reason, quiet_hub
 
 #: Arguments of timm.create_model that bring weights or architectures from elsewhere.

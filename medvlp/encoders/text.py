@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from medvlp.config import TextConfig
 from medvlp.data.batch import Text
-from medvlp.encoders.errors import EncoderError
+from medvlp.encoders.backbones import EncoderError
 from medvlp.encoders.text_model import create_text_model
 
 

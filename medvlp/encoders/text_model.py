@@ -13,8 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from medvlp.config import TextConfig
-from medvlp.encoders.errors import EncoderError
-from medvlp.encoders.options import plain_options
+from medvlp.encoders.backbones import EncoderError, plain_options
 from medvlp.hub import hub_reason, quiet_hub
 
 #: Name under which our attention function is registered with transformers.

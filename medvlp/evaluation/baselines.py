@@ -1,6 +1,6 @@
 """What a method has to beat: ridge regression on 32x32 pixels, for labels and for report words.
 
-The other baseline, the untrained network, is the method before its first step (`loading.py` builds it).
+The other baseline, the untrained network, is the method before its first step (`session.py` builds it).
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import DataError, MedvlpError
-from shards.yaml_text import load_yaml_text
+from shards.strict_yaml import load_yaml_text
 
 POSITIVE_TEMPLATES = (
     "{finding}",

@@ -24,11 +24,14 @@ from medvlp.data.report import report_sentences
 from medvlp.data.text import Tokenizer
 from medvlp.evaluation.features import Wanted, embed, embed_texts
 from medvlp.evaluation.labels import Floats, Uncertain, binary, not_evaluable
-from medvlp.evaluation.loading import load_models
 from medvlp.evaluation.metrics.bootstrap import PatientBootstrap
 from medvlp.evaluation.splits import Split, chosen_labels, selection_split
 from medvlp.evaluation.task import Facts, Needs, Role, Task
 from medvlp.methods.base import Method
+from medvlp.methods.registry import build_method
+from medvlp.runs import saved_run
+from medvlp.runs.encoder_records import check_start
+from medvlp.runs.randomness import random_state, restore_random_state, seed_weights
 from medvlp.runs.saved_run import SavedRun
 from shards.reader import ShardReader
 
@@ -272,3 +275,23 @@ class View:
                 f"task {self._task.name} reads the split {role} without having said that it needs it"
             )
         return self.facts.roles.get(role)
+
+
+def load_models(
+    source: SavedRun, config: Config, tokenizer: Tokenizer, device: torch.device
+) -> dict[str, Method]:
+    """The trained network and the same one as it was before the first step (same config, same seed).
+
+    Parts that the config starts from published weights have them in the untrained network too.
+
+    Raises:
+        IdentityError: those are not the weights the run was started from.
+    """
+    before = random_state()
+    trained = saved_run.load_method(source, config, tokenizer)
+    seed_weights(config.train.seed)
+    untrained = build_method(config, tokenizer.vocab_size)
+    check_start(untrained, config, None if source.stored is None else source.stored[0])
+    untrained.prepare(tokenizer)
+    restore_random_state(before)
+    return {"trained": trained.to(device), "untrained": untrained.to(device).eval()}

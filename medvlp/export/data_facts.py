@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from medvlp.config import DataConfig
 from medvlp.data.cache import open_reader
-from medvlp.export.errors import ExportError
+from medvlp.export.folder import ExportError
 from medvlp.runs.identity import DataRecord, read_licences
 from medvlp.runs.saved_run import SavedRun
 

@@ -10,8 +10,14 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from medvlp.export.errors import ExportError
 from medvlp.runs.state_files import fsync_folder
+from shards.errors import MedvlpError
+
+
+class ExportError(MedvlpError):
+    """A run cannot be exported as asked, or the folder cannot be written; the message says what to do."""
+
+    exit_code = 4
 
 
 def check_free(folder: Path) -> None:

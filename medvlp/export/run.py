@@ -12,10 +12,8 @@ from medvlp.encoders.image import ImageEncoder
 from medvlp.encoders.text import TextEncoder
 from medvlp.export.card import Card, Results, model_card
 from medvlp.export.data_facts import facts_of
-from medvlp.export.errors import ExportError
-from medvlp.export.folder import check_free, new_folder
-from medvlp.export.image import write_image
-from medvlp.export.text import write_text
+from medvlp.export.encoders import write_image, write_text
+from medvlp.export.folder import ExportError, check_free, new_folder
 from medvlp.methods.base import Method
 from medvlp.runs import saved_run
 from medvlp.runs.run_folder import CONFIG

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from medvlp.config import Config
 from medvlp.data.batch import Batch, Text
-from medvlp.encoders.errors import EncoderError
+from medvlp.encoders.backbones import EncoderError
 from medvlp.encoders.image import ImageEncoder, ImageFeatures
 from medvlp.encoders.text import TextEncoder, TextFeatures
 from medvlp.methods.base import Method, Progress, StepOutput

@@ -12,8 +12,17 @@ from torch import Tensor
 
 from medvlp import distributed
 from medvlp.config import PrototypesConfig
-from medvlp.prototypes.board import BOARD, FAILED, PUT_OFF, READY, Board, BoardError, WorkerSettings
-from medvlp.prototypes.board_tables import put_table, read_table
+from medvlp.prototypes.board import (
+    BOARD,
+    FAILED,
+    PUT_OFF,
+    READY,
+    Board,
+    BoardError,
+    WorkerSettings,
+    put_table,
+    read_table,
+)
 from medvlp.prototypes.ring import EmbeddingRing
 from medvlp.prototypes.service import PrototypeService
 from medvlp.prototypes.supervisor import WorkerSupervisor

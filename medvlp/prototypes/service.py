@@ -8,8 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from medvlp.config import PrototypesConfig
-from medvlp.prototypes.ring import EmbeddingRing
-from medvlp.prototypes.staging import StagedRing
+from medvlp.prototypes.ring import EmbeddingRing, StagedRing
 from medvlp.prototypes.table import PrototypeTable
 
 

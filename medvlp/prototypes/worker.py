@@ -105,7 +105,7 @@ class Worker:
     def refresh(self, number: int, cursors: list[int]) -> int:
         """Cluster the rows of all nodes and write the table; returns the outcome."""
         from medvlp import distributed
-        from medvlp.prototypes.board_tables import publish_table
+        from medvlp.prototypes.board import publish_table
         from medvlp.prototypes.refresh import refresh_table
 
         settings = self.settings
@@ -141,7 +141,7 @@ class Worker:
         return BankRows.joined([ring.rows(cursor) for ring, cursor in zip(self._rings, cursors, strict=True)])
 
     def _old_table(self) -> Any:
-        from medvlp.prototypes.board_tables import read_table
+        from medvlp.prototypes.board import read_table
 
         return None if self.board.in_use is None else read_table(self.board, self.board.in_use)[0]
 

@@ -14,6 +14,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from medvlp.losses.normalise import unit_norm
 from medvlp.prototypes.table import PrototypeTable
 from medvlp.serving.layout import REPORT, SNAPSHOT, PrototypeFilesError
 from shards.atomic import atomic_write, remove_leftovers
@@ -196,3 +197,36 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
 
 def _unusable(path: Path, reason: str) -> PrototypeFilesError:
     return PrototypeFilesError(f"{path} cannot be used ({reason}); make it anew: medvlp prototypes build RUN")
+
+
+def export_index(snapshot: Snapshot, path: Path, samples: str | None = None) -> int:
+    """Write an index of unit-norm float32 rows with inner product, that is, cosine.
+
+    Args:
+        snapshot: what to export.
+        path: the file; replaced whole.
+        samples: "image" or "report": the embeddings of the samples, each with its position in the split as
+            its id; None: the centroids, with cluster numbers as ids.
+
+    Returns:
+        Number of rows.
+
+    Raises:
+        PrototypeFilesError: the snapshot holds no such embeddings.
+        DataError: the file cannot be written.
+    """
+    import faiss
+
+    width = snapshot.table.centroids.shape[1]
+    index: Any = faiss.IndexFlatIP(width)
+    if samples is None:
+        index.add(snapshot.table.centroids.float().cpu().numpy())
+    else:
+        rows = snapshot.embeddings().get(samples)
+        if rows is None:
+            known = " and ".join(snapshot.embeddings())
+            raise PrototypeFilesError(f"no {samples} embeddings are stored for this run, only {known}")
+        index = faiss.IndexIDMap2(index)
+        index.add_with_ids(unit_norm(rows.float()).numpy(), snapshot.sample.numpy().astype(np.int64))
+    atomic_write(path, faiss.serialize_index(index).tobytes())
+    return int(index.ntotal)

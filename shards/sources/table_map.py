@@ -6,13 +6,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from shards.errors import DataError
-from shards.names import nearest
+from shards.errors import DataError, nearest
+from shards.strict_yaml import load_yaml_text
 from shards.tables.files import check_encoding
 from shards.tables.reading import TableFormat
 from shards.tables.rows import MISSING_WORDS
 from shards.text.headings import LANGUAGES, SECTION_NAMES
-from shards.yaml_text import load_yaml_text
 
 
 @dataclass

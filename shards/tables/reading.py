@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shards.errors import DataError
-from shards.names import nearest
+from shards.errors import DataError, nearest
 from shards.tables import delimited, json_lines, parquet
 from shards.tables.files import check_encoding, locate, open_text, table_kind
 from shards.tables.rows import MISSING_WORDS, BadRow, CellReader, Row

@@ -1,1 +1,1 @@
-"""Report text: sections, sentences, cleaning. Pure functions of strings."""
+"""Report text: sections and sentences. Pure functions of strings."""

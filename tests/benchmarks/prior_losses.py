@@ -24,7 +24,7 @@ from _measure import Comparison, compare
 from torch import Tensor, nn
 
 from medvlp.data.batch import Text
-from medvlp.encoders.sentences import sentence_means
+from medvlp.encoders.words import sentence_means
 from medvlp.losses.normalise import unit_norm
 from medvlp.methods.prior.attention import AttentionPool, LocalCrossAttention
 from medvlp.methods.prior.terms import sentence_contrast, simsiam

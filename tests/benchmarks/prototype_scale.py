@@ -21,8 +21,7 @@ import torch
 
 from medvlp.config import PrototypesConfig
 from medvlp.losses.normalise import unit_norm
-from medvlp.prototypes.kmeans import ClusterSums
-from medvlp.prototypes.search import CentroidSearch
+from medvlp.prototypes.kmeans import CentroidSearch, ClusterSums
 from medvlp.prototypes.table import PrototypeTable
 
 NODES, RANKS, PAIRS = 128, 1024, 128

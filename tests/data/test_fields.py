@@ -14,9 +14,8 @@ import torch
 
 from medvlp.config import Config, TransformConfig
 from medvlp.config_files import ConfigError
-from medvlp.data.entities import EntityRows
 from medvlp.data.loader import build_loader, evaluation_loader
-from medvlp.data.sample_store import SampleStore
+from medvlp.data.sample_store import EntityRows, SampleStore
 from medvlp.data.text import Tokenizer
 from medvlp.data.transforms import DRAWS, SampleRandom, training_view
 from medvlp.methods import registry

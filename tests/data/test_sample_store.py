@@ -18,12 +18,11 @@ from safetensors.numpy import load, save
 
 from medvlp.config import Config
 from medvlp.config_files import ConfigError
-from medvlp.data.report import report_sentences
+from medvlp.data.report import mgca_sentences, report_sentences
 from medvlp.data.sample_store import SampleStore, checksum
 from medvlp.data.text import Tokenizer
 from shards.errors import DataError
 from shards.reader import ShardReader
-from shards.text.cleaning import mgca_sentences
 from shards.text.sentences import split_sentences
 
 ConfigFactory = Callable[..., Config]

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medvlp.data.sentence_order import shuffle_sentences
+from medvlp.data.dataset import shuffle_sentences
 from medvlp.data.text import TokenRows
 from medvlp.data.transforms import SampleRandom
 

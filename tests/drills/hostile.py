@@ -21,9 +21,8 @@ from pathlib import Path
 from safetensors.numpy import load, save
 
 from medvlp.config import Config
-from medvlp.data.entities import EntityRows
 from medvlp.data.report import report_sentences
-from medvlp.data.sample_store import SampleStore, checksum
+from medvlp.data.sample_store import EntityRows, SampleStore, checksum
 from medvlp.data.text import Tokenizer
 from medvlp.runs.errors import CheckpointError
 from medvlp.runs.manifest import MANIFEST, Manifest

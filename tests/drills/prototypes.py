@@ -21,8 +21,7 @@ from typing import Any, Self
 import psutil
 import torch
 
-from medvlp.prototypes.board import BOARD, READY, Board
-from medvlp.prototypes.board_tables import publish_table, read_table
+from medvlp.prototypes.board import BOARD, READY, Board, publish_table, read_table
 from medvlp.prototypes.table import PrototypeTable
 from medvlp.training.interrupts import EXIT_INTERRUPTED
 from tests.drills.outcomes import Case, expect

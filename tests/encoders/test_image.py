@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from medvlp.config import ImageConfig
-from medvlp.encoders.errors import EncoderError
+from medvlp.encoders.backbones import EncoderError
 from medvlp.encoders.image import ImageEncoder
 
 VIT = ImageConfig(

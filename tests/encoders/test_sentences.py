@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medvlp.data.batch import Text
-from medvlp.encoders.sentences import sentence_means
+from medvlp.encoders.words import sentence_means
 
 
 def text_of(sentence_index: torch.Tensor) -> Text:

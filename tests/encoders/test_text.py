@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from medvlp.config import TextConfig
 from medvlp.data.batch import Text
-from medvlp.encoders.errors import EncoderError
+from medvlp.encoders.backbones import EncoderError
 from medvlp.encoders.text import TextEncoder
 from tests.golden_files import Golden, every
 

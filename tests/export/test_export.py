@@ -20,8 +20,7 @@ from medvlp.data.text import Tokenizer
 from medvlp.encoders.image import ImageEncoder
 from medvlp.evaluation.metrics.bootstrap import Estimate
 from medvlp.evaluation.report import results
-from medvlp.export.errors import ExportError
-from medvlp.export.folder import new_folder
+from medvlp.export.folder import ExportError, new_folder
 from medvlp.methods.base import Method, StepOutput
 from medvlp.methods.mgca.config import MGCAConfig
 from medvlp.methods.registry import REGISTRY, Entry

@@ -16,10 +16,8 @@ from medvlp.config import ImageConfig, TextConfig
 from medvlp.data.text import Tokenizer
 from medvlp.encoders.image import ImageEncoder
 from medvlp.encoders.text import TextEncoder
-from medvlp.export.agreement import check_agreement
-from medvlp.export.errors import ExportError
-from medvlp.export.image import write_image
-from medvlp.export.text import plain_weights
+from medvlp.export.encoders import check_agreement, plain_weights, write_image
+from medvlp.export.folder import ExportError
 from tests.export.saved import save_run
 from tests.training.runs import TINY as TRAINED
 from tests.training.runs import train

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from launcher.doctor import dataset, machine, nodes, results, software, storage, tracking
+from launcher.doctor import checks, machine, nodes, results, software, storage
 from launcher.doctor.checks import CHECKS
 from launcher.doctor.nodes import NodeReport
 from launcher.doctor.results import BadNodesError, Check, Result, UnhealthyError, examine, fail, ok, warn
@@ -130,7 +130,7 @@ def test_room_in_the_cache(tmp_path: Path) -> None:
 
 
 def test_a_damaged_dataset_is_found(shards: Path, tmp_path: Path) -> None:
-    (good,) = dataset.check_dataset(str(shards))
+    (good,) = checks.check_dataset(str(shards))
     assert good.status == "ok"
     copy = tmp_path / "copy"
     shutil.copytree(shards, copy)
@@ -138,19 +138,19 @@ def test_a_damaged_dataset_is_found(shards: Path, tmp_path: Path) -> None:
         data = bytearray(shard.read_bytes())
         data[len(data) // 2] ^= 1
         shard.write_bytes(data)
-    (bad,) = dataset.check_dataset(str(copy))
+    (bad,) = checks.check_dataset(str(copy))
     assert bad.status == "fail"
     assert "not as the index says" in bad.detail
     assert bad.remedy == f"medvlp shards verify {copy}"
-    (none,) = dataset.check_dataset(str(tmp_path / "none"))
+    (none,) = checks.check_dataset(str(tmp_path / "none"))
     assert none.status == "fail"
 
 
 def test_tracking_offline_and_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    assert tracking.check_tracking("disabled").detail == "disabled"
-    assert "wandb sync" in tracking.check_tracking("offline").detail
-    found = tracking.check_tracking("online")
+    assert checks.check_tracking("disabled").detail == "disabled"
+    assert "wandb sync" in checks.check_tracking("offline").detail
+    found = checks.check_tracking("online")
     assert (found.status, "cannot be reached" in found.detail) == ("warn", True)
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from medvlp.losses.diagonal_contrast import diagonal_contrast
+from medvlp.losses.cross_attention import diagonal_contrast
 from medvlp.losses.normalise import unit_norm
 
 

@@ -14,8 +14,7 @@ import torch
 
 from medvlp import distributed
 from medvlp.config import PrototypesConfig
-from medvlp.prototypes.board import FAILED, READY, Board, WorkerSettings
-from medvlp.prototypes.board_tables import put_table, read_table
+from medvlp.prototypes.board import FAILED, READY, Board, WorkerSettings, put_table, read_table
 from medvlp.prototypes.refresh import refresh_table
 from medvlp.prototypes.ring import BankRows, EmbeddingRing
 from medvlp.prototypes.supervisor import WorkerSupervisor

@@ -18,10 +18,9 @@ from medvlp.prototypes.table import PrototypeTable
 from medvlp.runs.errors import CheckpointError
 from medvlp.runs.saved_run import locate
 from medvlp.serving import snapshot as snapshots
-from medvlp.serving.build import BuildRequest, build
+from medvlp.serving.build import BuildRequest, build, stored_table
 from medvlp.serving.cluster_report import Members, overall, report_of
 from medvlp.serving.layout import REPORT, SNAPSHOT, PrototypeFilesError, folder_of
-from medvlp.serving.run_clusters import stored_table
 from medvlp.serving.run_model import RunModel
 from medvlp.serving.snapshot import Origin, Snapshot
 from shards.errors import UsageError

@@ -13,10 +13,9 @@ from PIL import Image
 
 from medvlp.config import DataConfig
 from medvlp.serving.cluster_report import Members
-from medvlp.serving.faiss_file import export_index
 from medvlp.serving.gallery import write_gallery
 from medvlp.serving.layout import PrototypeFilesError
-from medvlp.serving.snapshot import Snapshot
+from medvlp.serving.snapshot import Snapshot, export_index
 from shards.errors import DataError
 from shards.reader import ShardReader
 

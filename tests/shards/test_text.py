@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.text.cleaning import mgca_sentences
+from medvlp.data.report import mgca_sentences
 from shards.text.sections import split_sections
 from shards.text.sentences import split_sentences
 

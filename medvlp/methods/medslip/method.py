@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from medvlp.config import Config
 from medvlp.data.batch import Batch, Text
 from medvlp.data.text import Tokenizer
-from medvlp.encoders.errors import EncoderError
+from medvlp.encoders.backbones import EncoderError
 from medvlp.encoders.image import ImageEncoder, ImageFeatures
 from medvlp.encoders.positions import sincos_positions
 from medvlp.encoders.text import TextEncoder

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from medvlp.config import Config
 from medvlp.data.batch import Text
-from medvlp.encoders.errors import EncoderError
+from medvlp.encoders.backbones import EncoderError
 from medvlp.encoders.image import ImageEncoder, ImageFeatures
 from medvlp.encoders.projection import ProjectionHead
 from medvlp.encoders.text import TextEncoder, TextFeatures

@@ -6,7 +6,7 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from medvlp.encoders.errors import EncoderError
+from medvlp.encoders.backbones import EncoderError
 from medvlp.encoders.positions import sincos_positions
 from medvlp.methods.mpma.fusion import FusionLayer, check_heads
 from medvlp.methods.mpma.masking import PatchMask

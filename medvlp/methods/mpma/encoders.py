@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from medvlp.config import ImageConfig, TextConfig
 from medvlp.data.batch import Text
-from medvlp.encoders.errors import EncoderError
+from medvlp.encoders.backbones import EncoderError
 from medvlp.encoders.image import ImageEncoder, ImageFeatures
 from medvlp.encoders.positions import sincos_positions
 from medvlp.encoders.text import TextEncoder, TextFeatures

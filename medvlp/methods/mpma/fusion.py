@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medvlp.encoders.errors import EncoderError
+from medvlp.encoders.backbones import EncoderError
 
 
 def check_heads(name: str, heads: int, width: int) -> None:

@@ -9,9 +9,8 @@ from medvlp.config import Config
 from medvlp.data.batch import Text
 from medvlp.encoders.image import ImageEncoder, ImageFeatures
 from medvlp.encoders.projection import ProjectionHead
-from medvlp.encoders.sentences import sentence_means
 from medvlp.encoders.text import TextEncoder, TextFeatures
-from medvlp.encoders.words import aggregate_words
+from medvlp.encoders.words import aggregate_words, sentence_means
 from medvlp.losses.normalise import unit_norm
 from medvlp.methods.base import Progress, StepOutput
 from medvlp.methods.instance_contrast import instance_contrast

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertEncoder
 
+from medvlp.encoders.backbones import EncoderError
 from medvlp.encoders.batch_norm import GlobalBatchNorm
-from medvlp.encoders.errors import EncoderError
 
 
 class UpsampleBlock(nn.Module):

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from medvlp.config import Config
 from medvlp.data.batch import Batch, Text
 from medvlp.encoders.image import ImageEncoder, ImageFeatures, normalise_image
-from medvlp.encoders.sentences import sentence_means
 from medvlp.encoders.text import TextEncoder, TextFeatures
+from medvlp.encoders.words import sentence_means
 from medvlp.losses.normalise import unit_norm
 from medvlp.methods.base import Progress, StepOutput
 from medvlp.methods.pair import Alignment, EncodedPair, PairMethod, build_encoders

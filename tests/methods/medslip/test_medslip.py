@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medvlp.config_files import ConfigError, load
-from medvlp.encoders.errors import EncoderError
+from medvlp.encoders.backbones import EncoderError
 from medvlp.methods.medslip.config import MeDSLIPConfig
 from medvlp.methods.medslip.modules import QueryDecoder
 from medvlp.methods.registry import build_method, fields_of, schemas

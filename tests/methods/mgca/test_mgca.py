@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medvlp.config import PrototypesConfig
-from medvlp.encoders.errors import EncoderError
+from medvlp.encoders.backbones import EncoderError
 from medvlp.losses.normalise import unit_norm
 from medvlp.methods.base import Progress
 from medvlp.methods.registry import UnknownMethodError, build_method, schemas

@@ -12,7 +12,7 @@ import torch
 
 from medvlp.config import ImageConfig, TextConfig
 from medvlp.data.batch import Text
-from medvlp.encoders.errors import EncoderError
+from medvlp.encoders.backbones import EncoderError
 from medvlp.encoders.image import ImageEncoder
 from medvlp.encoders.positions import sincos_positions
 from medvlp.encoders.text import TextEncoder

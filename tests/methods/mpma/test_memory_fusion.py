@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from medvlp.encoders.errors import EncoderError
+from medvlp.encoders.backbones import EncoderError
 from medvlp.encoders.positions import sincos_positions
 from medvlp.methods.mpma.decoder import ImageDecoder
 from medvlp.methods.mpma.fusion import FusionLayer, MemoryAttention, MemoryFusion, SharedMemory

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from medvlp.config_files import ConfigError
 from medvlp.data.batch import Batch, Text
-from medvlp.encoders.errors import EncoderError
+from medvlp.encoders.backbones import EncoderError
 from medvlp.methods.base import Progress
 from medvlp.methods.mpma.alignment import LearnedTemperature
 from medvlp.methods.mpma.masking import is_word

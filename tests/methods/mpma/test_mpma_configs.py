@@ -8,7 +8,7 @@ import pytest
 
 from medvlp.config import Config
 from medvlp.config_files import load
-from medvlp.encoders.errors import EncoderError
+from medvlp.encoders.backbones import EncoderError
 from medvlp.methods.mpma.config import MPMAConfig
 from medvlp.methods.registry import build_method, schemas
 from tests.methods.small_mgca import VOCABULARY, small_batch

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from medvlp.config import PhaseConfig, PrototypesConfig
 from medvlp.config_files import ConfigError
-from medvlp.encoders.errors import EncoderError
+from medvlp.encoders.backbones import EncoderError
 from medvlp.losses.normalise import unit_norm
 from medvlp.methods.base import Progress
 from medvlp.methods.prior.bank import gumbel_noise

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from medvlp.data.batch import Text
-from medvlp.encoders.sentences import sentence_means
+from medvlp.encoders.words import sentence_means
 from medvlp.losses.contrastive import contrastive_logits, paired_cross_entropy
 from medvlp.losses.normalise import unit_norm
 from medvlp.methods.prior.attention import AttentionPool, LocalCrossAttention

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from medvlp.data.batch import Text
-from medvlp.encoders.sentences import sentence_means
+from medvlp.encoders.words import sentence_means
 from medvlp.methods.prior.config import PRIORConfig
 from medvlp.methods.prior.losses import PRIORLosses, PRIORParts
 from medvlp.methods.prior.terms import reorder, set_distance

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from medvlp.encoders.errors import EncoderError
+from medvlp.encoders.backbones import EncoderError
 from medvlp.methods.prior.attention import AttentionPool, LocalCrossAttention
 from medvlp.methods.prior.decoders import SentenceDecoder
 from medvlp.methods.prior.modules import LearnedScale

@@ -1,16 +1,30 @@
-"""Reading local weight files without unpickling code."""
+"""What image and text backbones are built with: options, local weight files, and the error of either."""
 
-from __future__ import annotations
-
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from medvlp.encoders.errors import EncoderError
 from medvlp.tensor_files import TensorFileError, read_torch_file
+from shards.errors import MedvlpError
+
+
+class EncoderError(MedvlpError, ValueError):
+    """A backbone, its weights or its input do not fit the config; the message names the config key."""
+
+    exit_code = 2
+
+
+def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A dict without OmegaConf containers, which timm and transformers would not take for lists."""
+    if OmegaConf.is_config(options):
+        return OmegaConf.to_container(options, resolve=True)  # type: ignore[return-value]
+    return dict(options)
+
 
 #: Keys under which training scripts wrap a model's weights.
 WRAPPERS = ("state_dict", "model", "model_state_dict")
