@@ -18,7 +18,7 @@ from medvlp.evaluation.report.joining import complete
 from medvlp.evaluation.report.results import Evaluation, UnitResult
 from medvlp.evaluation.session import Session
 from medvlp.evaluation.task import EvaluationError, Task, Unit, schemas, tasks
-from medvlp.evaluation.units import StoredUnit
+from medvlp.evaluation.units import StoredUnit, files_of
 from medvlp.runs import saved_run
 from shards.errors import UsageError
 
@@ -91,8 +91,8 @@ def evaluate(options: EvaluationOptions, say: Callable[[str], None]) -> Evaluati
     """
     options.check()
     session = _open(options, say)
-    evaluation = _empty(options, session)
     chosen = [tasks()[name](session.config.evaluation.tasks[name]) for name in options.tasks or tasks()]
+    evaluation = _empty(options, session, chosen)
     jobs: list[tuple[Task, dict[Unit, StoredUnit]]] = []
     for task in chosen:
         if reason := task.unavailable_on(session.facts(task)):
@@ -143,11 +143,11 @@ def _open(options: EvaluationOptions, say: Callable[[str], None]) -> Session:
     return Session(source, config, tokenizer, device, reader, options.labels, options.uncertain, say)
 
 
-def _empty(options: EvaluationOptions, session: Session) -> Evaluation:
+def _empty(options: EvaluationOptions, session: Session, chosen: Sequence[Task]) -> Evaluation:
     """The evaluation without results: what of, on what, how."""
     config, source, index = session.config, session.source, session.reader.index
     common = dataclasses.asdict(config.evaluation)
-    wanted = list(options.tasks or tasks())
+    wanted = [task.name for task in chosen]
     return Evaluation(
         model={
             "name": source.name(config),
@@ -170,6 +170,7 @@ def _empty(options: EvaluationOptions, session: Session) -> Evaluation:
             "device": session.device.type,
             "tokenizer": session.tokenizer.fingerprint,
             "options": {name: values for name, values in common.pop("tasks").items() if name in wanted},
+            "files": {task.name: files_of(task) for task in chosen},
             **common,
         },
         config=dataclasses.asdict(config),

@@ -36,7 +36,7 @@ def fingerprint(session: Session, task: Task, unit: Unit) -> str:
     settings = {name: value for name, value in asdict(task.settings).items() if name not in task.unit_keys}
     decides = {
         "program": metadata.version("medvlp"),
-        "task": [task.name, task.version, unit.name, settings, _files(task)],
+        "task": [task.name, task.version, unit.name, settings, files_of(task)],
         "weights": session.source.weights,
         "tokenizer": session.tokenizer.fingerprint,
         "dataset": DataRecord.of(session.reader.index, evaluation["split"]).content,
@@ -51,8 +51,12 @@ def fingerprint(session: Session, task: Task, unit: Unit) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(decides, sort_keys=True).encode())
 
 
-def _files(task: Task) -> dict[str, str]:
-    """Checksums of the files that the task's settings name."""
+def files_of(task: Task) -> dict[str, str]:
+    """Checksums of the files that a task's settings name, by the name of the setting.
+
+    Raises:
+        EvaluationError: a file cannot be read.
+    """
     found = {}
     for item in fields(task.settings):
         file = getattr(task.settings, item.name)
@@ -107,7 +111,11 @@ class StoredUnit:
             DataError: it cannot be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        settings = evaluation.settings | {"tasks": [task.name], "options": {task.name: asdict(task.settings)}}
+        settings = evaluation.settings | {
+            "tasks": [task.name],
+            "options": {task.name: asdict(task.settings)},
+            "files": {task.name: evaluation.settings["files"][task.name]},
+        }
         units = {task.name: {unit.name: result}}
         results.write(
             Evaluation(evaluation.model, evaluation.data, settings, units=units, config=evaluation.config),

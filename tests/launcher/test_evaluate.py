@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import typer
+import xxhash
 from typer.testing import CliRunner, Result
 
 from launcher.commands import evaluate
@@ -128,6 +129,30 @@ def test_a_checkpoint_folder_is_that_checkpoint_and_numbers_repeat(
     table = medvlp("compare", tmp_path / "new.json", tmp_path / "old.json", "--markdown").output
     assert table.count("| 32×32-pixel ridge |") == 1
     assert table.count("| tiny") == 4
+
+
+def test_a_changed_prompt_file_is_evaluated_anew_and_recorded(
+    run: Path, shards: Path, medvlp, tmp_path: Path
+) -> None:
+    """Its path says nothing of its content: results name the content, and no finished unit is of another."""
+    prompts, out = tmp_path / "prompts.yaml", tmp_path / "out.json"
+    arguments = ["--task", "zero-shot", "--label", "edema", f"evaluation.tasks.zero-shot.prompts={prompts}"]
+    recorded, reused = [], []
+    for positive in ("edema", "edema", "signs of edema"):
+        prompts.write_text(f"findings: {{edema: {{positive: [{positive}], negative: [no edema]}}}}\n")
+        result = medvlp("evaluate", run, "--data", shards, *arguments, "--out", out)
+        assert result.exit_code == 0, result.exception
+        found = results.read(out)
+        assert found.notes["zero-shot"]["prompts"]["edema"]["positive"] == [positive]
+        recorded.append(found.settings["files"]["zero-shot"]["prompts"])
+        reused.append("is finished" in result.output)
+    assert reused == [False, True, False]
+    assert (
+        recorded[0]
+        == recorded[1]
+        == xxhash.xxh3_128_hexdigest(prompts.read_bytes().replace(b"signs of ", b""))
+    )
+    assert recorded[2] == xxhash.xxh3_128_hexdigest(prompts.read_bytes())
 
 
 def test_a_damaged_checkpoint_is_not_evaluated(run: Path, shards: Path, medvlp, tmp_path: Path) -> None:

@@ -8,6 +8,9 @@ from pathlib import Path
 from medvlp.evaluation.report.results import Evaluation
 from medvlp.evaluation.task import EvaluationError, tasks
 
+#: Settings by task, which tasks that are in one file only bring along.
+_OF_TASKS = frozenset(("options", "files"))
+
 
 def join(parts: Mapping[Path, Evaluation]) -> Evaluation:
     """One evaluation with the tasks of all.
@@ -41,8 +44,8 @@ def join(parts: Mapping[Path, Evaluation]) -> Evaluation:
         joined.settings["tasks"] += [
             task for task in part.settings["tasks"] if task not in joined.settings["tasks"]
         ]
-        if "options" in part.settings:
-            joined.settings["options"] = joined.settings.get("options", {}) | part.settings["options"]
+        for of_tasks in _OF_TASKS & part.settings.keys():
+            joined.settings[of_tasks] = joined.settings.get(of_tasks, {}) | part.settings[of_tasks]
         joined.data["splits"] |= part.data["splits"]
     return complete(joined)
 
@@ -79,18 +82,20 @@ def _check_same(first_file: Path, first: Evaluation, file: Path, part: Evaluatio
         ("data", _without(first.data, "splits"), _without(part.data, "splits")),
         (
             "settings",
-            _without(first.settings, "tasks", "options"),
-            _without(part.settings, "tasks", "options"),
+            _without(first.settings, "tasks", *_OF_TASKS),
+            _without(part.settings, "tasks", *_OF_TASKS),
         ),
     ):
         if one != other:
             raise EvaluationError(f"{file}: has another {what} than {first_file}; evaluate the task again")
-    ours, theirs = first.settings.get("options", {}), part.settings.get("options", {})
-    for task in ours.keys() & theirs.keys():
-        if ours[task] != theirs[task]:
-            raise EvaluationError(
-                f"{file}: has other settings of {task} than {first_file}; evaluate it again"
-            )
+    for of_tasks in sorted(_OF_TASKS):
+        ours, theirs = first.settings.get(of_tasks, {}), part.settings.get(of_tasks, {})
+        for task in set(first.settings["tasks"]) & set(part.settings["tasks"]):
+            if ours.get(task, {}) != theirs.get(task, {}):
+                what = "settings" if of_tasks == "options" else "contents of the files of the settings"
+                raise EvaluationError(
+                    f"{file}: has other {what} of {task} than {first_file}; evaluate it again"
+                )
 
 
 def _without(values: Mapping[str, object], *names: str) -> dict[str, object]:

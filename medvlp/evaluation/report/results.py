@@ -4,7 +4,8 @@ schema_version  1
 model           name, run, checkpoint (folder name), step, weights (checksum)
 data            root, name, fingerprint, split; samples, patients and corrupt samples of each split used
 settings        tasks, labels, uncertain, split, batch, bootstrap, seed, tokenizer fingerprint, and `options`:
-                task -> its own keys (files of before have fractions and prompts in their place)
+                task -> its own keys (files of before have fractions and prompts in their place), `files`:
+                task -> key that names a file -> the file's checksum (xxh3_128)
 results         task -> model -> metric -> {value, low, high}
                 models: trained, untrained, pixels, chance; low and high bound the 95 % interval
                 (bootstrap by patient) or are null

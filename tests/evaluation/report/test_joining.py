@@ -80,6 +80,13 @@ def test_a_missing_a_double_and_a_strange_unit_are_refused() -> None:
         join({Path("a"): probe(0.1), Path("b"): probe(0.1)})
     with pytest.raises(EvaluationError, match="b: has other settings of linear-probe than a"):
         join({Path("a"): probe(0.1), Path("b"): probe(1.0, (1.0,))})
+    first, second = probe(0.1), probe(1.0)
+    first.settings["files"], second.settings["files"] = ({"linear-probe": {"prompts": x}} for x in ("a", "b"))
+    with pytest.raises(EvaluationError, match="b: has other contents of the files of the settings of linear"):
+        join({Path("a"): first, Path("b"): second})
+    del second.settings["files"]
+    with pytest.raises(EvaluationError, match="b: has other contents of the files"):
+        join({Path("a"): first, Path("b"): second})
     strange = probe(0.1)
     strange.units = {"from-elsewhere": strange.units["linear-probe"]}
     with pytest.raises(EvaluationError, match="from-elsewhere was evaluated by units, and no such task"):
