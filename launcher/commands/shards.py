@@ -1,4 +1,4 @@
-"""`medvlp shards`: build, annotate, merge, verify, info and view datasets."""
+"""`medvlp shards`: build, annotate, merge, verify, info, overlap and view datasets."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.progress import Progress
+from rich.table import Table
 
 from launcher.commands import shards_build
+from shards.atomic import atomic_write
 from shards.entities.annotate import annotate as annotate_dataset
 from shards.errors import DataError, UsageError
 from shards.info import describe
 from shards.merge import merge
+from shards.overlap import overlap, shared_patients, write_pairs
 from shards.reader import ShardReader
 from shards.verify import verify
 from shards.view import contact_sheet
@@ -79,6 +82,47 @@ def verify_command(dataset: Dataset, workers: Workers = None) -> None:
 def info_command(dataset: Dataset) -> None:
     """Show splits, samples, patients, labels and text lengths."""
     Console().print(describe(ShardReader(dataset)))
+
+
+@app.command("overlap")
+def overlap_command(
+    dataset: Annotated[Path, typer.Argument(metavar="A", help="dataset folder")],
+    other: Annotated[
+        Path | None,
+        typer.Argument(metavar="[B]", help="another; default: the splits of A against each other"),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="CSV of what is shared, by split and key; holds no ids")
+    ] = None,
+    patients: Annotated[
+        Path | None,
+        typer.Option(
+            "--patients",
+            help="list of A's patients to leave out (`shards build NAME --exclude`); holds their ids",
+        ),
+    ] = None,
+    workers: Workers = None,
+) -> None:
+    """Find patients, studies, images (also resized or recompressed) and reports that two datasets share."""
+    found = overlap(dataset, other, workers or default_workers())
+    table = Table("shared", "A", "B", title_justify="left")
+    for common in found:
+        table.add_row(
+            common.kind,
+            f"{len(common.samples):,} samples of {common.split}",
+            f"{common.other_samples:,} of {common.other_split}",
+        )
+    if found:
+        Console().print(table)
+    else:
+        typer.echo("nothing is shared")
+    if out is not None:
+        write_pairs(out, found, dataset, other)
+        typer.echo(f"{out}: {sum(len(common.samples) for common in found):,} lines")
+    if patients is not None:
+        ids = shared_patients(found, dataset)
+        atomic_write(patients, "".join(f"{patient}\n" for patient in ids).encode())
+        typer.echo(f"{patients}: {len(ids):,} patients; it holds their ids")
 
 
 @app.command("view")
