@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pwd
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +12,7 @@ from pathlib import Path
 from launcher.run_state import read_run
 from launcher.slurm import slurm_commands
 from launcher.slurm.attempts import request_cancel
-from launcher.slurm.run_jobs import TRAINING, kind_of, submissions, submitted_id, unfinished
+from launcher.slurm.run_jobs import TRAINING, folder_of, kind_of, submissions, submitted_id, unfinished
 from launcher.slurm.slurm_commands import Job, SlurmError
 
 _POLL_SECONDS = 1.0
@@ -20,6 +22,17 @@ _STARTED = ("RUNNING", "SUSPENDED")
 
 class StillRunningError(SlurmError):
     """A job did not end within the time given; it was asked and will end at its next step."""
+
+
+class NotOfThisRunError(SlurmError):
+    """A run folder names a job that is not the user's own for this folder."""
+
+
+def _user() -> str:
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:  # a container's user without a name
+        return str(os.getuid())
 
 
 @dataclass(frozen=True)
@@ -41,11 +54,34 @@ def jobs_to_cancel(folder: Path, job_id: int | None) -> list[Job]:
     """Jobs of a folder that are not over, or only the one named; those that wait come first.
 
     A task stands for its whole array, the first component for a heterogeneous job.
+
+    Raises:
+        NotOfThisRunError: a job that the folder names is another user's, or works for another folder.
     """
     ids = [int(line["job_id"]) for line in submissions(folder)]
     jobs = unfinished(slurm_commands.list_jobs([job_id] if job_id is not None else ids)) if ids else []
     order = sorted(jobs, key=lambda job: (job.state in _STARTED, -job.het_job_offset, -job.id))
-    return list({submitted_id(job): job for job in order}.values())
+    chosen = list({submitted_id(job): job for job in order}.values())
+    for job in chosen:
+        _check_belongs(job, folder)
+    return chosen
+
+
+def _check_belongs(job: Job, folder: Path) -> None:
+    """Slurm's word counts, not that of the folder: a stranger may have written any id into it."""
+    works_for = folder_of(job)
+    if job.user != _user():
+        reason = f"belongs to {job.user}"
+    elif works_for is None:
+        reason = "was not started by `medvlp submit`"
+    elif works_for.resolve() != folder.resolve():
+        reason = f"works for {works_for}"
+    else:
+        return
+    raise NotOfThisRunError(
+        f"{folder} names job {submitted_id(job)} ({job.name}), which {reason}: nothing was cancelled; "
+        f"if that job is meant, use scancel {submitted_id(job)}"
+    )
 
 
 def cancel_jobs(

@@ -90,8 +90,9 @@ def jobs_by_folder() -> dict[Path, list[Job]] | None:
 
 
 def submissions(folder: Path) -> list[dict[str, Any]]:
-    """Lines of `FOLDER/slurm/jobs.jsonl`, newest first."""
-    return list(newest_first(folder / SLURM_FOLDER / SUBMISSIONS))
+    """Lines of `FOLDER/slurm/jobs.jsonl` that name a job, newest first."""
+    lines = newest_first(folder / SLURM_FOLDER / SUBMISSIONS)
+    return [line for line in lines if type(line.get("job_id")) is int]
 
 
 def newest_submission(folder: Path) -> int | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pwd
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +34,12 @@ def submitted(folder: Path, *lines: dict[str, object]) -> Path:
     (folder / "slurm").mkdir(parents=True)
     (folder / "slurm/jobs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
+
+
+def own_job(folder: Path) -> Job:
+    """JOB as one of this user for a folder."""
+    user = pwd.getpwuid(os.getuid()).pw_name
+    return replace(JOB, user=user, standard_output=str(folder / "slurm/job-%j.out"))
 
 
 def medvlp(*words: object):
@@ -112,16 +120,43 @@ def test_an_array_and_a_job_of_two_components_are_cancelled_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = submitted(tmp_path / "run", {"job_id": 9, "kind": "shards"}, {"job_id": 30, "kind": "pretrain"})
+    ours = own_job(run)
     jobs = [
-        *(replace(JOB, id=9 + task, array_job_id=9, array_task_id=task) for task in range(3)),
-        replace(JOB, id=13, state="PENDING", array_job_id=9, array_tasks="3-5"),
-        *(replace(JOB, id=30 + offset, het_job_id=30, het_job_offset=offset) for offset in range(2)),
-        replace(JOB, id=40, state="COMPLETED"),
+        *(replace(ours, id=9 + task, array_job_id=9, array_task_id=task) for task in range(3)),
+        replace(ours, id=13, state="PENDING", array_job_id=9, array_tasks="3-5"),
+        *(replace(ours, id=30 + offset, het_job_id=30, het_job_offset=offset) for offset in range(2)),
+        replace(ours, id=40, state="COMPLETED"),
     ]
     monkeypatch.setattr(slurm_commands, "list_jobs", lambda ids=None, user=None: jobs)
     chosen = cancelling.jobs_to_cancel(run, None)
     assert [run_jobs.submitted_id(job) for job in chosen] == [9, 30]
     assert chosen[1].het_job_offset == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"user": "somebody"}, "which belongs to somebody"),
+        ({"standard_output": "/home/me/slurm-12.out"}, "which was not started by `medvlp submit`"),
+        ({"standard_output": "{other}/slurm/job-%j.out"}, "which works for {other}"),
+    ],
+)
+def test_a_job_that_only_the_folder_claims_is_not_cancelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, str], reason: str
+) -> None:
+    run = submitted(tmp_path / "run", {"job_id": 12, "kind": "pretrain"}, {"job_id": 13}, {"job_id": "x"})
+    other = submitted(tmp_path / "other", {"job_id": 12, "kind": "pretrain"})
+    foreign = replace(own_job(run), **{name: text.format(other=other) for name, text in change.items()})
+    ended: list[str] = []
+    monkeypatch.setattr(slurm_commands, "list_jobs", lambda ids=None, user=None: [
+        job for job in (replace(own_job(run), id=13), foreign) if ids is None or job.id in ids
+    ])  # fmt: skip
+    monkeypatch.setattr(slurm_commands, "cancel", lambda job_id, *more: ended.append(job_id))
+    result = medvlp("cancel", run, "--now")
+    assert isinstance(result.exception, cancelling.NotOfThisRunError)
+    assert reason.format(other=other) in str(result.exception)
+    assert f"{run} names job 12 (run)" in str(result.exception)
+    assert ended == []
 
 
 def test_targets_that_are_none_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
