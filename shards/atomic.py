@@ -1,8 +1,9 @@
-"""Files that appear under their final name only when they are complete and on disk."""
+"""Files and folders that appear under their final name only when they are complete and on disk."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import BinaryIO
 from shards.errors import DataError
 
 TEMPORARY_SUFFIX = ".tmp"
+_PARTIAL_SUFFIX = ".partial"
 
 
 @contextmanager
@@ -31,7 +33,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _fsync_folder(path.parent)
+        fsync_path(path.parent)
     except OSError as error:
         reason = error.strerror or str(error)
         raise DataError(
@@ -53,8 +55,62 @@ def remove_leftovers(folder: Path, name: str) -> None:
         leftover.unlink(missing_ok=True)
 
 
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+@contextmanager
+def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
+    """Give a new folder beside `path`; fsync all of it and rename it when the block ends well.
+
+    The temporary name holds host and process id, so two writers never mix their files: the first to end has
+    `path`, and without `replace` the other is refused. After an error nothing is left. What a killed writer
+    left is removed by the next one on its host.
+
+    Args:
+        path: a place that is free, or an empty folder.
+        replace: take the place of a folder that is there.
+
+    Raises:
+        OSError: the folder cannot be written, or `path` is taken.
+    """
+    final = path.resolve()
+    start = f".{final.name}.{socket.gethostname()}-"
+    temporary = final.with_name(f"{start}{os.getpid()}{_PARTIAL_SUFFIX}")
+    replaced = temporary.with_suffix(".replaced")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in final.parent.iterdir():
+        name = leftover.name
+        if name.startswith(start) and not _lives(name.removeprefix(start).partition(".")[0]):
+            shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        yield temporary
+        for inner in temporary.rglob("*"):
+            fsync_path(inner)
+        fsync_path(temporary)
+        if replace and final.exists():
+            final.rename(replaced)
+        temporary.rename(final)  # an empty folder gives way
+        fsync_path(final.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _lives(pid: str) -> bool:
+    """Whether a process of this host lives, or what should be its id is none."""
+    if not pid.isdecimal():
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def fsync_path(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

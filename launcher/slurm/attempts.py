@@ -16,6 +16,7 @@ from launcher.run_state import ATTEMPTS, METRICS, SLURM_FOLDER
 from launcher.slurm.requeue import Attempt, Decision, decide, first_cause, may_start
 from shards.atomic import atomic_write
 from shards.errors import DataError, MedvlpError
+from shards.strict_json import JsonError, parse_json, read_limited, to_record
 
 #: Folder, set by the job script, in which each node's launcher leaves its exit code.
 NODE_EXITS = "MEDVLP_NODE_EXITS"
@@ -23,6 +24,16 @@ NODE_EXITS = "MEDVLP_NODE_EXITS"
 CANCEL_REQUEST = "cancel-requested"
 #: Codes that srun gives only when a task did.
 SAID_BY_RANKS = frozenset({0, 2, 3, 4, 5, 9, 10, 75})
+
+
+#: Largest file of a node's exit, in bytes.
+_EXIT_LIMIT = 1 << 12
+
+
+@dataclasses.dataclass(frozen=True)
+class _NodeExit:
+    time: float
+    code: int
 
 
 class AttemptError(MedvlpError):
@@ -153,9 +164,9 @@ def _node_exits(folder: str | None) -> list[tuple[float, int]]:
     ends = []
     for path in sorted(Path(folder).glob("node-*.json")) if folder else []:
         try:
-            entry = json.loads(path.read_text(encoding="utf-8"))
-            ends.append((float(entry["time"]), int(entry["code"])))
-        except (OSError, ValueError, KeyError, TypeError):
+            entry = to_record(parse_json(read_limited(path, _EXIT_LIMIT), _EXIT_LIMIT), _NodeExit)
+            ends.append((entry.time, entry.code))
+        except (OSError, JsonError):
             continue
     return ends
 

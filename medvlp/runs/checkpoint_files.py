@@ -16,7 +16,8 @@ from typing import Any
 from medvlp.config import CheckpointConfig
 from medvlp.runs.manifest import MANIFEST, Manifest, step_folder
 from medvlp.runs.retention import prune, remove
-from medvlp.runs.state_files import StateFile, fsync_folder
+from medvlp.runs.state_files import StateFile
+from shards.atomic import fsync_path
 
 #: File with the name of the newest checkpoint's folder, for people and scripts (resuming does not trust it).
 LATEST = "latest"
@@ -55,7 +56,7 @@ def write(
     """
     entries = {file.path.relative_to(folder).as_posix(): file.write(given_up) for file in files}
     for parent in {file.path.parent for file in files}:
-        fsync_folder(parent)
+        fsync_path(parent)
     return entries
 
 
@@ -77,14 +78,14 @@ def commit(folder: Path, manifest: Manifest, config: CheckpointConfig) -> Path:
     if folder.exists():  # else an earlier call came this far
         manifest.created = datetime.now(UTC).isoformat(timespec="seconds")
         _write_text(folder / MANIFEST, manifest.to_json())
-        fsync_folder(folder)
+        fsync_path(folder)
         if final.exists():  # a damaged one that this run fell back behind, or one without a manifest
             remove(final)
         folder.rename(final)
-    fsync_folder(checkpoints)
+    fsync_path(checkpoints)
     _write_text(checkpoints / f".{LATEST}.partial", final.name + "\n")
     (checkpoints / f".{LATEST}.partial").replace(checkpoints / LATEST)
-    fsync_folder(checkpoints)
+    fsync_path(checkpoints)
     prune(checkpoints, manifest.step, config)
     return final
 

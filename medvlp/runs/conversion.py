@@ -5,7 +5,6 @@ Needs neither DeepSpeed nor a process group. The output folder appears whole or 
 
 from __future__ import annotations
 
-import shutil
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from medvlp.runs.checkpoint import Checkpoint
 from medvlp.runs.errors import CheckpointError
 from medvlp.runs.manifest import FORMAT, WEIGHTS
 from medvlp.runs.optimizer_files import STEP, OptimizerFiles
-from medvlp.runs.state_files import StateFile, fsync_folder
+from medvlp.runs.state_files import StateFile
+from shards.atomic import atomic_folder
 
 #: File of `to_safetensors` with the whole optimiser state.
 OPTIMIZER = "optimizer.safetensors"
@@ -108,18 +108,12 @@ def _whole_state(files: OptimizerFiles, name: str, weight: Tensor) -> dict[str, 
 
 
 def _write(out: Path, contents: dict[str, Any], texts: dict[str, str] | None = None) -> list[Path]:
-    partial = out.with_name(f".{out.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for name, content in contents.items():
-            StateFile(partial / name, content).write()
-        for name, text in (texts or {}).items():
-            (partial / name).write_text(text, encoding="utf-8")
-        fsync_folder(partial)
-        partial.rename(out)
-        fsync_folder(out.parent)
+        with atomic_folder(out) as partial:
+            for name, content in contents.items():
+                StateFile(partial / name, content).write()
+            for name, text in (texts or {}).items():
+                (partial / name).write_text(text, encoding="utf-8")
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"{out} cannot be written: {error.strerror or error}") from error
     return [out / name for name in [*contents, *(texts or {})]]

@@ -1,4 +1,4 @@
-"""One writer for a run folder, over the nodes of a shared file system too.
+"""One writer for a folder, a run's above all, over the nodes of a shared file system too.
 
 Not filelock: the kernel's locks are inherited by forked data workers, do not cross nodes on every file
 system and name nobody; its leases wait for every holder to expire, also for one that is known to be dead.
@@ -23,6 +23,7 @@ import psutil
 from medvlp.runs.errors import RunFolderError
 from shards.atomic import atomic_write
 from shards.errors import DataError
+from shards.strict_json import JsonError, open_regular, parse_json, read_limited, to_record
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,8 @@ LOCK = ".lock"
 #: Seconds between two signs of life, and without one until a holder counts as dead that cannot be looked at.
 BEAT_SECONDS, DEAD_SECONDS = 10.0, 120.0
 _LOOK_SECONDS = 0.2
+#: Largest file of a holder, in bytes.
+_LIMIT = 1 << 16
 
 #: Whether a Slurm job, given as "cluster/id", is over; None: not known.
 JobIsOver = Callable[[str], bool | None]
@@ -103,10 +106,13 @@ class RunLock:
         run_dir: the run folder, which exists.
         holder: of this process.
         job_is_over: asks Slurm.
+        key: the config key or option that names the folder, for messages.
     """
 
-    def __init__(self, run_dir: Path | str, holder: Holder, job_is_over: JobIsOver = unknown) -> None:
-        self.folder = Path(run_dir) / LOCK
+    def __init__(
+        self, run_dir: Path | str, holder: Holder, job_is_over: JobIsOver = unknown, key: str = "run.dir"
+    ) -> None:
+        self.folder, self.key = Path(run_dir) / LOCK, key
         self.holder, self._job_is_over = holder, job_is_over
         self._number = 0
         self._asked: dict[str, bool] = {}
@@ -131,7 +137,7 @@ class RunLock:
                 break
         self._number = number + 1
         for path in self.folder.iterdir():
-            if path.name.isdigit() and int(path.name) < self._number:
+            if _is_number(path.name) and int(path.name) < self._number:
                 path.unlink(missing_ok=True)
         threading.Thread(target=self._beat, name="medvlp-lock", daemon=True).start()
 
@@ -194,8 +200,8 @@ class RunLock:
     def _refusal(self, number: int) -> str:
         holder = _read(self.folder / str(number))
         return (
-            f"run.dir={self.folder.parent} is being written by {_name(holder)}; two runs in one folder would "
-            "mix their weights: wait for its end or stop it, or choose another run.dir"
+            f"{self.key}={self.folder.parent} is being written by {_name(holder)}; two in one folder would "
+            f"mix their files: wait for its end or stop it, or choose another {self.key}"
         )
 
     def _beat(self) -> None:
@@ -213,8 +219,9 @@ class RunLock:
         if self._ended.is_set():
             return
         print(
-            f"error: {_name(_read(self.folder / str(newest)))} has taken over run.dir={self.folder.parent}, "
-            f"because this process gave no sign of life for {DEAD_SECONDS:g} s; it ends",
+            f"error: {_name(_read(self.folder / str(newest)))} has taken over "
+            f"{self.key}={self.folder.parent}, because this process gave no sign of "
+            f"life for {DEAD_SECONDS:g} s; it ends",
             file=sys.stderr,
             flush=True,
         )
@@ -238,10 +245,14 @@ def _mark_released(path: Path, holder: Holder) -> None:
         logger.warning("%s", error)
 
 
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal()
+
+
 def _newest(folder: Path) -> int:
     """The highest number in the lock folder; 0 without any."""
     try:
-        return max((int(path.name) for path in folder.iterdir() if path.name.isdigit()), default=0)
+        return max((int(path.name) for path in folder.iterdir() if _is_number(path.name)), default=0)
     except FileNotFoundError:
         return 0
 
@@ -249,22 +260,31 @@ def _newest(folder: Path) -> int:
 def _read(path: Path) -> Holder | None:
     """Who wrote the file; None while it is not yet, or no longer, whole."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return Holder(**{field.name: content[field.name] for field in fields(Holder)})
-    except (OSError, ValueError, KeyError, TypeError):
+        content = parse_json(read_limited(path, _LIMIT), _LIMIT)
+        if not isinstance(content, dict):
+            return None
+        names = {field.name for field in fields(Holder)}
+        holder = to_record({name: value for name, value in content.items() if name in names}, Holder)
+    except (OSError, JsonError):
         return None
+    told = (holder.host, holder.user, holder.since, holder.job)  # stand in messages
+    known = all(_is_number(pid) and len(pid) < 10 for pid in holder.processes)
+    return holder if known and all(text.isprintable() for text in told) else None
 
 
 def _modified(path: Path) -> int | None:
-    """Time of the last sign of life in ns; None when the file is gone.
+    """Time of the last sign of life in ns; None when the file is gone, or is none.
 
     The file is opened, because NFS asks the server then and else may answer from memory for a minute.
     """
     try:
-        with path.open("rb") as file:
-            return os.fstat(file.fileno()).st_mtime_ns
-    except FileNotFoundError:
+        descriptor = open_regular(path)
+    except (FileNotFoundError, JsonError):
         return None
+    try:
+        return os.fstat(descriptor).st_mtime_ns
+    finally:
+        os.close(descriptor)
 
 
 def _name(holder: Holder | None) -> str:

@@ -154,12 +154,3 @@ def checksum(path: Path) -> str:
         while block := file.read(_PIECE):
             digest.update(block)
     return digest.hexdigest()
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -24,6 +24,7 @@ from medvlp.prototypes.table import PrototypeTable
 from medvlp.runs import saved_run
 from medvlp.runs.errors import CheckpointError
 from medvlp.runs.manifest import rank_file
+from medvlp.runs.run_lock import RunLock, this_process
 from medvlp.runs.saved_run import SavedRun
 from medvlp.serving import snapshot as snapshots
 from medvlp.serving.cluster_report import Members, report_of
@@ -72,14 +73,26 @@ def build(request: BuildRequest, say: Callable[[str], None]) -> Path:
         The folder they are in.
 
     Raises:
-        MedvlpError: run, checkpoint, data or folder cannot be used, or there are too few samples.
+        MedvlpError: run, checkpoint, data or folder cannot be used, another build writes the folder, or there
+            are too few samples.
     """
     device = choose_device(request.device)
     source = saved_run.locate(request.source)
-    say(f"loading {source.checkpoint.name}")
-    model = RunModel(source, device, request.data)
     folder = request.out or folder_of(source.run)
-    store(make_snapshot(model, request, say), folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = RunLock(folder, this_process(None), key="--out")
+        lock.acquire()
+    except OSError as error:
+        raise PrototypeFilesError(
+            f"{folder} cannot be written ({error.strerror}); give another --out"
+        ) from error
+    try:
+        say(f"loading {source.checkpoint.name}")
+        model = RunModel(source, device, request.data)
+        store(make_snapshot(model, request, say), folder)
+    finally:
+        lock.release()
     return folder
 
 

@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 
 from medvlp import trust
 from medvlp.serving.access import metadata, read_token
-from medvlp.serving.layout import ADDRESS, SERVER, TOKEN, folder_of
+from medvlp.serving.layout import ADDRESS, ADDRESS_LIMIT, SERVER, TOKEN, folder_of
 from medvlp.serving.messages import from_message, image_request, nearest_request, text_request
 from medvlp.serving.questions import (
     Answer,
@@ -41,7 +41,6 @@ class RemoteError(MedvlpError):
 #: Seconds a call may take, connecting included.
 TIMEOUT = 60.0
 #: Largest `server.json`, in bytes.
-_LIMIT = 1 << 16
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 Known = TypeVar("Known", bound=Answer)
@@ -73,7 +72,7 @@ def connection_of(run: Path, token_file: Path | None = None, authority: Path | N
     folder = folder_of(run)
     file = folder / ADDRESS
     try:
-        content = parse_json(read_limited(file, _LIMIT), _LIMIT)
+        content = parse_json(read_limited(file, ADDRESS_LIMIT), ADDRESS_LIMIT)
         address, tls = str(content["address"]), bool(content["tls"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RemoteError(

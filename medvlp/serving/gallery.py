@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
@@ -14,6 +13,7 @@ from medvlp.config import DataConfig
 from medvlp.data.cache import open_reader
 from medvlp.serving.cluster_report import Members, overall
 from medvlp.serving.layout import GALLERY, PAGE, PrototypeFilesError
+from shards.atomic import atomic_folder
 from shards.errors import DataError
 from shards.images import decode_image
 from shards.reader import ShardReader
@@ -63,25 +63,20 @@ def write_gallery(
         )
     order = np.argsort(-members.images, kind="stable")[:clusters]
     chosen = [int(number) for number in order if members.images[number]]
-    partial, final = folder / f".{GALLERY}.partial", folder / GALLERY
+    final = folder / GALLERY
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        sections = []
-        for done, number in enumerate(chosen):
-            rows = members.rows(number)[:images].tolist()
-            name = f"cluster-{number:05d}.png"
-            _sheet(members, reader, number, rows).save(partial / name, optimize=True)
-            sections.append(_section(members, number, rows, name))
-            if (done + 1) % 100 == 0:
-                say(f"{done + 1} of {len(chosen)} sheets")
-        (partial / PAGE).write_text(_page(members, sections), encoding="utf-8")
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+        with atomic_folder(final, replace=True) as partial:
+            sections = []
+            for done, number in enumerate(chosen):
+                rows = members.rows(number)[:images].tolist()
+                name = f"cluster-{number:05d}.png"
+                _sheet(members, reader, number, rows).save(partial / name, optimize=True)
+                sections.append(_section(members, number, rows, name))
+                if (done + 1) % 100 == 0:
+                    say(f"{done + 1} of {len(chosen)} sheets")
+            (partial / PAGE).write_text(_page(members, sections), encoding="utf-8")
     except OSError as error:
         raise PrototypeFilesError(f"{final} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return final / PAGE
 
 

@@ -14,6 +14,8 @@ SNAPSHOT, REPORT = "prototypes.safetensors", "report.json"
 GALLERY, PAGE = "gallery", "index.html"
 #: The server's token, for its owner alone; and where the server is, without the token.
 TOKEN, ADDRESS = "token", "server.json"
+#: Largest file of an address, in bytes.
+ADDRESS_LIMIT = 1 << 16
 #: Under what the address of a server that a user has started is remembered (`medvlp.trust`).
 SERVER = "server"
 

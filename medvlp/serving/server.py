@@ -19,11 +19,12 @@ from medvlp import trust
 from medvlp.serving.access import StreamLimit, TokenCheck
 from medvlp.serving.answers import Answers
 from medvlp.serving.door import Door
-from medvlp.serving.layout import ADDRESS, SERVER, PrototypeFilesError
+from medvlp.serving.layout import ADDRESS, ADDRESS_LIMIT, SERVER, PrototypeFilesError
 from medvlp.serving.limits import Limits
 from medvlp.serving.servicer import SERVICE, Servicer
 from shards.atomic import atomic_write
 from shards.errors import UsageError
+from shards.strict_json import JsonError, parse_json, read_limited
 
 #: Calls that are worked on at a time, and streams of requests (reflection) among them.
 _THREADS, STREAMS = 16, 4
@@ -148,10 +149,11 @@ class PrototypeServer:
         """Remove `server.json`, unless another server has written its own since."""
         file = folder / ADDRESS
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            content = parse_json(read_limited(file, ADDRESS_LIMIT), ADDRESS_LIMIT)
+        except (OSError, JsonError):
             return
-        if (content.get("pid"), content.get("host")) == (os.getpid(), socket.gethostname()):
+        own = {"pid": os.getpid(), "host": socket.gethostname()}
+        if isinstance(content, dict) and own.items() <= content.items():
             file.unlink(missing_ok=True)
 
     def _serving(self, yes: bool) -> None:

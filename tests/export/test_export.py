@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -160,8 +161,9 @@ def fill_the_disk(out: Path) -> None:
 
 
 def test_a_failed_export_leaves_nothing_and_a_killed_one_is_cleared_away(tmp_path: Path) -> None:
-    (tmp_path / ".out.partial").mkdir()
-    (tmp_path / ".out.partial" / "old").touch()
+    killed = tmp_path / f".out.{socket.gethostname()}-{(1 << 22) + 1}.partial"  # no process has that id
+    killed.mkdir()
+    (killed / "old").touch()
     with pytest.raises(ExportError, match="No space left"):
         fill_the_disk(tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -205,7 +205,7 @@ def test_a_commit_that_was_cut_off_can_be_repeated(tmp_path, monkeypatch):
         if len(calls) == 2:
             raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(checkpoint_files, "fsync_folder", refuse_once)
+    monkeypatch.setattr(checkpoint_files, "fsync_path", refuse_once)
     with pytest.raises(OSError, match="Input/output error"):
         checkpoint_files.commit(folder, whole, CheckpointConfig())
     assert not (tmp_path / "checkpoints/latest").exists()

@@ -75,6 +75,37 @@ def race(run_dir: str, start: object, end: object, results: object) -> None:
     end.wait(60)  # type: ignore[attr-defined]  # as long as the others try
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"processes": {"x": "1"}}, {"processes": {"9" * 5000: "1"}}, {"processes": []}, {"restart": "0"},
+        {"user": "a\x1b[2Jb"}, {"user": "\ud800"}, {"released": 1}, {"since": [[]] * 3},
+    ],
+)  # fmt: skip
+def test_a_holder_that_no_run_writes_has_no_name_and_counts_by_its_age(tmp_path, caplog, change):
+    path = write_holder(tmp_path, this_process(None, {}), 1000)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    os.utime(path, (0, 0))
+    acquire(tmp_path).release()
+    assert "a process that left no name gave no sign of life" in caplog.text
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"\xff", b'{"host": NaN}', b"1", b" " * (1 << 17)])
+def test_a_lock_file_that_is_no_record_counts_by_its_age(tmp_path, content):
+    path = write_holder(tmp_path, elsewhere(), 1000)
+    path.write_bytes(content)
+    os.utime(path, (0, 0))
+    acquire(tmp_path).release()
+
+
+def test_a_pipe_and_a_strange_number_in_the_lock_folder_hold_nobody_up(tmp_path):
+    (tmp_path / LOCK).mkdir()
+    os.mkfifo(tmp_path / LOCK / "1")
+    (tmp_path / LOCK / "²").touch()
+    acquire(tmp_path).release()
+    assert json.loads((tmp_path / LOCK / "2").read_text())["released"]
+
+
 @pytest.mark.parametrize("before", ["nothing", "released", "dead", "dead elsewhere"])
 def test_of_many_starts_at_one_moment_exactly_one_wins(tmp_path, before):
     if before == "released":

@@ -15,7 +15,8 @@ from medvlp.data.report import report_sentences
 from medvlp.data.sample_store import SampleStore
 from medvlp.prototypes.kmeans import TooFewRowsError
 from medvlp.prototypes.table import PrototypeTable
-from medvlp.runs.errors import CheckpointError
+from medvlp.runs.errors import CheckpointError, RunFolderError
+from medvlp.runs.run_lock import RunLock, this_process
 from medvlp.runs.saved_run import locate
 from medvlp.serving import snapshot as snapshots
 from medvlp.serving.build import BuildRequest, build, stored_table
@@ -72,7 +73,7 @@ def test_the_runs_own_clusters_and_embeddings_are_stored(
 
 
 def test_no_file_holds_report_text_or_patients(built: Path, data: Path, snapshot: Snapshot) -> None:
-    contents = b"".join(path.read_bytes() for path in folder_of(built).iterdir())
+    contents = b"".join(path.read_bytes() for path in folder_of(built).rglob("*") if path.is_file())
     reader = ShardReader(data)
     for position in snapshot.sample.tolist():
         metadata = reader.metadata("train", position)
@@ -210,13 +211,29 @@ def test_damage_is_noticed_and_the_way_out_told(run: Path) -> None:
 def test_a_failed_build_leaves_what_was_there(
     run: Path, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = {path.name: path.read_bytes() for path in folder_of(run).iterdir()}
+    before = {name: (folder_of(run) / name).read_bytes() for name in (SNAPSHOT, REPORT)}
     leftover = folder_of(run) / f".{SNAPSHOT}.elsewhere-1.tmp"
     leftover.touch()
     monkeypatch.setattr(Snapshot, "to_bytes", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         build(BuildRequest(run, limit=4, workers=0), quiet)
-    assert {path.name: path.read_bytes() for path in folder_of(run).iterdir()} == before
+    assert {path.name: path.read_bytes() for path in folder_of(run).iterdir() if path.is_file()} == before
+
+
+def test_a_second_build_into_one_folder_is_refused(run: Path, tmp_path: Path) -> None:
+    """Its two files could be of two builds, and it would delete what the first one is writing."""
+    request = BuildRequest(run, limit=4, clusters=2, out=tmp_path / "out", workers=0)
+    (tmp_path / "out").mkdir()
+    first = RunLock(tmp_path / "out", this_process(None))
+    first.acquire()
+    with pytest.raises(RunFolderError, match=f"--out={tmp_path / 'out'} is being written by process"):
+        build(request, quiet)
+    assert not (tmp_path / "out" / SNAPSHOT).exists()
+    first.release()
+    build(request, quiet)
+    stored = Snapshot.read(tmp_path / "out" / SNAPSHOT)
+    report = json.loads((tmp_path / "out" / REPORT).read_text())
+    assert report["table"]["fingerprint"] == stored.table.fingerprint
 
 
 def test_wrong_requests(saved: Path, run: Path, tmp_path: Path) -> None:

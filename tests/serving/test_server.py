@@ -18,6 +18,7 @@ from medvlp.serving.access import metadata
 from medvlp.serving.answers import Answers
 from medvlp.serving.client import Connection, PrototypeClient, RemoteError
 from medvlp.serving.cluster_report import Members
+from medvlp.serving.layout import ADDRESS
 from medvlp.serving.limits import Limits
 from medvlp.serving.offline import RunFiles
 from medvlp.serving.run_model import RunModel
@@ -199,3 +200,17 @@ def test_a_port_in_use_is_refused(start: Callable[..., PrototypeServer]) -> None
     port = start().port
     with pytest.raises(UsageError, match="give another --host or --port"):
         start(address=Address(port=port))
+
+
+@pytest.mark.parametrize("content", [b"[1]", b"[" * 100_000, b'{"pid": 1, "pid": 2}', b'{"pid": 1}'])
+def test_only_its_own_address_is_forgotten(
+    start: Callable[..., PrototypeServer], tmp_path: Path, content: bytes
+) -> None:
+    server = start(ready=False)
+    file = tmp_path / ADDRESS
+    file.write_bytes(content)
+    server.forget(tmp_path)
+    assert file.read_bytes() == content
+    server.describe(tmp_path, tmp_path)
+    server.forget(tmp_path)
+    assert not file.exists()

@@ -1,0 +1,49 @@
+"""Folders that are whole or not there, whoever else writes to the same place."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from shards import atomic
+from shards.atomic import atomic_folder
+
+NO_PROCESS = (1 << 22) + 1  # above the largest process id of Linux
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_two_writers_never_mix_their_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replace: bool
+) -> None:
+    place, first = tmp_path / "out", atomic_folder(tmp_path / "out", replace)
+    one = first.__enter__()
+    (one / "a").write_text("of the first")
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic.os, "getpid", lambda: 1)  # a second process of this host, which lives
+        with atomic_folder(place, replace) as other:
+            assert other != one
+            (other / "b").write_text("of the second")
+    (one / "c").write_text("of the first")
+    assert [path.name for path in place.iterdir()] == ["b"]
+    if replace:
+        first.__exit__(None, None, None)
+        assert sorted(path.name for path in place.iterdir()) == ["a", "c"]
+    else:
+        with pytest.raises(OSError, match="not empty"):
+            first.__exit__(None, None, None)
+        assert [path.name for path in place.iterdir()] == ["b"]
+    assert list(tmp_path.iterdir()) == [place]
+
+
+def test_only_what_a_dead_writer_of_this_host_left_is_cleared_away(tmp_path: Path) -> None:
+    host = socket.gethostname()
+    dead, living, elsewhere = (
+        tmp_path / f".out.{name}.partial" for name in (f"{host}-{NO_PROCESS}", f"{host}-1", "other-host-77")
+    )
+    for folder in (dead, living, elsewhere):
+        folder.mkdir()
+    with pytest.raises(FileNotFoundError), atomic_folder(tmp_path / "out") as folder:
+        (folder / "missing").read_bytes()
+    assert set(tmp_path.iterdir()) == {living, elsewhere}
