@@ -222,7 +222,7 @@ def sample_key(record: int, image: int) -> str:
     return f"{record:08d}-{image}"
 
 
-def hash_bytes(data: bytes) -> str:
+def hash_bytes(data: bytes | memoryview) -> str:
     """Hash of a file's content, as the index holds it."""
     return f"xxh3:{xxhash.xxh3_128_hexdigest(data)}"
 

@@ -21,7 +21,7 @@ from shards.format import (
     is_remote,
 )
 from shards.metadata import METADATA_LIMIT, parse_metadata
-from shards.shard_index import SHARD_INDEX_LIMIT, ShardIndex
+from shards.shard_index import SHARD_INDEX_LIMIT, ShardIndex, map_shard_index
 from shards.strict_json import JsonError, open_regular, read_limited
 
 _MAX_OPEN_FILES = 64
@@ -127,8 +127,8 @@ class ShardReader:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but open files: a descriptor means nothing in another process."""
-        return self.__dict__ | {"_open_files": OrderedDict()}
+        """Everything but open and mapped files: they mean nothing in another process."""
+        return self.__dict__ | {"_open_files": OrderedDict(), "_shard_indexes": {}}
 
     def _members(self, split: str, i: int) -> tuple[Shard, str, dict[str, tuple[int, int]]]:
         shard, row = self.locate(split, i)
@@ -139,7 +139,7 @@ class ShardReader:
         if shard.file not in self._shard_indexes:
             path = self._fetch(shard.index_file)
             try:
-                data = read_limited(path, SHARD_INDEX_LIMIT)
+                data = map_shard_index(path)
             except OSError as error:
                 raise DataError(f"cannot read shard index {path}: {error.strerror}") from error
             except JsonError as error:

@@ -6,7 +6,9 @@ import contextlib
 import http.server
 import json
 import os
+import struct
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 
 from shards.errors import DataError
 from shards.format import Index, Shard, SplitTotals, fingerprint, is_remote, locate
-from shards.shard_index import ShardIndex
+from shards.shard_index import ShardIndex, map_shard_index
 
 SHARDS = [
     Shard("train-000000.tar", "train", 3, 10240, f"xxh3:{1:032x}", f"xxh3:{2:032x}"),
@@ -169,7 +171,7 @@ def test_damaged_shard_index_is_a_data_error(cut: int, tail: bytes) -> None:
     with contextlib.suppress(DataError):  # any other exception fails the test
         index = ShardIndex.from_bytes(data[:cut] + tail, "x.idx", 10240)
         # A changed number inside the array is seen by the file's hash, which the index holds.
-        assert index.keys == ["a", "b"]
+        assert list(index.keys) == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -193,11 +195,27 @@ def test_damaged_shard_index_is_a_data_error(cut: int, tail: bytes) -> None:
     ],
 )
 def test_members_that_no_tar_has_are_refused(samples: list[tuple[str, dict[str, tuple[int, int]]]]) -> None:
+    plain = ShardIndex.from_members([(f"k{row}", members) for row, (_, members) in enumerate(samples)])
+    header = json.dumps({"extensions": plain.extensions, "keys": [key for key, _ in samples]}).encode()
+    data = b"MVLPIDX1" + struct.pack("<I", len(header)) + header + plain.spans.tobytes()
     with pytest.raises(DataError, match=r"^x\.idx: damaged shard index \("):
-        ShardIndex.from_bytes(ShardIndex.from_members(samples).to_bytes(), "x.idx", 10240)
+        ShardIndex.from_bytes(data, "x.idx", 10240)
 
 
 def test_a_header_that_claims_gigabytes_is_refused() -> None:
     for data in (b"MVLPIDX1\xff\xff\xff\xff{}", b"MVLPIDX1", b"MVLPIDX1\x02\0\0\0[]"):
         with pytest.raises(DataError, match="damaged shard index"):
             ShardIndex.from_bytes(data, "x.idx", 10240)
+
+
+def test_an_opened_index_takes_ten_bytes_a_sample_of_this_process(tmp_path: Path) -> None:
+    """Ten million samples must fit into each of a node's data workers."""
+    samples = [(f"{row:08d}-0", {"jpg": (512 + 1024 * row, 400)}) for row in range(100_000)]
+    (tmp_path / "x.idx").write_bytes(ShardIndex.from_members(samples).to_bytes())
+    mapped = map_shard_index(tmp_path / "x.idx")
+    tracemalloc.start()
+    index = ShardIndex.from_bytes(mapped, "x.idx", 1024 * 100_001)
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < 12 * len(samples)
+    assert (index.keys[99_999], index.members(99_999)) == samples[-1]
