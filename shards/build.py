@@ -115,6 +115,7 @@ def build_shards(
         min_patients=options.patients_of_a_word(source),
         arguments=options.arguments(source),
         remarks=source.remarks(),
+        published_counts=source.published_counts(),
     ).save(out)
     restore_states(out, plan)
     mine = part.of(plan)

@@ -12,7 +12,7 @@ from shards.atomic import atomic_write
 from shards.errors import DataError
 from shards.format import INDEX_LIMIT, INDEX_NAME, REJECTED_NAME, Index, Shard, hash_file
 from shards.plan import PlannedShard
-from shards.sources.base import Json
+from shards.sources.base import Json, PublishedCount
 from shards.strict_json import JsonError, parse_json, read_limited, to_record
 
 #: Folder inside the dataset, removed when the index is written.
@@ -90,6 +90,7 @@ class BuildPlan:
         min_patients: patients that must share a word of that vocabulary.
         arguments: everything the bytes of the dataset depend on.
         remarks: what the user should be told about the source (`Source.remarks`).
+        published_counts: as the source says (`Source.published_counts`).
     """
 
     name: str
@@ -103,6 +104,7 @@ class BuildPlan:
     min_patients: int
     arguments: dict[str, Json]
     remarks: list[str] = field(default_factory=list)
+    published_counts: list[PublishedCount] = field(default_factory=list)
 
     def save(self, out: Path) -> None:
         """Write the plan, or check that it is the one of the build going on in `out`.

@@ -25,6 +25,7 @@ from shards.format import (
     hash_bytes,
 )
 from shards.reader import scan_shard
+from shards.sources.base import PublishedCount
 from shards.study import LabelValue
 from shards.tokenizer import count_words, load_tokenizer, tokenizer_bytes, train_wordpiece
 
@@ -61,6 +62,7 @@ class BuildSummary:
         labels: finding -> samples by value: 1, 0, -1 uncertain, None unknown.
         remarks: lines about the source and about what was done to load it.
         vocabulary: of the tokenizer; None where none was trained.
+        published_counts: numbers that are published of the source, beside those found.
     """
 
     records: int
@@ -71,6 +73,7 @@ class BuildSummary:
     labels: dict[str, Counter[LabelValue]] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
     vocabulary: Vocabulary | None = None
+    published_counts: list[PublishedCount] = field(default_factory=list)
 
     @property
     def rejected_share(self) -> float:
@@ -121,6 +124,7 @@ def merge(out: Path) -> BuildSummary:
         first_lines={entry.reason: entry.line for entry in reversed(rejections) if entry.line is not None},
         labels=labels,
         vocabulary=vocabulary,
+        published_counts=plan.published_counts,
         remarks=[*plan.remarks, *(f"{note} ({count:,} records)" for note, count in sorted(notes.items()))],
     )
 

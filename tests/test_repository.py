@@ -60,7 +60,8 @@ def test_configs_hold_only_yaml() -> None:
 @pytest.mark.parametrize(
     "folder",
     [
-        "launcher", "medvlp", "shards", "tests", "slurm", "shards/sources", "shards/entities",
+        "launcher", "medvlp", "shards", "tests", "slurm",
+        "shards/archives", "shards/entities", "shards/sources",
         "medvlp/data", "medvlp/encoders", "medvlp/losses", "medvlp/methods",
         "medvlp/prototypes", "medvlp/runs", "medvlp/training", "medvlp/evaluation", "medvlp/export",
         "medvlp/serving", "launcher/slurm",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,6 +24,7 @@ from shards.merge import BuildSummary, Vocabulary, merge
 from shards.plan import Part
 from shards.sample import StoredImage
 from shards.sources import registry
+from shards.sources.base import PublishedCount
 from shards.splits import DEFAULT_FRACTIONS, parse_fractions
 from shards.study import LabelValue
 from shards.tokenizer import MIN_PATIENTS
@@ -175,6 +176,8 @@ def report(summary: BuildSummary, out: Path, max_rejected: float) -> None:
         line = summary.first_lines.get(reason)
         where = "" if line is None else f" (first in line {line:,})"
         console.print(f"  {count:,} x {reason}{where}", highlight=False, markup=False, soft_wrap=True)
+    if summary.published_counts:
+        console.print(_published_table(summary.published_counts))
     for remark in summary.remarks:
         console.print(f"warning: {remark}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     if summary.vocabulary is not None:
@@ -201,6 +204,18 @@ def _label_table(labels: Mapping[str, Mapping[LabelValue, int]]) -> Table:
         table.add_column(heading, justify="right")
     for name, values in labels.items():
         table.add_row(Text(name), *(f"{values.get(value, 0):,}" for value in columns.values()))
+    return table
+
+
+def _published_table(counts: Sequence[PublishedCount]) -> Table:
+    """What is published of the source beside what was found; what differs is said."""
+    table = Table(title="as published", title_justify="left")
+    table.add_column("count")
+    for heading in ("published", "found", ""):
+        table.add_column(heading, justify="right")
+    for count in counts:
+        differs = "" if count.found == count.published else f"[yellow]{count.found - count.published:+,}[/]"
+        table.add_row(Text(count.name), f"{count.published:,}", f"{count.found:,}", differs)
     return table
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import MISSING, field
+from dataclasses import MISSING, dataclass, field
 from typing import Any, ClassVar
 
 from shards.errors import DataError
@@ -49,6 +49,15 @@ def option(
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class PublishedCount:
+    """A number that a source's publication names, beside the one that was found."""
+
+    name: str
+    published: int
+    found: int
 
 
 class Source(ABC):
@@ -97,6 +106,10 @@ class Source(ABC):
 
     def remarks(self) -> list[str]:
         """Lines about the source as a whole that its user should see at the end of the build."""
+        return []
+
+    def published_counts(self) -> list[PublishedCount]:
+        """Numbers that are published of the source, beside those found; shown at the end of the build."""
         return []
 
     def take_notes(self) -> dict[str, int]:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import csv
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TextIO
 
 from shards.errors import DataError
-from shards.tables.files import MAX_RECORD
+from shards.tables.files import MAX_RECORD, TableFile
 from shards.tables.rows import BadRow
 
 NEVER_CLOSED = "a quote is opened and never closed"
@@ -35,12 +34,19 @@ class Record:
     cells: list[str]
 
 
-def read_records(file: TextIO, table: Path, delimiter: str, key: str | None) -> Iterator[Record | BadRow]:
+def read_records(
+    file: TextIO,
+    table: TableFile,
+    delimiter: str,
+    key: str | None,
+    name_columns: Callable[[list[str]], list[str]] | None = None,
+) -> Iterator[Record | BadRow]:
     """The header as a `Record`, then every row.
 
     Args:
         table: for messages.
         key: column whose cells tell rows from lines of a text (an image path, an id); None: the first.
+        name_columns: the header's cells as they stand -> as many names; None: they are the names.
 
     Raises:
         DataError: no header, or a line that is too long.
@@ -52,8 +58,9 @@ def read_records(file: TextIO, table: Path, delimiter: str, key: str | None) -> 
         raise DataError(f"{table} is empty")
     if isinstance(header, _Broken):
         raise DataError(f"{table}, line {header.line}: {header.reason}, in the header")
-    yield Record(header.line, header.cells)
-    yield from _rows(lines, delimiter, header.cells, key)
+    names = name_columns(header.cells) if name_columns else header.cells
+    yield Record(header.line, names)
+    yield from _rows(lines, delimiter, names, key)
 
 
 def _rows(lines: _Lines, delimiter: str, header: list[str], key: str | None) -> Iterator[Record | BadRow]:
@@ -79,7 +86,7 @@ def _rows(lines: _Lines, delimiter: str, header: list[str], key: str | None) -> 
 class _Lines:
     """Lines of a file with their ends; `number` is that of the last one. Lines can be given back."""
 
-    def __init__(self, file: TextIO, table: Path) -> None:
+    def __init__(self, file: TextIO, table: TableFile) -> None:
         self._file = file
         self._table = table
         self._returned: deque[str] = deque()

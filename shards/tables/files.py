@@ -6,11 +6,12 @@ import codecs
 import gzip
 import io
 import stat
+import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import BinaryIO, TextIO, cast
+from pathlib import Path, PurePath
+from typing import BinaryIO, Literal, Protocol, TextIO, cast
 
 from shards.errors import DataError
 
@@ -30,10 +31,21 @@ _MARKS = (
 _HEAD_BYTES = 4096
 
 
-def table_kind(table: Path) -> str:
+class TableFile(Protocol):
+    """What a table is read from: a path, or something else with a name that can be opened (in a zip)."""
+
+    @property
+    def name(self) -> str:
+        """File name, whose ending tells the kind of the table."""
+
+    def open(self, mode: Literal["rb"]) -> BinaryIO:
+        """Its bytes from the start; they can be sought in."""
+
+
+def table_kind(table: TableFile) -> str:
     """Lower-case ending of a table's name without ".gz": ".csv", ".jsonl", ..."""
     name = table.name.lower().removesuffix(_GZIP)
-    return Path(name).suffix
+    return PurePath(name).suffix
 
 
 def locate(table: Path) -> Path:
@@ -59,14 +71,14 @@ def check_encoding(encoding: str) -> str:
 
 
 @contextmanager
-def open_bytes(table: Path) -> Iterator[BinaryIO]:
+def open_bytes(table: TableFile) -> Iterator[BinaryIO]:
     """Open a file for reading, decompressed where its name ends in ".gz".
 
     Raises:
         DataError: it cannot be read, is no regular file, or is not what its name says.
     """
     try:
-        if not stat.S_ISREG(table.stat().st_mode):
+        if isinstance(table, Path) and not stat.S_ISREG(table.stat().st_mode):
             raise DataError(f"{table} is not a regular file; a table is read more than once")
         with table.open("rb") as file:
             magic = file.read(len(_GZIP_MAGIC))
@@ -75,17 +87,19 @@ def open_bytes(table: Path) -> Iterator[BinaryIO]:
                 with gzip.open(file) as content:
                     yield cast(BinaryIO, content)
             elif magic == _GZIP_MAGIC:
-                raise DataError(f"{table} is compressed by gzip; let its name end in {table.suffix}.gz")
+                raise DataError(f"{table} is compressed by gzip; let its name end in {table_kind(table)}.gz")
             else:
                 yield file
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise DataError(f"{table} is not a complete gzip file: {error}") from error
+    except zipfile.BadZipFile as error:
+        raise DataError(f"{table} is damaged: {error}") from error
     except OSError as error:
         raise DataError(f"cannot read {table}: {error.strerror or error}") from error
 
 
 @contextmanager
-def open_text(table: Path, encoding: str) -> Iterator[TextIO]:
+def open_text(table: TableFile, encoding: str) -> Iterator[TextIO]:
     """Open a table's text, line ends as they are, without its byte order mark.
 
     Bytes that are no text in `encoding` become lone surrogates, so that one bad row can be told from the
@@ -105,7 +119,7 @@ def open_text(table: Path, encoding: str) -> Iterator[TextIO]:
                 raise DataError(f"{table} is not {encoding} text; set `encoding`") from error
 
 
-def _codec(table: Path, head: bytes, encoding: str) -> str:
+def _codec(table: TableFile, head: bytes, encoding: str) -> str:
     """The codec that reads a file of this head; it skips the byte order mark."""
     family = next((name for name in ("utf-8", "utf-16", "utf-32") if encoding.startswith(name)), encoding)
     marked = next((name for mark, name in _MARKS if head.startswith(mark)), None)

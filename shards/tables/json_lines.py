@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from shards.errors import DataError
-from shards.tables.files import MAX_RECORD
+from shards.tables.files import MAX_RECORD, TableFile
 from shards.tables.rows import BadRow
 
 
@@ -23,7 +22,7 @@ class Fields(NamedTuple):
     cells: dict[str, str | None]
 
 
-def read_objects(file: TextIO, table: Path, columns: Sequence[str] | None) -> Iterator[Fields | BadRow]:
+def read_objects(file: TextIO, table: TableFile, columns: Sequence[str] | None) -> Iterator[Fields | BadRow]:
     """The object of every line that is not blank, reduced to `columns` (None: all fields of each)."""
     number = 0
     while line := _read_line(file, table, number + 1):
@@ -43,7 +42,7 @@ def read_objects(file: TextIO, table: Path, columns: Sequence[str] | None) -> It
         yield _fields(number, fields, columns)
 
 
-def _read_line(file: TextIO, table: Path, number: int) -> str:
+def _read_line(file: TextIO, table: TableFile, number: int) -> str:
     # Read with every kind of line end, but JSON lines end in "\n" alone: "\r" inside one is white space.
     parts: list[str] = []
     size = 0

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from shards.errors import DataError, nearest
 from shards.tables import delimited, json_lines, parquet
-from shards.tables.files import check_encoding, locate, open_text, table_kind
+from shards.tables.files import TableFile, check_encoding, locate, open_text, table_kind
 from shards.tables.rows import MISSING_WORDS, BadRow, CellReader, Row
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -27,12 +27,14 @@ class TableFormat:
         missing: words that mean "no value" (`rows.MISSING_WORDS`).
         key: column whose cells have one form in all rows (an image path, an id), by which a row that a stray
             quote has drawn into a cell is recognised; None: the first column.
+        name_columns: the cells of a header as they stand -> as many names; None: they are the names.
     """
 
     encoding: str = "utf-8"
     delimiter: str | None = None
     missing: tuple[str, ...] = MISSING_WORDS
     key: str | None = None
+    name_columns: Callable[[list[str]], list[str]] | None = None
 
     def separator(self, kind: str) -> str:
         """The delimiter of a table of this kind.
@@ -49,13 +51,13 @@ class TableFormat:
 
 
 def read_rows(
-    table: Path, columns: Sequence[str] | None = None, form: TableFormat | None = None
+    table: TableFile, columns: Sequence[str] | None = None, form: TableFormat | None = None
 ) -> Iterator[Row | BadRow]:
     """All rows of a table, one at a time, without stopping at a bad one.
 
     Args:
-        table: `.csv`, `.tsv`, `.jsonl`, `.ndjson`, each also with ".gz" (which may be left out or added), or
-            `.parquet`.
+        table: path, or member of an archive: `.csv`, `.tsv`, `.jsonl`, `.ndjson`, each also with ".gz" (which
+            a path may leave out or add), or `.parquet` (a path).
         columns: columns to read; None: all.
         form: how it is written; default: UTF-8, by the name's ending.
 
@@ -63,7 +65,7 @@ def read_rows(
         DataError: the file cannot be read, its kind is unknown, its header is broken, or it lacks a column.
     """
     form = form or TableFormat()
-    table, kind = locate(table), table_kind(table)
+    table, kind = locate(table) if isinstance(table, Path) else table, table_kind(table)
     cells = CellReader(form.encoding, form.missing)
     try:
         check_encoding(form.encoding)
@@ -76,18 +78,18 @@ def read_rows(
         raise DataError(f"{table}: {error}") from error
     if kind in _JSON_LINES:
         yield from _json_lines(table, columns, form, cells)
-    elif kind == ".parquet" and table.suffix.lower() == ".parquet":
+    elif isinstance(table, Path) and table.suffix.lower() == ".parquet":
         yield from _parquet(table, columns, form, cells)
     else:
         raise DataError(f"{table}: a table is a {KINDS} file")
 
 
 def _delimited(
-    table: Path, columns: Sequence[str] | None, form: TableFormat, cells: CellReader
+    table: TableFile, columns: Sequence[str] | None, form: TableFormat, cells: CellReader
 ) -> Iterator[Row | BadRow]:
     delimiter = form.separator(table_kind(table))
     with open_text(table, form.encoding) as file:
-        records = delimited.read_records(file, table, delimiter, form.key)
+        records = delimited.read_records(file, table, delimiter, form.key, form.name_columns)
         header = next(records)
         assert isinstance(header, delimited.Record), "the header comes first, or an error"
         wanted = header.cells if columns is None else columns
@@ -107,7 +109,7 @@ def _delimiter_hint(header: list[str]) -> str:
 
 
 def _json_lines(
-    table: Path, columns: Sequence[str] | None, form: TableFormat, cells: CellReader
+    table: TableFile, columns: Sequence[str] | None, form: TableFormat, cells: CellReader
 ) -> Iterator[Row | BadRow]:
     seen: dict[str, None] = {}
     complete = False
@@ -141,7 +143,7 @@ def _parquet(
         raise DataError(f"cannot read {table}: {error.strerror or error}") from error
 
 
-def _check_columns(table: Path, columns: Sequence[str], header: list[str], hint: str = "") -> None:
+def _check_columns(table: TableFile, columns: Sequence[str], header: list[str], hint: str = "") -> None:
     for column in columns:
         if column not in header:
             raise DataError(f"{table} has no column {column!r}{nearest(column, header)}{hint}")

@@ -1,0 +1,1 @@
+"""What the importers of public archives share: files, tables, joins, id lists, counts."""
