@@ -16,8 +16,7 @@ import xxhash
 
 from shards.archives.files import ArchiveFiles, Member
 from shards.archives.records import Record
-from shards.errors import DataError
-from shards.names import nearest
+from shards.errors import DataError, nearest
 from shards.strict_json import JsonError, parse_json
 from shards.tables.delimited import Record as Header
 from shards.tables.delimited import read_records
