@@ -1,7 +1,5 @@
 """Command lines as data: which command words mean, options from dataclasses, and values back into words."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import inspect

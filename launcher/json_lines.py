@@ -1,7 +1,5 @@
 """Reads files of one JSON object a line from their end, while somebody may be writing them."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from pathlib import Path

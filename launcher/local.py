@@ -1,7 +1,5 @@
 """Starts the ranks of one node, passes signals on to them, and returns their exit code."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import os

@@ -1,7 +1,5 @@
 """The `medvlp` command. Each group of commands is one file under `launcher/commands/`."""
 
-from __future__ import annotations
-
 import gc
 import sys
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """Numbers as people read them in tables."""
 
-from __future__ import annotations
-
 
 def duration_text(seconds: float) -> str:
     """45 -> "45s", 754 -> "12m34s", 98000 -> "1d03h"."""

@@ -1,7 +1,5 @@
 """Which node of a run this machine is, and where the nodes meet. No torch."""
 
-from __future__ import annotations
-
 import os
 import socket
 from collections.abc import Mapping

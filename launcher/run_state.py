@@ -1,7 +1,5 @@
 """What a run folder says about its run: how far it is, how fast, how it stands. Needs no torch."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time

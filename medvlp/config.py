@@ -5,8 +5,6 @@ the method (a subclass of `MethodConfig`) and those of an evaluation task beside
 `TaskConfig`), so that adding one does not touch this file.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """YAML files and `key=value` overrides -> a checked `Config`."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import io

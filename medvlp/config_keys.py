@@ -1,7 +1,5 @@
 """Keys of a config that are more than name and value: moved ones, those that name files, and texts."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The reference of every config key, made from the schema: `configs/reference.yaml`."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints

@@ -1,7 +1,5 @@
 """Whether a config's values can be used: numbers in range, lists long enough, text printable."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping

@@ -5,8 +5,6 @@ loss needs; the *bookkeeping* group (always gloo) carries metrics, stop flags an
 these never queue behind, or wait for, work on the GPU.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import time

@@ -1,7 +1,5 @@
 """The model hub: quiet while it is tried, one clear sentence when it cannot be reached."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager

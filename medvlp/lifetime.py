@@ -1,7 +1,5 @@
 """Processes that end in time: with the one that started them, or after an error. No torch."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import signal

@@ -1,7 +1,5 @@
 """Which rank this process is, as torchrun, deepspeed or srun say it, and who shows an error. No torch."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping

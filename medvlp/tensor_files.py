@@ -1,7 +1,5 @@
 """Reading torch files of strangers: no code in them runs, and memory is taken only for bytes they have."""
 
-from __future__ import annotations
-
 import pickle
 import zipfile
 from pathlib import Path

@@ -6,8 +6,6 @@ word. Users are not asked twice: values they have given when they started or sub
 (as hashes) in a file of their home directory, never in the run folder.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

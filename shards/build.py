@@ -4,8 +4,6 @@ A build can be killed at any moment and started again, or divided into parts tha
 shards are recognised by their record in `.build/`, checked against its hashes, and kept.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace

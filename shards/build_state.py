@@ -1,7 +1,5 @@
 """What a build remembers on disk while it runs: its plan and, for every finished shard, what it holds."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from dataclasses import dataclass, field

@@ -5,8 +5,6 @@ polarity. All of them map one stored value to one shown value, so they are compu
 occurs (65,536 at the most) and then looked up for the pixels.
 """
 
-from __future__ import annotations
-
 import io
 import logging
 import warnings

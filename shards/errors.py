@@ -1,7 +1,5 @@
 """Errors a user can do something about, and the name that was meant; shown as one line and an exit code."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Collection
 

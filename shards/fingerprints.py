@@ -7,8 +7,6 @@ bits; of 499,500 pairs of different films 3 differ in at most 4 of 64 bits, and 
 Histogram equalisation moves more bits than that: such copies are not found.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import cv2

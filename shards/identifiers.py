@@ -1,7 +1,5 @@
 """Keyed hashing of patient and study ids (`--hash-ids`)."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from dataclasses import replace

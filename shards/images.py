@@ -1,7 +1,5 @@
 """Image files to square 8-bit grayscale pixels, and back to the bytes a shard stores."""
 
-from __future__ import annotations
-
 import io
 import warnings
 from typing import Any, TypeVar

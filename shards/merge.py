@@ -1,7 +1,5 @@
 """Completes a dataset whose shards are built: rejected records, tokenizer, totals and, last, the index."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections import Counter, defaultdict

@@ -1,7 +1,5 @@
 """What two datasets, or the splits of one, have in common: patients, studies, pictures, reports."""
 
-from __future__ import annotations
-
 import csv
 import io
 import itertools

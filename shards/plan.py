@@ -4,8 +4,6 @@ The plan depends on the source and the options alone, so any number of workers, 
 same shards with the same samples. A record that is rejected later leaves its shard one sample shorter.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ A program and not a library for each protocol: curl, aws and gsutil know proxies
 and only another process can be ended wherever it waits.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import logging

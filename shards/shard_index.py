@@ -1,7 +1,5 @@
 """The `.idx` file beside a tar: byte offsets and sizes of every member, so that any sample is one `pread`."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Which split a patient belongs to: a keyed hash of the patient, so rows, order and workers do not matter."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Mapping

@@ -5,8 +5,6 @@ quote the text. Hand-written, because no JSON library of this project refuses al
 more than their annotations (pydantic costs 0.2 s at every start of a command).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import errno
 import json

@@ -1,7 +1,5 @@
 """Reading YAML that strangers may have written: no tags, no aliases that grow, no depth, no name twice."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

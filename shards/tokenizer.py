@@ -1,7 +1,5 @@
 """The tokenizer of a dataset: WordPiece trained on its own text, or an existing one."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass

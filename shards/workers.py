@@ -1,7 +1,5 @@
 """Runs a function over tasks in processes that end when their parent does."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

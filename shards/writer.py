@@ -1,7 +1,5 @@
 """Writes one shard: a tar whose bytes depend on nothing but its samples, and its `.idx` file."""
 
-from __future__ import annotations
-
 import io
 import tarfile
 from collections.abc import Iterable

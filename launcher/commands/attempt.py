@@ -1,7 +1,5 @@
 """`medvlp attempt`: what a job script calls before and after the training. Not meant for people."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """`medvlp jobs`, `logs` and `cancel`: jobs in the queue beside the progress of their runs."""
 
-from __future__ import annotations
-
 import getpass
 import json
 import sys

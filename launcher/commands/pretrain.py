@@ -1,7 +1,5 @@
 """`medvlp pretrain`: train here, on ranks it starts, or as one rank of another launcher; `medvlp config`."""
 
-from __future__ import annotations
-
 import os
 import sys
 from typing import Annotated

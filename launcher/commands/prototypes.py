@@ -1,7 +1,5 @@
 """`medvlp prototypes build | gallery | export | serve`: clusters of a run as files, pages, and a server."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """`medvlp resume`: submit a run again, as it was submitted before or with changes."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`medvlp runs`: every run below a folder, and how it stands."""
 
-from __future__ import annotations
-
 import json
 import sys
 from dataclasses import asdict, replace

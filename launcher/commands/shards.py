@@ -1,7 +1,5 @@
 """`medvlp shards`: build, annotate, merge, verify, info, overlap and view datasets."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """`medvlp shards build NAME`: a command for every registered source, and the options they all have."""
 
-from __future__ import annotations
-
 import dataclasses
 import typing
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """`medvlp submit`: the same runs as jobs of a Slurm cluster."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

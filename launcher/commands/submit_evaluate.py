@@ -1,7 +1,5 @@
 """`medvlp submit evaluate RUN ...`: evaluations as an array, and a job that joins and compares them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """`medvlp submit prototypes RUN`: the read-only prototype server as a small job of its own."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """`medvlp submit shards build ...`: an array builds the parts of a dataset, a job merges them."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

@@ -1,7 +1,5 @@
 """A real all-reduce over the ranks that a run would have: gloo between CPUs, NCCL between GPUs."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """This node: GPUs, shared memory, limits of processes. Imports torch."""
 
-from __future__ import annotations
-
 import os
 import resource
 import shutil

@@ -1,7 +1,5 @@
 """All nodes of a job: each is looked at by a task that srun starts there, and they are compared."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform

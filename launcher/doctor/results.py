@@ -1,7 +1,5 @@
 """A check and what it finds; how results are shown, and the exit code that follows from them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass

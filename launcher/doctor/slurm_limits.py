@@ -1,7 +1,5 @@
 """What this Slurm allows: time, arrays, requeueing, and the time between the warning signal and the kill."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Python and the packages, against what the project requires."""
 
-from __future__ import annotations
-
 import platform
 import sys
 import tomllib

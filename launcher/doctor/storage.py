@@ -1,7 +1,5 @@
 """Folders: the run folder keeps what is written to it, the cache has room."""
 
-from __future__ import annotations
-
 import os
 import secrets
 import shutil

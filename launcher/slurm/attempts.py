@@ -1,7 +1,5 @@
 """`RUN/slurm/attempts.jsonl`: one line for every start of a job's batch script, and how it ended."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

@@ -1,7 +1,5 @@
 """Ending a run's jobs for good: after a checkpoint, or at once."""
 
-from __future__ import annotations
-
 import os
 import pwd
 import time

@@ -1,7 +1,5 @@
 """What a site's Slurm cluster needs in every job: `configs/clusters/*.yaml`."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, field
 from pathlib import Path

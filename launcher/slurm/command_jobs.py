@@ -1,7 +1,5 @@
 """Jobs of one command on one node, and arrays of them: building, merging, evaluating, serving."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata

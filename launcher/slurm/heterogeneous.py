@@ -1,7 +1,5 @@
 """Heterogeneous jobs: the training is component 0; component 1, on a CPU node, runs something beside it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

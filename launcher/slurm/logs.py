@@ -1,7 +1,5 @@
 """Output files of a run's jobs: the last lines, what follows, and the lines of one rank."""
 
-from __future__ import annotations
-
 import re
 import time
 from collections import deque

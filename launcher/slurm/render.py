@@ -1,7 +1,5 @@
 """Job scripts from the templates in `slurm/`: what is asked of sbatch, and values made safe for the shell."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 import shlex

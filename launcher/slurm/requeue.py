@@ -1,7 +1,5 @@
 """What follows when a job's step has ended: nothing, another start, or a stop with a reason. Pure."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal

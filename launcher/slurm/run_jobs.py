@@ -1,7 +1,5 @@
 """Which Slurm jobs belong to which run folder, and what `medvlp jobs` shows of them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path

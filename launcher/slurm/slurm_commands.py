@@ -1,7 +1,5 @@
 """The only file that runs Slurm's programs (sbatch, squeue, sacct, scontrol, scancel); typed answers."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

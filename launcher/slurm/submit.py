@@ -1,7 +1,5 @@
 """Submitting a pre-training: checks, the job script in the run folder, sbatch, and the record of it."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What one training step receives: images, token ids and what is known about the samples."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """How a global batch is cut into micro-batches: global = micro x accumulation x ranks."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from medvlp.config import Config

@@ -1,7 +1,5 @@
 """Opening datasets: local folders as they are, remote shards through a node-local, size-bounded cache."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re

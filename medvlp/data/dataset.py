@@ -1,7 +1,5 @@
 """Map-style datasets whose item is a whole micro-batch: read, decode, crop, look up token ids."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np

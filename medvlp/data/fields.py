@@ -4,8 +4,6 @@ A field is asked for by its name and stands in `Batch.fields` under it. One more
 registered by its name; loaders, datasets and batches do not change.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import ClassVar

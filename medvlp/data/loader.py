@@ -1,7 +1,5 @@
 """Loaders: which rows a rank reads at which step, worker processes, and the count of corrupt samples."""
 
-from __future__ import annotations
-
 import logging
 import math
 import multiprocessing

@@ -4,8 +4,6 @@ Only raw Philox words and stable sorts are used: NumPy keeps raw bit streams fix
 does not promise for `Generator.permutation`, so an order stays the same after an upgrade.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 

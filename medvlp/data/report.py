@@ -1,7 +1,5 @@
 """Which sentences of a report training sees: its sections as they are, or after MGCA's published cleaning."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from typing import Literal

@@ -1,7 +1,5 @@
 """Batch normalisation over all ranks and over the valid positions only."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Self
 

@@ -1,7 +1,5 @@
 """Pre-norm transformer decoder layers that attend to tokens of another kind."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 

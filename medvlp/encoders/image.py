@@ -1,7 +1,5 @@
 """Image backbones: any timm model, transformer or convolutional, behind one interface."""
 
-from __future__ import annotations
-
 import difflib
 import sys
 from types import MethodType

@@ -1,7 +1,5 @@
 """Fixed positions of patches."""
 
-from __future__ import annotations
-
 import torch
 from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 from torch import Tensor

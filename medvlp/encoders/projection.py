@@ -1,7 +1,5 @@
 """Projection heads between backbones and losses."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from medvlp.encoders.batch_norm import GlobalBatchNorm

@@ -1,7 +1,5 @@
 """Text backbones: any transformers text model behind one interface."""
 
-from __future__ import annotations
-
 import inspect
 from typing import Any, NamedTuple, Self
 

@@ -1,7 +1,5 @@
 """Building transformers text models: from options, a folder or a hub name, changed as the config says."""
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 

@@ -1,7 +1,5 @@
 """From word pieces to words and sentences: hidden states and attentions of theirs together, without loops."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

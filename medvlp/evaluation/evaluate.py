@@ -1,7 +1,5 @@
 """One evaluation from beginning to end: load, see what is finished, do the units that are not, join them."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import time

@@ -1,7 +1,5 @@
 """One pass over a split: what every model makes of the images and reports, and the 32x32 pixels."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any

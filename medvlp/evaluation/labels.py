@@ -1,7 +1,5 @@
 """Labels as the metrics need them: which samples count for a finding, and which findings can be evaluated."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal

@@ -16,8 +16,6 @@ Without sentences of its own a label that is a normal study ("No Finding", "Norm
 sides exchanged; one that names none ("Other", "sex=M") has no prompts.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """What is known about the samples of a split, beside what the models make of their images."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property

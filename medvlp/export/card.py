@@ -1,7 +1,5 @@
 """The model card: `README.md` of an export."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass

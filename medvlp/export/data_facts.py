@@ -1,7 +1,5 @@
 """What a model card says about the data: counts, fingerprint and licence, nothing about a patient."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 

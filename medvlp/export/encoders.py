@@ -1,7 +1,5 @@
 """Both encoders in the layouts of timm and transformers, each read back and compared with the trained one."""
 
-from __future__ import annotations
-
 import inspect
 import json
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """A folder that appears under its final name only when everything in it is complete and on disk."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

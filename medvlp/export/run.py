@@ -1,7 +1,5 @@
 """One export from beginning to end: build, load, write, compare, describe."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

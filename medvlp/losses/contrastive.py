@@ -1,7 +1,5 @@
 """Contrastive loss of paired embeddings and the retrieval accuracy inside a batch."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Token-wise alignment: words attend to patches, patches to words, and each token finds its own context."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

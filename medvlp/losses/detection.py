@@ -1,7 +1,5 @@
 """YOLOv3 for one scale: targets, loss, decoding; and the suppression of overlapping boxes."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

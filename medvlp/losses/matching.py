@@ -1,7 +1,5 @@
 """Best one-to-one matching of two sets of vectors, one pair of sets for each sample."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment

@@ -1,7 +1,5 @@
 """Precision and length of embeddings before a loss."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Losses and metric of binary segmentation as MGCA trains it."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Sinkhorn-Knopp: soft assignments of samples to equally used prototypes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """The interface every pre-training method keeps."""
 
-from __future__ import annotations
-
 import abc
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Whole images against whole reports: the contrast MGCA, MPMA and PLACE share."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from medvlp import distributed

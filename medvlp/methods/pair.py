@@ -1,7 +1,5 @@
 """Methods whose losses start from one encoding of image and report: two encoders and an alignment."""
 
-from __future__ import annotations
-
 import abc
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar

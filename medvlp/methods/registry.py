@@ -5,8 +5,6 @@ folder; elsewhere it is what a package declares as an entry point of the group `
 imported before.
 """
 
-from __future__ import annotations
-
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable

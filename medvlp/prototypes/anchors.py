@@ -1,7 +1,5 @@
 """Embeddings of the texts that hold the first clusters (`prototypes.anchors`)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol

@@ -1,7 +1,5 @@
 """The prototype service in asynchronous mode: cluster workers refresh the table behind the training."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections import Counter

@@ -8,8 +8,6 @@ Every word has one writer and is written after what it stands for: settings befo
 cursor before request. Nobody waits for a lock, so nobody who dies can keep one.
 """
 
-from __future__ import annotations
-
 import json
 import mmap
 import os

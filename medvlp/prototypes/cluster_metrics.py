@@ -1,7 +1,5 @@
 """How evenly clusters are used, how they change, and how they agree with findings."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from numpy.typing import NDArray

@@ -1,7 +1,5 @@
 """Which samples of a batch are no negatives of each other: those of one service cluster."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """Starting learned prototypes from k-means of the untrained (or pre-trained) model's embeddings."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice

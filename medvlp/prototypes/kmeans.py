@@ -1,7 +1,5 @@
 """Spherical k-means over the rows of all ranks: FAISS assigns each rank's own, sums and counts travel."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager

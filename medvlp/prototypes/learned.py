@@ -1,7 +1,5 @@
 """Prototypes that are weights of the model."""
 
-from __future__ import annotations
-
 import math
 
 import torch

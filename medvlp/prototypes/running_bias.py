@@ -1,7 +1,5 @@
 """A bias on cluster scores that follows training step by step, so that clusters are used evenly."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

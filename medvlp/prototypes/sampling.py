@@ -1,7 +1,5 @@
 """A random choice among the rows of all ranks that does not depend on which rank holds which row."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from numpy.typing import NDArray

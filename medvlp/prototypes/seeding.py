@@ -1,7 +1,5 @@
 """First centroids of k-means over the rows of all ranks."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

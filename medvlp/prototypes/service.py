@@ -1,7 +1,5 @@
 """What the training loop and the methods know of the prototype service, and what both kinds of it share."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from typing import Any
 

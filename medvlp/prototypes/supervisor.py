@@ -1,7 +1,5 @@
 """Keeps the cluster worker of one node alive: starts it, restarts it, ends it. No torch."""
 
-from __future__ import annotations
-
 import logging
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """The synchronous kind of prototype service, and which kind a run gets."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor

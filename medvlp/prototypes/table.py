@@ -1,7 +1,5 @@
 """The read-only table of clusters that every rank assigns embeddings with."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import math

@@ -1,7 +1,5 @@
 """Counting how often each learned prototype is the nearest one, and which to start anew."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

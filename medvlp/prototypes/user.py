@@ -1,7 +1,5 @@
 """What a method, or a part of one, has to do with prototypes: learned ones, service clusters, masks."""
 
-from __future__ import annotations
-
 from typing import Protocol
 
 from torch import Tensor

@@ -4,8 +4,6 @@ Started by `WorkerSupervisor`. It waits for its settings, then answers one reque
 FAISS are imported only when they are there.
 """
 
-from __future__ import annotations
-
 import importlib
 import logging
 import os

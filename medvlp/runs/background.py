@@ -1,7 +1,5 @@
 """A disk operation in a thread of its own, tried again when the disk refuses."""
 
-from __future__ import annotations
-
 import logging
 import threading
 import time

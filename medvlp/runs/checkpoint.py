@@ -1,7 +1,5 @@
 """A checkpoint to go on from or to read: found and verified, checked against a config, loaded."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

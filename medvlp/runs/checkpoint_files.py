@@ -4,8 +4,6 @@ A reader sees either a whole checkpoint or none. Nothing here talks to other ran
 does.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Callable, Sequence

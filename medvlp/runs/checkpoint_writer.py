@@ -4,8 +4,6 @@ The threads never use a process group: a collective of theirs could meet another
 order on another rank. The ranks tell each other between two steps (`poll`), where they meet anyway.
 """
 
-from __future__ import annotations
-
 import logging
 import shutil
 import time

@@ -3,8 +3,6 @@
 Needs neither DeepSpeed nor a process group. The output folder appears whole or not at all.
 """
 
-from __future__ import annotations
-
 from importlib import metadata
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Encoders that a config names (folders, the hub) as a run stores them: described, so nothing is fetched."""
 
-from __future__ import annotations
-
 import copy
 import json
 from typing import Any

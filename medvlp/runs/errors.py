@@ -1,7 +1,5 @@
 """Errors of a run's files. All ranks raise them alike, so that showing one is enough."""
 
-from __future__ import annotations
-
 from shards.errors import MedvlpError
 
 

@@ -1,7 +1,5 @@
 """`events.jsonl`: what happened to a run, one JSON object a line, over all its starts."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math

@@ -1,7 +1,5 @@
 """`metrics.jsonl`: one JSON object for every logged step, each step once, also across restarts."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

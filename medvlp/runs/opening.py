@@ -1,7 +1,5 @@
 """Opening what a run reads: the same dataset on all ranks, and what the run was started with."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 from collections.abc import Callable

@@ -6,8 +6,6 @@ one element. The header's metadata `starts` says where each part begins in the f
 master weights are whole, in `weights.safetensors`.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, NamedTuple
 

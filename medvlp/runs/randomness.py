@@ -1,7 +1,5 @@
 """Seeds and random states: equal weights on all ranks, own dropout on each, and both resumable."""
 
-from __future__ import annotations
-
 import random
 from typing import Any, cast
 

@@ -1,7 +1,5 @@
 """Which checkpoints of a run are kept, and how one is deleted."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The run folder: identity, config, environment, and the rule that a fresh run needs an empty one."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import logging

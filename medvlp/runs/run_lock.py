@@ -4,8 +4,6 @@ Not filelock: the kernel's locks are inherited by forked data workers, do not cr
 system and name nobody; its leases wait for every holder to expire, also for one that is known to be dead.
 """
 
-from __future__ import annotations
-
 import getpass
 import json
 import logging

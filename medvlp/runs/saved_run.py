@@ -1,7 +1,5 @@
 """A run as evaluation and export read it: its folder, one verified checkpoint, config, tokenizer."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """State as a list of files to write: collecting is apart from writing, so that writing can happen later."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """Answers to questions about one snapshot, with or without a server."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property

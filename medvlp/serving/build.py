@@ -1,7 +1,5 @@
 """From a run to `RUN/prototypes/`: embed samples of the shards, choose the clusters, describe them."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

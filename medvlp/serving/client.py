@@ -1,7 +1,5 @@
 """Asking a server from Python: connect, send the token, turn gRPC's errors into sentences."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

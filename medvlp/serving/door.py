@@ -4,8 +4,6 @@ gRPC limits connections over all addresses only, so one address could hold them 
 process's: a thread looks at them and shuts those that must go, which gRPC takes for a client that left.
 """
 
-from __future__ import annotations
-
 import ipaddress
 import math
 import socket

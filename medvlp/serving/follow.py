@@ -1,7 +1,5 @@
 """What a server answers from: the stored snapshot of a run, or always the newest of one that trains."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from contextlib import suppress

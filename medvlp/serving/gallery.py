@@ -1,7 +1,5 @@
 """A page for people: the most typical images of every cluster, and which findings they have."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from html import escape
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What lies where in `RUN/prototypes/`, and the error of what should lie there."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from shards.errors import MedvlpError

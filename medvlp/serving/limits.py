@@ -1,7 +1,5 @@
 """What a request may cost: sizes, and requests a second of each peer."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections import OrderedDict

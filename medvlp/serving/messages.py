@@ -1,7 +1,5 @@
 """Questions and answers as messages of `wire/prototypes.proto`. Needs no torch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints

@@ -1,7 +1,5 @@
 """The answers of a server without one: from the files of a run, in this process."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Questions about a run's clusters and their answers, with or without a server. Needs no protobuf."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """A run's method as the server and the builder use it: texts and images of anybody to embeddings."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

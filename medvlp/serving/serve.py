@@ -1,7 +1,5 @@
 """`medvlp prototypes serve`: the server as a process, until it is told to end."""
 
-from __future__ import annotations
-
 import signal
 import time
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """A gRPC server of one run's prototypes, from its address to its clean end."""
 
-from __future__ import annotations
-
 import json
 import os
 import socket

@@ -1,7 +1,5 @@
 """`RUN/prototypes/`: clusters and the embeddings of samples in one file that is whole or not there."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Counts steps skipped for a bad loss or gradient, names their samples, stops the run when it repeats."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from pathlib import Path

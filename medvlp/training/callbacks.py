@@ -1,7 +1,5 @@
 """What the trainer tells its callbacks, and what a callback is."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The run's side of checkpoints: when to save, what a run's state is, and taking it up again."""
 
-from __future__ import annotations
-
 import json
 import logging
 import time

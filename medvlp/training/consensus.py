@@ -1,7 +1,5 @@
 """What all ranks agree on between two steps: to stop, and to use new clusters. One small reduction a step."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from itertools import islice

@@ -1,7 +1,5 @@
 """DeepSpeed around a method: forward, backward, step, learning rate, gradient norm, state, whole weights."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Ends a run in which a rank no longer arrives, and says which one and where it was."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -1,7 +1,5 @@
 """Copies of state in host memory: what a background thread writes while the state itself moves on."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

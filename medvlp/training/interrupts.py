@@ -1,7 +1,5 @@
 """Requests to save and stop: signals, and the end of the time. The ranks agree on one between two steps."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

@@ -1,7 +1,5 @@
 """The loss scale of fp16: DeepSpeed's, with what 0.19.8 gets wrong about it put right."""
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 

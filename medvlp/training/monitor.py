@@ -1,7 +1,5 @@
 """Metrics of a run: reduced over ranks, then to the console, `metrics.jsonl` and W&B."""
 
-from __future__ import annotations
-
 import logging
 import math
 from pathlib import Path

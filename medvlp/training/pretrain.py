@@ -1,7 +1,5 @@
 """One pre-training run on this rank: join the group, build everything, train, close."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict

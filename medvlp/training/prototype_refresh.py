@@ -1,7 +1,5 @@
 """Runs the prototype service for methods that use one: remember embeddings, refresh, hand over the table."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Starts learned prototypes anew that hardly anything is near to (`prototypes.revive_below`)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`samples.jsonl`: the sample keys of every step, for who wants to count what a run has seen."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any

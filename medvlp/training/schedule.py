@@ -1,7 +1,5 @@
 """Schedules as arrays indexed by step, so that resuming needs nothing but the step."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Keeps a bad step from leaving a trace: decided on the device, without waiting for it."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """The training loop. It knows no method, no logger and no file."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Sequence
 

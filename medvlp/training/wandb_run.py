@@ -1,7 +1,5 @@
 """The W&B side of a run. Whatever happens to W&B or the network, training goes on."""
 
-from __future__ import annotations
-
 import logging
 import netrc
 import os

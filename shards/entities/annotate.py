@@ -1,7 +1,5 @@
 """Gives every sample of a dataset its entities, in a new dataset whose other bytes are the same."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil

@@ -4,8 +4,6 @@ Templates and tables of findings say what is absent behind the finding, often wi
 ends the reach of every cue in a sentence. Here such statements are cut apart and their answers found.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ uncertain (`negation`), and give every observation its anatomies: those next to 
 the subject of the sentence, or the site the observation implies.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

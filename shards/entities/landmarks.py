@@ -5,8 +5,6 @@ They read RadGraph's strings, the head noun and its modifiers joined by bars ("l
 same rules also take plain words ("left lower lobe") is ours.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from functools import lru_cache

@@ -5,8 +5,6 @@ is a synonym of a named class gets that class ("enlarged heart" is cardiomegaly)
 own name and so fall into the bucket of rare ones.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from typing import Literal

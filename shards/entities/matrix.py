@@ -1,7 +1,5 @@
 """Entities as the anatomy-observation matrix a method reads."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 import numpy as np

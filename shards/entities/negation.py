@@ -5,8 +5,6 @@ state for what follows it, until another cue or a boundary; cues that stand behi
 The cue list and the comma rules are ours, made on radiology reports.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ that leads to a known word, which needs no model and cannot change with one. Wor
 bucket whatever their lemma. An importer that knows the lemma passes it instead of the word.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import lru_cache
 

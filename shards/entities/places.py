@@ -1,7 +1,5 @@
 """Anatomies in a sentence: "right upper and left lower lobes" is two of them, each with its side and zone."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 

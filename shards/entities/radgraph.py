@@ -4,8 +4,6 @@ The file is JSON as RadGraph's inference publishes it: report id -> {"text", "en
 "label", "start_ix", "end_ix", "relations": [[type, target id], ...]}}}.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Source: MeDSLIP's published lists, which are those of MedKLIP and AGXNet; the descriptions are in our words.
 """
 
-from __future__ import annotations
-
 ANATOMIES: tuple[str, ...] = (
     "trachea", "left_hilar", "right_hilar", "hilar_unspec", "left_pleural", "right_pleural",
     "pleural_unspec", "heart_size", "heart_border", "left_diaphragm", "right_diaphragm", "diaphragm_unspec",

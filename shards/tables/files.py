@@ -1,7 +1,5 @@
 """Opens a table's file: which kind its name says, plain or gzip, and the encoding its first bytes allow."""
 
-from __future__ import annotations
-
 import codecs
 import gzip
 import io

@@ -1,7 +1,5 @@
 """Rows of a JSON-lines file: one object a line, numbers and words as they were written."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TextIO

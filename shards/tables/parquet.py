@@ -1,7 +1,5 @@
 """Rows of a Parquet file as text, streamed batch by batch."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator, Sequence

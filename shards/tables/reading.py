@@ -1,7 +1,5 @@
 """Reads any kind of table as rows of text: the one place through which tables come in."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path

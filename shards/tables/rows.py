@@ -1,7 +1,5 @@
 """Rows of a table: text by column, with the words that mean "missing" taken out."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 A table is read once, whatever its kind; memory does not grow with it, and processes share the file's pages.
 """
 
-from __future__ import annotations
-
 import os
 import tempfile
 from bisect import bisect_right

@@ -1,7 +1,5 @@
 """Headings of radiology reports by language, and the sections they open."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Iterable

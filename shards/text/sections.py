@@ -1,7 +1,5 @@
 """Splits a radiology report into its sections."""
 
-from __future__ import annotations
-
 import html
 import re
 

@@ -6,8 +6,6 @@ not known (in training, from a sample's sections). Hand-written because general 
 result must not change with a model file.
 """
 
-from __future__ import annotations
-
 import re
 
 #: Abbreviations that never end a sentence (lower case, without their last period).

@@ -6,8 +6,6 @@ are sorted once and every resample is a row of `weights`. Each function equals i
 (named in the docstring) row by row, which the tests check.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

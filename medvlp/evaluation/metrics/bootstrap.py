@@ -1,7 +1,5 @@
 """95 % intervals by resampling patients: images of one patient are not independent, so they go together."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any

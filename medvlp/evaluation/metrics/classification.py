@@ -1,7 +1,5 @@
 """Metrics of per-finding scores with intervals: of any classifier."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import partial
 

@@ -1,7 +1,5 @@
 """Retrieval metrics: ranks with duplicates, recall and precision among the first K, and what chance gives."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

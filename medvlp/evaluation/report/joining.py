@@ -1,7 +1,5 @@
 """Puts the results of tasks and units that were evaluated apart together to one evaluation of the run."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

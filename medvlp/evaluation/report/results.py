@@ -16,8 +16,6 @@ config          the resolved config of the run, with the overrides of this evalu
 units           only in files of single units: task -> unit -> its models, notes and fingerprint
 """
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import asdict, dataclass, field

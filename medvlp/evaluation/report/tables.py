@@ -1,7 +1,5 @@
 """Evaluations as text: tables for the console and in Markdown, and the lines under them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

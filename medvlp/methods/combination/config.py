@@ -1,7 +1,5 @@
 """The keys of the combination: a weight for each part, and the part's own keys."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Literal
 

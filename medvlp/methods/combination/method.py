@@ -1,7 +1,5 @@
 """Losses of several methods on one pair of encoders: a mixture that none of the papers has."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import TypeVar
 

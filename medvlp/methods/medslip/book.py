@@ -1,7 +1,5 @@
 """MeDSLIP's text book: frozen embeddings of the sentences that stand for anatomies and observations."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Self
 

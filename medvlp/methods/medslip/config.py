@@ -1,7 +1,5 @@
 """The keys of MeDSLIP; those that reproduce the published code where ours differs say (published)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 

@@ -1,7 +1,5 @@
 """MeDSLIP's heads and losses as one module on the decoders' outputs, so that they can be checked alone."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """MeDSLIP: medical dual-stream language-image pre-training (2024)."""
 
-from __future__ import annotations
-
 import logging
 from functools import partial
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """MeDSLIP's modules: the gate that splits image tokens into two streams, the queries that read a stream."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

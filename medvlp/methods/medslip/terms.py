@@ -5,8 +5,6 @@ A matrix M [B, A, P] holds 1 (present), 0 (absent) and -1 (not mentioned) for A 
 several ranks can divide by a common one. Without any entry a loss is 0 with zero gradients.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,7 +1,5 @@
 """MGCA's three alignments as one module that takes embeddings, so that its losses can be checked alone."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """MGCA: multi-granularity cross-modal alignment (Wang et al., NeurIPS 2022)."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from medvlp.config import Config

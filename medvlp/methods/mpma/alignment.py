@@ -1,7 +1,5 @@
 """MPMA's global and local alignment (GLA) as one module on encoded pairs."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """The keys of MPMA. None of the paper's numbers is public: every default is ours or a relative's."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """The decoder of masked images: pixels of the hidden patches from the encoded visible ones."""
 
-from __future__ import annotations
-
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Encoders of the visible part: a vision transformer of chosen patches, a text encoder with hidden words."""
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Memory-augmented cross-modal fusion (MA-CMF): a report reads the image through attention with memory."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -1,7 +1,5 @@
 """Reconstruction of hidden patches and hidden words."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -4,8 +4,6 @@ Drawn by hashing instead of from torch's generators, so that a sample gets the s
 and after every resume, as its augmentation does.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

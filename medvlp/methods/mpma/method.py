@@ -6,8 +6,6 @@ cross-modal fusion (MA-CMF) brings the image into the report's reconstruction. E
 included, is ours, filled from MAE, MRM (ICLR 2023), M3AE (MICCAI 2022) and MGCA.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """The keys of PLACE. Only the paper's abstract is public: every number here is our choice."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Patch tokens conditioned on a report, and a slowly moving projection of patch features."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple, Self
 

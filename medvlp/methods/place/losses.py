@@ -1,7 +1,5 @@
 """PLACE's contrastive losses on embeddings, over one rank or all of them."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

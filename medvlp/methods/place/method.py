@@ -1,7 +1,5 @@
 """PLACE: pathological-level alignment and correlation exploration (2025), reconstructed from its abstract."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

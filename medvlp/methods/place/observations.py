@@ -1,7 +1,5 @@
 """Query tokens that read observations out of an image's patches; reports as one vector of many tokens."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """PLACE's terms as functions of tensors: observations against sentences, and correlations of patches."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """PRIOR's two attentions: a pool over the patches or sentences, and sigmoid attention between them."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

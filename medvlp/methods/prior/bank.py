@@ -1,7 +1,5 @@
 """A bank of learned sentence prototypes, from which sentences are put together again."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

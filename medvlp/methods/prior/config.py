@@ -1,7 +1,5 @@
 """The keys of PRIOR; those that reproduce unsound behaviour of the published code say (published)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal

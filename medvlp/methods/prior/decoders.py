@@ -1,7 +1,5 @@
 """From patches back to what was seen: an image by upsampling, sentence embeddings by learned queries."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """PRIOR's losses in its three stages, as one module that takes projected features."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 

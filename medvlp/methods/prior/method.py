@@ -1,7 +1,5 @@
 """PRIOR: prototype representation joint learning from images and reports (Cheng et al., ICCV 2023)."""
 
-from __future__ import annotations
-
 import dataclasses
 from functools import partial
 

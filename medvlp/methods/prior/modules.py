@@ -1,7 +1,5 @@
 """PRIOR's small parts: a linear projection, a learned scale, and the order in which patches lie in memory."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """PRIOR's terms as functions of tensors: SimSiam, sentences and their contexts, sets, prototype scores."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
