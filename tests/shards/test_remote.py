@@ -100,8 +100,8 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "PAUSE_SECONDS", 0.01)
 
 
-def read(url: str, most: int = 1 << 20) -> bytes:
-    return read_remote(url, most, stall_seconds=1.0)
+def read(url: str, most: int = 1 << 20, stall: float = 30.0) -> bytes:
+    return read_remote(url, most, stall_seconds=stall)
 
 
 @pytest.mark.parametrize(
@@ -124,8 +124,9 @@ def test_what_cannot_be_read_is_one_line_after_bounded_tries(site, caplog, kind,
     url, requests = site
     started = time.monotonic()
     with caplog.at_level(logging.WARNING), pytest.raises(RemoteError, match=reason) as caught:
-        read(f"{url}/{kind}/x.tar")
-    assert time.monotonic() - started < 30
+        # What does not stall is given time: on a busy machine even an answer at once takes a second.
+        read(f"{url}/{kind}/x.tar", stall=1.0 if kind in ("stall", "silent", "drip") else 30.0)
+    assert time.monotonic() - started < 60
     text = str(caught.value)
     assert text.startswith(f"cannot read {url}/{kind}/x.tar: ")
     assert "\n" not in text
@@ -172,7 +173,7 @@ def test_commands_that_hang_fail_or_say_nothing(tmp_path: Path) -> None:
 def test_no_process_is_left_behind(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     with pytest.raises(RemoteError):
-        read(f"pipe:sleep 1000 & echo $! >> {pids}; wait")
+        read(f"pipe:sleep 1000 & echo $! >> {pids}; wait", stall=1.0)
     for pid in pids.read_text().split():
         deadline = time.monotonic() + 10
         while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]:
