@@ -13,8 +13,9 @@ import os
 import re
 import stat
 import types
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, TextIO, TypeVar, Union, get_args, get_origin, get_type_hints
 
 #: Brackets inside each other that a file may have.
 MAX_DEPTH = 32
@@ -76,7 +77,7 @@ def parse_json(data: bytes | str, most: int) -> Any:
         raise JsonError(f"{len(data)} bytes, more than the limit of {most}")
     try:
         text = data if isinstance(data, str) else data.decode()
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
+        value = _DECODER.decode(text)
     except JsonError:
         raise
     except json.JSONDecodeError as error:
@@ -87,11 +88,69 @@ def parse_json(data: bytes | str, most: int) -> Any:
         raise JsonError(f"more than {MAX_DEPTH} brackets inside each other") from None
     except ValueError:  # an integer of more digits than Python converts
         raise JsonError("a number is too large") from None
+    _check_value(value, text)
+    return value
+
+
+def stream_object(file: TextIO, most: int) -> Iterator[tuple[str, Any]]:
+    """Names and values of the one object that a file of UTF-8 text holds, one in memory at a time.
+
+    Args:
+        most: characters of a value.
+
+    Raises:
+        JsonError: as `parse_json`, but a name that the object itself has twice is the caller's to notice.
+    """
+    text = ""
+    while len(text.strip()) < 2 and (more := file.read(_STREAM_STEP)):
+        text += more
+    opened = _OPENED.match(text)
+    if opened is None:
+        raise JsonError("not an object")
+    start = end = opened.end()
+    is_last = opened[1] == "}"
+    while not is_last:
+        try:
+            name, value, end, is_last = _member(text, start)
+        except json.JSONDecodeError:  # broken, or not all of it is there yet
+            more = file.read(max(_STREAM_STEP, len(text) - start))
+            if not more or len(text) - start > most:
+                raise JsonError("no JSON, or a value that is too long") from None
+            text, start = text[start:] + more, 0
+            continue
+        except JsonError:
+            raise
+        except RecursionError:
+            raise JsonError(f"more than {MAX_DEPTH} brackets inside each other") from None
+        except ValueError:  # as in `parse_json`
+            raise JsonError("a number is too large") from None
+        _check_value([name, value], text[start:end])
+        yield name, value
+        start = end
+    if (text[end:] + file.read(_STREAM_STEP)).strip():
+        raise JsonError("something stands behind the object")
+
+
+def _member(text: str, start: int) -> tuple[str, Any, int, bool]:
+    """Name and value at `start`, where the next member begins, and whether there is none."""
+    name, end = _DECODER.raw_decode(text, _SPACE.match(text, start).end())  # type: ignore[union-attr]
+    colon = _COLON.match(text, end)
+    if colon is None or not isinstance(name, str):
+        raise json.JSONDecodeError("", text, end)
+    value, end = _DECODER.raw_decode(text, colon.end())
+    separator = _SEPARATOR.match(text, end)
+    if separator is None:
+        raise json.JSONDecodeError("", text, end)
+    return name, value, separator.end(), separator[1] == "}"
+
+
+def _check_value(value: Any, text: str) -> None:
     _check_depth(value)
+    if not text.isascii() and _SURROGATE.search(text):  # how a text file marks bytes that are no text
+        raise JsonError("not UTF-8")
     # Only an escape can bring half of a surrogate pair: UTF-8 has none.
     if "\\u" in text and _SURROGATE.search(json.dumps(value, ensure_ascii=False)):
         raise JsonError("half of a surrogate pair")
-    return value
 
 
 def to_record(value: Any, kind: type[Record]) -> Record:
@@ -140,6 +199,11 @@ def _dataclass(value: Any, kind: Any, place: str) -> Any:
     return kind(**{name: _convert(item, hints[name], f"{prefix}{name}") for name, item in value.items()})
 
 
+_OPENED = re.compile(r"\s*\{\s*(\}?)")
+_SPACE, _COLON, _SEPARATOR = re.compile(r"\s*"), re.compile(r"\s*:\s*"), re.compile(r"\s*([,}])")
+_STREAM_STEP = 1 << 18
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
@@ -170,3 +234,7 @@ def _check_depth(value: Any) -> None:
             for child in (container.values() if isinstance(container, dict) else container)
         ]
     raise JsonError(f"more than {MAX_DEPTH} brackets inside each other")
+
+
+# Behind the functions that it calls.
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)

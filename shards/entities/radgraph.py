@@ -12,12 +12,12 @@ from typing import Any
 
 from shards.entities.vocabulary import UNSPECIFIED
 from shards.errors import DataError
-from shards.strict_json import JsonError, parse_json
+from shards.strict_json import JsonError, stream_object
 from shards.study import Entity
-from shards.tables.files import open_bytes
+from shards.tables.files import TableFile, open_text
 
-#: Largest file, in bytes; the graphs of all of MIMIC-CXR take less than a tenth.
-_LIMIT = 1 << 32
+#: Largest report with its graph, in characters.
+_LIMIT = 1 << 24
 _ANATOMY = "ANAT-DP"
 _VALUES = {"OBS-DP": 1, "OBS-DA": 0, "OBS-U": -1}
 #: Labels as later releases of RadGraph spell them.
@@ -51,27 +51,34 @@ def read_radgraph(path: Path) -> dict[str, list[Entity]]:
     Raises:
         DataError: the file cannot be read, names a report twice, or does not have the form described above.
     """
-    try:
-        with open_bytes(path) as file:
-            reports = parse_json(file.read(_LIMIT + 1), _LIMIT)
-    except JsonError as error:
-        raise DataError(f"{path} is not a JSON file that can be read ({error})") from error
-    if not isinstance(reports, dict):
-        raise DataError(f"{path}: not a JSON object of reports by id")
     found: dict[str, list[Entity]] = {}
     short: dict[str, list[Entity] | None] = {}
-    for number, (identifier, report) in enumerate(reports.items()):
-        try:
-            entities = report_entities(report)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            reason = (
-                f"field {error} is missing" if isinstance(error, KeyError) else "a field has another type"
-            )
-            raise DataError(f"{path}, report {number}: not the output of RadGraph ({reason})") from None
+    for identifier, entities in stream_radgraph(path):
+        if identifier in found:
+            raise DataError(f"{path}: a report is there twice")
         found[identifier] = entities
         for name in _short_names(identifier):
             short[name] = entities if short.get(name, entities) == entities else None
     return {name: entities for name, entities in short.items() if entities is not None} | found
+
+
+def stream_radgraph(path: TableFile) -> Iterator[tuple[str, list[Entity]]]:
+    """Id and entities of each report of a file, in its order, one report in memory at a time.
+
+    Raises:
+        DataError: the file cannot be read or does not have the form described above.
+    """
+    number = 0
+    try:
+        with open_text(path, "utf-8") as file:
+            for identifier, report in stream_object(file, _LIMIT):
+                number += 1
+                yield identifier, report_entities(report)
+    except JsonError as error:
+        raise DataError(f"{path} is not a JSON object of reports by id ({error})") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"field {error} is missing" if isinstance(error, KeyError) else "a field has another type"
+        raise DataError(f"{path}, report {number}: not the output of RadGraph ({reason})") from None
 
 
 def report_entities(report: Mapping[str, Any]) -> list[Entity]:

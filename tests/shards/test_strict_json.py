@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from dataclasses import dataclass, field
@@ -12,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shards import strict_json
 from shards.metadata import parse_metadata
-from shards.strict_json import MAX_DEPTH, JsonError, parse_json, read_limited, to_record
+from shards.strict_json import MAX_DEPTH, JsonError, parse_json, read_limited, stream_object, to_record
 from tests.shards.hostile import SECRET
 
 PLAIN = st.recursive(
@@ -160,3 +162,29 @@ def test_a_wrong_sample_is_refused_without_a_word_of_it(change: dict[str, Any]) 
     with pytest.raises(JsonError) as caught:
         parse_metadata(json.dumps(GOOD | change).encode(), ["edema"])
     assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("step", [1, 3, 1 << 18])
+def test_an_object_is_streamed_member_by_member(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(strict_json, "_STREAM_STEP", step)
+    members = {"a": 12.5, "b": {"c": [1, "} , {"]}, "": 'é"', "n": 3}
+    for text in (json.dumps(members), json.dumps(members, indent=2, ensure_ascii=False) + "\n"):
+        assert dict(stream_object(io.StringIO(text), 100)) == members
+    assert list(stream_object(io.StringIO(" { } "), 100)) == []
+    assert list(stream_object(io.StringIO('{"a": 1, "a": 2}'), 100)) == [("a", 1), ("a", 2)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "[]", "1", '{"a": 1', '{"a": 1,}', '{"a": 1} x', '{"a": 1}}', '{"a" 1}', '{1: 2}', '{"a": NaN}',
+        '{"a": 1e999}', '{"a": {"b": 1, "b": 2}}', '{"a": "\\ud800"}', '{"a": ' + "[" * 40 + "]" * 40 + "}",
+        '{"a": "' + "x" * 1000 + '"', '{,"a": 1}', '{"a": "\udcff"}', '{"a": ' + "9" * 5000 + "}",
+    ],
+)  # fmt: skip
+def test_an_object_that_is_none_is_refused_while_streaming(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(strict_json, "_STREAM_STEP", 4)
+    with pytest.raises(JsonError):
+        list(stream_object(io.StringIO(text), 100))

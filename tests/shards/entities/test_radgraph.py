@@ -128,5 +128,5 @@ def test_short_ids_that_stand_for_several_reports_find_none(tmp_path: Path) -> N
     assert "1" not in found
     path = tmp_path / "radgraph.json"
     path.write_text(f'{{"s1": {json.dumps(report("edema"))}, "s1": {json.dumps(report("mass"))}}}')
-    with pytest.raises(DataError, match="one name twice"):
+    with pytest.raises(DataError, match="a report is there twice"):
         read_radgraph(path)
