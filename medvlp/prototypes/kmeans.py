@@ -43,7 +43,7 @@ class CentroidSearch:
     """
 
     def __init__(self, count: int, width: int, ivf_above: int, threads: int) -> None:
-        import faiss  # here: nothing but k-means and export needs it
+        import faiss  # here: of a training only what clusters needs it
 
         self._faiss, self._threads = faiss, threads
         index: Any = faiss.IndexFlatIP(width)

@@ -40,10 +40,9 @@ from medvlp.training.deepspeed_config import check_device
 from medvlp.training.engine import Engine
 from medvlp.training.hangs import Watchdog
 from medvlp.training.interrupts import EXIT_INTERRUPTED, Interrupts
-from medvlp.training.monitor import Monitor
+from medvlp.training.monitor import Monitor, SampleLog
 from medvlp.training.prototype_refresh import PrototypeRefresh
 from medvlp.training.prototype_revival import PrototypeRevival
-from medvlp.training.sample_log import SampleLog
 from medvlp.training.schedule import build_schedule
 from medvlp.training.step_guard import StepGuard
 from medvlp.training.trainer import Trainer

@@ -12,13 +12,12 @@ import torch
 from medvlp import distributed
 from medvlp.config import CheckpointConfig
 from medvlp.runs import checkpoint_files
-from medvlp.runs.background import DiskTask
 from medvlp.runs.checkpoint import Checkpoint
-from medvlp.runs.checkpoint_writer import CheckpointWriter
+from medvlp.runs.checkpoint_writer import CheckpointWriter, DiskTask
 from medvlp.runs.errors import CheckpointError
 from medvlp.runs.manifest import Manifest
 from medvlp.runs.state_files import StateFile, WriteGivenUpError
-from medvlp.training.host_copies import HostCopies
+from medvlp.training.checkpointing import HostCopies
 from tests.training.runs import read_metrics, train, train_expecting_error
 
 
