@@ -40,7 +40,7 @@ def pretrain(
     """
     from launcher.placement import place_node
     from medvlp import config_files, trust
-    from medvlp.data.batch_plan import plan_batch
+    from medvlp.data.batch_sizes import divide_batch
     from medvlp.evaluation import task
     from medvlp.methods.registry import schemas
     from medvlp.prototypes.supervisor import uses_workers
@@ -69,7 +69,7 @@ def pretrain(
     has_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     ranks = nproc or (torch.cuda.device_count() if has_cuda else 1)
     node = place_node(nodes, node_rank, meet)
-    plan_batch(config, node.count * ranks)
+    divide_batch(config, node.count * ranks)
     check_device(config, "cuda" if has_cuda else "cpu")
     if ranks == node.count == 1 and NODE_LAUNCH not in os.environ:
         os.environ |= local.library_environment(1, has_cuda, os.environ)

@@ -45,10 +45,10 @@ def build(
     device: Device = "auto",
 ) -> None:
     """Embed samples and write prototypes.safetensors and report.json into RUN/prototypes."""
-    from medvlp.serving.build import BuildRequest, build
+    from medvlp.serving.build import SnapshotOptions, build
 
-    request = BuildRequest(source, data, split, limit, clusters, out, device)
-    typer.echo(str(build(request, _say())))
+    options = SnapshotOptions(source, data, split, limit, clusters, out, device)
+    typer.echo(str(build(options, _say())))
 
 
 @app.command()
@@ -124,16 +124,16 @@ def serve(
 
     RUN/prototypes is built first where it does not exist.
     """
-    from medvlp.serving.build import BuildRequest
+    from medvlp.serving.build import SnapshotOptions
     from medvlp.serving.limits import Limits
-    from medvlp.serving.serve import ServeRequest, serve
+    from medvlp.serving.serve import ServeOptions, serve
     from medvlp.serving.server import Address
 
     serve(
-        ServeRequest(
+        ServeOptions(
             run=run,
             address=Address(host, port, tls_cert, tls_key),
-            build=BuildRequest(run, data, split, limit, clusters, device=device),
+            build=SnapshotOptions(run, data, split, limit, clusters, device=device),
             limits=Limits(
                 message_bytes=max_message << 20, rows=max_rows, connections=max_connections, rate=rate
             ),

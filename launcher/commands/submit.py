@@ -192,14 +192,14 @@ def print_follow_up(run_dir: Path) -> None:
 def _checked_config(arguments: list[str], ranks: int, device: str) -> Any:
     """The config that `medvlp pretrain` would accept on so many ranks; `run.dir` made absolute."""
     from medvlp import config_files
-    from medvlp.data.batch_plan import plan_batch
+    from medvlp.data.batch_sizes import divide_batch
     from medvlp.evaluation import task
     from medvlp.methods.registry import schemas
     from medvlp.training.deepspeed_config import check_device
 
     files, overrides = split_arguments(arguments)
     config = config_files.load(files, overrides, schemas(), tasks=task.schemas())
-    plan_batch(config, ranks)
+    divide_batch(config, ranks)
     check_device(config, device)
     config.run.dir = str(Path(config.run.dir).expanduser().absolute())
     return config

@@ -12,7 +12,7 @@ from torch import nn
 
 from medvlp import distributed
 from medvlp.config import Config
-from medvlp.data.batch_plan import BatchPlan
+from medvlp.data.batch_sizes import BatchSizes
 from medvlp.runs.errors import CheckpointError
 from medvlp.runs.manifest import FORMAT, WEIGHTS, Manifest, rank_file, step_folders
 from medvlp.runs.optimizer_files import OptimizerFiles
@@ -111,7 +111,7 @@ class Checkpoint:
         """The file of the whole float32 weights."""
         return self.folder / WEIGHTS
 
-    def check(self, config: Config, plan: BatchPlan) -> None:
+    def check(self, config: Config, sizes: BatchSizes) -> None:
         """Refuse a checkpoint whose sequence of updates this run would not continue.
 
         World size and ZeRO stage are free to change.
@@ -130,7 +130,7 @@ class Checkpoint:
             f"{name} was {then} and is {now}"
             for name, then, now in [
                 ("precision", saved.precision, config.precision),
-                ("train.global_batch", saved.global_batch, plan.global_batch),
+                ("train.global_batch", saved.global_batch, sizes.global_batch),
                 ("optimizer.name", saved.optimizer, config.optimizer.name),
             ]
             if then != now

@@ -36,7 +36,7 @@ BATCH = 64
 
 
 @dataclass(frozen=True)
-class BuildRequest:
+class SnapshotOptions:
     """What the user asks for.
 
     Attributes:
@@ -60,11 +60,11 @@ class BuildRequest:
     workers: int | None = None
 
 
-def build(request: BuildRequest, say: Callable[[str], None]) -> Path:
+def build(options: SnapshotOptions, say: Callable[[str], None]) -> Path:
     """Make `prototypes.safetensors` and `report.json`; report text is read, and never written.
 
     Args:
-        request: what to build of what.
+        options: what to build of what.
         say: receives one line of progress at a time.
 
     Returns:
@@ -74,9 +74,9 @@ def build(request: BuildRequest, say: Callable[[str], None]) -> Path:
         MedvlpError: run, checkpoint, data or folder cannot be used, another build writes the folder, or there
             are too few samples.
     """
-    device = choose_device(request.device)
-    source = saved_run.locate(request.source)
-    folder = request.out or folder_of(source.run)
+    device = choose_device(options.device)
+    source = saved_run.locate(options.source)
+    folder = options.out or folder_of(source.run)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = RunLock(folder, this_process(None), key="--out")
@@ -87,8 +87,8 @@ def build(request: BuildRequest, say: Callable[[str], None]) -> Path:
         ) from error
     try:
         say(f"loading {source.checkpoint.name}")
-        model = RunModel(source, device, request.data)
-        store(make_snapshot(model, request, say), folder)
+        model = RunModel(source, device, options.data)
+        store(make_snapshot(model, options, say), folder)
     finally:
         lock.release()
     return folder
@@ -99,17 +99,17 @@ def store(snapshot: Snapshot, folder: Path) -> None:
     snapshots.write(snapshot, report_of(Members.of(snapshot)), folder)
 
 
-def make_snapshot(model: RunModel, request: BuildRequest, say: Callable[[str], None]) -> Snapshot:
+def make_snapshot(model: RunModel, options: SnapshotOptions, say: Callable[[str], None]) -> Snapshot:
     """Embed the samples and choose the clusters; errors as `build`."""
     config = model.config
-    if request.workers is not None:
-        config.data.workers = request.workers
+    if options.workers is not None:
+        config.data.workers = options.workers
     reader = open_reader(config.data)
-    saved_run.check_data(model.source, config, reader.index, request.data is not None, say)
-    split = request.split or config.data.split
+    saved_run.check_data(model.source, config, reader.index, options.data is not None, say)
+    split = options.split or config.data.split
     store = SampleStore.open_or_build(reader, split, config.data, model.tokenizer)
     # As in training, samples without a report are left out.
-    chosen = _spread(np.flatnonzero(store.trainable()), request.limit)
+    chosen = _spread(np.flatnonzero(store.trainable()), options.limit)
     say(f"embedding {len(chosen)} of {len(store)} samples of {split} on {model.device.type}")
     loader = evaluation_loader(config, reader, model.tokenizer, split, BATCH, chosen.tolist())
     embeddings: dict[str, list[Tensor]] = {}
@@ -124,7 +124,7 @@ def make_snapshot(model: RunModel, request: BuildRequest, say: Callable[[str], N
     if not samples:
         raise PrototypeFilesError(f"{config.data.root}: split {split} holds no readable sample with a report")
     joined = {name: torch.cat(parts) for name, parts in embeddings.items()}
-    table, kind = choose_table(model, joined, request.clusters, say)
+    table, kind = choose_table(model, joined, options.clusters, say)
     return Snapshot(
         table=table,
         image=joined["image"],

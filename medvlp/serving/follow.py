@@ -9,7 +9,7 @@ from pathlib import Path
 from medvlp.runs import saved_run
 from medvlp.runs.manifest import MANIFEST, step_folders
 from medvlp.serving.answers import Answers
-from medvlp.serving.build import BuildRequest, make_snapshot, store
+from medvlp.serving.build import SnapshotOptions, make_snapshot, store
 from medvlp.serving.layout import SNAPSHOT, PrototypeFilesError, folder_of
 from medvlp.serving.limits import Limits
 from medvlp.serving.run_model import RunModel, checkpoint_of, choose_device
@@ -24,17 +24,19 @@ class Source:
 
     Args:
         run: run folder.
-        request: how to build; its `source` and `out` are set here.
+        options: how to build; its `source` and `out` are set here.
         limits: of the answers.
         say: receives one line of progress at a time.
     """
 
-    def __init__(self, run: Path, request: BuildRequest, limits: Limits, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, run: Path, options: SnapshotOptions, limits: Limits, say: Callable[[str], None]
+    ) -> None:
         self.run, self.limits, self.say = run, limits, say
         self.folder = folder_of(run)
         # A process that serves has threads, and a data worker forked from it could find their locks taken.
-        self._request = replace(request, source=run, out=None, workers=0)
-        self._device = choose_device(request.device)
+        self._options = replace(options, source=run, out=None, workers=0)
+        self._device = choose_device(options.device)
         self._seen: tuple[int, int] | None = None
         self._newest = -1
         self._problem = ""
@@ -60,8 +62,8 @@ class Source:
             MedvlpError: as `medvlp.serving.build.build`.
         """
         newest = self._newest_step()
-        model = RunModel(saved_run.locate(self.run), self._device, self._request.data)
-        snapshot = make_snapshot(model, self._request, self.say)
+        model = RunModel(saved_run.locate(self.run), self._device, self._options.data)
+        snapshot = make_snapshot(model, self._options, self.say)
         store(snapshot, self.folder)
         self._seen = self._signature()
         return self._answers(snapshot, model, newest)

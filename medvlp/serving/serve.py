@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 
 from medvlp.serving.access import check_network, make_token, read_token
-from medvlp.serving.build import BuildRequest
+from medvlp.serving.build import SnapshotOptions
 from medvlp.serving.follow import Source
 from medvlp.serving.layout import TOKEN, folder_of
 from medvlp.serving.limits import Limits
@@ -17,7 +17,7 @@ from medvlp.serving.server import Address, PrototypeServer
 
 
 @dataclass(frozen=True)
-class ServeRequest:
+class ServeOptions:
     """What the user asks for.
 
     Attributes:
@@ -33,7 +33,7 @@ class ServeRequest:
 
     run: Path
     address: Address
-    build: BuildRequest
+    build: SnapshotOptions
     limits: Limits = Limits()
     token_file: Path | None = None
     insecure_network: bool = False
@@ -45,7 +45,7 @@ class _Ended(BaseException):
     """SIGTERM or SIGINT arrived; a BaseException, so that nothing on the way takes it for a failure."""
 
 
-def serve(request: ServeRequest, say: Callable[[str], None]) -> None:
+def serve(options: ServeOptions, say: Callable[[str], None]) -> None:
     """Serve until SIGTERM or SIGINT; call it in the main thread.
 
     With `follow` it serves from the start and answers UNAVAILABLE until the run has a checkpoint; without,
@@ -55,27 +55,27 @@ def serve(request: ServeRequest, say: Callable[[str], None]) -> None:
         UsageError: address, TLS or token cannot be.
         MedvlpError: without `follow`: run or snapshot cannot be used.
     """
-    check_network(request.address.host, request.address.tls, request.insecure_network)
-    folder = folder_of(request.run)
-    token = make_token(folder / TOKEN) if request.token_file is None else read_token(request.token_file)
-    source = Source(request.run, request.build, request.limits, say)
+    check_network(options.address.host, options.address.tls, options.insecure_network)
+    folder = folder_of(options.run)
+    token = make_token(folder / TOKEN) if options.token_file is None else read_token(options.token_file)
+    source = Source(options.run, options.build, options.limits, say)
     with _until_told():
-        answers = None if request.follow else source.load()
-        server = PrototypeServer(request.address, token, request.limits)
+        answers = None if options.follow else source.load()
+        server = PrototypeServer(options.address, token, options.limits)
         try:
             if answers is not None:
                 server.publish(answers)
             server.start()
-            server.describe(folder, request.run)
-            protection = "TLS" if request.address.tls else "no TLS"
-            say(f"serving {request.run} at {request.address.advertised}:{server.port} ({protection})")
+            server.describe(folder, options.run)
+            protection = "TLS" if options.address.tls else "no TLS"
+            say(f"serving {options.run} at {options.address.advertised}:{server.port} ({protection})")
             while True:
-                if request.follow and (answers := source.newer()) is not None:
+                if options.follow and (answers := source.newer()) is not None:
                     server.publish(answers)
-                    server.describe(folder, request.run)
+                    server.describe(folder, options.run)
                     table, origin = answers.snapshot.table, answers.snapshot.origin
                     say(f"serving version {table.version} ({table.fingerprint}) of {origin.checkpoint}")
-                time.sleep(request.poll_seconds)
+                time.sleep(options.poll_seconds)
         finally:
             server.forget(folder)
             server.stop()

@@ -128,7 +128,7 @@ class CheckpointCallback(Callback):
             world_size=distributed.world_size(),
             zero_stage=self.engine.zero_stage,
             precision=self.config.precision,
-            global_batch=self.engine.plan.global_batch,
+            global_batch=self.engine.sizes.global_batch,
             optimizer=self.config.optimizer.name,
             wandb_run_id=self.wandb_run_id,
             metrics=metrics,

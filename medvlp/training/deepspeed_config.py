@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from medvlp.config import Config, OptimizerConfig
 from medvlp.config_files import ConfigError
-from medvlp.data.batch_plan import BatchPlan
+from medvlp.data.batch_sizes import BatchSizes
 
 if TYPE_CHECKING:  # commands check a config on machines where importing torch takes long
     from torch import nn
@@ -31,18 +31,18 @@ def check_device(config: Config, device_type: str) -> None:
         )
 
 
-def deepspeed_json(config: Config, plan: BatchPlan, device_type: str) -> dict[str, Any]:
+def deepspeed_json(config: Config, sizes: BatchSizes, device_type: str) -> dict[str, Any]:
     """The configuration dictionary for `deepspeed.initialize`.
 
     Args:
         config: the run's config.
-        plan: how the global batch is divided.
+        sizes: how the global batch is divided.
         device_type: "cuda" or "cpu".
     """
     generated = {
-        "train_batch_size": plan.global_batch,
-        "train_micro_batch_size_per_gpu": plan.micro_batch,
-        "gradient_accumulation_steps": plan.accumulation,
+        "train_batch_size": sizes.global_batch,
+        "train_micro_batch_size_per_gpu": sizes.micro_batch,
+        "gradient_accumulation_steps": sizes.accumulation,
         # In fp32 at stage 0 its clipping fails without gradients, which is how `Engine` skips a bad step.
         "gradient_clipping": 0.0 if is_plain(config) else config.train.gradient_clip,
         "steps_per_print": None,

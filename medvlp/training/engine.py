@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from medvlp import distributed
 from medvlp.config import Config
 from medvlp.data.batch import Batch
-from medvlp.data.batch_plan import BatchPlan
+from medvlp.data.batch_sizes import BatchSizes
 from medvlp.methods.base import Method, StepOutput
 from medvlp.prototypes.table import PrototypeTable
 from medvlp.runs.optimizer_files import OptimizerFiles
@@ -43,17 +43,17 @@ class Engine:
     Attributes:
         method: the method itself (its parameters are cast, and at stage 3 sharded, by DeepSpeed).
         device: where it runs.
-        plan: micro-batch, accumulation and ranks.
+        sizes: micro-batch, accumulation and ranks.
         zero_stage: 0 to 3.
         applied: whether the last optimiser step updated the weights; the same on all ranks.
         loss_scale: of fp16; None in other precisions.
     """
 
-    def __init__(self, method: Method, config: Config, plan: BatchPlan, device: torch.device):
+    def __init__(self, method: Method, config: Config, sizes: BatchSizes, device: torch.device):
         """Shard and cast the method; needs the default process group. Weights must be equal on all ranks."""
         self.method = method
         self.device = device
-        self.plan = plan
+        self.sizes = sizes
         self.zero_stage = config.zero.stage
         self._precision = config.precision
         method.to(device)
@@ -63,7 +63,7 @@ class Engine:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=method,
             model_parameters=groups,
-            config=deepspeed_json(config, plan, device.type),
+            config=deepspeed_json(config, sizes, device.type),
             dist_init_required=False,
         )
         self._masters: dict[int, Tensor] = {}

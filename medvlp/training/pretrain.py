@@ -13,7 +13,7 @@ from rich.logging import RichHandler
 
 from medvlp import distributed
 from medvlp.config import Config
-from medvlp.data.batch_plan import BatchPlan, plan_batch
+from medvlp.data.batch_sizes import BatchSizes, divide_batch
 from medvlp.data.loader import LoaderError, TrainingLoader, build_loader, kill_workers, worker_death
 from medvlp.lifetime import end_within
 from medvlp.methods.base import Method
@@ -76,7 +76,7 @@ def pretrain(
     """
     ranks = detect()
     console = configure_logging(ranks.rank)
-    plan = plan_batch(config, ranks.world_size)
+    sizes = divide_batch(config, ranks.world_size)
     check_device(config, distributed.choose_device(ranks.local_rank).type)
     torch.set_num_threads(config.train.threads or threads_of_rank(ranks))
     run_dir, start_seconds = Path(config.run.dir), 60 * config.train.start_timeout_minutes
@@ -87,7 +87,7 @@ def pretrain(
         try:
             with Watchdog(run_dir, start_seconds, config.train.step_timeout_seconds) as watchdog:
                 shown = console if config.monitor.progress else None
-                _train(config, plan, device, interrupts, watchdog, shown, fresh, lock)
+                _train(config, sizes, device, interrupts, watchdog, shown, fresh, lock)
         except Exception as error:
             named = _named(error, ranks.rank)
             code = named.exit_code if isinstance(named, MedvlpError) else 1
@@ -153,7 +153,7 @@ def configure_logging(rank: int) -> Console:
 
 def _train(
     config: Config,
-    plan: BatchPlan,
+    sizes: BatchSizes,
     device: torch.device,
     interrupts: Interrupts,
     watchdog: Watchdog,
@@ -167,7 +167,7 @@ def _train(
     open_run_folder(Path(config.run.dir), fresh, lock)
     checkpoint = Checkpoint.find(config.run.dir)
     if checkpoint is not None:
-        checkpoint.check(config, plan)
+        checkpoint.check(config, sizes)
     step = 0 if checkpoint is None else checkpoint.step
     taken_up = take_up(config, reader, checkpoint)
     tokenizer = taken_up.tokenizer
@@ -175,7 +175,7 @@ def _train(
     def loader(start_step: int) -> TrainingLoader:
         rank, fields = distributed.rank(), fields_of(config.method.name)
         return build_loader(
-            config, reader, tokenizer, rank, plan.world_size, plan.micro_batch, start_step, fields
+            config, reader, tokenizer, rank, sizes.world_size, sizes.micro_batch, start_step, fields
         )
 
     watchdog.mark("building the method")
@@ -185,7 +185,7 @@ def _train(
         checkpoint.weights_into(method)
     else:
         _start_prototypes(config, method, loader(0))
-    engine = Engine(method, config, plan, device)
+    engine = Engine(method, config, sizes, device)
     data = loader(step)
     schedule = build_schedule(config, data.steps_per_epoch)
     guard = StepGuard(method, config.train.spike_sigma, device)
@@ -200,7 +200,7 @@ def _train(
         saving.load(checkpoint)
         checkpoint.randomness(config.train.seed)
     # Not earlier: the config of a start that fails is not the run's.
-    describe_run(config, plan.world_size, identity, tokenizer)
+    describe_run(config, sizes.world_size, identity, tokenizer)
     trainer = Trainer(
         engine, batches, schedule, data.steps_per_epoch, callbacks, guard, watchdog,
         config.monitor.log_every, step, refresh,

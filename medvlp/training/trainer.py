@@ -93,7 +93,7 @@ class Trainer:
         phase = int(self.schedule.phases[self.step])
         self.engine.method.on_progress(Progress(epoch, self.step, self.schedule.steps, phase))
         self.engine.set_learning_rate(learning_rate)
-        accumulation = self.engine.plan.accumulation
+        accumulation = self.engine.sizes.accumulation
         losses: dict[str, torch.Tensor] = {}
         keys: list[str] = []
         skipped, waited = 0, 0.0
@@ -130,7 +130,7 @@ class Trainer:
             losses=losses,
             keys=keys,
             learning_rate=learning_rate,
-            samples=self.engine.plan.global_batch,
+            samples=self.engine.sizes.global_batch,
             skipped=skipped,
             seconds=time.perf_counter() - started,
             data_seconds=waited,

@@ -50,7 +50,7 @@ def build_engine(config: Config, depth: int, checkpoint: Checkpoint | None = Non
     from torch import Tensor, nn
 
     from medvlp import distributed
-    from medvlp.data.batch_plan import plan_batch
+    from medvlp.data.batch_sizes import divide_batch
     from medvlp.training.engine import Engine
 
     class OneTower(nn.Module):
@@ -68,7 +68,7 @@ def build_engine(config: Config, depth: int, checkpoint: Checkpoint | None = Non
     method: Any = OneTower()
     if checkpoint is not None:
         checkpoint.weights_into(method)
-    return Engine(method, config, plan_batch(config, 1), device)
+    return Engine(method, config, divide_batch(config, 1), device)
 
 
 def one_step(engine: Engine) -> None:

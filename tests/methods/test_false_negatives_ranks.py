@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from medvlp.config import OptimizerConfig
-from medvlp.data.batch_plan import BatchPlan
+from medvlp.data.batch_sizes import BatchSizes
 from medvlp.distributed import rank
 from medvlp.methods.base import Progress
 from medvlp.methods.mgca.config import MGCAConfig
@@ -63,7 +63,7 @@ def train_with_dropped_tables(stage: int, name: str, centroids: np.ndarray) -> l
     # Everything is sharded, however small.
     config.deepspeed = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if stage == 3 else {}
     method = built(config)
-    engine = Engine(method, config, BatchPlan(8, 4, 1, 2), torch.device("cpu"))
+    engine = Engine(method, config, BatchSizes(8, 4, 1, 2), torch.device("cpu"))
     table = PrototypeTable.start(torch.from_numpy(centroids))
     own = rows_of(labelled_batch(name), rank() * 4, rank() * 4 + 4)
     steps = []

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medvlp.config import CheckpointConfig, Config
-from medvlp.data.batch_plan import plan_batch
+from medvlp.data.batch_sizes import divide_batch
 from medvlp.runs import checkpoint_files
 from medvlp.runs.checkpoint import Checkpoint
 from medvlp.runs.checkpoint_writer import CheckpointWriter
@@ -273,7 +273,7 @@ def test_a_start_reads_the_manifest_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Manifest, "read", classmethod(counted))
     found = Checkpoint.find(tmp_path)
-    found.check(config, plan_batch(config, 1))
+    found.check(config, divide_batch(config, 1))
     found.weights_into(TinyMethod())
     assert found.state_for(0)["n"] == found.state_for(7)["n"] == [1, None, "a"]
     with pytest.raises(CheckpointError, match="cannot be read as optimiser state"):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from medvlp.serving.answers import Answers
-from medvlp.serving.build import BuildRequest, build
+from medvlp.serving.build import SnapshotOptions, build
 from medvlp.serving.client import Connection, PrototypeClient
 from medvlp.serving.layout import SNAPSHOT, folder_of
 from medvlp.serving.limits import Limits
@@ -50,7 +50,7 @@ def saved(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def built(saved: Path) -> Path:
     """The same run with its prototypes stored, of 20 samples from all over the split."""
-    build(BuildRequest(saved, limit=20, workers=0), lambda line: None)
+    build(SnapshotOptions(saved, limit=20, workers=0), lambda line: None)
     return saved
 
 

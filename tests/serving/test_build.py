@@ -16,10 +16,10 @@ from medvlp.data.sample_store import SampleStore
 from medvlp.prototypes.kmeans import TooFewRowsError
 from medvlp.prototypes.table import PrototypeTable
 from medvlp.runs.errors import CheckpointError, RunFolderError
-from medvlp.runs.run_lock import RunLock, this_process
+from medvlp.runs.run_lock import LOCK, RunLock, this_process
 from medvlp.runs.saved_run import locate
 from medvlp.serving import snapshot as snapshots
-from medvlp.serving.build import BuildRequest, build, stored_table
+from medvlp.serving.build import SnapshotOptions, build, stored_table
 from medvlp.serving.cluster_report import Members, overall, report_of
 from medvlp.serving.layout import REPORT, SNAPSHOT, PrototypeFilesError, folder_of
 from medvlp.serving.run_model import RunModel
@@ -151,7 +151,7 @@ def test_samples_without_labels_count_for_nothing() -> None:
 
 
 def test_clusters_by_kmeans_and_learned_ones(saved: Path, data: Path, tmp_path: Path) -> None:
-    request = BuildRequest(saved, split="test", limit=6, clusters=3, out=tmp_path / "out", workers=0)
+    request = SnapshotOptions(saved, split="test", limit=6, clusters=3, out=tmp_path / "out", workers=0)
     assert build(request, quiet) == tmp_path / "out"
     found = Snapshot.read(tmp_path / "out" / SNAPSHOT)
     assert found.origin.source == "kmeans"
@@ -161,11 +161,11 @@ def test_clusters_by_kmeans_and_learned_ones(saved: Path, data: Path, tmp_path: 
     count = ShardReader(data).sample_count("test")
     assert found.sample[[0, -1]].tolist() == [0, count - 1], "a sample of the split, from end to end"
     with pytest.raises(TooFewRowsError):
-        build(BuildRequest(saved, limit=2, clusters=30, out=tmp_path / "none", workers=0), quiet)
-    assert not (tmp_path / "none").exists()
+        build(SnapshotOptions(saved, limit=2, clusters=30, out=tmp_path / "none", workers=0), quiet)
+    assert [path.name for path in (tmp_path / "none").iterdir()] == [LOCK]
 
     save_run(data, tmp_path / "learned")
-    build(BuildRequest(tmp_path / "learned", limit=4), quiet)
+    build(SnapshotOptions(tmp_path / "learned", limit=4), quiet)
     found = Snapshot.read(folder_of(tmp_path / "learned") / SNAPSHOT)
     assert found.origin.source == "learned"
     weights = safetensors.torch.load_file(locate(tmp_path / "learned").checkpoint.weights)
@@ -180,14 +180,14 @@ def test_samples_without_a_report_are_left_out(
     monkeypatch.setattr(
         SampleStore, "trainable", lambda store: trainable(store) & (np.arange(len(store)) != 1)
     )
-    build(BuildRequest(saved, split="test", clusters=2, out=tmp_path / "out", workers=0), quiet)
+    build(SnapshotOptions(saved, split="test", clusters=2, out=tmp_path / "out", workers=0), quiet)
     assert Snapshot.read(tmp_path / "out" / SNAPSHOT).sample[:3].tolist() == [0, 2, 3]
 
 
 def test_a_number_of_clusters_is_not_made_up_for_too_few_samples(data: Path, tmp_path: Path) -> None:
     save_run(data, tmp_path / "run", "method.prototype_weight=0")
     with pytest.raises(PrototypeFilesError, match="give --clusters"):
-        build(BuildRequest(tmp_path / "run"), quiet)
+        build(SnapshotOptions(tmp_path / "run"), quiet)
 
 
 def test_damage_is_noticed_and_the_way_out_told(run: Path) -> None:
@@ -216,13 +216,13 @@ def test_a_failed_build_leaves_what_was_there(
     leftover.touch()
     monkeypatch.setattr(Snapshot, "to_bytes", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        build(BuildRequest(run, limit=4, workers=0), quiet)
+        build(SnapshotOptions(run, limit=4, workers=0), quiet)
     assert {path.name: path.read_bytes() for path in folder_of(run).iterdir() if path.is_file()} == before
 
 
 def test_a_second_build_into_one_folder_is_refused(run: Path, tmp_path: Path) -> None:
     """Its two files could be of two builds, and it would delete what the first one is writing."""
-    request = BuildRequest(run, limit=4, clusters=2, out=tmp_path / "out", workers=0)
+    request = SnapshotOptions(run, limit=4, clusters=2, out=tmp_path / "out", workers=0)
     (tmp_path / "out").mkdir()
     first = RunLock(tmp_path / "out", this_process(None))
     first.acquire()
@@ -238,14 +238,14 @@ def test_a_second_build_into_one_folder_is_refused(run: Path, tmp_path: Path) ->
 
 def test_wrong_requests(saved: Path, run: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="auto, cpu and cuda"):
-        build(BuildRequest(saved, device="tpu"), quiet)
+        build(SnapshotOptions(saved, device="tpu"), quiet)
     weights = run / "checkpoints" / "step-00000003" / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(CheckpointError):
-        build(BuildRequest(run), quiet)
+        build(SnapshotOptions(run), quiet)
     (tmp_path / "file").touch()
     with pytest.raises(PrototypeFilesError, match="another --out"):
-        build(BuildRequest(saved, limit=8, out=tmp_path / "file" / "out", workers=0), quiet)
+        build(SnapshotOptions(saved, limit=8, out=tmp_path / "file" / "out", workers=0), quiet)
 
 
 def test_keys_of_any_length_come_back() -> None:

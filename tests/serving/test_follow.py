@@ -10,7 +10,7 @@ import pytest
 
 from medvlp.runs.errors import RunFolderError
 from medvlp.serving.answers import Answers
-from medvlp.serving.build import BuildRequest, build
+from medvlp.serving.build import SnapshotOptions, build
 from medvlp.serving.follow import Source
 from medvlp.serving.layout import SNAPSHOT, folder_of
 from medvlp.serving.limits import Limits
@@ -19,7 +19,7 @@ from tests.serving.runs import save_run
 
 
 def source(run: Path) -> Source:
-    return Source(run, BuildRequest(run, limit=6, device="cpu"), Limits(), lambda line: None)
+    return Source(run, SnapshotOptions(run, limit=6, device="cpu"), Limits(), lambda line: None)
 
 
 def step(answers: Answers | None) -> int:
@@ -44,7 +44,7 @@ def test_every_new_checkpoint_is_followed(data: Path, tmp_path: Path) -> None:
     shutil.rmtree(run / "checkpoints" / "step-00000001")
     assert step(followed.newer()) == 4
     assert followed.newer() is None
-    build(BuildRequest(run, clusters=2, workers=0), lambda line: None)
+    build(SnapshotOptions(run, clusters=2, workers=0), lambda line: None)
     found = followed.newer()
     assert step(found) == 4
     assert len(found.snapshot.table.centroids) == 2, "somebody has built anew"

@@ -6,7 +6,7 @@ import torch
 
 from medvlp import distributed
 from medvlp.config import Config
-from medvlp.data.batch_plan import plan_batch
+from medvlp.data.batch_sizes import divide_batch
 from medvlp.runs.checkpoint import Checkpoint
 from medvlp.training.checkpointing import CheckpointCallback
 from medvlp.training.engine import Engine
@@ -32,7 +32,7 @@ def start(config: Config, checkpoint: Checkpoint | None = None) -> tuple[Engine,
     method = TinyMethod()
     if checkpoint is not None:
         checkpoint.weights_into(method)
-    engine = Engine(method, config, plan_batch(config, distributed.world_size()), device)
+    engine = Engine(method, config, divide_batch(config, distributed.world_size()), device)
     saving = CheckpointCallback(config, engine, [])
     if checkpoint is not None:
         saving.load(checkpoint)

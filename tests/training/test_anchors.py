@@ -10,7 +10,7 @@ import torch
 
 from medvlp import distributed
 from medvlp.config import Config
-from medvlp.data.batch_plan import plan_batch
+from medvlp.data.batch_sizes import divide_batch
 from medvlp.data.text import Tokenizer
 from medvlp.methods.registry import build_method
 from medvlp.prototypes.anchors import AnchorEncoder
@@ -37,7 +37,7 @@ def losses_and_anchors(root: str, stage: int, anchors: list[str]) -> tuple[list[
     method = build_method(config, tokenizer.vocab_size)
     encoder = AnchorEncoder(method, tokenizer, config, device)
     found, losses, rank = [encoder()], [], distributed.rank()
-    engine = Engine(method, config, plan_batch(config, distributed.world_size()), device)
+    engine = Engine(method, config, divide_batch(config, distributed.world_size()), device)
     torch.manual_seed(rank)
     engine.method.train()
     share = 12 // distributed.world_size()

@@ -52,7 +52,7 @@ def run_steps(
     limit: int = 3, sigma: float = 0.0, skip_seed: bool = False,
 ) -> dict:  # fmt: skip
     """Train; the state afterwards. `skip_seed`: without poison and without the batches of the bad step."""
-    from medvlp.data.batch_plan import plan_batch
+    from medvlp.data.batch_sizes import divide_batch
     from medvlp.training.bad_steps import BadSteps, NotFiniteError
     from medvlp.training.callbacks import Callback
     from medvlp.training.engine import Engine
@@ -73,16 +73,16 @@ def run_steps(
     rank, world_size = distributed.rank(), distributed.world_size()
     torch.manual_seed(0)
     method = Poisoned(poison)
-    plan = plan_batch(config, world_size)
-    engine = Engine(method, config, plan, device)
+    sizes = divide_batch(config, world_size)
+    engine = Engine(method, config, sizes, device)
     guard = StepGuard(method, sigma, device)
     metrics, applied = {}, []
     bad = BadSteps(guard, limit, run_dir, metrics.update)
     seeds = [seed for seed in range(100) if not (skip_seed and seed == BAD_STEP)]
     batches = (
-        random_batch(1000 * seed + part, 8 // plan.accumulation, rank, world_size)
+        random_batch(1000 * seed + part, 8 // sizes.accumulation, rank, world_size)
         for seed in seeds
-        for part in range(plan.accumulation)
+        for part in range(sizes.accumulation)
     )
     schedule = Schedule(np.full(steps - skip_seed, 1e-3), np.zeros(steps, dtype=np.int64))
     trainer = Trainer(engine, batches, schedule, 3, [Applied(), bad], guard, Watchdog(run_dir, 1, 1))

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.dist
 
 def first_update(stage: int, precision: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """All weights before and after one AdamW step at a learning rate of 0.01 (image encoder: 0.02)."""
-    from medvlp.data.batch_plan import plan_batch
+    from medvlp.data.batch_sizes import divide_batch
     from medvlp.training.engine import Engine
 
     config = Config()
@@ -20,7 +20,7 @@ def first_update(stage: int, precision: str) -> tuple[dict[str, torch.Tensor], d
     config.optimizer.image_lr_scale, config.optimizer.weight_decay = 2.0, 0.0
     device = distributed.initialize()
     torch.manual_seed(0)
-    engine = Engine(TinyMethod(), config, plan_batch(config, distributed.world_size()), device)
+    engine = Engine(TinyMethod(), config, divide_batch(config, distributed.world_size()), device)
     before = engine.full_weights()
     engine.set_learning_rate(0.01)
     outputs = engine.forward(random_batch(0, 8, distributed.rank(), distributed.world_size()))
@@ -54,7 +54,7 @@ def test_whole_weights_are_the_methods_at_every_stage(gloo_pool):
 
 def update_after_idle_steps(stage: int, precision: str, optimizer: str, idle: int, restart: bool) -> dict:
     """All weights after `idle` steps that change only the optimiser's state, and one step that counts."""
-    from medvlp.data.batch_plan import plan_batch
+    from medvlp.data.batch_sizes import divide_batch
     from medvlp.training.engine import Engine
 
     config = Config()
@@ -62,7 +62,7 @@ def update_after_idle_steps(stage: int, precision: str, optimizer: str, idle: in
     config.optimizer.name = optimizer
     device = distributed.initialize()
     torch.manual_seed(0)
-    engine = Engine(TinyMethod(), config, plan_batch(config, distributed.world_size()), device)
+    engine = Engine(TinyMethod(), config, divide_batch(config, distributed.world_size()), device)
     for seed in range(1, idle + 1):
         make_step(engine, seed, 0.0)
     if restart:

@@ -4,7 +4,7 @@ import pytest
 
 from medvlp.config import Config, OptimizerConfig
 from medvlp.config_files import ConfigError
-from medvlp.data.batch_plan import plan_batch
+from medvlp.data.batch_sizes import divide_batch
 from medvlp.training.deepspeed_config import check_device, deepspeed_json, parameter_groups
 from tests.training.tiny import TinyMethod
 
@@ -14,7 +14,7 @@ def test_our_keys_reach_deepspeed_and_its_own_stand_above():
     config.train.global_batch, config.train.micro_batch, config.train.gradient_clip = 16, 2, 0.5
     config.zero.stage, config.precision = 3, "bf16"
     config.deepspeed = {"zero_optimization": {"reduce_bucket_size": 1000}, "gradient_clipping": 0.25}
-    made = deepspeed_json(config, plan_batch(config, 2), "cpu")
+    made = deepspeed_json(config, divide_batch(config, 2), "cpu")
     assert made["train_batch_size"] == 16
     assert made["train_micro_batch_size_per_gpu"] == 2
     assert made["gradient_accumulation_steps"] == 4

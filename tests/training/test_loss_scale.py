@@ -54,7 +54,7 @@ def train_steps(
     clip: float = 0.0, micro: int = 8, limit: int = 3, deepspeed: dict | None = None,
 ) -> dict:  # fmt: skip
     """Train; gradients that the optimiser got, norms, scales, counts, and the error."""
-    from medvlp.data.batch_plan import plan_batch
+    from medvlp.data.batch_sizes import divide_batch
     from medvlp.training.bad_steps import BadSteps, NotFiniteError
     from medvlp.training.callbacks import Callback
     from medvlp.training.engine import Engine
@@ -71,7 +71,7 @@ def train_steps(
     device = distributed.initialize()
     rank, ranks = distributed.rank(), distributed.world_size()
     torch.manual_seed(0)
-    plan = plan_batch(config, ranks)
+    sizes = divide_batch(config, ranks)
     seen, pending, norms, scales = [], [], [], []
 
     class Look(Callback):
@@ -90,13 +90,13 @@ def train_steps(
 
     with fp16_on_cpu():
         method = Scripted(bad or {})
-        engine = Engine(method, config, plan, device)
+        engine = Engine(method, config, sizes, device)
         engine._engine.basic_optimizer.register_step_pre_hook(gradients)
         guard, metrics = StepGuard(method, 0.0, device), {}
         batches = (
-            random_batch(1000 * seed + part, 8 // plan.accumulation, rank, ranks)
+            random_batch(1000 * seed + part, 8 // sizes.accumulation, rank, ranks)
             for seed in range(100)
-            for part in range(plan.accumulation)
+            for part in range(sizes.accumulation)
         )
         schedule = Schedule(np.full(steps, 1e-4), np.zeros(steps, dtype=np.int64))
         callbacks = [BadSteps(guard, limit, run_dir, metrics.update), Look()]

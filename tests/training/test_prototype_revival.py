@@ -14,7 +14,7 @@ import torch
 from medvlp import distributed
 from medvlp.config import Config, PrototypesConfig
 from medvlp.config_files import ConfigError
-from medvlp.data.batch_plan import plan_batch
+from medvlp.data.batch_sizes import divide_batch
 from medvlp.losses.normalise import unit_norm
 from medvlp.methods.base import Progress
 from medvlp.methods.registry import build_method
@@ -72,7 +72,7 @@ def start(name: str, stage: int, precision: str) -> tuple[Engine, str]:
         unused = candidates[margin.argsort()[:2]]
         placed = torch.stack([used[0], unused[0], used[1], used[2], unused[1], used[3]])
         bank.weight.copy_(bank.weight.norm(dim=1).mean() * placed)
-    return Engine(method, config, plan_batch(config, distributed.world_size()), device), bank_name
+    return Engine(method, config, divide_batch(config, distributed.world_size()), device), bank_name
 
 
 def global_batch(name: str) -> Any:
@@ -202,7 +202,7 @@ def refused() -> str:
     device = distributed.initialize()
     config = small_config()
     config.run.dir, config.data.root, config.train.global_batch, config.precision = "", "", 12, "fp32"
-    engine = Engine(TinyMethod(), config, plan_batch(config, distributed.world_size()), device)
+    engine = Engine(TinyMethod(), config, divide_batch(config, distributed.world_size()), device)
     try:
         PrototypeRevival(engine, PrototypesConfig(revive_below=0.1), 0, lambda metrics: None)
     except ConfigError as error:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from medvlp.data.batch_plan import BatchPlan
+from medvlp.data.batch_sizes import BatchSizes
 from medvlp.distributed import rank
 from medvlp.training.engine import Engine
 from tests.methods.gradients import assert_equal_gradients, averaged_gradients
@@ -58,7 +58,7 @@ def train_with_deepspeed(stage: int) -> tuple[dict[str, np.ndarray], dict[str, n
     config.zero.stage, config.precision = stage, "bf16"
     # Everything is sharded, however small.
     config.deepspeed = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if stage == 3 else {}
-    engine = Engine(small_medslip(), config, BatchPlan(SAMPLES, SAMPLES // 2, 1, 2), torch.device("cpu"))
+    engine = Engine(small_medslip(), config, BatchSizes(SAMPLES, SAMPLES // 2, 1, 2), torch.device("cpu"))
     start = engine.full_weights()
     half = SAMPLES // 2
     own = rows_of(batch_of_unlike_ranks(), rank() * half, (rank() + 1) * half)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from medvlp.config import OptimizerConfig, PrototypesConfig
-from medvlp.data.batch_plan import BatchPlan
+from medvlp.data.batch_sizes import BatchSizes
 from medvlp.distributed import rank
 from medvlp.methods.base import Progress
 from medvlp.prototypes.initialise import initialise_prototypes
@@ -78,7 +78,7 @@ def train_with_deepspeed(stage: int, precision: str, frozen_steps: int, steps: i
     # Everything is sharded, however small.
     config.deepspeed = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if stage == 3 else {}
     model = small_mgca()
-    engine = Engine(model, config, BatchPlan(8, 4, 1, 2), torch.device("cpu"))
+    engine = Engine(model, config, BatchSizes(8, 4, 1, 2), torch.device("cpu"))
     name = "alignment.objective.prototypes.weight"
     own = rows_of(small_batch(WORDS), rank() * 4, rank() * 4 + 4)
     history = [copy.deepcopy(engine.full_weights().get(name))]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from medvlp.config import OptimizerConfig
-from medvlp.data.batch_plan import BatchPlan
+from medvlp.data.batch_sizes import BatchSizes
 from medvlp.distributed import rank
 from medvlp.methods.base import Progress
 from medvlp.training.engine import Engine
@@ -63,7 +63,7 @@ def train_with_deepspeed(stage: int, precision: str, method: dict) -> dict[str, 
     # Everything is sharded, however small.
     config.deepspeed = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if stage == 3 else {}
     model = small_mpma(**method)
-    engine = Engine(model, config, BatchPlan(8, 4, 1, 2), torch.device("cpu"))
+    engine = Engine(model, config, BatchSizes(8, 4, 1, 2), torch.device("cpu"))
     own = rows_of(small_batch(WORDS), rank() * 4, rank() * 4 + 4)
     for step in range(3):
         model.on_progress(Progress(0, step, 3))

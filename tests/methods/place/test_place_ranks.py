@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from medvlp.config import OptimizerConfig
-from medvlp.data.batch_plan import BatchPlan
+from medvlp.data.batch_sizes import BatchSizes
 from medvlp.distributed import rank
 from medvlp.methods.base import Progress
 from medvlp.training.engine import Engine
@@ -76,7 +76,7 @@ def train_with_teacher(stage: int, precision: str, steps: int) -> dict[str, Any]
     # Everything is sharded, however small.
     config.deepspeed = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if stage == 3 else {}
     model = small_place(**options)
-    engine = Engine(model, config, BatchPlan(16, 4, 2, 2), torch.device("cpu"))
+    engine = Engine(model, config, BatchSizes(16, 4, 2, 2), torch.device("cpu"))
     name = "alignment.correlation.patches."
     teachers = [dict(model.named_buffers())[f"{name}teacher_weight"].clone()]
     weights = []

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from medvlp.config import OptimizerConfig, PhaseConfig
-from medvlp.data.batch_plan import BatchPlan
+from medvlp.data.batch_sizes import BatchSizes
 from medvlp.distributed import rank
 from medvlp.methods.base import Progress
 from medvlp.methods.registry import build_method
@@ -65,7 +65,7 @@ def train_with_deepspeed(stage: int, precision: str) -> tuple[list[float], dict[
     torch.manual_seed(0)
     method = build_method(config, VOCABULARY)
     method.train()
-    engine = Engine(method, config, BatchPlan(8, 4, 1, 2), torch.device("cpu"))
+    engine = Engine(method, config, BatchSizes(8, 4, 1, 2), torch.device("cpu"))
     own = rows_of(report_batch(REPORTS), rank() * 4, rank() * 4 + 4)
     losses = []
     for step, phase in enumerate((0, 0, 1, 2, 2)):

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from medvlp.config import Config
 from medvlp.config_files import ConfigError
-from medvlp.data.batch_plan import plan_batch
+from medvlp.data.batch_sizes import divide_batch
 
 
 def config(global_batch, micro_batch=None):
@@ -18,9 +18,9 @@ def config(global_batch, micro_batch=None):
 @settings(deadline=None, max_examples=50)
 @given(ranks=st.integers(1, 16), accumulation=st.integers(1, 8), micro=st.integers(1, 32))
 def test_the_parts_make_the_whole(ranks, accumulation, micro):
-    plan = plan_batch(config(ranks * accumulation * micro, micro), ranks)
-    assert (plan.micro_batch, plan.accumulation, plan.world_size) == (micro, accumulation, ranks)
-    assert plan_batch(config(ranks * micro), ranks).accumulation == 1
+    sizes = divide_batch(config(ranks * accumulation * micro, micro), ranks)
+    assert (sizes.micro_batch, sizes.accumulation, sizes.world_size) == (micro, accumulation, ranks)
+    assert divide_batch(config(ranks * micro), ranks).accumulation == 1
 
 
 @pytest.mark.parametrize(
@@ -34,4 +34,4 @@ def test_the_parts_make_the_whole(ranks, accumulation, micro):
 )
 def test_what_does_not_divide_is_refused_with_what_would(batch, micro, ranks, message):
     with pytest.raises(ConfigError, match=message):
-        plan_batch(config(batch, micro), ranks)
+        divide_batch(config(batch, micro), ranks)

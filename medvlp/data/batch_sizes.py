@@ -7,7 +7,7 @@ from medvlp.config_files import ConfigError
 
 
 @dataclass(frozen=True)
-class BatchPlan:
+class BatchSizes:
     """`global_batch` samples make an optimiser step, `micro_batch` a forward pass on a rank."""
 
     global_batch: int
@@ -16,7 +16,7 @@ class BatchPlan:
     world_size: int
 
 
-def plan_batch(config: Config, world_size: int) -> BatchPlan:
+def divide_batch(config: Config, world_size: int) -> BatchSizes:
     """Divide `train.global_batch` over ranks and accumulation steps.
 
     Raises:
@@ -36,4 +36,4 @@ def plan_batch(config: Config, world_size: int) -> BatchPlan:
             f"train.micro_batch={micro} does not divide the {per_rank} samples of each rank "
             f"(train.global_batch={batch} over {world_size} ranks); {nearest} would"
         )
-    return BatchPlan(batch, micro, per_rank // micro, world_size)
+    return BatchSizes(batch, micro, per_rank // micro, world_size)
