@@ -44,9 +44,11 @@ class Release:
 def _listed(
     name: str, classes: dict[str, dict[str, LabelValue]], train: tuple[int, ...], test: tuple[int, ...]
 ) -> Release:
-    names = {split: (f"{split}_COVIDx{name}.txt",) for split in ("train", "test")}
-    if name == "1":
-        names = {split: (f"{split}_COVIDx.txt", *names[split]) for split in names}
+    plain = ("",) if name == "1" else ()  # the first lists had no number at first
+    names = {
+        split: tuple(f"{split}_COVIDx{number}.txt" for number in (*plain, name))
+        for split in ("train", "test")
+    }
     return Release(names, classes, {"train": train, "test": test})
 
 
