@@ -10,7 +10,10 @@ from pathlib import Path
 from shards.errors import DataError, UsageError
 from shards.format import hash_file
 from shards.splits import normalise_split
+from shards.tables.delimited import Record as CsvRecord
+from shards.tables.delimited import read_records
 from shards.tables.files import open_text
+from shards.tables.rows import BadRow
 
 SPLITS = ("train", "valid", "test")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -87,7 +90,7 @@ class UserLists:
     these lists are left out, because nobody said where they belong. Any other list is a named part.
 
     Args:
-        named: "NAME=FILE", each file one id a line.
+        named: "NAME=FILE", each file one id a line, or a CSV file with a column "ID".
         excluded: files of ids to leave out.
         normalise: as in `IdLists`.
 
@@ -148,11 +151,28 @@ class UserLists:
 
 
 def _ids(file: Path) -> Iterator[str]:
+    """Ids of a list: one a line, or the column "ID" of a CSV file (as LoVT and MedKLIP publish theirs)."""
+    if file.suffix.lower() == ".csv":
+        with open_text(file, "utf-8") as text:
+            rows = read_records(text, file, ",", None)
+            header = next(rows)
+            assert isinstance(header, CsvRecord), "the header comes first, or an error"
+            names = [cell.strip().lower() for cell in header.cells]
+            if "id" in names:
+                yield from _column(file, rows, names.index("id"))
+                return
     with open_text(file, "utf-8") as text:
         for number, line in enumerate(text, start=1):
             if not line.isascii() and any("\ud800" <= sign <= "\udfff" for sign in line):
                 raise DataError(f"{file}, line {number}: not UTF-8 text")
             yield line
+
+
+def _column(file: Path, rows: Iterable[CsvRecord | BadRow], place: int) -> Iterator[str]:
+    for row in rows:
+        if isinstance(row, BadRow):
+            raise DataError(f"{file}, line {row.line}: {row.reason}")
+        yield row.cells[place]
 
 
 def _parse(text: str) -> tuple[str, Path]:

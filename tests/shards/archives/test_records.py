@@ -114,3 +114,16 @@ def test_a_split_list_has_a_file_and_a_name_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"x\n\xff\n")
     with pytest.raises(DataError, match="line 2: not UTF-8"):
         UserLists([], [tmp_path / "a"], str.strip)
+
+
+def test_a_list_may_be_the_id_column_of_a_csv_file(tmp_path: Path) -> None:
+    file = tmp_path / "train.csv"
+    file.write_text(',ID,boxes,classes\n0,a,"1;2;3;4|5;6;7;8",1\n1,b,,0\n')
+    lists = UserLists([f"train={file}"], [], str.strip)
+    assert [lists.place(name)[0] for name in ("a", "b", "ID", "1")] == ["train", "train", None, None]
+    assert lists.check() == []
+    file.write_text("ID,boxes\na,1\nb\n")
+    with pytest.raises(DataError, match=r"train\.csv, line 3: row has 1 cells"):
+        UserLists([f"train={file}"], [], str.strip)
+    file.write_text("a,b\nc\n")  # no such column: an id a line, commas and all
+    assert UserLists([f"train={file}"], [], str.strip).place("a,b")[0] == "train"
