@@ -8,14 +8,11 @@ import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from shards.errors import DataError
 from shards.sources.base import RejectedRecord
 from shards.study import Box, LabelValue
-
-if TYPE_CHECKING:
-    from shards.archives.texts import Table
 
 _LABEL_VALUES: dict[str, LabelValue] = {"1": 1, "1.0": 1, "0": 0, "0.0": 0, "-1": -1, "-1.0": -1, "": None}
 
@@ -25,7 +22,7 @@ class Record:
     """One row.
 
     Attributes:
-        file, line: where it stands, line from 1.
+        file, line: where it stands, line from 1 (of a JSON list: the number of its item).
         cells: column -> text, stripped; "" where it is missing.
         joined: name -> rows of another table that belong to it, in that table's order.
         problem: why the row could not be read; then it has no cells.
@@ -112,6 +109,19 @@ def _from_fields(fields: list[Any]) -> Record:
 Key = str | Callable[[Record], str]
 
 
+class Rows(Protocol):
+    """Rows that can be joined: a `Table`, or what an importer makes of a file that is none."""
+
+    @property
+    def name(self) -> str:
+        """Of their file, for messages."""
+
+    def __iter__(self) -> Iterator[Record]: ...
+
+    def again(self) -> str:
+        """What to do about a damaged file."""
+
+
 class Join:
     """Tables by key in a temporary SQLite file, which takes bounded memory and vanishes with the process.
 
@@ -127,9 +137,9 @@ class Join:
         # The empty name is SQLite's own kind of temporary database: on disk, and deleted while it is open.
         self._database = sqlite3.connect("", isolation_level=None)
         self._database.execute("PRAGMA journal_mode = OFF")
-        self._tables: dict[str, Table] = {}
+        self._tables: dict[str, Rows] = {}
 
-    def add(self, name: str, table: Table, key: Key, *, unique: bool = False) -> None:
+    def add(self, name: str, table: Rows, key: Key, *, unique: bool = False) -> None:
         """Take in a table; `unique`: a key that it has twice is an error.
 
         Raises:
@@ -172,7 +182,7 @@ class Join:
         return found
 
     @staticmethod
-    def _rows(table: Table, key: Key) -> Iterator[tuple[str, str]]:
+    def _rows(table: Rows, key: Key) -> Iterator[tuple[str, str]]:
         for record in table:
             where = f"{table.name}, line {record.line}"
             if record.problem:
@@ -183,7 +193,7 @@ class Join:
                 raise DataError(f"{where}: {column} is empty; {table.again()}")
             yield value, record.to_json()
 
-    def _check_unique(self, name: str, table: Table) -> None:
+    def _check_unique(self, name: str, table: Rows) -> None:
         query = f'SELECT record FROM "{name}" GROUP BY key HAVING count(*) > 1 LIMIT 1'
         twice = self._database.execute(query).fetchone()
         if twice is not None:

@@ -79,7 +79,7 @@ class ArchiveTexts:
     """Text files of an archive; remembers which were read, so that a build can tell whether they changed.
 
     Attributes:
-        hashes: name of each file that was read -> hash of its (unpacked) content.
+        hashes: path of each file that was read, as it was asked for -> hash of its (unpacked) content.
         remarks: what the user should be told about them.
     """
 
@@ -114,7 +114,7 @@ class ArchiveTexts:
         ending = ".gz" if member.name.lower().endswith(".gz") else ""
         file = _Named(member, f"table{kind}{ending}" if kind else member.name)
         form = TableFormat(
-            encoding=self._inspect(file),
+            encoding=self._inspect(file, names[0]),
             delimiter=delimiter,
             missing=MISSING,
             key=key or columns[0],
@@ -126,11 +126,20 @@ class ArchiveTexts:
         held = (*columns, *(name for name in optional if name not in absent))
         return Table(member.name, held, absent, file, form, origin)
 
-    def lines(self, *names: str) -> Iterator[tuple[int, str]]:
-        """Number (from 1) and text of each line that is not blank, without its end."""
+    def lines(self, *names: str, ended: bool = False) -> Iterator[tuple[int, str]]:
+        """Number (from 1) and text of each line that is not blank, without its end.
+
+        Raises:
+            DataError: it is missing, or its last line is `ended` by nothing: the file has been cut off.
+        """
         file = _Named(member := self.files.get(*names), member.name)
-        with open_text(file, self._inspect(file)) as text:
+        with open_text(file, self._inspect(file, names[0])) as text:
             for number, line in enumerate(text, start=1):
+                if ended and not line.endswith(("\r", "\n")):
+                    raise DataError(
+                        f"{file}, line {number}: the file ends within a line; get it again from "
+                        f"{self.files.origin}"
+                    )
                 if line.strip():
                     yield number, line.rstrip("\r\n")
 
@@ -141,7 +150,7 @@ class ArchiveTexts:
             DataError: it is missing, is no JSON, or names something twice.
         """
         file = _Named(member := self.files.get(*names), member.name)
-        self._inspect(file)
+        self._inspect(file, names[0])
         with open_bytes(file) as content:
             data = content.read(_JSON_LIMIT + 1).removeprefix(codecs.BOM_UTF8)
         try:
@@ -149,8 +158,8 @@ class ArchiveTexts:
         except JsonError as error:
             raise DataError(f"{file}: {error}; get the file again from {self.files.origin}") from error
 
-    def _inspect(self, file: _Named) -> str:
-        """Encoding of a file; its hash and what is to be said about it are remembered."""
+    def _inspect(self, file: _Named, name: str) -> str:
+        """Encoding of a file; its hash (by `name`) and what is to be said about it are remembered."""
         decoder = codecs.getincrementaldecoder("utf-8")()
         digest, encoding = xxhash.xxh3_128(), "utf-8"
         with open_bytes(file) as content:
@@ -161,7 +170,7 @@ class ArchiveTexts:
             encoding = _FALLBACK
             remark = f"{file.member.name} is not UTF-8; it was read as Latin-1"
             self.remarks += [] if remark in self.remarks else [remark]
-        self.hashes[file.member.name] = f"xxh3:{digest.hexdigest()}"
+        self.hashes[name] = f"xxh3:{digest.hexdigest()}"
         return encoding
 
     def _header(self, file: _Named, form: TableFormat, columns: Sequence[str]) -> list[str]:
