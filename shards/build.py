@@ -5,6 +5,7 @@ shards are recognised by their record in `.build/`, checked against its hashes, 
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Literal
 from shards.build_state import BuildPlan, Rejection, ShardState, restore_states
 from shards.entities import extractor
 from shards.errors import DataError
-from shards.format import Shard, hash_file, index_file_name, sample_key
+from shards.format import FORMAT_VERSION, Shard, hash_file, index_file_name, sample_key
 from shards.identifiers import hash_identifiers, key_fingerprint
 from shards.plan import Part, PlannedShard, plan_shards
 from shards.sample import StoredImage, to_sample
@@ -114,6 +115,7 @@ def build_shards(
         arguments=options.arguments(source),
         remarks=source.remarks(),
         published_counts=source.published_counts(),
+        version=FORMAT_VERSION,
     ).save(out)
     restore_states(out, plan)
     mine = part.of(plan)
@@ -134,8 +136,9 @@ def _build_shard(shared: tuple[Source, Path, BuildOptions], planned: PlannedShar
     """Build one shard and record it as finished (runs in a worker process)."""
     source, out, options = shared
     rejected: list[Rejection] = []
+    notes: Counter[str] = Counter()
     source.take_notes()  # those of a shard that was not finished
-    samples = write_shard(out, planned.file, _samples(source, planned, options, rejected))
+    samples = write_shard(out, planned.file, _samples(source, planned, options, rejected, notes))
     shard = None
     if samples:
         tar = out / planned.file
@@ -147,17 +150,22 @@ def _build_shard(shared: tuple[Source, Path, BuildOptions], planned: PlannedShar
             hash=hash_file(tar),
             index_hash=hash_file(out / index_file_name(planned.file)),
         )
-    ShardState(planned.file, shard, rejected, source.take_notes()).save(out)
+    notes.update(source.take_notes())
+    ShardState(planned.file, shard, rejected, dict(notes)).save(out)
 
 
 def _samples(
-    source: Source, planned: PlannedShard, options: BuildOptions, rejected: list[Rejection]
+    source: Source,
+    planned: PlannedShard,
+    options: BuildOptions,
+    rejected: list[Rejection],
+    notes: Counter[str],
 ) -> Iterator[Sample]:
     """The samples of a shard in record order; what cannot be used is added to `rejected`."""
     for record in planned.records:
         try:
             samples = [
-                _sample(study, sample_key(record, image), planned.split, options)
+                _sample(study, sample_key(record, image), planned.split, source.label_names, options, notes)
                 for image, study in enumerate(source.load(record))
             ]
         except RejectedRecord as rejection:
@@ -171,11 +179,15 @@ def _samples(
         yield from samples
 
 
-def _sample(study: Study, key: str, split: str, options: BuildOptions) -> Sample:
+def _sample(
+    study: Study, key: str, split: str, label_names: list[str], options: BuildOptions, notes: Counter[str]
+) -> Sample:
     if study.split not in (None, split):
         raise ValueError(f"the source loads a sample of split {study.split!r} that it planned for {split!r}")
+    if not study.masks.keys() <= set(label_names):
+        raise ValueError("the source loads a mask of a finding that is not among its label names")
     if options.entities == "rules":
         study = replace(study, entities=extractor.extract(study.sections))
     if options.hash_key is not None:
         study = hash_identifiers(study, options.hash_key)
-    return to_sample(study, key, options.image)
+    return to_sample(study, key, options.image, notes)

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from shards.atomic import atomic_write
 from shards.errors import DataError
-from shards.format import INDEX_LIMIT, INDEX_NAME, REJECTED_NAME, Index, Shard, hash_file
+from shards.format import FORMAT_VERSION, INDEX_LIMIT, INDEX_NAME, REJECTED_NAME, Index, Shard, hash_file
 from shards.plan import PlannedShard
 from shards.sources.base import Json, PublishedCount
 from shards.strict_json import JsonError, parse_json, read_limited, to_record
@@ -33,7 +33,7 @@ class Rejection:
 class ShardState:
     """A finished shard; `shard` is None when all its records were rejected and there is no file.
 
-    `notes`: what the source did to load its records -> how often (`Source.take_notes`).
+    `notes`: what was done to load its records (`Source.take_notes`) and to store them -> how often.
     """
 
     file: str
@@ -89,6 +89,7 @@ class BuildPlan:
         arguments: everything the bytes of the dataset depend on.
         remarks: what the user should be told about the source (`Source.remarks`).
         published_counts: as the source says (`Source.published_counts`).
+        version: of the format of its shards; plans before version 2 do not say it.
     """
 
     name: str
@@ -103,6 +104,7 @@ class BuildPlan:
     arguments: dict[str, Json]
     remarks: list[str] = field(default_factory=list)
     published_counts: list[PublishedCount] = field(default_factory=list)
+    version: int = 1
 
     def save(self, out: Path) -> None:
         """Write the plan, or check that it is the one of the build going on in `out`.
@@ -110,8 +112,13 @@ class BuildPlan:
         Raises:
             DataError: `out` holds a dataset, finished or not, that was built otherwise.
         """
-        existing = self._existing_arguments(out)
-        if existing is not None and existing != self.arguments:
+        version, existing = self._existing(out) or (self.version, self.arguments)
+        if version != self.version:
+            raise DataError(
+                f"{out} holds shards of format version {version}, this program writes {FORMAT_VERSION}; "
+                "choose another --out"
+            )
+        if existing != self.arguments:
             raise DataError(
                 f"{out} was built with other arguments ({_difference(existing, self.arguments)}); "
                 "choose another --out or delete it"
@@ -138,11 +145,14 @@ class BuildPlan:
             raise DataError(f"{path} is damaged ({error}); delete it and run the build again") from error
 
     @staticmethod
-    def _existing_arguments(out: Path) -> dict[str, Any] | None:
+    def _existing(out: Path) -> tuple[int, dict[str, Any]] | None:
+        """Format version and arguments of what `out` holds."""
         if (out / INDEX_NAME).exists():
-            return Index.load(out).arguments
+            index = Index.load(out)
+            return index.version, index.arguments
         if (out / STATE_FOLDER / _PLAN_NAME).exists():
-            return BuildPlan.load(out).arguments
+            plan = BuildPlan.load(out)
+            return plan.version, plan.arguments
         return None
 
 

@@ -63,7 +63,8 @@ def perceptual_hash(image: NDArray[np.uint8], side: int) -> NDArray[np.uint64]:
 def _of_shard(shared: tuple[Path, Index], shard: Shard) -> tuple[str, Fingerprints]:
     root, index = shared
     rows = np.zeros(shard.samples, FINGERPRINT)
-    for row, (_, members, metadata) in zip(rows, scan_shard(root, shard, index.label_names), strict=True):
+    samples = scan_shard(root, shard, index.label_names, version=index.version)
+    for row, (_, members, metadata) in zip(rows, samples, strict=True):
         image = decode_image(next(members[kind] for kind in IMAGE_EXTENSIONS if kind in members))
         row["patient"], row["study"] = _text_hash(metadata["patient_id"]), _text_hash(metadata["study_id"])
         row["report"] = _text_hash(" ".join(" ".join(metadata["sentences"]).lower().split()))

@@ -17,14 +17,21 @@ from shards.errors import DataError
 from shards.remote import STALL_SECONDS, read_remote
 from shards.strict_json import PLAIN_NAME, JsonError, open_regular, parse_json, read_limited, to_record
 
-FORMAT_VERSION = 1
+#: What builds write. Version 1 had one index mask instead of a mask a finding, and no anatomy, phrases,
+#: questions, lists, sides or readers.
+FORMAT_VERSION = 2
+#: What this program reads.
+FORMAT_VERSIONS = (1, 2)
 TOOL_VERSION = importlib.metadata.version("medvlp")
 INDEX_NAME = "index.json"
 TOKENIZER_NAME = "tokenizer.json"
 REJECTED_NAME = "rejected.jsonl"
 IMAGE_EXTENSIONS = ("jpg", "png")
 METADATA_EXTENSION = "json"
-MASK_EXTENSION = "mask.png"
+#: Masks of all findings below each other.
+MASKS_EXTENSION = "masks.png"
+#: The index mask of format version 1.
+INDEX_MASK_EXTENSION = "mask.png"
 
 #: Largest `index.json`, in bytes: some 300,000 shards.
 INDEX_LIMIT = 1 << 26
@@ -71,7 +78,7 @@ class Index:
 
     Attributes:
         name: name of the dataset.
-        label_names: findings in the order of label vectors and mask bits.
+        label_names: findings in the order of label vectors.
         splits: split name -> totals.
         shards: all shards, by split and number.
         image_size: side of the stored square images in pixels.
@@ -91,6 +98,11 @@ class Index:
     arguments: dict[str, Any]
     version: int = FORMAT_VERSION
     tool: str = f"medvlp {TOOL_VERSION}"
+
+    @property
+    def masks_extension(self) -> str:
+        """Extension of the member that holds a sample's masks."""
+        return INDEX_MASK_EXTENSION if self.version == 1 else MASKS_EXTENSION
 
     def split_shards(self, split: str) -> list[Shard]:
         """Shards of `split` in order.
@@ -116,8 +128,9 @@ class Index:
         try:
             fields = parse_json(data, INDEX_LIMIT)
             version = fields.get("version") if isinstance(fields, dict) else None
-            if type(version) is int and version != FORMAT_VERSION:
-                raise DataError(f"{where}: format version {version}, this program reads {FORMAT_VERSION}")
+            if type(version) is int and version not in FORMAT_VERSIONS:
+                known = " and ".join(map(str, FORMAT_VERSIONS))
+                raise DataError(f"{where}: format version {version}, this program reads {known}")
             index = to_record(fields, cls)
             index._check_values()
         except JsonError as error:

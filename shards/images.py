@@ -2,7 +2,7 @@
 
 import io
 import warnings
-from typing import Any, TypeVar
+from typing import Any
 
 import cv2
 import numpy as np
@@ -20,11 +20,6 @@ WINDOW_PERCENTILES = (0.5, 99.5)
 
 #: Pixels of any depth, before they are reduced to 8 bits.
 DeepImage = NDArray[np.integer[Any] | np.floating[Any]]
-#: A label mask of 8 or 16 bits.
-Mask = NDArray[np.uint8] | NDArray[np.uint16]
-
-_Pixel = TypeVar("_Pixel", np.uint8, np.uint16)
-
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _TIFF_PHOTOMETRIC = 262
 _MIN_IS_WHITE, _MIN_IS_BLACK, _RGB = 0, 1, 2
@@ -97,13 +92,22 @@ def fit_square(image: NDArray[np.uint8], size: int) -> tuple[NDArray[np.uint8], 
     return square, size / max(height, width), left, top
 
 
-def fit_square_mask(mask: NDArray[_Pixel], size: int) -> NDArray[_Pixel]:
-    """Bring a label mask into the square of `fit_square` with nearest-neighbour interpolation."""
-    new_height, new_width, left, top = square_geometry(mask.shape[0], mask.shape[1], size)
-    square = np.zeros((size, size), dtype=mask.dtype)
-    square[top : top + new_height, left : left + new_width] = cv2.resize(
-        mask, (new_width, new_height), interpolation=cv2.INTER_NEAREST
-    )
+def fit_square_mask(mask: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """Bring a mask of 0 and 1 into the square of `fit_square`.
+
+    Where it shrinks, a pixel is inside that the mask covers by half; a mask too thin or small for that keeps
+    the pixels it covers most, since a mask of zeros would say that nothing is there.
+    """
+    height, width = mask.shape
+    new_height, new_width, left, top = square_geometry(height, width, size)
+    if max(height, width) <= size:
+        fitted = cv2.resize(mask, (new_width, new_height), interpolation=cv2.INTER_NEAREST) > 0
+    else:
+        covered = cv2.resize(mask.astype(np.float32), (new_width, new_height), interpolation=cv2.INTER_AREA)
+        # Sums of many shares in float32 stay a little below what they add up to.
+        fitted = (covered > 0) & (covered >= min(0.5, float(covered.max())) - 1.0e-5)
+    square = np.zeros((size, size), dtype=np.uint8)
+    square[top : top + new_height, left : left + new_width] = fitted
     return square
 
 
@@ -121,7 +125,7 @@ def encode_jpeg(image: NDArray[np.uint8], quality: int = 90) -> bytes:
     return bytes(simplejpeg.encode_jpeg(pixels, quality=quality, colorspace="GRAY"))
 
 
-def encode_png(image: Mask) -> bytes:
+def encode_png(image: NDArray[np.uint8] | NDArray[np.uint16]) -> bytes:
     """Encode one channel of 8 or 16 bits [height, width] as PNG, without loss."""
     encoded, data = cv2.imencode(".png", image)
     if not encoded:

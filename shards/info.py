@@ -17,6 +17,10 @@ from shards.tokenizer import MIN_PATIENTS, count_words, load_tokenizer
 #: How many of the rarest words are shown.
 RAREST = 10
 _TRAIN = "train"
+_TARGETS = {
+    "boxes": "boxes", "masks": "masks", "anatomy": "boxes of anatomy", "phrases": "phrases",
+    "questions": "questions",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,36 +31,41 @@ class SplitCounts:
         words: number of words of each report; `sentences` likewise.
         views: view -> samples.
         labels: finding -> value (1, 0, -1, None) -> samples.
-        boxes: number of boxes.
+        targets: field of the metadata that holds boxes, masks and the like -> how many.
+        lists: list -> samples that stand in it.
     """
 
     words: list[int]
     sentences: list[int]
     views: Counter[str]
     labels: dict[str, Counter[int | None]]
-    boxes: int
+    targets: Counter[str]
+    lists: Counter[str]
 
 
 def count_split(reader: ShardReader, split: str) -> SplitCounts:
     """Read the metadata of every sample of `split` and count."""
     label_names = reader.index.label_names
-    counts = SplitCounts([], [], Counter(), {name: Counter() for name in label_names}, 0)
-    boxes = 0
+    labels: dict[str, Counter[int | None]] = {name: Counter() for name in label_names}
+    counts = SplitCounts([], [], Counter(), labels, Counter(), Counter())
     for i in range(reader.sample_count(split)):
         metadata = reader.metadata(split, i)
         counts.words.append(sum(len(sentence.split()) for sentence in metadata["sentences"]))
         counts.sentences.append(len(metadata["sentences"]))
         counts.views[metadata["view"] or "unknown"] += 1
-        boxes += len(metadata["boxes"])
+        if reader.index.version == 1:  # whose metadata do not name the masks
+            metadata["masks"] = list(reader.masks(split, i))
+        counts.targets.update({name: len(metadata[name]) for name in _TARGETS})
+        counts.lists.update(metadata["lists"])
         for name in label_names:
             counts.labels[name][metadata["labels"].get(name)] += 1
-    return SplitCounts(counts.words, counts.sentences, counts.views, counts.labels, boxes)
+    return counts
 
 
 def describe(reader: ShardReader) -> Group:
     """Tables of a whole dataset, ready for a rich console."""
     counts = {split: count_split(reader, split) for split in reader.index.splits}
-    tables = [_split_table(reader, counts), _text_table(counts)]
+    tables = [_split_table(reader, counts), _text_table(counts), _target_table(reader, counts)]
     if reader.index.label_names:
         tables.append(_label_table(counts, reader.index.label_names))
     if reader.index.tokenizer is not None and _TRAIN in reader.index.splits:
@@ -68,14 +77,36 @@ def _split_table(reader: ShardReader, counts: dict[str, SplitCounts]) -> Table:
     index = reader.index
     table = Table(title=f"{index.name}: {index.image_size} px, {index.fingerprint}", title_justify="left")
     table.add_column("split")
-    for heading in ("samples", "studies", "patients", "shards", "MB", "boxes"):
+    for heading in ("samples", "studies", "patients", "shards", "MB"):
         table.add_column(heading, justify="right")
     table.add_column("views")
     for split, totals in index.splits.items():
         views = ", ".join(f"{view} {count}" for view, count in counts[split].views.most_common())
         numbers = (totals.samples, totals.studies, totals.patients, totals.shards)
         megabytes = f"{totals.bytes / 1e6:,.1f}"
-        table.add_row(split, *(f"{n:,}" for n in numbers), megabytes, f"{counts[split].boxes:,}", views)
+        table.add_row(split, *(f"{n:,}" for n in numbers), megabytes, views)
+    return table
+
+
+def _target_table(reader: ShardReader, counts: dict[str, SplitCounts]) -> Table:
+    """How many boxes, masks, phrases and questions there are, and samples in each list."""
+    caption = (
+        "format version 1: masks lack what another finding overlaps; anatomy, phrases, questions and lists "
+        "are not stored"
+    )
+    table = Table(
+        title="targets, and samples of each list",
+        title_justify="left",
+        caption=caption if reader.index.version == 1 else None,
+        caption_justify="left",
+    )
+    table.add_column("target")
+    for split in counts:
+        table.add_column(split, justify="right")
+    for name, heading in _TARGETS.items():
+        table.add_row(heading, *(f"{count.targets[name]:,}" for count in counts.values()))
+    for name in sorted({name for count in counts.values() for name in count.lists}):
+        table.add_row(f"list {name}", *(f"{count.lists[name]:,}" for count in counts.values()))
     return table
 
 

@@ -123,7 +123,7 @@ def merge(out: Path) -> BuildSummary:
         labels=labels,
         vocabulary=vocabulary,
         published_counts=plan.published_counts,
-        remarks=[*plan.remarks, *(f"{note} ({count:,} records)" for note, count in sorted(notes.items()))],
+        remarks=[*plan.remarks, *(f"{note}: {count:,}" for note, count in sorted(notes.items()))],
     )
 
 

@@ -10,22 +10,26 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from shards.errors import DataError
 from shards.format import (
+    FORMAT_VERSION,
     IMAGE_EXTENSIONS,
-    MASK_EXTENSION,
     METADATA_EXTENSION,
     Index,
     Shard,
     hash_bytes,
     is_remote,
 )
+from shards.masks import read_masks
 from shards.metadata import METADATA_LIMIT, parse_metadata
 from shards.shard_index import SHARD_INDEX_LIMIT, ShardIndex, map_shard_index
 from shards.strict_json import JsonError, open_regular, read_limited
 
 _MAX_OPEN_FILES = 64
-#: Largest image or mask file of a sample, in bytes.
+#: Largest file of an image or of masks of a sample, in bytes.
 IMAGE_LIMIT = 1 << 28
 
 
@@ -97,7 +101,7 @@ class ShardReader:
         shard, key, members = self._members(split, i)
         image = _image_extension(shard, key, members)
         contents = self._pread(shard, key, members, [image, METADATA_EXTENSION])
-        return key, contents[image], _parse(contents[METADATA_EXTENSION], shard, key, self.index.label_names)
+        return key, contents[image], self._parse(contents[METADATA_EXTENSION], shard, key)
 
     def image(self, split: str, i: int) -> bytes:
         """Image file bytes of sample `i` alone, for training, which needs no metadata; errors as `read`."""
@@ -109,14 +113,25 @@ class ShardReader:
         """The parsed `<key>.json` of sample `i`; errors as `read`."""
         shard, key, members = self._members(split, i)
         contents = self._pread(shard, key, members, [METADATA_EXTENSION])
-        return _parse(contents[METADATA_EXTENSION], shard, key, self.index.label_names)
+        return self._parse(contents[METADATA_EXTENSION], shard, key)
 
-    def mask(self, split: str, i: int) -> bytes | None:
-        """The mask PNG of sample `i`, or None where it has none; errors as `read`."""
+    def masks(self, split: str, i: int) -> dict[str, NDArray[np.uint8]]:
+        """The masks of sample `i`, finding -> [size, size] of 0 and 1; errors as `read`.
+
+        Of a finding without a mask nothing is known; a mask of zeros says that it is not there. Masks of
+        datasets of format version 1 lack what another finding overlaps (`shards.masks.read_masks`).
+        """
         shard, key, members = self._members(split, i)
-        if MASK_EXTENSION not in members:
-            return None
-        return self._pread(shard, key, members, [MASK_EXTENSION])[MASK_EXTENSION]
+        held = [name for name in (self.index.masks_extension,) if name in members]
+        contents = self._pread(shard, key, members, [METADATA_EXTENSION, *held])
+        metadata = self._parse(contents[METADATA_EXTENSION], shard, key)
+        try:
+            return read_masks(contents, metadata["masks"], self.index.label_names, self.index.image_size)
+        except DataError as error:
+            raise DataError(f"{shard.file}: sample {key}: {error}") from error
+
+    def _parse(self, data: bytes, shard: Shard, key: str) -> dict[str, Any]:
+        return _parse(data, shard, key, self.index.label_names, self.index.version)
 
     def close(self) -> None:
         """Close all files; they open again when needed."""
@@ -193,14 +208,18 @@ class ShardReader:
 
 
 def scan_shard(
-    folder: Path, shard: Shard, label_names: Sequence[str], only: str | None = None
+    folder: Path,
+    shard: Shard,
+    label_names: Sequence[str],
+    only: str | None = None,
+    version: int = FORMAT_VERSION,
 ) -> Iterator[tuple[str, dict[str, bytes], dict[str, Any]]]:
     """Every sample of a shard in the order of its tar: key, members, and parsed metadata.
 
     Args:
         folder: where the tar and its `.idx` lie.
         shard: which.
-        label_names: those of the dataset.
+        label_names, version: those of the dataset.
         only: read this member and the metadata, not all; default: all.
 
     Raises:
@@ -220,7 +239,7 @@ def scan_shard(
                         contents[extension] = os.pread(tar.fileno(), length, offset)
                 if METADATA_EXTENSION not in contents:
                     raise DataError(f"{shard.file}: sample {key} has no member .{METADATA_EXTENSION}")
-                yield key, contents, _parse(contents[METADATA_EXTENSION], shard, key, label_names)
+                yield key, contents, _parse(contents[METADATA_EXTENSION], shard, key, label_names, version)
     except OSError as error:
         raise DataError(f"{folder / shard.file}: cannot be read ({error.strerror})") from error
     except JsonError as error:
@@ -235,9 +254,9 @@ def _check_length(shard: Shard, key: str, extension: str, length: int) -> None:
         )
 
 
-def _parse(data: bytes, shard: Shard, key: str, label_names: Sequence[str]) -> dict[str, Any]:
+def _parse(data: bytes, shard: Shard, key: str, label_names: Sequence[str], version: int) -> dict[str, Any]:
     try:
-        return parse_metadata(data, label_names)
+        return parse_metadata(data, label_names, version)
     except JsonError as error:
         raise DataError(f"{shard.file}: sample {key}: its metadata cannot be used ({error})") from error
 

@@ -23,13 +23,46 @@ class Entity:
 
 @dataclass(frozen=True)
 class Box:
-    """A finding's box in pixels of the stored image: left, top, width, height."""
+    """A place in an image, in pixels: left, top, width, height.
+
+    Attributes:
+        label: finding, or name of the region of anatomy.
+        side: "left" or "right" of the patient, "" where it is neither or not known.
+        reader: who drew it, where the source says so.
+    """
 
     label: str
     x: float
     y: float
     width: float
     height: float
+    side: str = ""
+    reader: str = ""
+
+
+@dataclass(frozen=True)
+class Phrase:
+    """Words of a report and where in the image they are true; `label` of a box is the finding, or ""."""
+
+    text: str
+    boxes: tuple[Box, ...]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about the image and its answer.
+
+    Attributes:
+        kind: "closed" (yes or no, or one of few), "open" or "".
+        topic: what it asks about ("abnormality", "plane", ...), lower case, or "".
+        language: of both, as BCP 47 writes it ("en", "zh").
+    """
+
+    question: str
+    answer: str
+    kind: str = ""
+    topic: str = ""
+    language: str = "en"
 
 
 @dataclass
@@ -45,9 +78,13 @@ class Study:
         sentences: the sentences of all sections in report order.
         labels: finding name -> 1 present, 0 absent, -1 uncertain, None not mentioned.
         entities: anatomy-observation statements.
-        boxes: boxes of findings, in pixels of `image`.
-        mask: optional 8-bit index mask [height, width]: 0 background, k the finding number k (from 1) of the
-            source's label names.
+        boxes: boxes of findings, in pixels of `image`; what lies outside the image is cut off when stored.
+        masks: finding -> 0 or 1, of the shape of `image`. A finding without a mask was not looked for; a mask
+            of zeros says that it was, and is not there. Findings are label names of the source.
+        anatomy: boxes of regions of anatomy.
+        phrases: words of the report with the places they speak of.
+        questions: questions about the image.
+        lists: official id lists and named fractions the image stands in ("train_1", "benchx-valid").
         split: split the source prescribes ("train", "valid", "test"), or None to hash by patient.
         source: name of the source; `license`: licence of this very sample.
         extra: JSON-serialisable values a source wants to keep (never read by training).
@@ -62,7 +99,11 @@ class Study:
     labels: dict[str, LabelValue] = field(default_factory=dict)
     entities: list[Entity] = field(default_factory=list)
     boxes: list[Box] = field(default_factory=list)
-    mask: NDArray[np.uint8] | None = None
+    masks: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
+    anatomy: list[Box] = field(default_factory=list)
+    phrases: list[Phrase] = field(default_factory=list)
+    questions: list[Question] = field(default_factory=list)
+    lists: list[str] = field(default_factory=list)
     split: str | None = None
     source: str = ""
     license: str = ""

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import struct
 import tarfile
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import cv2
-import numpy as np
-
 from shards.errors import DataError
 from shards.format import (
     IMAGE_EXTENSIONS,
-    MASK_EXTENSION,
     METADATA_EXTENSION,
     TOKENIZER_NAME,
     Index,
@@ -23,13 +18,12 @@ from shards.format import (
     hash_file,
 )
 from shards.images import decode_image
+from shards.masks import read_masks
 from shards.metadata import METADATA_LIMIT, metadata_problems
 from shards.reader import IMAGE_LIMIT
 from shards.shard_index import SHARD_INDEX_LIMIT, ShardIndex
 from shards.strict_json import JsonError, parse_json, read_limited
 from shards.workers import run_tasks
-
-_EXTENSIONS = frozenset({*IMAGE_EXTENSIONS, METADATA_EXTENSION, MASK_EXTENSION})
 
 #: Offset and size of a member's content in bytes.
 Span = tuple[int, int]
@@ -87,6 +81,7 @@ def _check_shard(shared: tuple[Path, Index], shard: Shard) -> ShardReport:
 def _check_tar(path: Path, index: Index, report: ShardReport) -> list[tuple[str, dict[str, Span]]]:
     """Check sample after sample, one in memory at a time; return (key, {extension: (offset, size)})."""
     spans = []
+    known = {*IMAGE_EXTENSIONS, METADATA_EXTENSION, index.masks_extension}
     with tarfile.open(path, "r:") as archive:
         for key, members in itertools.groupby(archive, key=lambda member: member.name.partition(".")[0]):
             sample_spans: dict[str, Span] = {}
@@ -95,7 +90,7 @@ def _check_tar(path: Path, index: Index, report: ShardReport) -> list[tuple[str,
                 extension = member.name.partition(".")[2]
                 plain = member.isfile() and not member.issparse()
                 stream = archive.extractfile(member) if plain else None
-                if stream is None or "/" in key or extension not in _EXTENSIONS or extension in contents:
+                if stream is None or "/" in key or extension not in known or extension in contents:
                     report.problems.append(f"{path.name}: member {member.name!r} does not belong there")
                     continue
                 sample_spans[extension] = (member.offset_data, member.size)
@@ -136,18 +131,20 @@ def _sample_problems(contents: dict[str, bytes], index: Index, report: ShardRepo
         problems.append(f"has {len(images)} images instead of one")
     for extension in images:
         problems += _image_problems(contents[extension], index.image_size)
-    if MASK_EXTENSION in contents:
-        problems += _mask_problems(contents[MASK_EXTENSION], index.image_size)
     if METADATA_EXTENSION not in contents:
         return [*problems, "has no metadata"]
     try:
         metadata = parse_json(contents[METADATA_EXTENSION], METADATA_LIMIT)
     except JsonError as error:
         return [*problems, f"its metadata cannot be used ({error})"]
-    schema_problems = metadata_problems(metadata, index.label_names)
-    if not schema_problems:
-        report.patients.append(metadata["patient_id"])
-    return problems + schema_problems
+    if schema_problems := metadata_problems(metadata, index.label_names, index.version):
+        return problems + schema_problems
+    report.patients.append(metadata["patient_id"])
+    try:
+        read_masks(contents, metadata.get("masks", []), index.label_names, index.image_size)
+    except DataError as error:
+        problems.append(str(error))
+    return problems
 
 
 def _image_problems(data: bytes, size: int) -> list[str]:
@@ -156,16 +153,6 @@ def _image_problems(data: bytes, size: int) -> list[str]:
     except DataError as error:
         return [str(error)]
     return [] if shape == (size, size) else [f"image is {shape[1]} x {shape[0]}, not {size} x {size}"]
-
-
-def _mask_problems(data: bytes, size: int) -> list[str]:
-    # The size stands in the first chunk; OpenCV would take memory for whatever that claims.
-    if len(data) < 24 or struct.unpack(">II", data[16:24]) != (size, size):
-        return ["mask is no PNG of the size of the image"]
-    mask = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    if mask is None or mask.shape != (size, size):
-        return ["mask does not decode to one channel"]
-    return []
 
 
 def _duplicate_keys(reports: list[ShardReport]) -> list[str]:

@@ -4,6 +4,7 @@ A field is asked for by its name and stands in `Batch.fields` under it. One more
 registered by its name; loaders, datasets and batches do not change.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import ClassVar
@@ -21,6 +22,10 @@ from medvlp.data.transforms import View
 from shards.entities.matrix import mirrored
 from shards.errors import DataError
 from shards.reader import ShardReader
+
+logger = logging.getLogger(__name__)
+
+_BUILD_AGAIN = "build the dataset again with medvlp shards build"
 
 
 class Field(ABC):
@@ -127,8 +132,51 @@ class Boxes(Field):
         return np.stack([labels, left, top, right, bottom], axis=1)[seen].astype(np.float32)
 
 
+class Masks(Field):
+    """[B, L, S, S] uint8: the masks of the L label names, as the view of S x S pixels shows them.
+
+    1 is inside, 0 outside, 255 everywhere where the sample has no mask of the finding (nothing is known).
+    A pixel of the view holds the pixel of the stored mask that lies under its middle.
+    """
+
+    name = "masks"
+    UNKNOWN = 255
+
+    def __init__(self, reader: ShardReader, split: str, store: SampleStore) -> None:
+        super().__init__(reader, split, store)
+        if reader.index.version == 1:
+            logger.warning(
+                "%s is of format version 1: where findings overlap, its masks show one of them, and a "
+                "finding without a mask is not known to be absent; %s",
+                reader.root,
+                _BUILD_AGAIN,
+            )
+
+    def missing(self) -> str | None:
+        """See `Field`: samples are asked one by one until one has a mask."""
+        unreadable = set(self.store.unreadable.tolist())
+        asked = (i for i in range(len(self.store)) if i not in unreadable)
+        if any(self.reader.masks(self.split, i) for i in asked):
+            return None
+        if self.reader.index.version == 1:
+            return f"no sample has a mask, and format version 1 has none of tables; {_BUILD_AGAIN}"
+        return "no sample has a mask"
+
+    def read(self, rows: Positions, views: Sequence[View], config: TransformConfig) -> Tensor:
+        """See `Field`."""
+        names = self.reader.index.label_names
+        size = views[0].size if views else 0
+        result = np.full((len(views), len(names), size, size), self.UNKNOWN, dtype=np.uint8)
+        for row, position, view in zip(result, rows.tolist(), views, strict=True):
+            stored = self.reader.masks(self.split, position)
+            across, down = view.stored_columns(), view.stored_rows()
+            for name, mask in stored.items():
+                row[names.index(name)] = mask[down[:, None], across]
+        return torch.from_numpy(result)
+
+
 #: Every field by its name.
-FIELDS: dict[str, type[Field]] = {field.name: field for field in (Entities, Boxes)}
+FIELDS: dict[str, type[Field]] = {field.name: field for field in (Entities, Boxes, Masks)}
 
 
 def open_fields(

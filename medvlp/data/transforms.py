@@ -86,6 +86,20 @@ class View:
         scale = self.size / self.height
         return (top - self.top) * scale, (bottom - self.top) * scale
 
+    def stored_columns(self) -> NDArray[np.int64]:
+        """[size] the column of the stored image under the middle of each column of the view."""
+        columns = _under(self.left, self.width, self.size)
+        return columns[::-1] if self.flipped else columns
+
+    def stored_rows(self) -> NDArray[np.int64]:
+        """[size] the row of the stored image under the middle of each row of the view."""
+        return _under(self.top, self.height, self.size)
+
+
+def _under(start: float, length: float, size: int) -> NDArray[np.int64]:
+    middles: Coordinates = start + (np.arange(size) + 0.5) * (length / size)
+    return np.floor(middles).astype(np.int64)
+
 
 def training_view(
     image: Image, size: int, config: TransformConfig, uniform: list[float]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from shards.errors import DataError, UsageError
 from shards.format import hash_file
+from shards.metadata import LIST_NAME
 from shards.splits import normalise_split
 from shards.tables.delimited import Record as CsvRecord
 from shards.tables.delimited import read_records
@@ -16,7 +16,6 @@ from shards.tables.files import open_text
 from shards.tables.rows import BadRow
 
 SPLITS = ("train", "valid", "test")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 class IdLists:
@@ -177,7 +176,7 @@ def _column(file: Path, rows: Iterable[CsvRecord | BadRow], place: int) -> Itera
 
 def _parse(text: str) -> tuple[str, Path]:
     name, equals, file = text.partition("=")
-    if not equals or not file or not _NAME.fullmatch(name):
+    if not equals or not file or not LIST_NAME.fullmatch(name):
         raise UsageError(f"--split-list {text!r}: write it as NAME=FILE, for example train_1=train_1.txt")
     try:
         split = normalise_split(name)

@@ -240,7 +240,8 @@ class ArchiveSource(Source):
             split=row["split"] or None,
             source=study.source or self.name,
             license=study.license or self.facts.license,
-            extra=study.extra | {"access": self.facts.access, "lists": json.loads(row["lists"])},
+            lists=json.loads(row["lists"]),
+            extra=study.extra | {"access": self.facts.access},
         )
 
     def _arguments(self, lists: UserLists) -> dict[str, Json]:
@@ -322,7 +323,7 @@ class _Survey:
             "record": record.to_json(),
             "patient": identity.patient,
             "split": split or self._own_split(identity) or "",
-            "lists": json.dumps([*self._source.parts(record), *parts]),
+            "lists": json.dumps(list(dict.fromkeys([*self._source.parts(record), *parts]))),
         }
         return Row(record.line, cells)
 

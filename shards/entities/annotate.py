@@ -14,8 +14,11 @@ from shards.entities import extractor
 from shards.entities.radgraph import read_radgraph
 from shards.errors import DataError
 from shards.format import (
+    FORMAT_VERSION,
     INDEX_LIMIT,
+    INDEX_MASK_EXTENSION,
     INDEX_NAME,
+    MASKS_EXTENSION,
     METADATA_EXTENSION,
     REJECTED_NAME,
     TOKENIZER_NAME,
@@ -25,6 +28,7 @@ from shards.format import (
     hash_file,
     index_file_name,
 )
+from shards.masks import encode_masks, read_masks
 from shards.metadata import metadata_bytes
 from shards.reader import scan_shard
 from shards.strict_json import JsonError, parse_json, read_limited
@@ -50,7 +54,7 @@ class AnnotationSummary:
 class _ShardTask:
     shard: Shard
     known: _Known
-    label_names: list[str]
+    index: Index
 
 
 def annotate(
@@ -62,6 +66,8 @@ def annotate(
     on_shard: Callable[[int, int], None],
 ) -> AnnotationSummary:
     """Write `dataset` to `out` with entities; killed and started again, it keeps the shards it has finished.
+
+    The new dataset is of the format version that builds write.
 
     Args:
         dataset: folder of a finished dataset; it is not changed.
@@ -93,8 +99,8 @@ def annotate(
     missing = [shard for shard in index.shards if not _is_finished(out, shard)]
     finished = len(index.shards) - len(missing)
     on_shard(finished, len(index.shards))
-    names = index.label_names
-    tasks = [_ShardTask(shard, _of_shard(dataset, shard, known, names), names) for shard in missing]
+    alone = dataclasses.replace(index, shards=[])  # a task needs what is said of all shards
+    tasks = [_ShardTask(shard, _of_shard(dataset, shard, known, index), alone) for shard in missing]
     for _ in run_tasks(_annotate_shard, (dataset, out, overwrite), tasks, workers):
         finished += 1
         on_shard(finished, len(index.shards))
@@ -110,22 +116,23 @@ def annotate(
 def _start(out: Path, arguments: Mapping[str, Any]) -> None:
     """Record what `out` becomes, or check that it is the annotation going on or finished there."""
     plan = out / STATE_FOLDER / _PLAN_NAME
+    planned = {"version": FORMAT_VERSION, "arguments": arguments}
     if (out / INDEX_NAME).exists():
         index = Index.load(out)
-        existing: object = index.arguments
+        existing: object = {"version": index.version, "arguments": index.arguments}
         known = {shard.file: shard for shard in index.shards}
     else:
         existing = _planned(plan)
         known = {}
         if existing is None and out.is_dir() and any(out.iterdir()):
             raise DataError(f"{out} is not empty; choose another --out")
-    if existing is not None and existing != arguments:
+    if existing is not None and existing != planned:
         raise DataError(f"{out} holds another dataset or annotation; choose another --out or delete it")
     try:
         (out / STATE_FOLDER).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"cannot create {out}: {error.strerror}; choose another --out") from error
-    atomic_write(plan, json.dumps(arguments).encode())
+    atomic_write(plan, json.dumps(planned).encode())
     for file, shard in known.items():
         ShardState(file, shard, []).save(out)
 
@@ -144,13 +151,12 @@ def _is_finished(out: Path, shard: Shard) -> bool:
     return state is not None and state.is_intact(out)
 
 
-def _of_shard(dataset: Path, shard: Shard, known: _Known, names: list[str]) -> _Known:
+def _of_shard(dataset: Path, shard: Shard, known: _Known, index: Index) -> _Known:
     """The part of the known entities that a shard needs: a worker process gets no more."""
     if known is None:
         return None
-    studies = (
-        metadata["study_id"] for _, _, metadata in scan_shard(dataset, shard, names, METADATA_EXTENSION)
-    )
+    samples = scan_shard(dataset, shard, index.label_names, METADATA_EXTENSION, index.version)
+    studies = (metadata["study_id"] for _, _, metadata in samples)
     return {study: known[study] for study in studies if study in known}
 
 
@@ -162,7 +168,8 @@ def _annotate_shard(shared: tuple[Path, Path, bool], task: _ShardTask) -> None:
         raise DataError(f"{dataset / file}: content differs from its hash; run medvlp shards verify")
 
     def annotated() -> Iterator[Sample]:
-        for key, members, metadata in scan_shard(dataset, task.shard, task.label_names):
+        names, version = task.index.label_names, task.index.version
+        for key, members, metadata in scan_shard(dataset, task.shard, names, version=version):
             if metadata["entities"] and not overwrite:
                 raise DataError(
                     f"{file}: sample {key} has entities already; --overwrite replaces those of all samples"
@@ -172,6 +179,12 @@ def _annotate_shard(shared: tuple[Path, Path, bool], task: _ShardTask) -> None:
             else:
                 entities = task.known.get(metadata["study_id"], [])
             rows = [[entity.anatomy, entity.observation, entity.value] for entity in entities]
+            if INDEX_MASK_EXTENSION in members:  # of format version 1
+                masks = read_masks(members, [], names, task.index.image_size)
+                del members[INDEX_MASK_EXTENSION]
+                metadata["masks"] = list(masks)
+                if masks:
+                    members[MASKS_EXTENSION] = encode_masks(list(masks.values()))
             content = metadata_bytes({**metadata, "entities": rows})
             yield Sample(key, {**members, METADATA_EXTENSION: content})
 
@@ -211,7 +224,12 @@ def _finish(dataset: Path, out: Path, index: Index, arguments: dict[str, Any]) -
         for split, totals in index.splits.items()
     }
     new = dataclasses.replace(
-        index, splits=splits, shards=shards, fingerprint=fingerprint(shards), arguments=arguments
+        index,
+        splits=splits,
+        shards=shards,
+        fingerprint=fingerprint(shards),
+        arguments=arguments,
+        version=FORMAT_VERSION,
     )
     atomic_write(out / INDEX_NAME, new.to_json())
     shutil.rmtree(out / STATE_FOLDER)

@@ -66,7 +66,7 @@ def test_only_who_asks_gets_a_field(make_config: ConfigFactory, tokenizer: Token
     for fields in ([], ["entities"]):
         batch = next(iter(evaluation_loader(config, reader, tokenizer, "test", 4, fields=fields)))
         assert list(batch.fields) == fields
-    with pytest.raises(ConfigError, match="entitys; there are entities, boxes"):
+    with pytest.raises(ConfigError, match="entitys; there are entities, boxes, masks"):
         evaluation_loader(config, reader, tokenizer, "test", 4, fields=["entitys"])
 
 
@@ -201,3 +201,60 @@ def test_one_box_in_the_last_sample_is_a_dataset_with_boxes(
         return
     with pytest.raises(DataError, match=r"lacks the boxes .* no sample has a box"):
         build_loader(config, reader, tokenizer, 0, 1, 16, fields=["boxes"])
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        TransformConfig(crop="none"),
+        TransformConfig(crop="center"),
+        TransformConfig(crop="random", flip=1.0),
+        TransformConfig(crop="random", flip=0.5, scale_min=0.5),
+    ],
+    ids=["whole", "center", "flipped", "resized crops"],
+)
+@pytest.mark.parametrize(("stored", "size"), [(64, 48), (64, 96)])
+def test_a_view_moves_masks_as_it_moves_pixels(transform: TransformConfig, stored: int, size: int) -> None:
+    """An asymmetric shape goes through the crop; the mask must be where its white pixels are."""
+    mask = np.zeros((stored, stored), dtype=np.uint8)
+    mask[10:40, 12:20] = mask[30:40, 20:50] = 1
+    random = SampleRandom(0, 0)
+    for sample in range(40):
+        pixels, view = training_view(mask * 255, size, transform, random.uniform(sample, DRAWS))
+        found = mask[view.stored_rows()[:, None], view.stored_columns()]
+        assert found.any()
+        # They differ at edges at most, where resizing mixes pixels.
+        sure = (pixels < 30) | (pixels > 225)
+        np.testing.assert_array_equal(found[sure], pixels[sure] > 127)
+        assert sure.mean() > 0.85
+
+
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_masks_of_a_batch_are_those_of_its_samples(
+    dataset: Path, make_config: ConfigFactory, tokenizer: Tokenizer, flip: float
+) -> None:
+    config = make_config(transform=TransformConfig(crop="none", flip=flip), image_size=64)
+    reader = ShardReader(dataset)
+    batch = next(iter(build_loader(config, reader, tokenizer, 0, 1, 16, fields=["masks"])))
+    masks = batch.fields["masks"]
+    assert masks.dtype == torch.uint8
+    assert masks.shape == (16, len(reader.index.label_names), 64, 64)
+    for found, position in zip(masks.numpy(), batch.sample.tolist(), strict=True):
+        stored = np.stack(list(reader.masks("train", position).values()))
+        np.testing.assert_array_equal(found, stored[:, :, ::-1] if flip else stored)
+    assert 0 < masks.float().mean() < 0.5
+
+
+def test_a_finding_without_a_mask_is_unknown(
+    dataset: Path, make_config: ConfigFactory, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, reader, stored = make_config(), ShardReader(dataset), ShardReader.masks
+    monkeypatch.setattr(ShardReader, "masks", lambda self, *which: {"mass": stored(self, *which)["mass"]})
+    batch = next(iter(evaluation_loader(config, reader, tokenizer, "train", 40, fields=["masks"])))
+    mass = reader.index.label_names.index("mass")
+    others = np.delete(batch.fields["masks"].numpy(), mass, axis=1)
+    assert (others == 255).all()
+    assert set(np.unique(batch.fields["masks"][:, mass])) == {0, 1}
+    monkeypatch.setattr(ShardReader, "masks", lambda self, *which: {})
+    with pytest.raises(DataError, match=r"lacks the masks .* no sample has a mask"):
+        build_loader(config, reader, tokenizer, 0, 1, 16, fields=["masks"])

@@ -37,7 +37,7 @@ INDEX = Index(
 )
 #: Bytes of the tar that `test_shard_index_comes_back` describes.
 TAR_BYTES = 2**40
-SIZES = st.dictionaries(st.sampled_from(["jpg", "json", "mask.png"]), st.integers(0, 2**31), min_size=1)
+SIZES = st.dictionaries(st.sampled_from(["jpg", "json", "masks.png"]), st.integers(0, 2**31), min_size=1)
 
 
 def lay_out(sizes: list[dict[str, int]]) -> list[tuple[str, dict[str, tuple[int, int]]]]:

@@ -72,10 +72,21 @@ def test_fit_square_pads_symmetrically_with_zeros(height: int, width: int, size:
 def test_mask_lands_where_the_image_does() -> None:
     pixels = np.zeros((200, 100), np.uint8)
     pixels[40:80, 20:60] = 255
-    mask = (pixels > 0).astype(np.uint16) * 0x0801
-    fitted, _, _, _ = fit_square(pixels, 50)
-    assert set(np.unique(fit_square_mask(mask, 50))) == {0, 0x0801}
-    np.testing.assert_array_equal(fit_square_mask(mask, 50) > 0, fitted > 127)
+    mask = (pixels > 0).astype(np.uint8)
+    for size in (50, 37, 200, 230):
+        fitted, _, _, _ = fit_square(pixels, size)
+        np.testing.assert_array_equal(fit_square_mask(mask, size), fitted > 127)
+
+
+def test_a_mask_thinner_than_a_stored_pixel_does_not_vanish() -> None:
+    """A mask of zeros would say that the finding is not there."""
+    mask = np.zeros((640, 320), np.uint8)
+    mask[101, 37] = 1
+    fitted = fit_square_mask(mask, 16)
+    assert np.argwhere(fitted).tolist() == [[101 // 40, 4 + 37 // 40]]
+    mask[:, 200] = 1
+    assert fit_square_mask(mask, 16)[:, 4 + 200 // 40].all()
+    assert not fit_square_mask(np.zeros((640, 320), np.uint8), 16).any()
 
 
 def test_16_bit_png_and_tiff_are_windowed_alike() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
+from PIL import Image
 
 from shards.errors import DataError
 from shards.images import decode_image
@@ -46,7 +48,10 @@ def test_stock_webdataset_reads_the_same_samples(phantom_dataset: Path) -> None:
             key, image, metadata = reader.read(split, i)
             assert (sample["__key__"], sample["jpg"]) == (key, image)
             assert json.loads(sample["json"]) == metadata == reader.metadata(split, i)
-            assert sample.get("mask.png") == reader.mask(split, i)
+            stacked = np.asarray(Image.open(io.BytesIO(sample["masks.png"])))
+            masks = reader.masks(split, i)
+            assert list(masks) == metadata["masks"] == reader.index.label_names
+            np.testing.assert_array_equal(stacked, np.concatenate(list(masks.values())) > 0)
             assert reader.image(split, i) == image
 
 
@@ -128,11 +133,11 @@ def test_missing_shard_and_foreign_index_are_data_errors(damaged: Path) -> None:
 def test_damaged_metadata_is_an_error_without_its_text(damaged: Path) -> None:
     reader = ShardReader(damaged)
     tar = damaged / reader.index.split_shards("train")[0].file
-    tar.write_bytes(tar.read_bytes().replace(b'{"boxes"', b'["boxes"'))
+    tar.write_bytes(tar.read_bytes().replace(b'{"anatomy"', b'["anatomy"'))
     with pytest.raises(DataError) as caught:
         reader.metadata("train", 0)
     where = f"{tar.name}: sample {reader.key('train', 0)}: its metadata cannot be used"
-    assert str(caught.value) == f"{where} (no JSON at byte 8)"
+    assert str(caught.value) == f"{where} (no JSON at byte 10)"
 
 
 def test_remote_root_needs_a_way_to_fetch(phantom_dataset: Path) -> None:

@@ -124,11 +124,14 @@ def test_only_regular_files_within_the_limit_are_read(tmp_path: Path) -> None:
             read_limited(place, 10)
 
 
+BOX = {"label": "edema", "x": 1, "y": 2.5, "width": 3, "height": 4, "side": "left", "reader": "R1"}
+QUESTION = {"question": "Is it?", "answer": "yes", "kind": "closed", "topic": "presence", "language": "en"}
 GOOD: dict[str, Any] = {
     "study_id": "s", "patient_id": "p", "view": "PA", "sections": {"findings": "Clear."},
     "sentences": ["Clear."], "labels": {"edema": 0}, "entities": [["lung", "edema", 0]],
-    "boxes": [{"label": "edema", "x": 1, "y": 2.5, "width": 3, "height": 4}], "source": "t", "license": "",
-    "extra": {},
+    "boxes": [BOX], "source": "t", "license": "", "extra": {},
+    "masks": ["edema"], "anatomy": [BOX], "phrases": [{"text": "Clear.", "boxes": [BOX]}],
+    "questions": [QUESTION], "lists": ["train_1"],
 }  # fmt: skip
 
 
@@ -149,9 +152,32 @@ GOOD: dict[str, Any] = {
         {"entities": [["lung", SECRET, True]]},
         {"entities": [["lung", SECRET, [1]]]},
         {"entities": {SECRET: 1}},
-        {"boxes": [{"label": "edema", "x": 1e300, "y": 2, "width": 3, "height": 4}]},
-        {"boxes": [{"label": "edema", "x": True, "y": 2, "width": 3, "height": 4}]},
+        {"boxes": [BOX | {"x": 1e300}]},
+        {"boxes": [BOX | {"x": True}]},
+        {"boxes": [BOX | {"x": -1}]},
+        {"boxes": [BOX | {"width": 0}]},
+        {"boxes": [BOX | {"side": SECRET}]},
+        {"boxes": [BOX | {"reader": None}]},
+        {"boxes": [BOX | {SECRET: 1}]},
+        {"boxes": [{name: value for name, value in BOX.items() if name != "side"}]},
         {"boxes": [SECRET]},
+        {"anatomy": [SECRET]},
+        {"masks": [SECRET]},
+        {"masks": [["edema"]]},
+        {"masks": ["edema", "edema"]},
+        {"masks": {"edema": 1}},
+        {"phrases": [SECRET]},
+        {"phrases": [{"text": "", "boxes": []}]},
+        {"phrases": [{"text": SECRET, "boxes": [SECRET]}]},
+        {"phrases": [{"text": SECRET, "boxes": None}]},
+        {"questions": [QUESTION | {"kind": SECRET}]},
+        {"questions": [QUESTION | {"answer": ""}]},
+        {"questions": [QUESTION | {"topic": SECRET}]},
+        {"questions": [QUESTION | {"language": 1}]},
+        {"questions": [SECRET]},
+        {"lists": [f"{SECRET}/../x"]},
+        {"lists": ["a", "a"]},
+        {"lists": [1]},
         {"patient_id": 7},
         {"patient_id": ""},
         {SECRET: SECRET},

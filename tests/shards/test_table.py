@@ -206,7 +206,7 @@ source: hospital
             "sentences": ["cough.", "Clear lungs.", "No edema."],
             "labels": {"edema": -1, "mass": None, "normal": 1},
             "entities": [],
-            "boxes": [],
+            **{name: [] for name in ("boxes", "masks", "anatomy", "phrases", "questions", "lists")},
             "source": "hospital",
             "license": "CC0",
             "extra": {"sex": "F"},

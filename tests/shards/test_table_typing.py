@@ -217,8 +217,8 @@ def test_ways_to_write_an_image_path(tmp_path: Path, image_folder: Path, map_fil
     summary = build(TableSource(table, image_folder, map_file()), tmp_path / "out")
     assert rejections(tmp_path / "out") == {n: reason for n, reason in enumerate(names.values()) if reason}
     assert summary.remarks == [
-        "image files were found under another Unicode form of their name (NFC or NFD) (2 records)",
-        "image paths were written with backslashes (1 records)",
+        "image files were found under another Unicode form of their name (NFC or NFD): 2",
+        "image paths were written with backslashes: 1",
     ]
     absolute = [row | {"image": str(image_folder / f"{n}.jpg")} for n, row in enumerate(rows)]
     source = TableSource(write_csv(tmp_path / "u.csv", absolute), Path("/"), map_file())

@@ -36,7 +36,7 @@ def replace_shard(root: Path, change: Callable[[list[Sample]], list[Sample]], fi
     stored = [
         Sample(
             item["__key__"],
-            {extension: item[extension] for extension in ("jpg", "json", "mask.png") if extension in item},
+            {extension: item[extension] for extension in ("jpg", "json", "masks.png") if extension in item},
         )
         for item in webdataset.WebDataset([str(root / file)], shardshuffle=False)
     ]
@@ -110,8 +110,10 @@ def test_bad_samples_are_named_by_key(dataset: Path) -> None:
         samples[2] = Sample(samples[2].key, samples[2].members | {"json": b"{"})
         samples[3] = with_metadata(samples[3], labels={"edema": 2}, sections="text")
         samples[4] = with_metadata(samples[4], labels={"phantom limb": 1}, boxes=[{"x": 1}], surprise=1)
-        samples[5] = Sample(samples[5].key, {"json": samples[5].members["json"]})
-        samples[6] = Sample(samples[6].key, samples[6].members | {"mask.png": b"no mask"})
+        samples[5] = Sample(
+            samples[5].key, {name: samples[5].members[name] for name in ("json", "masks.png")}
+        )
+        samples[6] = Sample(samples[6].key, samples[6].members | {"masks.png": b"no mask"})
         samples[7] = with_metadata(
             samples[7], labels={"edema": 2, "limb": 1}, boxes=[{"x": 1}], patient_id=""
         )
@@ -127,8 +129,8 @@ def test_bad_samples_are_named_by_key(dataset: Path) -> None:
         3: ["field 'sections' is not of type dict"],
         4: ["1 unknown fields"],
         5: ["has 0 images"],
-        6: ["mask is no PNG of the size"],
-        7: ["empty patient_id", "1 labels are not in", "a label is not 1", "a box is not"],
+        6: ["masks are no PNG of 12 times 64 x 64"],
+        7: ["empty patient_id", "1 labels are not in", "a label is not 1", "an item of 'boxes' is not"],
     }
     for number, phrases in expected.items():
         for phrase in phrases:

@@ -72,8 +72,6 @@ FINDINGS: tuple[FindingSpec, ...] = (
 )  # fmt: skip
 
 SPECS = {spec.name: spec for spec in FINDINGS}
-#: Number of each finding in the mask, from 1; 0 is background.
-NUMBERS = {spec.name: number for number, spec in enumerate(FINDINGS, start=1)}
 
 DEVICES = ("central venous catheter", "pacemaker", "endotracheal tube", "chest tube")
 _HEDGED = 0.1

@@ -1,4 +1,4 @@
-"""From a patient's anatomy and findings to pixels, mask and boxes."""
+"""From a patient's anatomy and findings to pixels, masks and boxes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from shards.sources.phantom.anatomy import Anatomy
 from shards.sources.phantom.canvas import Frame, Image
 from shards.sources.phantom.drawing import DRAW
-from shards.sources.phantom.findings import NUMBERS, Finding
+from shards.sources.phantom.findings import FINDINGS, Finding
 from shards.sources.phantom.scene import Scene, expose
 from shards.sources.phantom.seeds import Stream, generator
 from shards.study import Box
@@ -24,11 +24,19 @@ _INSIDE = 0.35  # coverage from which a pixel belongs to a region; below one hal
 
 @dataclass(frozen=True)
 class Rendering:
-    """Pixels uint8 [size, size], index mask uint8 [size, size], boxes in pixels, one per finding and side."""
+    """One study as it is drawn.
+
+    Attributes:
+        image: uint8 [size, size].
+        masks: finding -> uint8 [size, size], 0 or 1; all findings, zeros for those that are not drawn.
+        boxes: in pixels, one per finding and side.
+        anatomy: boxes of the lungs and the heart.
+    """
 
     image: NDArray[np.uint8]
-    mask: NDArray[np.uint8]
+    masks: dict[str, NDArray[np.uint8]]
     boxes: list[Box]
+    anatomy: list[Box]
 
 
 def diseased(anatomy: Anatomy, findings: Sequence[Finding]) -> Anatomy:
@@ -73,31 +81,43 @@ def render(
     if view == "AP":
         anatomy = replace(anatomy, heart_ratio=anatomy.heart_ratio + 0.02)
     scene = Scene.of(frame, diseased(anatomy, findings), view)
-    regions: list[tuple[Finding, Image]] = []
+    regions: list[tuple[Finding, str, Image]] = []
     for finding in findings:
         for number, side in enumerate(finding.sides):
             shape = generator(finding.shape_seed, Stream.SHAPE, number)
             strength = shape.uniform(0.7, 1.1) * (1.0 if finding.certain else 0.5)
-            regions.append((finding, DRAW[finding.name](scene, finding, side, strength, shape)))
+            regions.append((finding, side, DRAW[finding.name](scene, finding, side, strength, shape)))
     image = expose(scene, generator(seed, Stream.EXPOSURE, study), size)
-    mask, boxes = annotate(regions, size)
-    return Rendering(image, mask, boxes)
+    masks, boxes = annotate(regions, size)
+    return Rendering(image, masks, boxes, anatomy_boxes(scene, size))
 
 
-def annotate(regions: Sequence[tuple[Finding, Image]], size: int) -> tuple[NDArray[np.uint8], list[Box]]:
-    """Index mask and boxes of regions; where regions overlap the smallest is on top in the mask."""
-    covers = []
-    for finding, region in regions:
-        cover = cv2.resize(region.astype(np.float32), (size, size), interpolation=cv2.INTER_AREA)
-        inside = cover >= min(_INSIDE, float(cover.max()))
-        covers.append((finding, np.asarray(inside & (cover > 0.0))))
-    boxes = [_box(finding.name, inside) for finding, inside in covers]
-    mask = np.zeros((size, size), np.uint8)
-    for finding, inside in sorted(covers, key=lambda item: -int(item[1].sum())):
-        mask[inside] = NUMBERS[finding.name]
-    return mask, boxes
+def annotate(
+    regions: Sequence[tuple[Finding, str, Image]], size: int
+) -> tuple[dict[str, NDArray[np.uint8]], list[Box]]:
+    """Masks of all findings, whole where others lie over them, and the box of each region."""
+    masks = {spec.name: np.zeros((size, size), np.uint8) for spec in FINDINGS}
+    boxes = []
+    for finding, side, region in regions:
+        inside = _pixels(region, size)
+        masks[finding.name] |= inside
+        boxes.append(_box(finding.name, side, inside))
+    return masks, boxes
 
 
-def _box(name: str, inside: NDArray[np.bool_]) -> Box:
-    x, y, width, height = cv2.boundingRect(inside.astype(np.uint8))
-    return Box(name, float(x), float(y), float(width), float(height))
+def anatomy_boxes(scene: Scene, size: int) -> list[Box]:
+    """Boxes of the lungs, as they are before any finding fills or moves them, and of the heart."""
+    lungs = [_box(f"{side} lung", side, _pixels(lung, size)) for side, lung in scene.lungs.items()]
+    heart = scene.frame.fill(scene.anatomy.heart_outline())
+    return [*lungs, _box("heart", "", _pixels(heart, size))]
+
+
+def _pixels(region: Image, size: int) -> NDArray[np.uint8]:
+    cover = cv2.resize(region.astype(np.float32), (size, size), interpolation=cv2.INTER_AREA)
+    inside = (cover >= min(_INSIDE, float(cover.max()))) & (cover > 0.0)
+    return np.asarray(inside, dtype=np.uint8)
+
+
+def _box(label: str, side: str, inside: NDArray[np.uint8]) -> Box:
+    x, y, width, height = cv2.boundingRect(inside)
+    return Box(label, float(x), float(y), float(width), float(height), side)

@@ -18,11 +18,15 @@ _LUNG = {spec.name for spec in FINDINGS if spec.site == "lung"}
 
 @dataclass
 class Report:
-    """Sections by name, their sentences in report order, and the entities the sentences state."""
+    """Sections by name, their sentences in report order, and the entities the sentences state.
+
+    `statements`: sentences that say of drawn findings, and of nothing else, that they are there; with them.
+    """
 
     sections: dict[str, str] = field(default_factory=dict)
     sentences: list[str] = field(default_factory=list)
     entities: list[Entity] = field(default_factory=list)
+    statements: list[tuple[str, tuple[Finding, ...]]] = field(default_factory=list)
 
     def add_section(self, name: str, sentences: Sequence[str]) -> None:
         """Append a section."""
@@ -46,6 +50,7 @@ def write_report(
     report = Report()
     absent = [spec.name for spec in FINDINGS if spec.name not in {finding.name for finding in findings}]
     body = [_positive(finding, prior, rng) for finding in findings]
+    report.statements = [(sentence(text), (finding,)) for text, finding in zip(body, findings, strict=True)]
     for finding in findings:
         value = 1 if finding.certain else -1
         report.entities.extend(Entity(site, finding.name, value) for site in phrases.sites(finding))
@@ -59,7 +64,9 @@ def write_report(
     report.add_section("comparison", ["none." if prior is None else "prior chest radiograph."])
     opening = [f"{view} view of the chest."] if rng.random() < 0.4 else []
     report.add_section("findings", opening + [body[i] for i in order])
-    report.add_section("impression", _impression(findings, absent, negated, rng))
+    statements, denials = _impression(findings, absent, negated, rng)
+    report.add_section("impression", [text for text, _ in statements] + denials)
+    report.statements += [(sentence(text), about) for text, about in statements if about]
     report.entities.extend(Entity(SPECS[name].site, name, 0) for name in absent if name in negated)
     return report
 
@@ -115,10 +122,11 @@ def _negatives(
 
 def _impression(
     findings: Sequence[Finding], absent: Sequence[str], negated: set[str], rng: np.random.Generator
-) -> list[str]:
+) -> tuple[list[tuple[str, tuple[Finding, ...]]], list[str]]:
     """The impression: up to five findings by their canonical names, or that the chest is normal.
 
-    Absent findings it denies are added to `negated`.
+    Returns the sentences that state findings, with them, and those that deny. Absent findings it denies are
+    added to `negated`.
     """
     shown = [findings[i] for i in rng.permutation(len(findings))][:5]
     shown.sort(key=lambda finding: not finding.certain)  # "possible a and b" would hedge b too
@@ -127,13 +135,16 @@ def _impression(
         bare, _ = phrases.noun(finding, finding.name, rng, severity=rng.random() < 0.3)
         texts.append(bare if finding.certain else f"possible {bare}")
     if len(texts) > 1 and rng.random() < 0.4:
-        sentences = [phrases.listed(texts[:2]) + ".", *(f"{text}." for text in texts[2:])]
+        groups = [shown[:2], *([finding] for finding in shown[2:])]
+        texts = [phrases.listed(texts[:2]), *texts[2:]]
     else:
-        sentences = [f"{text}." for text in texts]
+        groups = [[finding] for finding in shown]
+    stated = [(f"{text}.", tuple(group)) for text, group in zip(texts, groups, strict=True)]
     if not findings:
-        sentences = [pick(rng, phrases.NORMAL)]
+        stated = [(pick(rng, phrases.NORMAL), ())]
+    denials = []
     if rng.random() < 0.35:
         first, second = (absent[i] for i in rng.permutation(len(absent))[:2])
-        sentences.append(pick(rng, phrases.ABSENT_TWO).format(first, second))
+        denials.append(pick(rng, phrases.ABSENT_TWO).format(first, second))
         negated.update((first, second))
-    return sentences
+    return stated, denials

@@ -20,6 +20,7 @@ class Stream(IntEnum):
     BONES = 7
     VESSELS = 8
     VIEW = 9
+    QUESTIONS = 10
 
 
 def generator(seed: int, stream: Stream, *keys: int) -> np.random.Generator:

@@ -13,11 +13,12 @@ from shards.errors import DataError
 from shards.sources.base import Source, option
 from shards.sources.phantom.anatomy import Anatomy
 from shards.sources.phantom.findings import FINDINGS, Finding, draw_course
+from shards.sources.phantom.questions import ask
 from shards.sources.phantom.render import render
 from shards.sources.phantom.report import write_report
 from shards.sources.phantom.seeds import Stream, generator
 from shards.sources.registry import register
-from shards.study import LabelValue, Study
+from shards.study import LabelValue, Phrase, Study
 
 _VISITS = (0.7, 0.2, 0.1)  # share of patients with one, two and three studies
 _PORTABLE = 0.35  # share of AP views
@@ -102,6 +103,10 @@ class PhantomSource(Source):
         anatomy = Anatomy.draw(generator(self.seed, Stream.ANATOMY, patient))
         rendering = render(anatomy, findings, view, self.image_size, self.seed, i)
         report = write_report(findings, prior, view, generator(self.seed, Stream.REPORT, i))
+        phrases = [
+            Phrase(text, tuple(b for f in about for b in rendering.boxes if b.label == f.name))
+            for text, about in report.statements
+        ]
         labels: dict[str, LabelValue] = dict.fromkeys(self.label_names, 0)
         labels.update({finding.name: 1 if finding.certain else -1 for finding in findings})
         shown = [
@@ -126,7 +131,10 @@ class PhantomSource(Source):
                 labels=labels,
                 entities=report.entities,
                 boxes=rendering.boxes,
-                mask=rendering.mask,
+                masks=rendering.masks,
+                anatomy=rendering.anatomy,
+                phrases=phrases,
+                questions=ask(findings, view, generator(self.seed, Stream.QUESTIONS, i)),
                 source=self.name,
                 license="Apache-2.0",
                 extra={"findings": shown},

@@ -7,6 +7,7 @@ import json
 import pickle
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,6 @@ import pytest
 from shards.errors import DataError
 from shards.sources.phantom import FINDINGS, PhantomSource
 from shards.sources.phantom.anatomy import Anatomy
-from shards.sources.phantom.findings import NUMBERS
 from shards.sources.phantom.render import render
 from shards.sources.phantom.seeds import Stream, generator
 from shards.study import Study
@@ -33,10 +33,10 @@ def studies() -> list[Study]:
 def fingerprint(source: PhantomSource, i: int) -> str:
     """Hash of everything a study holds."""
     (study,) = source.load(i)
-    assert study.mask is not None
     text = json.dumps([study.sentences, study.labels, study.patient_id, study.view, study.extra])
-    boxes = repr(study.boxes) + repr(study.entities)
-    return hashlib.sha256(study.image.tobytes() + study.mask.tobytes() + (text + boxes).encode()).hexdigest()
+    targets = (study.boxes, study.entities, study.anatomy, study.phrases, study.questions)
+    pixels = b"".join(array.tobytes() for array in (study.image, *study.masks.values()))
+    return hashlib.sha256(pixels + text.encode() + repr(targets).encode()).hexdigest()
 
 
 def test_same_seed_same_bytes_in_any_order_and_process() -> None:
@@ -85,36 +85,94 @@ def test_any_size_is_drawn(size: int) -> None:
     assert study.image.std() > 15
 
 
-def test_labels_boxes_mask_and_entities_agree(studies: list[Study]) -> None:
+def test_labels_boxes_masks_and_entities_agree(studies: list[Study]) -> None:
     for study in studies:
-        assert study.mask is not None
-        assert list(study.labels) == NAMES
+        assert list(study.labels) == list(study.masks) == NAMES
         boxed = {box.label for box in study.boxes}
-        marked = {NAMES[number - 1] for number in np.unique(study.mask) if number}
         for name, value in study.labels.items():
-            assert (name in boxed) == (value != 0), (study.study_id, name)
+            assert (name in boxed) == (value != 0) == bool(study.masks[name].any()), (study.study_id, name)
             stated = {entity.value for entity in study.entities if entity.observation == name}
             assert stated <= {value}, (study.study_id, name)
             assert bool(stated) or value == 0
-        assert marked == boxed
         for box in study.boxes:
             assert box.width >= 2
             assert box.height >= 2
             assert 0 <= box.x <= box.x + box.width <= SIZE
             assert 0 <= box.y <= box.y + box.height <= SIZE
-            inside = study.mask[int(box.y) : int(box.y + box.height), int(box.x) : int(box.x + box.width)]
-            assert (inside > 0).any()
 
 
-def test_mask_pixels_of_a_finding_lie_in_its_boxes(studies: list[Study]) -> None:
+def test_the_boxes_of_a_finding_are_those_of_its_mask(studies: list[Study]) -> None:
+    """Of the whole mask, also where another finding lies over it: the box's edges touch the mask."""
+    overlaps = 0
     for study in studies:
-        assert study.mask is not None
-        for name, number in NUMBERS.items():
-            left = study.mask == number
-            for box in study.boxes:
-                if box.label == name:
-                    left[int(box.y) : int(box.y + box.height), int(box.x) : int(box.x + box.width)] = False
-            assert not left.any()
+        for name, mask in study.masks.items():
+            boxes = [box for box in study.boxes if box.label == name]
+            inside = np.zeros_like(mask)
+            for box in boxes:
+                inside[int(box.y) : int(box.y + box.height), int(box.x) : int(box.x + box.width)] = 1
+            assert not (mask & ~inside & 1).any()
+            if len(boxes) == 1:
+                rows, columns = np.nonzero(mask)
+                (box,) = boxes
+                assert (columns.min(), columns.max() + 1) == (box.x, box.x + box.width)
+                assert (rows.min(), rows.max() + 1) == (box.y, box.y + box.height)
+        overlaps += bool((np.sum(list(study.masks.values()), axis=0) > 1).any())
+    assert overlaps > 10
+
+
+def test_sides_of_boxes_and_anatomy(studies: list[Study]) -> None:
+    """The patient's left is the image's right; lungs lie on either side, the heart between them."""
+    for study in studies:
+        sides = {finding["name"]: finding["side"] for finding in study.extra["findings"]}
+        for name, side in sides.items():
+            found = sorted(box.side for box in study.boxes if box.label == name)
+            assert found == (["left", "right"] if side == "bilateral" else [side])
+        regions = {box.label: box for box in study.anatomy}
+        assert list(regions) == ["left lung", "right lung", "heart"]
+        left, right, heart = (box.x + box.width / 2 for box in regions.values())
+        assert right < heart < left
+        assert (regions["left lung"].side, regions["right lung"].side) == ("left", "right")
+        for box in study.anatomy:
+            assert box.width > SIZE / 8
+            assert box.height > SIZE / 8
+
+
+def test_phrases_are_sentences_of_the_report_about_the_findings_in_their_boxes(studies: list[Study]) -> None:
+    for study in studies:
+        said = set()
+        for phrase in study.phrases:
+            assert phrase.text in study.sentences
+            named = {box.label for box in phrase.boxes}
+            assert named
+            assert set(phrase.boxes) == {box for box in study.boxes if box.label in named}
+            said |= named
+        assert said == {name for name, value in study.labels.items() if value}
+    assert any(len({box.label for box in phrase.boxes}) == 2 for s in studies for phrase in s.phrases)
+
+
+def test_answers_are_the_labels(studies: list[Study]) -> None:
+    answers: Counter[str] = Counter()
+    for study in studies:
+        hedged = -1 in study.labels.values()
+        present = [name for name, value in study.labels.items() if value == 1]
+        for item in study.questions:
+            answers[item.answer] += 1
+            named = [name for name in NAMES if f"{name}?" in item.question or f"{name} " in item.question]
+            match item.topic:
+                case "plane":
+                    assert item.answer == study.view
+                case "abnormality":
+                    assert not hedged
+                    assert item.answer.replace(" and ", ", ").split(", ") == (present or ["none"])
+                case "presence":
+                    assert item.kind == "closed"
+                    assert study.labels[named[0]] == {"yes": 1, "no": 0}[item.answer]
+                case "position":
+                    sides = {box.side for box in study.boxes if box.label == named[0]}
+                    assert sides == ({"left", "right"} if item.answer == "both" else {item.answer})
+                case topic:
+                    pytest.fail(topic)
+    assert min(answers[word] for word in ("yes", "no", "left", "right", "both", "none", "PA", "AP")) > 5
 
 
 def test_a_finding_changes_the_pixels_of_its_box() -> None:

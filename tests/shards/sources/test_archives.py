@@ -219,4 +219,4 @@ def test_lists_give_splits_and_parts(name: str, archive: Archive, tmp_path: Path
         except RejectedRecord:
             continue
         for study in studies:
-            assert ("train_1" in study.extra["lists"]) == (study.patient_id == patients[0])
+            assert ("train_1" in study.lists) == (study.patient_id == patients[0])
