@@ -92,10 +92,12 @@ class ArchiveSource(Source):
     Attributes:
         published: "all" or a split, or whatever `found` counts -> the published number; compared at the end.
         found: the same, counted. The base counts "all" and the splits that the archive prescribes.
+        language: of its reports, as `shards.text.headings` names it.
         reading: raised when the same files give other samples, so that an old build is not gone on with.
     """
 
     facts: ClassVar[Facts]
+    language: ClassVar[str] = "en"
     reading: ClassVar[int] = 1
 
     def __init__(self, options: ArchiveOptions) -> None:
@@ -254,6 +256,7 @@ class ArchiveSource(Source):
             "options": shown,
             "files": {name: digest for texts in self._texts for name, digest in texts.hashes.items()},
             "lists": lists.hashes,
+            "language": self.language,
             "reading": self.reading,
         }
 

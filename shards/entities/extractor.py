@@ -64,12 +64,12 @@ def check_language(source: Mapping[str, Any]) -> None:
         source: arguments of a dataset's source, as the index records them.
 
     Raises:
-        DataError: the source's map names another language than English.
+        DataError: the source, or its map, names another language than English.
     """
-    language = (source.get("map") or {}).get("language", "en")
+    language = source.get("language") or (source.get("map") or {}).get("language", "en")
     if language != "en":
         raise DataError(
-            f"the rules read English reports, and the map says language: {language}; "
+            f"the rules read English reports, and these are in another (language: {language}); "
             "use RadGraph's output (shards annotate --radgraph) or leave the entities out"
         )
 

@@ -112,7 +112,8 @@ def half(data: bytes) -> bytes:
 
 
 def other_header(data: bytes) -> bytes:
-    return b"unknown" + data.lstrip(b"\xef\xbb\xbf")
+    header, newline, rows = data.lstrip(b"\xef\xbb\xbf").partition(b"\n")
+    return b"unknown" + header.replace(b",", b"_,") + newline + rows
 
 
 def short_row(data: bytes) -> bytes:
