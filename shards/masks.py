@@ -4,6 +4,7 @@ import io
 import struct
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -15,6 +16,10 @@ from shards.format import INDEX_MASK_EXTENSION, MASKS_EXTENSION
 
 #: Most pixels of all masks of a sample: 128 masks of 1024 x 1024, 8 of 4096 x 4096.
 MOST_PIXELS = 1 << 27
+
+#: Run lengths are pairs of numbers, column after column of the mask. absolute: first pixel, counted from 1,
+#: and length, as most of Kaggle's tables have them. relative: gap since the last run, and length, as SIIM-ACR's.
+RunKind = Literal["absolute", "relative"]
 
 _HEADER = struct.Struct(">8s4x4sIIBBBBB")
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -81,6 +86,31 @@ def read_masks(
     if not names:
         return {}
     return dict(zip(names, decode_masks(members[MASKS_EXTENSION], len(names), size), strict=True))
+
+
+def decode_runs(text: str, height: int, width: int, kind: RunKind) -> NDArray[np.uint8]:
+    """A mask [height, width] of 0 and 1 from its run lengths.
+
+    The wrong kind often gives a mask that looks right; only some can be told, because they leave the image.
+
+    Raises:
+        DataError: not pairs of whole numbers, or not inside a mask of that size.
+    """
+    words = text.split()
+    if not words or len(words) % 2 or not all(word.isascii() and word.isdecimal() for word in words):
+        raise DataError("run lengths are no pairs of whole numbers")
+    pixels = height * width
+    if len(words) // 2 > pixels or any(len(word) > 9 or int(word) > pixels for word in words):
+        raise DataError(f"run lengths leave a mask of {width} x {height} pixels")
+    first, lengths = np.array(words, dtype=np.int64).reshape(-1, 2).T
+    ends = np.cumsum(first + lengths) if kind == "relative" else first - 1 + lengths
+    starts = ends - lengths
+    if starts.min() < 0 or ends.max() > pixels:
+        raise DataError(f"run lengths leave a mask of {width} x {height} pixels ({kind} ones were expected)")
+    steps = np.zeros(pixels + 1, dtype=np.int64)
+    np.add.at(steps, starts, 1)
+    np.add.at(steps, ends, -1)
+    return np.ascontiguousarray((np.cumsum(steps[:-1]) > 0).reshape(width, height).T.astype(np.uint8))
 
 
 def _decode_index_mask(data: bytes, size: int) -> NDArray[np.uint8]:

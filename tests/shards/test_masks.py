@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from shards.errors import DataError
-from shards.masks import MOST_PIXELS, decode_masks, encode_masks, read_masks
+from shards.masks import MOST_PIXELS, RunKind, decode_masks, decode_runs, encode_masks, read_masks
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -95,3 +95,55 @@ def test_memory_is_taken_for_no_claim(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shards.masks.MOST_PIXELS", 100)
     with pytest.raises(DataError, match="2 masks have more than 100 pixels"):
         encode_masks([np.zeros((8, 8), np.uint8)] * 2)
+
+
+def runs(mask: np.ndarray, kind: RunKind) -> str:
+    """Run lengths of a mask, written pixel by pixel."""
+    words, position, last = [], 0, 0
+    flat = [int(mask[y, x]) for x in range(mask.shape[1]) for y in range(mask.shape[0])]
+    while position < len(flat):
+        if flat[position]:
+            start = position
+            while position < len(flat) and flat[position]:
+                position += 1
+            words += [start - last if kind == "relative" else start + 1, position - start]
+            last = position
+        else:
+            position += 1
+    return " ".join(map(str, words))
+
+
+@pytest.mark.parametrize("kind", ["absolute", "relative"])
+def test_run_lengths_give_an_asymmetric_shape_back(kind: RunKind) -> None:
+    mask = np.zeros((7, 5), dtype=np.uint8)
+    mask[0, 0] = mask[6, 4] = 1
+    mask[2:5, 1] = mask[3, 2:5] = 1  # an L: neither turned nor mirrored it is the same
+    found = decode_runs(runs(mask, kind), 7, 5, kind)
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, mask)
+
+
+@given(
+    st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**32 - 1), st.sampled_from(["absolute", "relative"])
+)
+def test_run_lengths_of_any_mask_come_back(height: int, width: int, seed: int, kind: RunKind) -> None:
+    mask = np.random.default_rng(seed).integers(0, 2, (height, width)).astype(np.uint8)
+    mask[0, 0] = 1  # no runs at all are no text
+    np.testing.assert_array_equal(decode_runs(runs(mask, kind), height, width, kind), mask)
+
+
+def test_relative_runs_by_hand() -> None:
+    # Column 0 has 3 rows: skip 1, paint 2; skip 1 (row 0 of column 1), paint 1.
+    assert decode_runs("1 2 1 1", 3, 2, "relative").tolist() == [[0, 0], [1, 1], [1, 0]]
+    assert decode_runs("2 2 5 1", 3, 2, "absolute").tolist() == [[0, 0], [1, 1], [1, 0]]
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [("", "relative"), ("-1", "relative"), ("1", "relative"), ("1 x", "relative"), ("1 2 3", "absolute"),
+     ("1.0 2", "absolute"), ("0 1", "absolute"), ("6 2", "absolute"), ("1 2 3 1", "relative"),
+     ("0 99999999999999999999", "relative"), (f"0 {'9' * 5000}", "relative"), ("\u0663 1", "relative")],
+)  # fmt: skip
+def test_what_is_no_run_lengths_is_refused(text: str, kind: RunKind) -> None:
+    with pytest.raises(DataError, match="run lengths"):
+        decode_runs(text, 3, 2, kind)
