@@ -18,7 +18,7 @@ from shards.format import INDEX_MASK_EXTENSION, MASKS_EXTENSION
 MOST_PIXELS = 1 << 27
 
 #: Run lengths are pairs of numbers, column after column of the mask. absolute: first pixel, counted from 1,
-#: and length, as most of Kaggle's tables have them. relative: gap since the last run, and length, as SIIM-ACR's.
+#: and length, as in most tables of Kaggle. relative: gap since the last run, and length, as in SIIM-ACR's.
 RunKind = Literal["absolute", "relative"]
 
 _HEADER = struct.Struct(">8s4x4sIIBBBBB")
