@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shards.errors import DataError
+from shards.fingerprints import pixel_hash
 from shards.format import (
     IMAGE_EXTENSIONS,
     METADATA_EXTENSION,
@@ -31,19 +32,21 @@ Span = tuple[int, int]
 
 @dataclass
 class ShardReport:
-    """What was found in one shard: problems, sample keys in order, and the patient of each sample."""
+    """What was found in one shard: problems, sample keys in order, patients, and hashes of pixels by key."""
 
     shard: Shard
     problems: list[str] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
     patients: list[str] = field(default_factory=list)
+    pixels: dict[int, str] = field(default_factory=dict)
 
 
 def verify(root: Path, workers: int = 1) -> list[str]:
     """Everything wrong with the dataset in `root`, one line each; empty when all is well.
 
     Checks hashes, `.idx` against tar, that every image decodes to the stored size, the schema of every
-    metadata member, duplicate keys, patients in two splits, totals, and files the index does not know.
+    metadata member, duplicate keys, patients and images in two splits, totals, and files the index does not
+    know.
     Lines hold shard names and sample keys, never patient ids or text.
 
     Raises:
@@ -56,6 +59,7 @@ def verify(root: Path, workers: int = 1) -> list[str]:
     problems = [problem for report in reports for problem in report.problems]
     problems += _duplicate_keys(reports)
     problems += _leaking_patients(reports)
+    problems += _leaking_images(reports)
     problems += _totals_problems(index, reports)
     return problems + _folder_problems(root, index)
 
@@ -101,7 +105,7 @@ def _check_tar(path: Path, index: Index, report: ShardReport) -> list[tuple[str,
                     report.problems.append(
                         f"{path.name}: sample {key}: .{extension} has more than the limit of {most} bytes"
                     )
-            problems = _sample_problems(contents, index, report)
+            problems = _sample_problems(key, contents, index, report)
             report.problems += [f"{path.name}: sample {key}: {problem}" for problem in problems]
             report.keys.append(key)
             spans.append((key, sample_spans))
@@ -124,13 +128,13 @@ def _check_spans(
         report.problems.append(f"{shard.index_file}: does not describe {shard.file}")
 
 
-def _sample_problems(contents: dict[str, bytes], index: Index, report: ShardReport) -> list[str]:
+def _sample_problems(key: str, contents: dict[str, bytes], index: Index, report: ShardReport) -> list[str]:
     problems = []
     images = [extension for extension in IMAGE_EXTENSIONS if extension in contents]
     if len(images) != 1:
         problems.append(f"has {len(images)} images instead of one")
     for extension in images:
-        problems += _image_problems(contents[extension], index.image_size)
+        problems += _image_problems(key, contents[extension], index.image_size, report)
     if METADATA_EXTENSION not in contents:
         return [*problems, "has no metadata"]
     try:
@@ -147,12 +151,14 @@ def _sample_problems(contents: dict[str, bytes], index: Index, report: ShardRepo
     return problems
 
 
-def _image_problems(data: bytes, size: int) -> list[str]:
+def _image_problems(key: str, data: bytes, size: int, report: ShardReport) -> list[str]:
     try:
-        shape = decode_image(data).shape
+        image = decode_image(data)
     except DataError as error:
         return [str(error)]
-    return [] if shape == (size, size) else [f"image is {shape[1]} x {shape[0]}, not {size} x {size}"]
+    report.pixels.setdefault(pixel_hash(image), key)
+    height, width = image.shape
+    return [] if (height, width) == (size, size) else [f"image is {width} x {height}, not {size} x {size}"]
 
 
 def _duplicate_keys(reports: list[ShardReport]) -> list[str]:
@@ -176,6 +182,19 @@ def _leaking_patients(reports: list[ShardReport]) -> list[str]:
         f"a patient is in more than one split ({', '.join(sorted(files))}): see {', '.join(files.values())}"
         for files in places.values()
         if len(files) > 1
+    ]
+
+
+def _leaking_images(reports: list[ShardReport]) -> list[str]:
+    """One line for each image that stands in more than one split, naming a sample of each."""
+    places: dict[int, dict[str, str]] = defaultdict(dict)
+    for report in reports:
+        for pixels, key in report.pixels.items():
+            places[pixels].setdefault(report.shard.split, f"{report.shard.file}: {key}")
+    return [
+        f"an image is in several splits ({', '.join(sorted(samples))}): see {', '.join(samples.values())}"
+        for samples in places.values()
+        if len(samples) > 1
     ]
 
 

@@ -67,7 +67,7 @@ def merge_command(dataset: Dataset, max_rejected: MaxRejected = 0.05) -> None:
 
 @app.command("verify")
 def verify_command(dataset: Dataset, workers: Workers = None) -> None:
-    """Check hashes, offsets, images, metadata, duplicate keys and patients in two splits."""
+    """Check hashes, offsets, images, metadata, duplicate keys, and patients and images in two splits."""
     problems = verify(dataset, workers or default_workers())
     for problem in problems:
         typer.echo(problem)

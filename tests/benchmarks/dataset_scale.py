@@ -4,8 +4,8 @@
 
 Images are 8-bit JPEGs of 2,544 x 3,056 pixels, made here. Building runs on one core beside the usual loop of
 PIL (decode, gray, resize, encode) and beside decoding alone, the floor of both. Memory is that of a process
-of its own. Exits with 1 where building reaches less than 0.85 of PIL, a reader opens in more than a second or takes more
-than 20 bytes a sample of its own, or memory grows with the table by more than 100 bytes a row.
+of its own. Exits with 1 where building reaches less than 0.85 of PIL, a reader opens in more than a second or
+takes more than 20 bytes a sample of its own, or memory grows with the table by more than 100 bytes a row.
 """
 
 import argparse

@@ -14,6 +14,7 @@ import pytest
 
 from shards.format import Index, fingerprint, hash_file
 from shards.images import encode_jpeg
+from shards.reader import ShardReader
 from shards.sources.phantom import PhantomSource
 from shards.sources.table import TableSource
 from shards.verify import verify
@@ -165,6 +166,19 @@ def test_patient_in_two_splits_is_found_without_naming_the_patient(
     (problem,) = verify(tmp_path / "out")
     assert problem.startswith("a patient is in more than one split (test, train)")
     assert "p0" not in problem
+
+
+def test_an_image_in_two_splits_is_found_also_under_another_patient(dataset: Path) -> None:
+    (first,) = [shard.file for shard in Index.load(dataset).split_shards("test")]
+    key, image, _ = ShardReader(dataset).read("train", 3)
+
+    def copy(samples: list[Sample]) -> list[Sample]:
+        return [Sample(samples[0].key, samples[0].members | {"jpg": image}), *samples[1:]]
+
+    replace_shard(dataset, copy, first)
+    (problem,) = verify(dataset)
+    assert problem.startswith("an image is in several splits (test, train): see ")
+    assert f"{FIRST}: {key}" in problem
 
 
 def test_index_that_lies_is_found(dataset: Path) -> None:
