@@ -97,8 +97,9 @@ class View:
 
 
 def _under(start: float, length: float, size: int) -> NDArray[np.int64]:
-    middles: Coordinates = start + (np.arange(size) + 0.5) * (length / size)
-    return np.floor(middles).astype(np.int64)
+    middles = start + (np.arange(size) + 0.5) * (length / size)
+    positions: NDArray[np.int64] = np.floor(middles).astype(np.int64)
+    return positions
 
 
 def training_view(

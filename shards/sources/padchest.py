@@ -75,8 +75,8 @@ class PadChestSource(ArchiveSource):
             names.update(_names(record["Labels"]) or [] if not record.problem else [])
             if len(names) > _MOST_NAMES:
                 raise DataError(
-                    f"{self._table.name}, line {record.line}: column 'Labels' names more than {_MOST_NAMES:,} "
-                    f"findings, 193 are published; {self._table.again()}"
+                    f"{self._table.name}, line {record.line}: column 'Labels' names more than "
+                    f"{_MOST_NAMES:,} findings, 193 are published; {self._table.again()}"
                 )
         self.label_names = sorted(names - {_NORMAL, _UNCHANGED} - _INCOMPLETE)
         self._notes: Counter[str] = Counter()
