@@ -194,9 +194,8 @@ class IuSource(ArchiveSource):
         if item.problem:
             yield item
             return
-        paths = json.loads(item["image_path"]) if item["image_path"].startswith("[") else None
-        problem = ""
-        if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+        paths, problem = _paths(item["image_path"]), ""
+        if not paths:
             problem = "'image_path' is no list of paths"
         elif item["split"] != split:
             problem = f"'split' is not {split}, in whose list the item stands"
@@ -286,6 +285,15 @@ def _parse_xml(data: bytes) -> Element:
     except (expat.ExpatError, ValueError, LookupError) as error:
         raise DataError("not well-formed XML") from error
     return builder.close()
+
+
+def _paths(text: str) -> list[str]:
+    """The paths of a JSON list; none where it is no such list."""
+    try:
+        paths = json.loads(text)
+    except ValueError:
+        return []
+    return paths if isinstance(paths, list) and all(isinstance(path, str) for path in paths) else []
 
 
 def _labels(mesh: list[str]) -> dict[str, LabelValue]:

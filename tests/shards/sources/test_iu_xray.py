@@ -147,12 +147,13 @@ def test_two_forms_in_one_folder_are_not_guessed(tmp_path: Path) -> None:
     ("item", "reason"),
     [
         ({"split": "test"}, "'split' is not train"),
-        ({"image_path": "CXR1/0.png"}, "'image_path' is no list of paths"),
+        ({"image_path": "[CXR1/0.png"}, "'image_path' is no list of paths"),
+        ({"image_path": [0]}, "'image_path' is no list of paths"),
         ({"report": ""}, "no 'id' or no 'report'"),
     ],
 )
 def test_a_wrong_item_of_the_annotation_is_rejected(
-    item: dict[str, str], reason: str, tmp_path: Path
+    item: dict[str, object], reason: str, tmp_path: Path
 ) -> None:
     opened(tmp_path, "r2gen")
     path = tmp_path / "annotation.json"
