@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -106,33 +106,6 @@ def _from_fields(fields: list[Any]) -> Record:
     return Record(file, line, cells, rows, problem)
 
 
-def object_records(
-    value: Any, file: str, fields: Sequence[str], optional: Sequence[str] = ()
-) -> Iterator[Record]:
-    """Records of a JSON list of objects; `line` is the number of the item, from 1.
-
-    Text is stripped, null is ""; what is no text is its JSON. An item that is no object, or lacks one of
-    `fields`, is a `Record` with a `problem`.
-
-    Raises:
-        DataError: `value` is no list; `file` is what the message calls it.
-    """
-    if not isinstance(value, list):
-        raise DataError(f"{file} holds no list of objects; is it another file of that name?")
-    for number, item in enumerate(value, start=1):
-        missing = [name for name in fields if not isinstance(item, dict) or name not in item]
-        if missing:
-            yield Record(file, number, {}, problem=f"an item is no object with {missing[0]!r}")
-        else:
-            yield Record(file, number, {name: _text(item.get(name)) for name in (*fields, *optional)})
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return ""
-    return value.strip() if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
 Key = str | Callable[[Record], str]
 
 
@@ -192,6 +165,11 @@ class Join:
                     for name, key in keys.items():
                         record.joined[name] = self._lookup(name, _key_of(record, key))
                 yield record
+
+    def count(self, name: str) -> int:
+        """Rows of a table that was taken in."""
+        count: int = self._database.execute(f'SELECT count(*) FROM "{name}"').fetchone()[0]
+        return count
 
     def unused(self) -> dict[str, int]:
         """File name of a table -> number of its rows that no record asked for, where there are any."""

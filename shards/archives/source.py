@@ -75,12 +75,15 @@ class Identity:
         image: unique among the records; also the id that lists name.
         study: id of its study.
         split: that the archive prescribes, or None.
+        left_out: why the record is not asked for ("neither PA nor AP"), or "". It is then counted and told,
+            not rejected.
     """
 
     patient: str
     image: str
     study: str
     split: str | None = None
+    left_out: str = ""
 
 
 class ArchiveSource(Source):
@@ -171,13 +174,12 @@ class ArchiveSource(Source):
         self._joins.append(Join())
         return self._joins[-1]
 
-    def image(self, *paths: str) -> NDArray[np.uint8]:
-        """Pixels of an image of the archive, uint8 [height, width]; the first of `paths` that is there.
+    def image(self, path: str) -> NDArray[np.uint8]:
+        """Pixels of an image of the archive, uint8 [height, width].
 
         Raises:
             DataError: it is missing or broken.
         """
-        path = next((path for path in paths[:-1] if self.files.find(path) is not None), paths[-1])
         return decode_image(self.files.read(path))
 
     # What a build asks for.
@@ -280,7 +282,7 @@ class _Survey:
     def __init__(self, source: ArchiveSource, lists: UserLists) -> None:
         self._source = source
         self._lists = lists
-        self._excluded = self._outside = 0
+        self._left_out: Counter[str] = Counter()
         self._seen = sqlite3.connect("", isolation_level=None)
         self._seen.execute("CREATE TABLE images (id TEXT PRIMARY KEY) WITHOUT ROWID")
 
@@ -296,12 +298,8 @@ class _Survey:
 
     def remarks(self) -> list[str]:
         """What was left out, and what the lists name in vain."""
-        lines = []
-        if self._excluded:
-            lines.append(f"{self._excluded:,} records left out by --exclude")
-        if self._outside:
-            lines.append(f"{self._outside:,} records left out: in none of the lists of train, valid and test")
-        return lines + self._lists.check()
+        left_out = [f"{count:,} records left out: {why}" for why, count in sorted(self._left_out.items())]
+        return left_out + self._lists.check()
 
     def _row(self, record: Record) -> Row | BadRow | None:
         if record.problem:
@@ -316,12 +314,11 @@ class _Survey:
             return BadRow(error.line or record.line, error.reason)
         self._source.found.update(["all", *([identity.split] if identity.split else [])])
         ids = (identity.image, identity.study, identity.patient)
-        if self._lists.excludes(*ids):
-            self._excluded += 1
-            return None
+        excluded = self._lists.excludes(*ids)  # asked in any case, so that every id of a list is seen
         split, parts = self._lists.place(*ids)
-        if self._lists.give_splits and split is None:
-            self._outside += 1
+        outside = "in no list of train, valid and test" if self._lists.give_splits and split is None else ""
+        if left_out := "--exclude" if excluded else identity.left_out or outside:
+            self._left_out[left_out] += 1
             return None
         cells = {
             "record": record.to_json(),

@@ -70,6 +70,18 @@ class Table:
             else:
                 yield Record(self.name, row.line, row.cells | empty)
 
+    def cells(self, column: str) -> Iterator[str]:
+        """One column of every row.
+
+        Raises:
+            DataError: a row cannot be read, or has nothing there.
+        """
+        for record in self:
+            if record.problem or not record[column]:
+                problem = record.problem or f"column {column!r} is empty"
+                raise DataError(f"{self.name}, line {record.line}: {problem}; {self.again()}")
+            yield record[column]
+
     def again(self) -> str:
         """What to do about a damaged file."""
         return f"get the file again from {self.origin}"

@@ -20,35 +20,26 @@ from shards.archives.source import ArchiveOptions, ArchiveSource
 from shards.errors import DataError
 from shards.reader import ShardReader
 from shards.sample import StoredImage, to_sample
-from shards.sources.base import RejectedRecord
+from shards.sources.base import PublishedCount, RejectedRecord
 from shards.sources.registry import sources
 from shards.verify import verify
 from tests.fixtures.archive import Archive
 
-SETS = [name for name, entry in sources().items() if issubclass(entry.options, ArchiveOptions)]
-
-
-def fixture(name: str) -> Any:
-    """The module that writes the archive of an importer."""
-    return importlib.import_module(f"tests.fixtures.{name.replace('-', '_')}")
-
-
-#: Importers by name; "name/form" where an archive comes in further forms (`FORMS` of its fixture).
-ARCHIVES = SETS + [f"{name}/{form}" for name in SETS for form in getattr(fixture(name), "FORMS", {})]
+ARCHIVES = [name for name, entry in sources().items() if issubclass(entry.options, ArchiveOptions)]
 TABLES = (".csv", ".tsv")
 pytestmark = pytest.mark.parametrize("name", ARCHIVES)
 
 
 def write(name: str, root: Path) -> Archive:
     """The archive of an importer's fixture."""
-    name, _, form = name.partition("/")
-    archive: Archive = fixture(name).FORMS[form](root) if form else fixture(name).write(root)
+    module = importlib.import_module(f"tests.fixtures.{name.replace('-', '_')}")
+    archive: Archive = module.write(root)
     return archive
 
 
 def open_archive(name: str, archive: Archive, **more: Any) -> ArchiveSource:
     """The source that a build of it would have."""
-    entry = sources()[name.partition("/")[0]]
+    entry = sources()[name]
     source = entry.open(entry.options(**{"root": archive.root} | archive.options | more), 64)
     assert isinstance(source, ArchiveSource)
     return source
@@ -84,8 +75,7 @@ def test_it_builds_is_verified_and_webdataset_reads_it(name: str, archive: Archi
     words = ["--root", archive.root, "--out", out, "--image-size", 64, "--workers", 1, "--max-rejected", 1]
     for option, value in archive.options.items():
         words += [f"--{option.replace('_', '-')}", value]
-    kind = name.partition("/")[0]
-    result = CliRunner().invoke(app, ["shards", "build", kind, *map(str, words)], env={"COLUMNS": "200"})
+    result = CliRunner().invoke(app, ["shards", "build", name, *map(str, words)], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     assert f"{archive.rejected} rejected" in result.output
     assert "as published" in result.output
@@ -97,7 +87,7 @@ def test_it_builds_is_verified_and_webdataset_reads_it(name: str, archive: Archi
     for metadata in read:
         assert metadata["license"]
         assert metadata["extra"]["access"]
-        assert metadata["source"] == kind
+        assert metadata["source"] == name
         assert set(metadata["labels"]) <= set(reader.index.label_names)
 
 
@@ -134,7 +124,8 @@ def short_row(data: bytes) -> bytes:
 @pytest.mark.parametrize("damage", [noise, half, other_header, short_row])
 def test_each_damaged_file_is_named(name: str, damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
     first = write(name, tmp_path / "first")
-    _, expected = outcome(open_archive(name, first))
+    good = open_archive(name, first)
+    _, expected = outcome(good)
     for number, table in enumerate(first.tables):
         kind = Path(table.name.removesuffix(".gz")).suffix
         if damage in (other_header, short_row) and kind not in TABLES:
@@ -145,18 +136,25 @@ def test_each_damaged_file_is_named(name: str, damage: Callable[[bytes], bytes],
         data = damage(gzip.decompress(path.read_bytes()) if packed else path.read_bytes())
         path.write_bytes(gzip.compress(data) if packed else data)
         said = path.name.removesuffix(".gz")
-        lines = complaints(name, copy, expected)
+        lines = complaints(name, copy, expected, good.published_counts())
         assert any(said in line for line in lines), (said, lines)
         assert not any("\n" in line for line in lines)
 
 
-def complaints(name: str, archive: Archive, expected: set[tuple[str, int | None]]) -> list[str]:
-    """The error of opening an archive, or the reasons of rejections that are not expected."""
+def complaints(
+    name: str,
+    archive: Archive,
+    expected: set[tuple[str, int | None]],
+    expected_counts: list[PublishedCount],
+) -> list[str]:
+    """The error of opening an archive; or reasons of rejections, and counts, that are not expected."""
     try:
-        _, rejected = outcome(open_archive(name, archive))
+        source = open_archive(name, archive)
+        _, rejected = outcome(source)
     except DataError as error:
         return [str(error)]
-    return [reason for reason, _ in rejected - expected]
+    counts = set(source.published_counts()) - set(expected_counts)
+    return [*(reason for reason, _ in rejected - expected), *(count.name for count in counts)]
 
 
 def test_workers_get_the_same_records(name: str, archive: Archive) -> None:
@@ -209,7 +207,7 @@ def test_excluded_patients_are_left_out(name: str, archive: Archive, tmp_path: P
     (tmp_path / "out.txt").write_text(f"{patient}\n")
     rest = open_archive(name, archive, exclude=[tmp_path / "out.txt"])
     assert ids(rest) == [known for known in whole if known[0] != patient]
-    assert any("left out by --exclude" in remark for remark in rest.remarks())
+    assert any("left out: --exclude" in remark for remark in rest.remarks())
     (tmp_path / "none.txt").write_text("no such id\n")
     with pytest.raises(DataError, match="none of the 1 ids"):
         open_archive(name, archive, exclude=[tmp_path / "none.txt"])
