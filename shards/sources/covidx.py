@@ -141,7 +141,7 @@ class CovidxSource(ArchiveSource):
         for record in self._lines():
             if record.problem:
                 yield record
-            elif self.options.only_present and self.files.find(_path(record)) is None:
+            elif self.options.only_present and not self._is_film(record["name"], record["split"]):
                 self._absent += 1
             else:
                 split = record["split"]
@@ -159,7 +159,7 @@ class CovidxSource(ArchiveSource):
             self._told.append(f"{self._absent:,} listed films are not there and were left out")
 
     def identify(self, record: Record) -> Identity:
-        """A patient's name is one word; it is the same in all lists."""
+        """A patient is called the same in all lists."""
         return Identity(record["patient"], record["name"], record["name"], record["split"])
 
     def list_id(self, text: str) -> str:
@@ -172,7 +172,7 @@ class CovidxSource(ArchiveSource):
             Study(
                 study_id=record["name"],
                 patient_id=record["patient"],
-                image=self.image(_path(record)),
+                image=self.image(_path(record["name"], record["split"])),
                 labels=dict(self._release.classes[record["class"]]),
                 extra={"origin": record["source"], "release": self._release_name},
             )
@@ -181,6 +181,9 @@ class CovidxSource(ArchiveSource):
     def remarks(self) -> list[str]:
         """As the base has it, and what a user of the lists should know."""
         return super().remarks() + self._told
+
+    def _is_film(self, name: str, split: str) -> bool:
+        return self.files.find(_path(name, split)) is not None
 
     def _found_release(self) -> str:
         there = []
@@ -210,7 +213,11 @@ class CovidxSource(ArchiveSource):
                 yield self._parsed(file, number, text, split)
 
     def _parsed(self, file: str, number: int, text: str, split: str) -> Record:
-        """The parts of "patient filename class source"; a name may hold blanks, a source may be missing."""
+        """The parts of "patient filename class source"; the source may be missing.
+
+        Patient and name may hold blanks ("COVID 12 COVID(12).png"): the film that is there tells where its
+        name begins.
+        """
         words = list(_WORD.finditer(text))
         known = {name.lower(): name for name in self._release.classes}
         places = [i for i, word in enumerate(words) if i >= 2 and word.group().lower() in known]
@@ -219,10 +226,17 @@ class CovidxSource(ArchiveSource):
             reason = f"not of the form 'patient filename class source' with a class of {wanted}"
             return Record(file, number, {}, problem=reason)
         place = places[-1]
+        end, begin = words[place - 1].end(), place - 1
+        if place > 2:
+            starts = [words[i].start() for i in range(1, place)]
+            there = [i for i, start in enumerate(starts, 1) if self._is_film(text[start:end], split)]
+            if len(there) > 1:
+                return Record(file, number, {}, problem="two films fit the words before the class")
+            begin = there[0] if there else begin
         source = words[-1].group().lower() if place < len(words) - 1 else ""
         cells = {
-            "patient": words[0].group(),
-            "name": text[words[1].start() : words[place - 1].end()],
+            "patient": text[words[0].start() : words[begin - 1].end()],
+            "name": text[words[begin].start() : end],
             "class": known[words[place].group().lower()],
             "source": _TYPING_ERRORS.get(source, source),
             "split": split,
@@ -254,5 +268,5 @@ class _Sources:
         ]
 
 
-def _path(record: Record) -> str:
-    return f"{_FOLDERS[record['split']]}/{record['name']}"
+def _path(name: str, split: str) -> str:
+    return f"{_FOLDERS[split]}/{name}"

@@ -23,34 +23,35 @@ def source(tmp_path: Path) -> CovidxSource:
 
 
 def test_names_classes_sources_and_splits(source: CovidxSource) -> None:
-    kept = [i for i in range(len(source)) if i not in (6, 7, 8)]
+    kept = [i for i in range(len(source)) if i not in (7, 8, 9)]
     films = [source.load(i)[0] for i in kept]
     assert [(film.patient_id, film.study_id, film.extra["origin"]) for film in films] == [
         ("11111111-2222-4333-8444-555555555555", "11111111-2222-4333-8444-555555555555.png", "rsna"),
         ("11111111-2222-4333-8444-666666666666", "11111111-2222-4333-8444-666666666666.png", "rsna"),
         ("77", "000001-6.png", "cohen"),
         ("78", "000001-6.jpg", "cohen"),
-        ("COVID", "COVID (12).png", "sirm"),
+        ("COVID 12", "COVID(12).png", "sirm"),
+        ("COVID13", "film of COVID (13).png", "sirm"),
         ("419639-900000", "MIDRC-RICORD-1C-419639-900000-00000-0.png", "ricord"),
         ("11111111-2222-4333-8444-777777777777", "11111111-2222-4333-8444-777777777777.png", ""),
         ("419639-900002", "MIDRC-RICORD-1C-419639-900002-00000-0.png", "ricord"),
         ("79", "pneumonia of 79.jpeg.jpg", ""),
     ]
     assert [film.labels for film in films] == [
-        NORMAL, PNEUMONIA, COVID, PNEUMONIA, COVID, COVID, NORMAL, COVID, PNEUMONIA
+        NORMAL, PNEUMONIA, COVID, PNEUMONIA, COVID, COVID, COVID, NORMAL, COVID, PNEUMONIA
     ]  # fmt: skip
-    assert [source.prescribed_split(i) for i in kept] == ["train"] * 6 + ["test"] * 3
+    assert [source.prescribed_split(i) for i in kept] == ["train"] * 7 + ["test"] * 3
     assert (films[2].image == film(2)).all()
-    assert (films[7].image == film(11)).all()
+    assert (films[8].image == film(11)).all()
 
 
 def test_unknown_classes_missing_films_and_train_films_of_test_patients_are_rejected(
     source: CovidxSource,
 ) -> None:
     for record, line, reason in (
-        (6, 7, "with a class of normal, pneumonia, COVID-19"),
-        (7, 8, "does not exist"),
-        (8, 9, r"train_COVIDx9A\.txt: its patient is in the test list too"),
+        (7, 8, "with a class of normal, pneumonia, COVID-19"),
+        (8, 9, "does not exist"),
+        (9, 10, r"train_COVIDx9A\.txt: its patient is in the test list too"),
     ):
         with pytest.raises(RejectedRecord, match=reason) as error:
             source.load(record)
@@ -58,14 +59,14 @@ def test_unknown_classes_missing_films_and_train_films_of_test_patients_are_reje
 
 
 def test_that_sources_tell_the_class_is_said(source: CovidxSource) -> None:
-    # rsna and cohen have two classes each; sirm's one film and ricord's three have one.
-    assert any(remark.startswith("4 films come from sources") for remark in source.remarks())
+    # rsna and cohen have two classes each; sirm's two films and ricord's three have one.
+    assert any(remark.startswith("5 films come from sources") for remark in source.remarks())
 
 
 def test_numbers_are_compared_by_class(source: CovidxSource) -> None:
     counts = {count.name: (count.found, count.published) for count in source.published_counts()}
-    assert counts["train images"] == (8, 30_130)
-    assert counts["train COVID-19"] == (4, 16_490)
+    assert counts["train images"] == (9, 30_130)
+    assert counts["train COVID-19"] == (5, 16_490)
     assert counts["test pneumonia"] == (1, 100)
 
 
@@ -75,7 +76,7 @@ def test_films_that_are_not_there_can_be_left_out(tmp_path: Path) -> None:
     assert len(source) == archive.samples + 2  # the other rejected lines stay
     assert "1 listed films are not there and were left out" in source.remarks()
     counts = {count.name: (count.found, count.published) for count in source.published_counts()}
-    assert counts["train images"] == (7, 29_986)
+    assert counts["train images"] == (8, 29_986)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +119,7 @@ def test_lists_may_lie_elsewhere_and_of_several_one_is_named(tmp_path: Path) -> 
     with pytest.raises(DataError, match="releases 8A, 9A are there; name one with --release"):
         CovidxSource(CovidxOptions(root=films, lists=lists))
     source = CovidxSource(CovidxOptions(root=films, lists=lists, release="9A"))
-    assert source.load(4)[0].study_id == "COVID (12).png"
+    assert source.load(4)[0].study_id == "COVID(12).png"
     with pytest.raises(UsageError, match=r"no release '9a'.*9A"):
         CovidxSource(CovidxOptions(root=films, lists=lists, release="9a"))
     with pytest.raises(DataError, match=r"train_COVIDx9A\.txt.*get it from"):
@@ -130,6 +131,14 @@ def test_ids_of_lists_keep_the_ending(tmp_path: Path) -> None:
     (tmp_path / "some.txt").write_text("train/000001-6.jpg\n")
     source = CovidxSource(CovidxOptions(root=root, split_list=[f"part={tmp_path / 'some.txt'}"]))
     assert [source.lists(i) for i in range(5)] == [[], [], [], ["part"], []]
+
+
+def test_words_that_two_films_fit_are_rejected(tmp_path: Path) -> None:
+    root = fixture.write(tmp_path).root
+    write_film(root / "train" / "12 COVID(12).png", 1)
+    with pytest.raises(RejectedRecord, match="two films fit the words before the class") as error:
+        CovidxSource(CovidxOptions(root=root)).load(4)
+    assert error.value.line == 5
 
 
 def test_every_published_list_has_its_sizes() -> None:
