@@ -17,7 +17,8 @@ from shards.tokenizer import MIN_PATIENTS, count_words, load_tokenizer
 #: How many of the rarest words are shown.
 RAREST = 10
 _TRAIN = "train"
-_TARGETS = {
+#: Field of the metadata that is counted -> what people call it.
+TARGETS = {
     "boxes": "boxes", "masks": "masks", "anatomy": "boxes of anatomy", "phrases": "phrases",
     "questions": "questions",
 }  # fmt: skip
@@ -33,6 +34,7 @@ class SplitCounts:
         labels: finding -> value (1, 0, -1, None) -> samples.
         targets: field of the metadata that holds boxes, masks and the like -> how many.
         lists: list -> samples that stand in it.
+        licenses: licence -> samples.
     """
 
     words: list[int]
@@ -41,13 +43,14 @@ class SplitCounts:
     labels: dict[str, Counter[int | None]]
     targets: Counter[str]
     lists: Counter[str]
+    licenses: Counter[str]
 
 
 def count_split(reader: ShardReader, split: str) -> SplitCounts:
     """Read the metadata of every sample of `split` and count."""
     label_names = reader.index.label_names
     labels: dict[str, Counter[int | None]] = {name: Counter() for name in label_names}
-    counts = SplitCounts([], [], Counter(), labels, Counter(), Counter())
+    counts = SplitCounts([], [], Counter(), labels, Counter(), Counter(), Counter())
     for i in range(reader.sample_count(split)):
         metadata = reader.metadata(split, i)
         counts.words.append(sum(len(sentence.split()) for sentence in metadata["sentences"]))
@@ -55,8 +58,9 @@ def count_split(reader: ShardReader, split: str) -> SplitCounts:
         counts.views[metadata["view"] or "unknown"] += 1
         if reader.index.version == 1:  # whose metadata do not name the masks
             metadata["masks"] = list(reader.masks(split, i))
-        counts.targets.update({name: len(metadata[name]) for name in _TARGETS})
+        counts.targets.update({name: len(metadata[name]) for name in TARGETS})
         counts.lists.update(metadata["lists"])
+        counts.licenses[metadata["license"] or "not stated"] += 1
         for name in label_names:
             counts.labels[name][metadata["labels"].get(name)] += 1
     return counts
@@ -80,11 +84,13 @@ def _split_table(reader: ShardReader, counts: dict[str, SplitCounts]) -> Table:
     for heading in ("samples", "studies", "patients", "shards", "MB"):
         table.add_column(heading, justify="right")
     table.add_column("views")
+    table.add_column("licences")
     for split, totals in index.splits.items():
         views = ", ".join(f"{view} {count}" for view, count in counts[split].views.most_common())
         numbers = (totals.samples, totals.studies, totals.patients, totals.shards)
         megabytes = f"{totals.bytes / 1e6:,.1f}"
-        table.add_row(split, *(f"{n:,}" for n in numbers), megabytes, views)
+        licenses = ", ".join(f"{name} {count}" for name, count in counts[split].licenses.most_common())
+        table.add_row(split, *(f"{n:,}" for n in numbers), megabytes, views, licenses)
     return table
 
 
@@ -103,7 +109,7 @@ def _target_table(reader: ShardReader, counts: dict[str, SplitCounts]) -> Table:
     table.add_column("target")
     for split in counts:
         table.add_column(split, justify="right")
-    for name, heading in _TARGETS.items():
+    for name, heading in TARGETS.items():
         table.add_row(heading, *(f"{count.targets[name]:,}" for count in counts.values()))
     for name in sorted({name for count in counts.values() for name in count.lists}):
         table.add_row(f"list {name}", *(f"{count.lists[name]:,}" for count in counts.values()))

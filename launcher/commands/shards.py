@@ -15,6 +15,7 @@ from shards.errors import DataError, UsageError
 from shards.info import describe
 from shards.merge import merge
 from shards.overlap import overlap, shared_patients, write_pairs
+from shards.page import dataset_page
 from shards.reader import ShardReader
 from shards.verify import verify
 from shards.view import contact_sheet
@@ -77,9 +78,24 @@ def verify_command(dataset: Dataset, workers: Workers = None) -> None:
 
 
 @app.command("info")
-def info_command(dataset: Dataset) -> None:
-    """Show splits, samples, patients, labels and text lengths."""
-    Console().print(describe(ShardReader(dataset)))
+def info_command(
+    dataset: Dataset,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="HTML page to write, with pictures; opens from disk")
+    ] = None,
+    samples: Annotated[
+        int,
+        typer.Option(min=0, max=200, help="samples of each split on the page; 0: no image, no text"),
+    ] = 8,
+) -> None:
+    """Show splits, samples, patients, labels, licences and text lengths, as tables or as a page."""
+    reader = ShardReader(dataset)
+    if out is None:
+        Console().print(describe(reader))
+        return
+    atomic_write(out, dataset_page(reader, samples).encode())
+    shown = "it holds images and report text" if samples else "it holds no image and no report text"
+    typer.echo(f"{out}: {shown}")
 
 
 @app.command("overlap")

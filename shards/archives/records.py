@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -104,6 +104,33 @@ def _from_fields(fields: list[Any]) -> Record:
     file, line, cells, joined, problem = fields
     rows = {name: [_from_fields(row) for row in listed] for name, listed in joined.items()}
     return Record(file, line, cells, rows, problem)
+
+
+def object_records(
+    value: Any, file: str, fields: Sequence[str], optional: Sequence[str] = ()
+) -> Iterator[Record]:
+    """Records of a JSON list of objects; `line` is the number of the item, from 1.
+
+    Text is stripped, null is ""; what is no text is its JSON. An item that is no object, or lacks one of
+    `fields`, is a `Record` with a `problem`.
+
+    Raises:
+        DataError: `value` is no list; `file` is what the message calls it.
+    """
+    if not isinstance(value, list):
+        raise DataError(f"{file} holds no list of objects; is it another file of that name?")
+    for number, item in enumerate(value, start=1):
+        missing = [name for name in fields if not isinstance(item, dict) or name not in item]
+        if missing:
+            yield Record(file, number, {}, problem=f"an item is no object with {missing[0]!r}")
+        else:
+            yield Record(file, number, {name: _text(item.get(name)) for name in (*fields, *optional)})
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    return value.strip() if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 Key = str | Callable[[Record], str]

@@ -174,12 +174,13 @@ class ArchiveSource(Source):
         self._joins.append(Join())
         return self._joins[-1]
 
-    def image(self, path: str) -> NDArray[np.uint8]:
-        """Pixels of an image of the archive, uint8 [height, width].
+    def image(self, *paths: str) -> NDArray[np.uint8]:
+        """Pixels of an image of the archive, uint8 [height, width]; the first of `paths` that is there.
 
         Raises:
             DataError: it is missing or broken.
         """
+        path = next((path for path in paths[:-1] if self.files.find(path) is not None), paths[-1])
         return decode_image(self.files.read(path))
 
     # What a build asks for.

@@ -136,8 +136,7 @@ class PadChestSource(ArchiveSource):
 
     def _film(self, record: Record) -> NDArray[np.uint8]:
         image = record["ImageID"]
-        path = f"{record['ImageDir']}/{image}"  # a zip of one folder may lack that folder's name
-        film = self.image(path if self.files.find(path) is not None else image)
+        film = self.image(f"{record['ImageDir']}/{image}", image)  # a zip may lack its folder's name
         if record["PhotometricInterpretation_DICOM"] != "MONOCHROME1" or self.options.keep_polarity:
             return film
         self._notes[_INVERTED] += 1

@@ -85,12 +85,11 @@ class RocoSource(ArchiveSource):
         # fetch.py keeps the name of the article's figure; mirrors number them.
         names = (f"{record['ROCO_ID']}.jpg", record["PMC_ID"])
         paths = [path for name in names for path in _paths(record["folder"], f"images/{name}")]
-        path = next((path for path in paths if self.files.find(path) is not None), paths[0])
         return [
             Study(
                 study_id=record["ROCO_ID"],
                 patient_id=article,
-                image=self.image(path),
+                image=self.image(*paths),
                 sections={"findings": record.joined["captions"][0]["caption"]},
                 license="" if licence == _NO_LICENCE else licence,
                 extra={"article": article, "official_split": _FOLDERS[record["folder"]][0]},

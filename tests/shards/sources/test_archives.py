@@ -25,21 +25,30 @@ from shards.sources.registry import sources
 from shards.verify import verify
 from tests.fixtures.archive import Archive
 
-ARCHIVES = [name for name, entry in sources().items() if issubclass(entry.options, ArchiveOptions)]
+SETS = [name for name, entry in sources().items() if issubclass(entry.options, ArchiveOptions)]
+
+
+def fixture(name: str) -> Any:
+    """The module that writes the archive of an importer."""
+    return importlib.import_module(f"tests.fixtures.{name.replace('-', '_')}")
+
+
+#: Importers by name; "name/form" where an archive comes in further forms (`FORMS` of its fixture).
+ARCHIVES = SETS + [f"{name}/{form}" for name in SETS for form in getattr(fixture(name), "FORMS", {})]
 TABLES = (".csv", ".tsv")
 pytestmark = pytest.mark.parametrize("name", ARCHIVES)
 
 
 def write(name: str, root: Path) -> Archive:
     """The archive of an importer's fixture."""
-    module = importlib.import_module(f"tests.fixtures.{name.replace('-', '_')}")
-    archive: Archive = module.write(root)
+    name, _, form = name.partition("/")
+    archive: Archive = fixture(name).FORMS[form](root) if form else fixture(name).write(root)
     return archive
 
 
 def open_archive(name: str, archive: Archive, **more: Any) -> ArchiveSource:
     """The source that a build of it would have."""
-    entry = sources()[name]
+    entry = sources()[name.partition("/")[0]]
     source = entry.open(entry.options(**{"root": archive.root} | archive.options | more), 64)
     assert isinstance(source, ArchiveSource)
     return source
@@ -75,7 +84,8 @@ def test_it_builds_is_verified_and_webdataset_reads_it(name: str, archive: Archi
     words = ["--root", archive.root, "--out", out, "--image-size", 64, "--workers", 1, "--max-rejected", 1]
     for option, value in archive.options.items():
         words += [f"--{option.replace('_', '-')}", value]
-    result = CliRunner().invoke(app, ["shards", "build", name, *map(str, words)], env={"COLUMNS": "200"})
+    kind = name.partition("/")[0]
+    result = CliRunner().invoke(app, ["shards", "build", kind, *map(str, words)], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     assert f"{archive.rejected} rejected" in result.output
     assert "as published" in result.output
@@ -87,7 +97,7 @@ def test_it_builds_is_verified_and_webdataset_reads_it(name: str, archive: Archi
     for metadata in read:
         assert metadata["license"]
         assert metadata["extra"]["access"]
-        assert metadata["source"] == name
+        assert metadata["source"] == kind
         assert set(metadata["labels"]) <= set(reader.index.label_names)
 
 

@@ -62,7 +62,7 @@ def test_a_film_that_was_positive_already_is_told(source: PadChestSource) -> Non
     with pytest.MonkeyPatch.context() as patch:
         bright_middle = np.zeros((40, 40), np.uint8)
         bright_middle[10:30, 10:30] = 200
-        patch.setattr(source, "image", lambda path: bright_middle)
+        patch.setattr(source, "image", lambda *paths: bright_middle)
         source.load(2)
     notes = Counter(source.take_notes())
     assert sum(count for note, count in notes.items() if "brighter at their edges" in note) == 1
