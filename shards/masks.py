@@ -13,13 +13,16 @@ from PIL import Image
 
 from shards.errors import DataError
 from shards.format import INDEX_MASK_EXTENSION, MASKS_EXTENSION
+from shards.images import MAX_PIXELS
 
 #: Most pixels of all masks of a sample: 128 masks of 1024 x 1024, 8 of 4096 x 4096.
 MOST_PIXELS = 1 << 27
 
-#: Run lengths are pairs of numbers, column after column of the mask. absolute: first pixel, counted from 1,
-#: and length, as in most tables of Kaggle. relative: gap since the last run, and length, as in SIIM-ACR's.
+#: Run lengths are pairs of numbers. absolute: first pixel, counted from 1, and length, as in most tables of
+#: Kaggle. relative: gap since the last run, and length, as in SIIM-ACR's.
 RunKind = Literal["absolute", "relative"]
+#: What pixels are counted along: down the columns, or along the rows.
+RunOrder = Literal["columns", "rows"]
 
 _HEADER = struct.Struct(">8s4x4sIIBBBBB")
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -88,13 +91,17 @@ def read_masks(
     return dict(zip(names, decode_masks(members[MASKS_EXTENSION], len(names), size), strict=True))
 
 
-def decode_runs(text: str, height: int, width: int, kind: RunKind) -> NDArray[np.uint8]:
+def decode_runs(
+    text: str, height: int, width: int, kind: RunKind, order: RunOrder = "columns"
+) -> NDArray[np.uint8]:
     """A mask [height, width] of 0 and 1 from its run lengths.
 
-    The wrong kind often gives a mask that looks right; only some can be told, because they leave the image.
+    Gaps read as starts are nearly always told, because they do not increase; starts read as gaps leave the
+    image, unless they are few and small.
 
     Raises:
-        DataError: not pairs of whole numbers, or not inside a mask of that size.
+        DataError: not pairs of whole numbers, runs without a pixel, starts that do not increase, or not
+            inside a mask of that size.
     """
     words = text.split()
     if not words or len(words) % 2 or not all(word.isascii() and word.isdecimal() for word in words):
@@ -103,14 +110,53 @@ def decode_runs(text: str, height: int, width: int, kind: RunKind) -> NDArray[np
     if len(words) // 2 > pixels or any(len(word) > 9 or int(word) > pixels for word in words):
         raise DataError(f"run lengths leave a mask of {width} x {height} pixels")
     first, lengths = np.array(words, dtype=np.int64).reshape(-1, 2).T
+    if not lengths.all():
+        raise DataError("run lengths hold a run without a pixel")
     ends = np.cumsum(first + lengths) if kind == "relative" else first - 1 + lengths
     starts = ends - lengths
-    if starts.min() < 0 or ends.max() > pixels:
+    if (starts[1:] < ends[:-1]).any():
+        raise DataError("run lengths have starts that do not increase; are they relative?")
+    if starts[0] < 0 or ends[-1] > pixels:
         raise DataError(f"run lengths leave a mask of {width} x {height} pixels ({kind} ones were expected)")
-    steps = np.zeros(pixels + 1, dtype=np.int64)
+    steps = np.zeros(pixels + 1, dtype=np.int8)
     np.add.at(steps, starts, 1)
     np.add.at(steps, ends, -1)
-    return np.ascontiguousarray((np.cumsum(steps[:-1]) > 0).reshape(width, height).T.astype(np.uint8))
+    flat = np.cumsum(steps[:-1], dtype=np.int8).astype(np.uint8)
+    mask = flat.reshape(height, width) if order == "rows" else flat.reshape(width, height).T
+    return np.ascontiguousarray(mask)
+
+
+def read_mask_image(data: bytes) -> NDArray[np.uint8]:
+    """A PNG file of one mask, [height, width] of 0 and 1: black is outside, one other value inside.
+
+    Raises:
+        DataError: no PNG, too large, or more than two values, as a map of several findings has.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data), formats=["PNG"])
+            if image.width * image.height > MAX_PIXELS:
+                raise DataError(f"mask of more than {MAX_PIXELS} pixels")
+            # Deep gray is kept: its upper bytes alone may be zero.
+            pixels = np.asarray(image if image.mode.startswith("I") else image.convert("L"))
+    except Image.DecompressionBombError as error:
+        raise DataError(f"mask of more than {MAX_PIXELS} pixels") from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise DataError(f"mask is no PNG or a broken one: {error}") from error
+    inside = pixels > 0
+    if len(np.unique(pixels[inside])) > 1:
+        raise DataError("mask has more than two values")
+    return inside.astype(np.uint8)
+
+
+def encode_runs(mask: NDArray[np.uint8], kind: RunKind, order: RunOrder = "columns") -> str:
+    """The run lengths of a mask of 0 and 1, as `decode_runs` reads them; "" for a mask of zeros."""
+    flat = (mask if order == "rows" else mask.T).ravel()
+    edges = np.flatnonzero(np.diff(flat.astype(np.int8), prepend=0, append=0))
+    starts, ends = edges[0::2], edges[1::2]
+    first = starts + 1 if kind == "absolute" else starts - np.concatenate([[0], ends])[: len(starts)]
+    return " ".join(map(str, np.stack([first, ends - starts], axis=1).ravel().tolist()))
 
 
 def _decode_index_mask(data: bytes, size: int) -> NDArray[np.uint8]:

@@ -41,6 +41,13 @@ class ImagePaths:
         Raises:
             RejectedRecord: it leaves the folder, does not exist, or is no regular file.
         """
+        path = self.seek(name)
+        if path is None:
+            raise RejectedRecord("image file does not exist")
+        return path
+
+    def seek(self, name: str) -> Path | None:
+        """The file of an image path, or None where there is none; other errors as `find`."""
         for path, note in self._ways(name):
             try:
                 mode = path.stat().st_mode
@@ -52,7 +59,7 @@ class ImagePaths:
                 raise RejectedRecord("image is not a regular file")
             self.notes.update([note] if note else [])
             return path
-        raise RejectedRecord("image file does not exist")
+        return None
 
     def _ways(self, name: str) -> Iterator[tuple[Path, str | None]]:
         """The path as it is written, then other ways to read it, each with what is to be said about it."""

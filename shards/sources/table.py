@@ -18,6 +18,7 @@ from shards.sources.base import Json, RejectedRecord, Source, option
 from shards.sources.image_paths import ImagePaths
 from shards.sources.registry import register
 from shards.sources.table_map import LabelRule, TableMap, label_rules, read_map
+from shards.sources.table_targets import TargetReader, Targets
 from shards.splits import normalise_split
 from shards.study import LabelValue, Study
 from shards.tables.files import locate, open_bytes
@@ -29,6 +30,8 @@ from shards.text.sentences import split_sentences
 
 #: Changes when the same table and map give other samples, so that an old build is not gone on with.
 _READING = 2
+#: Labels of boxes become label names of the dataset.
+_MOST_BOX_LABELS = 256
 _LABEL_VALUES: dict[str, LabelValue] = {
     **{"1": 1, "1.0": 1, "true": 1, "0": 0, "0.0": 0, "false": 0},
     **{"-1": -1, "-1.0": -1, "": None},
@@ -51,7 +54,7 @@ def open_table(options: TableOptions, image_size: int) -> TableSource:
 
 
 class TableSource(Source):
-    """One record a row, one image a record; record numbers count the rows from 0 without the header.
+    """One image a record; record numbers count the rows, or the images of `rows: target`, from 0.
 
     Args:
         table: the table; its ending names its kind.
@@ -71,7 +74,7 @@ class TableSource(Source):
         self._paths = ImagePaths(images)
         self._map = read_map(map_file)
         self._labels = label_rules(self._map)
-        self.label_names = list(self._labels)
+        self._targets = TargetReader(self._map.targets, self._paths)
         mapped = {key: value for key, value in asdict(self._map).items() if value not in (None, [])}
         with open_bytes(self._table):  # a clear error before the hash, which knows no kinds of files
             self.arguments: dict[str, Json] = {
@@ -80,13 +83,16 @@ class TableSource(Source):
                 "map": mapped,
                 "reading": _READING,
             }
-        survey = _Survey(self._map, self._labels, self._paths)
+        survey = _Survey(self._map, self._labels, self._paths, self._targets)
         rows = read_rows(self._table, self._map.columns, self._map.format)
         self._rows = RowStore(survey.pass_on(rows), self._map.columns)
         if not len(self._rows):
             raise DataError(f"{table} has no rows")
-        self._duplicates = survey.duplicates()
+        self._groups = survey.groups() if self._map.targets.several else None
+        self._duplicates = set() if self._map.targets.several else survey.duplicates()
         self._remarks = survey.remarks()
+        names = [*self._labels, *self._map.targets.findings, *survey.box_labels()]
+        self.label_names = list(dict.fromkeys(names))
 
     @property
     def title(self) -> str:
@@ -94,55 +100,66 @@ class TableSource(Source):
         return self._table.name.partition(".")[0]
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._rows) if self._groups is None else len(self._groups)
 
     def remarks(self) -> list[str]:
         """Rules of the map that no row of the table fits."""
         return self._remarks
 
     def take_notes(self) -> dict[str, int]:
-        """What was done to find images since the last call -> number of images."""
-        notes, self._paths.notes = self._paths.notes, Counter()
+        """What was done to find images and read masks since the last call -> how often."""
+        notes = self._paths.notes + self._targets.notes
+        self._paths.notes, self._targets.notes = Counter(), Counter()
         return dict(notes)
 
     def split_key(self, i: int) -> str:
-        """Group of row `i`, else its patient; a row without both, which `load` rejects, stands alone."""
-        row = self._rows.read(i, self._map.split_columns)
+        """Group of record `i`, else its patient; one without both, which `load` rejects, stands alone."""
+        row = self._rows.read(self._numbers(i)[0], self._map.split_columns)
         if isinstance(row, BadRow):
             return f"row {i}"
         return self._optional(row, self._map.group) or row[self._map.patient_id] or f"row {i}"
 
     def prescribed_split(self, i: int) -> str | None:
-        """Split the table names for row `i`; None where the cell is empty or cannot be a name."""
+        """Split the table names for record `i`; None where the cell is empty or cannot be a name."""
         if self._map.split is None:
             return None
-        row = self._rows.read(i, [self._map.split])
+        row = self._rows.read(self._numbers(i)[0], [self._map.split])
         return None if isinstance(row, BadRow) else self._split(row)
 
     def load(self, i: int) -> list[Study]:
-        """The image of row `i` with its text.
+        """The image of record `i` with its text and targets.
 
         Raises:
-            RejectedRecord: the row cannot be used.
+            RejectedRecord: its rows cannot be used.
         """
-        row = self._rows[i]
-        if isinstance(row, BadRow):
-            raise RejectedRecord(row.reason, i, row.line)
+        rows: list[Row] = []
+        for number in self._numbers(i):
+            row = self._rows[number]
+            if isinstance(row, BadRow):
+                raise RejectedRecord(row.reason, i, row.line)
+            rows.append(row)
         try:
-            self._check(i, row)
-            return [self._study(row)]
+            self._check(i, rows)
+            return [self._study(rows)]
         except RejectedRecord as error:
-            raise RejectedRecord(error.reason, i, row.line) from error
+            raise RejectedRecord(error.reason, i, error.line or rows[0].line) from error
 
-    def _study(self, row: Row) -> Study:
+    def _numbers(self, i: int) -> list[int]:
+        """Numbers of the rows of record `i`."""
+        return [i] if self._groups is None else self._groups[i]
+
+    def _study(self, rows: list[Row]) -> Study:
+        row = rows[0]
         sections = self._sections(row)
         if self._map.has_text and not sections:
             raise RejectedRecord("missing report")
+        image = self._image(row[self._map.image])
+        targets = self._targets.read(rows, row[self._map.image], image.shape)
         return Study(
             study_id=self._optional(row, self._map.study_id) or row[self._map.id or self._map.image],
             patient_id=row[self._map.patient_id],
-            labels={name: _label(rule, row) for name, rule in self._labels.items()},
-            image=self._image(row[self._map.image]),
+            labels=self._label_values(row, targets),
+            image=image,
             view=self._optional(row, self._map.view).upper(),
             sections=sections,
             sentences=[sentence for text in sections.values() for sentence in split_sentences(text)],
@@ -150,9 +167,27 @@ class TableSource(Source):
             source=self._map.source or self.title,
             license=self._optional(row, self._map.license),
             extra={column: row[column] for column in self._map.extra},
+            **vars(targets),
         )
 
-    def _check(self, i: int, row: Row) -> None:
+    def _label_values(self, row: Row, targets: Targets) -> dict[str, LabelValue]:
+        """By the map; else 1 where there is a box or a mask has pixels, 0 where a mask has none."""
+        values: dict[str, LabelValue] = {name: _label(rule, row) for name, rule in self._labels.items()}
+        boxed = {box.label for box in targets.boxes}
+        for name in self.label_names:
+            if name not in self._labels:
+                mask = targets.masks.get(name)
+                empty = None if mask is None else int(mask.any())
+                values[name] = 1 if name in boxed else empty
+        return values
+
+    def _check(self, i: int, rows: list[Row]) -> None:
+        row = rows[0]
+        free = self._map.targets.columns
+        for other in rows[1:]:
+            for name, cell in other.cells.items():
+                if cell != row[name] and name not in free:
+                    raise RejectedRecord(f"rows of one image differ in column {name!r}", line=other.line)
         required = {"image": self._map.image, "patient_id": self._map.patient_id, "id": self._map.id}
         for key, column in required.items():
             if column is not None and not row[column]:
@@ -200,10 +235,33 @@ def _label(rule: LabelRule, row: Row) -> LabelValue:
     return _LABEL_VALUES[value]
 
 
+class _Groups:
+    """Numbers of the rows that share an identifier, by the order in which these first appear."""
+
+    def __init__(self, identifiers: NDArray[np.void]) -> None:
+        _, first, group = np.unique(identifiers, return_index=True, return_inverse=True)
+        place = np.empty(len(first), np.int64)
+        place[np.argsort(first)] = np.arange(len(first))
+        self._rows = np.argsort(place[group], kind="stable")
+        self._ends = np.cumsum(np.bincount(place[group], minlength=len(first)))
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, i: int) -> list[int]:
+        rows: list[int] = self._rows[self._ends[i - 1] if i else 0 : self._ends[i]].tolist()
+        return rows
+
+
 class _Survey:
     """What only the whole table shows, collected while its rows pass by: duplicates, rules that never fit."""
 
-    def __init__(self, table_map: TableMap, labels: dict[str, LabelRule], paths: ImagePaths) -> None:
+    def __init__(
+        self, table_map: TableMap, labels: dict[str, LabelRule], paths: ImagePaths, targets: TargetReader
+    ) -> None:
+        self._targets = targets
+        self._has_boxes = table_map.targets.boxes is not None
+        self._box_labels: set[str] = set()
         self._identifier = table_map.id or table_map.image
         self._is_path = table_map.id is None
         self._paths = paths
@@ -221,6 +279,13 @@ class _Survey:
             if isinstance(row, Row):
                 identifier = row[self._identifier]
                 self._count(row)
+                if self._has_boxes:
+                    self._box_labels |= self._targets.box_labels(row)
+                    if len(self._box_labels) > _MOST_BOX_LABELS:
+                        raise DataError(
+                            f"line {row.line}: boxes have more than {_MOST_BOX_LABELS} different labels; "
+                            "does the map name the column of their labels?"
+                        )
             # A row without an identifier is rejected for that, and is no duplicate of another such row.
             key = f"={self._paths.identity(identifier) if self._is_path else identifier}"
             key = key if identifier else f"{number}"
@@ -234,6 +299,14 @@ class _Survey:
         repeated = np.ones(len(digests), bool)
         repeated[first] = False
         return set(np.flatnonzero(repeated).tolist())
+
+    def groups(self) -> _Groups:
+        """Rows of each image, in the order of the table."""
+        return _Groups(np.frombuffer(bytes(self._digests), dtype="V16"))
+
+    def box_labels(self) -> list[str]:
+        """Labels of all boxes of findings, sorted."""
+        return sorted(self._box_labels)
 
     def remarks(self) -> list[str]:
         """A line for each rule whose text no row of the table holds."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import DataError, nearest
+from shards.sources.target_rules import TARGET_KEYS, TargetRules, target_rules
 from shards.strict_yaml import load_yaml_text
 from shards.tables.files import check_encoding
 from shards.tables.reading import TableFormat
@@ -32,6 +33,9 @@ class TableMap:
         labels: columns that hold 1, 0, -1 or nothing; or finding -> column; or finding -> {column, equals},
             which is 1 where the column holds that text; or finding -> {column, contains, separator}, which is
             1 where it is one of the texts that the separator ("|") joins.
+        rows: "image", a row an image, or "target": an image may have several rows, which may differ in what
+            they say of boxes, anatomy, masks, phrases and questions, and in nothing else.
+        boxes, anatomy, masks, phrases, questions, lists: see `shards.sources.target_rules`.
         language: of the reports; decides whose headings open their sections (`shards.text.headings`).
         findings_without_heading: findings may stand without a heading behind "COMPARISON: None." and an empty
             line (MIMIC-CXR); see `shards.text.sections.split_sections`.
@@ -62,6 +66,13 @@ class TableMap:
     recommendation: str | None = None
     technique: str | None = None
     labels: Any = None
+    rows: str | None = None
+    boxes: Any = None
+    anatomy: Any = None
+    masks: Any = None
+    phrases: Any = None
+    questions: Any = None
+    lists: Any = None
     language: str = "en"
     findings_without_heading: bool = False
     extra: list[str] = field(default_factory=list)
@@ -85,7 +96,13 @@ class TableMap:
     def format(self) -> TableFormat:
         """How the table is written; the image path tells rows from text."""
         missing = MISSING_WORDS if self.missing is None else tuple(self.missing)
-        return TableFormat(self.encoding, self.delimiter, missing, key=self.image)
+        nested = tuple(self.targets.json_columns)
+        return TableFormat(self.encoding, self.delimiter, missing, key=self.image, nested=nested)
+
+    @property
+    def targets(self) -> TargetRules:
+        """What is said of boxes, masks and the like; ValueError as `target_rules`."""
+        return target_rules({key: getattr(self, key) for key in TARGET_KEYS})
 
     @property
     def split_columns(self) -> list[str]:
@@ -93,13 +110,19 @@ class TableMap:
         return [self.patient_id, *([self.group] if self.group else [])]
 
     @property
-    def columns(self) -> list[str]:
-        """All mapped columns, each once."""
+    def image_columns(self) -> list[str]:
+        """Mapped columns that say of a whole image what they say."""
         single = (self.image, self.patient_id, self.id, self.study_id, self.group, self.split, self.view)
         rules = label_rules(self)
         names = [*single, self.license, self.report, *self.section_columns.values()]
         names += [rule.column for rule in rules.values()] + self.extra
-        return list(dict.fromkeys(name for name in names if name is not None))
+        names += self.targets.list_columns
+        return [name for name in names if name is not None]
+
+    @property
+    def columns(self) -> list[str]:
+        """All mapped columns, each once."""
+        return list(dict.fromkeys(self.image_columns + self.targets.columns))
 
 
 @dataclass(frozen=True)
@@ -146,6 +169,12 @@ def read_map(path: Path) -> TableMap:
     try:
         table_map = TableMap(**{key: _value(key, value) for key, value in given.items() if value != ""})
         label_rules(table_map)
+        targets = table_map.targets
+        if twice := set(targets.columns) & set(table_map.image_columns) if targets.several else set():
+            raise ValueError(
+                f"rows: target: column {min(twice)!r} stands for more than boxes, masks, phrases and "
+                "questions, so the rows of an image may not differ in it"
+            )
         check_encoding(table_map.encoding)
         if table_map.delimiter is not None:
             table_map.format.separator(".csv")
@@ -175,7 +204,7 @@ def label_rules(table_map: TableMap) -> dict[str, LabelRule]:
 
 
 def _value(key: str, value: Any) -> Any:
-    if key == "labels":
+    if key == "labels" or (key in TARGET_KEYS and key != "rows"):
         return value
     if key in _LISTS:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):

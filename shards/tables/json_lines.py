@@ -20,8 +20,13 @@ class Fields(NamedTuple):
     cells: dict[str, str | None]
 
 
-def read_objects(file: TextIO, table: TableFile, columns: Sequence[str] | None) -> Iterator[Fields | BadRow]:
-    """The object of every line that is not blank, reduced to `columns` (None: all fields of each)."""
+def read_objects(
+    file: TextIO, table: TableFile, columns: Sequence[str] | None, nested: Sequence[str] = ()
+) -> Iterator[Fields | BadRow]:
+    """The object of every line that is not blank, reduced to `columns` (None: all fields of each).
+
+    Lists and objects in columns of `nested` become JSON text again, with their numbers as strings.
+    """
     number = 0
     while line := _read_line(file, table, number + 1):
         number += 1
@@ -37,7 +42,7 @@ def read_objects(file: TextIO, table: TableFile, columns: Sequence[str] | None) 
         if not isinstance(fields, dict):
             yield BadRow(number, "line is not a JSON object")
             continue
-        yield _fields(number, fields, columns)
+        yield _fields(number, fields, columns, nested)
 
 
 def _read_line(file: TextIO, table: TableFile, number: int) -> str:
@@ -54,13 +59,18 @@ def _read_line(file: TextIO, table: TableFile, number: int) -> str:
     return "".join(parts)
 
 
-def _fields(number: int, fields: dict[str, Any], columns: Sequence[str] | None) -> Fields | BadRow:
+def _fields(
+    number: int, fields: dict[str, Any], columns: Sequence[str] | None, nested: Sequence[str]
+) -> Fields | BadRow:
     cells: dict[str, str | None] = {}
     for column in fields if columns is None else columns:
         if column not in fields:
             continue
         value = fields[column]
         if isinstance(value, dict | list):
+            if column in nested:
+                cells[column] = json.dumps(value, ensure_ascii=False)
+                continue
             return BadRow(number, f"column {column!r} holds more than one value")
         cells[column] = _text(value)
     return Fields(number, cells)

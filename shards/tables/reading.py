@@ -26,6 +26,7 @@ class TableFormat:
         key: column whose cells have one form in all rows (an image path, an id), by which a row that a stray
             quote has drawn into a cell is recognised; None: the first column.
         name_columns: the cells of a header as they stand -> as many names; None: they are the names.
+        nested: columns of JSON lines whose lists and objects are given as JSON text, numbers as strings.
     """
 
     encoding: str = "utf-8"
@@ -33,6 +34,7 @@ class TableFormat:
     missing: tuple[str, ...] = MISSING_WORDS
     key: str | None = None
     name_columns: Callable[[list[str]], list[str]] | None = None
+    nested: tuple[str, ...] = ()
 
     def separator(self, kind: str) -> str:
         """The delimiter of a table of this kind.
@@ -112,7 +114,7 @@ def _json_lines(
     seen: dict[str, None] = {}
     complete = False
     with open_text(table, form.encoding) as file:
-        for fields in json_lines.read_objects(file, table, columns):
+        for fields in json_lines.read_objects(file, table, columns, form.nested):
             if isinstance(fields, BadRow):
                 yield fields
                 continue
