@@ -62,6 +62,7 @@ class Radiograph:
 
     Attributes:
         pixels: uint8 [height, width], square pixels, air dark.
+        scale: across and down, pixels of `pixels` for one of the file; not 1 where the file's are not square.
         patient_id, study_uid, series_uid, image_uid: of the header; "" where there is none.
         view: ViewPosition ("PA", "AP", "LL", ...), upper case, or "".
         body_part: BodyPartExamined, upper case, or "".
@@ -69,6 +70,7 @@ class Radiograph:
     """
 
     pixels: NDArray[np.uint8]
+    scale: tuple[float, float]
     patient_id: str
     study_uid: str
     series_uid: str
@@ -113,9 +115,11 @@ def read_dicom(data: bytes | Path, window: Window = "auto", max_pixels: int = MA
 def _read(data: bytes | Path, window: Window, max_pixels: int) -> Radiograph:
     header = _read_header(data.read_bytes() if isinstance(data, Path) else data)
     _check(header, max_pixels)
-    pixels = _shown(_decode(header), header, window)
+    stored = _shown(_decode(header), header, window)
+    pixels = _with_square_pixels(stored, header)
     return Radiograph(
-        _with_square_pixels(pixels, header),
+        pixels,
+        scale=(pixels.shape[1] / stored.shape[1], pixels.shape[0] / stored.shape[0]),
         patient_id=_text(header, "PatientID"),
         study_uid=_text(header, "StudyInstanceUID"),
         series_uid=_text(header, "SeriesInstanceUID"),

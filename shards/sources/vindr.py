@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from shards.archives.records import Record
@@ -138,7 +138,7 @@ class VindrSource(ArchiveSource):
                 image=film.pixels,
                 view=film.view or "PA",  # all films are, by the publication
                 labels=labels,
-                boxes=boxes,
+                boxes=[_scaled(box, *film.scale) for box in boxes],
                 license=_KAGGLE_LICENSE if self._kaggle else "",
                 extra=extra,
             )
@@ -236,6 +236,11 @@ def _mean(boxes: Sequence[Box]) -> Box:
     sides = zip(*((box.x, box.y, box.width, box.height) for box in boxes), strict=True)
     x, y, width, height = (sum(side) / len(boxes) for side in sides)
     return Box(boxes[0].label, x, y, width, height)
+
+
+def _scaled(box: Box, across: float, down: float) -> Box:
+    """A box in pixels of the film as it is stored, which are square."""
+    return replace(box, x=box.x * across, y=box.y * down, width=box.width * across, height=box.height * down)
 
 
 def _overlap(one: Box, other: Box) -> float:

@@ -169,9 +169,14 @@ def test_padding_does_not_move_the_window() -> None:
     close(with_padding[:, 40:], np.clip((part - low) / (high - low), 0, 1) * 255, 1.5)
 
 
-@pytest.mark.parametrize(("ratio", "shape"), [([2, 1], (96, 64)), ([1, 2], (48, 128)), ([3, 3], (48, 64))])
-def test_pixels_become_square(ratio: list[int], shape: tuple[int, int]) -> None:
-    assert read(dicom.write(RAMP, bits=12, PixelAspectRatio=ratio)).shape == shape
+@pytest.mark.parametrize(
+    ("ratio", "shape", "scale"),
+    [([2, 1], (96, 64), (1, 2)), ([1, 2], (48, 128), (2, 1)), ([3, 3], (48, 64), (1, 1))],
+)
+def test_pixels_become_square(ratio: list[int], shape: tuple[int, int], scale: tuple[int, int]) -> None:
+    radiograph = read_dicom(dicom.write(RAMP, bits=12, PixelAspectRatio=ratio))
+    assert radiograph.pixels.shape == shape
+    assert radiograph.scale == scale  # by which boxes of the file's pixels move
 
 
 def test_colour_becomes_luminance() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 
 from shards.errors import DataError
@@ -13,6 +14,7 @@ from shards.sources.vindr import GLOBAL, KAGGLE, LOCAL, VindrOptions, VindrSourc
 from shards.study import Box, Study
 from tests.fixtures import vindr as fixture
 from tests.fixtures.archive import film, write_table
+from tests.fixtures.dicom import saved
 
 
 def positive(study: Study) -> set[str]:
@@ -53,6 +55,17 @@ def test_boxes_keep_their_readers(source: VindrSource) -> None:
     assert source.load(1)[0].boxes == []
     assert source.load(2)[0].boxes == [Box("Other lesion", 5, 6, 2, 2, reader="R10")]
     assert source.load(5)[0].boxes == [Box("Pleural effusion", 20, 30, 40, 60)]
+
+
+def test_boxes_move_with_films_whose_pixels_are_not_square(tmp_path: Path) -> None:
+    root = fixture.write(tmp_path).root
+    path = root / "train" / f"{fixture.FILMS[0]}.dicom"
+    dataset = pydicom.dcmread(path)
+    dataset.PixelAspectRatio = [2, 1]
+    path.write_bytes(saved(dataset))
+    study = VindrSource(VindrOptions(root=root)).load(0)[0]
+    assert study.image.shape == (192, 80)
+    assert study.boxes[0] == Box("Cardiomegaly", 10, 40, 40, 80, reader="R8")
 
 
 def test_fused_boxes_are_those_of_two_readers(tmp_path: Path) -> None:
