@@ -94,7 +94,7 @@ def test_lists_may_name_reports_and_films_in_any_form(form: str, ids: list[str],
     rest = IuSource(IuOptions(root=tmp_path / "root", exclude=[tmp_path / "out.txt"]))
     out = 3 if form == "r2gen" else 4
     assert len(rest) == len(whole) - out
-    assert rest.remarks()[0] == f"{out} records left out by --exclude"
+    assert rest.remarks()[0] == f"{out} records left out: --exclude"
 
 
 def test_a_missing_film_is_rejected(tmp_path: Path) -> None:
