@@ -86,8 +86,13 @@ class TargetReader:
                 targets.phrases += self._phrases(row)
             for finding, rule in self._rules.masks.items():
                 mask = self._mask(finding, rule, row, name, shape)
-                if mask is not None:
-                    targets.masks[finding] = targets.masks.get(finding, np.zeros_like(mask)) | mask
+                if mask is None:
+                    continue
+                earlier = targets.masks.get(finding, mask)
+                if earlier.any() != mask.any():
+                    reason = f"mask of {finding!r}: one row says that nothing is there, another has a mask"
+                    raise RejectedRecord(reason, line=row.line)
+                targets.masks[finding] = earlier | mask
         targets.phrases += [Phrase(text, tuple(boxes)) for text, boxes in texts.items()]
         return targets
 

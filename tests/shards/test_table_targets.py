@@ -218,9 +218,17 @@ def test_run_lengths_become_masks(opened: Opener, tmp_path: Path, rule: str, tex
 
 def test_masks_of_several_rows_are_joined(opened: Opener) -> None:
     """The archive of SIIM and ACR has up to ten rows an image."""
-    rows = [{"runs": "9 4"}, {"runs": "20 1 7 1"}]
+    rows = [{"runs": "9 4"}, {"runs": "20 1 7 1"}, {"runs": ""}]
+    rows += [{"image": "b.png", "runs": runs} for runs in ("-1", "-1")]
+    rows += [{"image": "c.png", "runs": runs} for runs in ("9 4", "-1")]
     source = opened(rows, "rows: target\nmasks:\n  Pneumothorax: {rle: runs, kind: relative}\n")
     np.testing.assert_array_equal(loaded(source).masks["Pneumothorax"], SHAPE)
+    assert not loaded(source, 1).masks["Pneumothorax"].any()
+    with pytest.raises(
+        RejectedRecord, match="one row says that nothing is there, another has a mask"
+    ) as caught:
+        source.load(2)
+    assert caught.value.line == 8
 
 
 @pytest.mark.parametrize(

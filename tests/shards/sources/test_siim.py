@@ -80,7 +80,7 @@ def test_unknown_patients_and_films_without_rows_are_said(source: SiimSource) ->
         (["5 6 7"], "'EncodedPixels': run lengths are no pairs"),
         (["1048570 7"], "'EncodedPixels': run lengths leave a mask"),
         (["300000 3 301021 5 302017 900000"], "relative ones were expected"),  # absolute, as others have them
-        (["5 0"], "an empty mask"),
+        (["5 0"], "a run without a pixel"),
         ([""], "run lengths are no pairs"),
     ],
 )
