@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,12 @@ _NONE = "-1"
 _SIDE = 1024
 #: Stage of the challenge -> rows, films, films with a pneumothorax.
 _SIZES = {1: (11_582, 10_675, 2_379), 2: (12_954, 12_047, 2_669)}
+#: Pixels of a mask above this are inside.
+_HALF = 127
+_TABLES = ("train-rle.csv", "stage_2_train.csv")
+#: Tables of the copy at Kaggle that has films and masks as PNG, by split.
+_PNG_TABLES = {"train": "stage_1_train_images.csv", "test": "stage_1_test_images.csv"}
+_PNG_SIZES = {"train": 10_675, "test": 1_372}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +42,7 @@ class SiimOptions(ArchiveOptions):
 
 @register("siim", SiimOptions)
 def open_siim(options: SiimOptions, image_size: int) -> SiimSource:
-    """Build from SIIM-ACR Pneumothorax: films and masks; no official split."""
+    """Build from SIIM-ACR Pneumothorax (DICOM and run lengths, or Kaggle's PNG copy): films and masks."""
     return SiimSource(options)
 
 
@@ -53,16 +59,23 @@ class SiimSource(ArchiveSource):
     options: SiimOptions
 
     def prepare(self) -> None:
-        """Published numbers of the stage."""
+        """Which files these are, and their published numbers."""
         self.label_names = [FINDING]
         rows, films, positive = _SIZES[self.options.stage]
-        self.published = {"all": films, "rows": rows, "films with pneumothorax": positive}
         self._without_rows = 0
+        self._png = not self._has(_TABLES) and self._has(_PNG_TABLES.values())
+        if self._png:
+            self.published = {**_PNG_SIZES, "films with pneumothorax": _SIZES[2][2]}
+        else:
+            self.published = {"all": films, "rows": rows, "films with pneumothorax": positive}
 
     def records(self) -> Iterator[Record]:
-        """Every film of the table once, with its rows: each holds a part of the mask."""
+        """Every film once, with its rows of run lengths: each holds a part of the mask."""
+        if self._png:
+            yield from self._png_records()
+            return
         # The names of the columns are "ImageId" and " EncodedPixels".
-        rows = self.texts.table("train-rle.csv", "stage_2_train.csv", columns=["ImageId", "EncodedPixels"])
+        rows = self.texts.table(*_TABLES, columns=["ImageId", "EncodedPixels"])
         join = self.join()
         join.add("rows", rows, key="ImageId")
         paths = self._paths()
@@ -82,11 +95,13 @@ class SiimSource(ArchiveSource):
 
     def identify(self, record: Record) -> Identity:
         """Nothing is known of patients: the header's PatientID is another for each film."""
-        image = record["ImageId"]
-        return Identity(image, image, image)
+        image = record.text("ImageId")
+        return Identity(image, image, image, record.cells.get("split"))
 
     def studies(self, record: Record) -> list[Study]:
         """The film with its mask."""
+        if self._png:
+            return [self._png_study(record)]
         image = record["ImageId"]
         paths = [path for path in record["paths"].split("\n") if path]
         if len(paths) != 1:
@@ -115,6 +130,31 @@ class SiimSource(ArchiveSource):
         if self._without_rows:
             lines.append(f"{self._without_rows:,} DICOM files have no row in the table and were left out")
         return super().remarks() + lines
+
+    def _has(self, names: Iterable[str]) -> bool:
+        return any(self.files.find(name, or_gzip=True) is not None for name in names)
+
+    def _png_records(self) -> Iterator[Record]:
+        for split, name in _PNG_TABLES.items():
+            for record in self.texts.table(name, columns=["new_filename", "filename", "has_pneumo"]):
+                if not record.problem:
+                    self.found["films with pneumothorax"] += record["has_pneumo"] in ("1", "1.0")
+                    record.cells["ImageId"] = self.list_id(record["filename"])
+                    record.cells["split"] = split
+                yield record
+
+    def _png_study(self, record: Record) -> Study:
+        """Film and mask have one name, which holds the label and is therefore not kept."""
+        name = record.text("new_filename")
+        image, mask = (self.image(f"{folder}/{name}") for folder in ("png_images", "png_masks"))
+        if image.shape != mask.shape:
+            raise record.error("film and mask are not of one size")
+        inside = (mask > _HALF).astype(np.uint8)
+        label = record.label("has_pneumo")
+        if label != int(inside.any()):
+            raise record.error("column 'has_pneumo' and the mask contradict each other")
+        study = record["ImageId"]
+        return Study(study, study, image, labels={FINDING: label}, masks={FINDING: inside})
 
     def _paths(self) -> dict[str, list[str]]:
         """Name of a film -> its files: the folders above are named after series, which no table has."""

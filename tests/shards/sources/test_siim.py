@@ -97,6 +97,29 @@ def test_numbers_of_the_first_stage(tmp_path: Path) -> None:
     assert [count.published for count in source.published_counts()] == [10_675, 11_582, 2_379]
 
 
+def test_kaggles_copy_with_png_files(tmp_path: Path) -> None:
+    root = fixture.write_png(tmp_path / "siim-acr-pneumothorax").parent
+    source = SiimSource(SiimOptions(root=root))
+    films = [source.load(i)[0] for i in (0, 1, 3)]
+    assert [source.prescribed_split(i) for i in range(4)] == ["train"] * 3 + ["test"]
+    assert [film.study_id for film in films] == [fixture.uid(i) for i in (0, 1, 3)]
+    assert [film.labels[NAME] for film in films] == [1, 0, 1]
+    assert (films[2].image == film(3)).all()
+    expected = np.zeros((96, 80), dtype=np.uint8)
+    expected[10:23, 30:60] = 1
+    np.testing.assert_array_equal(films[2].masks[NAME], expected)
+    assert not films[1].masks[NAME].any()
+    with pytest.raises(RejectedRecord, match="does not exist"):
+        source.load(2)
+    assert {count.name: (count.found, count.published) for count in source.published_counts()} == {
+        "train images": (3, 10_675), "test images": (1, 1_372), "films with pneumothorax": (3, 2_669)
+    }  # fmt: skip
+    shutil.copy(root / "siim-acr-pneumothorax" / "png_masks" / "1_train_0_.png", tmp_path / "empty.png")
+    shutil.move(tmp_path / "empty.png", root / "siim-acr-pneumothorax" / "png_masks" / "0_train_1_.png")
+    with pytest.raises(RejectedRecord, match="'has_pneumo' and the mask contradict each other"):
+        source.load(0)
+
+
 @pytest.mark.shared
 def test_a_real_film_is_found_by_its_name(shared: Path, tmp_path: Path) -> None:
     name = "1.2.276.0.7230010.3.1.4.8323329.6904.1517875201.850819"
