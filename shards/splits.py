@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from shards.errors import UsageError
 
+#: Splits that every part of the program knows; a source may have others.
+SPLITS = ("train", "valid", "test")
 DEFAULT_FRACTIONS = "train=0.8,valid=0.1,test=0.1"
 
 _ALIASES = {

@@ -9,13 +9,11 @@ from pathlib import Path
 from shards.errors import DataError, UsageError
 from shards.format import hash_file
 from shards.metadata import LIST_NAME
-from shards.splits import normalise_split
+from shards.splits import SPLITS, normalise_split
 from shards.tables.delimited import Record as CsvRecord
 from shards.tables.delimited import read_records
 from shards.tables.files import open_text
 from shards.tables.rows import BadRow
-
-SPLITS = ("train", "valid", "test")
 
 
 class IdLists:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from shards.errors import DataError
 from shards.sources.base import RejectedRecord
+from shards.splits import SPLITS, normalise_split
 from shards.study import Box, LabelValue
 
 _LABEL_VALUES: dict[str, LabelValue] = {"1": 1, "1.0": 1, "0": 0, "0.0": 0, "-1": -1, "-1.0": -1, "": None}
@@ -74,6 +75,20 @@ class Record:
         if self[column] not in _LABEL_VALUES:
             raise self.error(f"column {column!r} holds neither 1, 0, -1 nor nothing")
         return _LABEL_VALUES[self[column]]
+
+    def split(self, column: str) -> str:
+        """ "train", "valid" or "test", whatever word stands for it.
+
+        Raises:
+            RejectedRecord: the cell holds something else.
+        """
+        try:
+            name = normalise_split(self[column])
+        except ValueError:
+            name = ""
+        if name not in SPLITS:
+            raise self.error(f"column {column!r} holds no split")
+        return name
 
     def box(self, label: str, x: str, y: str, width: str, height: str) -> Box:
         """A box whose left, top, width and height stand in these columns, in pixels of the original image.

@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.archives.files import ArchiveFiles
-from shards.archives.id_lists import SPLITS, UserLists
+from shards.archives.id_lists import UserLists
 from shards.archives.records import Join, Record
 from shards.archives.texts import ArchiveTexts
 from shards.errors import DataError
 from shards.images import decode_image
 from shards.sources.base import Json, PublishedCount, RejectedRecord, Source, option
-from shards.splits import split_of
+from shards.splits import SPLITS, split_of
 from shards.study import Study
 from shards.tables.rows import BadRow, Row
 from shards.tables.store import RowStore
@@ -75,6 +75,7 @@ class Identity:
         image: unique among the records; also the id that lists name.
         study: id of its study.
         split: that the archive prescribes, or None.
+        published_split: in which the publication counts it, where `split` is another.
         left_out: why the record is not asked for ("neither PA nor AP"), or "". It is then counted and told,
             not rejected.
     """
@@ -83,6 +84,7 @@ class Identity:
     image: str
     study: str
     split: str | None = None
+    published_split: str | None = None
     left_out: str = ""
 
 
@@ -313,7 +315,8 @@ class _Survey:
                 raise record.error("an earlier row is about the same image")
         except RejectedRecord as error:
             return BadRow(error.line or record.line, error.reason)
-        self._source.found.update(["all", *([identity.split] if identity.split else [])])
+        counted = identity.published_split or identity.split
+        self._source.found.update(["all", *([counted] if counted else [])])
         ids = (identity.image, identity.study, identity.patient)
         excluded = self._lists.excludes(*ids)  # asked in any case, so that every id of a list is seen
         split, parts = self._lists.place(*ids)

@@ -12,6 +12,7 @@ from shards.archives.texts import Table
 from shards.errors import DataError
 from shards.sources.base import option
 from shards.sources.registry import register
+from shards.splits import SPLITS
 from shards.study import Study
 
 #: In the order of the file, which differs from MIMIC-CXR-JPG's and CheXbert's.
@@ -27,7 +28,6 @@ _POOLS = dict(zip(COMPETITION, (1_087, 1_034, 537, 2_257, 2_425), strict=True))
 #: Split of all images of patients who are in a draw: they are no training data.
 DRAWN_SPLIT = "five_by_200"
 
-_SPLITS = ("train", "valid", "test")
 _COLUMNS = ("Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *FINDINGS)
 _TEST_COLUMNS = ("Path", *FINDINGS)
 
@@ -78,7 +78,7 @@ class CheXpertSource(ArchiveSource):
 
     def records(self) -> Iterator[Record]:
         """Every image; `drawn` names the draws it is in."""
-        for split, table in zip(_SPLITS, self._tables, strict=False):
+        for split, table in zip(SPLITS, self._tables, strict=False):
             for record in table:
                 if not record.problem:
                     record.cells["split"] = split
@@ -87,12 +87,11 @@ class CheXpertSource(ArchiveSource):
 
     def identify(self, record: Record) -> Identity:
         """Patient and study of the path "train/patient00001/study1/view1_frontal.jpg"."""
-        split, patient, study, _ = _parts(record)
-        if split != record["split"]:
+        official, patient, study, _ = _parts(record)
+        if official != record["split"]:
             raise record.error("column 'Path' is about another split")
-        if split == "train" and patient in self._patients:
-            split = DRAWN_SPLIT
-        return Identity(patient, record["path"], f"{patient}/{study}", split)
+        split = DRAWN_SPLIT if official == "train" and patient in self._patients else official
+        return Identity(patient, record["path"], f"{patient}/{study}", split, official)
 
     def parts(self, record: Record) -> list[str]:
         """Draws that hold the image."""
@@ -164,7 +163,7 @@ def draw(pool: list[str], name: str, seed: int, size: int = DRAWN) -> list[str]:
 def image_path(path: str) -> str:
     """A path of the tables from the split's folder on: its beginning is the name of a release's folder."""
     parts = path.replace("\\", "/").split("/")
-    start = next((place for place, part in enumerate(parts) if part.lower() in _SPLITS), 0)
+    start = next((place for place, part in enumerate(parts) if part.lower() in SPLITS), 0)
     return "/".join(parts[start:])
 
 

@@ -11,7 +11,6 @@ from shards.archives.source import ArchiveOptions, ArchiveSource, Facts, Identit
 from shards.sources.base import option
 from shards.sources.chexpert import FINDINGS, image_path
 from shards.sources.registry import register
-from shards.splits import normalise_split
 from shards.study import LabelValue, Study
 from shards.text.sections import plain_text, split_sections
 
@@ -85,11 +84,7 @@ class CheXpertPlusSource(ArchiveSource):
         _, patient, study, _ = parts
         if patient != record.text("deid_patient_id"):
             raise record.error("columns 'path_to_image' and 'deid_patient_id' are about two patients")
-        try:
-            split = normalise_split(record.text("split"))
-        except ValueError as error:
-            raise record.error(f"column 'split': {error}") from error
-        return Identity(patient, _image(record), f"{patient}/{study}", split)
+        return Identity(patient, _image(record), f"{patient}/{study}", record.split("split"))
 
     def list_id(self, text: str) -> str:
         """The path from the split's folder on, without the ending; a patient or study as it is."""

@@ -18,7 +18,6 @@ from shards.entities.radgraph import stream_radgraph
 from shards.errors import DataError
 from shards.sources.base import option
 from shards.sources.registry import register
-from shards.splits import normalise_split
 from shards.study import Entity, LabelValue, Study
 from shards.text.mimic_sections import mimic_sections
 
@@ -122,18 +121,18 @@ class MimicSource(ArchiveSource):
         dicom, subject, study = (record.text(name) for name in ("dicom_id", "subject_id", "study_id"))
         if not record.joined["split"]:
             raise record.error("mimic-cxr-2.0.0-split.csv has no row for the image")
-        split = normalise_split(record.joined["split"][0].text("split"))
+        official = split = record.joined["split"][0].split("split")
         left_out = ""
         if self.options.views == "frontal" and _view(record) not in _FRONTAL:
             left_out = "neither PA nor AP"
         lists = record["imagenome"].split()
-        if self._regions is not None and "known" in lists and ("test" in lists) != (split == "test"):
+        if "known" in lists and ("test" in lists) != (official == "test"):
             left_out = left_out or "test in one of MIMIC-CXR and Chest ImaGenome only"
-        if split == "train" and "gold" in lists:
+        if official == "train" and "gold" in lists:
             split = GOLD_SPLIT
-        if split == "train" and subject in self._ms_cxr_patients:
+        elif official == "train" and subject in self._ms_cxr_patients:
             split = MS_CXR_SPLIT
-        return Identity(subject, dicom, study, split, left_out)
+        return Identity(subject, dicom, study, split, official, left_out)
 
     def list_id(self, text: str) -> str:
         """An image by its DICOM id, a patient or study by its number, with or without "p" and "s"."""

@@ -12,7 +12,6 @@ from shards.archives.source import ArchiveOptions, ArchiveSource, Facts, Identit
 from shards.images import decode_image
 from shards.sources.base import option
 from shards.sources.registry import register
-from shards.splits import normalise_split
 from shards.study import Study
 
 CATEGORIES = (
@@ -69,7 +68,7 @@ class MsCxrSource(ArchiveSource):
         subject, study, dicom = mimic.ms_cxr_place(record)
         if dicom != record["dicom_id"]:
             raise record.error("columns 'dicom_id' and 'path' are about two images")
-        split = normalise_split(record["split"]) if record["split"] else "test"
+        split = record.split("split") if record["split"] else "test"
         return Identity(subject, dicom, study, split)
 
     def list_id(self, text: str) -> str:

@@ -137,6 +137,7 @@ def test_drawn_patients_leave_the_training_split(tmp_path: Path) -> None:
         assert {source.prescribed_split(i) for i in members} == {"five_by_200"}
     counts = {count.name: (count.published, count.found) for count in source.published_counts()}
     assert counts["5x200 Consolidation"] == (537, 210)
+    assert counts["train images"] == (223_414, len(rows))
 
 
 def test_a_pool_that_is_too_small_is_refused(tmp_path: Path) -> None:

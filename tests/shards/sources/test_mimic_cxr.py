@@ -146,7 +146,9 @@ def test_labels_by_hand_take_the_place_of_others(archive: Archive) -> None:
 
 
 def test_ms_cxr_gives_phrases_with_boxes_and_its_patients_leave_train(archive: Archive) -> None:
-    found = studies(opened(archive, ms_cxr=archive.options["ms_cxr"]))
+    source = opened(archive, ms_cxr=archive.options["ms_cxr"])
+    assert source.published_counts()[1].found == 6  # they are train images of the publication
+    found = studies(source)
     assert found["50913680 AP"].phrases == [
         Phrase("right apical pneumothorax", (Box("Pneumothorax", 20.0, 30.0, 40.0, 50.0),)),
         Phrase(
@@ -258,4 +260,14 @@ def test_an_image_without_a_split_is_rejected(archive: Archive) -> None:
     rows = [(fixture.dicom(n), 1, 1, "train") for n in range(2, 9)]
     write_table(file, "dicom_id,study_id,subject_id,split", rows)
     with pytest.raises(RejectedRecord, match=r"mimic-cxr-2\.0\.0-split\.csv has no row for the image"):
+        opened(archive).load(0)
+
+
+@pytest.mark.parametrize("word", ["trian", "a b", "", "../x"])
+def test_a_split_that_is_none_rejects_its_image(archive: Archive, word: str) -> None:
+    rows = [(fixture.dicom(n), 1, 1, word if n == 1 else "train") for n in range(1, 9)]
+    write_table(archive.root / "mimic-cxr-2.0.0-split.csv.gz", "dicom_id,study_id,subject_id,split", rows)
+    with pytest.raises(
+        RejectedRecord, match=r"mimic-cxr-2\.0\.0-split\.csv\.gz: column 'split' holds no split"
+    ):
         opened(archive).load(0)
