@@ -19,10 +19,10 @@ _LANGUAGES = {"en": "English", "zh": "Chinese"}
 _KINDS = ("closed", "open")
 _BOX_LIMIT = 1 << 20
 #: Words of box labels that are findings; the other labels are organs.
-_FINDINGS = frozenset(
-    "atelectasis cancer cardiomegaly edema effusion infiltration mass nodule pneumonia pneumothorax "
-    "tumor".split()
-)
+_FINDINGS = {
+    "atelectasis", "cancer", "cardiomegaly", "edema", "effusion", "infiltration", "mass", "nodule", "pneumonia",
+    "pneumothorax", "tumor",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
