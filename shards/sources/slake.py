@@ -20,8 +20,8 @@ _KINDS = ("closed", "open")
 _BOX_LIMIT = 1 << 20
 #: Words of box labels that are findings; the other labels are organs.
 _FINDINGS = {
-    "atelectasis", "cancer", "cardiomegaly", "edema", "effusion", "infiltration", "mass", "nodule", "pneumonia",
-    "pneumothorax", "tumor",
+    "atelectasis", "cancer", "cardiomegaly", "edema", "effusion", "infiltration", "mass", "nodule",
+    "pneumonia", "pneumothorax", "tumor",
 }  # fmt: skip
 
 

@@ -94,4 +94,4 @@ def test_lists_may_name_the_folder_or_the_file(tmp_path: Path) -> None:
     root = fixture.write(tmp_path).root
     (tmp_path / "out.txt").write_text("xmlab1\nimgs/xmlab2/source.jpg\nxmlab3/source.jpg\n")
     source = SlakeSource(SlakeOptions(root=root, exclude=[tmp_path / "out.txt"]))
-    assert "3 records left out by --exclude" in source.remarks()
+    assert "3 records left out: --exclude" in source.remarks()
