@@ -79,9 +79,14 @@ class ObjectCxrSource(ArchiveSource):
                 yield record
 
     def identify(self, record: Record) -> Identity:
-        """Nothing is known of patients: each film counts as one."""
-        image = record.text("image_name")
-        return Identity(image, image, image, self._splits[record["part"]])
+        """Nothing is known of patients: each film counts as one. Names may recur in another part."""
+        image = f"{record['part']}/{record.text('image_name')}"
+        return Identity(image, image, record["image_name"], self._splits[record["part"]])
+
+    def list_id(self, text: str) -> str:
+        """As the base has it, with the part where it is written ("train/00077.jpg", "00077.jpg")."""
+        part = text.strip().replace("\\", "/").rpartition("/")[0].rpartition("/")[2]
+        return f"{part}/{super().list_id(text)}" if part in _PARTS else super().list_id(text)
 
     def studies(self, record: Record) -> list[Study]:
         """The film with its objects."""
@@ -90,13 +95,14 @@ class ObjectCxrSource(ArchiveSource):
             shapes = parse_shapes(record["annotation"])
         except ValueError as error:
             raise record.error(f"column 'annotation': {error}") from None
+        study = f"{record['part']}/{record['image_name']}"
         mask = np.zeros(image.shape, dtype=np.uint8)
         for shape in shapes:
             shape.draw(mask)
         return [
             Study(
-                study_id=record["image_name"],
-                patient_id=record["image_name"],
+                study_id=study,
+                patient_id=study,
                 image=image,
                 labels={OBJECT: int(bool(shapes))},
                 boxes=[shape.box() for shape in shapes],

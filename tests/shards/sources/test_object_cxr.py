@@ -33,6 +33,7 @@ def test_boxes_and_labels(source: ObjectCxrSource) -> None:
         [Box(OBJECT, 10, 10, 30, 20)],
         [],
     ]
+    assert [film.study_id for film in films[::4]] == ["train/00077.jpg", "dev/00077.jpg"]  # two films
     assert [film.labels[OBJECT] for film in films] == [1, 0, 1, 1, 1, 0]
     assert [source.prescribed_split(i) for i in range(8)] == ["train"] * 6 + ["valid"] * 2
     assert [film.image.shape for film in films] == [(120, 100), (128, 100), (136, 100), (144, 100)] + [
@@ -112,6 +113,15 @@ def test_the_test_part_and_what_dev_is(tmp_path: Path) -> None:
     assert ObjectCxrSource(ObjectCxrOptions(root=root)).prescribed_split(8) == "test"
     with pytest.raises(UsageError, match="leave --dev out"):
         ObjectCxrSource(ObjectCxrOptions(root=root, dev="test"))
+
+
+def test_lists_may_name_the_part(tmp_path: Path) -> None:
+    root = fixture.write(tmp_path / "films").root
+    (tmp_path / "both.txt").write_text("00077.jpg\n")
+    (tmp_path / "one.txt").write_text("dev/00077.jpg\n")
+    lists = [f"{name}={tmp_path / name}.txt" for name in ("both", "one")]
+    source = ObjectCxrSource(ObjectCxrOptions(root=root, split_list=lists))
+    assert [source.lists(i) for i in (0, 1, 6)] == [["both"], [], ["both", "one"]]
 
 
 def test_a_zip_of_a_part_may_have_no_folder_and_is_asked_for_its_part_only(tmp_path: Path) -> None:
