@@ -11,12 +11,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std, start_processes
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from launcher.placement import Node
 from launcher.slurm.attempts import note_node_exit
+from medvlp import distributed
 from medvlp.lifetime import die_with
 from medvlp.prototypes.supervisor import WorkerSupervisor
 from medvlp.ranks import FIRST_ERROR, LostPeerError, available_cpus, claim_first_error
@@ -34,8 +36,8 @@ def launch(
     """Run `medvlp ARGUMENTS` once per rank with torchrun's process machinery, without restarts.
 
     When one rank fails the others of this node get SIGTERM, and SIGKILL half a minute later; ranks of other
-    nodes notice that they lost one. All ranks meet at the store of global rank 0 (torchrun's static
-    rendezvous), so that nodes may start in any order.
+    nodes notice that they lost one. The ranks of one node meet at a store of this process; those of several
+    at the store of global rank 0 (torchrun's static rendezvous), so that nodes may start in any order.
 
     Args:
         arguments: command line of every rank, without the program.
@@ -52,8 +54,11 @@ def launch(
     # The ranks have said what was wrong; torch would add a line about the exit code to it.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="medvlp-launch-") as folder, ExitStack() as stack:
-        node = node if node.port else dataclasses.replace(node, port=free_port())
         shared = {FIRST_ERROR: str(Path(folder) / "first-error")}
+        if not node.port:
+            store, node, meeting = meet_here(node)
+            stack.callback(lambda: store)  # which lives as long as its ranks
+            shared |= meeting
         if workers:
             shared |= stack.enter_context(WorkerSupervisor()).environment
         environments = {rank: rank_environment(rank, ranks, node, has_cuda) | shared for rank in range(ranks)}
@@ -132,6 +137,17 @@ def library_environment(ranks: int, has_cuda: bool, given: Mapping[str, str]) ->
     if not has_cuda:
         settings["DS_ACCELERATOR"] = "cpu"
     return {name: value for name, value in settings.items() if name not in given}
+
+
+def meet_here(node: Node) -> tuple[Any, Node, dict[str, str]]:
+    """A store for the ranks of a run on this machine alone, the node with its port, and what tells the ranks.
+
+    A port that was only found free may be another program's when rank 0 has imported torch, seconds later;
+    this one is held from now on. The ranks take it for the store of torchrun's agent.
+    """
+    store = distributed.host_store()
+    agent = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    return store, dataclasses.replace(node, port=store.port), agent
 
 
 def free_port() -> int:

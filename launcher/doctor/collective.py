@@ -93,15 +93,16 @@ def _on_this_machine() -> tuple[list[str], str]:
     """One rank a GPU, or two on the CPU, each in a process of its own."""
     import torch
 
-    from launcher.local import free_port, rank_environment
+    from launcher.local import meet_here, rank_environment
     from launcher.placement import Node
 
     has_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    ranks, node = torch.cuda.device_count() if has_cuda else 2, Node(port=free_port())
+    ranks = torch.cuda.device_count() if has_cuda else 2
+    store, node, meeting = meet_here(Node())
     processes = [
         subprocess.Popen(
             [*program({}), "doctor-rank"],
-            env=rank_environment(rank, ranks, node, has_cuda),
+            env=rank_environment(rank, ranks, node, has_cuda) | meeting,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -114,4 +115,5 @@ def _on_this_machine() -> tuple[list[str], str]:
         output, errors = process.communicate(timeout=2 * _JOIN.total_seconds())
         lines += output.splitlines()
         complaints = complaints or (" ".join(errors.split())[-300:] if process.returncode else "")
+    del store  # the ranks have met
     return lines, complaints

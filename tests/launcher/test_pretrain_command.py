@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from torch.distributed import rendezvous
 from typer.testing import CliRunner
 
-from launcher.local import free_port
+from launcher.local import free_port, meet_here
 from launcher.main import app
+from launcher.placement import Node
 from medvlp.config_files import ConfigError
 from medvlp.ranks import LaunchError
 from tests.training.runs import TINY, read_metrics
@@ -165,3 +169,15 @@ def test_torchrun_is_joined(data, tmp_path):
     assert len(read_metrics(tmp_path / "run")) == 2
     told = json.loads((tmp_path / "run/environment.json").read_text())
     assert told["world_size"] == 2
+
+
+def test_the_port_of_a_run_is_nobody_elses_before_its_ranks_are_up() -> None:
+    """Rank 0 imports torch for seconds; a port that is only remembered goes to whoever asks meanwhile."""
+    store, node, meeting = meet_here(Node())
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(("0.0.0.0", node.port))
+    address = {"MASTER_ADDR": node.address, "MASTER_PORT": str(node.port)}
+    with mock.patch.dict(os.environ, address | meeting):
+        joined, rank, _ = next(rendezvous("env://", rank=0, world_size=1))
+    joined.set("met", "here")
+    assert (store.get("met"), rank) == (b"here", 0)
