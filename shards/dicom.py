@@ -6,8 +6,6 @@ occurs (65,536 at the most) and then looked up for the pixels.
 """
 
 import io
-import logging
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +15,11 @@ import cv2
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
-from pydicom.errors import InvalidDicomError
-from pydicom.filereader import read_dataset, read_preamble
 from pydicom.pixels.processing import apply_color_lut, apply_windowing
 from pydicom.pixels.utils import pixel_array
-from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
+from pydicom.uid import UID
 
+from shards.dicom_header import DicomHeader, dicom_errors, header_fields, refuse_deflated, text_of
 from shards.errors import DataError
 from shards.images import MAX_PIXELS, WINDOW_PERCENTILES
 
@@ -56,28 +53,17 @@ _Values = NDArray[np.float64]
 _Counts = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class Radiograph:
-    """One image of a DICOM file.
+@dataclass(frozen=True, kw_only=True)
+class Radiograph(DicomHeader):
+    """One image of a DICOM file, and what its header says of it.
 
     Attributes:
         pixels: uint8 [height, width], square pixels, air dark.
         scale: across and down, pixels of `pixels` for one of the file; not 1 where the file's are not square.
-        patient_id, study_uid, series_uid, image_uid: of the header; "" where there is none.
-        view: ViewPosition ("PA", "AP", "LL", ...), upper case, or "".
-        body_part: BodyPartExamined, upper case, or "".
-        modality: "CR", "DX", ..., or "".
     """
 
     pixels: NDArray[np.uint8]
     scale: tuple[float, float]
-    patient_id: str
-    study_uid: str
-    series_uid: str
-    image_uid: str
-    view: str
-    body_part: str
-    modality: str
 
 
 def read_dicom(data: bytes | Path, window: Window = "auto", max_pixels: int = MAX_PIXELS) -> Radiograph:
@@ -95,21 +81,8 @@ def read_dicom(data: bytes | Path, window: Window = "auto", max_pixels: int = MA
     """
     if window not in get_args(Window):
         raise ValueError(f"window {window!r}: choose {', '.join(get_args(Window))}")
-    # pydicom warns of, and logs, values that break the standard; such values may be names of patients.
-    with warnings.catch_warnings(), _quiet("pydicom"):
-        warnings.simplefilter("ignore")
-        try:
-            return _read(data, window, max_pixels)
-        except DataError:
-            raise
-        except InvalidDicomError as error:
-            raise DataError("not a DICOM file") from error
-        except OSError as error:
-            raise DataError(f"cannot be read: {error.strerror or 'damaged'}") from error
-        except Exception as error:
-            # pydicom parses a value when it is first looked at, so a damaged file can raise almost anything
-            # anywhere; the text of such an error may hold values of the header.
-            raise DataError(f"damaged DICOM file ({type(error).__name__})") from error
+    with dicom_errors():
+        return _read(data, window, max_pixels)
 
 
 def _read(data: bytes | Path, window: Window, max_pixels: int) -> Radiograph:
@@ -117,41 +90,12 @@ def _read(data: bytes | Path, window: Window, max_pixels: int) -> Radiograph:
     _check(header, max_pixels)
     stored = _shown(_decode(header), header, window)
     pixels = _with_square_pixels(stored, header)
-    return Radiograph(
-        pixels,
-        scale=(pixels.shape[1] / stored.shape[1], pixels.shape[0] / stored.shape[0]),
-        patient_id=_text(header, "PatientID"),
-        study_uid=_text(header, "StudyInstanceUID"),
-        series_uid=_text(header, "SeriesInstanceUID"),
-        image_uid=_text(header, "SOPInstanceUID"),
-        view=_text(header, "ViewPosition").upper(),
-        body_part=_text(header, "BodyPartExamined").upper(),
-        modality=_text(header, "Modality").upper(),
-    )
-
-
-class _quiet:  # noqa: N801 - reads as a verb in a with statement
-    """No log records of one library while the block runs."""
-
-    def __init__(self, name: str) -> None:
-        self._logger = logging.getLogger(name)
-
-    def __enter__(self) -> None:
-        self._disabled, self._logger.disabled = self._logger.disabled, True
-
-    def __exit__(self, *_: object) -> None:
-        self._logger.disabled = self._disabled
+    scale = (pixels.shape[1] / stored.shape[1], pixels.shape[0] / stored.shape[0])
+    return Radiograph(**header_fields(header), pixels=pixels, scale=scale)
 
 
 def _read_header(content: bytes) -> Any:
-    file = io.BytesIO(content)
-    read_preamble(file, force=False)
-    meta = read_dataset(file, False, True, stop_when=lambda tag, _vr, _length: tag.group != 2)
-    if meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
-        raise DataError(
-            "deflated DICOM files are not read, since their size is unknown before they are unpacked; "
-            "convert them (dcmtk: dcmconv +te)"
-        )
+    refuse_deflated(io.BytesIO(content))
     return pydicom.dcmread(io.BytesIO(content))
 
 
@@ -198,7 +142,7 @@ def _decode(header: Any) -> NDArray[Any]:
 
 
 def _shown(stored: NDArray[Any], header: Any, window: Window) -> NDArray[np.uint8]:
-    photometric = _text(header, "PhotometricInterpretation").upper()
+    photometric = text_of(header, "PhotometricInterpretation").upper()
     if photometric not in _GRAYSCALE:
         return _gray(stored, header, photometric)
     first = int(stored.min())
@@ -260,7 +204,7 @@ def _auto(values: _Values, counts: _Counts, header: Any) -> _Values:
     if center is not None and width is not None and width > 1:
         inside = np.abs(values - center) <= width / 2
         if counts[inside].sum() >= LEAST_INSIDE * counts.sum():
-            return _windowed(values, center, width, _text(header, "VOILUTFunction"))
+            return _windowed(values, center, width, text_of(header, "VOILUTFunction"))
     if header.BitsStored <= 8:
         return _stretched(values, *_modality(np.array([0, 255]), header))
     return _by_percentiles(values, _without_padding(values, counts, header))
@@ -339,11 +283,6 @@ def _with_square_pixels(pixels: NDArray[np.uint8], header: Any) -> NDArray[np.ui
         raise DataError(f"DICOM pixels of ratio {vertical}:{horizontal} make an image of {width} x {height}")
     resized = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_LINEAR)
     return np.asarray(resized, dtype=np.uint8)
-
-
-def _text(header: Any, name: str) -> str:
-    value = header.get(name)
-    return "" if value is None else str(value).strip()
 
 
 def _number(header: Any, name: str) -> int | None:

@@ -102,7 +102,7 @@ class ArchiveSource(Source):
     """
 
     facts: ClassVar[Facts]
-    language: ClassVar[str] = "en"
+    language: str = "en"
     reading: ClassVar[int] = 1
 
     def __init__(self, options: ArchiveOptions) -> None:

@@ -1,0 +1,312 @@
+"""Source: a folder of DICOM files, with a report for each study where there is one."""
+
+import json
+import os
+import sqlite3
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import xxhash
+
+from shards.archives.files import read_member
+from shards.archives.records import Join, Record
+from shards.archives.source import ArchiveOptions, ArchiveSource, Facts, Identity
+from shards.dicom import Window, read_dicom
+from shards.dicom_header import DicomHeader, is_dicom, read_header
+from shards.errors import DataError
+from shards.sources.base import option
+from shards.sources.registry import register
+from shards.study import Study
+from shards.text.headings import LANGUAGES
+from shards.text.sections import split_sections
+
+#: Endings of files that are meant to be DICOM; files of other endings are, if they begin like one.
+_ENDINGS = (".dcm", ".dicom", ".ima")
+_REPORT = "report.txt"
+_REPORT_LIMIT = 1 << 20
+_LATIN = "reports are not UTF-8 and were read as Latin-1"
+#: Stands for several studies in one folder, of which none is meant.
+_SEVERAL = "*"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DicomOptions(ArchiveOptions):
+    """Options of `medvlp shards build dicom`."""
+
+    reports: Path | None = option(
+        "CSV with the columns StudyInstanceUID and report; default: text files beside the images", None
+    )
+    language: str = option(f"of the reports: {', '.join(LANGUAGES)}", "en")
+    modality: list[str] = option("modalities that are taken (repeatable)", ["CR", "DX"])
+    window: Window = option("DICOM values to grey levels", "auto")
+    license: str = option("licence of the images, which every sample names", "not stated")
+
+
+@register("dicom", DicomOptions)
+def open_dicom(options: DicomOptions, image_size: int) -> "DicomSource":
+    """Build from a folder of DICOM files of any depth, with a report a study where there is one."""
+    return DicomSource(options)
+
+
+class DicomSource(ArchiveSource):
+    """One DICOM file a record; patient, study and image are those of its header.
+
+    Paths of files may name patients, so a message names a file by its number in the order of their paths.
+    """
+
+    name = "dicom"
+    facts = Facts(
+        title="DICOM files",
+        license="not stated",
+        access="your own files",
+        origin="where the images are kept",
+    )
+    options: DicomOptions
+
+    def prepare(self) -> None:
+        """No labels, no published numbers."""
+        self.label_names, self.published = [], {}
+        self.language = self.options.language
+        if self.language not in LANGUAGES:
+            raise DataError(f"--language {self.language}: choose {', '.join(LANGUAGES)}")
+        self._notes: Counter[str] = Counter()
+
+    def records(self) -> Iterator[Record]:
+        """Every DICOM file, with the report of its study or the path of the text file that holds it."""
+        scan = _Scan()
+        for number, path in enumerate(self.files.names(""), start=1):
+            self._look_at(scan, number, path)
+        digest = xxhash.xxh3_128()
+        join = self._reports_table()
+        records = scan.records(with_files=join is None)
+        for record in records if join is None else join.records(records, report="study"):
+            digest.update(record.to_json().encode())
+            yield record
+        self.texts.hashes["DICOM headers"] = f"xxh3:{digest.hexdigest()}"
+        self.texts.remarks += scan.remarks(with_files=join is None)
+
+    def identify(self, record: Record) -> Identity:
+        """As the header has it; the unique ids are those of DICOM."""
+        if record["mixed"]:
+            raise record.error("its StudyInstanceUID is also that of another patient")
+        modality = record["modality"]
+        if not modality:
+            raise record.error("no Modality in the header")
+        return Identity(
+            patient=record["patient"],
+            image=record.text("image"),
+            study=record.text("study"),
+            left_out="" if modality in self.options.modality else "a modality that --modality does not name",
+        )
+
+    def list_id(self, text: str) -> str:
+        """An id as the header has it."""
+        return text.strip()
+
+    def studies(self, record: Record) -> list[Study]:
+        """The image with the report of its study."""
+        film = read_dicom(self.files.read(_path(record["path"])), self.options.window)
+        found = (film.patient_id, film.study_uid, film.image_uid)
+        if found != (record["patient"], record["study"], record["image"]):
+            raise record.error("has another patient, study or image than when the build began")
+        text = self._report(record)
+        return [
+            Study(
+                study_id=film.study_uid,
+                patient_id=film.patient_id,
+                image=film.pixels,
+                view=film.view,
+                sections=split_sections(text, self.language) if text else {},
+                license=self.options.license,
+                extra={
+                    "sex": film.sex,
+                    "age": film.age,
+                    "modality": film.modality,
+                    "body_part": film.body_part,
+                },
+            )
+        ]
+
+    def take_notes(self) -> dict[str, int]:
+        """Reports that were read in another encoding."""
+        notes, self._notes = self._notes, Counter()
+        return dict(notes)
+
+    def _look_at(self, scan: "_Scan", number: int, path: str) -> None:
+        """Read the header of a file, or pass it over."""
+        lower = path.lower()
+        if lower.endswith(".txt"):
+            scan.add_text(path)
+            return
+        member = self.files.find(path)
+        try:
+            if member is None:
+                raise DataError("is gone")
+            with member.open() as file:
+                if not lower.endswith(_ENDINGS) and not is_dicom(file):
+                    scan.others += 1
+                    return
+                header = read_header(file)
+        except (DataError, OSError) as error:
+            reason = str(error) if isinstance(error, DataError) else "cannot be read"
+            scan.add_bad(number, path, reason)
+            return
+        if header.is_directory:
+            scan.others += 1
+        else:
+            scan.add(number, path, header)
+
+    def _reports_table(self) -> Join | None:
+        """The table of --reports by study."""
+        if self.options.reports is None:
+            return None
+        texts = self.open(self.options.reports.parent, "where the reports are kept")
+        table = texts.table(self.options.reports.name, columns=["StudyInstanceUID", "report"])
+        join = self.join()
+        join.add("report", table, key="StudyInstanceUID", unique=True)
+        return join
+
+    def _report(self, record: Record) -> str:
+        if rows := record.joined.get("report"):
+            return rows[0]["report"]
+        if not record["text"]:
+            return ""
+        member = self.files.find(_path(record["text"]))
+        if member is None:
+            raise record.error("the text file with its report is gone")
+        data = read_member(member, _REPORT_LIMIT)
+        try:
+            text = data.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            self._notes[_LATIN] += 1
+            text = data.decode("latin-1")
+        if "\0" in text:
+            raise record.error("the text file with its report is no text")
+        return text.strip()
+
+
+class _Scan:
+    """What was found below the root, in a temporary SQLite file: headers, text files, studies of folders."""
+
+    def __init__(self) -> None:
+        self.others = 0
+        self._with_text = self._without_text = 0
+        self._database = sqlite3.connect("", isolation_level=None)
+        for table in (
+            "paths (path TEXT PRIMARY KEY) WITHOUT ROWID",
+            "texts (folded TEXT PRIMARY KEY, path TEXT, used INTEGER) WITHOUT ROWID",
+            "files (number INTEGER PRIMARY KEY, path TEXT, cells TEXT, problem TEXT)",
+            "patient_of_study (key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID",
+            "study_of_folder (key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID",
+        ):
+            self._database.execute(f"CREATE TABLE {table}")
+
+    def add_text(self, path: str) -> None:
+        """A text file, which may be a report."""
+        self._see(path)
+        row = (_code(path).casefold(), _code(path))
+        if not self._database.execute("INSERT OR IGNORE INTO texts VALUES (?, ?, 0)", row).rowcount:
+            raise DataError("two text files below --root differ in upper and lower case only; rename one")
+
+    def add_bad(self, number: int, path: str, problem: str) -> None:
+        """A file that should be DICOM and cannot be read."""
+        self._see(path)
+        self._database.execute("INSERT INTO files VALUES (?, ?, '', ?)", (number, _code(path), problem))
+
+    def add(self, number: int, path: str, header: DicomHeader) -> None:
+        """A DICOM file."""
+        self._see(path)
+        cells = {
+            "patient": header.patient_id,
+            "study": header.study_uid,
+            "image": header.image_uid,
+            "modality": header.modality,
+        }
+        self._database.execute(
+            "INSERT INTO files VALUES (?, ?, ?, '')", (number, _code(path), json.dumps(cells))
+        )
+        self._note("patient_of_study", header.study_uid, header.patient_id)
+        for folder in PurePosixPath(_code(path)).parents:
+            self._note("study_of_folder", str(folder), header.study_uid)
+
+    def records(self, with_files: bool) -> Iterator[Record]:
+        """A record a file, in the order of their paths.
+
+        Args:
+            with_files: look for text files with reports.
+        """
+        for number, path, cells, problem in self._database.execute("SELECT * FROM files ORDER BY number"):
+            if problem:
+                yield Record("DICOM file", number, {}, problem=problem)
+                continue
+            found: dict[str, str] = json.loads(cells)
+            mixed = "1" if self._noted("patient_of_study", found["study"]) == _SEVERAL else ""
+            text = ""
+            if with_files:
+                try:
+                    text = self._text(PurePosixPath(path), found["study"])
+                except DataError as error:
+                    yield Record("DICOM file", number, {}, problem=str(error))
+                    continue
+                self._with_text += bool(text)
+                self._without_text += not text
+            yield Record("DICOM file", number, found | {"path": path, "text": text, "mixed": mixed})
+
+    def remarks(self, with_files: bool) -> list[str]:
+        """Files that were passed over, images without a report, text files that are nobody's."""
+        lines = [f"{self.others:,} files that are no DICOM images were passed over"] if self.others else []
+        if with_files:
+            if self._without_text:
+                count = self._with_text + self._without_text
+                lines.append(f"{self._without_text:,} of {count:,} DICOM files have no report beside them")
+            (unused,) = self._database.execute("SELECT count(*) FROM texts WHERE used = 0").fetchone()
+            if unused:
+                lines.append(f"{unused:,} text files are the report of no DICOM file by their names")
+        return lines
+
+    def _text(self, path: PurePosixPath, study: str) -> str:
+        """The nearest text file with the report of an image, from its own name up to the root; or ""."""
+        names = [path.with_suffix(".txt"), path.with_name(f"{path.name}.txt")]
+        for folder in path.parents:
+            names += [folder / f"{study}.txt", folder / _REPORT]
+        for name in names:
+            query = "UPDATE texts SET used = 1 WHERE folded = ? RETURNING path"
+            found = self._database.execute(query, (str(name).casefold(),)).fetchone()
+            if found is None:
+                continue
+            if name.name == _REPORT and self._noted("study_of_folder", str(name.parent)) == _SEVERAL:
+                raise DataError(
+                    f"{_REPORT} lies above files of several studies; name it like the image or the "
+                    "StudyInstanceUID"
+                )
+            return str(found[0])
+        return ""
+
+    def _see(self, path: str) -> None:
+        if not self._database.execute("INSERT OR IGNORE INTO paths VALUES (?)", (_code(path),)).rowcount:
+            raise DataError(
+                "two files below --root have one path, inside zips; unpack each in its own folder"
+            )
+
+    def _note(self, table: str, key: str, value: str) -> None:
+        """Remember the one value of a key, or that it has several."""
+        self._database.execute(
+            f"INSERT INTO {table} VALUES (?1, ?2) ON CONFLICT DO UPDATE SET value = ?3 WHERE value != ?2",
+            (key, value, _SEVERAL),
+        )
+
+    def _noted(self, table: str, key: str) -> str:
+        row = self._database.execute(f"SELECT value FROM {table} WHERE key = ?", (key,)).fetchone()
+        return row[0] if row else ""
+
+
+def _code(path: str) -> str:
+    """A path as text that can be stored: file names need not be Unicode."""
+    return os.fsencode(path).decode("latin-1")
+
+
+def _path(code: str) -> str:
+    """The path of `_code`."""
+    return os.fsdecode(code.encode("latin-1"))

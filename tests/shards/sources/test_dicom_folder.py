@@ -1,0 +1,197 @@
+"""A folder of DICOM files: headers, reports by study, what is passed over and what is rejected."""
+
+import pickle
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from launcher.main import app
+from shards.dicom import read_dicom
+from shards.entities.extractor import check_language
+from shards.errors import DataError
+from shards.reader import ShardReader
+from shards.sources.base import RejectedRecord
+from shards.sources.dicom import DicomOptions, DicomSource
+from shards.study import Study
+from shards.verify import verify
+from tests.fixtures import dicom_folder as fixture
+from tests.fixtures.archive import film, write_table
+
+
+def outcome(source: DicomSource) -> tuple[dict[str, Study], dict[int | None, str]]:
+    """Studies by image number, and reasons of rejections by the number of the file."""
+    studies, reasons = {}, {}
+    for i in range(len(source)):
+        try:
+            (study,) = source.load(i)
+        except RejectedRecord as error:
+            reasons[error.line] = error.reason
+        else:
+            differences = [np.abs(study.image.astype(int) - film(n)).max() for n in range(10)]
+            studies[str(int(np.argmin(differences)))] = study
+            assert min(differences) <= 1
+    return studies, reasons
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> DicomSource:
+    return DicomSource(DicomOptions(root=fixture.write(tmp_path / "root")))
+
+
+def test_patients_studies_views_and_reports(source: DicomSource) -> None:
+    studies, _ = outcome(source)
+    assert {number: (s.patient_id, s.study_id, s.view) for number, s in studies.items()} == {
+        "1": ("P1", "1.2.1", "PA"),
+        "2": ("P1", "1.2.1", "LL"),
+        "3": ("P2", "1.2.2", "AP"),
+        "4": ("P2", "1.2.3", "PA"),
+        "8": ("P5", "1.2.7", "PA"),
+        "9": ("P6", "1.2.8", "PA"),
+    }
+    report = {"findings": "Clear lungs.", "impression": "Normal."}
+    assert studies["1"].sections == studies["2"].sections == report
+    assert studies["1"].sentences == ["Clear lungs.", "Normal."]
+    assert studies["3"].sections == {"impression": "Opacité à gauche."}
+    assert studies["4"].sections == {"findings": "No effusion."}
+    assert studies["8"].sections == studies["9"].sections == {}
+    assert [studies[n].extra["age"] for n in "124"] == [61, 1, None]
+    assert [studies[n].extra["sex"] for n in "124"] == ["F", "", ""]
+    assert studies["1"].license == "not stated"
+    assert source.take_notes() == {"reports are not UTF-8 and were read as Latin-1": 1}
+
+
+def test_what_is_rejected_left_out_and_passed_over(source: DicomSource) -> None:
+    _, reasons = outcome(source)
+    assert sorted(reasons.values()) == [
+        "DICOM file: an earlier row is about the same image",
+        "DICOM file: no patient",
+        "DICOM file: not a DICOM file",
+        "pixels of a DICOM file (Explicit VR Little Endian) cannot be decoded",
+    ]
+    assert source.remarks() == [
+        "1 records left out: a modality that --modality does not name",
+        "2 files that are no DICOM images were passed over",
+        "6 of 10 DICOM files have no report beside them",
+        "1 text files are the report of no DICOM file by their names",
+    ]
+
+
+def test_other_modalities_on_request(tmp_path: Path) -> None:
+    root = fixture.write(tmp_path)
+    studies, _ = outcome(DicomSource(DicomOptions(root=root, modality=["CT"], license="CC BY 4.0")))
+    assert list(studies) == ["5"]
+    assert studies["5"].license == "CC BY 4.0"
+
+
+def test_a_table_of_reports_stands_in_for_text_files(tmp_path: Path) -> None:
+    root = fixture.write(tmp_path / "root")
+    rows = [("1.2.1", "Hallazgos: Normal.\nImpresión: Sin cambios."), ("1.2.99", "De nadie.")]
+    table = write_table(tmp_path / "reports.csv", "StudyInstanceUID,report", rows)
+    source = DicomSource(DicomOptions(root=root, reports=table, language="es"))
+    studies, _ = outcome(source)
+    expected = {"findings": "Normal.", "impression": "Sin cambios."}
+    assert studies["1"].sections == studies["2"].sections == expected
+    assert studies["3"].sections == {}
+    assert "reports.csv: 1 rows are about no record of the archive" in source.remarks()
+    with pytest.raises(DataError, match="language: es"):
+        check_language(source.arguments)
+    write_table(table, "StudyInstanceUID,report", [rows[0], rows[0]])
+    with pytest.raises(DataError, match=r"reports\.csv: what line 2 is about stands in another line too"):
+        DicomSource(DicomOptions(root=root, reports=table))
+    with pytest.raises(DataError, match=r"has no none\.csv"):
+        DicomSource(DicomOptions(root=root, reports=tmp_path / "none.csv"))
+
+
+def test_one_report_above_two_studies_is_nobodys(tmp_path: Path) -> None:
+    root = fixture.write(tmp_path)
+    (root / "b" / "report.txt").write_text("Whose?")
+    (root / "b" / "1.2.2.TXT").unlink()
+    studies, reasons = outcome(DicomSource(DicomOptions(root=root)))
+    assert "3" not in studies
+    assert any("lies above files of several studies" in reason for reason in reasons.values())
+    assert studies["4"].sections == {"findings": "No effusion."}  # named like its image
+
+
+def test_a_study_of_two_patients_is_rejected(tmp_path: Path) -> None:
+    root = fixture.write(tmp_path)
+    (root / "f" / "other.dcm").write_bytes(fixture.image(6, "1.2.7", "P9"))
+    studies, reasons = outcome(DicomSource(DicomOptions(root=root)))
+    assert "8" not in studies
+    mixed = [reason for reason in reasons.values() if "also that of another patient" in reason]
+    assert len(mixed) == 2
+
+
+def test_a_file_that_changes_meanwhile_is_rejected(source: DicomSource, tmp_path: Path) -> None:
+    (tmp_path / "root" / "f" / "bare.dcm").write_bytes(fixture.image(8, "1.2.7", "P7"))
+    studies, reasons = outcome(source)
+    assert "8" not in studies
+    assert any("than when the build began" in reason for reason in reasons.values())
+
+
+def test_lists_name_patients_studies_or_images(tmp_path: Path) -> None:
+    root = fixture.write(tmp_path / "root")
+    (tmp_path / "out.txt").write_text("P2\n1.2.7\n1.9.1\n")
+    studies, _ = outcome(DicomSource(DicomOptions(root=root, exclude=[tmp_path / "out.txt"])))
+    assert sorted(studies) == ["2", "9"]
+    (tmp_path / "test.txt").write_text("P1\n")
+    source = DicomSource(DicomOptions(root=root, split_list=[f"test={tmp_path / 'test.txt'}"]))
+    assert {study.split for study in outcome(source)[0].values()} == {"test"}
+
+
+def test_a_zip_is_read_like_the_folder_and_workers_get_the_same(tmp_path: Path) -> None:
+    root = fixture.write(tmp_path / "root")
+    for odd in (root / "g").iterdir():  # a zip holds no such name
+        odd.rename(root / "g" / "odd.dcm")
+    expected = outcome(DicomSource(DicomOptions(root=root)))
+    with zipfile.ZipFile(tmp_path / "packed.zip", "w", zipfile.ZIP_DEFLATED) as packed:
+        for path in sorted(root.rglob("*")):
+            packed.write(path, path.relative_to(root))
+    zipped = DicomSource(DicomOptions(root=tmp_path / "packed.zip"))
+    for found in (outcome(zipped), outcome(pickle.loads(pickle.dumps(zipped)))):
+        assert found[0].keys() == expected[0].keys()
+        assert sorted(found[1].values()) == sorted(expected[1].values())
+        assert {n: s.sections for n, s in found[0].items()} == {n: s.sections for n, s in expected[0].items()}
+    (tmp_path / "packed.zip").rename(root / "one.zip")
+    with pytest.raises(DataError, match="two files below --root have one path"):
+        DicomSource(DicomOptions(root=root))
+
+
+def test_it_builds_with_hashed_ids_and_says_nothing_of_anybody(tmp_path: Path) -> None:
+    root, out = fixture.write(tmp_path / "root"), tmp_path / "out"
+    words = ["--root", root, "--out", out, "--image-size", 64, "--workers", 1, "--max-rejected", 1,
+             "--hash-ids", "--modality", "CR", "--modality", "DX"]  # fmt: skip
+    (tmp_path / "key").write_bytes(b"k" * 32)
+    words += ["--hash-key", tmp_path / "key"]
+    result = CliRunner().invoke(app, ["shards", "build", "dicom", *map(str, words)], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    assert verify(out, 1) == []
+    assert sum(shard.samples for shard in ShardReader(out).index.shards) == 6
+    said = result.output + (out / "rejected.jsonl").read_text() + (out / "index.json").read_text()
+    for word in ("P1", "Planted", "1.2.1", "nobody.dcm", "Clear lungs"):
+        assert word not in said
+
+
+def test_options_that_cannot_be(tmp_path: Path) -> None:
+    root = fixture.write(tmp_path / "root")
+    with pytest.raises(DataError, match="--language xx: choose"):
+        DicomSource(DicomOptions(root=root, language="xx"))
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match="holds no records of DICOM files"):
+        DicomSource(DicomOptions(root=tmp_path / "none"))
+
+
+@pytest.mark.shared
+def test_the_real_files(shared: Path) -> None:
+    source = DicomSource(DicomOptions(root=shared / "data" / "dicom"))
+    studies = [source.load(i)[0] for i in range(len(source))]
+    assert [(study.view, study.image.shape, study.extra["sex"], study.extra["age"]) for study in studies] == [
+        ("PA", (1955, 1841), "F", None),
+        ("PA", (1024, 1024), "M", 62),
+    ]
+    assert len({study.patient_id for study in studies}) == 2
+    films = [read_dicom(path) for path in sorted((shared / "data" / "dicom").glob("*.dcm"))]
+    for study, film_ in zip(studies, films, strict=True):
+        assert (study.image == film_.pixels).all()
