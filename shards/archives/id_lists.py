@@ -130,7 +130,7 @@ class UserLists:
         return bool(self._splits)
 
     def check(self) -> list[str]:
-        """A line for each list of which some ids are not in the archive.
+        """A line for each list of which some ids are not in the data.
 
         Raises:
             DataError: none of a list's ids is: they are written in another way, or belong to another archive.
@@ -140,10 +140,10 @@ class UserLists:
             for file, count, unused in lists.unused():
                 if unused == count:
                     raise DataError(
-                        f"none of the {count:,} ids in {file} is in the archive; is it a list of its ids?"
+                        f"none of the {count:,} ids in {file} is in the data; is it a list of its ids?"
                     )
                 if unused:
-                    lines.append(f"{unused:,} of {count:,} ids in {Path(file).name} are not in the archive")
+                    lines.append(f"{unused:,} of {count:,} ids in {Path(file).name} are not in the data")
         return lines
 
 

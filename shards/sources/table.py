@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.archives.id_lists import UserLists
 from shards.errors import DataError
 from shards.format import hash_file
 from shards.images import decode_image
@@ -45,12 +46,13 @@ class TableOptions:
     table: Path = option("CSV, TSV, JSONL (also .gz) or Parquet file, one image a row")
     images: Path = option("folder that the table's image paths start from")
     map_file: Path = option("YAML that says what the columns mean", name="--map")
+    exclude: list[Path] = option("file of patient, study or image ids to leave out (repeatable)", [])
 
 
 @register("table", TableOptions)
 def open_table(options: TableOptions, image_size: int) -> TableSource:
     """Build from a table of reports and a folder of images (see shards/sources/README.md)."""
-    return TableSource(options.table, options.images, options.map_file)
+    return TableSource(options.table, options.images, options.map_file, options.exclude)
 
 
 class TableSource(Source):
@@ -60,14 +62,15 @@ class TableSource(Source):
         table: the table; its ending names its kind.
         images: folder that image paths start from.
         map_file: YAML that names the columns (`shards.sources.table_map.TableMap`).
+        exclude: files of patients, studies, ids or image paths, one a line; their rows are left out.
 
     Raises:
-        DataError: table, folder or map cannot be used.
+        DataError: table, folder, map or a file of ids cannot be used.
     """
 
     name = "table"
 
-    def __init__(self, table: Path, images: Path, map_file: Path) -> None:
+    def __init__(self, table: Path, images: Path, map_file: Path, exclude: Sequence[Path] = ()) -> None:
         if not images.is_dir():
             raise DataError(f"image folder {images} does not exist")
         self._table = locate(table)
@@ -83,14 +86,18 @@ class TableSource(Source):
                 "map": mapped,
                 "reading": _READING,
             }
+        lists = UserLists([], exclude, str.strip)
+        if exclude:
+            self.arguments["exclude"] = lists.hashes["exclude"]
+        left_out = _LeftOut(self._map, lists)
         survey = _Survey(self._map, self._labels, self._paths, self._targets)
-        rows = read_rows(self._table, self._map.columns, self._map.format)
+        rows = left_out.pass_on(read_rows(self._table, self._map.columns, self._map.format))
         self._rows = RowStore(survey.pass_on(rows), self._map.columns)
         if not len(self._rows):
             raise DataError(f"{table} has no rows")
         self._groups = survey.groups() if self._map.targets.several else None
         self._duplicates = set() if self._map.targets.several else survey.duplicates()
-        self._remarks = survey.remarks()
+        self._remarks = survey.remarks() + left_out.remarks()
         names = [*self._labels, *self._map.targets.findings, *survey.box_labels()]
         self.label_names = list(dict.fromkeys(names))
 
@@ -251,6 +258,33 @@ class _Groups:
     def __getitem__(self, i: int) -> list[int]:
         rows: list[int] = self._rows[self._ends[i - 1] if i else 0 : self._ends[i]].tolist()
         return rows
+
+
+class _LeftOut:
+    """Leaves out the rows that the user's files of ids name."""
+
+    def __init__(self, table_map: TableMap, lists: UserLists) -> None:
+        names = (table_map.patient_id, table_map.study_id, table_map.id, table_map.image)
+        self._columns = [name for name in names if name is not None]
+        self._lists = lists
+        self._count = 0
+
+    def pass_on(self, rows: Iterator[Row | BadRow]) -> Iterator[Row | BadRow]:
+        """The rows that stay, and those that cannot be read."""
+        for row in rows:
+            if isinstance(row, Row) and self._lists.excludes(*(row[name] for name in self._columns)):
+                self._count += 1
+            else:
+                yield row
+
+    def remarks(self) -> list[str]:
+        """What was left out.
+
+        Raises:
+            DataError: none of a file's ids is in the table.
+        """
+        lines = [f"{self._count:,} rows left out by --exclude"] if self._count else []
+        return lines + self._lists.check()
 
 
 class _Survey:

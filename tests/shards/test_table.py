@@ -11,7 +11,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import tifffile
+from typer.testing import CliRunner
 
+from launcher.main import app
 from shards.build import BuildOptions
 from shards.errors import DataError
 from shards.identifiers import read_key
@@ -340,3 +342,37 @@ def test_rejections_hold_no_text_and_no_ids(
     assert len(text.splitlines()) == 3
     assert "secret" not in text
     assert "2.jpg" not in text
+
+
+def test_rows_of_excluded_patients_ids_and_images_are_left_out_and_counted(
+    tmp_path: Path, image_folder: Path, rows: Rows, map_file: MapWriter
+) -> None:
+    table = write_csv(tmp_path / "t.csv", rows)
+    leave = tmp_path / "leave.txt"
+    leave.write_text(f"{rows[0]['patient']}\n{rows[-1]['image']}\nnobody\n")
+    options = [
+        "--table",
+        str(table),
+        "--images",
+        str(image_folder),
+        "--map",
+        str(map_file()),
+        "--exclude",
+        str(leave),
+    ]
+    built = CliRunner().invoke(
+        app, ["shards", "build", "table", *options, "--out", str(tmp_path / "out"), "--image-size", "16"]
+    )
+    assert built.exit_code == 0, built.output
+    kept = [row for row in rows if row["patient"] != rows[0]["patient"] and row is not rows[-1]]
+    reader = ShardReader(tmp_path / "out")
+    found = [
+        reader.metadata(split, i) for split in reader.index.splits for i in range(reader.sample_count(split))
+    ]
+    assert sorted(item["study_id"] for item in found) == sorted(row["image"] for row in kept)
+    assert f"{len(rows) - len(kept)} rows left out by --exclude" in built.output
+    assert "1 of 3 ids in leave.txt are not in the data" in built.output
+    assert "nobody" not in built.output
+    leave.write_text("nobody\n")
+    with pytest.raises(DataError, match=r"none of the 1 ids in .*leave\.txt is in the data"):
+        TableSource(table, image_folder, map_file(), [leave])
