@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from shards.archives.records import temporary_database
 from shards.errors import DataError, UsageError
 from shards.format import hash_file
 from shards.metadata import LIST_NAME
@@ -24,7 +24,7 @@ class IdLists:
     """
 
     def __init__(self, normalise: Callable[[str], str] = str.strip) -> None:
-        self._database = sqlite3.connect("", isolation_level=None)
+        self._database = temporary_database()
         self._database.execute(
             "CREATE TABLE ids (id TEXT, list INTEGER, used INTEGER, PRIMARY KEY (id, list)) WITHOUT ROWID"
         )

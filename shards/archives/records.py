@@ -176,9 +176,7 @@ class Join:
     """
 
     def __init__(self) -> None:
-        # The empty name is SQLite's own kind of temporary database: on disk, and deleted while it is open.
-        self._database = sqlite3.connect("", isolation_level=None)
-        self._database.execute("PRAGMA journal_mode = OFF")
+        self._database = temporary_database()
         self._tables: dict[str, Rows] = {}
 
     def add(self, name: str, table: Rows, key: Key, *, unique: bool = False) -> None:
@@ -191,9 +189,7 @@ class Join:
         self._tables[name] = table
         with _room():
             self._database.execute(f'CREATE TABLE "{name}" (key TEXT, record TEXT)')
-            self._database.execute("BEGIN")
             self._database.executemany(f'INSERT INTO "{name}" VALUES (?, ?)', self._rows(table, key))
-            self._database.execute("COMMIT")
             self._database.execute(f'CREATE INDEX "{name} by key" ON "{name}" (key)')
             self._database.execute(f'CREATE TABLE "{name} used" (key TEXT PRIMARY KEY) WITHOUT ROWID')
             if unique:
@@ -248,6 +244,18 @@ class Join:
             raise DataError(
                 f"{table.name}: what line {line} is about stands in another line too; {table.again()}"
             )
+
+
+def temporary_database() -> sqlite3.Connection:
+    """An empty SQLite database on disk that vanishes with its connection.
+
+    The empty name is SQLite's own kind of temporary database. All that is done in it is one transaction that
+    is never committed, since one for each row would take longer than the row.
+    """
+    database = sqlite3.connect("", isolation_level=None)
+    database.execute("PRAGMA journal_mode = OFF")
+    database.execute("BEGIN")
+    return database
 
 
 def _key_of(record: Record, key: Key) -> str:

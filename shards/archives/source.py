@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sqlite3
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 
 from shards.archives.files import ArchiveFiles
 from shards.archives.id_lists import UserLists
-from shards.archives.records import Join, Record
+from shards.archives.records import Join, Record, temporary_database
 from shards.archives.texts import ArchiveTexts
 from shards.errors import DataError
 from shards.images import decode_image
@@ -286,7 +285,7 @@ class _Survey:
         self._source = source
         self._lists = lists
         self._left_out: Counter[str] = Counter()
-        self._seen = sqlite3.connect("", isolation_level=None)
+        self._seen = temporary_database()
         self._seen.execute("CREATE TABLE images (id TEXT PRIMARY KEY) WITHOUT ROWID")
 
     def rows(self) -> Iterator[Row | BadRow]:
