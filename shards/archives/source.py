@@ -257,9 +257,12 @@ class ArchiveSource(Source):
             for name, value in vars(self.options).items()
             if name not in ("root", "strict", "split_list", "exclude")
         }
+        files: dict[str, str] = {}
+        for name, digest in (pair for texts in self._texts for pair in texts.hashes.items()):
+            files[name] = f"{files[name]} {digest}" if name in files else digest  # of two roots
         return {
             "options": shown,
-            "files": {name: digest for texts in self._texts for name, digest in texts.hashes.items()},
+            "files": files,
             "lists": lists.hashes,
             "language": self.language,
             "reading": self.reading,

@@ -13,6 +13,7 @@ import xxhash
 
 from shards.archives.records import Record, object_records
 from shards.archives.source import ArchiveOptions, ArchiveSource, Facts, Identity
+from shards.dicom_header import read_header
 from shards.errors import DataError
 from shards.sources.base import option
 from shards.sources.registry import register
@@ -98,12 +99,21 @@ class IuSource(ArchiveSource):
                 study_id=record["uid"],
                 patient_id=record["uid"],
                 image=self.image(*json.loads(record["paths"])),
-                view=record["view"].upper(),
+                view=record["view"].upper() or self._view_of_dicom(record["image"]),
                 sections=json.loads(record["sections"]),
                 labels=_labels(mesh) if self._form != "r2gen" else {},
                 extra={"mesh": mesh} if self._form != "r2gen" else {},
             )
         ]
+
+    def _view_of_dicom(self, film: str) -> str:
+        """View by the original DICOM file, where NLMCXR_dcm was unpacked too: the XML does not tell it."""
+        name = film.removeprefix("CXR")
+        member = self.files.find(f"NLMCXR_dcm/{name.partition('_')[0]}/{name}.dcm")
+        if member is None:
+            return ""
+        with member.open() as file:
+            return read_header(file).view
 
     def _find_form(self) -> Form:
         has_xml = next(self._xml_names(), None) is not None

@@ -14,6 +14,8 @@ from shards.study import Question, Study
 
 _PUBLIC = "VQA_RAD Dataset Public.json"
 _MEVF = {"train": "trainset.json", "test": "testset.json"}
+#: What some copies hold, made of the train questions.
+_OTHER = "valset.json"
 _FIELDS = ("image_name", "image_organ", "question", "answer", "answer_type", "question_type", "phrase_type")
 _KINDS = ("closed", "open")
 _TEST_PHRASE = "test_"
@@ -117,6 +119,8 @@ class VqaRadSource(ArchiveSource):
     def _items(self) -> Iterator[tuple[str, Record]]:
         """Split and item of every question."""
         files = _MEVF if self._form == "mevf" else {"": _PUBLIC}
+        if self.files.find(_OTHER, or_gzip=True) is not None:
+            self.texts.remarks.append(f"{_OTHER} is no part of the set and was not read")
         for split, file in files.items():
             for item in object_records(self.texts.json(file), file, _FIELDS, ["image_case_url"]):
                 is_test = not item.problem and item["phrase_type"].startswith(_TEST_PHRASE)

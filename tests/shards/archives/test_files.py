@@ -174,3 +174,22 @@ def test_json_lines_under_another_name_and_broken_json(tmp_path: Path) -> None:
     assert texts.json("b.json") == {"name": "é"}
     with pytest.raises(DataError, match=r"a\.json: .*; get the file again from https"):
         texts.json("a.json")
+
+
+def test_files_of_one_name_in_several_folders_are_all_remembered(tmp_path: Path) -> None:
+    for folder in ("train", "test"):
+        put(tmp_path / folder / "ids.txt", f"{folder}\n".encode())
+    texts = ArchiveTexts(files(tmp_path))
+    assert [list(texts.lines(f"{folder}/ids.txt")) for folder in ("train", "test")] == [
+        [(1, "train")],
+        [(1, "test")],
+    ]
+    assert texts.hashes.keys() == {"train/ids.txt", "test/ids.txt"}
+
+
+def test_a_list_that_ends_within_a_line_is_refused_where_the_original_does_not(tmp_path: Path) -> None:
+    put(tmp_path / "ids.txt", b"one\ntw")
+    texts = ArchiveTexts(files(tmp_path))
+    assert list(texts.lines("ids.txt")) == [(1, "one"), (2, "tw")]
+    with pytest.raises(DataError, match=r"ids\.txt, line 2: the file ends within a line; get it again from"):
+        list(texts.lines("ids.txt", ended=True))

@@ -9,7 +9,7 @@ import pytest
 
 from shards.archives.files import ArchiveFiles
 from shards.archives.id_lists import IdLists, UserLists
-from shards.archives.records import Join, Record
+from shards.archives.records import Join, Record, object_records
 from shards.archives.texts import ArchiveTexts, Table
 from shards.errors import DataError, UsageError
 from shards.sources.base import RejectedRecord
@@ -127,3 +127,21 @@ def test_a_list_may_be_the_id_column_of_a_csv_file(tmp_path: Path) -> None:
         UserLists([f"train={file}"], [], str.strip)
     file.write_text("a,b\nc\n")  # no such column: an id a line, commas and all
     assert UserLists([f"train={file}"], [], str.strip).place("a,b")[0] == "train"
+
+
+def test_records_of_a_json_list_are_numbered_and_no_item_vanishes() -> None:
+    items = [{"a": " x ", "b": 3, "c": [1, "é"]}, {"a": None, "b": True}, {"a": "y"}, "none"]
+    records = list(object_records(items, "list.json", ["a", "b"], ["c"]))
+    assert [record.cells for record in records] == [
+        {"a": "x", "b": "3", "c": '[1, "é"]'},
+        {"a": "", "b": "true", "c": ""},
+        {},
+        {},
+    ]
+    assert [record.line for record in records] == [1, 2, 3, 4]
+    assert [record.problem for record in records[2:]] == [
+        "an item is no object with 'b'",
+        "an item is no object with 'a'",
+    ]
+    with pytest.raises(DataError, match=r"list\.json holds no list of objects"):
+        list(object_records({"a": 1}, "list.json", ["a"]))

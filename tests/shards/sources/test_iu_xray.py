@@ -8,6 +8,7 @@ import pytest
 from shards.errors import DataError
 from shards.sources.base import RejectedRecord
 from shards.sources.iu_xray import IuOptions, IuSource
+from tests.fixtures import dicom
 from tests.fixtures import iu_xray as fixture
 from tests.fixtures.archive import film, write_film
 
@@ -57,6 +58,18 @@ def test_views_are_kaggles_and_may_stand_beside_the_xml(tmp_path: Path) -> None:
     (tmp_path / "csv" / "indiana_projections.csv").rename(tmp_path / "bare" / "indiana_projections.csv")
     beside = IuSource(IuOptions(root=tmp_path / "bare"))
     assert [beside.load(i)[0].view for i in range(6)] == views
+
+
+def test_views_are_those_of_the_original_dicom_files_where_they_are_there(tmp_path: Path) -> None:
+    source = opened(tmp_path)
+    folder = tmp_path / "NLMCXR_dcm" / "9001"
+    folder.mkdir(parents=True)
+    (folder / "9001_IM-9001-3001.dcm").write_bytes(dicom.saved(dicom.header(ViewPosition="AP")))
+    (folder / "9001_IM-9001-4001.dcm").write_bytes(b"damaged")
+    assert source.load(0)[0].view == "AP"
+    assert source.load(2)[0].view == ""
+    with pytest.raises(RejectedRecord, match="not a DICOM file"):
+        source.load(1)
 
 
 def test_r2gen_has_findings_and_a_split_of_reports(tmp_path: Path) -> None:

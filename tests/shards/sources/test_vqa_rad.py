@@ -45,7 +45,10 @@ def test_a_test_case_is_seen_in_test_only(tmp_path: Path) -> None:
 
 
 def test_mevf_names_no_case_so_an_image_is_one(tmp_path: Path) -> None:
-    source = VqaRadSource(VqaRadOptions(root=fixture.write_mevf(tmp_path).root))
+    root = fixture.write_mevf(tmp_path).root
+    (root / "valset.json").write_text("[]")
+    source = VqaRadSource(VqaRadOptions(root=root))
+    assert "valset.json is no part of the set and was not read" in source.remarks()
     found = {study.study_id: study for study in studies(source)}
     assert [(fixture.name(n), found[fixture.name(n)].split) for n in (1, 2, 3, 4)] == [
         (fixture.name(1), "test"),
