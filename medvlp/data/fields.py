@@ -7,7 +7,7 @@ registered by its name; loaders, datasets and batches do not change.
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -105,31 +105,70 @@ class Boxes(Field):
 
     def read(self, rows: Positions, views: Sequence[View], config: TransformConfig) -> Tensor:
         """See `Field`."""
-        boxes = [self._boxes(int(row), view) for row, view in zip(rows, views, strict=True)]
-        result = torch.zeros(len(boxes), max([len(found) for found in boxes], default=0), 5)
-        result[:, :, 0] = -1
-        for row, found in zip(result, boxes, strict=True):
-            row[: len(found)] = torch.from_numpy(found)
-        return result
+        return _padded([self._boxes(int(row), view) for row, view in zip(rows, views, strict=True)])
 
     def _boxes(self, position: int, view: View) -> NDArray[np.float32]:
         names = self.reader.index.label_names
         stored = self.reader.metadata(self.split, position)["boxes"]
-        if not stored:
-            return np.zeros((0, 5), dtype=np.float32)
         if not {box["label"] for box in stored} <= set(names):
             shard, _ = self.reader.locate(self.split, position)
             key = self.reader.key(self.split, position)
             raise DataError(f"{shard.file}: sample {key}: a box of a label that is no label of the dataset")
-        labels = np.array([names.index(box["label"]) for box in stored], dtype=np.float64)
-        x, y, width, height = (
-            np.array([box[key] for box in stored], dtype=np.float64) for key in ("x", "y", "width", "height")
-        )
-        (left, right), (top, bottom) = view.horizontal(x, x + width), view.vertical(y, y + height)
-        left, top = np.clip(left, 0, view.size), np.clip(top, 0, view.size)
-        right, bottom = np.clip(right, 0, view.size), np.clip(bottom, 0, view.size)
-        seen = (right > left) & (bottom > top)
-        return np.stack([labels, left, top, right, bottom], axis=1)[seen].astype(np.float32)
+        return _in_view([(names.index(box["label"]), box) for box in stored], view)[0]
+
+
+class Phrases(Field):
+    """[B, M, 6] float32: number, left, top, right, bottom, label of the boxes of each sample's phrases.
+
+    The number counts the phrases of the sample's metadata from 0; the label is -1 where a box bears none of
+    the dataset's label names; the rest is as in `Boxes`.
+    """
+
+    name = "phrases"
+
+    def missing(self) -> str | None:
+        """See `Field`: samples are asked one by one until one has a phrase with a box."""
+        unreadable = set(self.store.unreadable.tolist())
+        asked = (i for i in range(len(self.store)) if i not in unreadable)
+        if any(item["boxes"] for i in asked for item in self.reader.metadata(self.split, i)["phrases"]):
+            return None
+        return "no sample has a phrase with a box"
+
+    def read(self, rows: Positions, views: Sequence[View], config: TransformConfig) -> Tensor:
+        """See `Field`."""
+        return _padded([self._boxes(int(row), view) for row, view in zip(rows, views, strict=True)], 6)
+
+    def _boxes(self, position: int, view: View) -> NDArray[np.float32]:
+        known = {name: number for number, name in enumerate(self.reader.index.label_names)}
+        phrases = self.reader.metadata(self.split, position)["phrases"]
+        boxes = [(number, box) for number, phrase in enumerate(phrases) for box in phrase["boxes"]]
+        found, seen = _in_view(boxes, view)
+        labels = np.array([known.get(box["label"], -1) for _, box in boxes], dtype=np.float32)
+        return np.concatenate([found, labels[seen, None]], axis=1)
+
+
+def _in_view(
+    boxes: Sequence[tuple[int, dict[str, Any]]], view: View
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """[m, 5] number, left, top, right, bottom (pixels of the view) of the boxes in it, and which they are."""
+    numbers = np.array([number for number, _ in boxes], dtype=np.float64)
+    x, y, width, height = (
+        np.array([box[key] for _, box in boxes], dtype=np.float64) for key in ("x", "y", "width", "height")
+    )
+    (left, right), (top, bottom) = view.horizontal(x, x + width), view.vertical(y, y + height)
+    left, top = np.clip(left, 0, view.size), np.clip(top, 0, view.size)
+    right, bottom = np.clip(right, 0, view.size), np.clip(bottom, 0, view.size)
+    seen = (right > left) & (bottom > top)
+    return np.stack([numbers, left, top, right, bottom], axis=1)[seen].astype(np.float32), seen
+
+
+def _padded(boxes: Sequence[NDArray[np.float32]], columns: int = 5) -> Tensor:
+    """[B, M, columns] of B lists of boxes; rows without one hold -1 and zeros."""
+    result = torch.zeros(len(boxes), max([len(found) for found in boxes], default=0), columns)
+    result[:, :, 0] = -1
+    for row, found in zip(result, boxes, strict=True):
+        row[: len(found)] = torch.from_numpy(found)
+    return result
 
 
 class Masks(Field):
@@ -176,7 +215,7 @@ class Masks(Field):
 
 
 #: Every field by its name.
-FIELDS: dict[str, type[Field]] = {field.name: field for field in (Entities, Boxes, Masks)}
+FIELDS: dict[str, type[Field]] = {field.name: field for field in (Entities, Boxes, Phrases, Masks)}
 
 
 def open_fields(

@@ -1,4 +1,4 @@
-"""Prompts of zero-shot classification: sentences that state a finding and sentences that deny it.
+"""Prompts of zero-shot classification and grounding: sentences that state and that deny a finding.
 
 A prompt file is YAML with two optional sections:
 
@@ -144,8 +144,8 @@ def _fill(templates: Sequence[str], names: Sequence[str]) -> Iterator[str]:
                 yield sentence
 
 
-def read(file: Path | str | None) -> PromptBook:
-    """The prompts of a YAML file (see the module), or the default templates for None.
+def read(file: Path | str | None, task: str = "zero-shot") -> PromptBook:
+    """The prompts of a YAML file (see the module), or the default templates for None; `task` has the key.
 
     Raises:
         PromptError: the file cannot be read, has an unknown key, or a template without "{finding}".
@@ -155,7 +155,7 @@ def read(file: Path | str | None) -> PromptBook:
     try:
         content = load_yaml_text(Path(file))
     except DataError as error:
-        raise PromptError(f"evaluation.tasks.zero-shot.prompts={file}: {error}") from error
+        raise PromptError(f"evaluation.tasks.{task}.prompts={file}: {error}") from error
     content = _section(content, str(file), {"templates", "findings"})
     templates = _sides(content.get("templates"), f"{file}: templates", {"positive", "negative"})
     for side, sentences in templates.items():

@@ -116,7 +116,7 @@ class Session:
     def prompt_embeddings(self, sentences: tuple[str, ...]) -> dict[str, NDArray[Any] | None]:
         """See `View.prompt_embeddings`."""
         if sentences not in self._prompts:
-            text = self._tokenised(sentences)
+            text = self.tokenised(sentences)
             self._prompts[sentences] = {
                 name: embed_texts(method, text, self.device) if method.scores_by_embedding else None
                 for name, method in self.models.items()
@@ -134,7 +134,8 @@ class Session:
             for name, split in self._splits.items()
         }
 
-    def _tokenised(self, sentences: tuple[str, ...]) -> Text:
+    def tokenised(self, sentences: Sequence[str]) -> Text:
+        """See `View.tokenised`."""
         data = self.config.data
         return self.tokenizer.tokenize(
             [[sentence] for sentence in sentences], data.max_tokens, data.pad_to_max
@@ -146,7 +147,7 @@ class Session:
             image=any(of.image for of in needs),
             text=any(of.text for of in needs),
             features=any(of.features for of in needs),
-            prompts={of.prompts: self._tokenised(of.prompts) for of in needs if of.prompts},
+            prompts={of.prompts: self.tokenised(of.prompts) for of in needs if of.prompts},
         )
         # Only prompts need no network of a method that compares embeddings.
         models = self.models if wanted.image or wanted.text or wanted.features or wanted.prompts else {}
@@ -170,6 +171,7 @@ class Session:
             ],
             np.array(labels, dtype=np.float64).reshape(len(metadata), len(names)),
             arrays,
+            [[phrase["text"] for phrase in sample["phrases"]] for sample in metadata],
         )
 
 
@@ -220,6 +222,10 @@ class View:
     def prompt_embeddings(self, sentences: tuple[str, ...]) -> dict[str, NDArray[Any] | None]:
         """[P, D] unit-norm embeddings of sentences by every network; None: it scores pairs in its own way."""
         return self._session.prompt_embeddings(sentences)
+
+    def tokenised(self, sentences: Sequence[str]) -> Text:
+        """Sentences as the run's tokenizer gives them to a text encoder, each a text of its own."""
+        return self._session.tokenised(sentences)
 
     def bootstrap(self, patients: NDArray[Any]) -> PatientBootstrap:
         """The resamples of the intervals, for samples of these [N] patients."""

@@ -1,7 +1,7 @@
 """What is known about the samples of a split, beside what the models make of their images."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +25,7 @@ class Split:
         reports: N report texts of the configured sections, "" where there is none.
         labels: [N, C] stored labels in the order of the index: 1, 0, -1 (uncertain), NaN (unknown).
         arrays: embeddings, features and pixels.
+        phrases: texts of each sample's phrases, in stored order.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Split:
     reports: list[str]
     labels: NDArray[Any]
     arrays: SplitArrays
+    phrases: list[list[str]] = field(default_factory=list)
 
     @cached_property
     def ridge(self) -> PixelRidge:

@@ -126,6 +126,11 @@ class Method(nn.Module, abc.ABC):
         """[B, 1, H, W] images and N prompts -> [B, N] scores for zero-shot use (higher is more alike)."""
         return self.encode_image(image) @ self.encode_text(prompts).T
 
+    @property
+    def grounds(self) -> bool:
+        """Whether `ground` works."""
+        return False
+
     def ground(self, image: Tensor, prompts: Text) -> Tensor:
         """Where in the images the prompts are seen.
 
@@ -137,6 +142,6 @@ class Method(nn.Module, abc.ABC):
             range is the method's own: compare inside a map, not between methods.
 
         Raises:
-            NotImplementedError: the method has no such map.
+            NotImplementedError: the method has no such map (`grounds` is false).
         """
         raise NotImplementedError(f"{type(self).__name__} does not ground text in images")

@@ -89,6 +89,11 @@ class Alignment(PrototypeUser, nn.Module, abc.ABC):
         """[B, N] scores of B images with N prompts (see `Method.score`); `text` are the prompts' tokens."""
         return self.embed_image(image) @ self.embed_text(prompts, text).T
 
+    @property
+    def grounds(self) -> bool:
+        """See `Method.grounds`."""
+        return False
+
     def ground(self, image: ImageFeatures, prompts: TextFeatures, text: Text) -> Tensor:
         """[B, N, P] maps over the patches (see `Method.ground`)."""
         raise NotImplementedError(f"{type(self).__name__} does not ground text in images")
@@ -123,6 +128,10 @@ class PairMethod(Method):
 
     def score(self, image: Tensor, prompts: Text) -> Tensor:
         return self.alignment.score(self.image_encoder(image), self.text_encoder(prompts), prompts)
+
+    @property
+    def grounds(self) -> bool:
+        return self.alignment.grounds
 
     def ground(self, image: Tensor, prompts: Text) -> Tensor:
         features: ImageFeatures = self.image_encoder(image)

@@ -66,7 +66,7 @@ def test_only_who_asks_gets_a_field(make_config: ConfigFactory, tokenizer: Token
     for fields in ([], ["entities"]):
         batch = next(iter(evaluation_loader(config, reader, tokenizer, "test", 4, fields=fields)))
         assert list(batch.fields) == fields
-    with pytest.raises(ConfigError, match="entitys; there are entities, boxes, masks"):
+    with pytest.raises(ConfigError, match="entitys; there are entities, boxes, phrases, masks"):
         evaluation_loader(config, reader, tokenizer, "test", 4, fields=["entitys"])
 
 

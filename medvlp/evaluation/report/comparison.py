@@ -9,7 +9,7 @@ from medvlp.evaluation.report.results import Evaluation
 from medvlp.evaluation.task import EvaluationError, Metrics, Reading, tasks
 
 #: Models that hardly depend on the run: shown once when several evaluations have the same numbers for them.
-SHARED_MODELS = ("pixels", "chance")
+SHARED_MODELS = ("pixels", "prior", "finding-prior", "chance")
 
 
 def reading_of(task: str) -> Reading:

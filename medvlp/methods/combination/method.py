@@ -89,6 +89,10 @@ class Combination(Alignment):
     def score(self, image: ImageFeatures, prompts: TextFeatures, text: Text) -> Tensor:
         return self._embedding().score(image, prompts, text)
 
+    @property
+    def grounds(self) -> bool:
+        return self._embedding().grounds
+
     def ground(self, image: ImageFeatures, prompts: TextFeatures, text: Text) -> Tensor:
         return self._embedding().ground(image, prompts, text)
 

@@ -146,6 +146,10 @@ class MeDSLIP(Method, PrototypeUser):
         streams = self._image_streams(image).streams
         return self.objective.probability(self._ask(streams, prompts).features)
 
+    @property
+    def grounds(self) -> bool:
+        return True
+
     def ground(self, image: Tensor, prompts: Text) -> Tensor:
         """[B, N, rows, columns] attention of each prompt's query to the image tokens, mean over layers.
 

@@ -1,5 +1,6 @@
 """MGCA: multi-granularity cross-modal alignment (Wang et al., NeurIPS 2022)."""
 
+import torch
 from torch import Tensor
 
 from medvlp.config import Config
@@ -65,31 +66,51 @@ class MGCA(Alignment):
         return StepOutput(output.loss, output.terms | exclusion.metrics, shared, exclusion)
 
     def _tokens(self, pair: EncodedPair) -> MGCATokens:
-        config = self.config
-        image, text, batch = pair[:3]
-        attention = text.cls_attention
+        image = pair.image
+        words, valid, attention = self._words(pair.text, pair.batch.text)
+        return MGCATokens(
+            patches=self.patch_head(image.local),
+            words=words,
+            word_valid=valid,
+            word_attention=attention,
+            patch_attention=None if image.attention is None else image.attention.mean(1),
+        )
+
+    def _words(self, features: TextFeatures, text: Text) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Projected words [B, W, D], which of them there are [B, W], and their attention [B, W] if any."""
+        config, attention = self.config, features.cls_attention
         words = aggregate_words(
-            text.hidden,
-            batch.text.attention_mask.float() if attention is None else attention,
-            batch.text,
+            features.hidden,
+            text.attention_mask.float() if attention is None else attention,
+            text,
             config.separator_word,
             config.attention_off_by_one,
             config.lost_last_word,
         )
         counted = None if config.padding_statistics else words.valid
-        return MGCATokens(
-            patches=self.patch_head(image.local),
-            words=self.word_head(words.features, counted),
-            word_valid=words.valid,
-            word_attention=None if attention is None else words.attention,
-            patch_attention=None if image.attention is None else image.attention.mean(1),
-        )
+        projected = self.word_head(words.features, counted)
+        return projected, words.valid, None if attention is None else words.attention
 
     def embed_image(self, features: ImageFeatures) -> Tensor:
         return unit_norm(self.image_head(features.pooled)).float()
 
     def embed_text(self, features: TextFeatures, text: Text) -> Tensor:
         return unit_norm(self.report_head(features.hidden[:, 0])).float()
+
+    @property
+    def grounds(self) -> bool:
+        return self.config.token_weight > 0
+
+    def ground(self, image: ImageFeatures, prompts: TextFeatures, text: Text) -> Tensor:
+        """[B, N, P] mean cosine of every patch with the words of N prompts, in [-1, 1].
+
+        The paper publishes no such map; this is the similarity its word and patch losses shape.
+        """
+        if not self.grounds:
+            raise NotImplementedError("method.token_weight=0: MGCA without token losses does not ground")
+        words, valid, _ = self._words(prompts, text)
+        mean = (unit_norm(words) * valid[:, :, None]).sum(1) / valid.sum(1).clamp(min=1)[:, None]
+        return torch.einsum("bpd,nd->bnp", unit_norm(self.patch_head(image.local)), mean).float()
 
     def on_progress(self, progress: Progress) -> None:
         """Learned prototypes stay frozen during the first `freeze_epochs` epochs."""

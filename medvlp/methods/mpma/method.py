@@ -189,9 +189,13 @@ class MPMA(Method, PrototypeUser):
         features: ImageFeatures = self.image_encoder(image)
         return features.pooled
 
+    @property
+    def grounds(self) -> bool:
+        return self.alignment is not None and self.config.local_weight > 0
+
     def ground(self, image: Tensor, prompts: Text) -> Tensor:
         """Mean cosine of the prompts' words with every patch, in [-1, 1] (see `Method.ground`)."""
-        if self.alignment is None or not self.config.local_weight:
+        if self.alignment is None or not self.grounds:
             raise NotImplementedError("method.local_weight=0: MPMA without local alignment does not ground")
         features: ImageFeatures = self.image_encoder(image)
         hidden = self.text_encoder(prompts).hidden

@@ -146,6 +146,12 @@ class PLACE(Alignment):
         mean = (best * valid).sum(2) / valid.sum(1).clamp(min=1)
         return scores + self.config.observation_score * mean.float()
 
+    @property
+    def grounds(self) -> bool:
+        if self.config.grounding == "patch":
+            return self.config.token_weight > 0
+        return self.extractor is not None
+
     def ground(self, image: ImageFeatures, prompts: TextFeatures, text: Text) -> Tensor:
         """[B, N, P] maps of N prompts.
 

@@ -109,9 +109,13 @@ class PRIOR(Alignment):
         scores: Tensor = scaled.softmax(1) + 0.5 * attention.softmax(1)
         return scores
 
+    @property
+    def grounds(self) -> bool:
+        return self.config.local_layout == "correct"
+
     def ground(self, image: ImageFeatures, prompts: TextFeatures, text: Text) -> Tensor:
         """[B, N, P] sigmoid attention in [0, 1] of prompts to patches, mean over a prompt's sentences."""
-        if self.config.local_layout != "correct":
+        if not self.grounds:
             raise NotImplementedError("method.local_layout=official_view leaves patches without a place")
         sentences, valid = self._mixed_sentences(prompts, text)
         flat = sentences.flatten(0, 1)[None], valid.flatten()[None]
