@@ -180,6 +180,40 @@ def test_boxes_of_a_batch_are_those_of_its_samples(
     assert seen > 3
 
 
+def test_phrases_of_a_batch_are_those_of_its_samples(
+    dataset: Path, make_config: ConfigFactory, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numbers count all phrases, those without a box too; what the view cuts off is left out."""
+    config, reader = make_config(transform=TransformConfig(crop="random")), ShardReader(dataset)
+    names, size, stored = reader.index.label_names, config.data.image_size, ShardReader.metadata
+    border = (reader.index.image_size - size) / 2
+    assert border > 0
+
+    def changed(self: ShardReader, split: str, i: int) -> dict[str, object]:
+        sample = stored(self, split, i)
+        corner = {"label": "elsewhere", "x": 0, "y": 0, "width": border, "height": border, "side": ""}
+        inside = {**corner, "width": border + 2, "height": border + 3}
+        extra = [{"text": "nowhere", "boxes": []}, {"text": "corner", "boxes": [corner, inside]}]
+        return sample | {"phrases": [*extra, *sample["phrases"]]}
+
+    monkeypatch.setattr(ShardReader, "metadata", changed)
+    batch = next(iter(evaluation_loader(config, reader, tokenizer, "train", 8, fields=["phrases"])))
+    seen = 0
+    for rows, position in zip(batch.fields["phrases"].numpy(), batch.sample.tolist(), strict=True):
+        np.testing.assert_array_equal(rows[0], [1, 0, 0, 2, 3, -1])
+        expected = []
+        for number, phrase in enumerate(reader.metadata("train", position)["phrases"][2:], 2):
+            for box in phrase["boxes"]:
+                x, y = box["x"] - border, box["y"] - border
+                ends = np.clip([x, y, x + box["width"], y + box["height"]], 0, size)
+                if ends[2] > ends[0] and ends[3] > ends[1]:
+                    expected.append([number, *ends, names.index(box["label"])])
+        np.testing.assert_allclose(rows[1 : 1 + len(expected)], np.reshape(expected, (-1, 6)), atol=1e-3)
+        assert (rows[1 + len(expected) :] == [-1, 0, 0, 0, 0, 0]).all()
+        seen += len(expected)
+    assert seen > 3
+
+
 @pytest.mark.parametrize("last", [True, False])
 def test_one_box_in_the_last_sample_is_a_dataset_with_boxes(
     dataset: Path,
