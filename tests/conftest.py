@@ -6,8 +6,12 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.distributed_pool import Pools
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -42,7 +46,7 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def gloo_pool() -> Iterator[Callable[[int], object]]:
+def gloo_pool() -> Iterator[Pools]:
     """`gloo_pool(world_size).run(function, *args)` -> one result per rank; processes are reused."""
     from tests.distributed_pool import GlooPool
 

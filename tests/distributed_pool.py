@@ -151,3 +151,7 @@ class GlooPool:
                 process.join()
         self._processes, self._connections = [], []
         self._store = None
+
+
+#: The fixture `gloo_pool`: the pool of a world size.
+Pools = Callable[[int], GlooPool]

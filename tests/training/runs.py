@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 from medvlp.config import Config
+
+#: The values of `precision` and `optimizer.name`.
+Precision = Literal["fp32", "bf16", "fp16"]
+OptimizerName = Literal["adamw", "sgd"]
 
 #: A run of a second. The wide initialisation keeps the untrained text encoder's [CLS] outputs apart: with
 #: BERT's 0.02 they differ by 1/500 of their mean, and batch norm then magnifies float32's rounding as much.
@@ -18,6 +22,12 @@ TINY = [
     "method.head_hidden=32", "train.global_batch=16", "train.steps=4", "train.threads=1", "optimizer.lr=1e-4",
     "precision=fp32", "checkpoint.every_steps=0", "monitor.wandb=disabled", "monitor.progress=false",
 ]  # fmt: skip
+
+
+class Overrides(Protocol):
+    """The fixture `overrides`."""
+
+    def __call__(self, *more: str, run: str = "run") -> list[str]: ...
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -10,12 +10,15 @@ from medvlp.data.batch_sizes import divide_batch
 from medvlp.runs.checkpoint import Checkpoint
 from medvlp.training.checkpointing import CheckpointCallback
 from medvlp.training.engine import Engine
+from tests.training.runs import OptimizerName, Precision
 from tests.training.tiny import TinyMethod, random_batch
 
 BATCH = 12
 
 
-def tiny_config(run_dir: str, stage: int, precision: str = "fp32", optimizer: str = "adamw") -> Config:
+def tiny_config(
+    run_dir: str, stage: int, precision: Precision = "fp32", optimizer: OptimizerName = "adamw"
+) -> Config:
     """Of a run with a global batch of 12; keeps every checkpoint."""
     config = Config()
     config.run.dir, config.data.root = run_dir, ""

@@ -15,8 +15,9 @@ from medvlp.data.text import Tokenizer
 from medvlp.methods.registry import build_method
 from medvlp.prototypes.anchors import AnchorEncoder
 from medvlp.training.engine import Engine
+from tests.distributed_pool import Pools
 from tests.methods.small_mgca import rows_of, small_batch, small_config
-from tests.training.runs import read_metrics, train
+from tests.training.runs import Overrides, read_metrics, train
 
 TEXTS = ["pleural effusion", "pneumothorax on the left"]
 
@@ -58,7 +59,7 @@ def losses_and_anchors(root: str, stage: int, anchors: list[str]) -> tuple[list[
 
 @pytest.mark.dist
 @pytest.mark.parametrize("stage", [2, 3])
-def test_they_leave_no_trace(gloo_pool, phantom_data: Path, stage: int) -> None:
+def test_they_leave_no_trace(gloo_pool: Pools, phantom_data: Path, stage: int) -> None:
     plain = gloo_pool(2).run(losses_and_anchors, str(phantom_data), stage, [])
     results = gloo_pool(2).run(losses_and_anchors, str(phantom_data), stage, TEXTS)
     assert [losses for losses, _ in results] == [losses for losses, _ in plain]
@@ -73,7 +74,7 @@ def test_they_leave_no_trace(gloo_pool, phantom_data: Path, stage: int) -> None:
 
 
 @pytest.mark.dist
-def test_a_run_holds_its_first_clusters_there(gloo_pool, overrides, tmp_path: Path) -> None:
+def test_a_run_holds_its_first_clusters_there(gloo_pool: Pools, overrides: Overrides, tmp_path: Path) -> None:
     options = [
         "method.prototype_source=clusters", "method.prototypes=6", "prototypes.refresh_steps=2",
         "prototypes.sync=true", "prototypes.anchors=[pleural effusion, pneumothorax]", "zero.stage=3",

@@ -2,13 +2,21 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from medvlp import distributed
 from medvlp.config import Config
+from medvlp.data.batch import Batch
+from medvlp.methods.base import StepOutput
+from medvlp.prototypes.table import PrototypeTable
+from medvlp.training.callbacks import StepRecord
+from tests.distributed_pool import Pools
+from tests.training.runs import Precision
 from tests.training.tiny import TinyMethod, random_batch
 
 BAD_STEP = 2
@@ -22,8 +30,9 @@ class Poisoned(TinyMethod):
         self.poison = poison
         self.norm = torch.nn.BatchNorm1d(16, affine=False)
 
-    def forward(self, batch, clusters=None):
+    def forward(self, batch: Batch, clusters: PrototypeTable | None = None) -> StepOutput:
         output = super().forward(batch)
+        assert self.norm.running_mean is not None
         embedded = self.norm(self.encode_image(batch.image).to(self.norm.running_mean.dtype)).float()
         loss = output.loss + embedded.square().mean()
         if self.progress[-1][1] >= BAD_STEP and distributed.rank() == 1:
@@ -32,7 +41,7 @@ class Poisoned(TinyMethod):
             loss = loss + 100
         return output._replace(loss=loss)
 
-    def _poisoned(self, loss):
+    def _poisoned(self, loss: Tensor) -> Tensor:
         persistent = self.poison == "for ever"
         if self.progress[-1][1] > BAD_STEP and not persistent:
             return loss
@@ -41,16 +50,16 @@ class Poisoned(TinyMethod):
         if self.poison == "detached loss":
             loss = loss + torch.inf
         if self.poison == "gradient":
-            loss.register_hook(lambda gradient: gradient * torch.nan)
+            loss.register_hook(lambda gradient: gradient * torch.nan)  # type: ignore[no-untyped-call]
         if self.poison in ("loss", "gradient"):
             self.mean.fill_(torch.nan)
         return loss
 
 
 def run_steps(
-    run_dir: str, poison: str, stage: int, precision: str, micro: int, clip: float = 0.0, steps: int = 5,
-    limit: int = 3, sigma: float = 0.0, skip_seed: bool = False,
-) -> dict:  # fmt: skip
+    run_dir: str, poison: str, stage: int, precision: Precision, micro: int, clip: float = 0.0,
+    steps: int = 5, limit: int = 3, sigma: float = 0.0, skip_seed: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Train; the state afterwards. `skip_seed`: without poison and without the batches of the bad step."""
     from medvlp.data.batch_sizes import divide_batch
     from medvlp.training.bad_steps import BadSteps, NotFiniteError
@@ -63,7 +72,7 @@ def run_steps(
     from medvlp.training.trainer import Trainer
 
     class Applied(Callback):
-        def on_step(self, record):
+        def on_step(self, record: StepRecord) -> None:
             applied.append(record.applied)
 
     config = Config()
@@ -76,7 +85,8 @@ def run_steps(
     sizes = divide_batch(config, world_size)
     engine = Engine(method, config, sizes, device)
     guard = StepGuard(method, sigma, device)
-    metrics, applied = {}, []
+    metrics: dict[str, float] = {}
+    applied: list[bool] = []
     bad = BadSteps(guard, limit, run_dir, metrics.update)
     seeds = [seed for seed in range(100) if not (skip_seed and seed == BAD_STEP)]
     batches = (
@@ -109,7 +119,9 @@ def run_steps(
         ("detached loss", 2, "bf16", 4, 0.0),
     ],
 )
-def test_a_bad_step_leaves_no_trace(gloo_pool, tmp_path, poison, stage, precision, micro, clip):
+def test_a_bad_step_leaves_no_trace(
+    gloo_pool: Pools, tmp_path: Path, poison: str, stage: int, precision: Precision, micro: int, clip: float
+) -> None:
     pool = gloo_pool(2)
     for name in ("bad", "good"):
         (tmp_path / name).mkdir()
@@ -133,7 +145,7 @@ def test_a_bad_step_leaves_no_trace(gloo_pool, tmp_path, poison, stage, precisio
 
 @pytest.mark.dist
 @pytest.mark.parametrize("limit", [0, 2])
-def test_too_many_in_a_row_stop_all_ranks(gloo_pool, tmp_path, limit):
+def test_too_many_in_a_row_stop_all_ranks(gloo_pool: Pools, tmp_path: Path, limit: int) -> None:
     Path(tmp_path, "checkpoints").mkdir()
     Path(tmp_path, "checkpoints/latest").write_text("step-00000002\n")
     results = gloo_pool(2).run(run_steps, str(tmp_path), "for ever", 2, "fp32", 4, 0.0, 20, limit)
@@ -147,7 +159,9 @@ def test_too_many_in_a_row_stop_all_ranks(gloo_pool, tmp_path, limit):
 
 
 @pytest.mark.dist
-def test_a_spike_is_skipped_by_all_ranks_when_asked(gloo_pool, tmp_path, monkeypatch):
+def test_a_spike_is_skipped_by_all_ranks_when_asked(
+    gloo_pool: Pools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, sigma, expected in [("on", 8.0, False), ("off", 0.0, True)]:
         (tmp_path / name).mkdir()
         results = gloo_pool(2).run(spike_after_two_steps, str(tmp_path / name), sigma)
@@ -158,7 +172,7 @@ def test_a_spike_is_skipped_by_all_ranks_when_asked(gloo_pool, tmp_path, monkeyp
     assert line["ranks"][0]["loss"] > 90 > line["ranks"][1]["loss"]
 
 
-def spike_after_two_steps(run_dir: str, sigma: float) -> dict:
+def spike_after_two_steps(run_dir: str, sigma: float) -> dict[str, Any]:
     """Rank 0's loss leaps at the third step; two steps are enough to know a spike here."""
     from medvlp.training import step_guard
 
@@ -169,7 +183,7 @@ def spike_after_two_steps(run_dir: str, sigma: float) -> dict:
         step_guard.WARMUP = usual
 
 
-def test_the_running_statistics_are_those_of_accepted_losses():
+def test_the_running_statistics_are_those_of_accepted_losses() -> None:
     from medvlp.training.step_guard import WARMUP, StepGuard
 
     guard = StepGuard(torch.nn.Linear(1, 1), 5.0, torch.device("cpu"))

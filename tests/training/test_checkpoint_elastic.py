@@ -2,18 +2,24 @@
 
 import json
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from medvlp import distributed
+from medvlp.config import Config
 from medvlp.runs.conversion import OPTIMIZER, to_safetensors
 from medvlp.runs.errors import CheckpointError
 from medvlp.runs.optimizer_files import OptimizerFiles
 from medvlp.training import optimizer_fragments
-from tests.training.runs import read_metrics, train
+from medvlp.training.callbacks import StepRecord
+from medvlp.training.interrupts import Interrupts
+from tests.distributed_pool import Pools
+from tests.training.runs import Overrides, Precision, read_metrics, train
 from tests.training.saving import load_and_save, start, tiny_config, train_and_save, train_steps
 from tests.training.tiny import TinyMethod
 
@@ -35,7 +41,9 @@ def whole(run_dir: Path, out: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("precision", "saved", "loaded"), LAYOUTS)
-def test_another_layout_holds_the_same_bits(gloo_pool, tmp_path, precision, saved, loaded):
+def test_another_layout_holds_the_same_bits(
+    gloo_pool: Pools, tmp_path: Path, precision: Precision, saved: tuple[int, int], loaded: tuple[int, int]
+) -> None:
     first, second = str(tmp_path / "first"), str(tmp_path / "second")
     gloo_pool(saved[0]).run(train_and_save, tiny_config(first, saved[1], precision), 3)
     gloo_pool(loaded[0]).run(load_and_save, tiny_config(first, loaded[1], precision), second)
@@ -48,7 +56,7 @@ def test_another_layout_holds_the_same_bits(gloo_pool, tmp_path, precision, save
         assert torch.equal(before[name], after[name]), name
 
 
-def test_momentum_of_sgd_moves_too(gloo_pool, tmp_path):
+def test_momentum_of_sgd_moves_too(gloo_pool: Pools, tmp_path: Path) -> None:
     first = str(tmp_path / "first")
     expected = gloo_pool(2).run(train_steps_of_one_run, tiny_config(first, 1, optimizer="sgd"), 5)[0]
     gloo_pool(2).run(train_and_save, tiny_config(first, 1, optimizer="sgd"), 3)
@@ -60,7 +68,7 @@ def test_momentum_of_sgd_moves_too(gloo_pool, tmp_path):
     assert found == pytest.approx(expected[3:], rel=1e-5)
 
 
-def train_steps_of_one_run(config, steps: int) -> list[float]:
+def train_steps_of_one_run(config: Config, steps: int) -> list[float]:
     engine, _ = start(config)
     losses = train_steps(engine, 1, steps)
     engine.close()
@@ -73,19 +81,17 @@ def train_and_list_samples(overrides: list[str], forget: bool = False) -> list[t
     from medvlp.training.checkpointing import CheckpointCallback
 
     seen: list[tuple[int, list[str]]] = []
-    original, load = CheckpointCallback.on_step, engine.load_fragments
+    original = CheckpointCallback.on_step
 
-    def on_step(self, record):
+    def on_step(self: CheckpointCallback, record: StepRecord) -> None:
         seen.append((record.step, list(record.keys)))
         original(self, record)
 
-    CheckpointCallback.on_step = on_step
-    if forget:
-        engine.load_fragments = lambda *arguments: None
-    try:
+    with ExitStack() as changed:
+        changed.enter_context(mock.patch.object(CheckpointCallback, "on_step", on_step))
+        if forget:
+            changed.enter_context(mock.patch.object(engine, "load_fragments", return_value=None))
         train(overrides)
-    finally:
-        CheckpointCallback.on_step, engine.load_fragments = original, load
     return seen
 
 
@@ -100,7 +106,9 @@ def samples_by_step(of_ranks: list[list[tuple[int, list[str]]]]) -> dict[int, li
     return {steps[0][0]: [key for _, keys in steps for key in keys] for steps in zip(*of_ranks, strict=True)}
 
 
-def test_other_ranks_and_stages_in_the_middle_of_a_run(gloo_pool, overrides, tmp_path):
+def test_other_ranks_and_stages_in_the_middle_of_a_run(
+    gloo_pool: Pools, overrides: Overrides, tmp_path: Path
+) -> None:
     """2 -> 1 -> 3 ranks and ZeRO 2 -> 3 -> 1: the samples are the same, losses agree to rounding."""
     options = [
         "train.global_batch=12", "train.steps=9", "checkpoint.every_steps=3", "checkpoint.keep_last=0",
@@ -126,13 +134,15 @@ def test_other_ranks_and_stages_in_the_middle_of_a_run(gloo_pool, overrides, tmp
 
 
 def largest_difference(run_dir: Path, losses: list[float]) -> float:
-    found = [line["loss"] for line in read_metrics(run_dir)]
+    found: list[float] = [line["loss"] for line in read_metrics(run_dir)]
     difference = max(abs(a - b) / abs(b) for a, b in zip(found, losses, strict=True))
     print(f"{run_dir.name}: largest relative difference of a loss {difference:.1e}")
     return difference
 
 
-def test_clusters_of_the_service_move_without_the_banks(gloo_pool, overrides, tmp_path):
+def test_clusters_of_the_service_move_without_the_banks(
+    gloo_pool: Pools, overrides: Overrides, tmp_path: Path
+) -> None:
     options = [
         "train.global_batch=12", "method.prototype_source=clusters", "prototypes.refresh_steps=2",
         "prototypes.balance=bias", "train.steps=5", "checkpoint.every_steps=3", "checkpoint.keep_last=0",
@@ -149,20 +159,16 @@ def random_numbers(overrides: list[str]) -> list[float]:
     from medvlp.training import trainer
 
     drawn: list[float] = []
-    original = trainer.Trainer.train
 
-    def first(self, interrupts):
+    def first(self: trainer.Trainer, interrupts: Interrupts) -> None:
         drawn.extend(torch.rand(2).tolist())
 
-    trainer.Trainer.train = first
-    try:
+    with mock.patch.object(trainer.Trainer, "train", first):
         train(overrides)
-    finally:
-        trainer.Trainer.train = original
     return drawn
 
 
-def test_new_ranks_get_generators_of_their_own(gloo_pool, overrides):
+def test_new_ranks_get_generators_of_their_own(gloo_pool: Pools, overrides: Overrides) -> None:
     options = ["train.global_batch=12", "train.steps=1"]
     gloo_pool(2).run(train, overrides(*options))
     same = gloo_pool(2).run(random_numbers, overrides(*options))
@@ -172,7 +178,7 @@ def test_new_ranks_get_generators_of_their_own(gloo_pool, overrides):
     assert gloo_pool(3).run(random_numbers, overrides(*options)) == more
 
 
-def test_a_missing_part_is_named(gloo_pool, tmp_path):
+def test_a_missing_part_is_named(gloo_pool: Pools, tmp_path: Path) -> None:
     gloo_pool(2).run(train_and_save, tiny_config(str(tmp_path), 2), 2)
     folder = tmp_path / "checkpoints/step-00000002"
     count = TinyMethod().head.weight.numel()
@@ -185,7 +191,7 @@ def test_a_missing_part_is_named(gloo_pool, tmp_path):
         OptimizerFiles(folder, 2)
 
 
-def test_a_replicated_state_is_shared_out():
+def test_a_replicated_state_is_shared_out() -> None:
     parameter = torch.nn.Parameter(torch.arange(7.0))
     shard = optimizer_fragments.find_fragments([("p", parameter)], None, 0, 0, {})[0]
     shares = [shard.share(rank, 3) for rank in range(3)]

@@ -10,6 +10,7 @@ import pytest
 from medvlp import distributed
 from medvlp.training.consensus import reach
 from medvlp.training.interrupts import Interrupts
+from tests.distributed_pool import Pools
 
 
 class Votes:
@@ -27,17 +28,17 @@ class Votes:
         return len(self.heard) > self.rounds
 
 
-def agree_over_ranks(big: int) -> tuple[list, list, list, bool]:
+def agree_over_ranks(big: int) -> tuple[list[list[int]], list[list[int]], list[list[int]], bool, int]:
     own = distributed.rank()
     pair, nothing, single = Votes([big + own, -big - own]), Votes([]), Votes([own], rounds=2)
-    waited = []
+    waited: list[int] = []
     with Interrupts() as interrupts:
         stopped = reach(interrupts, [pair, nothing, single], 0, lambda: waited.append(1))
     return pair.heard, nothing.heard, single.heard, stopped, len(waited)
 
 
 @pytest.mark.dist
-def test_all_ranks_hear_the_same_and_wait_together(gloo_pool) -> None:
+def test_all_ranks_hear_the_same_and_wait_together(gloo_pool: Pools) -> None:
     big = 2**61 + 1  # more than float64 can tell from its neighbour
     for pair, nothing, single, stopped, waited in gloo_pool(2).run(agree_over_ranks, big):
         assert pair == 3 * [[big + 1, -big]]

@@ -5,12 +5,15 @@ import torch
 
 from medvlp import distributed
 from medvlp.config import Config
+from medvlp.training.engine import Engine
+from tests.distributed_pool import Pools
+from tests.training.runs import OptimizerName, Precision
 from tests.training.tiny import TinyMethod, random_batch
 
 pytestmark = pytest.mark.dist
 
 
-def first_update(stage: int, precision: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def first_update(stage: int, precision: Precision) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """All weights before and after one AdamW step at a learning rate of 0.01 (image encoder: 0.02)."""
     from medvlp.data.batch_sizes import divide_batch
     from medvlp.training.engine import Engine
@@ -33,7 +36,9 @@ def first_update(stage: int, precision: str) -> tuple[dict[str, torch.Tensor], d
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_the_first_step_moves_weights_by_the_learning_rate(gloo_pool, stage, precision):
+def test_the_first_step_moves_weights_by_the_learning_rate(
+    gloo_pool: Pools, stage: int, precision: Precision
+) -> None:
     """Adam's first update is lr * sign(gradient). DeepSpeed's stage 0 in 16 bit would make it 0.74 lr."""
     before, after = gloo_pool(2).run(first_update, stage, precision)[0]
     head = (after["head.weight"] - before["head.weight"]).abs()
@@ -43,7 +48,7 @@ def test_the_first_step_moves_weights_by_the_learning_rate(gloo_pool, stage, pre
     assert all(value.dtype == torch.float32 for value in after.values())
 
 
-def test_whole_weights_are_the_methods_at_every_stage(gloo_pool):
+def test_whole_weights_are_the_methods_at_every_stage(gloo_pool: Pools) -> None:
     torch.manual_seed(0)
     expected = TinyMethod().state_dict()
     for stage in (0, 3):
@@ -52,7 +57,9 @@ def test_whole_weights_are_the_methods_at_every_stage(gloo_pool):
         assert all(torch.equal(before[name], expected[name]) for name in expected)
 
 
-def update_after_idle_steps(stage: int, precision: str, optimizer: str, idle: int, restart: bool) -> dict:
+def update_after_idle_steps(
+    stage: int, precision: Precision, optimizer: OptimizerName, idle: int, restart: bool
+) -> dict[str, torch.Tensor]:
     """All weights after `idle` steps that change only the optimiser's state, and one step that counts."""
     from medvlp.data.batch_sizes import divide_batch
     from medvlp.training.engine import Engine
@@ -74,7 +81,7 @@ def update_after_idle_steps(stage: int, precision: str, optimizer: str, idle: in
     return {name: value for name, value in weights.items() if name != "mean"}
 
 
-def make_step(engine, seed: int, learning_rate: float) -> None:
+def make_step(engine: Engine, seed: int, learning_rate: float) -> None:
     """One step on the global batch of a seed."""
     engine.set_learning_rate(learning_rate)
     outputs = engine.forward(random_batch(seed, 8, distributed.rank(), distributed.world_size()))
@@ -87,7 +94,9 @@ def make_step(engine, seed: int, learning_rate: float) -> None:
     [(precision, "adamw", stage) for precision in ("fp32", "bf16") for stage in range(4)]
     + [("fp32", "sgd", 0), ("fp32", "sgd", 3), ("bf16", "sgd", 2)],
 )
-def test_a_restarted_optimizer_steps_as_a_fresh_one(gloo_pool, precision, optimizer, stage):
+def test_a_restarted_optimizer_steps_as_a_fresh_one(
+    gloo_pool: Pools, precision: Precision, optimizer: OptimizerName, stage: int
+) -> None:
     pool = gloo_pool(2)
     fresh = pool.run(update_after_idle_steps, stage, precision, optimizer, 0, False)[0]
     restarted = pool.run(update_after_idle_steps, stage, precision, optimizer, 2, True)[0]

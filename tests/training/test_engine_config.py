@@ -5,11 +5,12 @@ import pytest
 from medvlp.config import Config, OptimizerConfig
 from medvlp.config_files import ConfigError
 from medvlp.data.batch_sizes import divide_batch
+from medvlp.methods.base import Method
 from medvlp.training.deepspeed_config import check_device, deepspeed_json, parameter_groups
 from tests.training.tiny import TinyMethod
 
 
-def test_our_keys_reach_deepspeed_and_its_own_stand_above():
+def test_our_keys_reach_deepspeed_and_its_own_stand_above() -> None:
     config = Config()
     config.train.global_batch, config.train.micro_batch, config.train.gradient_clip = 16, 2, 0.5
     config.zero.stage, config.precision = 3, "bf16"
@@ -27,7 +28,7 @@ def test_our_keys_reach_deepspeed_and_its_own_stand_above():
 
 
 @pytest.mark.parametrize("change", [("precision", "fp16"), ("zero", "offload_optimizer")])
-def test_what_a_cpu_cannot_do_is_refused(change):
+def test_what_a_cpu_cannot_do_is_refused(change: tuple[str, str]) -> None:
     config = Config()
     if change[0] == "precision":
         config.precision = "fp16"
@@ -38,7 +39,7 @@ def test_what_a_cpu_cannot_do_is_refused(change):
     check_device(config, "cuda")
 
 
-def names_by_group(method, config):
+def names_by_group(method: Method, config: OptimizerConfig) -> list[tuple[float, float, set[str]]]:
     groups, scales = parameter_groups(method, config)
     names = {id(parameter): name for name, parameter in method.named_parameters()}
     return [
@@ -47,9 +48,9 @@ def names_by_group(method, config):
     ]
 
 
-def test_biases_norms_and_exempt_names_do_not_decay():
+def test_biases_norms_and_exempt_names_do_not_decay(monkeypatch: pytest.MonkeyPatch) -> None:
     method = TinyMethod()
-    method.parameters_without_decay = lambda: {"head.weight"}
+    monkeypatch.setattr(method, "parameters_without_decay", lambda: {"head.weight"})
     groups = names_by_group(method, OptimizerConfig(image_lr_scale=0.1, text_lr_scale=0.5))
     decayed = set().union(*(names for decay, _, names in groups if decay))
     free = set().union(*(names for decay, _, names in groups if not decay))
@@ -65,9 +66,11 @@ def test_biases_norms_and_exempt_names_do_not_decay():
             assert scale == expected
 
 
-def test_decay_all_keeps_the_methods_own_exemptions_and_frozen_parameters_are_in_no_group():
+def test_decay_all_keeps_the_methods_own_exemptions_and_frozen_parameters_are_in_no_group(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     method = TinyMethod()
-    method.parameters_without_decay = lambda: {"head.weight"}
+    monkeypatch.setattr(method, "parameters_without_decay", lambda: {"head.weight"})
     method.text_encoder.requires_grad_(False)
     groups = names_by_group(method, OptimizerConfig(decay_all=True))
     free = set().union(*(names for decay, _, names in groups if not decay))

@@ -4,6 +4,7 @@ import json
 import logging
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +14,7 @@ from medvlp.training.hangs import RankStatus, Watchdog
 
 
 @pytest.fixture
-def watchdog(tmp_path):
+def watchdog(tmp_path: Path) -> Watchdog:
     dog = Watchdog(tmp_path, start_seconds=1800, step_seconds=60)
     dog._rank, dog._ranks = 0, 3
     dog.mark("forward and backward", 41)
@@ -35,7 +36,9 @@ def places(*marks: int) -> dict[int, RankStatus]:
         ({}, [], "Rank 0, which keeps the store of the process group, does not answer"),
     ],
 )
-def test_the_rank_that_did_not_arrive_is_named(watchdog, found, answering, expected):
+def test_the_rank_that_did_not_arrive_is_named(
+    watchdog: Watchdog, found: dict[int, RankStatus], answering: list[int], expected: str
+) -> None:
     text = watchdog._story(found, answering, 60)
     assert text.startswith(
         "rank 0 has waited 60 s (train.step_timeout_seconds) in forward and backward of step"
@@ -65,7 +68,7 @@ class Clock:
             time.sleep(0.01)
 
 
-def test_a_rank_that_moves_is_left_alone(tmp_path, monkeypatch):
+def test_a_rank_that_moves_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With limits of a second, many seconds in many places are no hang, and one in one place is."""
     clock, hangs = Clock(), threading.Event()
     monkeypatch.setattr("medvlp.training.hangs.time", clock)
@@ -90,9 +93,11 @@ def test_a_rank_that_moves_is_left_alone(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("told", ["by a rank of this node", "by a rank of another node", "by nobody"])
-def test_a_rank_that_wakes_adds_no_error_of_its_own(told, tmp_path, monkeypatch, capsys):
+def test_a_rank_that_wakes_adds_no_error_of_its_own(
+    told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Rank 0 was stopped; when it is woken to be ended the other ranks are gone, for it nobody answers."""
-    ended = []
+    ended: list[int] = []
     monkeypatch.setattr("os._exit", ended.append)
     monkeypatch.setattr(Watchdog, "_places", lambda self: {})
     monkeypatch.setattr(Watchdog, "_interval", lambda self: 0.05)
@@ -110,7 +115,7 @@ def test_a_rank_that_wakes_adds_no_error_of_its_own(told, tmp_path, monkeypatch,
     assert capsys.readouterr().err.count("error: ") == (told == "by nobody")
 
 
-def test_events_are_lines_of_json_over_all_starts(tmp_path, caplog):
+def test_events_are_lines_of_json_over_all_starts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     EventLog(tmp_path).note("start", 0, ranks=2)
     EventLog(tmp_path).note("loss_not_finite", 3, ranks=[{"rank": 1, "loss": float("nan")}])
     first, second = (json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines())

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -12,6 +15,12 @@ import torch
 
 from medvlp import distributed
 from medvlp.config import Config
+from medvlp.data.batch import Batch
+from medvlp.methods.base import StepOutput
+from medvlp.prototypes.table import PrototypeTable
+from medvlp.training.callbacks import StepRecord
+from tests.distributed_pool import Pools
+from tests.training.runs import Precision
 from tests.training.tiny import TinyMethod, random_batch
 
 pytestmark = pytest.mark.dist
@@ -22,7 +31,7 @@ FIRST = 2.0**FIRST_POWER
 
 
 @contextmanager
-def fp16_on_cpu():
+def fp16_on_cpu() -> Iterator[None]:
     """Let DeepSpeed accept fp16 here; the arithmetic is torch's, which has it."""
     from deepspeed.accelerator import get_accelerator
 
@@ -39,20 +48,20 @@ class Scripted(TinyMethod):
         super().__init__()
         self.bad = bad
 
-    def forward(self, batch, clusters=None):
+    def forward(self, batch: Batch, clusters: PrototypeTable | None = None) -> StepOutput:
         output = super().forward(batch, clusters)
         step = self.progress[-1][1]
         if step in self.bad.get("loss", []):
             output = output._replace(loss=output.loss * torch.nan)
         if step in self.bad.get("gradient", []):
-            output.loss.register_hook(lambda gradient: gradient * torch.inf)
+            output.loss.register_hook(lambda gradient: gradient * torch.inf)  # type: ignore[no-untyped-call]
         return output
 
 
 def train_steps(
-    run_dir: str, stage: int, precision: str, steps: int, bad: dict[str, list[int]] | None = None,
-    clip: float = 0.0, micro: int = 8, limit: int = 3, deepspeed: dict | None = None,
-) -> dict:  # fmt: skip
+    run_dir: str, stage: int, precision: Precision, steps: int, bad: dict[str, list[int]] | None = None,
+    clip: float = 0.0, micro: int = 8, limit: int = 3, deepspeed: dict[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Train; gradients that the optimiser got, norms, scales, counts, and the error."""
     from medvlp.data.batch_sizes import divide_batch
     from medvlp.training.bad_steps import BadSteps, NotFiniteError
@@ -72,10 +81,14 @@ def train_steps(
     rank, ranks = distributed.rank(), distributed.world_size()
     torch.manual_seed(0)
     sizes = divide_batch(config, ranks)
-    seen, pending, norms, scales = [], [], [], []
+    seen: list[np.ndarray] = []
+    pending: list[np.ndarray] = []
+    norms: list[float] = []
+    scales: list[float | None] = []
+    metrics: dict[str, float] = {}
 
     class Look(Callback):
-        def on_step(self, record):
+        def on_step(self, record: StepRecord) -> None:
             if pending:
                 seen.append(np.sort(np.concatenate(pending)))
             pending.clear()
@@ -83,7 +96,9 @@ def train_steps(
             scale = record.engine.loss_scale
             scales.append(None if scale is None else scale.value)
 
-    def gradients(optimizer, arguments, options):
+    def gradients(
+        optimizer: torch.optim.Optimizer, arguments: tuple[object, ...], options: dict[str, object]
+    ) -> None:
         # From stage 1 on DeepSpeed steps group by group.
         parts = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         pending.extend(part.detach().flatten().float().numpy().copy() for part in parts)
@@ -92,7 +107,7 @@ def train_steps(
         method = Scripted(bad or {})
         engine = Engine(method, config, sizes, device)
         engine._engine.basic_optimizer.register_step_pre_hook(gradients)
-        guard, metrics = StepGuard(method, 0.0, device), {}
+        guard = StepGuard(method, 0.0, device)
         batches = (
             random_batch(1000 * seed + part, 8 // sizes.accumulation, rank, ranks)
             for seed in range(100)
@@ -122,7 +137,9 @@ def lengths(gradients: list[np.ndarray]) -> list[float]:
 @pytest.mark.parametrize("micro", [8, 4])
 @pytest.mark.parametrize("clip", [0.0, 0.13])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_the_optimiser_gets_the_gradient_of_fp32(gloo_pool, tmp_path, stage, clip, micro):
+def test_the_optimiser_gets_the_gradient_of_fp32(
+    gloo_pool: Pools, tmp_path: Path, stage: int, clip: float, micro: int
+) -> None:
     pool = gloo_pool(1)
     (half,) = pool.run(train_steps, str(tmp_path), stage, "fp16", 3, None, clip, micro)
     (full,) = pool.run(train_steps, str(tmp_path), stage, "fp32", 3, None, clip, micro)
@@ -139,7 +156,7 @@ def test_the_optimiser_gets_the_gradient_of_fp32(gloo_pool, tmp_path, stage, cli
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_the_ranks_agree_in_fp16(gloo_pool, tmp_path, stage):
+def test_the_ranks_agree_in_fp16(gloo_pool: Pools, tmp_path: Path, stage: int) -> None:
     one = gloo_pool(1).run(train_steps, str(tmp_path), stage, "fp16", 2)
     two = gloo_pool(2).run(train_steps, str(tmp_path), stage, "fp16", 2, None, 0.0, 4)
     assert two[0]["norms"] == two[1]["norms"]
@@ -147,7 +164,7 @@ def test_the_ranks_agree_in_fp16(gloo_pool, tmp_path, stage):
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_growing_scale_divides_no_gradient_twice(gloo_pool, tmp_path, stage):
+def test_a_growing_scale_divides_no_gradient_twice(gloo_pool: Pools, tmp_path: Path, stage: int) -> None:
     options = {"fp16": {"loss_scale_window": 2, "initial_scale_power": 8}}
     (half,) = gloo_pool(1).run(train_steps, str(tmp_path), stage, "fp16", 6, None, 0.0, 8, 3, options)
     (full,) = gloo_pool(1).run(train_steps, str(tmp_path), stage, "fp32", 6)
@@ -158,7 +175,9 @@ def test_a_growing_scale_divides_no_gradient_twice(gloo_pool, tmp_path, stage):
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_bad_loss_leaves_the_scale_and_an_overflow_halves_it(gloo_pool, tmp_path, stage):
+def test_a_bad_loss_leaves_the_scale_and_an_overflow_halves_it(
+    gloo_pool: Pools, tmp_path: Path, stage: int
+) -> None:
     bad = {"loss": [1, 2, 5], "gradient": [3, 4]}
     (found,) = gloo_pool(1).run(train_steps, str(tmp_path), stage, "fp16", 7, bad)
     first, second = (FIRST, FIRST / 2) if stage else (FIRST / 2, FIRST / 4)  # from stage 1 on one is borne
@@ -172,7 +191,9 @@ def test_a_bad_loss_leaves_the_scale_and_an_overflow_halves_it(gloo_pool, tmp_pa
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_overflows_at_the_smallest_scale_end_the_run_and_those_before_do_not(gloo_pool, tmp_path, stage):
+def test_overflows_at_the_smallest_scale_end_the_run_and_those_before_do_not(
+    gloo_pool: Pools, tmp_path: Path, stage: int
+) -> None:
     bad = {"gradient": list(range(100))}
     (found,) = gloo_pool(1).run(train_steps, str(tmp_path), stage, "fp16", 60, bad)
     searching = FIRST_POWER + 1 if stage else FIRST_POWER  # down to 1
@@ -184,7 +205,7 @@ def test_overflows_at_the_smallest_scale_end_the_run_and_those_before_do_not(glo
     assert kinds == ["gradient_overflow"] * 4
 
 
-def test_a_fixed_scale_cannot_search(gloo_pool, tmp_path):
+def test_a_fixed_scale_cannot_search(gloo_pool: Pools, tmp_path: Path) -> None:
     options = {"fp16": {"loss_scale": 128}}
     (found,) = gloo_pool(1).run(
         train_steps, str(tmp_path), 2, "fp16", 60, {"gradient": list(range(1, 100))}, 0.0, 8, 3, options

@@ -3,11 +3,14 @@
 PRIOR, which changes its phase and restarts its optimiser on the way, has tests/training/test_prior_resume.py.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.training.runs import train
+from tests.distributed_pool import Pools
+from tests.training.runs import Overrides, train
 from tests.training.test_resume import comparable, killed_after, weights
 
 pytestmark = pytest.mark.dist
@@ -59,7 +62,7 @@ MOVES = {
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_resuming_is_bit_identical(gloo_pool, overrides, tmp_path, name: str) -> None:
+def test_resuming_is_bit_identical(gloo_pool: Pools, overrides: Overrides, tmp_path: Path, name: str) -> None:
     def options(run: str) -> list[str]:
         tiny = [text for text in overrides(run=run) if not text.startswith("method.")]
         return [

@@ -5,18 +5,20 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from medvlp.config import MonitorConfig
 from medvlp.runs.metrics_file import MetricsFile
 from medvlp.training.wandb_run import WandbRun, resolve_mode
-from tests.training.runs import read_metrics, train
+from tests.distributed_pool import Pools
+from tests.training.runs import Overrides, read_metrics, train
 
 
-def records(folder: Path) -> dict[str, list[dict]]:
+def records(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """type -> records of the .wandb files below a folder, oldest first, read by `wandb leet inspect`."""
-    found: dict[str, list[dict]] = {}
+    found: dict[str, list[dict[str, Any]]] = {}
     wandb = Path(sys.executable).with_name("wandb")
     for file in sorted(folder.rglob("*.wandb"), key=lambda path: path.stat().st_mtime):
         command = [str(wandb), "leet", "inspect", "--json", str(file)]
@@ -29,7 +31,7 @@ def records(folder: Path) -> dict[str, list[dict]]:
     return found
 
 
-def test_lines_beyond_the_step_and_torn_ones_are_cut(tmp_path):
+def test_lines_beyond_the_step_and_torn_ones_are_cut(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     file = MetricsFile(path, step=0)
     for step in (1, 2, 3):
@@ -48,7 +50,9 @@ def test_lines_beyond_the_step_and_torn_ones_are_cut(tmp_path):
 
 
 @pytest.mark.dist
-def test_metrics_of_a_run_and_its_offline_wandb_files(gloo_pool, overrides, tmp_path):
+def test_metrics_of_a_run_and_its_offline_wandb_files(
+    gloo_pool: Pools, overrides: Overrides, tmp_path: Path
+) -> None:
     options = ["monitor.wandb=offline", "train.steps=4", "checkpoint.every_steps=2", "run.name=a name"]
     pool = gloo_pool(2)
     pool.run(train, overrides(*options))
@@ -79,12 +83,14 @@ def test_metrics_of_a_run_and_its_offline_wandb_files(gloo_pool, overrides, tmp_
 
 
 @pytest.mark.dist
-def test_metrics_are_read_only_at_logged_steps(gloo_pool, overrides, tmp_path):
+def test_metrics_are_read_only_at_logged_steps(
+    gloo_pool: Pools, overrides: Overrides, tmp_path: Path
+) -> None:
     gloo_pool(2).run(train, overrides("monitor.log_every=2", "train.steps=3"))
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [2, 3]
 
 
-def test_the_mode(monkeypatch, tmp_path):
+def test_the_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -100,7 +106,9 @@ def test_the_mode(monkeypatch, tmp_path):
     assert resolve_mode("auto") == "disabled"
 
 
-def test_an_unreachable_server_is_a_warning_and_the_run_is_logged_offline(tmp_path, monkeypatch, caplog):
+def test_an_unreachable_server_is_a_warning_and_the_run_is_logged_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "local-" + "0" * 40)
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
@@ -115,7 +123,7 @@ def test_an_unreachable_server_is_a_warning_and_the_run_is_logged_offline(tmp_pa
     assert found["history"][0]["item"]["loss"] == 0.5
 
 
-def test_disabled_leaves_nothing(tmp_path):
+def test_disabled_leaves_nothing(tmp_path: Path) -> None:
     run = WandbRun(MonitorConfig(wandb="disabled"), tmp_path, "name", {}, None)
     run.log({"loss": 1.0}, 1)
     run.finish()
@@ -123,8 +131,8 @@ def test_disabled_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_start_before_the_first_checkpoint_continues_the_same_wandb_run(tmp_path):
-    def start(given=None):
+def test_a_start_before_the_first_checkpoint_continues_the_same_wandb_run(tmp_path: Path) -> None:
+    def start(given: str | None = None) -> str | None:
         run = WandbRun(MonitorConfig(wandb="offline"), tmp_path, "name", {}, given)
         run.finish()
         return run.id
@@ -133,4 +141,6 @@ def test_a_start_before_the_first_checkpoint_continues_the_same_wandb_run(tmp_pa
     assert start() == first
     assert start("abcd1234") == "abcd1234"
     (tmp_path / "wandb-run-id").write_text("../../elsewhere\n")
-    assert len(start()) == 8
+    new = start()
+    assert new is not None
+    assert len(new) == 8

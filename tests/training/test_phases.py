@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.runs import read_metrics, train
+from tests.distributed_pool import Pools
+from tests.training.runs import Overrides, Precision, read_metrics, train
 
 pytestmark = pytest.mark.dist
 
@@ -30,7 +31,9 @@ def weights(run_dir: Path, step: int) -> bytes:
 
 
 @pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (2, "bf16"), (3, "fp32")])
-def test_resuming_at_and_after_a_boundary_is_bit_identical(gloo_pool, overrides, tmp_path, stage, precision):
+def test_resuming_at_and_after_a_boundary_is_bit_identical(
+    gloo_pool: Pools, overrides: Overrides, tmp_path: Path, stage: int, precision: Precision
+) -> None:
     options = [*PHASES, f"zero.stage={stage}", f"precision={precision}"]
     pool = gloo_pool(2)
     assert pool.run(train, overrides(*options, run="whole")) == [0, 0]
@@ -47,7 +50,7 @@ def test_resuming_at_and_after_a_boundary_is_bit_identical(gloo_pool, overrides,
         assert weights(tmp_path / f"from{step}", last) == weights(tmp_path / "whole", last)
 
 
-def test_the_optimizer_restarts_in_a_run(gloo_pool, overrides, tmp_path):
+def test_the_optimizer_restarts_in_a_run(gloo_pool: Pools, overrides: Overrides, tmp_path: Path) -> None:
     """The first step of phase 2 moves weights as Adam's first does: by the learning rate."""
     import torch
     from safetensors.torch import load

@@ -1,8 +1,11 @@
 """PRIOR resumed inside its third stage equals a run that never stopped: noise, phases, revival."""
 
+from pathlib import Path
+
 import pytest
 
-from tests.training.runs import train
+from tests.distributed_pool import Pools
+from tests.training.runs import Overrides, train
 from tests.training.test_resume import comparable, killed_after, weights
 
 pytestmark = pytest.mark.dist
@@ -21,7 +24,9 @@ DROPPED = ("method.", "train.steps", "optimizer.lr")
 
 
 @pytest.mark.parametrize("stage", [0, 2])
-def test_resuming_in_the_third_stage_is_bit_identical(gloo_pool, overrides, tmp_path, stage):
+def test_resuming_in_the_third_stage_is_bit_identical(
+    gloo_pool: Pools, overrides: Overrides, tmp_path: Path, stage: int
+) -> None:
     def options(run: str) -> list[str]:
         tiny = [text for text in overrides(run=run) if not text.startswith(DROPPED)]
         return [*tiny, *PRIOR, f"zero.stage={stage}"]

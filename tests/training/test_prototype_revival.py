@@ -22,8 +22,10 @@ from medvlp.prototypes.usage import CountedPrototypes, revived_rows
 from medvlp.training.callbacks import StepRecord
 from medvlp.training.engine import Engine
 from medvlp.training.prototype_revival import PrototypeRevival
+from tests.distributed_pool import Pools
 from tests.methods.small_mgca import VOCABULARY, rows_of, small_batch, small_config
 from tests.methods.small_prior import report_batch, small_prior_config
+from tests.training.runs import Precision
 from tests.training.tiny import TinyMethod
 
 #: Rows of the bank that nothing is near to at the start.
@@ -38,6 +40,7 @@ def record(engine: Engine, step: int, applied: bool = True) -> StepRecord:
 def directions(bank: CountedPrototypes) -> torch.Tensor:
     """[K, D] prototypes that the next forward pass uses, read by what it does to unit vectors."""
     bank.eval()
+    scores: torch.Tensor
     with torch.no_grad():
         if bank.__class__.__name__ == "SentenceBank":
             scores = bank(torch.eye(16), 1.0).scores
@@ -47,7 +50,7 @@ def directions(bank: CountedPrototypes) -> torch.Tensor:
     return scores.T.clone()
 
 
-def start(name: str, stage: int, precision: str) -> tuple[Engine, str]:
+def start(name: str, stage: int, precision: Precision) -> tuple[Engine, str]:
     """An engine around a small method whose bank has unused rows, and the bank's name."""
     device = distributed.initialize()
     config: Config = small_config() if name == "mgca" else small_prior_config(stage=2)
@@ -58,11 +61,10 @@ def start(name: str, stage: int, precision: str) -> tuple[Engine, str]:
     bank_name, bank = next(
         (name, part) for name, part in method.named_modules() if isinstance(part, CountedPrototypes)
     )
-    batch = global_batch(name)
+    batch, user = global_batch(name), method.prototype_user
+    assert user is not None
     with torch.no_grad():
-        features = torch.cat(
-            [part.flatten(0, -2) for part in method.prototype_user.prototype_features(method, batch)]
-        )
+        features = torch.cat([part.flatten(0, -2) for part in user.prototype_features(method, batch)])
         features = unit_norm(features)
         axes = torch.linalg.svd(features).Vh[:2]
         used = torch.cat([axes, -axes])
@@ -91,10 +93,11 @@ def train(engine: Engine, name: str, step: int, epoch: int = 5) -> None:
     engine.step()
 
 
-def revive(name: str, stage: int, precision: str) -> dict[str, Any]:
+def revive(name: str, stage: int, precision: Precision) -> dict[str, Any]:
     """Train until unused rows are revived; what the model reads and the optimiser holds around that."""
     engine, bank_name = start(name, stage, precision)
-    bank, logged, parameter = engine.method.get_submodule(bank_name), [], f"{bank_name}.weight"
+    bank, parameter = engine.method.get_submodule(bank_name), f"{bank_name}.weight"
+    logged: list[dict[str, float]] = []
     assert isinstance(bank, CountedPrototypes)
     config = PrototypesConfig(revive_below=0.2, refresh_steps=4)
     revival, other = (PrototypeRevival(engine, config, 3, logged.append) for _ in range(2))
@@ -129,7 +132,7 @@ def revive(name: str, stage: int, precision: str) -> dict[str, Any]:
         ("prior", "bf16", 3),
     ],
 )
-def test_unused_rows_start_anew(gloo_pool, name: str, precision: str, stage: int) -> None:
+def test_unused_rows_start_anew(gloo_pool: Pools, name: str, precision: Precision, stage: int) -> None:
     results = gloo_pool(2).run(revive, name, stage, precision)
     for key in ("before", "changed", "master", "after"):
         np.testing.assert_array_equal(results[0][key], results[1][key])
@@ -177,7 +180,7 @@ def move(stage: int) -> list[Any]:
 
 @pytest.mark.dist
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_prototypes_move_only_when_unfrozen(gloo_pool, stage: int) -> None:
+def test_prototypes_move_only_when_unfrozen(gloo_pool: Pools, stage: int) -> None:
     for begun, frozen, moved in gloo_pool(2).run(move, stage):
         np.testing.assert_array_equal(begun, frozen)
         assert (np.abs(moved - frozen).max(1) > 1e-4).all()
@@ -213,5 +216,5 @@ def refused() -> str:
 
 
 @pytest.mark.dist
-def test_a_method_without_prototypes_is_refused(gloo_pool) -> None:
+def test_a_method_without_prototypes_is_refused(gloo_pool: Pools) -> None:
     assert "prototypes.revive_below=0.1" in gloo_pool(2).run(refused)[0]

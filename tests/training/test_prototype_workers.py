@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.training.runs import read_metrics
+from tests.training.runs import Overrides, read_metrics
 
 #: Trains as the only rank, then says what it and its children are.
 PROGRAM = """
@@ -22,7 +22,9 @@ print(json.dumps({"code": code, "faiss": "faiss" in sys.modules, "children": chi
 """
 
 
-def test_the_worker_is_the_only_one_with_faiss_and_ends_with_the_run(overrides, tmp_path) -> None:
+def test_the_worker_is_the_only_one_with_faiss_and_ends_with_the_run(
+    overrides: Overrides, tmp_path: Path
+) -> None:
     settings = [
         "method.prototype_source=clusters", "prototypes.sync=false", "prototypes.refresh_steps=2",
         "prototypes.stale=block", "prototypes.max_staleness=4", "train.steps=20", "monitor.log_samples=true",

@@ -10,11 +10,11 @@ SRUN = {
 }  # fmt: skip
 
 
-def test_without_a_launcher_there_is_one_rank():
+def test_without_a_launcher_there_is_one_rank() -> None:
     assert detect({}).world_size == 1
 
 
-def test_torchrun_and_deepspeed():
+def test_torchrun_and_deepspeed() -> None:
     environment = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
     with pytest.raises(LaunchError, match="MASTER_ADDR"):
         detect(environment)
@@ -23,18 +23,18 @@ def test_torchrun_and_deepspeed():
     assert (ranks.address, ranks.port, ranks.local_world_size) == ("host", 29501, 2)
 
 
-def test_srun():
+def test_srun() -> None:
     ranks = detect(SRUN)
     assert (ranks.launcher, ranks.rank, ranks.world_size, ranks.local_world_size) == ("srun", 5, 6, 2)
     assert ranks.address == "gpu07"
     assert ranks.port == 10000 + 123456 % 20000
 
 
-def test_a_batch_script_is_no_rank_of_srun():
+def test_a_batch_script_is_no_rank_of_srun() -> None:
     assert detect({name: value for name, value in SRUN.items() if name != "SLURM_STEP_ID"}).launcher == "none"
 
 
-def test_contradictions_are_errors():
+def test_contradictions_are_errors() -> None:
     with pytest.raises(LaunchError, match="rank 6 does not exist among 6"):
         detect(SRUN | {"SLURM_PROCID": "6"})
     with pytest.raises(LaunchError, match="WORLD_SIZE is not"):
@@ -45,11 +45,11 @@ def test_contradictions_are_errors():
     ("nodes", "first"),
     [("node1", "node1"), ("node[1-2]", "node1"), ("a,b", "a"), ("gpu[07,09].site,x", "gpu07.site")],
 )
-def test_first_node(nodes, first):
+def test_first_node(nodes: str, first: str) -> None:
     assert first_node(nodes) == first
 
 
-def test_tasks_on_node():
+def test_tasks_on_node() -> None:
     assert [tasks_on_node("2(x2),1", node) for node in range(3)] == [2, 2, 1]
     with pytest.raises(LaunchError):
         tasks_on_node("2", 1)

@@ -2,10 +2,12 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.training.runs import read_metrics, train, train_expecting_error
+from tests.distributed_pool import Pools
+from tests.training.runs import Overrides, Precision, read_metrics, train, train_expecting_error
 
 pytestmark = pytest.mark.dist
 
@@ -16,7 +18,7 @@ def weights(run_dir: Path, step: int = 4) -> bytes:
     return (run_dir / "checkpoints" / f"step-{step:08d}" / "weights.safetensors").read_bytes()
 
 
-def comparable(run_dir: Path) -> list[dict]:
+def comparable(run_dir: Path) -> list[dict[str, Any]]:
     return [
         {k: v for k, v in line.items() if k not in MEASURED and not k.startswith("checkpoint/")}
         for line in read_metrics(run_dir)
@@ -49,7 +51,9 @@ DROPOUT = ["text.dropout=0.2", "checkpoint.every_steps=2", "image.options={drop_
         (3, "bf16", ["data.workers=0"]),
     ],
 )
-def test_resuming_is_bit_identical(gloo_pool, overrides, tmp_path, stage, precision, more):
+def test_resuming_is_bit_identical(
+    gloo_pool: Pools, overrides: Overrides, tmp_path: Path, stage: int, precision: Precision, more: list[str]
+) -> None:
     options = [*DROPOUT, f"zero.stage={stage}", f"precision={precision}", *more]
     pool = gloo_pool(2)
     assert pool.run(train, overrides(*options, run="whole")) == [0, 0]
@@ -61,7 +65,7 @@ def test_resuming_is_bit_identical(gloo_pool, overrides, tmp_path, stage, precis
     assert [line["step"] for line in read_metrics(tmp_path / "resumed")] == [1, 2, 3, 4]
 
 
-def test_dropout_really_draws(gloo_pool, overrides, tmp_path):
+def test_dropout_really_draws(gloo_pool: Pools, overrides: Overrides, tmp_path: Path) -> None:
     """Without restored random states the test above would have to fail: another seed gives other metrics."""
     pool = gloo_pool(2)
     pool.run(train, overrides(*DROPOUT, "train.steps=2", run="drop"))
@@ -69,7 +73,7 @@ def test_dropout_really_draws(gloo_pool, overrides, tmp_path):
     assert comparable(tmp_path / "drop")[0]["loss"] != comparable(tmp_path / "none")[0]["loss"]
 
 
-def test_clusters_of_the_service_resume_too(gloo_pool, overrides, tmp_path):
+def test_clusters_of_the_service_resume_too(gloo_pool: Pools, overrides: Overrides, tmp_path: Path) -> None:
     options = [
         *DROPOUT, "method.prototype_source=clusters", "prototypes.refresh_steps=2", "prototypes.balance=bias",
         "train.steps=5", "checkpoint.every_steps=3",
@@ -87,7 +91,9 @@ def test_clusters_of_the_service_resume_too(gloo_pool, overrides, tmp_path):
     assert "prototypes/version" in comparable(tmp_path / "whole")[1]
 
 
-def test_kmeans_start_and_a_finished_run_started_again(gloo_pool, overrides, tmp_path):
+def test_kmeans_start_and_a_finished_run_started_again(
+    gloo_pool: Pools, overrides: Overrides, tmp_path: Path
+) -> None:
     options = ["prototypes.init=kmeans", "prototypes.init_samples=32", "train.steps=2"]
     pool = gloo_pool(2)
     pool.run(train, overrides(*options))
@@ -100,7 +106,9 @@ def test_kmeans_start_and_a_finished_run_started_again(gloo_pool, overrides, tmp
     assert len(read_metrics(tmp_path / "run")) == 2
 
 
-def test_damaged_checkpoints_are_passed_over_and_another_run_is_refused(gloo_pool, overrides, tmp_path):
+def test_damaged_checkpoints_are_passed_over_and_another_run_is_refused(
+    gloo_pool: Pools, overrides: Overrides, tmp_path: Path
+) -> None:
     pool = gloo_pool(2)
     options = ["checkpoint.every_steps=2", "checkpoint.keep_last=0"]
     pool.run(train, overrides(*options))

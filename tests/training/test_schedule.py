@@ -1,6 +1,7 @@
 """Learning rates against the published schedules of MGCA, PRIOR and MeDSLIP, and steps from epochs."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from medvlp.training.schedule import (
 )  # fmt: skip
 
 
-def test_the_published_schedule_is_met(golden_dir):
+def test_the_published_schedule_is_met(golden_dir: Path) -> None:
     files = sorted(golden_dir.glob("mgca_lr*.npz"))
     assert files
     for file in files:
@@ -32,7 +33,7 @@ def test_the_published_schedule_is_met(golden_dir):
 
 @settings(deadline=None, max_examples=50)
 @given(steps=st.integers(1, 300), share=st.floats(0, 0.999))
-def test_it_rises_then_falls_between_the_limits(steps, share):
+def test_it_rises_then_falls_between_the_limits(steps: int, share: float) -> None:
     warmup = int(share * steps)
     rates = warmup_cosine(steps, warmup, 1.0, 0.1)
     assert len(rates) == steps
@@ -43,7 +44,7 @@ def test_it_rises_then_falls_between_the_limits(steps, share):
     assert rates[warmup] == pytest.approx(1.0)
 
 
-def test_steps_stand_above_epochs():
+def test_steps_stand_above_epochs() -> None:
     config = Config()
     config.train.epochs = 2.5
     assert total_steps(config, steps_per_epoch=10) == 25
@@ -51,12 +52,12 @@ def test_steps_stand_above_epochs():
     assert total_steps(config, steps_per_epoch=10) == 7
 
 
-def test_a_run_shorter_than_its_warmup_only_rises():
+def test_a_run_shorter_than_its_warmup_only_rises() -> None:
     rates = warmup_cosine(5, 20, 1.0, 0.0)
     np.testing.assert_allclose(rates, np.arange(5) / 20)
 
 
-def test_warmup_steps_stand_above_the_share():
+def test_warmup_steps_stand_above_the_share() -> None:
     config = Config()
     config.optimizer.warmup = 0.25
     assert warmup_steps(config, steps=100) == 25
@@ -64,7 +65,7 @@ def test_warmup_steps_stand_above_the_share():
     assert warmup_steps(config, steps=100) == 7
 
 
-def test_the_published_epoch_schedule_is_met(golden_dir):
+def test_the_published_epoch_schedule_is_met(golden_dir: Path) -> None:
     golden = np.load(golden_dir / "medslip_lr_schedule.npz", allow_pickle=False)
     per_epoch = 3001
     rates = epoch_cosine(100 * per_epoch, per_epoch, warmup=500, stair=100, peak=1e-4, low=1e-5)
@@ -76,7 +77,7 @@ def test_the_published_epoch_schedule_is_met(golden_dir):
     assert (epochs[1:] == epochs[1:, :1]).all()
 
 
-def test_a_warmup_by_epochs_ends_with_epoch_zero():
+def test_a_warmup_by_epochs_ends_with_epoch_zero() -> None:
     rates = epoch_cosine(30, 10, warmup=20, stair=1, peak=1.0, low=0.0)
     np.testing.assert_allclose(rates[:10], np.arange(10) / 20)
     np.testing.assert_allclose(rates[10:], np.repeat([0.75, 0.25], 10))
@@ -84,7 +85,7 @@ def test_a_warmup_by_epochs_ends_with_epoch_zero():
 
 @settings(deadline=None, max_examples=25)
 @given(per_epoch=st.integers(1, 40), epochs=st.integers(1, 6), share=st.floats(0, 0.9))
-def test_a_phase_follows_the_published_rule(per_epoch, epochs, share):
+def test_a_phase_follows_the_published_rule(per_epoch: int, epochs: int, share: float) -> None:
     phase = PhaseConfig(epochs=epochs, lr=1e-5, start_lr=1e-7, warmup_epochs=share * epochs)
     rates = phase_rates(phase, per_epoch)
     total, warmup = per_epoch * epochs, round(share * epochs * per_epoch)
@@ -99,7 +100,7 @@ def test_a_phase_follows_the_published_rule(per_epoch, epochs, share):
         assert rate == pytest.approx(expected, rel=1e-12)
 
 
-def test_phases_follow_each_other_and_make_the_length_of_the_run():
+def test_phases_follow_each_other_and_make_the_length_of_the_run() -> None:
     config = Config()
     config.optimizer.phases = [
         PhaseConfig(epochs=1.5, lr=2.0),
@@ -114,7 +115,7 @@ def test_phases_follow_each_other_and_make_the_length_of_the_run():
     assert schedule.rates[24] == pytest.approx(0.5 + 0.25 * (1 + math.cos(math.pi * 7 / 8)))
 
 
-def test_one_schedule_of_steps_has_one_phase():
+def test_one_schedule_of_steps_has_one_phase() -> None:
     config = Config()
     config.train.steps, config.optimizer.schedule = 12, "epoch_cosine"
     config.optimizer.warmup, config.optimizer.lr, config.optimizer.min_lr = 0.0, 1.0, 0.0

@@ -4,16 +4,21 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from medvlp import distributed
+from medvlp.training.callbacks import StepRecord
 from medvlp.training.consensus import reach
 from medvlp.training.interrupts import EXIT_INTERRUPTED, Interrupts
-from tests.training.runs import read_metrics, train
+from tests.distributed_pool import Pools
+from tests.training.runs import Overrides, read_metrics, train
 
 
-def test_a_signal_is_noted_and_the_handlers_come_back():
+def test_a_signal_is_noted_and_the_handlers_come_back() -> None:
     before = signal.getsignal(signal.SIGUSR1)
     with Interrupts() as interrupts:
         assert not reach(interrupts)
@@ -23,18 +28,20 @@ def test_a_signal_is_noted_and_the_handlers_come_back():
     assert signal.getsignal(signal.SIGUSR1) == before
 
 
-def wait_until(condition) -> None:
+def wait_until(condition: Callable[[], object]) -> None:
     deadline = time.monotonic() + 10
     while not condition():
         assert time.monotonic() < deadline, "it never came"
         time.sleep(0.01)
 
 
-def test_a_second_signal_ends_the_process_but_not_the_same_request_twice(monkeypatch):
+def test_a_second_signal_ends_the_process_but_not_the_same_request_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from medvlp.training import interrupts as module
 
-    ended = []
-    monkeypatch.setattr(module.os, "_exit", ended.append)
+    ended: list[int] = []
+    monkeypatch.setattr("os._exit", ended.append)
     monkeypatch.setattr(module, "SAME_REQUEST_SECONDS", 0.2)
     with Interrupts() as interrupts:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -49,7 +56,7 @@ def test_a_second_signal_ends_the_process_but_not_the_same_request_twice(monkeyp
     assert ended == [128 + signal.SIGINT]
 
 
-def test_the_time_is_a_request_too():
+def test_the_time_is_a_request_too() -> None:
     with Interrupts(max_minutes=60) as interrupts:
         assert not reach(interrupts)
     with Interrupts(max_minutes=0) as interrupts:
@@ -63,20 +70,19 @@ def train_and_signal_one_rank(overrides: list[str], stop_at: int) -> int:
 
     original = trainer.Trainer._train_step
 
-    def step(self):
+    def step(self: trainer.Trainer) -> StepRecord:
         if self.step + 1 == stop_at and distributed.rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self)
 
-    trainer.Trainer._train_step = step
-    try:
+    with mock.patch.object(trainer.Trainer, "_train_step", step):
         return train(overrides)
-    finally:
-        trainer.Trainer._train_step = original
 
 
 @pytest.mark.dist
-def test_a_signal_to_one_rank_saves_on_all_and_resuming_is_identical(gloo_pool, overrides, tmp_path):
+def test_a_signal_to_one_rank_saves_on_all_and_resuming_is_identical(
+    gloo_pool: Pools, overrides: Overrides, tmp_path: Path
+) -> None:
     options = ["text.dropout=0.2", "train.steps=5"]
     pool = gloo_pool(2)
     assert pool.run(train_and_signal_one_rank, overrides(*options), 3) == [EXIT_INTERRUPTED] * 2

@@ -1,26 +1,33 @@
 """Every ZeRO stage on two ranks computes what one process computes on the same global batches."""
 
+from pathlib import Path
+
 import pytest
 
-from tests.training.runs import read_metrics, train
+from tests.distributed_pool import GlooPool, Pools
+from tests.training.runs import Overrides, read_metrics, train
 
 pytestmark = pytest.mark.dist
 
 NETS = ["test_vit.r160_in1k", "test_resnet.r160_in1k"]
 
 
-def losses(pool, overrides, tmp_path, name, *more):
+def losses(
+    pool: GlooPool, overrides: Overrides, tmp_path: Path, name: str, *more: str
+) -> list[tuple[float, float]]:
     pool.run(train, overrides(*more, run=name))
     return [(line["loss"], line["grad_norm"]) for line in read_metrics(tmp_path / name)]
 
 
-def largest_difference(found, expected, column=0):
+def largest_difference(
+    found: list[tuple[float, float]], expected: list[tuple[float, float]], column: int = 0
+) -> float:
     assert len(found) == len(expected) > 0
     return max(abs(a[column] - b[column]) / abs(b[column]) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("net", NETS)
-def test_fp32_over_twenty_steps(gloo_pool, overrides, tmp_path, net):
+def test_fp32_over_twenty_steps(gloo_pool: Pools, overrides: Overrides, tmp_path: Path, net: str) -> None:
     options = [f"image.name={net}", "train.steps=20", "optimizer.lr=2e-5"]
     expected = losses(gloo_pool(1), overrides, tmp_path, "one", *options, "zero.stage=0")
     other = losses(gloo_pool(1), overrides, tmp_path, "other", *options, "optimizer.lr=2.1e-5")
@@ -35,7 +42,7 @@ def test_fp32_over_twenty_steps(gloo_pool, overrides, tmp_path, net):
 
 
 @pytest.mark.parametrize("net", NETS)
-def test_bf16(gloo_pool, overrides, tmp_path, net):
+def test_bf16(gloo_pool: Pools, overrides: Overrides, tmp_path: Path, net: str) -> None:
     options = [f"image.name={net}", "train.steps=5", "precision=bf16", "optimizer.lr=2e-5"]
     expected = losses(gloo_pool(1), overrides, tmp_path, "one", *options, "zero.stage=0")
     for stage in range(4):
@@ -46,7 +53,9 @@ def test_bf16(gloo_pool, overrides, tmp_path, net):
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_accumulation_is_the_same_on_one_and_two_ranks(gloo_pool, overrides, tmp_path, stage):
+def test_accumulation_is_the_same_on_one_and_two_ranks(
+    gloo_pool: Pools, overrides: Overrides, tmp_path: Path, stage: int
+) -> None:
     """Two micro-batches of eight: each is the batch of one contrast, whoever computes it."""
     one = losses(gloo_pool(1), overrides, tmp_path, "one", "train.micro_batch=8", f"zero.stage={stage}")
     two = losses(gloo_pool(2), overrides, tmp_path, "two", "train.micro_batch=4", f"zero.stage={stage}")
@@ -55,7 +64,9 @@ def test_accumulation_is_the_same_on_one_and_two_ranks(gloo_pool, overrides, tmp
     assert largest_difference(whole, one) > 1e-3
 
 
-def test_clipping_and_learning_rate_scales_agree_across_stages(gloo_pool, overrides, tmp_path):
+def test_clipping_and_learning_rate_scales_agree_across_stages(
+    gloo_pool: Pools, overrides: Overrides, tmp_path: Path
+) -> None:
     options = [
         "train.gradient_clip=1",
         "optimizer.image_lr_scale=0",

@@ -18,6 +18,8 @@ VOCABULARY = 50
 class TinyMethod(Method):
     """A two-block ViT of 32 px beside a bag of tokens; `dropout` draws from torch's default generator."""
 
+    mean: Tensor
+
     def __init__(self, dropout: float = 0.0):
         super().__init__()
         self.image_encoder = timm.create_model(
@@ -34,7 +36,8 @@ class TinyMethod(Method):
 
     def image_features(self, image: Tensor) -> Tensor:
         scaled = (image.float() / 127.5 - 1).to(self.head.weight.dtype)
-        return self.image_encoder(scaled)
+        features: Tensor = self.image_encoder(scaled)
+        return features
 
     def encode_image(self, image: Tensor) -> Tensor:
         return F.normalize(self.head(self.image_features(image)).float(), dim=-1)
