@@ -7,7 +7,6 @@ these never queue behind, or wait for, work on the GPU.
 
 import json
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from medvlp.ranks import Ranks, detect
+from medvlp.ranks import LAUNCHER_LOCAL_RANK, Ranks, detect
 
 #: How long a collective may wait for another rank before the run is declared dead.
 TIMEOUT = timedelta(minutes=30)
@@ -32,8 +31,9 @@ _LOST_PEER = (
     "Timed out waiting",
 )  # fmt: skip
 
-#: How much longer than asked gloo waits, and how long NCCL may take to write its flight recorder, in seconds.
-_SPARE_SECONDS, _DUMP_SECONDS = 60.0, 30.0
+#: How many seconds longer than asked a collective waits: after that NCCL's own watchdog aborts the process,
+#: which then cannot say whom it waited for.
+_SPARE_SECONDS = 120.0
 
 #: The ranks did not all meet in time (`dist.DistNetworkError`: the place where they meet is not there).
 RendezvousError = (dist.DistStoreError, dist.DistNetworkError)
@@ -57,8 +57,7 @@ def initialize(ranks: Ranks | None = None, timeout: timedelta = TIMEOUT) -> torc
     device = choose_device(ranks.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # DeepSpeed and our own `local_rank` read these; srun does not set them.
-    os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))
+    _tell_deepspeed(ranks, device)
     if not is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         if ranks.world_size == 1:
@@ -79,6 +78,17 @@ def initialize(ranks: Ranks | None = None, timeout: timedelta = TIMEOUT) -> torc
     return device
 
 
+def _tell_deepspeed(ranks: Ranks, device: torch.device) -> None:
+    """Set LOCAL_RANK, which DeepSpeed takes for the number of the GPU as long as the process lives.
+
+    It is another number where each rank sees one GPU only (`srun --gpus-per-task=1`).
+    """
+    os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # srun does not set it
+    if device.type == "cuda" and device.index != ranks.local_rank:
+        os.environ[LAUNCHER_LOCAL_RANK] = str(ranks.local_rank)
+        os.environ["LOCAL_RANK"] = str(device.index)
+
+
 def record_flights(folder: Path) -> None:
     """Have NCCL remember its last collectives, and write them into `folder` when one times out.
 
@@ -94,21 +104,37 @@ def record_flights(folder: Path) -> None:
         os.environ.setdefault(name, value)
 
 
-def wait_for_flight_recorder() -> None:
-    """Give NCCL, whose collectives time out at this moment, the time to write what it remembers."""
-    if is_initialized() and dist.get_backend() == "nccl":
-        time.sleep(_DUMP_SECONDS)
+def write_flight_record(folder: Path) -> None:
+    """Write what NCCL remembers of its last collectives to `flight-<rank>`, as it would when one times out.
+
+    Nothing without NCCL. Torch has no public name for it.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)
+    if dump is not None and is_initialized() and dist.get_backend() == "nccl":
+        (folder / f"flight-{rank()}").write_bytes(dump())
 
 
 def set_timeout(seconds: float | None) -> None:
     """How long a collective of any group may wait from now on; None: as long as `TIMEOUT`.
 
-    On gloo a little longer, so that who looks at the clock (the training loop's watchdog) can say first which
-    rank is missing; NCCL's watchdog has nobody to interrupt it and writes its dump meanwhile.
+    In truth two minutes longer, so that who looks at the clock (the training loop's watchdog) can say first
+    which rank is missing.
     """
+    limit = TIMEOUT if seconds is None else timedelta(seconds=seconds + _SPARE_SECONDS)
     for group in list(dist.distributed_c10d._world.pg_map):  # DeepSpeed's groups too; no public list of them
-        spare = 0.0 if dist.get_backend(group) == "nccl" else _SPARE_SECONDS
-        dist.set_timeout(TIMEOUT if seconds is None else timedelta(seconds=seconds + spare), group)
+        _limit_group(limit, group)
+
+
+def _limit_group(limit: timedelta, group: Any) -> None:
+    """`dist.set_timeout`, which torch has since 2.14; older versions have it under a private name."""
+    public = getattr(dist, "set_timeout", None)
+    if public is not None:
+        public(limit, group)
+    else:
+        dist.distributed_c10d._set_pg_timeout(limit, group)
 
 
 def shared_store() -> Any:
@@ -163,9 +189,14 @@ def is_lost_peer(error: RuntimeError) -> bool:
     return any(text in str(error) for text in _LOST_PEER)
 
 
+def uses_cuda() -> bool:
+    """Whether this process computes on a GPU: there is one, and DS_ACCELERATOR does not say cpu."""
+    return os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
+
+
 def choose_device(local_rank: int) -> torch.device:
     """The CUDA device of this local rank, or the CPU when there is none (or DS_ACCELERATOR=cpu)."""
-    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
+    if not uses_cuda():
         return torch.device("cpu")
     # Slurm may show each task only its own GPU, which then is number 0 for all of them.
     return torch.device("cuda", local_rank % torch.cuda.device_count())
@@ -187,7 +218,7 @@ def world_size() -> int:
 
 
 def local_rank() -> int:
-    """Rank on this node as the launcher says it (`LOCAL_RANK`), else 0."""
+    """Number of this rank's GPU on a GPU, else its rank on this node as the launcher says it, else 0."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 

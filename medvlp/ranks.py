@@ -10,6 +10,8 @@ from shards.errors import MedvlpError
 
 #: Set by our job scripts: the tasks of srun are nodes, each of which starts its ranks itself.
 NODE_LAUNCH = "MEDVLP_NODE_LAUNCH"
+#: The launcher's LOCAL_RANK, in processes where that had to become the number of the GPU for DeepSpeed.
+LAUNCHER_LOCAL_RANK = "MEDVLP_LAUNCHER_LOCAL_RANK"
 #: Path of the file that the first rank of a node with an error makes; only that rank shows its error.
 FIRST_ERROR = "MEDVLP_FIRST_ERROR"
 
@@ -83,7 +85,7 @@ def _torchrun(environment: Mapping[str, str]) -> Ranks:
         "torchrun",
         rank=int(environment["RANK"]),
         world_size=world_size,
-        local_rank=int(environment.get("LOCAL_RANK", "0")),
+        local_rank=int(environment.get(LAUNCHER_LOCAL_RANK) or environment.get("LOCAL_RANK", "0")),
         local_world_size=int(environment.get("LOCAL_WORLD_SIZE", str(world_size))),
         address=environment.get("MASTER_ADDR", "127.0.0.1"),
         port=int(environment.get("MASTER_PORT", "0")),

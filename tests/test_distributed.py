@@ -1,5 +1,6 @@
 """Collectives on one process without a group, and on two and four ranks."""
 
+import os
 import subprocess
 import sys
 from datetime import timedelta
@@ -8,6 +9,10 @@ import pytest
 import torch
 
 from medvlp import distributed
+from medvlp.config import DataConfig
+from medvlp.data.loader import _loader
+from medvlp.ranks import LAUNCHER_LOCAL_RANK, detect
+from medvlp.runs.randomness import random_state
 
 
 def test_without_a_group_everything_is_the_identity():
@@ -110,3 +115,62 @@ def test_a_group_that_could_not_be_formed_leaves_nothing_behind() -> None:
     finally:
         other.kill()
         other.wait()
+
+
+@pytest.mark.parametrize("public", [True, False])
+def test_time_limits_change_on_every_torch(monkeypatch, public):
+    """`dist.set_timeout` exists since torch 2.14."""
+    if not public:
+        monkeypatch.delattr(distributed.dist, "set_timeout", raising=False)
+    with distributed.temporary_group(distributed.host_store(), 0, 1, timedelta(seconds=30)):
+        distributed.set_timeout(5)
+        group = distributed.dist.distributed_c10d._get_default_group()
+        limit = group._get_backend(torch.device("cpu")).options._timeout
+    assert limit == timedelta(seconds=5 + distributed._SPARE_SECONDS)
+
+
+def test_nccl_leaves_the_watchdog_time_to_speak(monkeypatch):
+    limits = []
+    monkeypatch.setattr(distributed.dist, "get_backend", lambda group=None: "nccl")
+    monkeypatch.setattr(
+        distributed.dist, "set_timeout", lambda limit, group=None: limits.append(limit), raising=False
+    )
+    with distributed.temporary_group(distributed.host_store(), 0, 1, timedelta(seconds=30)):
+        distributed.set_timeout(5)
+    assert limits == [timedelta(seconds=125)]
+
+
+def test_what_nccl_remembers_is_written(monkeypatch, tmp_path):
+    functions = torch._C._distributed_c10d
+    monkeypatch.setattr(functions, "_dump_nccl_trace", lambda: b"collectives", raising=False)
+    distributed.write_flight_record(tmp_path)
+    assert not list(tmp_path.iterdir())  # no group, nothing to remember
+    monkeypatch.setattr(distributed.dist, "get_backend", lambda group=None: "nccl")
+    with distributed.temporary_group(distributed.host_store(), 0, 1, timedelta(seconds=30)):
+        distributed.write_flight_record(tmp_path)
+    assert (tmp_path / "flight-0").read_bytes() == b"collectives"
+
+
+@pytest.mark.parametrize("visible", [1, 4])
+def test_deepspeed_is_told_the_gpu_and_the_launcher_keeps_its_number(monkeypatch, visible):
+    """A task of `srun --gpus-per-task=1` sees one GPU, number 0, whatever its place on the node."""
+    for name, value in {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "2", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setenv(LAUNCHER_LOCAL_RANK, "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    device = distributed.choose_device(2)
+    distributed._tell_deepspeed(detect(), device)
+    assert os.environ["LOCAL_RANK"] == str(device.index) == str(2 % visible)
+    assert detect().local_rank == 2
+
+
+def test_a_run_on_the_cpu_beside_a_gpu_leaves_it_alone(monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: pytest.fail("this makes a CUDA context"))
+    assert "cuda" not in random_state()
+    loader = _loader([], [], DataConfig(), 0)
+    assert not loader.pin_memory

@@ -25,6 +25,7 @@ from medvlp.data.fields import open_fields
 from medvlp.data.order import Positions, SampleOrder, rank_rows
 from medvlp.data.sample_store import SampleStore
 from medvlp.data.text import Tokenizer
+from medvlp.distributed import uses_cuda
 from shards.errors import DataError
 from shards.reader import ShardReader
 
@@ -357,7 +358,7 @@ def _loader(
         sampler=requests,
         num_workers=workers,
         prefetch_factor=config.prefetch if workers else None,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=uses_cuda(),  # not where a GPU is only present: pinning makes a CUDA context on it
         worker_init_fn=_start_worker,
         # An own generator: the loader would otherwise advance the default one, which the checkpoint restores.
         generator=torch.Generator().manual_seed(0),

@@ -38,6 +38,7 @@ class ProjectionHead(nn.Module):
 
     @staticmethod
     def _normalise(norm: GlobalBatchNorm, values: Tensor, mask: Tensor | None) -> Tensor:
-        normalised: Tensor = norm(values.movedim(-1, 1), mask)
-        output = normalised.movedim(1, -1)
+        # As rows of channels: torch's kernels would copy tokens with the channels in the middle, each way.
+        rows: Tensor = norm(values.flatten(0, -2), None if mask is None else mask.flatten())
+        output = rows.view_as(values)
         return output if mask is None else output.masked_fill(~mask[..., None], 0.0)

@@ -25,7 +25,8 @@ def clamped_weights(attention: Tensor, valid: Tensor, quantile: float = 0.1) -> 
     """
     values = attention if attention.dtype == torch.float64 else attention.float()
     known = values.masked_fill(~valid, torch.nan)
-    limits = torch.tensor([quantile, 1 - quantile], dtype=values.dtype, device=values.device)
+    limits = values.new_full((2,), quantile)  # filled there: a copy from the host waits for the device
+    limits[1].fill_(1 - quantile)
     low, high = known.nanquantile(limits, dim=1, keepdim=True)
     weights = known.clamp(min=low, max=high).nan_to_num(nan=0.0)
     total = weights.sum(1, keepdim=True)

@@ -6,6 +6,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from medvlp.distributed import uses_cuda
+
 
 def seed_weights(seed: int) -> None:
     """Seed every default generator alike on all ranks, for building the model."""
@@ -30,7 +32,7 @@ def random_state() -> dict[str, Any]:
         "numpy": [kind, torch.from_numpy(key.astype(np.int64)), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
     }
-    if torch.cuda.is_available():
+    if uses_cuda():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
@@ -42,5 +44,5 @@ def restore_random_state(state: dict[str, Any]) -> None:
     kind, key, position, has_gauss, cached = state["numpy"]
     np.random.set_state((kind, key.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
+    if "cuda" in state and uses_cuda():
         torch.cuda.set_rng_state(state["cuda"])

@@ -46,7 +46,9 @@ def deepspeed_json(config: Config, sizes: BatchSizes, device_type: str) -> dict[
         # In fp32 at stage 0 its clipping fails without gradients, which is how `Engine` skips a bad step.
         "gradient_clipping": 0.0 if is_plain(config) else config.train.gradient_clip,
         "steps_per_print": None,
-        "zero_optimization": _zero(config),
+        "zero_optimization": _zero(config, device_type),
+        # They wait for the GPU before and after every micro-batch; the monitor measures speed.
+        "timers": {"throughput": {"enabled": False}},
         # Our groups hold torch's own AdamW or SGD, which DeepSpeed otherwise accepts only in part.
         "zero_allow_untested_optimizer": True,
         "optimizer": _optimizer(config.optimizer, device_type, config.zero.offload_optimizer),
@@ -74,8 +76,11 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _zero(config: Config) -> dict[str, Any]:
+def _zero(config: Config, device_type: str) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": config.zero.stage}
+    if device_type == "cuda" and config.zero.stage in (1, 2):
+        # DeepSpeed's bucket of 5e8 holds all gradients of our models: nothing would travel during backward.
+        zero |= {"overlap_comm": True, "reduce_bucket_size": 25_000_000, "allgather_bucket_size": 200_000_000}
     if config.zero.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if config.zero.offload_parameters:

@@ -18,6 +18,8 @@ from shards.errors import MedvlpError
 
 #: Seconds to wait for the store's answer, and that the ranks which do not speak leave to the one that does.
 _STORE_SECONDS, _SPEAKER_SECONDS = 5.0, 10.0
+#: Seconds that NCCL may take to tell what it remembers.
+_DUMP_SECONDS = 30.0
 
 
 class HangError(MedvlpError):
@@ -151,7 +153,7 @@ class Watchdog:
             _within(
                 _STORE_SECONDS, lambda: EventLog(self.run_dir).note("hang", self._place.step or 0, text=text)
             )
-        distributed.wait_for_flight_recorder()
+        _within(_DUMP_SECONDS, lambda: _write_flight_record(self.run_dir))
         # Not sys.exit: the main thread is in a collective or a system call that nothing interrupts.
         os._exit(HangError.exit_code)
 
@@ -200,6 +202,11 @@ class Watchdog:
             parts = [f"rank {rank} is still in {_where(places[rank])}" for rank in behind]
             return head + "The others wait for it: " + "; ".join(parts)
         return head + "So have all ranks: the network between them, or a disk they share, does not answer"
+
+
+def _write_flight_record(run_dir: Path) -> None:
+    with suppress(OSError):
+        distributed.write_flight_record(run_dir)
 
 
 def _size(path: Path) -> int:

@@ -110,7 +110,9 @@ def pretrain(
 
 def _join(ranks: Ranks, seconds: float) -> torch.device:
     try:
-        return distributed.initialize(ranks, timedelta(seconds=seconds))
+        device = distributed.initialize(ranks, timedelta(seconds=seconds))
+        distributed.set_timeout(seconds)  # with time to spare for the watchdog, from the first collective on
+        return device
     except distributed.RendezvousError as error:
         reason = " ".join(str(error).split())[:200]
         raise LostPeerError(

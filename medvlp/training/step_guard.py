@@ -41,6 +41,9 @@ class StepGuard:
         self.sigma = sigma
         self._buffers = list(method.buffers())
         self._copies = [buffer.clone() for buffer in self._buffers]
+        # Positions by type: torch copies a list of several types one tensor at a time.
+        types = dict.fromkeys(buffer.dtype for buffer in self._buffers)
+        self._alike = [[i for i, b in enumerate(self._buffers) if b.dtype == kind] for kind in types]
         self._mean = torch.zeros((), dtype=torch.float64, device=device)
         self._variance, self._count = self._mean.clone(), self._mean.clone()
         self._loss = self._spike = self._mean
@@ -48,8 +51,7 @@ class StepGuard:
     @torch.no_grad()
     def begin(self) -> None:
         """Remember the buffers; call it before the first forward pass of a step."""
-        if self._buffers:
-            torch._foreach_copy_(self._copies, self._buffers)  # one launch instead of one for each batch norm
+        self._copy(self._buffers, self._copies)
 
     @torch.no_grad()
     def allowance(self, loss: Tensor) -> Tensor:
@@ -84,8 +86,11 @@ class StepGuard:
     @torch.no_grad()
     def undo(self) -> None:
         """Put the buffers back to what they were at `begin`."""
-        if self._buffers:
-            torch._foreach_copy_(self._buffers, self._copies)
+        self._copy(self._copies, self._buffers)
+
+    def _copy(self, sources: list[Tensor], targets: list[Tensor]) -> None:
+        for places in self._alike:  # one launch instead of one for each batch norm
+            torch._foreach_copy_([targets[i] for i in places], [sources[i] for i in places])
 
     def verdict(self) -> StepVerdict:
         """What was seen in the last step (waits for the device)."""

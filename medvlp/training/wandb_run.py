@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-import wandb
-
 from medvlp.config import MonitorConfig
 
 logger = logging.getLogger(__name__)
@@ -70,6 +68,8 @@ class WandbRun:
         mode = resolve_mode(config.wandb)
         if mode == "disabled":
             return
+        import wandb  # here: it is slow to import, and a run without it needs no W&B installed
+
         self.id = run_id or _remembered_id(run_dir)
         arguments: dict[str, Any] = {
             "project": config.project,
@@ -132,7 +132,9 @@ def _remembered_id(run_dir: Path) -> str:
     return new
 
 
-def _settings() -> wandb.Settings:
+def _settings() -> Any:
+    import wandb  # see WandbRun
+
     timeout = float(os.environ.get("WANDB_INIT_TIMEOUT", INIT_TIMEOUT))
     return wandb.Settings(
         init_timeout=timeout,

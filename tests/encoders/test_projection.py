@@ -52,3 +52,17 @@ def test_masked_tokens_change_nothing_for_the_others() -> None:
     different = head(torch.where(mask[..., None], tokens, 100.0), mask)
     torch.testing.assert_close(different[:, :3], short)
     assert not torch.allclose(head(tokens)[:, :3], short)
+
+
+def test_torch_normalises_rows_and_not_tokens_in_the_middle(monkeypatch) -> None:
+    """On a transposed view torch's kernels copy all tokens, each way."""
+    shapes, kernel = [], torch.nn.functional.batch_norm
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "batch_norm",
+        lambda rows, *rest: shapes.append(rows.shape) or kernel(rows, *rest),
+    )
+    head = ProjectionHead(6, 12, 4)
+    tokens = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(0))
+    assert head(tokens).shape == (3, 5, 4)
+    assert shapes == [(15, 12), (15, 4)]

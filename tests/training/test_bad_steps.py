@@ -15,6 +15,7 @@ from medvlp.data.batch import Batch
 from medvlp.methods.base import StepOutput
 from medvlp.prototypes.table import PrototypeTable
 from medvlp.training.callbacks import StepRecord
+from medvlp.training.step_guard import StepGuard
 from tests.distributed_pool import Pools
 from tests.training.runs import Precision
 from tests.training.tiny import TinyMethod, random_batch
@@ -68,7 +69,6 @@ def run_steps(
     from medvlp.training.hangs import Watchdog
     from medvlp.training.interrupts import Interrupts
     from medvlp.training.schedule import Schedule
-    from medvlp.training.step_guard import StepGuard
     from medvlp.training.trainer import Trainer
 
     class Applied(Callback):
@@ -203,3 +203,23 @@ def test_the_running_statistics_are_those_of_accepted_losses() -> None:
     assert other.allowance(torch.tensor(9.0)).isnan()
     other.forget()
     assert other.allowance(torch.tensor(9.0)).item() == 1
+
+
+def test_buffers_of_several_types_are_kept_in_lists_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch copies a mixed list one tensor at a time, a launch for each."""
+    kinds: list[set[torch.dtype]] = []
+    copy = torch._foreach_copy_
+
+    def watched(to: list[Tensor], of: list[Tensor]) -> None:
+        kinds.append({buffer.dtype for buffer in [*to, *of]})
+        copy(to, of)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", watched)
+    method = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2))
+    guard = StepGuard(method, 0.0, torch.device("cpu"))
+    before = {name: buffer.clone() for name, buffer in method.named_buffers()}
+    guard.begin()
+    method(torch.randn(4, 2))
+    guard.undo()
+    assert all(torch.equal(buffer, before[name]) for name, buffer in method.named_buffers())
+    assert kinds == [{torch.float32}, {torch.int64}] * 2

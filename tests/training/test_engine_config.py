@@ -1,6 +1,7 @@
 """DeepSpeed's JSON and the parameter groups, without starting an engine."""
 
 import pytest
+from deepspeed.runtime.config import DeepSpeedConfig
 
 from medvlp.config import Config, OptimizerConfig
 from medvlp.config_files import ConfigError
@@ -76,3 +77,18 @@ def test_decay_all_keeps_the_methods_own_exemptions_and_frozen_parameters_are_in
     free = set().union(*(names for decay, _, names in groups if not decay))
     assert free == {"head.weight"}
     assert not any(name.startswith("text_encoder") for _, _, names in groups for name in names)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_gradients_travel_during_backward_and_nothing_waits_to_take_the_time(stage: int) -> None:
+    config = Config()
+    config.zero.stage = stage
+    made = deepspeed_json(config, divide_batch(config, 1), "cuda")
+    assert not DeepSpeedConfig(made).timers_config.enabled
+    zero = made["zero_optimization"]
+    assert zero.get("overlap_comm") is (True if stage in (1, 2) else None)  # DeepSpeed's own at stage 3
+    assert ("reduce_bucket_size" in zero) == (stage in (1, 2))
+    config.deepspeed = {"zero_optimization": {"overlap_comm": False}}
+    if stage in (1, 2):
+        above = deepspeed_json(config, divide_batch(config, 1), "cuda")["zero_optimization"]
+        assert above == {**zero, "overlap_comm": False}

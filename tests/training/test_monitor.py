@@ -144,3 +144,18 @@ def test_a_start_before_the_first_checkpoint_continues_the_same_wandb_run(tmp_pa
     new = start()
     assert new is not None
     assert len(new) == 8
+
+
+def test_a_run_without_wandb_imports_none(tmp_path: Path) -> None:
+    program = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "sys.modules['wandb'] = None\n"  # what `import wandb` would raise for
+        "import medvlp.training.pretrain\n"
+        "from medvlp.config import MonitorConfig\n"
+        "from medvlp.training.wandb_run import WandbRun\n"
+        f"run = WandbRun(MonitorConfig(wandb='disabled'), Path({str(tmp_path)!r}), 'name', {{}}, None)\n"
+        "run.log({'loss': 1.0}, 1)\n"
+        "run.finish()\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
