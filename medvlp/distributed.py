@@ -17,13 +17,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from medvlp.ranks import LAUNCHER_LOCAL_RANK, Ranks, detect
+from medvlp.ranks import Ranks, detect, tell_deepspeed
 
 #: How long a collective may wait for another rank before the run is declared dead.
 TIMEOUT = timedelta(minutes=30)
 
 # torch 2.14 renamed it and warns about the old name; older versions have only that.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def _set_timeout(limit: timedelta, group: Any) -> None:
+    """`dist.set_timeout`, which torch has since 2.14; before, only under a private name."""
+    getattr(dist, "set_timeout", dist.distributed_c10d._set_pg_timeout)(limit, group)
+
 
 #: What gloo and NCCL say when the process at the other end is gone.
 _LOST_PEER = (
@@ -57,7 +63,7 @@ def initialize(ranks: Ranks | None = None, timeout: timedelta = TIMEOUT) -> torc
     device = choose_device(ranks.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    _tell_deepspeed(ranks, device)
+    tell_deepspeed(ranks, device.index)
     if not is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         if ranks.world_size == 1:
@@ -78,17 +84,6 @@ def initialize(ranks: Ranks | None = None, timeout: timedelta = TIMEOUT) -> torc
     return device
 
 
-def _tell_deepspeed(ranks: Ranks, device: torch.device) -> None:
-    """Set LOCAL_RANK, which DeepSpeed takes for the number of the GPU as long as the process lives.
-
-    It is another number where each rank sees one GPU only (`srun --gpus-per-task=1`).
-    """
-    os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # srun does not set it
-    if device.type == "cuda" and device.index != ranks.local_rank:
-        os.environ[LAUNCHER_LOCAL_RANK] = str(ranks.local_rank)
-        os.environ["LOCAL_RANK"] = str(device.index)
-
-
 def record_flights(folder: Path) -> None:
     """Have NCCL remember its last collectives, and write them into `folder` when one times out.
 
@@ -105,13 +100,7 @@ def record_flights(folder: Path) -> None:
 
 
 def write_flight_record(folder: Path) -> None:
-    """Write what NCCL remembers of its last collectives to `flight-<rank>`, as it would when one times out.
-
-    Nothing without NCCL. Torch has no public name for it.
-
-    Raises:
-        OSError: the disk refused.
-    """
+    """Write what NCCL, if it is used, remembers of its last collectives to `flight-<rank>`; may raise OSError."""
     dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)
     if dump is not None and is_initialized() and dist.get_backend() == "nccl":
         (folder / f"flight-{rank()}").write_bytes(dump())
@@ -125,16 +114,7 @@ def set_timeout(seconds: float | None) -> None:
     """
     limit = TIMEOUT if seconds is None else timedelta(seconds=seconds + _SPARE_SECONDS)
     for group in list(dist.distributed_c10d._world.pg_map):  # DeepSpeed's groups too; no public list of them
-        _limit_group(limit, group)
-
-
-def _limit_group(limit: timedelta, group: Any) -> None:
-    """`dist.set_timeout`, which torch has since 2.14; older versions have it under a private name."""
-    public = getattr(dist, "set_timeout", None)
-    if public is not None:
-        public(limit, group)
-    else:
-        dist.distributed_c10d._set_pg_timeout(limit, group)
+        _set_timeout(limit, group)
 
 
 def shared_store() -> Any:

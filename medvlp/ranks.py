@@ -106,6 +106,21 @@ def _srun(environment: Mapping[str, str]) -> Ranks:
     )
 
 
+def tell_deepspeed(ranks: Ranks, gpu: int | None) -> None:
+    """Set LOCAL_RANK, which DeepSpeed takes for the number of the GPU as long as the process lives.
+
+    It is another number where each rank sees one GPU only (`srun --gpus-per-task=1`).
+
+    Args:
+        ranks: what the launcher says; `detect` goes on to say it.
+        gpu: number of this rank's GPU among those it sees; None on a CPU.
+    """
+    os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # srun does not set it
+    if gpu is not None and gpu != ranks.local_rank:
+        os.environ[LAUNCHER_LOCAL_RANK] = str(ranks.local_rank)
+        os.environ["LOCAL_RANK"] = str(gpu)
+
+
 def job_port(environment: Mapping[str, str]) -> int:
     """A port that all nodes of a Slurm job agree on: from its id, below those that Linux gives to clients."""
     return 10000 + int(environment.get("SLURM_JOB_ID", "0")) % 20000

@@ -11,7 +11,7 @@ import torch
 from medvlp import distributed
 from medvlp.config import DataConfig
 from medvlp.data.loader import _loader
-from medvlp.ranks import LAUNCHER_LOCAL_RANK, detect
+from medvlp.ranks import LAUNCHER_LOCAL_RANK, detect, tell_deepspeed
 from medvlp.runs.randomness import random_state
 
 
@@ -162,7 +162,7 @@ def test_deepspeed_is_told_the_gpu_and_the_launcher_keeps_its_number(monkeypatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     device = distributed.choose_device(2)
-    distributed._tell_deepspeed(detect(), device)
+    tell_deepspeed(detect(), device.index)
     assert os.environ["LOCAL_RANK"] == str(device.index) == str(2 % visible)
     assert detect().local_rank == 2
 
