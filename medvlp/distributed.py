@@ -100,7 +100,7 @@ def record_flights(folder: Path) -> None:
 
 
 def write_flight_record(folder: Path) -> None:
-    """Write what NCCL, if it is used, remembers of its last collectives to `flight-<rank>`; may raise OSError."""
+    """Write what NCCL, if used, remembers of its last collectives to `flight-<rank>`; may raise OSError."""
     dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)
     if dump is not None and is_initialized() and dist.get_backend() == "nccl":
         (folder / f"flight-{rank()}").write_bytes(dump())
