@@ -205,8 +205,15 @@ def normalise_image(image: Tensor, mean: float | list[float], std: float | list[
     """
     if image.dtype != torch.uint8:
         return image
-    center, scale = (torch.tensor(value, device=image.device).reshape(-1, 1, 1) for value in (mean, std))
+    center, scale = (_by_channel(value, image.device) for value in (mean, std))
     return (image.float() / 255.0 - center) / scale
+
+
+def _by_channel(value: float | list[float], device: torch.device) -> Tensor:
+    """[C, 1, 1] on the device, filled there: a copy from the host would wait for what the device is doing."""
+    numbers = [value] if isinstance(value, float | int) else value
+    filled = [torch.full((1, 1, 1), float(number), dtype=torch.float32, device=device) for number in numbers]
+    return torch.cat(filled)
 
 
 def _keep_output(module: nn.Module, inputs: Any, output: Tensor) -> None:
