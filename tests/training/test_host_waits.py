@@ -60,9 +60,9 @@ def test_a_forward_pass_waits_for_nothing(name: str, monkeypatch: pytest.MonkeyP
                 if value is not None:
                     moved = mode.from_tensor(value.detach()).to("cuda")
                     module._parameters[name] = torch.nn.Parameter(moved, value.requires_grad)
-            for name, value in module._buffers.items():
-                if value is not None:
-                    module._buffers[name] = mode.from_tensor(value).to("cuda")
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = mode.from_tensor(buffer).to("cuda")
         given = batch._map(lambda tensor: mode.from_tensor(tensor).to("cuda"))
         with HostWaits() as waits:
             method(given, None)
