@@ -83,7 +83,8 @@ class ArchiveFiles:
             or_gzip: take it with or without ".gz".
 
         Raises:
-            DataError: the path leaves the archive, or only upper and lower case tell several files apart.
+            DataError: the path leaves the archive, only upper and lower case tell several files apart, or the
+                system refuses to look (a name too long, a folder without permission).
         """
         for wanted in _forms(path, or_gzip):
             for member in self._found(wanted):
@@ -134,16 +135,17 @@ class ArchiveFiles:
     def _found(self, path: str) -> Iterator[Member]:
         """Files of that very path, at the root or one folder below it; zips only where no folder has any."""
         path = _relative(path)
-        found = False
-        if self._folder is not None:
-            for member in _in_folder(self._folder, path):
-                found = True
-                yield member
-        if not found:
-            for index in self._indexes():
-                for place in (path, *(f"{top}/{path}" for top in index.tops)):
-                    if (packed := index.find(place)) is not None:
-                        yield packed
+        try:
+            unpacked = list(_in_folder(self._folder, path)) if self._folder is not None else []
+            yield from unpacked or self._in_zips(path)
+        except OSError as error:  # its text holds the path, which may name a patient
+            raise DataError(f"file cannot be looked for: {error.strerror or type(error).__name__}") from error
+
+    def _in_zips(self, path: str) -> Iterator[Member]:
+        for index in self._indexes():
+            for place in (path, *(f"{top}/{path}" for top in index.tops)):
+                if (packed := index.find(place)) is not None:
+                    yield packed
 
     def _indexes(self) -> list[ZipIndex]:
         if self._zips is None:

@@ -87,7 +87,7 @@ class ZipIndex:
                         kind = 0xFFFF if info.flag_bits & _ENCRYPTED else info.compress_type
                         where = (info.header_offset, info.compress_size, info.file_size)
                         rows.append((_key(info.filename), *where, info.CRC, kind))
-        except (OSError, zipfile.BadZipFile) as error:
+        except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:  # names, versions
             raise DataError(f"{path} is not a complete zip file ({error}); download it again") from error
         self._rows = np.sort(np.array(rows, dtype=_FIELDS), order=["key", "offset"])
         #: Folders at the top, where they are few enough to be searched.
@@ -127,7 +127,12 @@ class ZipIndex:
                 raise DataError(f"{self.path} is damaged or has changed; download it again")
             fields = _LOCAL_HEADER.unpack(header)
             name, extra = fields[9], fields[10]
-            inside = file.read(name).decode("utf-8" if fields[2] & _UTF8_NAME else "cp437")
+            try:
+                inside = file.read(name).decode("utf-8" if fields[2] & _UTF8_NAME else "cp437")
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{self.path} is damaged: a name in it is no text; download it again"
+                ) from error
         if row["kind"] == 0xFFFF:
             raise DataError(f"{self.path}: {inside} is encrypted; unpack the zip")
         start = offset + _LOCAL_HEADER.size + name + extra
@@ -141,4 +146,6 @@ MOST_TOPS = 64
 
 
 def _key(name: str) -> int:
-    return int.from_bytes(blake2b(name.casefold().encode(), digest_size=8).digest(), "little")
+    # A table may ask for half a surrogate pair, which is no member's name.
+    data = name.casefold().encode("utf-8", "surrogatepass")
+    return int.from_bytes(blake2b(data, digest_size=8).digest(), "little")

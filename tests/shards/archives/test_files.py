@@ -123,6 +123,35 @@ def test_damaged_zips_are_named(tmp_path: Path) -> None:
         files(tmp_path).read("a.png")
 
 
+def test_a_path_that_cannot_be_looked_for_is_refused_without_being_said(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    files = ArchiveFiles(tmp_path, "example.org")
+    for path in ("patient1" * 40 + ".jpg", "images/" + "patient1" * 40 + ".jpg", "patient1/" * 600):
+        with pytest.raises(DataError, match=r"^file cannot be looked for: File name too long$"):
+            files.read(path)
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_zip_with_a_name_that_is_no_text_is_named(place: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("\u00e9.txt", "text")
+    name = "\u00e9.txt".encode()
+    pieces = path.read_bytes().split(name)  # before the member's own name, and before the directory's
+    assert len(pieces) == 3
+    names = [name, name]
+    names[place] = b"\xff" + name[1:]
+    path.write_bytes(pieces[0] + names[0] + pieces[1] + names[1] + pieces[2])
+    with pytest.raises(DataError, match=r"a\.zip is .*; download it again"):
+        ArchiveFiles(path, "example.org").read("\u00e9.txt")
+
+
+def test_half_a_surrogate_pair_is_no_name_in_a_zip(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.txt", "text")
+    assert ArchiveFiles(tmp_path / "a.zip", "example.org").find("a\ud800.txt") is None
+
+
 def test_an_encrypted_member_is_refused(tmp_path: Path) -> None:
     path = packed(tmp_path / "x.zip", {"a.png": b"secret"})
     data = bytearray(path.read_bytes())
