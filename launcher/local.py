@@ -56,8 +56,7 @@ def launch(
     with tempfile.TemporaryDirectory(prefix="medvlp-launch-") as folder, ExitStack() as stack:
         shared = {FIRST_ERROR: str(Path(folder) / "first-error")}
         if not node.port:
-            store, node, meeting = meet_here(node)
-            stack.callback(lambda: store)  # which lives as long as its ranks
+            _store, node, meeting = meet_here(node)  # which this frame keeps until the ranks have ended
             shared |= meeting
         if workers:
             shared |= stack.enter_context(WorkerSupervisor()).environment

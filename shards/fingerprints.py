@@ -14,6 +14,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from shards.errors import DataError
 from shards.format import IMAGE_EXTENSIONS, Index, Shard
 from shards.images import decode_image
 from shards.reader import scan_shard
@@ -64,8 +65,11 @@ def _of_shard(shared: tuple[Path, Index], shard: Shard) -> tuple[str, Fingerprin
     root, index = shared
     rows = np.zeros(shard.samples, FINGERPRINT)
     samples = scan_shard(root, shard, index.label_names, version=index.version)
-    for row, (_, members, metadata) in zip(rows, samples, strict=True):
-        image = decode_image(next(members[kind] for kind in IMAGE_EXTENSIONS if kind in members))
+    for row, (key, members, metadata) in zip(rows, samples, strict=True):
+        try:
+            image = decode_image(next((members[kind] for kind in IMAGE_EXTENSIONS if kind in members), b""))
+        except DataError as error:
+            raise DataError(f"{shard.file}: sample {key}: {error}") from error
         row["patient"], row["study"] = _text_hash(metadata["patient_id"]), _text_hash(metadata["study_id"])
         row["report"] = _text_hash(" ".join(" ".join(metadata["sentences"]).lower().split()))
         row["pixels"] = pixel_hash(image)

@@ -17,10 +17,11 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
+from shards.errors import DataError
 from shards.format import REJECTED_NAME
 from shards.info import TARGETS, SplitCounts, count_split
 from shards.reader import ShardReader
-from shards.strict_json import parse_json, read_limited
+from shards.strict_json import JsonError, parse_json, read_limited
 from shards.view import contact_sheet
 
 #: Bars of a histogram of lengths.
@@ -121,8 +122,13 @@ def _rejected(root: Path) -> list[Bar]:
     path = root / REJECTED_NAME
     if not path.is_file():
         return []
-    lines = read_limited(path, _REJECTED_LIMIT).splitlines()
-    return _bars(Counter(str(parse_json(line, _LINE_LIMIT)["reason"]) for line in lines).most_common())
+    try:
+        lines = read_limited(path, _REJECTED_LIMIT).splitlines()
+        reasons = Counter(str(parse_json(line, _LINE_LIMIT)["reason"]) for line in lines)
+    except (JsonError, KeyError, TypeError) as error:
+        reason = str(error) if isinstance(error, JsonError) else "a line is no rejected record"
+        raise DataError(f"{path} is damaged: {reason}") from error
+    return _bars(reasons.most_common())
 
 
 def _flat(value: object, name: str = "") -> list[tuple[str, str]]:

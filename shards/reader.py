@@ -159,15 +159,7 @@ class ShardReader:
                 raise DataError(f"cannot read shard index {path}: {error.strerror}") from error
             except JsonError as error:
                 raise DataError(f"cannot read shard index {path}: {error}") from error
-            shard_index = ShardIndex.from_bytes(data, str(path), shard.bytes)
-            if hash_bytes(data) != shard.index_hash:
-                raise DataError(f"{path} differs from its hash in index.json; run `medvlp shards verify`")
-            if len(shard_index.keys) != shard.samples:
-                raise DataError(
-                    f"{path} lists {len(shard_index.keys)} samples, the dataset's index {shard.samples}; "
-                    "run `medvlp shards verify`"
-                )
-            self._shard_indexes[shard.file] = shard_index
+            self._shard_indexes[shard.file] = _checked_index(data, path, shard, shard.bytes)
         return self._shard_indexes[shard.file]
 
     def _pread(
@@ -223,13 +215,14 @@ def scan_shard(
         only: read this member and the metadata, not all; default: all.
 
     Raises:
-        DataError: a file cannot be read or a sample is damaged; names the file, and the key.
+        DataError: a file cannot be read, the `.idx` is not that of the dataset, or a sample is damaged; names
+            the file, and the key.
     """
     try:
         with open(open_regular(folder / shard.file), "rb") as tar:  # noqa: PTH123 - a descriptor, not a path
             data = read_limited(folder / shard.index_file, SHARD_INDEX_LIMIT)
             size = os.fstat(tar.fileno()).st_size
-            shard_index = ShardIndex.from_bytes(data, str(folder / shard.index_file), size)
+            shard_index = _checked_index(data, folder / shard.index_file, shard, size)
             for row, key in enumerate(shard_index.keys):
                 contents = {}
                 spans = sorted(shard_index.members(row).items(), key=lambda item: item[1])
@@ -244,6 +237,19 @@ def scan_shard(
         raise DataError(f"{folder / shard.file}: cannot be read ({error.strerror})") from error
     except JsonError as error:
         raise DataError(f"{folder / shard.index_file}: {error}") from error
+
+
+def _checked_index(data: bytes | memoryview, path: Path, shard: Shard, size: int) -> ShardIndex:
+    """The `.idx` file of a shard whose tar has `size` bytes, which must be the one that the dataset lists."""
+    shard_index = ShardIndex.from_bytes(data, str(path), size)
+    if hash_bytes(data) != shard.index_hash:
+        raise DataError(f"{path} differs from its hash in index.json; run `medvlp shards verify`")
+    if len(shard_index.keys) != shard.samples:
+        raise DataError(
+            f"{path} lists {len(shard_index.keys)} samples, the dataset's index {shard.samples}; "
+            "run `medvlp shards verify`"
+        )
+    return shard_index
 
 
 def _check_length(shard: Shard, key: str, extension: str, length: int) -> None:

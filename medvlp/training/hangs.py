@@ -185,8 +185,10 @@ class Watchdog:
         key = "train.step_timeout_seconds" if limit == self.step_seconds else "train.start_timeout_minutes"
         head = f"rank {self._rank} has waited {limit:g} s ({key}) in {_where(own)}. "
         if not places:
+            keeper = "Rank 0 (of a single node the launcher)"
             return (
-                head + "Rank 0, which keeps the store of the process group, does not answer: is it stopped?"
+                head
+                + f"{keeper}, which keeps the store of the process group, does not answer: is it stopped?"
             )
         silent = [rank for rank in range(self._ranks) if rank not in answering]
         if silent:

@@ -62,7 +62,8 @@ class ZipMember:
             return cast(BinaryIO, zipfile.ZipExtFile(file, "r", info, close_fileobj=True))
         except NotImplementedError as error:
             file.close()
-            raise DataError(f"{self}: {error}; unpack the zip") from error
+            # Names of members may hold those of patients.
+            raise DataError(f"{self.path.name}: {error}; unpack the zip") from error
 
 
 class ZipIndex:
@@ -110,7 +111,7 @@ class ZipIndex:
             if member.inside.casefold() == name.casefold():
                 found.append(member)
         if len(found) > 1:
-            raise DataError(f"{self.path}: several members differ from {name} in upper and lower case only")
+            raise DataError(f"{self.path.name}: several members differ in upper and lower case only")
         return found[0] if found else None
 
     def names(self) -> Iterator[str]:
@@ -134,7 +135,7 @@ class ZipIndex:
                     f"{self.path} is damaged: a name in it is no text; download it again"
                 ) from error
         if row["kind"] == 0xFFFF:
-            raise DataError(f"{self.path}: {inside} is encrypted; unpack the zip")
+            raise DataError(f"{self.path.name}: a member is encrypted; unpack the zip")
         start = offset + _LOCAL_HEADER.size + name + extra
         numbers = (int(row[field]) for field in ("size", "packed", "crc", "kind"))
         size, packed, crc, kind = numbers

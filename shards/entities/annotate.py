@@ -104,12 +104,13 @@ def annotate(
     for _ in run_tasks(_annotate_shard, (dataset, out, overwrite), tasks, workers):
         finished += 1
         on_shard(finished, len(index.shards))
-    summary = _summary(out, index, known)
+    shards = [_written(out, shard) for shard in index.shards]
+    summary = _summary(out, shards, index.label_names, known)
     if known is not None and summary.unmatched == summary.samples:
         raise DataError(
             f"{radgraph}: none of its ids is the study id of a sample of {dataset} (were the ids hashed?)"
         )
-    _finish(dataset, out, index, arguments)
+    _finish(dataset, out, index, shards, arguments)
     return summary
 
 
@@ -200,25 +201,33 @@ def _annotate_shard(shared: tuple[Path, Path, bool], task: _ShardTask) -> None:
     ShardState(file, shard, []).save(out)
 
 
-def _summary(out: Path, index: Index, known: _Known) -> AnnotationSummary:
+def _written(out: Path, shard: Shard) -> Shard:
+    """A shard as it was written with its entities."""
+    state = ShardState.load(out, shard.file)
+    if state is None or state.shard is None:
+        raise DataError(
+            f"{out / STATE_FOLDER} has lost what it knew of {shard.file}; run the same command again"
+        )
+    return state.shard
+
+
+def _summary(out: Path, shards: list[Shard], label_names: list[str], known: _Known) -> AnnotationSummary:
     samples = annotated = unmatched = 0
-    for shard in index.shards:
-        for _, _, metadata in scan_shard(out, shard, index.label_names, METADATA_EXTENSION):
+    for shard in shards:
+        for _, _, metadata in scan_shard(out, shard, label_names, METADATA_EXTENSION):
             samples += 1
             annotated += bool(metadata["entities"])
             unmatched += known is not None and metadata["study_id"] not in known
     return AnnotationSummary(samples, annotated, unmatched)
 
 
-def _finish(dataset: Path, out: Path, index: Index, arguments: dict[str, Any]) -> None:
+def _finish(dataset: Path, out: Path, index: Index, shards: list[Shard], arguments: dict[str, Any]) -> None:
     """Write what stands beside the shards and, last, the index."""
     for name in (TOKENIZER_NAME, REJECTED_NAME, INDEX_NAME):
         remove_leftovers(out, name)
     for name in (TOKENIZER_NAME, REJECTED_NAME):
         if (dataset / name).is_file():
             atomic_write(out / name, (dataset / name).read_bytes())
-    states = [ShardState.load(out, shard.file) for shard in index.shards]
-    shards = [state.shard for state in states if state is not None and state.shard is not None]
     splits = {
         split: dataclasses.replace(totals, bytes=sum(s.bytes for s in shards if s.split == split))
         for split, totals in index.splits.items()

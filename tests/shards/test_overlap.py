@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 
 from launcher.main import app
 from shards.build import BuildOptions
+from shards.errors import DataError
 from shards.fingerprints import COARSE_BITS, FINE_BITS, FINGERPRINT, perceptual_hash
 from shards.images import encode_jpeg
 from shards.overlap import Common, _similar, overlap, shared_patients
@@ -182,6 +184,21 @@ def test_the_command_counts_and_writes_keys_but_ids_only_on_request(
     assert patients.read_text().split("\n")[0] == "patient 2"
     alone = CliRunner().invoke(app, ["shards", "overlap", str(pair[0]), "--workers", "1"])
     assert alone.output.strip() == "nothing is shared"
+
+
+def test_a_damaged_dataset_is_named_and_never_counts_as_sharing_nothing(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    swapped, torn = (shutil.copytree(pair[0], tmp_path / name) for name in ("swapped", "torn"))
+    shutil.copy(swapped / "train-000001.idx", swapped / "train-000000.idx")
+    with pytest.raises(DataError, match=r"train-000000\.idx"):
+        overlap(swapped, pair[1])
+    tar = torn / "train-000000.tar"
+    data = bytearray(tar.read_bytes())
+    data[600:640] = bytes(40)  # inside the first image
+    tar.write_bytes(data)
+    with pytest.raises(DataError, match=r"train-000000\.tar: sample 00000000-0: "):
+        overlap(torn, pair[1])
 
 
 @pytest.mark.shared

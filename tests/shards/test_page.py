@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from launcher.main import app
+from shards.errors import DataError
 from shards.info import count_split
 from shards.page import Bar, _edges, _histogram, dataset_page
 from shards.reader import ShardReader
@@ -114,6 +115,14 @@ def test_reasons_of_rejected_records_are_counted(dataset: Path, tmp_path: Path) 
     text = " ".join(Balance(dataset_page(ShardReader(tmp_path / "a"), samples=0)).text.split())
     assert "no report 2" in text
     assert "no image 1" in text
+
+
+@pytest.mark.parametrize("line", ["[]", "{}", "{", "null"])
+def test_a_damaged_list_of_rejected_records_is_named(tmp_path: Path, line: str) -> None:
+    build(PhantomSource(studies=2, image_size=64, seed=0), tmp_path / "a", PNG)
+    (tmp_path / "a/rejected.jsonl").write_text(line + "\n")
+    with pytest.raises(DataError, match=r"rejected\.jsonl is damaged"):
+        dataset_page(ShardReader(tmp_path / "a"), samples=0)
 
 
 def test_lengths_fall_into_equal_bars_and_a_last_one() -> None:

@@ -33,7 +33,11 @@ def places(*marks: int) -> dict[int, RankStatus]:
         (places(6, 6, 6), [0, 2], "rank 1 does not answer (last in forward and backward of step 42)"),
         (places(6, 6), [0, 1], "rank 2 does not answer: a stopped process"),
         (places(6, 6, 6), [0, 1, 2], "So have all ranks"),
-        ({}, [], "Rank 0, which keeps the store of the process group, does not answer"),
+        (
+            {},
+            [],
+            "Rank 0 (of a single node the launcher), which keeps the store of the process group, does not",
+        ),
     ],
 )
 def test_the_rank_that_did_not_arrive_is_named(

@@ -50,8 +50,11 @@ def test_the_exact_name_wins_and_two_that_differ_in_case_are_refused(tmp_path: P
         files(tmp_path).read("a.PNG")
     packed(tmp_path / "z" / "x.zip", {"a.png": b"small", "A.png": b"large"})
     assert files(tmp_path / "z").read("a.png") == b"small"
-    with pytest.raises(DataError, match=r"differ from a\.PNG in upper and lower case"):
+    with pytest.raises(
+        DataError, match=r"^x\.zip: several members differ in upper and lower case"
+    ) as refused:
         files(tmp_path / "z").read("a.PNG")
+    assert "a.PNG" not in str(refused.value)  # names of folders are those of patients in some archives
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "../x", "a/../../x", "C:\\x", "a\0b"])
@@ -157,8 +160,9 @@ def test_an_encrypted_member_is_refused(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[data.index(b"PK\1\2") + 8] |= 1
     path.write_bytes(data)
-    with pytest.raises(DataError, match="encrypted"):
+    with pytest.raises(DataError, match="encrypted") as refused:
         files(tmp_path).read("a.png")
+    assert "a.png" not in str(refused.value)
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
