@@ -28,7 +28,7 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 def _set_timeout(limit: timedelta, group: Any) -> None:
     """`dist.set_timeout`, which torch has since 2.14; before, only under a private name."""
-    getattr(dist, "set_timeout", dist.distributed_c10d._set_pg_timeout)(limit, group)
+    (getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout)(limit, group)
 
 
 #: What gloo and NCCL say when the process at the other end is gone.

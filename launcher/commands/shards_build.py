@@ -104,7 +104,9 @@ def _command(name: str, entry: registry.Entry) -> Any:
     """The command `medvlp shards build NAME`, with the source's options before the shared ones."""
 
     def build(*, source: Any, settings: Any) -> None:
-        _build(entry.open(source, settings.image_size), settings)
+        # Of the registered class, not of the one that typer reads: worker processes have to unpickle it.
+        given = {field.name: getattr(source, field.name) for field in dataclasses.fields(entry.options)}
+        _build(entry.open(entry.options(**given), settings.image_size), settings)
 
     build.__doc__ = entry.help
     build.__annotations__ = {"source": _with_typer_options(entry.options), "settings": BuildSettings}

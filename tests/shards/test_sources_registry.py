@@ -32,6 +32,7 @@ class ToySource(Source):
     label_names = ("bright",)  # type: ignore[assignment]
 
     def __init__(self, options: ToyOptions, image_size: int) -> None:
+        assert type(options) is ToyOptions  # else no worker process could unpickle the source
         self.options, self.image_size, self.label_names = options, image_size, ["bright"]
         self.arguments = {"records": options.records, "word": options.word}
 

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from launcher.main import app
 from shards.errors import DataError
 from shards.sources.base import RejectedRecord
 from shards.sources.nih_cxr14 import NihOptions, NihSource
 from shards.study import Box
 from tests.fixtures import nih_cxr14 as fixture
 from tests.fixtures.archive import film, write_table
+from tests.shards.toy_data import folder_bytes
 
 
 @pytest.fixture
@@ -149,3 +152,21 @@ def test_a_box_of_an_unnamed_row_stops_the_build(tmp_path: Path) -> None:
         DataError, match=r"BBox_List_2017\.csv, line 2: column 'Image Index' is empty; get the"
     ):
         NihSource(NihOptions(root=root))
+
+
+def test_the_command_gives_the_same_bytes_in_one_process_and_in_two(tmp_path: Path) -> None:
+    root = fixture.write(tmp_path / "nih").root
+    for workers in ("1", "2"):
+        words = [
+            "--root",
+            str(root),
+            "--out",
+            str(tmp_path / workers),
+            "--image-size",
+            "64",
+            "--workers",
+            workers,
+        ]
+        result = CliRunner().invoke(app, ["shards", "build", "nih-cxr14", *words, "--max-rejected", "1"])
+        assert result.exit_code == 0, result.output
+    assert folder_bytes(tmp_path / "1") == folder_bytes(tmp_path / "2")
