@@ -140,8 +140,8 @@ class DicomSource(ArchiveSource):
         if lower.endswith(".txt"):
             scan.add_text(path)
             return
-        member = self.files.find(path)
         try:
+            member = self.files.find(path)
             if member is None:
                 raise DataError("is gone")
             with member.open() as file:

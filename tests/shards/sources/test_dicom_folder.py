@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from launcher.main import app
+from shards.archives.files import ArchiveFiles
 from shards.dicom import read_dicom
 from shards.entities.extractor import check_language
 from shards.errors import DataError
@@ -77,6 +78,24 @@ def test_what_is_rejected_left_out_and_passed_over(source: DicomSource) -> None:
         "6 of 10 DICOM files have no report beside them",
         "1 text files are the report of no DICOM file by their names",
     ]
+
+
+def test_a_file_that_the_system_refuses_costs_itself_only(
+    source: DicomSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find, refused = ArchiveFiles.find, []
+
+    def without_one(files: ArchiveFiles, path: str, **options: bool) -> object:
+        if not refused and path.endswith(".dcm"):
+            refused.append(path)
+            raise DataError("file cannot be looked for: Permission denied")
+        return find(files, path, **options)
+
+    monkeypatch.setattr(ArchiveFiles, "find", without_one)
+    again = DicomSource(DicomOptions(root=tmp_path / "root"))
+    monkeypatch.undo()
+    assert len(again) == len(source)
+    assert "DICOM file: file cannot be looked for: Permission denied" in outcome(again)[1].values()
 
 
 def test_other_modalities_on_request(tmp_path: Path) -> None:
