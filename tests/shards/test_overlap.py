@@ -122,6 +122,15 @@ def test_a_sample_with_several_partners_is_one_row_with_the_nearest(tmp_path: Pa
     assert similar.others.tolist() == [2 if similar.bits[0] < bits else 0]
 
 
+def test_the_partner_that_is_named_is_the_nearest_one() -> None:
+    ours = np.zeros(1, FINGERPRINT)
+    theirs = np.zeros(3, FINGERPRINT)
+    theirs["fine"][:, 0] = (0b111, 0b1, 0b11)
+    found = _similar("train", "test", ours, theirs, np.zeros(0, np.int64), workers=1)
+    assert (found.samples.tolist(), found.others.tolist(), found.bits.tolist()) == ([0], [1], [1])
+    assert (found.partners.tolist(), found.other_samples) == ([3], 3)
+
+
 def test_one_dataset_is_compared_between_its_splits_only(tmp_path: Path) -> None:
     studies = [
         study("a", 1),

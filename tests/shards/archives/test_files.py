@@ -165,6 +165,15 @@ def test_an_encrypted_member_is_refused(tmp_path: Path) -> None:
     assert "a.png" not in str(refused.value)
 
 
+def test_a_zip_that_is_replaced_while_it_is_read_is_named(tmp_path: Path) -> None:
+    path = packed(tmp_path / "x.zip", {"a.png": b"first", "b.png": b"second"})
+    found = files(tmp_path)
+    assert found.read("b.png") == b"second"
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(DataError, match=r"x\.zip is damaged or has changed"):
+        found.read("b.png")
+
+
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.png")
     with pytest.raises(DataError, match="does not exist"):

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from shards.archives import mimic
+from shards.archives.records import Record
 from shards.errors import DataError
 from shards.sources.base import RejectedRecord
 from shards.sources.ms_cxr import MsCxrOptions, MsCxrSource
-from shards.study import Box
+from shards.study import Box, Phrase
 from tests.fixtures import mimic_cxr
 from tests.fixtures import ms_cxr as fixture
 
@@ -79,3 +81,9 @@ def test_the_images_folder_must_be_there(tmp_path: Path) -> None:
     archive = fixture.write(tmp_path)
     with pytest.raises(DataError, match=r"get the archive from https.*mimic-cxr-jpg"):
         MsCxrSource(MsCxrOptions(root=archive.root, images=tmp_path / "nowhere"))
+
+
+def test_boxes_move_by_height_and_width_apart() -> None:
+    cells = {"category_name": "Edema", "label_text": "edema", "image_height": "100", "image_width": "50"}
+    record = Record("table.csv", 2, cells | {"x": "10", "y": "20", "w": "5", "h": "40"})
+    assert mimic.phrases([record], (50, 100)) == [Phrase("edema", (Box("Edema", 20, 10, 10, 20),))]
