@@ -23,7 +23,7 @@ help:
 
 $(INSTALLED): pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[cpu,dicom,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[cpu,dicom,evaluate,dev]'
 	touch $@
 
 # Batch-norm statistics over all ranks are the default; on CPU they cost half the speed, which a demo has better use for.
