@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +38,27 @@ def test_files_and_functions_are_short(file: Path) -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             lines = (node.end_lineno or node.lineno) - node.lineno + 1
             assert lines <= LONGEST_FUNCTION, f"{node.name} has {lines} lines"
+
+
+def test_modules_that_say_so_import_no_torch() -> None:
+    """Those whose docstring says "no torch", and all of `shards`."""
+    light = []
+    for file in python_files():
+        name = ".".join(file.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
+        said = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+        if not name.startswith("tests") and (
+            name.startswith("shards") or re.search(r"\b[Nn]o torch\b", said)
+        ):
+            light.append(name)
+    assert "medvlp.prototypes.supervisor" in light
+    program = (
+        "import importlib, sys\n"
+        f"for name in {light}:\n"
+        "    importlib.import_module(name)\n"
+        "    if 'torch' in sys.modules: sys.exit(f'{name} imports torch')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_config_reference_is_current() -> None:

@@ -18,13 +18,11 @@ from medvlp.prototypes.board import (
     Board,
     BoardError,
     WorkerSettings,
-    put_table,
-    read_table,
 )
 from medvlp.prototypes.ring import EmbeddingRing
 from medvlp.prototypes.service import PrototypeService
 from medvlp.prototypes.supervisor import WorkerSupervisor
-from medvlp.prototypes.table import PrototypeTable
+from medvlp.prototypes.table import PrototypeTable, put_table, read_table
 from medvlp.ranks import Ranks, node_key
 
 logger = logging.getLogger(__name__)

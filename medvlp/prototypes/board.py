@@ -18,16 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from medvlp.prototypes.table import PrototypeTable
 from shards.errors import MedvlpError
 
 #: Environment variable with the path of the node's board.
 BOARD = "MEDVLP_BOARD"
 #: First word of a board ("MEDVBORD"), and the version of everything behind it.
-MAGIC, FORMAT = int.from_bytes(b"MEDVBORD", "little"), 1
+MAGIC, FORMAT = int.from_bytes(b"MEDVBORD", "little"), 2
 #: State of a board: the settings are not there yet, are there, or the worker has nothing to do on this node.
 WAITING, CONFIGURED, DECLINED = 0, 1, 2
 #: What a worker says about a request: the table in the other slot is ready; too few rows; it did not work.
@@ -37,7 +35,7 @@ _PAGE = 4096
 _SETTINGS_BYTES, _TEXT_BYTES = 16 * _PAGE, 2 * _PAGE
 #: Words of the first page, in cache lines of their own by writer: rank, worker, supervisor.
 _STATE, _SETTINGS_LENGTH, _SETTINGS_SUM, _IN_USE, _ANCHORS = 2, 3, 4, 5, 6
-_HEARTBEAT, _ANSWER, _OUTCOME = 16, 17, 18
+_HEARTBEAT, _ANSWER, _OUTCOME, _STARTED = 16, 17, 18, 19
 _RESTARTS = 32
 _TABLE_TENSORS = ("centroids", "counts", "log_bias", "temperatures")
 
@@ -214,6 +212,10 @@ class Board:
         """The worker lives at this time of the machine's monotonic clock."""
         self._words[_HEARTBEAT] = nanoseconds
 
+    def start_is_over(self) -> None:
+        """This process, the worker, has imported all it works with."""
+        self._words[_STARTED] = os.getpid()
+
     def answer(self, number: int, outcome: int) -> None:
         """Say what came of a request; a table that is `READY` must be in the slot that is not in use."""
         self._words[_OUTCOME] = outcome
@@ -263,6 +265,11 @@ class Board:
     def last_heartbeat(self) -> int:
         """Time of the worker's latest `heartbeat`; 0 before the first."""
         return int(self._words[_HEARTBEAT])
+
+    @property
+    def started_worker(self) -> int:
+        """Process id of the latest worker whose start is over; 0 before the first."""
+        return int(self._words[_STARTED])
 
     @property
     def restarts(self) -> int:
@@ -331,33 +338,3 @@ def _places(settings: WorkerSettings) -> list[int]:
 
 def _whole_pages(size: int) -> int:
     return -(-size // _PAGE) * _PAGE
-
-
-def read_table(board: Board, slot: int) -> tuple[PrototypeTable, dict[str, float]]:
-    """The table in a slot, and the metrics of the refresh it came from.
-
-    Raises:
-        BoardError: it is not the table that was written there.
-    """
-    stored = board.table(slot)
-    state = {
-        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-        for name, value in stored.state.items()
-    }
-    try:
-        table = PrototypeTable.from_state_dict(state)
-    except (TypeError, ValueError) as error:
-        raise BoardError(f"the table on this node's board cannot be ({error})") from error
-    if table.fingerprint_number != stored.fingerprint:
-        raise BoardError("the table on this node's board has another fingerprint than it should")
-    return table, stored.metrics
-
-
-def publish_table(board: Board, table: PrototypeTable, metrics: dict[str, float]) -> None:
-    """Write a refresh's table where the ranks look for it once it is said to be ready."""
-    board.write_table(table.state_dict(), table.fingerprint_number, metrics)
-
-
-def put_table(board: Board, table: PrototypeTable) -> None:
-    """Write the table of a checkpoint and use it."""
-    board.put(table.state_dict(), table.fingerprint_number)

@@ -24,7 +24,8 @@ LOOK_SECONDS, FIRST_PAUSE, LONGEST_PAUSE = 0.2, 0.5, 60.0
 SETTLED_SECONDS = 60.0
 #: Seconds a worker gets to end on SIGTERM.
 GRACE_SECONDS = 5.0
-#: Seconds without a heartbeat after which a worker hangs, until settings say how long it may take.
+#: Seconds without a heartbeat after which a worker hangs while it starts: beside a training, imports of torch
+#: and FAISS at low priority are slow and hold the interpreter's lock; a short limit ends its successors too.
 START_SECONDS = 300.0
 
 
@@ -43,7 +44,7 @@ class WorkerSupervisor:
     """Context manager: inside it the node has a board and a cluster worker.
 
     The supervisor is the launcher of the node, or its first rank when another program launched that. A worker
-    that dies or sends no heartbeat for `prototypes.worker_timeout_seconds` is killed and started again,
+    that dies, or once started sends no heartbeat for `prototypes.worker_timeout_seconds`, is started again,
     after a pause that doubles while it keeps dying; one that ends with code 0 had nothing to do. Linux kills
     the worker when the supervisor dies.
 
@@ -135,4 +136,6 @@ class WorkerSupervisor:
 
     def _patience(self) -> float:
         settings = self.board.read_settings()
-        return START_SECONDS if settings is None else float(settings.config["worker_timeout_seconds"])
+        if settings is None or self.board.started_worker != self.worker_pid:
+            return START_SECONDS
+        return float(settings.config["worker_timeout_seconds"])

@@ -1,7 +1,7 @@
 """`python -m medvlp.prototypes.worker`: the cluster worker of one node, the only process of a run with FAISS.
 
-Started by `WorkerSupervisor`. It waits for its settings, then answers one request after the other. Torch and
-FAISS are imported only when they are there.
+Started by `WorkerSupervisor`. It waits for its settings, then answers one request after the other. No torch
+and no FAISS before they are there.
 """
 
 import importlib
@@ -53,6 +53,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(threads)
+    board.start_is_over()
     Worker(board, settings).run()
 
 
@@ -103,8 +104,8 @@ class Worker:
     def refresh(self, number: int, cursors: list[int]) -> int:
         """Cluster the rows of all nodes and write the table; returns the outcome."""
         from medvlp import distributed
-        from medvlp.prototypes.board import publish_table
         from medvlp.prototypes.refresh import refresh_table
+        from medvlp.prototypes.table import publish_table
 
         settings = self.settings
         try:
@@ -139,7 +140,7 @@ class Worker:
         return BankRows.joined([ring.rows(cursor) for ring, cursor in zip(self._rings, cursors, strict=True)])
 
     def _old_table(self) -> Any:
-        from medvlp.prototypes.board import read_table
+        from medvlp.prototypes.table import read_table
 
         return None if self.board.in_use is None else read_table(self.board, self.board.in_use)[0]
 

@@ -21,8 +21,8 @@ from typing import Any, Self
 import psutil
 import torch
 
-from medvlp.prototypes.board import BOARD, READY, Board, publish_table, read_table
-from medvlp.prototypes.table import PrototypeTable
+from medvlp.prototypes.board import BOARD, READY, Board
+from medvlp.prototypes.table import PrototypeTable, publish_table, read_table
 from medvlp.training.interrupts import EXIT_INTERRUPTED
 from tests.drills.outcomes import Case, expect
 from tests.drills.process import Pretraining, read_lines

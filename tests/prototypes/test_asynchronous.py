@@ -13,9 +13,9 @@ import torch
 from medvlp import distributed
 from medvlp.config import PrototypesConfig
 from medvlp.prototypes.asynchronous import AsynchronousService
-from medvlp.prototypes.board import BOARD, FAILED, PUT_OFF, READY, Board, new_board, publish_table
+from medvlp.prototypes.board import BOARD, FAILED, PUT_OFF, READY, Board, new_board
 from medvlp.prototypes.supervisor import uses_workers
-from medvlp.prototypes.table import PrototypeTable
+from medvlp.prototypes.table import PrototypeTable, publish_table
 from medvlp.prototypes.worker import Worker
 from medvlp.ranks import Ranks
 from tests.prototypes.test_kmeans import mixture

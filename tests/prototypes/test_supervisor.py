@@ -8,12 +8,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
 
 import psutil
 import pytest
 
+from medvlp.config import PrototypesConfig
 from medvlp.prototypes import supervisor as module
-from medvlp.prototypes.board import BOARD
+from medvlp.prototypes.board import BOARD, WorkerSettings
+from medvlp.prototypes.ring import EmbeddingRing
 from medvlp.prototypes.supervisor import WorkerSupervisor, decline_worker
 from medvlp.ranks import Ranks
 
@@ -65,6 +69,17 @@ def test_a_worker_without_a_heartbeat_is_replaced(
     wait_until(lambda: supervisor.worker_pid not in (None, first))
     wait_for_heartbeat(supervisor)
     assert supervisor.board.restarts == 1
+
+
+def test_a_worker_that_starts_slowly_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import time\ntime.sleep(3)\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    with WorkerSupervisor() as supervisor:
+        config = asdict(PrototypesConfig(sync=False, worker_timeout_seconds=1.0))
+        supervisor.board.publish(WorkerSettings(0, 1, "", 1, 1, 1, 1, 0, EmbeddingRing.size(1, 1), config))
+        wait_until(lambda: supervisor.board.started_worker)
+        assert supervisor.board.restarts == 0
+        assert supervisor.board.started_worker == supervisor.worker_pid
 
 
 def test_a_worker_with_nothing_to_do_ends_and_stays_away(

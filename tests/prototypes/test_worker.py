@@ -14,11 +14,11 @@ import torch
 
 from medvlp import distributed
 from medvlp.config import PrototypesConfig
-from medvlp.prototypes.board import FAILED, READY, Board, WorkerSettings, put_table, read_table
+from medvlp.prototypes.board import FAILED, READY, Board, WorkerSettings
 from medvlp.prototypes.refresh import refresh_table
 from medvlp.prototypes.ring import BankRows, EmbeddingRing
 from medvlp.prototypes.supervisor import WorkerSupervisor
-from medvlp.prototypes.table import PrototypeTable
+from medvlp.prototypes.table import PrototypeTable, put_table, read_table
 from tests.prototypes.test_kmeans import mixture
 from tests.prototypes.test_supervisor import wait_until
 
