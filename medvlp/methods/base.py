@@ -1,6 +1,7 @@
 """The interface every pre-training method keeps."""
 
 import abc
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -103,9 +104,9 @@ class Method(nn.Module, abc.ABC):
         """
 
     @property
-    def prototype_user(self) -> PrototypeUser | None:
-        """The part whose learned prototypes the trainer starts and revives; None without any."""
-        return None
+    def prototype_users(self) -> Sequence[PrototypeUser]:
+        """The parts whose learned prototypes the trainer starts."""
+        return ()
 
     @property
     def service_user(self) -> PrototypeUser | None:

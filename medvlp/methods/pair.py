@@ -1,7 +1,7 @@
 """Methods whose losses start from one encoding of image and report: two encoders and an alignment."""
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from medvlp.encoders.text import TextEncoder, TextFeatures
 from medvlp.methods.base import Method, Progress, StepOutput
 from medvlp.prototypes.false_negatives import Exclusion
 from medvlp.prototypes.table import PrototypeTable
-from medvlp.prototypes.user import PrototypeUser
+from medvlp.prototypes.user import Embedder, PrototypeUser
 
 
 class EncodedPair(NamedTuple):
@@ -63,9 +63,15 @@ class Alignment(PrototypeUser, nn.Module, abc.ABC):
         return set()
 
     @property
-    def prototype_user(self) -> PrototypeUser:
-        """See `Method.prototype_user`."""
-        return self
+    def prototype_users(self) -> Sequence[PrototypeUser]:
+        """See `Method.prototype_users`."""
+        return () if self.learned_prototypes is None else (self,)
+
+    def prototype_features(self, method: Embedder, batch: Batch) -> list[Tensor]:
+        """By this alignment's own heads, which need not be those that embed for the method."""
+        assert isinstance(method, PairMethod)
+        image, text = method.image_encoder(batch.image), method.text_encoder(batch.text)
+        return [self.embed_image(image), self.embed_text(text, batch.text)]
 
     @property
     def service_user(self) -> PrototypeUser:
@@ -145,8 +151,8 @@ class PairMethod(Method):
         return {f"alignment.{name}" for name in self.alignment.parameters_without_decay()}
 
     @property
-    def prototype_user(self) -> PrototypeUser:
-        return self.alignment.prototype_user
+    def prototype_users(self) -> Sequence[PrototypeUser]:
+        return self.alignment.prototype_users
 
     @property
     def service_user(self) -> PrototypeUser:

@@ -1,9 +1,9 @@
-"""Starting learned prototypes from k-means of the untrained (or pre-trained) model's embeddings."""
+"""Starting learned prototypes from k-means of the model's features, when a loss first uses them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,41 +17,89 @@ from medvlp.prototypes.sampling import row_keys
 from medvlp.prototypes.user import Embedder, PrototypeUser
 
 
+class FoundPrototypes(NamedTuple):
+    """What k-means found among the features.
+
+    Attributes:
+        clusters: their centroids are [K, D] unit vectors.
+        length: mean length of the features, for prototypes whose length matters.
+    """
+
+    clusters: Clusters
+    length: float
+
+
 class HasPrototypes(Embedder, Protocol):
     """The part of `medvlp.methods.base.Method` that is needed here; a method is also an `nn.Module`."""
 
     @property
-    def prototype_user(self) -> PrototypeUser | None: ...
+    def prototype_users(self) -> Sequence[PrototypeUser]: ...
 
 
 def initialise_prototypes(
-    method: HasPrototypes, batches: Iterable[Batch], config: PrototypesConfig, seed: int
-) -> Clusters | None:
-    """Write k-means centroids of the first features into the learned prototypes; a collective.
+    method: HasPrototypes,
+    batches: Callable[[], Iterable[Batch]],
+    config: PrototypesConfig,
+    seed: int,
+    phase: int = 0,
+) -> list[Clusters]:
+    """Write k-means centroids of features into the prototypes first used in `phase`; a collective.
 
-    To be called before an engine owns the weights; afterwards all ranks have the same prototypes. What is
-    clustered is the method's choice (`PrototypeUser.prototype_features`): embeddings of images and reports
-    together, or of sentences. The pass has no gradient and no dropout; batch norms use batch statistics, as
-    in the training that follows (running averages of an untrained network would leave all embeddings in a
-    narrow cone), and are put back afterwards.
+    To be called before an engine owns the weights; afterwards all ranks have the same prototypes.
 
     Args:
         method: a method with learned prototypes.
+        batches: starts an iteration over this rank's micro-batches; see `find_prototypes`.
+        config: the `prototypes` section.
+        seed: of k-means.
+        phase: of the optimiser that training is about to begin, see `PrototypeUser.prototype_phase`.
+
+    Returns:
+        The clusters of each part that has such prototypes; none with `init: random`.
+
+    Raises:
+        TooFewRowsError, ValueError: see `find_prototypes`.
+    """
+    found = []
+    for user in starting_users(method, config, phase):
+        prototypes = user.learned_prototypes
+        assert prototypes is not None, "of those that start"
+        clusters, length = find_prototypes(method, user, batches(), config, seed)
+        prototypes.set(clusters.centroids, length)
+        found.append(clusters)
+    return found
+
+
+def starting_users(method: HasPrototypes, config: PrototypesConfig, phase: int) -> list[PrototypeUser]:
+    """The parts whose learned prototypes start from k-means at the first step of an optimiser phase."""
+    if config.init != "kmeans":
+        return []
+    return [user for user in method.prototype_users if user.prototype_phase() == phase]
+
+
+def find_prototypes(
+    method: Embedder, user: PrototypeUser, batches: Iterable[Batch], config: PrototypesConfig, seed: int
+) -> FoundPrototypes:
+    """Cluster the features of a method's part by k-means; a collective.
+
+    What is clustered is the part's choice (`PrototypeUser.prototype_features`): embeddings of images and
+    reports together, or of sentences. The pass has no gradient and no dropout; batch norms use batch
+    statistics, as in the training that follows (running averages of an untrained network would leave all
+    embeddings in a narrow cone), and are put back afterwards.
+
+    Args:
+        method: an `nn.Module` that has the encoders, in its own hands or in an engine's.
+        user: the part.
         batches: this rank's micro-batches, of equal size on all ranks.
         config: the `prototypes` section; `init_samples` over all ranks are embedded.
         seed: of k-means.
-
-    Returns:
-        The clusters, or None with `init: random`.
 
     Raises:
         TooFewRowsError: fewer features than prototypes.
         ValueError: features are NaN or infinite.
     """
-    user = method.prototype_user
-    size = None if user is None else user.prototype_size()
-    if config.init != "kmeans" or user is None or size is None:
-        return None
+    size = user.prototype_size()
+    assert size is not None, "a part with learned prototypes"
     assert isinstance(method, nn.Module)
     device = next(method.parameters()).device
     rows, keys = [torch.zeros(0, size[1])], [torch.zeros(0, dtype=torch.int64)]
@@ -71,8 +119,7 @@ def initialise_prototypes(
     lengths = torch.linalg.vector_norm(features, dim=1)
     total = distributed.sum_on_host(torch.stack([lengths.sum(), torch.tensor(float(len(lengths)))]).double())
     clusters = spherical_kmeans(unit_norm(features), size[0], config, seed, keys=torch.cat(keys))
-    user.set_prototypes(clusters.centroids, float(total[0] / total[1]))
-    return clusters
+    return FoundPrototypes(clusters, float(total[0] / total[1]))
 
 
 def _places(shape: torch.Size, step: int, part: int) -> list[Tensor]:

@@ -40,14 +40,3 @@ class LearnedPrototypes(CountedPrototypes):
         if not frozen:
             self.count(scores)
         return scores
-
-    @torch.no_grad()
-    def set(self, centroids: Tensor) -> None:
-        """Write [K, D] directions, before any engine owns the weight.
-
-        Raises:
-            ValueError: another shape than the weight's.
-        """
-        if centroids.shape != self.weight.shape:
-            raise ValueError(f"centroids {tuple(centroids.shape)} for prototypes {tuple(self.weight.shape)}")
-        self.weight.copy_(unit_norm(centroids))

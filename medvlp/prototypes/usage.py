@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from medvlp.losses.normalise import unit_norm
+
 #: Length of the push beside the prototype a revived one starts from, relative to that one's own length.
 _PUSH = 0.05
 
@@ -17,6 +19,21 @@ class CountedPrototypes(nn.Module):
 
     weight: nn.Parameter
     usage: Tensor | None = None
+
+    def started(self, centroids: Tensor, length: float) -> Tensor:
+        """The weight that starts from [K, D] unit-norm centroids of features of a mean length."""
+        return unit_norm(centroids)
+
+    @torch.no_grad()
+    def set(self, centroids: Tensor, length: float = 1.0) -> None:
+        """Start from [K, D] centroids, before any engine owns the weight; see `started`.
+
+        Raises:
+            ValueError: another shape than the weight's.
+        """
+        if centroids.shape != self.weight.shape:
+            raise ValueError(f"centroids {tuple(centroids.shape)} for prototypes {tuple(self.weight.shape)}")
+        self.weight.copy_(self.started(centroids, length))
 
     @torch.no_grad()
     def count(self, scores: Tensor, valid: Tensor | None = None) -> None:

@@ -8,6 +8,7 @@ from medvlp.data.batch import Batch, Text
 from medvlp.losses.normalise import unit_norm
 from medvlp.prototypes.false_negatives import NOTHING_EXCLUDED, Exclusion, exclude_false_negatives
 from medvlp.prototypes.table import PrototypeTable
+from medvlp.prototypes.usage import CountedPrototypes
 
 
 class Embedder(Protocol):
@@ -32,17 +33,17 @@ class PrototypeUser:
         """(number, width) of the learned prototypes that embeddings can start; None without any."""
         return None
 
-    def set_prototypes(self, centroids: Tensor, length: float = 1.0) -> None:
-        """Write [K, D] unit-norm centroids into the learned prototypes (before the engine takes the weights).
+    @property
+    def learned_prototypes(self) -> CountedPrototypes | None:
+        """The learned prototypes that embeddings can start; None without any."""
+        return None
 
-        Args:
-            centroids: found among `prototype_features`.
-            length: mean length of these, for prototypes whose length matters.
+    def prototype_phase(self) -> int:
+        """The optimiser phase, from 0, whose first step is the first to use the learned prototypes.
 
-        Raises:
-            NotImplementedError: there are no learned prototypes.
+        They start there: before, no loss reaches them, while the features they are to stand among move.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no learned prototypes")
+        return 0
 
     def prototype_features(self, method: Embedder, batch: Batch) -> list[Tensor]:
         """Features of a batch that k-means may start the learned prototypes from.

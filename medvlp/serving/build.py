@@ -194,13 +194,12 @@ def choose_table(
         PrototypeFilesError: fewer than two rows for each of two clusters.
     """
     width = next(iter(embeddings.values())).shape[1]
-    user, elsewhere = model.method.prototype_user, _embeds_elsewhere(model.config)
-    if clusters is None and not (elsewhere and model.method.service_user is user):
+    if clusters is None and not _clusters_elsewhere(model.config):
         table = stored_table(model.source)
         if table is not None and table.centroids.shape[1] == width:
             say(f"clusters: version {table.version} of the run's prototype service")
             return table, "service"
-    if clusters is None and not elsewhere:
+    if clusters is None and not _embeds_elsewhere(model.config):
         for module in model.method.modules():
             if isinstance(module, LearnedPrototypes) and module.weight.shape[1] == width:
                 say(f"clusters: the {len(module.weight)} prototypes the method has learned")
@@ -242,8 +241,14 @@ def stored_table(source: SavedRun) -> PrototypeTable | None:
 
 
 def _embeds_elsewhere(config: Config) -> bool:
-    """Whether `encode_image` embeds into another space than the one of `prototype_user`.
+    """Whether `encode_image` embeds into another space than the one of MGCA's prototypes.
 
-    A combination's prototypes are those of its MGCA part, and another part may embed.
+    They are those of a combination's MGCA part, and another part may embed.
     """
     return getattr(config.method, "embeds_with", "mgca") != "mgca"
+
+
+def _clusters_elsewhere(config: Config) -> bool:
+    """Whether the service clusters another space than the one `encode_image` embeds into."""
+    clustered = getattr(config.method, "clustered", None)
+    return clustered is not None and clustered.name != getattr(config.method, "embeds_with", None)

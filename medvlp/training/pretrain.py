@@ -43,7 +43,8 @@ from medvlp.training.interrupts import EXIT_INTERRUPTED, Interrupts
 from medvlp.training.monitor import Monitor, SampleLog
 from medvlp.training.prototype_refresh import PrototypeRefresh
 from medvlp.training.prototype_revival import PrototypeRevival
-from medvlp.training.schedule import build_schedule
+from medvlp.training.prototype_start import PrototypeStart, late_start
+from medvlp.training.schedule import Schedule, build_schedule
 from medvlp.training.step_guard import StepGuard
 from medvlp.training.trainer import Trainer
 from medvlp.training.wandb_run import WandbRun
@@ -186,13 +187,13 @@ def _train(
     if checkpoint is not None:
         checkpoint.weights_into(method)
     else:
-        _start_prototypes(config, method, loader(0))
+        _start_prototypes(config, method, lambda: loader(0))
     engine = Engine(method, config, sizes, device)
     data = loader(step)
     schedule = build_schedule(config, data.steps_per_epoch)
     guard = StepGuard(method, config.train.spike_sigma, device)
     callbacks, saving, refresh = _callbacks(
-        config, method, engine, guard, schedule.steps, checkpoint, console, anchors, identity
+        config, method, engine, guard, schedule, checkpoint, console, anchors, identity, loader
     )
     saving.alive = watchdog.mark
     seed_rank(config.train.seed, distributed.rank())
@@ -257,12 +258,9 @@ def _note_start(
         events.note("resume", step, steps=steps, ranks=ranks, checkpoint=checkpoint.name)
 
 
-def _start_prototypes(config: Config, method: Method, data: TrainingLoader) -> None:
-    if method.prototype_user is None or method.prototype_user.prototype_size() is None:
-        return
+def _start_prototypes(config: Config, method: Method, data: Callable[[], TrainingLoader]) -> None:
     method.train()
-    clusters = initialise_prototypes(method, data, config.prototypes, config.train.seed)
-    if clusters is not None:
+    for clusters in initialise_prototypes(method, data, config.prototypes, config.train.seed):
         logger.info(
             "prototypes start from k-means; mean cosine to the own centroid %.3f", clusters.similarity
         )
@@ -273,11 +271,12 @@ def _callbacks(
     method: Method,
     engine: Engine,
     guard: StepGuard,
-    steps: int,
+    schedule: Schedule,
     checkpoint: Checkpoint | None,
     console: Console | None,
     anchors: AnchorEncoder,
     identity: RunIdentity,
+    loader: Callable[[int], TrainingLoader],
 ) -> tuple[list[Callback], CheckpointCallback, PrototypeRefresh | None]:
     """All callbacks in the order in which they see a step: check, refresh, log, save."""
     run_dir = Path(config.run.dir)
@@ -287,7 +286,7 @@ def _callbacks(
         wandb_run = WandbRun(config.monitor, run_dir, config.run.name or run_dir.name, asdict(config), run_id)
     run_id = distributed.broadcast_object(None if wandb_run is None else wandb_run.id)
     bar = console if console is not None and console.is_terminal and distributed.is_main() else None
-    monitor = Monitor(run_dir / "metrics.jsonl", steps, wandb_run, bar)
+    monitor = Monitor(run_dir / "metrics.jsonl", schedule.steps, wandb_run, bar)
     callbacks: list[Callback] = [BadSteps(guard, config.train.max_bad_steps, run_dir, monitor.add)]
     noted: dict[str, Callable[[], Any]] = {}
     refresh: PrototypeRefresh | None = None
@@ -299,6 +298,10 @@ def _callbacks(
         noted["clusters"] = lambda: refreshing.version
     else:
         decline_worker(detect())
+    if late_start(method, config.prototypes, schedule):
+        callbacks.append(
+            PrototypeStart(engine, config.prototypes, config.train.seed, schedule, loader, monitor.add)
+        )
     if config.prototypes.revive_below > 0:
         callbacks.append(PrototypeRevival(engine, config.prototypes, config.train.seed, monitor.add))
     callbacks.append(monitor)

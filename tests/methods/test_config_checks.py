@@ -63,7 +63,11 @@ IMPOSSIBLE = [
         r"method\.mgca\.instance_weight",
     ),
     ("combination", ["method.place.grounding=patch"], r"method\.place\.token_weight"),
-    ("combination", ["method.embeds_with=place", "prototypes.init=kmeans"], r"method\.embeds_with=mgca"),
+    (
+        "prior",
+        ["prototypes.init=kmeans", "prototypes.init_samples=511", "optimizer.phases=[{epochs: 1, lr: 1e-3}]"],
+        r"prototypes\.init_samples=511",
+    ),
 ]
 
 

@@ -140,7 +140,7 @@ def test_place_keeps_the_sentences_of_one_report_apart() -> None:
 
 def test_learned_prototypes_and_masks_are_two_things() -> None:
     method = masked_method("mgca")
-    assert method.prototype_user.prototype_size() == (6, 8)
+    assert method.prototype_users[0].prototype_size() == (6, 8)
     assert method.service_user.service_size() == (CLUSTERS, 8)
     assert masked_method("mgca", prototype_source="clusters").service_user.service_size() == (6, 8)
 

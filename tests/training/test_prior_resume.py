@@ -14,7 +14,8 @@ pytestmark = pytest.mark.dist
 PRIOR = [
     "method.name=prior", "method.embedding=16", "method.pool_heads=2", "method.prototypes=8",
     "method.queries=4", "method.decoder_layers=1", "method.decoder_heads=2", "method.decoder_hidden=16",
-    "method.image_decoder_width=16", "method.bank_schedule=exponential", "checkpoint.every_steps=4",
+    "method.image_decoder_width=16", "method.bank_schedule=exponential",
+    "checkpoint.every_steps=1", "checkpoint.keep_last=0",
     "prototypes.init=kmeans", "prototypes.init_samples=32", "prototypes.revive_below=0.5",
     "prototypes.refresh_steps=5",
     "optimizer.phases=[{epochs: 0.25, lr: 1e-3}, {epochs: 0.25, lr: 1e-3}, {epochs: 1.0, lr: 1e-3}]",
@@ -24,7 +25,7 @@ DROPPED = ("method.", "train.steps", "optimizer.lr")
 
 
 @pytest.mark.parametrize("stage", [0, 2])
-def test_resuming_in_the_third_stage_is_bit_identical(
+def test_resuming_where_the_bank_starts_and_in_the_third_stage_is_bit_identical(
     gloo_pool: Pools, overrides: Overrides, tmp_path: Path, stage: int
 ) -> None:
     def options(run: str) -> list[str]:
@@ -41,7 +42,10 @@ def test_resuming_in_the_third_stage_is_bit_identical(
     assert all("loss/sentence" in line for line in lines[2:])
     # By the uses before the checkpoint and after it.
     assert lines[4]["prototypes/revived"] > 0
-    killed_after(tmp_path / "whole", tmp_path / "resumed", step=4)
-    assert pool.run(train, options("resumed")) == [0, 0]
-    assert weights(tmp_path / "resumed", last) == weights(tmp_path / "whole", last)
-    assert comparable(tmp_path / "resumed") == lines
+    # After the step before stage 2, the first that uses the bank.
+    assert ["prototypes/start_similarity" in line for line in lines] == [True] + [False] * (last - 1)
+    for step in (1, 4):
+        killed_after(tmp_path / "whole", tmp_path / f"from{step}", step)
+        assert pool.run(train, options(f"from{step}")) == [0, 0]
+        assert weights(tmp_path / f"from{step}", last) == weights(tmp_path / "whole", last)
+        assert comparable(tmp_path / f"from{step}") == lines

@@ -61,8 +61,7 @@ def start(name: str, stage: int, precision: Precision) -> tuple[Engine, str]:
     bank_name, bank = next(
         (name, part) for name, part in method.named_modules() if isinstance(part, CountedPrototypes)
     )
-    batch, user = global_batch(name), method.prototype_user
-    assert user is not None
+    batch, (user,) = global_batch(name), method.prototype_users
     with torch.no_grad():
         features = torch.cat([part.flatten(0, -2) for part in user.prototype_features(method, batch)])
         features = unit_norm(features)

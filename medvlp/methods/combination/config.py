@@ -46,15 +46,11 @@ class CombinationConfig(MethodConfig):
             try:
                 if name == "prior":
                     self.prior.check_terms(staged)
+                    self.prior.check_start(config)
                 else:
                     (self.mgca if name == "mgca" else self.place).check_terms()
             except ConfigError as error:
                 raise ConfigError(str(error).replace("method.", f"method.{name}.")) from error
-        if config.prototypes.init == "kmeans" and self.embeds_with != "mgca":
-            raise ConfigError(
-                "prototypes.init=kmeans clusters the method's embeddings for MGCA's prototypes: it needs "
-                "method.embeds_with=mgca"
-            )
         if config.prototypes.anchors and self.clustered is self.mgca and self.embeds_with != "mgca":
             raise ConfigError(
                 "prototypes.anchors are embedded as the method's texts, but "

@@ -1,6 +1,7 @@
 """Losses of several methods on one pair of encoders: a mixture that none of the papers has."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -109,9 +110,9 @@ class Combination(Alignment):
         }
 
     @property
-    def prototype_user(self) -> PrototypeUser:
-        """MGCA where it is a part: only its prototypes are started and refreshed from embeddings."""
-        return self._parts().get("mgca", self)
+    def prototype_users(self) -> Sequence[PrototypeUser]:
+        """Every part that has some."""
+        return [user for part in self._parts().values() for user in part.prototype_users]
 
     @property
     def service_user(self) -> PrototypeUser:

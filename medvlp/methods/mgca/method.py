@@ -16,6 +16,7 @@ from medvlp.methods.mgca.config import MGCAConfig
 from medvlp.methods.mgca.losses import MGCAEmbeddings, MGCALosses, MGCATokens
 from medvlp.methods.pair import Alignment, EncodedPair, PairMethod, build_encoders
 from medvlp.methods.registry import register
+from medvlp.prototypes.learned import LearnedPrototypes
 from medvlp.prototypes.table import PrototypeTable
 from medvlp.prototypes.user import to_cluster
 
@@ -123,11 +124,9 @@ class MGCA(Alignment):
     def prototype_size(self) -> tuple[int, int] | None:
         return None if self.objective.prototypes is None else (self.config.prototypes, self.config.embedding)
 
-    def set_prototypes(self, centroids: Tensor, length: float = 1.0) -> None:
-        if self.objective.prototypes is None:
-            super().set_prototypes(centroids, length)
-        else:
-            self.objective.prototypes.set(centroids)
+    @property
+    def learned_prototypes(self) -> LearnedPrototypes | None:
+        return self.objective.prototypes
 
     def service_size(self) -> tuple[int, int] | None:
         """Clusters that are prototypes have the method's own number; those that mask negatives share them."""

@@ -16,11 +16,13 @@ class BankedSentences(NamedTuple):
         sentences: [..., D] mixtures of prototypes.
         weights: [..., K] what they are mixed with; rows sum to 1.
         scores: [..., K] dot products of the given sentences with the prototypes, without noise.
+        noise: [..., K] what was added to the scores; None: nothing.
     """
 
     sentences: Tensor
     weights: Tensor
     scores: Tensor
+    noise: Tensor | None = None
 
 
 class SentenceBank(CountedPrototypes):
@@ -50,20 +52,11 @@ class SentenceBank(CountedPrototypes):
         scores = sentences @ prototypes.T
         noisy = scores if noise is None else scores + noise
         weights = (noisy / temperature).softmax(-1)
-        return BankedSentences(weights @ prototypes, weights, scores)
+        return BankedSentences(weights @ prototypes, weights, scores, noise)
 
-    @torch.no_grad()
-    def set(self, directions: Tensor, length: float) -> None:
-        """Write [K, D] directions as prototypes of one length, before any engine owns the weight.
-
-        One length, because the bank compares by dot products: of two it would prefer the longer prototype.
-
-        Raises:
-            ValueError: another shape than the weight's.
-        """
-        if directions.shape != self.weight.shape:
-            raise ValueError(f"centroids {tuple(directions.shape)} for a bank of {tuple(self.weight.shape)}")
-        self.weight.copy_(length * unit_norm(directions))
+    def started(self, centroids: Tensor, length: float) -> Tensor:
+        """Prototypes of one length, because the bank compares by dot products: it would prefer the longer."""
+        return length * unit_norm(centroids)
 
 
 def gumbel_noise(shape: tuple[int, ...], like: Tensor) -> Tensor:

@@ -50,7 +50,15 @@ class PRIORConfig(MethodConfig):
     )
     temperature: float = key(0.07, "learned temperatures of the contrasts start here", 1e-4, 100)
 
-    bank_stage: int = key(2, "first stage whose sentences go through the bank", 1, STAGES + 1)
+    bank_stage: int = key(
+        2,
+        "first stage whose sentences and embeddings are the bank's mixtures; 4: none (an auxiliary loss)",
+        1,
+        STAGES + 1,
+    )
+    bank_detached: bool = key(
+        False, "true: loss/bank moves the prototypes towards the sentences, and no sentence towards them"
+    )
     prototypes: int = key(512, "sentence prototypes in the bank", 1, 1 << 22)
     bank_temperature: float = key(0.9, "temperature of the bank's softmax", 1e-3, 100)
     bank_schedule: Literal["fixed", "linear", "exponential"] = key(
@@ -106,7 +114,16 @@ class PRIORConfig(MethodConfig):
 
     def has_bank(self, stages: Sequence[int]) -> bool:
         """Whether sentences go through the bank in any of the stages."""
-        return max(stages) >= self.bank_stage or any(BANKED & self.weights(s).keys() for s in stages)
+        return any(self.uses_bank(stage) for stage in stages)
+
+    def uses_bank(self, stage: int) -> bool:
+        """Whether sentences go through the bank in this stage."""
+        return stage >= self.bank_stage or bool(BANKED & self.weights(stage).keys())
+
+    def bank_phase(self, staged: bool) -> int:
+        """The first optimiser phase that uses the bank, from 0; 0 also where none does."""
+        phases = (phase for phase, stage in enumerate(self.stages(staged)) if self.uses_bank(stage))
+        return next(phases, 0)
 
     def check(self, config: Config) -> None:
         staged = bool(config.optimizer.phases)
@@ -117,6 +134,18 @@ class PRIORConfig(MethodConfig):
                 f"prototypes.init={config.prototypes.init} starts PRIOR's bank of sentences, and "
                 f"method.stage={self.stage} has none: set prototypes.init=random or a stage from "
                 "method.bank_stage on"
+            )
+        self.check_start(config)
+
+    def check_start(self, config: Config) -> None:
+        """Refuse, before a run, a start of the bank that would fail in the middle of it (`ConfigError`)."""
+        samples = config.prototypes.init_samples
+        late = self.bank_phase(bool(config.optimizer.phases)) > 0
+        # Every sample that can be trained on has a sentence at least.
+        if config.prototypes.init == "kmeans" and late and samples < self.prototypes:
+            raise ConfigError(
+                f"prototypes.init_samples={samples} are too few to start method.prototypes={self.prototypes} "
+                "from when the bank is first used: give as many at least"
             )
 
     def check_terms(self, staged: bool) -> None:

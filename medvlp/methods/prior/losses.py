@@ -14,7 +14,7 @@ from medvlp.losses.normalise import at_least_float32, unit_norm
 from medvlp.methods.base import StepOutput
 from medvlp.methods.prior.attention import AttentionPool, LocalContext, LocalCrossAttention
 from medvlp.methods.prior.bank import BankedSentences, SentenceBank, gumbel_noise
-from medvlp.methods.prior.config import BANKED, GENERATED, PRIORConfig
+from medvlp.methods.prior.config import GENERATED, PRIORConfig
 from medvlp.methods.prior.decoders import SentenceDecoder, UpsamplingDecoder
 from medvlp.methods.prior.modules import LearnedScale, feature_map
 from medvlp.methods.prior.terms import (
@@ -116,7 +116,7 @@ class PRIORLosses(nn.Module):
         sentences, valid = parts.sentences, parts.valid
         noise = parts.noise or (None, None)
         banked = None
-        if self.stage >= self.config.bank_stage or BANKED & weights.keys():
+        if self.config.uses_bank(self.stage):
             banked = self.banked(sentences, noise[0])
             assert self.bank is not None
             self.bank.count(banked.scores, valid)
@@ -132,8 +132,7 @@ class PRIORLosses(nn.Module):
             context = self.cross_attention(parts.patches, sentences, valid)
             terms |= self._local(parts, sentences, context, weights)
         if banked is not None and "bank" in weights:
-            distance = (banked.sentences - at_least_float32(parts.sentences)).abs().mean(2)
-            terms["loss/bank"] = masked_mean(distance, valid, self._mean_over_ranks)
+            terms["loss/bank"] = self._distance(parts.sentences, valid, banked)
         if banked is not None and GENERATED & weights.keys():
             terms |= self._generation(parts, banked, weights, noise[1], exclusion.pairs)
         loss = torch.stack([weight * terms[f"loss/{name}"] for name, weight in weights.items()]).sum()
@@ -153,6 +152,16 @@ class PRIORLosses(nn.Module):
         assert self.report_pool is not None
         pooled: Tensor = self.report_pool(sentences, valid)
         return pooled if self.report_norm is None else self.report_norm(pooled)
+
+    def _distance(self, sentences: Tensor, valid: Tensor, banked: BankedSentences) -> Tensor:
+        """Mean distance of the sentences to the bank's mixtures of them."""
+        mixtures = banked.sentences
+        if self.config.bank_detached:
+            assert self.bank is not None
+            sentences = sentences.detach()
+            mixtures = self.bank(sentences, self.temperature, banked.noise).sentences
+        distance = (mixtures - at_least_float32(sentences)).abs().mean(2)
+        return masked_mean(distance, valid, self._mean_over_ranks)
 
     def _global(self, image: Tensor, report: Tensor, excluded: Tensor | None) -> dict[str, Tensor]:
         """Contrast of images and reports, its accuracy inside the batch, and its temperature."""

@@ -16,6 +16,7 @@ from medvlp.losses.normalise import unit_norm
 from medvlp.methods.base import Progress, StepOutput
 from medvlp.methods.pair import Alignment, EncodedPair, PairMethod, build_encoders
 from medvlp.methods.prior.attention import AttentionPool
+from medvlp.methods.prior.bank import SentenceBank
 from medvlp.methods.prior.config import STAGES, PRIORConfig
 from medvlp.methods.prior.losses import PRIORLosses, PRIORParts
 from medvlp.methods.prior.modules import LinearHead, patch_vectors
@@ -129,11 +130,13 @@ class PRIOR(Alignment):
         bank = self.objective.bank
         return None if bank is None else (self.config.prototypes, self.config.embedding)
 
-    def set_prototypes(self, centroids: Tensor, length: float = 1.0) -> None:
-        if self.objective.bank is None:
-            super().set_prototypes(centroids, length)
-        else:
-            self.objective.bank.set(centroids, length)
+    @property
+    def learned_prototypes(self) -> SentenceBank | None:
+        return self.objective.bank
+
+    def prototype_phase(self) -> int:
+        """That of the first stage with a term of the bank: stage 1 trains the sentences without it."""
+        return self.config.bank_phase(self.staged)
 
     def prototype_features(self, method: Embedder, batch: Batch) -> list[Tensor]:
         """[B, S, E] sentences, as the bank gets them; zero in empty slots."""

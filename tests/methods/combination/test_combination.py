@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from medvlp.config import Config
+from medvlp.config import Config, PhaseConfig, PrototypesConfig
 from medvlp.config_files import ConfigError, load
 from medvlp.methods.base import Progress
 from medvlp.methods.combination.config import CombinationConfig
@@ -17,6 +17,7 @@ from medvlp.methods.pair import PairMethod
 from medvlp.methods.place.config import PLACEConfig
 from medvlp.methods.prior.config import PRIORConfig
 from medvlp.methods.registry import build_method, schemas
+from medvlp.prototypes.initialise import initialise_prototypes
 from tests.methods import small_mgca
 from tests.methods.gradients import assert_equal_gradients, averaged_gradients
 from tests.methods.small_mgca import VOCABULARY
@@ -25,6 +26,10 @@ from tests.methods.small_place import report_batch
 
 NONE = [0.0, 0.0, 0.0]
 REPORTS = [[3, 2], [4], [1, 1, 1], [2, 5]]
+
+
+#: PRIOR's third stage without the sentence decoder.
+GENERATES_NOTHING = {f"{term}_weights": NONE for term in ("image", "sentence", "score", "generated")}
 
 
 def small_config(image: str = "vit", prior: dict[str, Any] | None = None, **method: Any) -> Config:
@@ -82,8 +87,29 @@ def test_a_part_alone_is_that_method() -> None:
     torch.testing.assert_close(alone(batch).loss, mgca(batch).loss)
     alone.eval(), mgca.eval()
     torch.testing.assert_close(alone.encode_image(batch.image), mgca.encode_image(batch.image))
-    assert alone.prototype_user.prototype_size() == (6, 8)
+    assert alone.prototype_users[0].prototype_size() == (6, 8)
     assert alone.parameters_without_decay() == {"alignment.parts.mgca.objective.prototypes.weight"}
+
+
+def test_prototypes_of_every_part_start_where_they_are_first_used() -> None:
+    """PRIOR's bank by its own sentences at stage 2; MGCA's by its own embeddings, whatever part embeds."""
+    config = small_config(
+        prior={"global_weights": [1.0] * 3, "pool_heads": 2, **GENERATES_NOTHING}, embeds_with="prior"
+    )
+    config.optimizer.phases = [PhaseConfig(1, 1e-3), PhaseConfig(1, 1e-3), PhaseConfig(1, 1e-3)]
+    torch.manual_seed(0)
+    model = build_method(config, VOCABULARY)
+    kmeans = PrototypesConfig(init="kmeans", init_samples=12, iterations=5)
+    batches = [report_batch(REPORTS, seed=seed) for seed in range(3)]
+    parts = model.alignment.parts
+    banks = {"mgca": parts["mgca"].objective.prototypes, "prior": parts["prior"].objective.bank}
+    for phase, started, rows in ((0, "mgca", 2 * 12), (1, "prior", 3 * 8)):
+        before = {name: bank.weight.clone() for name, bank in banks.items()}
+        (clusters,) = initialise_prototypes(model, lambda: batches, kmeans, seed=0, phase=phase)
+        assert clusters.counts.sum() == rows
+        for name, bank in banks.items():
+            assert torch.equal(bank.weight, before[name]) == (name != started)
+    assert initialise_prototypes(model, lambda: batches, kmeans, seed=0, phase=2) == []
 
 
 def test_progress_reaches_every_part() -> None:

@@ -148,7 +148,7 @@ def test_clusters_replace_learned_prototypes() -> None:
     assert size is not None
     assert model.parameters_without_decay() == set()
     assert not any("prototypes" in name for name, _ in model.named_parameters())
-    assert model.prototype_user.prototype_size() is None
+    assert not model.prototype_users
     before = model(batch)
     assert "loss/prototype" not in before.terms
     service = SynchronousService(PrototypesConfig(bank_rows=32, iterations=3), *size)
@@ -158,8 +158,6 @@ def test_clusters_replace_learned_prototypes() -> None:
     assert terms["loss/prototype"] > 0
     terms["loss/prototype"].backward()
     assert model.alignment.image_head.linear1.weight.grad.abs().sum() > 0
-    with pytest.raises(NotImplementedError):
-        model.prototype_user.set_prototypes(torch.eye(6, 8))
 
 
 def test_cluster_loss_prefers_pairs_that_agree() -> None:
@@ -176,7 +174,7 @@ def test_kmeans_start() -> None:
     state = {name: value.clone() for name, value in model.state_dict().items()}
     random_state = torch.get_rng_state()
     config = PrototypesConfig(init="kmeans", init_samples=16, iterations=5)
-    clusters = initialise_prototypes(model, iter(batches), config, seed=0)
+    (clusters,) = initialise_prototypes(model, lambda: batches, config, seed=0)
     assert clusters.counts.sum() == 2 * 16
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(part.training for part in model.modules())
@@ -194,11 +192,11 @@ def test_kmeans_start() -> None:
 def test_kmeans_start_options_and_errors() -> None:
     model = small_mgca(prototypes=9)
     batch = small_batch([3, 7])
-    assert initialise_prototypes(model, [batch], PrototypesConfig(init="random"), seed=0) is None
+    assert initialise_prototypes(model, lambda: [batch], PrototypesConfig(init="random"), seed=0) == []
     with pytest.raises(TooFewRowsError, match=r"init_samples"):
-        initialise_prototypes(model, [batch], PrototypesConfig(init="kmeans", init_samples=2), seed=0)
+        initialise_prototypes(model, lambda: [batch], PrototypesConfig(init="kmeans", init_samples=2), seed=0)
     with pytest.raises(ValueError, match="centroids"):
-        model.prototype_user.set_prototypes(torch.eye(3))
+        model.prototype_users[0].learned_prototypes.set(torch.eye(3))
 
 
 def test_registry_and_errors() -> None:
@@ -221,4 +219,4 @@ def test_a_term_without_weight_is_neither_computed_nor_built() -> None:
     assert set(terms) == {"loss", "loss/instance", "retrieval/top1", "retrieval/top5"}
     assert terms["loss"] == terms["loss/instance"]
     assert not any("patch_head" in name or "prototypes" in name for name in model.state_dict())
-    assert model.prototype_user.prototype_size() is None
+    assert not model.prototype_users

@@ -58,7 +58,7 @@ def kmeans_start(ranks: int) -> np.ndarray:
     batches = [small_batch(WORDS, seed=seed) for seed in range(6)]
     own = [rows_of(batch, rank() * each, (rank() + 1) * each) for batch in batches] if ranks > 1 else batches
     config = PrototypesConfig(init="kmeans", init_samples=48, iterations=5)
-    initialise_prototypes(model, own, config, seed=0)
+    initialise_prototypes(model, lambda: own, config, seed=0)
     return model.alignment.objective.prototypes.weight.detach().numpy()
 
 

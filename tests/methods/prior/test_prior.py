@@ -318,15 +318,48 @@ def test_kmeans_starts_the_bank_from_sentences() -> None:
     method = small_prior()
     batches = [report_batch([[3, 2], [4], [2, 2, 2], []], seed=seed) for seed in range(3)]
     config = PrototypesConfig(init="kmeans", init_samples=12, iterations=5)
-    clusters = initialise_prototypes(method, batches, config, seed=0)
+    (clusters,) = initialise_prototypes(method, lambda: batches, config, seed=0)
     assert clusters.counts.sum() == 3 * 6  # sentences, not slots
     weight = method.alignment.objective.bank.weight
-    (features,) = method.prototype_user.prototype_features(method, batches[0])
+    (features,) = method.prototype_users[0].prototype_features(method, batches[0])
     lengths = features.norm(dim=2)
     assert (lengths > 0).sum() == 6
     torch.testing.assert_close(weight.norm(dim=1), weight.norm(dim=1)[:1].expand(len(weight)))
     assert weight.norm(dim=1)[0].item() == pytest.approx(lengths[lengths > 0].mean().item(), rel=0.2)
     torch.testing.assert_close(unit_norm(weight), clusters.centroids)
+
+
+def test_the_bank_as_an_auxiliary_loss() -> None:
+    """bank_stage 4: embeddings come from the sentences themselves, and the bank's term is there too."""
+    batch = report_batch([[3, 2], [4], [2, 2, 2]])
+    mixed, raw = small_prior(stage=2), small_prior(stage=2, bank_stage=4)
+    raw.load_state_dict(mixed.state_dict())
+    without = small_prior(stage=2, bank_stage=4, bank_weights=[0.0, 0.0, 0.0])
+    without.load_state_dict(mixed.state_dict(), strict=False)
+    terms = raw(batch).named
+    torch.testing.assert_close(terms["loss/bank"], mixed(batch).terms["loss/bank"])
+    torch.testing.assert_close(terms["loss/global"], without(batch).terms["loss/global"])
+    mixed.eval(), raw.eval(), without.eval()
+    torch.testing.assert_close(raw.encode_text(batch.text), without.encode_text(batch.text))
+    assert not torch.allclose(raw.encode_text(batch.text), mixed.encode_text(batch.text))
+
+
+@pytest.mark.parametrize("noise", ["never", "training"])
+def test_a_detached_bank_follows_the_sentences_and_does_not_move_them(noise: str) -> None:
+    batch = report_batch([[3, 2], [4], [2, 2, 2]])
+    gradients, losses = [], []
+    for detached in (False, True):
+        method = small_prior(stage=2, bank_stage=4, bank_detached=detached, bank_noise=noise)
+        torch.manual_seed(1)
+        loss = method(batch).terms["loss/bank"]
+        loss.backward()
+        losses.append(loss.item())
+        sentences = method.alignment.sentence_projection.linear.weight.grad
+        gradients.append((method.alignment.objective.bank.weight.grad, sentences))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6), "the value is the same, with the same noise"
+    torch.testing.assert_close(gradients[0][0], gradients[1][0])
+    assert gradients[0][1].abs().sum() > 0
+    assert gradients[1][1] is None or not gradients[1][1].any()
 
 
 def test_kmeans_needs_a_bank() -> None:
