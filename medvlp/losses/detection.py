@@ -148,12 +148,16 @@ def decode_boxes(output: Tensor, anchors: Tensor, image_size: int) -> Tensor:
     return torch.cat([centre, size, values[..., 4:].sigmoid()], -1).flatten(1, 3)
 
 
-def suppress_overlaps(boxes: Tensor, confidence: float = 0.5, overlap: float = 0.5) -> list[Tensor]:
+def suppress_overlaps(
+    boxes: Tensor, confidence: float = 0.5, overlap: float = 0.5, plus_one: bool = False
+) -> list[Tensor]:
     """Confident boxes of each image without those that a more confident one of the same class covers.
 
     Args:
         boxes: [B, N, 5 + C] from `decode_boxes`.
         confidence: least object probability; overlap: least IoU that suppresses.
+        plus_one: sides count one pixel more in that IoU (published MGCA and LoVT), so that small boxes
+            overlap more.
 
     Returns:
         For each image [n, 7]: left, top, right, bottom, object probability, class probability, class; most
@@ -164,7 +168,8 @@ def suppress_overlaps(boxes: Tensor, confidence: float = 0.5, overlap: float = 0
         kept = image[image[:, 4] >= confidence]
         corners = box_convert(kept[:, :4], "cxcywh", "xyxy")
         probability, kind = kept[:, 5:].max(1)
-        order = batched_nms(corners, kept[:, 4], kind, overlap)
+        longer = corners + corners.new_tensor([0.0, 0.0, 1.0, 1.0]) if plus_one else corners
+        order = batched_nms(longer, kept[:, 4], kind, overlap)
         columns = [corners, kept[:, 4:5], probability[:, None], kind[:, None].to(kept.dtype)]
         results.append(torch.cat(columns, 1)[order])
     return results

@@ -1,4 +1,8 @@
-"""Losses and metric of binary segmentation as MGCA trains it."""
+"""Losses of segmentation into masks that may overlap, one logit a pixel and mask: published ones, and ours.
+
+A published soft Dice is one ratio over all pixels of the batch, so that such a loss depends on which images
+are in a micro-batch; `per_image_loss` does not.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -41,17 +45,29 @@ def mixed_loss(logits: Tensor, masks: Tensor, alpha: float = 10.0, gamma: float 
     return alpha * focal_loss(logits, masks, gamma) - soft_dice(logits, masks).log()
 
 
-@torch.no_grad()
-def dice_score(logits: Tensor, masks: Tensor, threshold: float = 0.5) -> Tensor:
-    """Mean over images of the Dice coefficient of thresholded predictions, in [0, 1]; a 0-d tensor.
+def dice_cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
+    """Cross-entropy averaged over pixels + 1 - soft Dice; a 0-d tensor. (MedKLIP's and MeDSLIP's loss.)"""
+    logits, masks = at_least_float32(logits), at_least_float32(masks)
+    return F.binary_cross_entropy_with_logits(logits, masks) + 1 - soft_dice(logits, masks)
 
-    An image with an empty mask scores 1 when nothing is predicted and 0 otherwise.
+
+def per_image_loss(logits: Tensor, masks: Tensor, known: Tensor, focal: float = 10.0) -> Tensor:
+    """focal * focal loss + 1 - soft Dice, of every image and mask by itself; a 0-d tensor.
+
+    The sum over known pairs is divided by the number of all pairs, so that the mean over micro-batches or
+    ranks of one size is the loss of their images together.
 
     Args:
-        logits, masks: [B, ...]; threshold: on probabilities and masks.
+        logits: [B, C, H, W]. masks: the same shape, 0 or 1; any value where nothing is known.
+        known: [B, C] bool, whether it is known where in the image the finding is.
+        focal: weight of the focal loss.
     """
-    predicted = (logits.sigmoid() > threshold).flatten(1)
-    truth = (masks > threshold).flatten(1)
-    size = predicted.sum(1) + truth.sum(1)
-    dice = 2 * (predicted & truth).sum(1) / size.clamp(min=1)
-    return torch.where(truth.any(1), dice, (size == 0).to(dice.dtype)).mean()
+    logits = at_least_float32(logits)
+    truth = torch.where(known[..., None, None], masks.to(logits.dtype), 0.0)
+    entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+    wrong = F.logsigmoid(-logits * (2 * truth - 1))
+    focused = ((2 * wrong).exp() * entropy).mean((2, 3))
+    probability = logits.sigmoid()
+    shared = (probability * truth).sum((2, 3))
+    dice = (2 * shared + 1) / (probability.sum((2, 3)) + truth.sum((2, 3)) + 1)
+    return torch.where(known, focal * focused + 1 - dice, 0.0).mean()

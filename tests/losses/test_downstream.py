@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medvlp.losses.detection import decode_boxes, detection_loss, grid_targets, suppress_overlaps
-from medvlp.losses.segmentation import dice_score, focal_loss, mixed_loss, soft_dice
+from medvlp.losses.segmentation import (
+    dice_cross_entropy,
+    focal_loss,
+    mixed_loss,
+    per_image_loss,
+    soft_dice,
+)
 from tests.golden_files import Golden, every
 
 TERMS = ["loss", "x", "y", "w", "h", "object", "class"]
@@ -25,17 +31,35 @@ def test_segmentation(golden: Golden) -> None:
         "mixed": loss,
         "focal": focal_loss(logits, masks),
         "softdice": soft_dice(logits, masks),
-        "dice_metric": dice_score(logits, masks),
     }
     for name, value in values.items():
         torch.testing.assert_close(value.detach().double(), golden(f"out_{name}"), rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(logits.grad, golden("grad"), rtol=1e-5, atol=1e-7)
 
 
-def test_empty_masks_score_one_only_without_prediction() -> None:
-    logits = torch.tensor([[-5.0, -5.0], [5.0, -5.0], [5.0, -5.0]])
-    masks = torch.tensor([[0.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
-    assert dice_score(logits, masks) == pytest.approx(2 / 3)
+@every("medslip_seg_*.npz")
+def test_dice_and_cross_entropy(golden: Golden) -> None:
+    logits, masks = golden("logit").requires_grad_(), golden("target")
+    loss = dice_cross_entropy(logits, masks)
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), golden("dicebce"), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(logits.grad, golden("grad_logit"), rtol=1e-5, atol=1e-7)
+
+
+def test_a_loss_per_image_is_a_mean_over_parts_and_leaves_out_what_is_unknown() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, masks = (torch.randn(6, 3, 8, 8, generator=generator) for _ in range(2))
+    masks, known = (masks > 1).float(), torch.rand(6, 3, generator=generator) < 0.7
+    whole = per_image_loss(logits, masks, known)
+    parts = [per_image_loss(logits[i : i + 2], masks[i : i + 2], known[i : i + 2]) for i in (0, 2, 4)]
+    torch.testing.assert_close(torch.stack(parts).mean(), whole)
+    by_loop = [
+        10 * focal_loss(logits[i, c], masks[i, c]) + 1 - soft_dice(logits[i, c], masks[i, c])
+        for i, c in known.nonzero().tolist()
+    ]
+    torch.testing.assert_close(torch.stack(by_loop).sum() / known.numel(), whole)
+    other = torch.where(known[..., None, None], masks, torch.tensor(255.0))
+    torch.testing.assert_close(per_image_loss(logits, other, known), whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -64,7 +88,7 @@ def test_detection(golden: Golden) -> None:
     assert total == pytest.approx(golden("out_total").item(), rel=1e-6)
     boxes = torch.cat(decoded, 1)
     torch.testing.assert_close(boxes, golden("out_decoded"), rtol=1e-5, atol=1e-4)
-    for image, kept in enumerate(suppress_overlaps(boxes, CONFIDENCE)):
+    for image, kept in enumerate(suppress_overlaps(boxes, CONFIDENCE, plus_one=True)):
         torch.testing.assert_close(kept, golden(f"out_nms{image}"), rtol=1e-5, atol=1e-3)
 
 
@@ -125,5 +149,7 @@ def test_suppression_keeps_the_most_confident_of_each_class() -> None:
     (kept,) = suppress_overlaps(boxes)
     assert kept[:, 4].tolist() == pytest.approx([0.95, 0.7])
     assert kept[:, 6].tolist() == [0, 1]
+    small = torch.tensor([[[2.0, 2.0, 2.0, 2.0, 0.9, 1.0], [3.0, 2.0, 2.0, 2.0, 0.8, 1.0]]])
+    assert [len(suppress_overlaps(small, overlap=0.4, plus_one=longer)[0]) for longer in (0, 1)] == [2, 1]
     (none,) = suppress_overlaps(boxes, confidence=0.99)
     assert none.shape == (0, 7)

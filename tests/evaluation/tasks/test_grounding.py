@@ -339,6 +339,7 @@ def test_the_published_numbers(golden: Golden) -> None:
         threshold = float(setting.split("_thr")[1])
         maps = fuse_anatomies(pathology, anatomy) if setting.startswith("use1") else pathology
         grids = maps[:, 0].unflatten(1, (14, 14)) / maps.max()
+        np.testing.assert_allclose(grids, golden(f"{setting}_heat14"), rtol=1e-5, atol=1e-7)
         rows = np.flatnonzero(labels == 1)
         heats = [upsampled(grids[row], seg.shape[-1], "nearest", 0) for row in rows]
         found = [overlap(heat, seg[row], threshold) for heat, row in zip(heats, rows, strict=True)]
