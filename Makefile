@@ -5,11 +5,12 @@ INSTALLED := .venv/.installed
 DEMO ?= runs/demo
 BENCH ?= runs/bench
 DRILL ?= runs/drill
+GPU ?= runs/gpu
 METHODS := infonce mgca prior mpma medslip place combination
 PROTOTYPES := none learned clusters masks
 SEEDS ?= 0
 
-.PHONY: help demo test checks bench bench-methods bench-prototypes drill clean
+.PHONY: help demo test checks bench bench-methods bench-prototypes drill gpu gpu-prepare clean
 
 help:
 	@echo "make demo    phantom studies -> shards -> 2-rank ZeRO-2 pre-training -> evaluation, all in $(DEMO)"
@@ -19,6 +20,8 @@ help:
 	@echo "make bench-methods  every method trained on the same phantoms with the same budget, evaluated, one table"
 	@echo "make bench-prototypes  MGCA without prototypes, with learned ones, with clusters, with masks; one table"
 	@echo "make drill   kill, starve and damage runs; every one must come back as if nothing had happened"
+	@echo "make gpu     checks (300 s) and figures (200 s) of a GPU machine into $(GPU); DRY=1: at toy size on the CPU"
+	@echo "make gpu-prepare  gather in .gpu what make gpu needs on a machine without a network (tests/cuda/README.md)"
 	@echo "make clean   remove $(DEMO), $(BENCH) and $(DRILL)"
 
 $(INSTALLED): pyproject.toml .ci/constraints.txt
@@ -78,6 +81,13 @@ bench-prototypes: $(INSTALLED)
 
 drill: $(INSTALLED)
 	$(BIN)/python -m tests.drills --out $(DRILL)
+
+# Needs no .venv where .gpu/wheels is: such a machine has a torch of its own.
+gpu:
+	tests/cuda/run $(GPU) $(if $(DRY),--dry)
+
+gpu-prepare: $(INSTALLED)
+	$(BIN)/python -m tests.cuda.prepare
 
 clean:
 	rm -rf $(DEMO) $(BENCH) $(DRILL)

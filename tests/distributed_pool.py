@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -63,9 +63,15 @@ class GlooPool:
     leave the default group alive. A pool whose ranks no longer agree is replaced at the next `run`.
     """
 
-    def __init__(self, world_size: int, timeout: float = 280.0):
-        """Nothing starts before the first `run`; `timeout` is in seconds and bounds every `run`."""
+    def __init__(self, world_size: int, timeout: float = 280.0, environment: Mapping[str, str] | None = None):
+        """Nothing starts before the first `run`.
+
+        Args:
+            world_size: number of processes. timeout: in seconds; bounds every `run`.
+            environment: of the processes, over what keeps them on the CPU.
+        """
         self.world_size = world_size
+        self.environment = environment or {}
         self.timeout = timeout
         self._processes: list[Any] = []
         self._connections: list[Connection] = []
@@ -85,7 +91,7 @@ class GlooPool:
             "LOCAL_WORLD_SIZE": str(self.world_size),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(free_port()),
-        }
+        } | dict(self.environment)
         # Spawned children inherit the environment; OpenMP reads it before any of our code runs there.
         with mock.patch.dict(os.environ, environment):
             for rank in range(self.world_size):

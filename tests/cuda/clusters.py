@@ -1,0 +1,77 @@
+"""Checks of the prototype service on a GPU: rows on their way to the ring, a real cluster worker."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+
+import torch
+
+from medvlp.config import PrototypesConfig
+from medvlp.prototypes.board import READY, Board, WorkerSettings, read_table
+from medvlp.prototypes.ring import EmbeddingRing, StagedRing
+from medvlp.prototypes.supervisor import WorkerSupervisor
+from tests.cuda.place import Place
+from tests.cuda.runner import Note
+
+WIDTH = 16
+
+
+def staging(place: Place, note: Note) -> None:
+    """Rows that leave a busy GPU behind its work arrive whole and in order, and adding them does not wait."""
+    count, batch = (20, 4) if place.dry else (300, 256)
+    staged = StagedRing(EmbeddingRing(count * batch, WIDTH))
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.nn.functional.normalize(torch.randn(count * batch, WIDTH, generator=generator), dim=1)
+    busy = torch.randn(64 if place.dry else 4096, 64 if place.dry else 4096, device=place.device)
+    on_device = rows.to(place.device)
+    started = time.monotonic()
+    for step, part in enumerate(on_device.split(batch)):
+        busy = (busy @ busy).clamp(-1, 1)
+        made = part * 1.0  # an operation behind the work in the queue, whose memory is given back at once
+        staged.add(made, torch.arange(step * batch, (step + 1) * batch), "image", step, None)
+        del made
+    note("add_seconds", (time.monotonic() - started) / count)
+    staged.flush(wait=True)
+    found = staged.ring.rows()
+    assert found.sample.tolist() == list(range(count * batch))
+    torch.testing.assert_close(found.embeddings, rows, atol=2e-3, rtol=0)
+
+
+def worker(place: Place, note: Note) -> None:
+    """A cluster worker finds the clusters of the ring; for few of them it makes no context on the GPU."""
+    clusters, rows = 8, 512
+    config = PrototypesConfig(sync=False, bank_rows=rows, iterations=5, worker_timeout_seconds=60)
+    with WorkerSupervisor() as supervisor:
+        board = Board(supervisor.path)
+        size = EmbeddingRing.size(rows, WIDTH)
+        board.publish(WorkerSettings(0, 1, "", 1, rows, WIDTH, clusters, 1, size, asdict(config)))
+        ring = EmbeddingRing(rows, WIDTH, board.ring_memory(0))
+        generator = torch.Generator().manual_seed(0)
+        centers = torch.nn.functional.normalize(torch.randn(clusters, WIDTH, generator=generator), dim=1)
+        noise = 0.05 * torch.randn(rows, WIDTH, generator=generator)
+        ring.add(centers.repeat(rows // clusters, 1) + noise, torch.arange(rows), "image", 1)
+        started = time.monotonic()
+        board.request(0, 1, ring.written)
+        _wait_for(lambda: board.answered()[0] == 1)
+        note("first_refresh_seconds", time.monotonic() - started)
+        assert board.answered()[1] == READY
+        table, metrics = read_table(board, board.other_slot)
+        similarity = float((centers @ table.centroids.T).max(1).values.min())
+        note("similarity", similarity)
+        note("metrics", metrics)
+        assert similarity > 0.9
+        if place.device.type == "cuda" and shutil.which("nvidia-smi"):
+            command = ["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"]
+            users = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.split()
+            assert str(supervisor.worker_pid) not in users, "the worker holds memory of the GPU"
+
+
+def _wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "the worker did not answer"
+        time.sleep(0.02)

@@ -1,0 +1,80 @@
+"""What `make gpu` runs on a GPU machine, at toy size on the CPU, so that it works when there is a GPU."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cuda.place import Place
+from tests.cuda.plan import CHECKS, FIGURES
+from tests.cuda.ranks import compare, on_rank
+from tests.cuda.runner import Check, run_checks
+from tests.distributed_pool import Pools
+
+#: Tested apart from the rest: they start processes of their own.
+APART = ("two ranks", "worker")
+
+
+def run_dry(function: str, scratch: str, data: str) -> dict[str, Any]:
+    """What a check notes."""
+    module, _, name = function.partition(":")
+    found: dict[str, Any] = {}
+    getattr(importlib.import_module(module), name)(Place(True, scratch, data), found.__setitem__)
+    return found
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    "check", [check for check in (*CHECKS, *FIGURES) if check.name not in APART], ids=lambda c: c.name
+)
+def test_checks_and_figures(gloo_pool: Pools, phantom_data: Path, tmp_path: Path, check: Check) -> None:
+    [found] = gloo_pool(1).run(run_dry, check.function, str(tmp_path), str(phantom_data))
+    assert found or check.name == "group"
+    json.dumps(found)
+
+
+@pytest.mark.dist
+def test_two_ranks(gloo_pool: Pools) -> None:
+    compare(gloo_pool(2).run(on_rank, "cpu"), lambda name, value: None)
+
+
+def test_the_command(phantom_data: Path, tmp_path: Path) -> None:
+    options = ["--dry", "--data", str(phantom_data), "--only", "environment", "--figures", "0"]
+    command = [sys.executable, "-m", "tests.cuda", "--out", str(tmp_path), *options]
+    assert subprocess.run(command, timeout=120).returncode == 0
+    report = json.loads((tmp_path / "checks.json").read_text())
+    assert [check["outcome"] for check in report["checks"]] == ["passed"]
+
+
+def test_a_check_that_fails_dies_or_hangs_costs_itself(tmp_path: Path) -> None:
+    names = ["passes", "dies", "hangs", "fails"]
+    checks = [Check(name, f"tests.cuda.toy_checks:{name}", 1.0) for name in names]
+    checks.append(Check("last", "tests.cuda.toy_checks:passes", 1.0))
+    report = tmp_path / "checks.json"
+    results = run_checks(checks, Place(True, str(tmp_path), "here"), report, 100, lambda line: None)
+    assert [result.outcome for result in results] == ["passed", "died", "cut off", "failed", "passed"]
+    assert [result.figures for result in results] == [
+        {"place": "here"},
+        {"before": 1},
+        {"before": 2},
+        {},
+        {"place": "here"},
+    ]
+    assert "exit code -6" in results[1].error
+    assert "a number is wrong" in results[3].error
+    written = json.loads(report.read_text())
+    assert [check["outcome"] for check in written["checks"]] == [result.outcome for result in results]
+
+
+def test_a_report_without_time_names_what_was_not_run(tmp_path: Path) -> None:
+    checks = [Check("first", "tests.cuda.toy_checks:hangs", 60.0), Check("second", "-", 1.0)]
+    results = run_checks(
+        checks, Place(True, str(tmp_path), ""), tmp_path / "checks.json", 4, lambda line: None
+    )
+    assert [result.outcome for result in results] == ["cut off", "not run"]
