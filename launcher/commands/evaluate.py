@@ -101,6 +101,17 @@ def compare(
     ],
     markdown: Annotated[bool, typer.Option("--markdown", help="Markdown with a row for each model")] = False,
     findings: Annotated[bool, typer.Option("--findings", help="also single findings")] = False,
+    published: Annotated[
+        Path | None,
+        typer.Option(
+            "--published",
+            metavar="FILE",
+            help="also published numbers (configs/results/published.yaml) where protocol and data agree",
+        ),
+    ] = None,
+    from_memory: Annotated[
+        bool, typer.Option("--from-memory", help="with --published: also numbers that nobody has looked up")
+    ] = False,
     join: Annotated[
         bool, typer.Option("--join", help=f"first put RUN/{PARTS_FOLDER}/*.json together to {RESULT_NAME}")
     ] = False,
@@ -115,7 +126,34 @@ def compare(
         evaluation = results.read(source / RESULT_NAME if source.is_dir() else source)
         name = evaluation.model["name"]
         evaluations[f"{name} ({source})" if name in evaluations else name] = evaluation
+    if from_memory and published is None:
+        raise UsageError("--from-memory chooses among published numbers: give --published FILE too")
     _print_tables(evaluations, findings, markdown)
+    if published is not None:
+        _print_published(evaluations, published, from_memory, markdown)
+
+
+def _print_published(
+    evaluations: dict[str, Evaluation], file: Path, from_memory: bool, markdown: bool
+) -> None:
+    from medvlp.evaluation.report import published, tables
+
+    results = published.read(file)
+    for name, evaluation in evaluations.items():
+        compared = published.compare(evaluation, results, from_memory)
+        rows = [tables.published_cells(*row) for row in compared.rows]
+        header = ("task", "metric", name, "published", "by")
+        if rows and markdown:
+            typer.echo(tables.markdown_rows([header, *rows]))
+        elif rows:
+            _console().print(tables.published_table(header, rows))
+        for line in compared.remarks:
+            typer.echo(f"{'- ' if markdown else ' '}{line}")
+
+
+def _console() -> Console:
+    """A pipe or log file has no width; the tables need this much to stay on one line a row."""
+    return Console() if sys.stdout.isatty() else Console(width=110)
 
 
 def _join_parts(run: Path) -> None:
@@ -136,8 +174,7 @@ def _print_tables(evaluations: dict[str, Evaluation], findings: bool, markdown: 
             typer.echo(tables.markdown_section(evaluations, task, findings))
         return
     title = tables.caption(evaluations)
-    # A pipe or log file has no width; the tables need this much to stay on one line a row.
-    console = Console() if sys.stdout.isatty() else Console(width=110)
+    console = _console()
     for task in first.results:
         single = comparison.grid(evaluations, task, findings=True)
         for grid in (comparison.grid(evaluations, task), single if findings else single.by_finding()):

@@ -157,6 +157,7 @@ def _empty(options: EvaluationOptions, session: Session, chosen: Sequence[Task])
         data={
             "root": str(config.data.root),
             "name": index.name,
+            "source": index.arguments.get("source", {}).get("name"),
             "fingerprint": index.fingerprint,
             "split": config.evaluation.split,
             "splits": {},

@@ -2,7 +2,8 @@
 
 schema_version  1
 model           name, run, checkpoint (folder name), step, weights (checksum)
-data            root, name, fingerprint, split; samples, patients and corrupt samples of each split used
+data            root, name, source (that built it), fingerprint, split; samples, patients and corrupt
+                samples of each split used
 settings        tasks, labels, uncertain, split, batch, bootstrap, seed, tokenizer fingerprint, and `options`:
                 task -> its own keys (files of before have fractions and prompts in their place), `files`:
                 task -> key that names a file -> the file's checksum (xxh3_128)

@@ -1,7 +1,7 @@
 """Evaluations as text: tables for the console and in Markdown, and the lines under them."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -41,14 +41,32 @@ def console_table(of: Grid, title: str) -> Table:
 
 def markdown_table(of: Grid) -> str:
     """A Markdown table with a row for each model and a column for each metric."""
-    rows = [
-        ["model", *(label(metric, of.reading) for metric in of.metrics)],
-        ["---"] + ["---:"] * len(of.metrics),
-    ]
+    rows = [["model", *(label(metric, of.reading) for metric in of.metrics)]]
     for model, metrics in of.cells.items():
         cells = (cell(metrics.get(metric), metric, of.reading) for metric in of.metrics)
         rows.append([_NAMES.get(model, model), *cells])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+    return markdown_rows(rows)
+
+
+def markdown_rows(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first row is its header, all columns but the first are aligned right."""
+    header, *others = rows
+    ruler = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ruler, *others)) + "\n"
+
+
+def published_cells(task: str, metric: str, own: Estimate, value: float, by: str) -> list[str]:
+    """A row of the table of published results."""
+    reading = reading_of(task)
+    return [task, label(metric, reading), cell(own, metric, reading), f"{value:.3f}", by]
+
+
+def published_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A rich table of published results."""
+    table = Table(*header, title="published results", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def caption(evaluations: Mapping[str, Evaluation]) -> str:
