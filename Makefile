@@ -31,7 +31,7 @@ $(INSTALLED): pyproject.toml .ci/constraints.txt
 
 # Batch-norm statistics over all ranks are the default; on CPU they cost half the speed, which a demo has better use for.
 demo: $(INSTALLED)
-	$(BIN)/medvlp shards build phantom --out $(DEMO)/shards --studies 5000 --image-size 128 --seed 1 --workers 2
+	$(BIN)/medvlp shards build phantom --out $(DEMO)/shards --studies 4000 --image-size 128 --seed 1 --workers 2
 	$(BIN)/medvlp shards view $(DEMO)/shards --out $(DEMO)/samples.png
 	$(BIN)/medvlp pretrain configs/demo.yaml data.root=$(DEMO)/shards run.dir=$(DEMO)/run method.batch_norm=local monitor.log_every=10 --nproc 2
 	$(BIN)/medvlp evaluate $(DEMO)/run --data $(DEMO)/shards --task zero-shot --task retrieval --task linear-probe
