@@ -74,7 +74,8 @@ FINDINGS: tuple[FindingSpec, ...] = (
 SPECS = {spec.name: spec for spec in FINDINGS}
 
 DEVICES = ("central venous catheter", "pacemaker", "endotracheal tube", "chest tube")
-_HEDGED = 0.1
+#: Share of findings that are hedged.
+HEDGED = 0.1
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def _draw_finding(spec: FindingSpec, rng: np.random.Generator) -> Finding:
         side=side,
         zone=zone,
         severity=int(rng.integers(1, 4)),
-        certain=bool(rng.random() >= _HEDGED),
+        certain=bool(rng.random() >= HEDGED),
         kind=kind,
         shape_seed=int(rng.integers(2**63)),
     )
@@ -131,7 +132,7 @@ def _evolved(finding: Finding, rng: np.random.Generator) -> Finding:
     """The finding at the patient's next study: same place and shape, perhaps another severity."""
     change = int(rng.choice([-1, 0, 1], p=[0.2, 0.6, 0.2]))
     severity = min(3, max(1, finding.severity + change))
-    return replace(finding, severity=severity, certain=bool(rng.random() >= _HEDGED))
+    return replace(finding, severity=severity, certain=bool(rng.random() >= HEDGED))
 
 
 def draw_course(rng: np.random.Generator, studies: int) -> list[tuple[Finding, ...]]:

@@ -16,6 +16,8 @@ import pytest
 from shards.errors import DataError
 from shards.sources.phantom import FINDINGS, PhantomSource
 from shards.sources.phantom.anatomy import Anatomy
+from shards.sources.phantom.findings import SPECS
+from shards.sources.phantom.questions import ask
 from shards.sources.phantom.render import render
 from shards.sources.phantom.seeds import Stream, generator
 from shards.study import Study
@@ -152,7 +154,9 @@ def test_phrases_are_sentences_of_the_report_about_the_findings_in_their_boxes(s
 
 def test_answers_are_the_labels(studies: list[Study]) -> None:
     answers: Counter[str] = Counter()
+    words = {"size": ["small", "moderate", "large"], "degree": ["mild", "moderate", "severe"]}
     for study in studies:
+        drawn = {item["name"]: item for item in study.extra["findings"]}
         hedged = -1 in study.labels.values()
         present = [name for name, value in study.labels.items() if value == 1]
         for item in study.questions:
@@ -170,9 +174,37 @@ def test_answers_are_the_labels(studies: list[Study]) -> None:
                 case "position":
                     sides = {box.side for box in study.boxes if box.label == named[0]}
                     assert sides == ({"left", "right"} if item.answer == "both" else {item.answer})
+                case "zone":
+                    assert item.answer == drawn[named[0]]["zone"]
+                case "severity":
+                    grade = words[SPECS[named[0]].scale][drawn[named[0]]["severity"] - 1]
+                    assert item.answer == grade
+                case "device":
+                    assert item.answer == drawn["support device"]["kind"]
+                case "count":
+                    bones = [entity for entity in study.entities if entity.observation == "fracture"]
+                    assert item.answer == str(len(bones))
                 case topic:
                     pytest.fail(topic)
-    assert min(answers[word] for word in ("yes", "no", "left", "right", "both", "none", "PA", "AP")) > 5
+            if item.topic not in ("plane", "abnormality") and item.answer != "no":
+                assert study.labels[named[0] if named else "fracture"] == 1
+    common = "yes no left right both none PA AP upper mid lower small mild moderate large severe pacemaker 2"
+    assert min(answers[word] for word in common.split()) > 0
+
+
+def test_of_every_finding_as_many_questions_expect_yes_as_no() -> None:
+    """So that whoever sees the question alone is right half of the time."""
+    source, counts = PhantomSource(6000, SIZE, 0), Counter[tuple[str, str]]()
+    for i in range(len(source)):
+        findings, _, view = source.plan(i)
+        for item in ask(findings, view, generator(0, Stream.QUESTIONS, i)):
+            if item.topic == "presence":
+                (name,) = (name for name in NAMES if f" {name}" in item.question)
+                counts[name, item.answer] += 1
+    for name in NAMES:
+        yes, no = counts[name, "yes"], counts[name, "no"]
+        assert abs(yes - no) < 4 * np.sqrt(yes + no)
+        assert yes + no > 1000
 
 
 def test_a_finding_changes_the_pixels_of_its_box() -> None:
