@@ -14,10 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from medvlp.config import TransformConfig
+from medvlp.config import DataConfig, TransformConfig
 from medvlp.config_files import ConfigError
+from medvlp.data.batch import Text
 from medvlp.data.order import Positions
+from medvlp.data.questions import asked, normalised, text_code
+from medvlp.data.report import r2gen_words, report_text, scored_words
 from medvlp.data.sample_store import SampleStore
+from medvlp.data.text import Tokenizer
 from medvlp.data.transforms import View
 from shards.entities.matrix import mirrored
 from shards.errors import DataError
@@ -33,12 +37,16 @@ class Field(ABC):
 
     Args:
         reader: the shards. split: which split. store: what is known about its samples.
+        tokenizer: of texts. config: the `data` section.
     """
 
     name: ClassVar[str]
 
-    def __init__(self, reader: ShardReader, split: str, store: SampleStore) -> None:
+    def __init__(
+        self, reader: ShardReader, split: str, store: SampleStore, tokenizer: Tokenizer, config: DataConfig
+    ) -> None:
         self.reader, self.split, self.store = reader, split, store
+        self.tokenizer, self.config = tokenizer, config
 
     @abstractmethod
     def missing(self) -> str | None:
@@ -181,8 +189,10 @@ class Masks(Field):
     name = "masks"
     UNKNOWN = 255
 
-    def __init__(self, reader: ShardReader, split: str, store: SampleStore) -> None:
-        super().__init__(reader, split, store)
+    def __init__(
+        self, reader: ShardReader, split: str, store: SampleStore, tokenizer: Tokenizer, config: DataConfig
+    ) -> None:
+        super().__init__(reader, split, store, tokenizer, config)
         if reader.index.version == 1:
             logger.warning(
                 "%s is of format version 1: where findings overlap, its masks show one of them, and a "
@@ -214,12 +224,134 @@ class Masks(Field):
         return torch.from_numpy(result)
 
 
+class Questions(Field):
+    """[B, Q, 4, L] int64: input_ids, attention_mask, word_index and sentence_index of the samples' questions.
+
+    Those of `medvlp.data.questions.asked`, in their order, cut at `TOKENS`; `question_text` makes texts of
+    them. Q is the largest number of the batch; where a sample has fewer, all tokens are padding.
+    """
+
+    name = "questions"
+    #: Longest question with its special tokens; M3AE cuts at 32.
+    TOKENS = 32
+    #: Most questions of a sample.
+    MOST = 64
+
+    def missing(self) -> str | None:
+        """See `Field`: samples are asked one by one until one has a question."""
+        unreadable = set(self.store.unreadable.tolist())
+        readable = (i for i in range(len(self.store)) if i not in unreadable)
+        if any(asked(self.reader.metadata(self.split, i)) for i in readable):
+            return None
+        return "no sample has a question in English"
+
+    def read(self, rows: Positions, views: Sequence[View], config: TransformConfig) -> Tensor:
+        """See `Field`."""
+        texts = [[item["question"] for item in self.asked(row)] for row in rows.tolist()]
+        return _rows_of([self._encoded(questions) for questions in texts], self._encoded([]))
+
+    def asked(self, position: int) -> list[dict[str, str]]:
+        """The questions of a sample.
+
+        Raises:
+            DataError: they are more than `MOST`.
+        """
+        found = asked(self.reader.metadata(self.split, position))
+        if len(found) > self.MOST:
+            shard, _ = self.reader.locate(self.split, position)
+            key = self.reader.key(self.split, position)
+            raise DataError(
+                f"{shard.file}: sample {key}: {len(found)} questions, more than the {self.MOST} that are read"
+            )
+        return found
+
+    def _encoded(self, questions: Sequence[str]) -> Tensor:
+        """[n, 4, TOKENS]."""
+        text = self.tokenizer.tokenize([[question] for question in questions], self.TOKENS, pad_to_max=True)
+        return torch.stack([text.input_ids, text.attention_mask, text.word_index, text.sentence_index], dim=1)
+
+
+class Answers(Questions):
+    """[B, Q] int64: `text_code` of the normalised answers to the field "questions"; 0: there is none."""
+
+    name = "answers"
+
+    def read(self, rows: Positions, views: Sequence[View], config: TransformConfig) -> Tensor:
+        """See `Field`."""
+        codes = [[text_code(normalised(item["answer"])) for item in self.asked(row)] for row in rows.tolist()]
+        return _rows_of(
+            [torch.tensor(of, dtype=torch.int64) for of in codes], torch.zeros(0, dtype=torch.int64)
+        )
+
+
+class ReportWords(Field):
+    """[B, W] int64: `text_code` of each word of the reports as generated ones are scored by; 0: no more.
+
+    Whoever has a vocabulary finds its words by their codes; the loader has none.
+    """
+
+    name = "report_words"
+
+    @staticmethod
+    def words(text: str) -> list[str]:
+        """The words of a report."""
+        return scored_words(text)
+
+    def missing(self) -> str | None:
+        """See `Field`."""
+        if self.store.trainable().any():
+            return None
+        return f"no sample has text in data.sections={list(self.config.sections)}"
+
+    def read(self, rows: Positions, views: Sequence[View], config: TransformConfig) -> Tensor:
+        """See `Field`."""
+        codes = []
+        for row in rows.tolist():
+            words = self.words(report_text(self.reader.metadata(self.split, row), self.config))
+            codes.append(torch.tensor([text_code(word) for word in words], dtype=torch.int64))
+        return _rows_of(codes, torch.zeros(0, dtype=torch.int64))
+
+
+class R2GenWords(ReportWords):
+    """As `ReportWords`, by R2Gen's cleaning."""
+
+    name = "r2gen_words"
+
+    @staticmethod
+    def words(text: str) -> list[str]:
+        """See `ReportWords`."""
+        return r2gen_words(text)
+
+
+def _rows_of(rows: Sequence[Tensor], nothing: Tensor) -> Tensor:
+    """[B, M, ...] of B tensors [m, ...]; the rest is zeros. `nothing` has the shape without rows."""
+    width = max([len(row) for row in rows], default=0)
+    result = torch.zeros(len(rows), width, *nothing.shape[1:], dtype=nothing.dtype)
+    for to, row in zip(result, rows, strict=True):
+        to[: len(row)] = row
+    return result
+
+
+def question_text(questions: Tensor) -> Text:
+    """Texts of the field "questions", [n, 4, L]."""
+    ids, mask, words, sentences = questions.unbind(dim=1)
+    return Text(ids, mask, words, sentences)
+
+
 #: Every field by its name.
-FIELDS: dict[str, type[Field]] = {field.name: field for field in (Entities, Boxes, Phrases, Masks)}
+FIELDS: dict[str, type[Field]] = {
+    field.name: field
+    for field in (Entities, Boxes, Phrases, Masks, Questions, Answers, ReportWords, R2GenWords)
+}
 
 
 def open_fields(
-    names: Iterable[str], reader: ShardReader, split: str, store: SampleStore
+    names: Iterable[str],
+    reader: ShardReader,
+    split: str,
+    store: SampleStore,
+    tokenizer: Tokenizer,
+    config: DataConfig,
 ) -> dict[str, Field]:
     """The named fields of a split, in alphabetical order.
 
@@ -229,4 +361,4 @@ def open_fields(
     unknown = sorted(set(names) - set(FIELDS))
     if unknown:
         raise ConfigError(f"no batch field is named {', '.join(unknown)}; there are {', '.join(FIELDS)}")
-    return {name: FIELDS[name](reader, split, store) for name in sorted(set(names))}
+    return {name: FIELDS[name](reader, split, store, tokenizer, config) for name in sorted(set(names))}

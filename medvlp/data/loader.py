@@ -180,7 +180,7 @@ def build_loader(
     """
     data = config.data
     store = SampleStore.open_or_build(reader, data.split, data, tokenizer)
-    opened = open_fields(fields, reader, data.split, store)
+    opened = open_fields(fields, reader, data.split, store, tokenizer, data)
     for name, field in opened.items():
         if (reason := field.missing()) is not None:
             raise DataError(
@@ -254,7 +254,7 @@ def evaluation_loader(
     store = SampleStore.open_or_build(reader, split, config.data, tokenizer)
     chosen = list(range(len(store)) if positions is None else positions)
     chunks = [chosen[start : start + batch] for start in range(0, len(chosen), batch)]
-    opened = open_fields(fields, reader, split, store)
+    opened = open_fields(fields, reader, split, store, tokenizer, config.data)
     return EvaluationLoader(
         EvaluationDataset(reader, split, store, tokenizer, config.data, opened), chunks, config.data
     )

@@ -1,9 +1,10 @@
-"""Which sentences of a report training sees: its sections as they are, or after MGCA's published cleaning."""
+"""Which sentences of a report training sees, and its words as generated reports are scored by."""
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
+from medvlp.config import DataConfig
 from medvlp.config_files import ConfigError
 from shards.text.sentences import split_sentences
 
@@ -11,6 +12,11 @@ _LIST_NUMBER = re.compile(r"[0-9]+\.")
 _WORD = re.compile(r"\w+")
 _MIN_SENTENCE_WORDS = 2
 _MIN_REPORT_WORDS = 3
+_SCORED_WORD = re.compile(r"[^\W_]+|\.")
+_BLANKS, _PERIODS = re.compile(r"[_\s]+"), re.compile(r"\.{2,}")
+_NEXT_NUMBER = re.compile(r"\.? [2-5]\. ")
+# As published: the range from ":" to "[" takes "<", "=", ">" and "@" with it.
+_R2GEN_DROPPED = re.compile(r"""["'/\\.,?;*!%^&_+():-\[\]{}]""")
 
 
 def mgca_sentences(impression: str, findings: str) -> list[str] | None:
@@ -60,3 +66,34 @@ def report_sentences(
         )
     chosen = {name: sections.get(name, "") for name in names}
     return mgca_sentences(chosen.get("impression", ""), chosen.get("findings", "")) or []
+
+
+def report_text(metadata: Mapping[str, Any], config: DataConfig) -> str:
+    """The text of a sample's report that `config` chooses; "" where there is none."""
+    return " ".join(report_sentences(metadata["sections"], config.sections, config.cleaning))
+
+
+def scored_words(text: str) -> list[str]:
+    """The words of a report as generated ones are scored by: runs of letters and digits, and periods.
+
+    Lower case; periods in a row count once, a report never begins with one. It does not matter whether marks
+    stand apart ("plate - like", "2 . 5 cm"), as they do in what a WordPiece vocabulary gives back.
+    """
+    words: list[str] = []
+    for word in _SCORED_WORD.findall(text.lower()):
+        if word != "." or (words and words[-1] != "."):
+            words.append(word)
+    return words
+
+
+def r2gen_words(text: str) -> list[str]:
+    """The words of a report by R2Gen's published cleaning: "2.5 cm" becomes "25 cm", "left/right"
+    "leftright".
+
+    Sentences are what ". " parts, without the numbers 1 to 5 of a list (also at the end of "level 1. The");
+    each ends with " .", so that an empty report is one period.
+    """
+    text = _PERIODS.sub(".", _BLANKS.sub(" ", text)).replace("1. ", "")
+    text = _NEXT_NUMBER.sub(". ", text).strip().lower()
+    sentences = [_R2GEN_DROPPED.sub("", sentence).strip() for sentence in text.split(". ")]
+    return f"{' . '.join(sentences)} .".split()

@@ -20,7 +20,7 @@ from medvlp.config import Config
 from medvlp.data.batch import Batch, Text
 from medvlp.data.fields import FIELDS
 from medvlp.data.loader import evaluation_loader
-from medvlp.data.report import report_sentences
+from medvlp.data.report import report_text
 from medvlp.data.text import Tokenizer
 from medvlp.evaluation.features import Wanted, embed, embed_texts
 from medvlp.evaluation.labels import Floats, Uncertain, binary, not_evaluable
@@ -165,10 +165,7 @@ class Session:
         return Split(
             name,
             np.array([sample["patient_id"] for sample in metadata]),
-            [
-                " ".join(report_sentences(sample["sections"], config.data.sections, config.data.cleaning))
-                for sample in metadata
-            ],
+            [report_text(sample, config.data) for sample in metadata],
             np.array(labels, dtype=np.float64).reshape(len(metadata), len(names)),
             arrays,
             [[phrase["text"] for phrase in sample["phrases"]] for sample in metadata],

@@ -14,7 +14,10 @@ import torch
 
 from medvlp.config import Config, TransformConfig
 from medvlp.config_files import ConfigError
+from medvlp.data.fields import Questions, question_text
 from medvlp.data.loader import build_loader, evaluation_loader
+from medvlp.data.questions import normalised, text_code
+from medvlp.data.report import r2gen_words, report_text, scored_words
 from medvlp.data.sample_store import EntityRows, SampleStore
 from medvlp.data.text import Tokenizer
 from medvlp.data.transforms import DRAWS, SampleRandom, training_view
@@ -292,3 +295,60 @@ def test_a_finding_without_a_mask_is_unknown(
     monkeypatch.setattr(ShardReader, "masks", lambda self, *which: {})
     with pytest.raises(DataError, match=r"lacks the masks .* no sample has a mask"):
         build_loader(config, reader, tokenizer, 0, 1, 16, fields=["masks"])
+
+
+def test_questions_and_answers_of_samples_stand_beside_each_other(
+    dataset: Path, make_config: ConfigFactory, tokenizer: Tokenizer
+) -> None:
+    config, reader = make_config(workers=1), ShardReader(dataset)
+    loader = evaluation_loader(config, reader, tokenizer, "valid", 4, fields=["questions", "answers"])
+    counts = set()
+    for batch in loader:
+        questions, answers = batch.fields["questions"], batch.fields["answers"]
+        stored = [reader.metadata("valid", row)["questions"] for row in batch.sample.tolist()]
+        assert questions.shape[:2] == answers.shape == (len(stored), max(len(of) for of in stored))
+        for row, of in enumerate(stored):
+            text = tokenizer.tokenize([[item["question"]] for item in of], 32, pad_to_max=True)
+            rebuilt = question_text(questions[row, : len(of)])
+            for name in ("input_ids", "attention_mask", "word_index", "sentence_index"):
+                assert torch.equal(getattr(rebuilt, name), getattr(text, name))
+            assert answers[row, : len(of)].tolist() == [text_code(normalised(item["answer"])) for item in of]
+            assert not answers[row, len(of) :].any()
+            assert not questions[row, len(of) :].any()
+            counts.add(len(of))
+    assert len(counts) > 1
+
+
+@pytest.mark.parametrize(("name", "words"), [("report_words", scored_words), ("r2gen_words", r2gen_words)])
+def test_report_words_are_those_of_the_chosen_sections(
+    dataset: Path,
+    make_config: ConfigFactory,
+    tokenizer: Tokenizer,
+    name: str,
+    words: Callable[[str], list[str]],
+) -> None:
+    reader = ShardReader(dataset)
+    found = {}
+    for sections in (["findings"], ["findings", "impression"]):
+        config = make_config(sections=sections)
+        (batch,) = evaluation_loader(
+            config, reader, tokenizer, "valid", 3, positions=[0, 2, 1], fields=[name]
+        )
+        for row, position in enumerate(batch.sample.tolist()):
+            report = words(report_text(reader.metadata("valid", position), config.data))
+            codes = batch.fields[name][row]
+            assert codes[: len(report)].tolist() == [text_code(word) for word in report]
+            assert not codes[len(report) :].any()
+            found[len(sections), position] = len(report)
+    assert all(found[1, position] < found[2, position] for position in range(3))
+
+
+def test_more_questions_than_are_read_are_refused(
+    dataset: Path, make_config: ConfigFactory, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Questions, "MOST", 2)
+    loader = evaluation_loader(
+        make_config(), ShardReader(dataset), tokenizer, "valid", 4, fields=["questions"]
+    )
+    with pytest.raises(DataError, match="questions, more than the 2 that are read"):
+        list(loader)
