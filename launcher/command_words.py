@@ -10,6 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import typer.main
+from typer.core import TyperGroup
+
+
+class CommandGroup(TyperGroup):
+    """A group whose help shows what each command does in full sentences, not cut after half a line."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write a line or more for each command that is not hidden."""
+        commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        rows = [(name, of.get_short_help_str(1000)) for name, of in commands if of and not of.hidden]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from launcher.command_words import CommandGroup
 from launcher.commands import (
     attempt,
     checkpoints,
@@ -30,9 +31,10 @@ from medvlp.lifetime import end_within
 from shards.errors import MedvlpError
 
 app = typer.Typer(
+    cls=CommandGroup,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich's boxes leave three words a line to the options on 80 columns
     help="Pre-train medical vision-language models on image-report pairs.",
 )
 app.add_typer(shards.app, name="shards")

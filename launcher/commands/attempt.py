@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Called by job scripts.")
+from launcher.command_words import CommandGroup
+
+app = typer.Typer(cls=CommandGroup, no_args_is_help=True, help="Called by job scripts.")
 
 Run = Annotated[Path, typer.Argument(metavar="RUN")]
 MaxRequeues = Annotated[int, typer.Option("--max-requeues", min=0)]

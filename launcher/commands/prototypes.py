@@ -7,10 +7,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from launcher.command_words import CommandGroup
 from launcher.commands import prototype_questions
 from shards.errors import UsageError
 
-app = typer.Typer(no_args_is_help=True, help="Clusters of a run for people and mining jobs.")
+app = typer.Typer(
+    cls=CommandGroup, no_args_is_help=True, help="Clusters of a run for people and mining jobs."
+)
 app.command("nearest")(prototype_questions.nearest)
 app.command("clusters")(prototype_questions.clusters)
 app.command("cluster")(prototype_questions.cluster)

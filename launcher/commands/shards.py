@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from launcher.command_words import CommandGroup
 from launcher.commands import shards_build
 from shards.atomic import atomic_write
 from shards.entities.annotate import annotate as annotate_dataset
@@ -21,7 +22,9 @@ from shards.verify import verify
 from shards.view import contact_sheet
 from shards.workers import default_workers
 
-app = typer.Typer(no_args_is_help=True, help="Build, check and look at datasets of image-report shards.")
+app = typer.Typer(
+    cls=CommandGroup, no_args_is_help=True, help="Build, check and look at datasets of image-report shards."
+)
 app.add_typer(shards_build.app, name="build")
 
 MaxRejected = Annotated[float, typer.Option(min=0, max=1, help="largest tolerated share of rejected records")]

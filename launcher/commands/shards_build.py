@@ -12,9 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
-from typer.core import TyperGroup
 
-from launcher.command_words import options_of_dataclasses
+from launcher.command_words import CommandGroup, options_of_dataclasses
 from shards.build import BuildOptions, build_shards
 from shards.errors import DataError, UsageError
 from shards.identifiers import KEY_VARIABLE, read_key
@@ -29,7 +28,7 @@ from shards.tokenizer import MIN_PATIENTS
 from shards.workers import default_workers
 
 
-class SourceCommands(TyperGroup):
+class SourceCommands(CommandGroup):
     """A command for every registered source, made when it is asked for: sources are imported only then."""
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -110,7 +109,7 @@ def _command(name: str, entry: registry.Entry) -> Any:
 
     build.__doc__ = entry.help
     build.__annotations__ = {"source": _with_typer_options(entry.options), "settings": BuildSettings}
-    single = typer.Typer(add_completion=False)
+    single = typer.Typer(add_completion=False, rich_markup_mode=None)
     single.command(name)(options_of_dataclasses(build))
     command = typer.main.get_command(single)
     command.name = name

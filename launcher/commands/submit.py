@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
-from launcher.command_words import given_options, options_of_dataclasses, parse, split_arguments
+from launcher.command_words import CommandGroup, given_options, options_of_dataclasses, parse, split_arguments
 from shards.errors import UsageError
 
 
-class PretrainByDefault(TyperGroup):
+class PretrainByDefault(CommandGroup):
     """`medvlp submit CONFIG ...` means `medvlp submit pretrain CONFIG ...`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
