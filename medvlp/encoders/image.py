@@ -2,6 +2,7 @@
 
 import difflib
 import sys
+from collections.abc import Sequence
 from types import MethodType
 from typing import Any, NamedTuple, Self
 
@@ -39,6 +40,13 @@ class ImageFeatures(NamedTuple):
     attention: Tensor | None = None
 
 
+class Level(NamedTuple):
+    """One feature map of a backbone: its channels, and the pixels of the image a step in it goes."""
+
+    width: int
+    stride: int
+
+
 class ImageEncoder(nn.Module):
     """A timm model as a backbone.
 
@@ -46,6 +54,8 @@ class ImageEncoder(nn.Module):
         width: D of `ImageFeatures.pooled`; `local_width`: Dl; `grid`: (rows, columns) at `image_size`.
         shortened: whether stages of the architecture were removed (`ends_at_local`).
         has_attention: whether `forward(..., attention=True)` works (a class token and plain attention).
+        levels: the feature maps that `pyramid` gives: after each stage of a backbone that has stages (the
+            stem of a ResNet is the first), after each block of a vision transformer, all of one size.
 
     Args:
         config: the `image` section.
@@ -85,6 +95,7 @@ class ImageEncoder(nn.Module):
             self.backbone.requires_grad_(False)
         self.train(self.training)
         self.width, self.local_width, self.grid = self._probe()
+        self.levels = self._levels()
 
     def forward(self, image: Tensor, attention: bool = False) -> ImageFeatures:
         """Features of a batch of images.
@@ -111,22 +122,47 @@ class ImageEncoder(nn.Module):
             last.q_norm.kept = last.k_norm.kept = None
         return ImageFeatures(pooled, local, grid, _class_attention(query, key, last.scale, local.shape[1]))
 
-    def prepare(self, image: Tensor) -> Tensor:
+    def pyramid(self, image: Tensor, levels: Sequence[int] | None = None) -> tuple[Tensor, ...]:
+        """Feature maps of inner stages or blocks.
+
+        A backbone that takes any size sees the image as it is, not at `config.resize_to`: its maps then lie
+        on the image's own pixels, as the heads of segmentation and detection need it.
+
+        Args:
+            image: as for `forward`. levels: which of `levels`, ascending; default all.
+
+        Returns:
+            [B, width, H / stride, W / stride] (rounded up) of each level, without a final norm.
+
+        Raises:
+            EncoderError: the size does not fit the model.
+        """
+        any_size = not hasattr(self.backbone, "patch_embed")
+        chosen = list(range(len(self.levels)) if levels is None else levels)
+        return self.run_backbone(self.prepare(image, resize=not any_size), chosen)
+
+    @property
+    def has_stages(self) -> bool:
+        """Whether the levels of the pyramid have different sizes."""
+        return len({level.stride for level in self.levels}) > 1
+
+    def prepare(self, image: Tensor, resize: bool = True) -> Tensor:
         """[B, 1, H, W] image -> normalised [B, in_channels, H', W'] in the parameters' type."""
         dtype = next(self.backbone.parameters()).dtype
-        image = self.normalise(image).to(dtype)
+        image = self.normalise(image, resize).to(dtype)
         if image.shape[1] == 1:
             image = image.expand(-1, self.config.in_channels, -1, -1)
         # Channels last runs convolutions 1.4 times as fast on a CPU and feeds tensor cores directly on a GPU.
         return image.contiguous(memory_format=torch.channels_last)
 
-    def normalise(self, image: Tensor) -> Tensor:
+    def normalise(self, image: Tensor, resize: bool = True) -> Tensor:
         """[B, 1, H, W] image -> [B, 1, H', W'] in the config's scale and size; uint8 as float32.
 
-        [B, in_channels, H', W'] where the config has a mean or a deviation for each channel.
+        [B, in_channels, H', W'] where the config has a mean or a deviation for each channel. Without
+        `resize` the size stays.
         """
         image = normalise_image(image, self.config.mean, self.config.std)
-        if self.config.resize_to is not None and image.shape[-1] != self.config.resize_to:
+        if resize and self.config.resize_to is not None and image.shape[-1] != self.config.resize_to:
             size = (self.config.resize_to, self.config.resize_to)
             image = F.interpolate(image, size=size, mode="bilinear", align_corners=True)
         return image
@@ -138,11 +174,12 @@ class ImageEncoder(nn.Module):
             self.backbone.eval()
         return self
 
-    def run_backbone(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Prepared images -> pooled [B, D], and local tokens [B, P, Dl] or map [B, Dl, h, w]."""
+    def run_backbone(self, image: Tensor, levels: list[int] | None = None) -> tuple[Tensor, ...]:
+        """Prepared images -> pooled [B, D], and local tokens [B, P, Dl] or map [B, Dl, h, w]; with `levels`
+        the feature maps after these instead."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.frozen):
             try:
-                features: tuple[Tensor, Tensor] = self.backbone(image)
+                features: tuple[Tensor, ...] = self.backbone(image, levels)
             except (AssertionError, RuntimeError, IndexError) as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
@@ -182,6 +219,16 @@ class ImageEncoder(nn.Module):
         last.q_norm.register_forward_hook(_keep_output)
         last.k_norm.register_forward_hook(_keep_output)
         return True
+
+    def _levels(self) -> tuple[Level, ...]:
+        info = getattr(self.backbone, "feature_info", None)
+        info = info if isinstance(info, list) else list(getattr(info, "get_dicts", list)())
+        levels = tuple(Level(item["num_chs"], item["reduction"]) for item in info)
+        if self.shortened:  # the last stage that is left is the local one
+            stage = self.config.local_stage
+            assert stage is not None
+            return levels[: len(levels) + stage + 1 if stage < 0 else stage + 1]
+        return levels
 
     @torch.no_grad()
     def _probe(self) -> tuple[int, int, tuple[int, int]]:
@@ -230,8 +277,14 @@ def _class_attention(query: Tensor, key: Tensor, scale: float, patches: int) -> 
     return scores.softmax(-1)[:, :, 0, -patches:]
 
 
-def _pooled_and_local(model: Any, image: Tensor) -> tuple[Tensor, Tensor]:
-    """Forward of a timm model -> pooled [B, D], and local tokens [B, P, Dl] or map [B, Dl, h, w]."""
+def _pooled_and_local(model: Any, image: Tensor, levels: list[int] | None = None) -> tuple[Tensor, ...]:
+    """Forward of a timm model -> pooled [B, D], and local tokens [B, P, Dl] or map [B, Dl, h, w]; with
+    `levels` the maps [B, width, h, w] after these stages or blocks instead."""
+    if levels is not None:
+        maps = model.forward_intermediates(
+            image, indices=levels, output_fmt="NCHW", intermediates_only=True, stop_early=True
+        )
+        return tuple(maps)
     if model.local_stage is not None:
         final, stages = model.forward_intermediates(
             image, indices=[model.local_stage], norm=True, output_fmt="NCHW"

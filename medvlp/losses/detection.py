@@ -31,7 +31,12 @@ class GridTargets:
 
 
 def grid_targets(
-    boxes: Tensor, anchors: Tensor, grid: tuple[int, int], classes: int, ignore: float = 0.5
+    boxes: Tensor,
+    anchors: Tensor,
+    grid: tuple[int, int],
+    classes: int,
+    ignore: float = 0.5,
+    hedged: Tensor | None = None,
 ) -> GridTargets:
     """Assign every box to its cell and the anchor whose shape fits best.
 
@@ -42,6 +47,8 @@ def grid_targets(
         grid: (rows H, columns W).
         classes: number of classes C.
         ignore: anchors whose shape overlaps the box's more than this are no background in its cell.
+        hedged: [B, N] bool, boxes that may be there: no anchor should predict one, and their cells are no
+            background.
 
     Returns:
         The targets; of several boxes in one cell with one anchor the last one counts.
@@ -50,6 +57,7 @@ def grid_targets(
     rows, columns = grid
     anchors = anchors.to(boxes)
     valid = boxes.abs().sum(2) > 0
+    doubtful = torch.zeros_like(valid) if hedged is None else hedged
     centre = boxes[..., 1:3] * boxes.new_tensor([columns, rows])
     size = boxes[..., 3:5] * boxes.new_tensor([columns, rows])
     last = torch.tensor([columns - 1, rows - 1], device=boxes.device)
@@ -59,14 +67,14 @@ def grid_targets(
 
     positions = len(anchors) * rows * columns
     place = cell[..., 1] * columns + cell[..., 0]
-    own = torch.where(valid, best * rows * columns + place, positions)
+    own = torch.where(valid & ~doubtful, best * rows * columns + place, positions)
     number = torch.arange(count, device=boxes.device).expand(batch, count)
     owner = torch.full((batch, positions + 1), -1, device=boxes.device)
     owner = owner.scatter_reduce(1, own, number, "amax")[:, :positions]
     present = owner >= 0
 
     shapes = torch.arange(len(anchors), device=boxes.device)
-    fitting = (fit > ignore) & valid[..., None]
+    fitting = ((fit > ignore) | doubtful[..., None]) & valid[..., None]
     everywhere = shapes * rows * columns + place[..., None]
     where_fitting = torch.where(fitting, everywhere, positions).flatten(1)
     background = boxes.new_ones((batch, positions + 1)).scatter(1, where_fitting, 0.0)[:, :positions]
@@ -91,7 +99,9 @@ def grid_targets(
     )
 
 
-def detection_loss(output: Tensor, boxes: Tensor, anchors: Tensor, image_size: int) -> dict[str, Tensor]:
+def detection_loss(
+    output: Tensor, boxes: Tensor, anchors: Tensor, image_size: int, hedged: Tensor | None = None
+) -> dict[str, Tensor]:
     """YOLOv3 loss of one scale as MGCA's detection uses it.
 
     Every term is a mean over all cells and anchors after predictions and targets were multiplied by their
@@ -99,7 +109,7 @@ def detection_loss(output: Tensor, boxes: Tensor, anchors: Tensor, image_size: i
 
     Args:
         output: [B, A * (5 + C), H, W] raw output (x, y, w, h, object, classes for each anchor).
-        boxes: [B, N, 5] as in `grid_targets`.
+        boxes, hedged: [B, N, 5] and [B, N] as in `grid_targets`.
         anchors: [A, 2] in pixels of the input image.
         image_size: side of the input image in pixels.
 
@@ -109,7 +119,8 @@ def detection_loss(output: Tensor, boxes: Tensor, anchors: Tensor, image_size: i
     rows, columns = output.shape[-2:]
     values = _by_anchor(at_least_float32(output), len(anchors))
     cells = anchors.to(values) / values.new_tensor([image_size / columns, image_size / rows])
-    targets = grid_targets(boxes.to(values), cells, (rows, columns), values.shape[-1] - 5)
+    classes = values.shape[-1] - 5
+    targets = grid_targets(boxes.to(values), cells, (rows, columns), classes, hedged=hedged)
     present, background = targets.present, targets.background
     probability = values.sigmoid()
 

@@ -249,3 +249,53 @@ def test_batch_norms_are_converted() -> None:
     norms = [m for m in encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert norms
     assert not any(norm.synchronise for norm in norms)
+
+
+@pytest.mark.parametrize(
+    ("config", "size", "strides"),
+    [
+        (VIT, 32, (8, 8)),
+        (RESNET, 64, (2, 4, 8, 16, 32)),
+        (dataclasses.replace(RESNET, resize_to=96), 64, (2, 4, 8, 16, 32)),
+        (dataclasses.replace(RESNET, local_stage=3), 72, (2, 4, 8, 16, 32)),
+        (ImageConfig(name="convnext_atto", options={"depths": [1, 1, 1, 1]}), 64, (4, 8, 16, 32)),
+        (dataclasses.replace(VIT, resize_to=64), 32, (8, 8)),
+    ],
+    ids=lambda value: value.name if isinstance(value, ImageConfig) else None,
+)
+def test_a_pyramid_holds_the_levels_it_states(
+    config: ImageConfig, size: int, strides: tuple[int, ...]
+) -> None:
+    encoder = ImageEncoder(config, size)
+    assert tuple(level.stride for level in encoder.levels) == strides
+    seen = config.resize_to if config.resize_to and not encoder.has_stages else size
+    for features, level in zip(encoder.pyramid(images(size=size)), encoder.levels, strict=True):
+        side = -(-seen // level.stride)
+        assert features.shape == (2, level.width, side, side)
+    assert encoder.has_stages == (len(set(strides)) > 1)
+
+
+def test_a_pyramid_is_made_by_the_same_weights_as_the_features() -> None:
+    encoder = ImageEncoder(RESNET, 64).eval()
+    local = encoder(images(size=64)).local
+    (last,) = encoder.pyramid(images(size=64), [4])
+    torch.testing.assert_close(last.flatten(2).transpose(1, 2), local)
+    reference = timm.create_model(RESNET.name, features_only=True, **RESNET.options).eval()
+    reference.load_state_dict(encoder.backbone.state_dict(), strict=False)
+    prepared = encoder.prepare(images(size=64))
+    for ours, theirs in zip(encoder.pyramid(images(size=64)), reference(prepared), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    vit = ImageEncoder(VIT, 32).eval()
+    inner = vit.pyramid(images(), [0])[0]
+    outer = ImageEncoder(dataclasses.replace(VIT, local_stage=0), 32).eval()
+    outer.load_state_dict(vit.state_dict())
+    normed = outer.backbone.norm(inner.flatten(2).transpose(1, 2))
+    torch.testing.assert_close(normed, outer(images()).local)
+
+
+def test_a_shortened_or_frozen_backbone_has_its_pyramid() -> None:
+    shortened = ImageEncoder(dataclasses.replace(RESNET, local_stage=3), 64, ends_at_local=True)
+    assert [level.stride for level in shortened.levels] == [2, 4, 8, 16]
+    assert len(shortened.pyramid(images(size=64))) == 4
+    frozen = ImageEncoder(dataclasses.replace(RESNET, frozen=True), 64)
+    assert not any(features.requires_grad for features in frozen.pyramid(images(size=64)))

@@ -124,6 +124,17 @@ def test_targets_equal_a_loop(batch: int, count: int, side: int, seed: int) -> N
     assert torch.equal(targets.classes[..., 0], present)
 
 
+def test_a_hedged_box_is_no_target_and_its_cell_no_background() -> None:
+    boxes = torch.tensor([[[0.0, 0.2, 0.2, 0.3, 0.3], [0.0, 0.7, 0.7, 0.2, 0.4]]])
+    targets = grid_targets(
+        boxes, torch.tensor([[1.0, 1.0], [2.0, 2.0]]), (4, 4), 1, hedged=torch.tensor([[False, True]])
+    )
+    assert targets.present.sum() == 1
+    assert targets.present[0, :, 0, 0].any()
+    assert not targets.background[0, :, 2, 2].any()
+    assert not targets.classes[0, :, 2, 2].any()
+
+
 def test_no_boxes_and_boxes_on_the_edge() -> None:
     output = torch.randn(1, 18, 4, 4, requires_grad=True)
     anchors = torch.tensor([[10.0, 10.0], [20.0, 20.0], [40.0, 40.0]])

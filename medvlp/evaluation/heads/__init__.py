@@ -1,0 +1,1 @@
+"""What tasks train on top of a pre-trained image encoder: objectives and the heads they are made of."""
