@@ -6,7 +6,7 @@ shards are recognised by their record in `.build/`, checked against its hashes, 
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -17,6 +17,7 @@ from shards.errors import DataError
 from shards.format import FORMAT_VERSION, Shard, hash_file, index_file_name, sample_key
 from shards.identifiers import hash_identifiers, key_fingerprint
 from shards.plan import Part, PlannedShard, plan_shards
+from shards.progress import tracked
 from shards.sample import StoredImage, to_sample
 from shards.sources.base import Json, RejectedRecord, Source
 from shards.splits import DEFAULT_FRACTIONS, parse_fractions
@@ -86,12 +87,8 @@ def build_shards(
     options: BuildOptions,
     workers: int,
     part: Part,
-    on_shard: Callable[[int, int], None],
 ) -> None:
     """Build the shards of `part` that are not finished yet; `shards.merge.merge` completes the dataset.
-
-    Args:
-        on_shard: called with (finished, all) shards of this part at the start and after each shard.
 
     Raises:
         DataError: `out` cannot be written or holds another dataset, there is no such tokenizer,
@@ -120,11 +117,9 @@ def build_shards(
     restore_states(out, plan)
     mine = part.of(plan)
     missing = [planned for planned in mine if not _is_finished(out, planned)]
-    finished = len(mine) - len(missing)
-    on_shard(finished, len(mine))
-    for _ in run_tasks(_build_shard, (source, out, options), missing, workers):
-        finished += 1
-        on_shard(finished, len(mine))
+    built = run_tasks(_build_shard, (source, out, options), missing, workers)
+    for _ in tracked(built, "building shards", len(mine), len(mine) - len(missing)):
+        pass
 
 
 def _is_finished(out: Path, planned: PlannedShard) -> bool:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from shards.errors import DataError
 from shards.format import IMAGE_EXTENSIONS, Index, Shard
 from shards.images import decode_image
+from shards.progress import tracked
 from shards.reader import scan_shard
 from shards.workers import run_tasks
 
@@ -37,7 +38,8 @@ def fingerprints(root: Path, workers: int = 1) -> dict[str, Fingerprints]:
         DataError: the dataset cannot be read; names shard and key.
     """
     index = Index.load(root)
-    found = dict(run_tasks(_of_shard, (root, index), index.shards, workers))
+    hashed = run_tasks(_of_shard, (root, index), index.shards, workers)
+    found = dict(tracked(hashed, f"hashing images of {root}", len(index.shards)))
     empty = np.zeros(0, FINGERPRINT)
     return {
         split: np.concatenate([empty, *(found[shard.file] for shard in index.split_shards(split))])

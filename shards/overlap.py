@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from shards.atomic import atomic_file
 from shards.fingerprints import COARSE_BITS, FINE_BITS, Fingerprints, fingerprints
+from shards.progress import tracked
 from shards.reader import ShardReader
 from shards.workers import run_tasks
 
@@ -129,7 +130,8 @@ def _similar(
     blocks = [asked[start : start + _ROWS] for start in range(0, len(asked), _ROWS)] if len(theirs) else []
     # Starting processes is worth it only where each has seconds of work.
     workers = workers if len(asked) * len(theirs) > 1e9 else 1
-    parts = list(run_tasks(_similar_rows, (ours, theirs), blocks, workers))
+    compared = run_tasks(_similar_rows, (ours, theirs), blocks, workers)
+    parts = list(tracked(compared, f"comparing images of {split} and {other}", len(blocks)))
     rows, columns, bits = np.concatenate([np.zeros((3, 0), np.int64), *parts], axis=1)
     order = np.lexsort((columns, bits, rows))  # the most alike of each row first
     samples, first, partners = np.unique(rows[order], return_index=True, return_counts=True)

@@ -21,6 +21,7 @@ from shards.format import (
 from shards.images import decode_image
 from shards.masks import read_masks
 from shards.metadata import METADATA_LIMIT, metadata_problems
+from shards.progress import tracked
 from shards.reader import IMAGE_LIMIT
 from shards.shard_index import SHARD_INDEX_LIMIT, ShardIndex
 from shards.strict_json import JsonError, parse_json, read_limited
@@ -53,8 +54,9 @@ def verify(root: Path, workers: int = 1) -> list[str]:
         DataError: there is no readable index.
     """
     index = Index.load(root)
+    checked = run_tasks(_check_shard, (root, index), index.shards, workers)
     reports = sorted(
-        run_tasks(_check_shard, (root, index), index.shards, workers), key=lambda report: report.shard.file
+        tracked(checked, "verifying shards", len(index.shards)), key=lambda report: report.shard.file
     )
     problems = [problem for report in reports for problem in report.problems]
     problems += _duplicate_keys(reports)

@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from launcher.command_words import CommandGroup
@@ -48,16 +47,7 @@ def annotate(
     """Fill the entities of all samples, from a RadGraph file or by rules, in a new dataset."""
     if rules == (radgraph is not None):
         raise UsageError("choose one of --radgraph FILE and --rules")
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("shards", total=None)
-        summary = annotate_dataset(
-            dataset,
-            out,
-            radgraph,
-            overwrite,
-            workers or default_workers(),
-            on_shard=lambda finished, total: progress.update(bar, completed=finished, total=total),
-        )
+    summary = annotate_dataset(dataset, out, radgraph, overwrite, workers or default_workers())
     typer.echo(f"{out}: {summary.annotated:,} of {summary.samples:,} samples have entities")
     if summary.unmatched:
         typer.echo(f"{summary.unmatched:,} samples have no report in {radgraph}")

@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -140,17 +139,8 @@ def _build(source: Any, settings: BuildSettings) -> None:
         min_patients=settings.min_patients,
         entities=settings.entities,
     )
-    columns = (TextColumn("shards"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("shards", total=None)
-        build_shards(
-            source,
-            settings.out,
-            options,
-            workers=settings.workers or default_workers(),
-            part=_parse_part(settings.part),
-            on_shard=lambda finished, total: progress.update(bar, completed=finished, total=total),
-        )
+    workers = settings.workers or default_workers()
+    build_shards(source, settings.out, options, workers, _parse_part(settings.part))
     if settings.part is None:
         report(merge(settings.out), settings.out, settings.max_rejected)
     else:

@@ -33,6 +33,7 @@ from medvlp.runs import saved_run
 from medvlp.runs.encoder_records import check_start
 from medvlp.runs.randomness import random_state, restore_random_state, seed_weights
 from medvlp.runs.saved_run import SavedRun
+from shards.progress import tracked
 from shards.reader import ShardReader
 
 
@@ -159,7 +160,10 @@ class Session:
         )
         config, names = self.config, self.reader.index.label_names
         loader = evaluation_loader(config, self.reader, self.tokenizer, name, config.evaluation.batch)
-        arrays = embed(models, loader, wanted, self.device)
+        batches = tracked(
+            loader, f"embedding {name}", self.reader.sample_count(name), size=lambda batch: len(batch.sample)
+        )
+        arrays = embed(models, batches, wanted, self.device)
         metadata = [self.reader.metadata(name, int(position)) for position in arrays.sample]
         labels = [[sample["labels"].get(label) for label in names] for sample in metadata]
         return Split(

@@ -29,6 +29,7 @@ from medvlp.serving.cluster_report import Members, report_of
 from medvlp.serving.layout import PrototypeFilesError, folder_of
 from medvlp.serving.run_model import RunModel, choose_device
 from medvlp.serving.snapshot import UNKNOWN, Origin, Snapshot, Source
+from shards.progress import tracked
 
 #: Samples embedded where nobody says how many: enough for 500 clusters, minutes on a CPU.
 DEFAULT_LIMIT = 20_000
@@ -115,7 +116,7 @@ def make_snapshot(model: RunModel, options: SnapshotOptions, say: Callable[[str]
     embeddings: dict[str, list[Tensor]] = {}
     samples, labels, keys = [], [], []
     with torch.no_grad():
-        for batch in loader:
+        for batch in tracked(loader, f"embedding {split}", len(chosen), size=lambda batch: len(batch.sample)):
             for name, value in _embed(model, batch).items():
                 embeddings.setdefault(name, []).append(value)
             samples.append(batch.sample)

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from shards.format import (
 )
 from shards.masks import encode_masks, read_masks
 from shards.metadata import metadata_bytes
+from shards.progress import tracked
 from shards.reader import scan_shard
 from shards.strict_json import JsonError, parse_json, read_limited
 from shards.study import Entity
@@ -63,7 +64,6 @@ def annotate(
     radgraph: Path | None,
     overwrite: bool,
     workers: int,
-    on_shard: Callable[[int, int], None],
 ) -> AnnotationSummary:
     """Write `dataset` to `out` with entities; killed and started again, it keeps the shards it has finished.
 
@@ -76,7 +76,6 @@ def annotate(
             None: the rules of `extractor` read the reports.
         overwrite: replace entities that samples have already.
         workers: processes.
-        on_shard: called with (finished, all) shards at the start and after each shard.
 
     Raises:
         DataError: no dataset, samples with entities and no `overwrite`, a RadGraph file that cannot be read
@@ -97,13 +96,11 @@ def annotate(
     known = None if radgraph is None else read_radgraph(radgraph)
     _start(out, arguments)
     missing = [shard for shard in index.shards if not _is_finished(out, shard)]
-    finished = len(index.shards) - len(missing)
-    on_shard(finished, len(index.shards))
     alone = dataclasses.replace(index, shards=[])  # a task needs what is said of all shards
     tasks = [_ShardTask(shard, _of_shard(dataset, shard, known, index), alone) for shard in missing]
-    for _ in run_tasks(_annotate_shard, (dataset, out, overwrite), tasks, workers):
-        finished += 1
-        on_shard(finished, len(index.shards))
+    annotated = run_tasks(_annotate_shard, (dataset, out, overwrite), tasks, workers)
+    for _ in tracked(annotated, "annotating shards", len(index.shards), len(index.shards) - len(missing)):
+        pass
     shards = [_written(out, shard) for shard in index.shards]
     summary = _summary(out, shards, index.label_names, known)
     if known is not None and summary.unmatched == summary.samples:

@@ -64,7 +64,7 @@ def build_dataset(folder: Path, studies: int) -> None:
     folder.mkdir(parents=True)
     options = BuildOptions(image=StoredImage(size=256))
     workers = os.cpu_count() or 1
-    build_shards(PhantomSource(studies, 256, 0), folder, options, workers, Part(1, 1), lambda *progress: None)
+    build_shards(PhantomSource(studies, 256, 0), folder, options, workers, Part(1, 1))
     merge(folder)
 
 

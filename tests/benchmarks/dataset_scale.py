@@ -81,7 +81,7 @@ def build_speed(folder: Path, films: list[bytes]) -> tuple[float, float, float]:
     source = TableSource(folder / "films.csv", folder / "images", folder / "map.yaml")
     options = BuildOptions(image=StoredImage(SIZE, "jpg", QUALITY))
     started = time.perf_counter()
-    build_shards(source, folder / "built", options, 1, Part(0, 1), lambda finished, total: None)
+    build_shards(source, folder / "built", options, 1, Part(0, 1))
     ours = len(films) / (time.perf_counter() - started)
     started = time.perf_counter()
     for film in films:
@@ -118,9 +118,7 @@ def merge_seconds(folder: Path, parts: int) -> float:
     """Seconds to complete a dataset that was built in `parts` parts of two studies."""
     source = PhantomSource(studies=2 * parts, image_size=32, seed=0)
     options = BuildOptions(image=StoredImage(32), records_per_shard=2, fractions={"train": 1.0})
-    build_shards(
-        source, folder / "parts", options, os.cpu_count() or 1, Part(0, 1), lambda finished, total: None
-    )
+    build_shards(source, folder / "parts", options, os.cpu_count() or 1, Part(0, 1))
     started = time.perf_counter()
     merge(folder / "parts")
     return time.perf_counter() - started

@@ -24,7 +24,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("phantom") / "shards"
     root.mkdir()
     options = BuildOptions(image=StoredImage(size=64), records_per_shard=16, vocab_size=800)
-    build_shards(PhantomSource(90, 64, 0), root, options, 1, Part(1, 1), lambda finished, total: None)
+    build_shards(PhantomSource(90, 64, 0), root, options, 1, Part(1, 1))
     merge(root)
     return root
 

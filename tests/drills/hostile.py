@@ -54,7 +54,7 @@ class Fuzz:
         self.root = folder / "shards"
         self.root.mkdir()
         options = BuildOptions(image=StoredImage(size=16), records_per_shard=4, vocab_size=300)
-        build_shards(PhantomSource(12, 32, 0), self.root, options, 1, Part(1, 1), lambda done, total: None)
+        build_shards(PhantomSource(12, 32, 0), self.root, options, 1, Part(1, 1))
         merge(self.root)
         self.index = Index.load(self.root)
         self.index_json = (self.root / INDEX_NAME).read_bytes()

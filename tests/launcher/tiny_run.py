@@ -40,7 +40,7 @@ TINY = [
 def build(source: Source, out: Path, **options) -> Path:
     fractions = {"train": 0.5, "valid": 0.25, "test": 0.25}
     settings = BuildOptions(image=StoredImage(32), fractions=fractions, **options)
-    build_shards(source, out, settings, 1, Part(0, 1), lambda finished, total: None)
+    build_shards(source, out, settings, 1, Part(0, 1))
     merge(out)
     return out
 

@@ -32,9 +32,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40-pixel phantoms of 48 studies, stored larger than the 32 pixels the encoder sees."""
     root = tmp_path_factory.mktemp("phantoms") / "data"
     options = BuildOptions(image=StoredImage(40), fractions={"train": 0.75, "test": 0.25})
-    build_shards(
-        PhantomSource(48, image_size=40, seed=1), root, options, 1, Part(0, 1), lambda finished, total: None
-    )
+    build_shards(PhantomSource(48, image_size=40, seed=1), root, options, 1, Part(0, 1))
     merge(root)
     return root
 

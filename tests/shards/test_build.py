@@ -61,13 +61,13 @@ def test_merged_parts_give_the_bytes_of_a_single_build(phantom_dataset: Path, tm
     for number in (3, 1, 2):
         with pytest.raises(DataError, match=r"not built yet|no unfinished build"):
             merge(out)
-        build_shards(SOURCE, out, OPTIONS, 1, Part(number, 3), lambda finished, total: None)
+        build_shards(SOURCE, out, OPTIONS, 1, Part(number, 3))
     merge(out)
     assert folder_bytes(out) == folder_bytes(phantom_dataset)
 
 
 def test_merge_refuses_a_shard_whose_file_is_gone(tmp_path: Path) -> None:
-    build_shards(SOURCE, tmp_path, OPTIONS, 1, Part(0, 1), lambda finished, total: None)
+    build_shards(SOURCE, tmp_path, OPTIONS, 1, Part(0, 1))
     tar = tmp_path / "train-000001.tar"
     data = tar.read_bytes()
     for damage in (tar.unlink, lambda: tar.write_bytes(data[:-512])):

@@ -23,7 +23,7 @@ report: report
 def build(source: Source, out: Path, options: BuildOptions | None = None, workers: int = 1) -> BuildSummary:
     """Build and merge in one go."""
     options = options or BuildOptions(image=StoredImage(size=32), records_per_shard=8)
-    build_shards(source, out, options, workers, Part(0, 1), lambda finished, total: None)
+    build_shards(source, out, options, workers, Part(0, 1))
     return merge(out)
 
 
