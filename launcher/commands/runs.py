@@ -1,7 +1,9 @@
 """`medvlp runs`: every run below a folder, and how it stands."""
 
 import json
+import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,8 +17,13 @@ from rich.table import Table
 from launcher.number_text import bytes_text, duration_text, number_text
 from launcher.run_state import RunState, find_runs, read_run
 from medvlp.runs.errors import RunFolderError
+from shards.errors import MedvlpError
 
 COLOURS = {"finished": "green", "running": "cyan", "queued": "blue", "interrupted": "yellow", "failed": "red"}
+
+
+class UploadError(MedvlpError):
+    """W&B did not take the parts of a run."""
 
 
 def runs(
@@ -25,6 +32,10 @@ def runs(
     ] = Path("runs"),
     as_json: Annotated[bool, typer.Option("--json", help="a JSON list for scripts")] = False,
     sizes: Annotated[bool, typer.Option("--sizes/--no-sizes", help="add up the sizes of all files")] = True,
+    sync: Annotated[
+        bool, typer.Option("--sync", help="upload to W&B what runs that are not running have logged offline")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="with --sync: only say what would go")] = False,
 ) -> None:
     """List runs: method, state, step, best metric, newest checkpoint, W&B run, size."""
     from launcher.slurm.run_jobs import jobs_by_folder, unfinished
@@ -37,6 +48,9 @@ def runs(
         states = {job.state for job in unfinished((jobs or {}).get(path.resolve(), []))}
         run = read_run(path, bool(states - {"PENDING"}) or None, sizes)
         found.append(replace(run, state="queued", reason="") if states == {"PENDING"} else run)
+    if sync:
+        _upload(found, dry_run)
+        return
     if as_json:
         typer.echo(json.dumps([_values(run) for run in found], indent=1))
         return
@@ -48,6 +62,29 @@ def runs(
     # A pipe or log file has no width.
     console = Console() if sys.stdout.isatty() else Console(width=160)
     console.print(table)
+
+
+def _upload(found: Sequence[RunState], dry_run: bool) -> None:
+    """Upload the offline parts of runs; W&B's own command orders those of one run and passes over sent ones.
+
+    Raises:
+        UploadError: it failed; what was sent by then is not sent again.
+    """
+    parts: list[Path] = []
+    for run in found:
+        if run.state == "running":
+            typer.echo(f"{run.folder}: still running, left out")
+        else:
+            parts += sorted(run.folder.glob("wandb/offline-run-*"))
+    if not parts:
+        typer.echo("nothing was logged offline")
+        return
+    command = [sys.executable, "-m", "wandb", "sync", "--yes", *(["--dry-run"] if dry_run else [])]
+    code = subprocess.run([*command, *map(str, parts)], stdin=subprocess.DEVNULL).returncode
+    if code != 0:
+        raise UploadError(
+            f"wandb sync ended with code {code}; after its message is mended, the same command goes on"
+        )
 
 
 def _row(run: RunState, root: Path) -> tuple[str, ...]:

@@ -93,9 +93,7 @@ def check_tracking(mode: str = "auto") -> Result:
     if resolved == "disabled":
         return ok("W&B", "disabled")
     if resolved == "offline":
-        return ok(
-            "W&B", "offline (no API key): later, where there is a network: wandb sync RUN/wandb/offline-run-*"
-        )
+        return ok("W&B", "offline (no API key): later, where there is a network: medvlp runs FOLDER --sync")
     url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     if not url.startswith(("http://", "https://")):
         return warn(

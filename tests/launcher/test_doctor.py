@@ -149,7 +149,7 @@ def test_a_damaged_dataset_is_found(shards: Path, tmp_path: Path) -> None:
 def test_tracking_offline_and_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     assert checks.check_tracking("disabled").detail == "disabled"
-    assert "wandb sync" in checks.check_tracking("offline").detail
+    assert "medvlp runs" in checks.check_tracking("offline").detail
     found = checks.check_tracking("online")
     assert (found.status, "cannot be reached" in found.detail) == ("warn", True)
 

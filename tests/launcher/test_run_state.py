@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 import yaml
 from typer.testing import CliRunner
 
@@ -179,3 +180,31 @@ def test_rubbish_in_the_files_of_a_run_is_passed_over(tmp_path: Path) -> None:
         assert found.exception is None, (file, rubbish[-300:], found.exception)
         assert found.exit_code == 0
         file.write_bytes(whole)
+
+
+def test_offline_parts_go_to_wandb_in_order_and_without_running_runs(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def sync() -> str:
+        """What this program and W&B's own say."""
+        result = CliRunner().invoke(app, ["runs", str(tmp_path), "--sync", "--dry-run"])
+        assert result.exit_code == 0
+        return result.output + capfd.readouterr().err
+
+    write_run(tmp_path / "a", [10], {10: 0.5}).note("finish", 10)
+    write_run(tmp_path / "b", [10], {10: 0.5}).note("start", 0, steps=100)
+    (tmp_path / "b/wandb/offline-run-20261128_000000-b").mkdir(parents=True)
+    assert sync() == f"{tmp_path}/b: still running, left out\nnothing was logged offline\n"
+    settings = wandb.Settings(silent=True, console="off")
+    for step in (1, 2):
+        part = wandb.init(mode="offline", id="abcd1234", dir=tmp_path / "a", settings=settings)
+        part.log({"loss": 1.0}, step=step)
+        part.finish()
+        time.sleep(1.1)  # W&B names parts by the second
+    first, second = sorted((tmp_path / "a/wandb").glob("offline-run-*"))
+    said = sync()
+    assert "Would sync 2 run(s)" in said
+    assert said.index(first.name) < said.index(second.name)
+    # W&B marks what it has sent, and passes over it.
+    (first / "run-abcd1234.wandb.synced").touch()
+    assert "Would sync 1 run(s)" in sync()
