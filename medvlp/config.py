@@ -198,6 +198,13 @@ class TrainConfig:
     seed: int = key(0, "seed of weights, order, augmentation and dropout", 0, (1 << 32) - 1)
     steps: int | None = key(None, "optimiser steps; stands above epochs", 1, 10**9)
     epochs: float = key(50.0, "passes over the split when steps is not set", 0, 10**6)
+    min_steps: int = key(0, "optimiser steps at least, where epochs would be fewer", 0, 10**9)
+    patience: int | None = key(
+        None,
+        "validations in a row without a better checkpoint.keep_best after which training ends",
+        1,
+        10**6,
+    )
     global_batch: int = key(144, "samples of one optimiser step over all ranks", 1, 1 << 24)
     micro_batch: int | None = key(
         None, "samples of one forward pass on a rank; default: global_batch / ranks", 1, 1 << 24
@@ -247,10 +254,10 @@ class OptimizerConfig:
     min_lr: float = key(1e-8, "learning rate at the start of warm-up and the end of the cosine", 0, 1e3)
     warmup: float = key(0.1, "share of all steps with linearly rising learning rate, in [0, 1)", 0, 0.999)
     warmup_steps: int | None = key(None, "length of the warm-up in steps; stands above warmup", 0, 10**9)
-    schedule: Literal["cosine", "epoch_cosine"] = key(
+    schedule: Literal["cosine", "epoch_cosine", "constant"] = key(
         "cosine",
         "cosine: a new learning rate at every step; epoch_cosine: at every epoch, with the warm-up inside "
-        "epoch 0 (MeDSLIP)",
+        "epoch 0 (MeDSLIP); constant: lr after the warm-up",
     )
     warmup_stair: int = key(1, "steps of the warm-up between two rises, with epoch_cosine", 1, 10**9)
     phases: list[PhaseConfig] = key(
@@ -260,6 +267,14 @@ class OptimizerConfig:
     )
     image_lr_scale: float = key(1.0, "factor on the learning rate of the image encoder", 0, 10**6)
     text_lr_scale: float = key(1.0, "factor on the learning rate of the text encoder", 0, 10**6)
+    head_lr_scale: float = key(1.0, "factor on the learning rate of a downstream task's head", 0, 10**6)
+    layer_decay: float = key(
+        1.0,
+        "factor on the learning rate from each layer of the image backbone to the one below it (usual for a "
+        "ViT on a downstream task: 0.65)",
+        0.01,
+        1,
+    )
     betas: list[float] = key(
         [0.9, 0.999], "decay rates of AdamW's moments; the first is SGD's momentum", 0, 0.999999, (2, 2)
     )
@@ -319,6 +334,31 @@ class MonitorConfig:
 
 
 @dataclass
+class ValidationConfig:
+    every_steps: int = key(0, "steps between validations while training; 0: see every_epochs", 0, 10**9)
+    every_epochs: float = key(
+        0.0, "epochs between validations; with every_steps too the longer of both; 0 and 0: none", 0, 10**6
+    )
+    split: str = key("valid", "split of the validation, with the view of evaluation")
+    batch: int = key(
+        64, "samples of one forward pass on a rank, which a contrastive loss compares", 1, 1 << 20
+    )
+
+
+@dataclass
+class FinetuneConfig:
+    run: str | None = key(
+        None, "pre-training run or checkpoint whose network the task is trained on (medvlp finetune)"
+    )
+    start: Literal["trained", "untrained"] = key(
+        "trained", "its weights, or those before its first step (the baseline)"
+    )
+    fraction: float = key(
+        1.0, "share of the training patients, in (0, 1]; smaller ones are parts of larger", 1e-6, 1
+    )
+
+
+@dataclass
 class EvaluationConfig:
     split: str = key("test", "split to evaluate on")
     batch: int = key(64, "images of one forward pass", 1, 1 << 20)
@@ -346,4 +386,9 @@ class Config:
     )
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    task: str | None = key(
+        None, "downstream task that is trained (medvlp finetune); default: the method is pre-trained"
+    )
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)

@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import io
-import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -14,15 +13,13 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from medvlp import trust
-from medvlp.config import Config, EvaluationConfig, ImageConfig, MethodConfig, TaskConfig
+from medvlp.config import Config, EvaluationConfig, MethodConfig, TaskConfig
 from medvlp.config import ConfigError as ConfigError  # the readers of files know it under this name
+from medvlp.config_combinations import check_combinations
 from medvlp.config_keys import anchor_files, keep_texts, move_keys, moved_keys, section_at
 from medvlp.config_values import value_problem
 from shards.strict_json import read_limited
 from shards.strict_yaml import YAML_LIMIT, YamlError, check_yaml, parse_yaml, yaml_as_written
-
-#: Least standard deviation of a channel.
-MIN_STD = 1e-6
 
 Schema = TypeVar("Schema")
 #: Evaluation task -> its config class; None: `evaluation.tasks` is kept as it stands, unchecked.
@@ -40,8 +37,16 @@ class _Source:
     folder: Path | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """Values that stand in no file; `name` is what errors call them."""
+
+    name: str
+    values: Mapping[str, Any]
+
+
 def load(
-    files: Sequence[Path | str],
+    files: Sequence[Path | str | Layer],
     overrides: Sequence[str],
     schemas: Mapping[str, type[MethodConfig]],
     run: Path | None = None,
@@ -53,7 +58,7 @@ def load(
     Values of files in run folders that reach out of them need the user's word (`medvlp.trust`).
 
     Args:
-        files: YAML files; later ones win.
+        files: YAML files and layers of values; later ones win.
         overrides: `section.key=value` strings; the value is YAML.
         schemas: method name -> its config class (`medvlp.methods.registry.schemas()`).
         run: the run folder all files belong to; default: looked for, file by file.
@@ -72,7 +77,7 @@ def load(
         raise ConfigError(f"no value for {', '.join(absent)}: set it in a YAML file or as {absent[0]}=VALUE")
     config = cast(Config, _resolved(merged))
     _check_values(config)
-    _check_combinations(config)
+    check_combinations(config)
     config.method.check(config)
     for settings in config.evaluation.tasks.values():
         if isinstance(settings, TaskConfig):
@@ -83,7 +88,7 @@ def load(
 
 
 def merge(
-    files: Sequence[Path | str],
+    files: Sequence[Path | str | Layer],
     overrides: Sequence[str],
     schemas: Mapping[str, type[MethodConfig]],
     tasks: Tasks = None,
@@ -100,10 +105,13 @@ def defaults(tasks: Tasks) -> Config:
 
 
 def _sources(
-    files: Sequence[Path | str], overrides: Sequence[str], run: Path | None, tasks: Tasks
+    files: Sequence[Path | str | Layer], overrides: Sequence[str], run: Path | None, tasks: Tasks
 ) -> list[_Source]:
     sources = []
     for file in files:
+        if isinstance(file, Layer):
+            sources.append(_Source(file.name, cast(dict[str, Any], trust.escaped(file.values)), {}))
+            continue
         values, written = _read(Path(file))  # first, for it refuses paths that no file has
         anchor_files(values, Path(file).parent, defaults(tasks))
         folder = run or trust.run_folder_of(Path(file))
@@ -328,49 +336,3 @@ def _check_items(values: Any, schema: Any, source: str, path: str) -> None:
 def _suggestion(word: str, candidates: Sequence[str]) -> str:
     nearest = difflib.get_close_matches(word, candidates, n=1, cutoff=0.5)
     return f" (did you mean {nearest[0]!r}?)" if nearest else ""
-
-
-def _check_combinations(config: Config) -> None:
-    """Refuse values that are each valid but cannot stand together."""
-    if config.zero.offload_parameters and config.zero.stage != 3:
-        raise ConfigError("zero.offload_parameters=true needs zero.stage=3")
-    if config.zero.offload_optimizer and config.zero.stage == 0:
-        raise ConfigError("zero.offload_optimizer=true needs zero.stage of 1, 2 or 3")
-    if config.image.pretrained and config.image.weights:
-        raise ConfigError("image.pretrained=true and image.weights are two sources of weights: choose one")
-    _check_normalisation(config.image)
-    if config.train.micro_batch and config.train.global_batch % config.train.micro_batch:
-        raise ConfigError(
-            f"train.micro_batch={config.train.micro_batch} does not divide "
-            f"train.global_batch={config.train.global_batch}"
-        )
-    if config.optimizer.phases and config.train.steps is not None:
-        raise ConfigError(
-            "optimizer.phases and train.steps both say how long the run is: remove one (epochs of a phase "
-            "may be fractions)"
-        )
-    if config.optimizer.phases and config.optimizer.schedule != "cosine":
-        raise ConfigError(
-            f"optimizer.phases needs optimizer.schedule=cosine, not {config.optimizer.schedule}"
-        )
-    for number, phase in enumerate(config.optimizer.phases):
-        if phase.epochs <= 0 or phase.warmup_epochs >= phase.epochs:
-            raise ConfigError(
-                f"optimizer.phases[{number}]: epochs={phase.epochs} must be above 0 and above "
-                f"warmup_epochs={phase.warmup_epochs}"
-            )
-
-
-def _check_normalisation(image: ImageConfig) -> None:
-    """Refuse means and deviations that are no numbers, or not as many as the backbone has channels."""
-    for name, value in (("mean", image.mean), ("std", image.std)):
-        numbers = value if isinstance(value, list) else [value]
-        if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
-            raise ConfigError(f"image.{name}={value}: give one number, or a list of one per channel")
-        if isinstance(value, list) and len(value) != image.in_channels:
-            raise ConfigError(
-                f"image.{name}={value} has {len(value)} numbers and image.in_channels is "
-                f"{image.in_channels}: give one number, or one per channel"
-            )
-        if name == "std" and min(numbers) < MIN_STD:
-            raise ConfigError(f"image.std={value} is out of range: it goes from {MIN_STD} up")

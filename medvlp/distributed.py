@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -154,10 +155,16 @@ def temporary_group(store: Any, rank: int, world_size: int, timeout: timedelta) 
 
 
 def shutdown(graceful: bool = True) -> None:
-    """Leave the groups that `initialize` made; `graceful` waits for all ranks first (not after an error)."""
+    """Leave the groups that `initialize` made; `graceful` waits for all ranks first (not after an error).
+
+    A group of one process stays: it waits for nobody, and DeepSpeed, which remembers the first group it saw,
+    would not train again in another one.
+    """
     global _bookkeeping, _owns_default_group
     if graceful:
         barrier()
+    if world_size() == 1:
+        return
     if _owns_default_group and is_initialized():
         dist.destroy_process_group()
         _bookkeeping = None
@@ -187,14 +194,31 @@ def is_initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+#: Of a thread, because the checkpoint's works beside the training's.
+_is_alone: ContextVar[bool] = ContextVar("is_alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, every function here is as at world size 1, in this thread: losses see this rank's batch only.
+
+    DeepSpeed's own collectives (ZeRO-3 gathers weights) go on, so all ranks still make equally many passes.
+    """
+    before = _is_alone.set(True)
+    try:
+        yield
+    finally:
+        _is_alone.reset(before)
+
+
 def rank() -> int:
     """Rank of this process, 0 without a group."""
-    return dist.get_rank() if is_initialized() else 0
+    return dist.get_rank() if is_initialized() and not _is_alone.get() else 0
 
 
 def world_size() -> int:
     """Number of ranks, 1 without a group."""
-    return dist.get_world_size() if is_initialized() else 1
+    return dist.get_world_size() if is_initialized() and not _is_alone.get() else 1
 
 
 def local_rank() -> int:

@@ -1,14 +1,19 @@
 """`medvlp pretrain`: train here, on ranks it starts, or as one rank of another launcher; `medvlp config`."""
 
+from __future__ import annotations
+
 import os
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from launcher.command_words import split_arguments
 from medvlp.ranks import NODE_LAUNCH, LaunchError, detect
 from shards.errors import MedvlpError
+
+if TYPE_CHECKING:
+    from medvlp.config import Config
 
 
 def pretrain(
@@ -81,17 +86,18 @@ def pretrain(
     raise typer.Exit(code)
 
 
-def _train_rank(config: object, fresh: bool) -> int:
+def _train_rank(config: Config, fresh: bool) -> int:
     """Train as one rank; of errors that several ranks raise, one is shown."""
     from launcher.local import PARENT, die_with_launcher, may_show_error
     from launcher.slurm.slurm_commands import job_is_over
+    from medvlp.evaluation.supervised import recipe_of
     from medvlp.runs.errors import AgreedError
-    from medvlp.training.pretrain import pretrain as train
+    from medvlp.training import run
 
     die_with_launcher(os.environ)
     try:
         launcher = int(os.environ[PARENT]) if PARENT in os.environ else None
-        return train(config, fresh, launcher, job_is_over)  # type: ignore[arg-type]
+        return run.train(recipe_of(config), fresh, launcher, job_is_over)
     except MedvlpError as error:
         agreed = isinstance(error, AgreedError)
         if (agreed and detect().rank > 0) or not (agreed or may_show_error(error, os.environ)):

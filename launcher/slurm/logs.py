@@ -79,7 +79,7 @@ def of_rank(lines: Iterable[str], rank: int | None) -> Iterator[str]:
     """The lines of one rank, or all of them for None.
 
     All ranks write to one file. Rank 0's lines have no mark; a line of rank r begins with "rank r" behind its
-    time (see `medvlp.training.pretrain.configure_logging`). What belongs to nobody counts as rank 0's.
+    time (see `medvlp.training.run.configure_logging`). What belongs to nobody counts as rank 0's.
     """
     for line in lines:
         match = _RANK.match(line)

@@ -118,11 +118,12 @@ class TrainingDataset(ImageReportDataset):
         config: DataConfig,
         fields: Mapping[str, Field],
         seed: int,
+        trainable: Positions,
     ) -> None:
-        """As `ImageReportDataset`; `seed` is that of the run."""
+        """As `ImageReportDataset`; `seed` is that of the run, replacements come from `trainable`."""
         super().__init__(reader, split, store, tokenizer, config, fields)
         self.seed = seed
-        self._trainable = np.flatnonzero(store.trainable())
+        self._trainable = trainable
 
     def __getitem__(self, request: tuple[int, Positions]) -> Batch:
         """The micro-batch of (epoch, positions).

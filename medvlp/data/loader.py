@@ -159,6 +159,7 @@ def build_loader(
     micro_batch: int,
     start_step: int = 0,
     fields: Iterable[str] = (),
+    samples: Positions | None = None,
 ) -> TrainingLoader:
     """The training loader of one rank.
 
@@ -173,9 +174,10 @@ def build_loader(
         micro_batch: samples of one forward pass on this rank.
         start_step: first optimiser step, from 0.
         fields: names of what stands in `Batch.fields` (`medvlp.data.fields`).
+        samples: positions in the split that are drawn, ascending; None: all that have a text.
 
     Raises:
-        ConfigError: batch and split do not fit.
+        ConfigError: batch and split do not fit, or nothing can be drawn.
         DataError: no such split, too many unreadable samples, or none has what a field needs.
     """
     data = config.data
@@ -186,14 +188,16 @@ def build_loader(
             raise DataError(
                 f"{reader.root}: split {data.split!r} lacks the {name} that the method learns from: {reason}"
             )
-    mask = store.trainable()
+    mask = store.trainable() if samples is None else np.isin(np.arange(len(store)), samples)
     trainable = np.flatnonzero(mask)
+    if samples is not None and not len(trainable):
+        raise DataError(f"{reader.root}: no sample of split {data.split!r} can be learned from")
     if not len(trainable):
         raise ConfigError(
             f"no sample of split {data.split} has text in data.sections={list(data.sections)}; "
             "`medvlp shards view` shows the sections there are"
         )
-    if rank == 0 and len(trainable) < len(store):
+    if rank == 0 and samples is None and len(trainable) < len(store):
         logger.warning(
             "%d of %d samples of split %s have no text in the sections %s and are not trained on",
             len(store) - len(trainable), len(store), data.split, ", ".join(data.sections),
@@ -202,15 +206,29 @@ def build_loader(
     sizes = np.diff(np.concatenate([[0], np.cumsum(mask)])[np.concatenate([[0], ends])])
     order = SampleOrder(sizes.tolist(), config.train.seed, data.shuffle_block, data.partitions)
     sampler = MicroBatchSampler(order, trainable, config, world_size, rank, micro_batch, start_step)
-    dataset = TrainingDataset(reader, data.split, store, tokenizer, data, opened, config.train.seed)
+    dataset = TrainingDataset(
+        reader, data.split, store, tokenizer, data, opened, config.train.seed, trainable
+    )
     return TrainingLoader(dataset, sampler, data)
 
 
 class EvaluationLoader:
-    """Batches of a split in order, once per iteration."""
+    """Batches of a split in order, once per iteration.
 
-    def __init__(self, dataset: EvaluationDataset, chunks: list[list[int]], config: DataConfig) -> None:
+    Args:
+        dataset: the split. chunks: positions of each batch. config: the `data` section.
+        keeps_empty: a batch whose samples are all corrupt is yielded, without samples.
+    """
+
+    def __init__(
+        self,
+        dataset: EvaluationDataset,
+        chunks: list[list[int]],
+        config: DataConfig,
+        keeps_empty: bool = False,
+    ) -> None:
         self.samples = sum(len(chunk) for chunk in chunks)
+        self.keeps_empty = keeps_empty
         self._config = config
         self._loader = _loader(dataset, chunks, config, workers=min(config.workers, len(chunks)))
 
@@ -227,7 +245,7 @@ class EvaluationLoader:
         faults = FaultCounter(self._config.max_bad_fraction, self.samples, world_size=1)
         for batch in _batches(self._loader):
             faults.count(batch)
-            if batch.keys:
+            if batch.keys or self.keeps_empty:
                 yield batch
 
 
@@ -251,13 +269,19 @@ def evaluation_loader(
         positions: only these samples of the split, in this order; default: all.
         fields: names of what stands in `Batch.fields` (`medvlp.data.fields`); samples may lack it.
     """
-    store = SampleStore.open_or_build(reader, split, config.data, tokenizer)
-    chosen = list(range(len(store)) if positions is None else positions)
+    chosen = list(range(reader.sample_count(split)) if positions is None else positions)
     chunks = [chosen[start : start + batch] for start in range(0, len(chosen), batch)]
+    dataset = evaluation_dataset(config, reader, tokenizer, split, fields)
+    return EvaluationLoader(dataset, chunks, config.data)
+
+
+def evaluation_dataset(
+    config: Config, reader: ShardReader, tokenizer: Tokenizer, split: str, fields: Iterable[str] = ()
+) -> EvaluationDataset:
+    """A split as `evaluation_loader` reads it."""
+    store = SampleStore.open_or_build(reader, split, config.data, tokenizer)
     opened = open_fields(fields, reader, split, store, tokenizer, config.data)
-    return EvaluationLoader(
-        EvaluationDataset(reader, split, store, tokenizer, config.data, opened), chunks, config.data
-    )
+    return EvaluationDataset(reader, split, store, tokenizer, config.data, opened)
 
 
 class LoaderError(DataError):

@@ -10,11 +10,13 @@ from typing import get_args
 
 import torch
 
+from medvlp.config import Config
 from medvlp.data.cache import open_reader
 from medvlp.evaluation.labels import Uncertain
 from medvlp.evaluation.report.joining import complete
 from medvlp.evaluation.report.results import Evaluation, UnitResult
 from medvlp.evaluation.session import Session
+from medvlp.evaluation.supervised import train_here
 from medvlp.evaluation.task import EvaluationError, Task, Unit, schemas, tasks
 from medvlp.evaluation.units import StoredUnit, files_of
 from medvlp.runs import saved_run
@@ -35,6 +37,7 @@ class EvaluationOptions:
         uncertain: what becomes of uncertain labels.
         device: "auto", "cpu" or "cuda".
         fresh: do finished units again.
+        train: trains the run that a config describes and gives its exit code; default: in this process.
     """
 
     source: Path
@@ -46,6 +49,7 @@ class EvaluationOptions:
     uncertain: Uncertain = "exclude"
     device: str = "auto"
     fresh: bool = False
+    train: Callable[[Config], int] = train_here
 
     def check(self) -> None:
         """Raise UsageError for a value that does not exist."""
@@ -138,7 +142,9 @@ def _open(options: EvaluationOptions, say: Callable[[str], None]) -> Session:
     said = options.data is not None or any(text.startswith("data.root=") for text in options.overrides)
     saved_run.check_data(source, config, reader.index, said, say)
     device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
-    return Session(source, config, tokenizer, device, reader, options.labels, options.uncertain, say)
+    return Session(
+        source, config, tokenizer, device, reader, options.labels, options.uncertain, say, options.train
+    )
 
 
 def _empty(options: EvaluationOptions, session: Session, chosen: Sequence[Task]) -> Evaluation:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -18,15 +18,16 @@ from numpy.typing import NDArray
 
 from medvlp.config import Config
 from medvlp.data.batch import Batch, Text
+from medvlp.data.dataset import EvaluationDataset
 from medvlp.data.fields import FIELDS
-from medvlp.data.loader import evaluation_loader
+from medvlp.data.loader import evaluation_dataset, evaluation_loader
 from medvlp.data.report import report_text
 from medvlp.data.text import Tokenizer
 from medvlp.evaluation.features import Wanted, embed, embed_texts
 from medvlp.evaluation.labels import Floats, Uncertain, binary, not_evaluable
 from medvlp.evaluation.metrics.bootstrap import PatientBootstrap
 from medvlp.evaluation.splits import Split, chosen_labels, selection_split
-from medvlp.evaluation.task import Facts, Needs, Role, Task
+from medvlp.evaluation.task import EvaluationError, Facts, Needs, Role, Task, Unit
 from medvlp.methods.base import Method
 from medvlp.methods.registry import build_method
 from medvlp.runs import saved_run
@@ -35,6 +36,9 @@ from medvlp.runs.randomness import random_state, restore_random_state, seed_weig
 from medvlp.runs.saved_run import SavedRun
 from shards.progress import tracked
 from shards.reader import ShardReader
+
+if TYPE_CHECKING:
+    from medvlp.evaluation.supervised import Network
 
 
 @dataclass
@@ -48,6 +52,7 @@ class Session:
         labels: those asked for; none: all.
         uncertain: what becomes of uncertain labels.
         say: receives one line of progress at a time.
+        train: trains the run that a config describes; its exit code.
     """
 
     source: SavedRun
@@ -58,6 +63,7 @@ class Session:
     labels: Sequence[str]
     uncertain: Uncertain
     say: Callable[[str], None]
+    train: Callable[[Config], int]
     _needs: dict[str, list[Needs]] = field(default_factory=dict)
     _splits: dict[str, Split] = field(default_factory=dict)
     _prompts: dict[tuple[str, ...], dict[str, NDArray[Any] | None]] = field(default_factory=dict)
@@ -213,6 +219,35 @@ class View:
             yield from evaluation_loader(
                 config, session.reader, session.tokenizer, name, batch, fields=sorted(fields)
             )
+
+    def dataset(self, role: Role) -> EvaluationDataset:
+        """The split that plays a role, with the batch fields the task needs of it; errors as `split`.
+
+        Raises:
+            EvaluationError: the dataset has no such split.
+        """
+        if (name := self._name(role)) is None:
+            raise EvaluationError(f"{self._task.name}: the dataset has no split for {role!r}")
+        session, fields = self._session, self._task.needs(self.facts)[role].fields
+        return evaluation_dataset(session.config, session.reader, session.tokenizer, name, sorted(fields))
+
+    def patients(self, role: Role, sample: NDArray[np.int64]) -> NDArray[Any]:
+        """[N] patients of samples [N] of a split; errors as `dataset`."""
+        dataset = self.dataset(role)
+        metadata = [dataset.reader.metadata(dataset.split, int(position)) for position in sample]
+        return np.array([known["patient_id"] for known in metadata])
+
+    def network(self, unit: Unit, start: Literal["trained", "untrained"]) -> Network:
+        """The network of a unit of a task that trains, trained in a folder of its own.
+
+        Raises:
+            TrainingStoppedError: the training has ended otherwise than well.
+        """
+        from medvlp.evaluation.supervised import trained
+        from medvlp.evaluation.trained import TrainedTask
+
+        assert isinstance(self._task, TrainedTask)
+        return trained(self._session, self._task, unit, start, self.folder)
 
     def truth(self, split: Split, findings: Sequence[str] | None = None) -> Floats:
         """[N, C] labels (1, 0, NaN) of some findings, by default of all that are evaluated."""

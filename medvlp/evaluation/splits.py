@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from medvlp.evaluation.baselines import PixelRidge
@@ -62,3 +63,36 @@ def chosen_labels(label_names: Sequence[str], chosen: Sequence[str]) -> list[str
         if name not in label_names:
             raise UsageError(f"--label {name!r}: the dataset has {', '.join(label_names) or 'no labels'}")
     return list(chosen or label_names)
+
+
+def stratified_fraction(
+    patients: NDArray[Any], labels: NDArray[Any], fraction: float, seed: int
+) -> NDArray[np.int64]:
+    """Rows of a share of the patients with about the labels of all; smaller shares are parts of larger.
+
+    Patients are ordered once: those with the same labels stand in an order of chance, evenly spaced with a
+    random offset, so that every beginning of the order holds about its share of each kind.
+
+    Args:
+        patients: [N] patient of each sample.
+        labels: [N, C]: 1, 0, -1 or NaN; a patient has a label that one of the samples has.
+        fraction: in (0, 1].
+        seed: of the order.
+
+    Returns:
+        Ascending rows of max(1, round(fraction * patients)) patients.
+    """
+    names, of_row = np.unique(patients, return_inverse=True)
+    has = np.zeros((len(names), labels.shape[1]), dtype=bool)
+    np.logical_or.at(has, of_row, labels == 1)
+    _, kinds = np.unique(has, axis=0, return_inverse=True)
+    kinds = kinds.reshape(-1)
+    random = np.random.default_rng(seed)
+    shuffled = random.permutation(len(names))
+    places = np.empty(len(names))
+    for kind in range(kinds.max(initial=-1) + 1):
+        own = shuffled[kinds[shuffled] == kind]
+        places[own] = (np.arange(len(own)) + random.random()) / len(own)
+    count = max(1, round(fraction * len(names)))
+    drawn = np.argsort(places, kind="stable")[:count]
+    return np.flatnonzero(np.isin(of_row, drawn))

@@ -24,7 +24,7 @@ from medvlp.evaluation.metrics.bootstrap import Estimate
 from shards.errors import MedvlpError
 
 if TYPE_CHECKING:
-    from medvlp.evaluation.session import View
+    from medvlp.evaluation.session import Session, View
     from medvlp.methods.base import Method
     from shards.format import Index
 
@@ -156,6 +156,10 @@ class Task(abc.ABC):
 
     def unavailable_with(self, method: Method) -> str | None:
         """Why a pre-training method cannot do the task at all; None: it can."""
+        return None
+
+    def depends_on(self, session: Session, unit: Unit) -> Any:
+        """What the numbers of a unit depend on beside its settings and the evaluated network, for JSON."""
         return None
 
     def units(self) -> Sequence[Unit]:

@@ -37,6 +37,7 @@ def fingerprint(session: Session, task: Task, unit: Unit) -> str:
     decides = {
         "program": metadata.version("medvlp"),
         "task": [task.name, task.version, unit.name, settings, files_of(task)],
+        "training": task.depends_on(session, unit),
         "weights": session.source.weights,
         "tokenizer": session.tokenizer.fingerprint,
         "dataset": DataRecord.of(session.reader.index, evaluation["split"]).content,

@@ -54,11 +54,11 @@ class StepOutput(NamedTuple):
         return {"loss": self.loss} | self.terms
 
 
-class Method(nn.Module, abc.ABC):
-    """A pre-training objective with its encoders.
+class Objective(nn.Module, abc.ABC):
+    """What a run trains: a pre-training method, or the head of a downstream task on a method's encoders.
 
-    A method imports no DeepSpeed, no W&B and no files. Every random draw comes from torch's default
-    generators, which the checkpoint restores.
+    It imports no DeepSpeed, no W&B and no files. Every random draw comes from torch's default generators,
+    which the checkpoint restores.
     """
 
     @abc.abstractmethod
@@ -68,24 +68,8 @@ class Method(nn.Module, abc.ABC):
         Args:
             batch: the samples.
             clusters: those of the prototype service this step may use, the same on all ranks; None until
-                there are some, and always for methods without a `service_user`.
+                there are some, and always for objectives without a `service_user`.
         """
-
-    @abc.abstractmethod
-    def encode_image(self, image: Tensor) -> Tensor:
-        """[B, 1, H, W] uint8 images -> [B, D] unit-norm float32 embeddings in the shared space."""
-
-    @abc.abstractmethod
-    def encode_text(self, text: Text) -> Tensor:
-        """Tokenised texts -> [B, D] unit-norm float32 embeddings in the shared space.
-
-        Raises:
-            NotImplementedError: the method embeds no reports (`embeds_reports` is false).
-        """
-
-    @abc.abstractmethod
-    def image_features(self, image: Tensor) -> Tensor:
-        """[B, 1, H, W] uint8 images -> [B, F] backbone features before any projection (linear probes)."""
 
     def on_progress(self, progress: Progress) -> None:
         """Called before every optimiser step."""
@@ -112,6 +96,26 @@ class Method(nn.Module, abc.ABC):
     def service_user(self) -> PrototypeUser | None:
         """The part whose embeddings the prototype service may cluster; None: it has no use for clusters."""
         return None
+
+
+class Method(Objective):
+    """A pre-training objective with its encoders."""
+
+    @abc.abstractmethod
+    def encode_image(self, image: Tensor) -> Tensor:
+        """[B, 1, H, W] uint8 images -> [B, D] unit-norm float32 embeddings in the shared space."""
+
+    @abc.abstractmethod
+    def encode_text(self, text: Text) -> Tensor:
+        """Tokenised texts -> [B, D] unit-norm float32 embeddings in the shared space.
+
+        Raises:
+            NotImplementedError: the method embeds no reports (`embeds_reports` is false).
+        """
+
+    @abc.abstractmethod
+    def image_features(self, image: Tensor) -> Tensor:
+        """[B, 1, H, W] uint8 images -> [B, F] backbone features before any projection (linear probes)."""
 
     @property
     def embeds_reports(self) -> bool:

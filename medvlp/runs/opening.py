@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -39,8 +39,22 @@ class TakenUp:
     stored: RunIdentity | None = None
     changes: tuple[str, ...] = ()
 
-    def identity(self, reader: ShardReader, config: Config, method: nn.Module, step: int) -> RunIdentity:
-        """What the run is made from now on; `method` as it was built, before its first step or a load."""
+    def identity(
+        self,
+        reader: ShardReader,
+        config: Config,
+        objective: nn.Module,
+        step: int,
+        started_from: Callable[[], Mapping[str, str]] = dict,
+    ) -> RunIdentity:
+        """What the run is made from now on.
+
+        Args:
+            reader: the dataset. config: of this start.
+            objective: as it was built, before its first step or a load.
+            step: finished steps.
+            started_from: checksums of weights it starts from beside published ones, asked for at step 0.
+        """
         if self.stored is not None and not self.changes:
             return self.stored
         # Licences are for the file, which rank 0 writes.
@@ -56,8 +70,8 @@ class TakenUp:
             self.tokenizer.special,
             config.data.tokenizer,
             (record,),
-            describe_encoders(method, config),
-            starting_weights(method, config) if step == 0 else {},
+            describe_encoders(objective, config),
+            {**starting_weights(objective, config), **started_from()} if step == 0 else {},
         )
 
 
@@ -79,13 +93,19 @@ def open_data(config: Config) -> ShardReader:
     return reader
 
 
-def take_up(config: Config, reader: ShardReader, checkpoint: Checkpoint | None) -> TakenUp:
+def take_up(
+    config: Config,
+    reader: ShardReader,
+    checkpoint: Checkpoint | None,
+    first: Callable[[], Tokenizer | None] = lambda: None,
+) -> TakenUp:
     """The tokenizer a run goes on with, after a check that data and tokenizer are those of its checkpoint.
 
     Args:
         config: of this start.
         reader: the dataset it reads.
         checkpoint: what the run goes on from; None: it begins.
+        first: the tokenizer it begins with; None: that of `data.tokenizer`.
 
     Raises:
         AgreedError: on all ranks: another dataset without `data.allow_changed`, another tokenizer, or
@@ -97,7 +117,7 @@ def take_up(config: Config, reader: ShardReader, checkpoint: Checkpoint | None) 
     if checkpoint is None or found is None:
         if checkpoint is not None and distributed.is_main():
             logger.warning("%s", unchecked(run))
-        return TakenUp(_together(lambda: Tokenizer.load(config.data.tokenizer, config.data.root)))
+        return TakenUp(_together(lambda: first() or Tokenizer.load(config.data.tokenizer, config.data.root)))
     stored, tokenizer = found
     _together(lambda: check_tokenizer(tokenizer, stored, config.data.tokenizer, str(run)))
     then, now = stored.trained_on(saved), DataRecord.of(reader.index, config.data.split)

@@ -10,6 +10,9 @@ from medvlp.methods.base import StepOutput
 from medvlp.training.consensus import Party
 from medvlp.training.engine import Engine
 
+#: What the names of the metrics of a validation begin with.
+PREFIX = "valid/"
+
 
 @dataclass
 class StepRecord:
@@ -19,6 +22,8 @@ class StepRecord:
         step: number of the step, from 1.
         epoch: epoch it belongs to, from 0.
         last: training ends after this step, finished or interrupted.
+        finished: it is the last step of the schedule.
+        save: a checkpoint of this step is wanted.
         applied: the weights were updated; false for a bad step, which leaves no trace in them.
         logged: metrics are read at this step (reading waits for the device).
         losses: "loss" and the method's terms, 0-d, detached, mean over this rank's micro-batches.
@@ -42,6 +47,8 @@ class StepRecord:
     seconds: float
     data_seconds: float
     engine: Engine
+    finished: bool = False
+    save: bool = False
 
 
 class Callback(Party):
@@ -61,6 +68,11 @@ class Callback(Party):
 
     def on_step(self, record: StepRecord) -> None:
         """A step is finished."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether training is over, whatever the schedule says; the same on all ranks."""
+        return False
 
     def on_end(self) -> None:
         """Training has ended, in whatever way; release what is held. Errors here hide no earlier one."""

@@ -35,7 +35,7 @@ class CheckpointCallback(Callback):
         callbacks: those with state; this one is not among them.
         wandb_run_id: stored for the next start.
         identity: what the run is made from (`RunIdentity.summary`), stored in every manifest.
-        metrics: gives the last logged metrics, for `keep_best`.
+        metrics: gives the metrics that hold for a step, for `keep_best`.
         log: takes the seconds the loop stood still for a save.
 
     Attributes:
@@ -52,7 +52,7 @@ class CheckpointCallback(Callback):
         callbacks: list[Callback],
         wandb_run_id: str | None = None,
         identity: Mapping[str, str] | None = None,
-        metrics: Callable[[], Mapping[str, float]] = dict,
+        metrics: Callable[[int], Mapping[str, float]] = lambda step: {},
         log: Callable[[dict[str, float]], None] = lambda metrics: None,
     ):
         self.config = config
@@ -80,7 +80,8 @@ class CheckpointCallback(Callback):
         """Finish what was written meanwhile; save when it is time; after the last step wait for the disk."""
         self._writer.poll()
         every = self.config.checkpoint.every_steps
-        if record.last or (every > 0 and record.step % every == 0) or self._minutes_are_over():
+        due = record.last or record.save or (every > 0 and record.step % every == 0)
+        if due or self._minutes_are_over():
             self.save(record.step, record.epoch)
         if record.last:
             self._writer.wait(self.alive)
@@ -116,7 +117,7 @@ class CheckpointCallback(Callback):
         self.log({"checkpoint/wait_seconds": wait_seconds, "checkpoint/stall_seconds": stall_seconds})
 
     def _manifest(self, step: int, epoch: int) -> Manifest:
-        metrics = dict(self.metrics())
+        metrics = dict(self.metrics(step))
         best = self.config.checkpoint.keep_best
         if best is not None and metrics and best not in metrics and distributed.is_main():
             logger.warning(
@@ -174,7 +175,7 @@ class CheckpointCallback(Callback):
         """
         saved, rank = checkpoint.world_size, distributed.rank()
         state = checkpoint.state_for(rank)
-        _check_trained(checkpoint.folder, state["engine"]["trainable"], self.engine.method)
+        _check_trained(checkpoint.folder, state["engine"]["trainable"], self.engine.objective)
         self.engine.load_state(checkpoint.weights, checkpoint.optimizer(), state["engine"])
         if rank < saved:
             for name, buffer in self.engine.buffers().items():

@@ -12,7 +12,7 @@ from medvlp.data.batch_sizes import BatchSizes
 if TYPE_CHECKING:  # commands check a config on machines where importing torch takes long
     from torch import nn
 
-    from medvlp.methods.base import Method
+    from medvlp.methods.base import Objective
 
 
 def check_device(config: Config, device_type: str) -> None:
@@ -109,25 +109,28 @@ def _optimizer(config: OptimizerConfig, device_type: str, offload: bool) -> dict
     return {"type": "AdamW", "params": parameters}
 
 
-def parameter_groups(method: Method, config: OptimizerConfig) -> tuple[list[dict[str, Any]], list[float]]:
-    """Group the trainable parameters of a method by (learning-rate factor, weight decay).
+def parameter_groups(
+    objective: Objective, config: OptimizerConfig
+) -> tuple[list[dict[str, Any]], list[float]]:
+    """Group the trainable parameters of an objective by (learning-rate factor, weight decay).
 
-    Not decayed: names in `method.parameters_without_decay()`, and, unless `decay_all`, parameters with at
-    most one dimension (biases, norms, scales). The encoders' factors apply to parameters below the method's
-    attributes `image_encoder` and `text_encoder`.
+    Not decayed: names in `objective.parameters_without_decay()`, and, unless `decay_all`, parameters with at
+    most one dimension (biases, norms, scales). The encoders' factors apply to parameters below attributes
+    `image_encoder` and `text_encoder`, `layer_decay` inside the image encoder's backbone, the head's below
+    the objective's attribute `head`.
 
     Returns:
         The optimiser's groups, and for each the factor on the scheduled learning rate. Frozen parameters
-        are in no group; order follows the method's parameters, so it is the same on every rank and resume.
+        are in no group; order follows the objective's parameters, so it is the same on every rank and resume.
     """
-    exempt = method.parameters_without_decay()
+    exempt, layers = objective.parameters_without_decay(), _layers(objective, config)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in method.named_parameters():
+    for name, parameter in objective.named_parameters():
         if not parameter.requires_grad:
             continue
         decays = name not in exempt and (config.decay_all or parameter.ndim > 1)
-        key = (_scale(name, config), config.weight_decay if decays else 0.0)
-        groups.setdefault(key, []).append(parameter)
+        scale = _scale(name, config) * config.layer_decay ** layers.get(name, 0)
+        groups.setdefault((scale, config.weight_decay if decays else 0.0), []).append(parameter)
     scales = [scale for scale, _ in groups]
     return [
         {"params": parameters, "weight_decay": decay} for (_, decay), parameters in groups.items()
@@ -135,8 +138,28 @@ def parameter_groups(method: Method, config: OptimizerConfig) -> tuple[list[dict
 
 
 def _scale(name: str, config: OptimizerConfig) -> float:
-    if name.startswith("image_encoder."):
+    path = name.split(".")
+    if "image_encoder" in path:
         return config.image_lr_scale
-    if name.startswith("text_encoder."):
+    if "text_encoder" in path:
         return config.text_lr_scale
-    return 1.0
+    return config.head_lr_scale if path[0] == "head" else 1.0
+
+
+def _layers(objective: Objective, config: OptimizerConfig) -> dict[str, int]:
+    """Of each parameter of a timm backbone: layers between it and the backbone's end, as timm counts them."""
+    if config.layer_decay == 1:
+        return {}
+    from timm.models import group_parameters
+
+    from medvlp.encoders.image import ImageEncoder
+
+    found: dict[str, int] = {}
+    for path, part in objective.named_modules():
+        if isinstance(part, ImageEncoder):
+            matcher = part.backbone.group_matcher(coarse=False)
+            numbers = group_parameters(part.backbone, matcher, reverse=True)
+            last = max(numbers.values())
+            prefix = f"{path}.backbone." if path else "backbone."
+            found |= {prefix + name: last - number for name, number in numbers.items()}
+    return found

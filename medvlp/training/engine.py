@@ -1,4 +1,4 @@
-"""DeepSpeed around a method: forward, backward, step, learning rate, gradient norm, state, whole weights."""
+"""DeepSpeed around an objective: passes, steps, learning rate, gradient norm, state, whole weights."""
 
 import warnings
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from medvlp import distributed
 from medvlp.config import Config
 from medvlp.data.batch import Batch
 from medvlp.data.batch_sizes import BatchSizes
-from medvlp.methods.base import Method, StepOutput
+from medvlp.methods.base import Objective, StepOutput
 from medvlp.prototypes.table import PrototypeTable
 from medvlp.runs.optimizer_files import OptimizerFiles
 from medvlp.training.deepspeed_config import deepspeed_json, is_plain, parameter_groups
@@ -41,7 +41,7 @@ class Engine:
     """The only place that calls DeepSpeed.
 
     Attributes:
-        method: the method itself (its parameters are cast, and at stage 3 sharded, by DeepSpeed).
+        objective: what is trained (its parameters are cast, and at stage 3 sharded, by DeepSpeed).
         device: where it runs.
         sizes: micro-batch, accumulation and ranks.
         zero_stage: 0 to 3.
@@ -49,19 +49,19 @@ class Engine:
         loss_scale: of fp16; None in other precisions.
     """
 
-    def __init__(self, method: Method, config: Config, sizes: BatchSizes, device: torch.device):
-        """Shard and cast the method; needs the default process group. Weights must be equal on all ranks."""
-        self.method = method
+    def __init__(self, objective: Objective, config: Config, sizes: BatchSizes, device: torch.device):
+        """Shard and cast the objective; needs the default process group and equal weights on all ranks."""
+        self.objective = objective
         self.device = device
         self.sizes = sizes
         self.zero_stage = config.zero.stage
         self._precision = config.precision
-        method.to(device)
-        groups, self._scales = parameter_groups(method, config.optimizer)
+        objective.to(device)
+        groups, self._scales = parameter_groups(objective, config.optimizer)
         _refuse_shared_memory_collectives()
         deepspeed.init_distributed(dist_init_required=False)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=method,
+            model=objective,
             model_parameters=groups,
             config=deepspeed_json(config, sizes, device.type),
             dist_init_required=False,
@@ -75,7 +75,7 @@ class Engine:
         self.applied = True
 
     def forward(self, batch: Batch, clusters: PrototypeTable | None = None) -> StepOutput:
-        """The method's loss and terms for one micro-batch on this rank; see `Method.forward`."""
+        """Loss and terms of one micro-batch on this rank; see `Objective.forward`."""
         output: StepOutput = self._engine(batch, clusters)
         return output
 
@@ -107,11 +107,11 @@ class Engine:
 
     def _prepare_plain_step(self) -> None:
         """Do what DeepSpeed does at every other stage: find the norm, refuse a bad one, clip."""
-        parameters = [p for p in self.method.parameters() if p.grad is not None]
+        parameters = [p for p in self.objective.parameters() if p.grad is not None]
         self._norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         self.applied = bool(torch.isfinite(self._norm))  # waits for the device, as DeepSpeed's check does
         if not self.applied:
-            self.method.zero_grad(set_to_none=True)  # the optimiser passes over them
+            self.objective.zero_grad(set_to_none=True)  # the optimiser passes over them
         elif self._clip > 0:
             nn.utils.clip_grads_with_norm_(parameters, self._clip, self._norm)
 
@@ -139,7 +139,7 @@ class Engine:
                     state[name] = 0  # DeepSpeed's CPU Adam counts its steps in an int
 
     def _fragments(self) -> list[Fragment]:
-        named = self.method.named_parameters()
+        named = self.objective.named_parameters()
         return find_fragments(named, self._optimizer, self.zero_stage, distributed.rank(), self._masters)
 
     def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
@@ -159,15 +159,15 @@ class Engine:
         return {
             "counters": {name: int(getattr(self._engine, name)) for name in _COUNTERS},
             "scaler": {} if self.loss_scale is None else self.loss_scale.state_dict(),
-            "trainable": [name for name, p in self.method.named_parameters() if p.requires_grad],
-            "parameters": [name for name, _ in self.method.named_parameters(remove_duplicate=False)],
+            "trainable": [name for name, p in self.objective.named_parameters() if p.requires_grad],
+            "parameters": [name for name, _ in self.objective.named_parameters(remove_duplicate=False)],
             "groups": len(self._optimizer.param_groups),
         }
 
     def load_state(self, weights: Path, files: OptimizerFiles, counters: dict[str, Any]) -> None:
         """Restore masters and optimiser state saved at any world size and stage.
 
-        The method must have had these weights when the engine was made.
+        The objective must have had these weights when the engine was made.
 
         Args:
             weights: file with the whole float32 weights.
@@ -187,13 +187,13 @@ class Engine:
     @torch.no_grad()
     def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter (in float32 where it is trained), gathered one at a time; a collective."""
-        for name, _ in self.method.named_parameters(remove_duplicate=False):
+        for name, _ in self.objective.named_parameters(remove_duplicate=False):
             yield name, self.whole_parameter(name)
 
     @torch.no_grad()
     def whole_parameter(self, name: str) -> Tensor:
         """One parameter (in float32 where it is trained) on the device; a collective."""
-        parameter = self.method.get_parameter(name)
+        parameter = self.objective.get_parameter(name)
         master = self._masters.get(id(parameter))
         return (_full_parameter(parameter) if master is None else master).detach()
 
@@ -206,7 +206,7 @@ class Engine:
         Args:
             name: of the parameter, [K, D]. rows: [m] int64. values: [m, D] float32. On the CPU.
         """
-        parameter, width = self.method.get_parameter(name), values.shape[1]
+        parameter, width = self.objective.get_parameter(name), values.shape[1]
         places = (rows[:, None] * width + torch.arange(width)).flatten()
         for fragment in self._fragments():
             if fragment.name == name:
@@ -214,9 +214,9 @@ class Engine:
         write_model_elements(parameter, distributed.rank(), places, values.flatten())
 
     def buffers(self) -> dict[str, Tensor]:
-        """This rank's live buffers, those that belong to the method's state."""
-        names = {name for name, _ in self.method.named_parameters(remove_duplicate=False)}
-        return {name: value for name, value in self.method.state_dict().items() if name not in names}
+        """This rank's live buffers, those that belong to the objective's state."""
+        names = {name for name, _ in self.objective.named_parameters(remove_duplicate=False)}
+        return {name: value for name, value in self.objective.state_dict().items() if name not in names}
 
     @torch.no_grad()
     def full_weights(self) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from medvlp import distributed
 from medvlp.runs.metrics_file import MetricsFile
-from medvlp.training.callbacks import Callback, StepRecord
+from medvlp.training.callbacks import PREFIX, Callback, StepRecord
 from medvlp.training.wandb_run import WandbRun
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ class Monitor(Callback):
 
     Attributes:
         latest: finite metrics of the last logged step, the same on all ranks.
+        latest_step: that step.
     """
 
     name = "monitor"
@@ -45,6 +46,7 @@ class Monitor(Callback):
         self.wandb_run = wandb_run
         self.extra: dict[str, float] = {}
         self.latest: dict[str, float] = {}
+        self.latest_step = 0
         self.skipped = 0
         self._file: MetricsFile | None = None
         self._progress = _progress_bar(console) if console is not None else None
@@ -78,6 +80,12 @@ class Monitor(Callback):
             self._write(record, self._reduce(record))
             self._clear()
 
+    def metrics_of(self, step: int) -> dict[str, float]:
+        """What a checkpoint of a step is known by: `latest`, without a validation of other weights."""
+        if step == self.latest_step:
+            return self.latest
+        return {name: value for name, value in self.latest.items() if not name.startswith(PREFIX)}
+
     def _reduce(self, record: StepRecord) -> dict[str, float | None]:
         """All metrics of this step; all ranks call this together and get the same."""
         terms = sorted(record.losses)
@@ -104,6 +112,7 @@ class Monitor(Callback):
             **self.extra,
         }
         self.extra = {}
+        self.latest_step = record.step
         self.latest = {name: value for name, value in values.items() if math.isfinite(value)}
         finite = {name: self.latest.get(name) for name in values}
         return {"step": record.step, "epoch": record.epoch, **finite}

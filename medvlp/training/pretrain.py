@@ -1,313 +1,35 @@
-"""One pre-training run on this rank: join the group, build everything, train, close."""
+"""Pre-training: the recipe of a run that trains a method."""
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from datetime import timedelta
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
-import torch
-from rich.console import Console
-from rich.logging import RichHandler
-
-from medvlp import distributed
 from medvlp.config import Config
-from medvlp.data.batch_sizes import BatchSizes, divide_batch
-from medvlp.data.loader import LoaderError, TrainingLoader, build_loader, kill_workers, worker_death
-from medvlp.lifetime import end_within
-from medvlp.methods.base import Method
+from medvlp.data.loader import TrainingLoader
+from medvlp.methods.base import Method, Objective
 from medvlp.methods.registry import build_method, fields_of
-from medvlp.prototypes.anchors import AnchorEncoder
 from medvlp.prototypes.initialise import initialise_prototypes
-from medvlp.prototypes.supervisor import decline_worker
-from medvlp.prototypes.synchronous import build_service
-from medvlp.ranks import LostPeerError, Ranks, detect, threads_of_rank
-from medvlp.runs.checkpoint import Checkpoint
-from medvlp.runs.encoder_records import described
-from medvlp.runs.errors import AgreedError
-from medvlp.runs.events import EventLog
-from medvlp.runs.identity import RunIdentity
-from medvlp.runs.manifest import step_folders
-from medvlp.runs.opening import TakenUp, open_data, take_up
-from medvlp.runs.randomness import seed_rank, seed_weights
-from medvlp.runs.run_folder import describe_run, open_run_folder
-from medvlp.runs.run_lock import JobIsOver, RunLock, this_process, unknown
-from medvlp.training.bad_steps import BadSteps
-from medvlp.training.callbacks import Callback
-from medvlp.training.checkpointing import CheckpointCallback
-from medvlp.training.deepspeed_config import check_device
-from medvlp.training.engine import Engine
-from medvlp.training.hangs import Watchdog
-from medvlp.training.interrupts import EXIT_INTERRUPTED, Interrupts
-from medvlp.training.monitor import Monitor, SampleLog
-from medvlp.training.prototype_refresh import PrototypeRefresh
-from medvlp.training.prototype_revival import PrototypeRevival
-from medvlp.training.prototype_start import PrototypeStart, late_start
-from medvlp.training.schedule import Schedule, build_schedule
-from medvlp.training.step_guard import StepGuard
-from medvlp.training.trainer import Trainer
-from medvlp.training.wandb_run import WandbRun
-from shards.errors import MedvlpError
-from shards.reader import ShardReader
+from medvlp.training.recipe import Recipe, TrainingSet
 
 logger = logging.getLogger(__name__)
 
-#: Seconds that groups and data workers get to close after an error.
-_CLOSING_SECONDS = 10.0
 
+class Pretraining(Recipe):
+    """The method `method.name`, on all samples of the split that have a text."""
 
-def pretrain(
-    config: Config, fresh: bool = False, launcher: int | None = None, job_is_over: JobIsOver = unknown
-) -> int:
-    """Train this rank's part of a run, resuming what is in `run.dir`.
+    def __init__(self, config: Config) -> None:
+        super().__init__(config, fields_of(config.method.name))
 
-    Args:
-        config: complete and validated.
-        fresh: refuse a run folder that is not empty.
-        launcher: process that ends all ranks of this node when one fails; the run folder is held as long as
-            it lives.
-        job_is_over: asks Slurm about the job that holds the run folder.
+    def build(self, data: TrainingSet) -> Objective:
+        """See `Recipe.build`."""
+        return build_method(data.config, data.tokenizer.vocab_size)
 
-    Returns:
-        0 when the run is finished, `EXIT_INTERRUPTED` when a signal ended it after a checkpoint.
-
-    Raises:
-        MedvlpError: anything the user can mend; see `medvlp.runs.errors` and `shards.errors`.
-    """
-    ranks = detect()
-    console = configure_logging(ranks.rank)
-    sizes = divide_batch(config, ranks.world_size)
-    check_device(config, distributed.choose_device(ranks.local_rank).type)
-    torch.set_num_threads(config.train.threads or threads_of_rank(ranks))
-    run_dir, start_seconds = Path(config.run.dir), 60 * config.train.start_timeout_minutes
-    distributed.record_flights(run_dir)
-    lock = RunLock(run_dir, this_process(launcher), job_is_over)
-    with Interrupts(config.train.max_minutes) as interrupts:
-        device = _join(ranks, start_seconds)
-        try:
-            with Watchdog(run_dir, start_seconds, config.train.step_timeout_seconds) as watchdog:
-                shown = console if config.monitor.progress else None
-                _train(config, sizes, device, interrupts, watchdog, shown, fresh, lock)
-        except Exception as error:
-            named = _named(error, ranks.rank)
-            code = named.exit_code if isinstance(named, MedvlpError) else 1
-            closed = end_within(_CLOSING_SECONDS, code, str(named))
-            kill_workers()
-            distributed.shutdown(graceful=False)
-            if ranks.world_size == 1 or isinstance(error, AgreedError):
-                lock.release()  # else another rank may still write; the end of this one's processes tells
-            closed.set()
-            if named is error:
-                raise
-            raise named from error
-        distributed.shutdown()
-        lock.release()
-    if interrupts.stopped_by:
-        logger.info("stopped by %s after a checkpoint; the same command resumes", interrupts.stopped_by)
-        return EXIT_INTERRUPTED
-    return 0
-
-
-def _join(ranks: Ranks, seconds: float) -> torch.device:
-    try:
-        device = distributed.initialize(ranks, timedelta(seconds=seconds))
-        distributed.set_timeout(seconds)  # with time to spare for the watchdog, from the first collective on
-        return device
-    except distributed.RendezvousError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise LostPeerError(
-            f"rank {ranks.rank}: not all of the {ranks.world_size} ranks met at {ranks.address}:{ranks.port} "
-            f"within {seconds:g} s (train.start_timeout_minutes): {reason}"
-        ) from error
-
-
-def _named(error: Exception, rank: int) -> Exception:
-    """The error a user can act on, or the one given."""
-    if isinstance(error, LoaderError):
-        return LoaderError(f"rank {rank}: {error}")
-    if not isinstance(error, RuntimeError):
-        return error
-    if distributed.is_lost_peer(error):
-        reason = " ".join(str(error).split())[:200]
-        return LostPeerError(f"rank {rank} lost another rank, whose own message says why ({reason})")
-    death = worker_death(error)
-    return error if death is None else LoaderError(f"rank {rank}: {death}")
-
-
-def configure_logging(rank: int) -> Console:
-    """Rank 0 tells what happens, the others only warn."""
-    console = Console(stderr=True)
-    handler: logging.Handler
-    if rank == 0 and console.is_terminal:
-        handler = RichHandler(console=console, show_path=False, markup=False)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-    else:
-        handler = logging.StreamHandler()
-        prefix = "" if rank == 0 else f"rank {rank}: "
-        handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
-    for name in ("medvlp", "shards"):
-        package = logging.getLogger(name)
-        package.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-        package.handlers = [handler]
-        package.propagate = False
-    return console
-
-
-def _train(
-    config: Config,
-    sizes: BatchSizes,
-    device: torch.device,
-    interrupts: Interrupts,
-    watchdog: Watchdog,
-    console: Console | None,
-    fresh: bool,
-    lock: RunLock,
-) -> None:
-    watchdog.mark("opening the dataset")
-    reader = open_data(config)
-    watchdog.mark("looking for a checkpoint")
-    open_run_folder(Path(config.run.dir), fresh, lock)
-    checkpoint = Checkpoint.find(config.run.dir)
-    if checkpoint is not None:
-        checkpoint.check(config, sizes)
-    step = 0 if checkpoint is None else checkpoint.step
-    taken_up = take_up(config, reader, checkpoint)
-    tokenizer = taken_up.tokenizer
-
-    def loader(start_step: int) -> TrainingLoader:
-        rank, fields = distributed.rank(), fields_of(config.method.name)
-        return build_loader(
-            config, reader, tokenizer, rank, sizes.world_size, sizes.micro_batch, start_step, fields
-        )
-
-    watchdog.mark("building the method")
-    method, identity = _build_method(config, reader, taken_up, checkpoint, device)
-    anchors = AnchorEncoder(method, tokenizer, config, device)
-    if checkpoint is not None:
-        checkpoint.weights_into(method)
-    else:
-        _start_prototypes(config, method, lambda: loader(0))
-    engine = Engine(method, config, sizes, device)
-    data = loader(step)
-    schedule = build_schedule(config, data.steps_per_epoch)
-    guard = StepGuard(method, config.train.spike_sigma, device)
-    callbacks, saving, refresh = _callbacks(
-        config, method, engine, guard, schedule, checkpoint, console, anchors, identity, loader
-    )
-    saving.alive = watchdog.mark
-    seed_rank(config.train.seed, distributed.rank())
-    batches = iter(data)
-    if checkpoint is not None:
-        watchdog.mark("loading the checkpoint")
-        saving.load(checkpoint)
-        checkpoint.randomness(config.train.seed)
-    # Not earlier: the config of a start that fails is not the run's.
-    describe_run(config, sizes.world_size, identity, tokenizer)
-    trainer = Trainer(
-        engine, batches, schedule, data.steps_per_epoch, callbacks, guard, watchdog,
-        config.monitor.log_every, step, refresh,
-    )  # fmt: skip
-    _note_start(config, checkpoint, step, schedule.steps, taken_up.changes)
-    trainer.train(interrupts)
-    if distributed.is_main():
-        kind = "interrupt" if interrupts.stopped_by else "finish"
-        EventLog(config.run.dir).note(kind, trainer.step, by=interrupts.stopped_by)
-    engine.close()
-
-
-def _build_method(
-    config: Config,
-    reader: ShardReader,
-    taken_up: TakenUp,
-    checkpoint: Checkpoint | None,
-    device: torch.device,
-) -> tuple[Method, RunIdentity]:
-    """The method with equal weights on all ranks, and what the run is made from."""
-    seed_weights(config.train.seed)
-    # A checkpoint holds every weight: what training began with need not be at hand any more.
-    buildable = config if checkpoint is None else described(config, taken_up.stored)
-    method = build_method(buildable, taken_up.tokenizer.vocab_size)
-    step = 0 if checkpoint is None else checkpoint.step
-    identity = taken_up.identity(reader, config, method, step)
-    method = method.to(device)
-    method.prepare(taken_up.tokenizer)
-    return method, identity
-
-
-def _note_start(
-    config: Config, checkpoint: Checkpoint | None, step: int, steps: int, changes: Sequence[str]
-) -> None:
-    """Write into the run's history that it starts or goes on, on which data, and what was passed over."""
-    if not distributed.is_main():
-        return
-    events = EventLog(config.run.dir)
-    for newer, folder in step_folders(Path(config.run.dir) / "checkpoints"):
-        if newer > step:
-            events.note("checkpoint_passed_over", newer, checkpoint=folder.name)
-    if changes:
-        events.note("data_changed", step, root=config.data.root, changes=list(changes))
-    ranks = distributed.world_size()
-    if checkpoint is None:
-        events.note("start", step, steps=steps, ranks=ranks)
-    else:
-        if step >= steps:
-            logger.info("%s is finished (step %d); more train.steps continue it", config.run.dir, step)
-        else:
-            logger.info("resuming %s after step %d of %d", config.run.dir, step, steps)
-        events.note("resume", step, steps=steps, ranks=ranks, checkpoint=checkpoint.name)
-
-
-def _start_prototypes(config: Config, method: Method, data: Callable[[], TrainingLoader]) -> None:
-    method.train()
-    for clusters in initialise_prototypes(method, data, config.prototypes, config.train.seed):
-        logger.info(
-            "prototypes start from k-means; mean cosine to the own centroid %.3f", clusters.similarity
-        )
-
-
-def _callbacks(
-    config: Config,
-    method: Method,
-    engine: Engine,
-    guard: StepGuard,
-    schedule: Schedule,
-    checkpoint: Checkpoint | None,
-    console: Console | None,
-    anchors: AnchorEncoder,
-    identity: RunIdentity,
-    loader: Callable[[int], TrainingLoader],
-) -> tuple[list[Callback], CheckpointCallback, PrototypeRefresh | None]:
-    """All callbacks in the order in which they see a step: check, refresh, log, save."""
-    run_dir = Path(config.run.dir)
-    wandb_run = None
-    if distributed.is_main():
-        run_id = None if checkpoint is None else checkpoint.manifest.wandb_run_id
-        wandb_run = WandbRun(config.monitor, run_dir, config.run.name or run_dir.name, asdict(config), run_id)
-    run_id = distributed.broadcast_object(None if wandb_run is None else wandb_run.id)
-    bar = console if console is not None and console.is_terminal and distributed.is_main() else None
-    monitor = Monitor(run_dir / "metrics.jsonl", schedule.steps, wandb_run, bar)
-    callbacks: list[Callback] = [BadSteps(guard, config.train.max_bad_steps, run_dir, monitor.add)]
-    noted: dict[str, Callable[[], Any]] = {}
-    refresh: PrototypeRefresh | None = None
-    size = None if method.service_user is None else method.service_user.service_size()
-    if size is not None:
-        service = build_service(config.prototypes, size, config.train.seed, detect(), engine.device.type)
-        refreshing = refresh = PrototypeRefresh(service, engine.device, monitor.add, anchors)
-        callbacks.append(refresh)
-        noted["clusters"] = lambda: refreshing.version
-    else:
-        decline_worker(detect())
-    if late_start(method, config.prototypes, schedule):
-        callbacks.append(
-            PrototypeStart(engine, config.prototypes, config.train.seed, schedule, loader, monitor.add)
-        )
-    if config.prototypes.revive_below > 0:
-        callbacks.append(PrototypeRevival(engine, config.prototypes, config.train.seed, monitor.add))
-    callbacks.append(monitor)
-    if config.monitor.log_samples:
-        callbacks.append(SampleLog(run_dir / "samples.jsonl", noted))
-    saving = CheckpointCallback(
-        config, engine, list(callbacks), run_id, identity.summary(), lambda: monitor.latest, monitor.add
-    )
-    return [*callbacks, saving], saving, refresh
+    def start(self, objective: Objective, batches: Callable[[], TrainingLoader]) -> None:
+        """Start learned prototypes of the first phase, where the config has them start from k-means."""
+        assert isinstance(objective, Method)
+        objective.train()
+        for clusters in initialise_prototypes(
+            objective, batches, self.config.prototypes, self.config.train.seed
+        ):
+            logger.info(
+                "prototypes start from k-means; mean cosine to the own centroid %.3f", clusters.similarity
+            )

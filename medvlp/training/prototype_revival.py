@@ -43,7 +43,7 @@ class PrototypeRevival(Callback):
         self.engine, self.config, self.seed, self.log = engine, config, seed, log
         self._banks = {
             name: part
-            for name, part in engine.method.named_modules()
+            for name, part in engine.objective.named_modules()
             if isinstance(part, CountedPrototypes) and part.weight.requires_grad
         }
         if not self._banks:

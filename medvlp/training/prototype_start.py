@@ -56,7 +56,8 @@ class PrototypeStart(Callback):
         step = record.step
         if step == self.schedule.steps or not self.schedule.restarts_at(step):
             return
-        method = self.engine.method
+        method = self.engine.objective
+        assert isinstance(method, Method)
         for user in starting_users(method, self.config, int(self.schedule.phases[step])):
             prototypes = user.learned_prototypes
             assert prototypes is not None, "of those that start"

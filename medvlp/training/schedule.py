@@ -46,18 +46,21 @@ def build_schedule(config: Config, steps_per_epoch: int) -> Schedule:
     if optimizer.schedule == "epoch_cosine":
         stair = optimizer.warmup_stair
         rates = epoch_cosine(steps, steps_per_epoch, warmup, stair, optimizer.lr, optimizer.min_lr)
+    elif optimizer.schedule == "constant":
+        rates = warmup_constant(steps, warmup, optimizer.lr, optimizer.min_lr)
     else:
         rates = warmup_cosine(steps, warmup, optimizer.lr, optimizer.min_lr)
     return Schedule(rates, np.zeros(steps, dtype=np.int64))
 
 
 def total_steps(config: Config, steps_per_epoch: int) -> int:
-    """Optimiser steps of the run: all phases, else `train.steps`, else `train.epochs` (at least one)."""
+    """Optimiser steps of the run: all phases, else `train.steps`, else `train.epochs` (at least
+    one step, and `train.min_steps`)."""
     if config.optimizer.phases:
         return sum(_steps(phase.epochs, steps_per_epoch) for phase in config.optimizer.phases)
     if config.train.steps is not None:
         return config.train.steps
-    return _steps(config.train.epochs, steps_per_epoch)
+    return max(_steps(config.train.epochs, steps_per_epoch), config.train.min_steps)
 
 
 def _steps(epochs: float, steps_per_epoch: int) -> int:
@@ -87,6 +90,12 @@ def warmup_cosine(steps: int, warmup: int, peak: float, low: float) -> NDArray[n
     step = np.arange(steps, dtype=np.float64)
     rising = low + (peak - low) * step / max(warmup, 1)
     return np.where(step < warmup, rising, _half_cosine(step - warmup, steps - warmup, peak, low))
+
+
+def warmup_constant(steps: int, warmup: int, peak: float, low: float) -> NDArray[np.float64]:
+    """Learning rate of each step: linear from `low` to `peak` in `warmup` steps, then `peak`; [steps]."""
+    step = np.arange(steps, dtype=np.float64)
+    return np.where(step < warmup, low + (peak - low) * step / max(warmup, 1), peak)
 
 
 def phase_rates(phase: PhaseConfig, steps_per_epoch: int) -> NDArray[np.float64]:

@@ -1,4 +1,4 @@
-"""The training loop. It knows no method, no logger and no file."""
+"""The training loop. It knows no method, no task, no logger and no file."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -18,10 +18,10 @@ from medvlp.training.step_guard import StepGuard
 
 
 class Trainer:
-    """Trains a method from a finished step to the last one.
+    """Trains an objective from a finished step to the last one.
 
     Args:
-        engine: DeepSpeed around the method.
+        engine: DeepSpeed around the objective.
         batches: this rank's micro-batches, from the first one of the next step on.
         schedule: learning rate and optimiser phase of every step.
         steps_per_epoch: steps after which a new epoch begins.
@@ -59,15 +59,16 @@ class Trainer:
 
     def train(self, interrupts: Interrupts) -> None:
         """Run until the last step, or until the ranks agree on an interrupt."""
-        self.engine.method.train()
+        self.engine.objective.train()
         try:
             for callback in self.callbacks:
                 callback.on_start(self.step)
-            while self.step < self.schedule.steps:
+            while self.step < self.schedule.steps and not any(of.finished for of in self.callbacks):
                 record = self._train_step()
-                finished = self.step == self.schedule.steps
+                record.finished = self.step == self.schedule.steps
                 self._mark_agreement()
-                record.last = reach(interrupts, self.callbacks, self.step, self._mark_agreement) or finished
+                stops = reach(interrupts, self.callbacks, self.step, self._mark_agreement)
+                record.last = stops or record.finished
                 for callback in self.callbacks:
                     self.watchdog.mark(f"the callback {callback.name!r}", record.step - 1)
                     callback.on_step(record)
@@ -91,7 +92,7 @@ class Trainer:
             self.engine.restart_optimizer()
             self.guard.forget()
         phase = int(self.schedule.phases[self.step])
-        self.engine.method.on_progress(Progress(epoch, self.step, self.schedule.steps, phase))
+        self.engine.objective.on_progress(Progress(epoch, self.step, self.schedule.steps, phase))
         self.engine.set_learning_rate(learning_rate)
         accumulation = self.engine.sizes.accumulation
         losses: dict[str, torch.Tensor] = {}

@@ -65,7 +65,7 @@ def _engine(place: Place, precision: str, stage: int, rows: int) -> tuple[Engine
     config.precision, config.zero.stage = precision, stage  # type: ignore[assignment]
     config.train.global_batch = rows
     engine = Engine(built(config), config, divide_batch(config, 1), place.join())
-    engine.method.train()
+    engine.objective.train()
     return engine, config
 
 

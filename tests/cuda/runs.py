@@ -72,7 +72,7 @@ def _large_config() -> Config:
 
 
 def _train_once(engine: Engine) -> None:
-    engine.method.train()
+    engine.objective.train()
     engine.set_learning_rate(1e-3)
     output = engine.forward(small_batch().to(engine.device, non_blocking=False))
     engine.backward(output.loss)

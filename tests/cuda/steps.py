@@ -104,11 +104,11 @@ def methods(place: Place, note: Note) -> None:
 def _train(place: Place, note: Note, name: str, precision: str, stage: int) -> list[float]:
     """Losses of `STEPS` steps that were made, all on one batch; notes figures, refuses a loss that stays."""
     engine, batches = _engine(place, name, precision, stage)
-    guard = StepGuard(engine.method, 0.0, engine.device)
+    guard = StepGuard(engine.objective, 0.0, engine.device)
     losses, norms, skipped = [], [], 0
     waits: list[str] = []
     while len(losses) < (DRY_STEPS if place.dry else STEPS):
-        engine.method.on_progress(Progress(0, len(losses), STEPS, 0))
+        engine.objective.on_progress(Progress(0, len(losses), STEPS, 0))
         watched = waits if len(losses) in (3, 4, 5) else None
         loss = _step(engine, guard, batches, watched)
         if not engine.applied:
@@ -143,7 +143,7 @@ def _engine(place: Place, name: str, precision: str, stage: int) -> tuple[Engine
     config.precision, config.zero.stage = precision, stage  # type: ignore[assignment]
     config.train.global_batch, config.train.micro_batch = 2 * MICRO_BATCH, MICRO_BATCH
     engine = Engine(built(config), config, divide_batch(config, 1), place.join())
-    engine.method.train()
+    engine.objective.train()
     return engine, [small_batch(seed=seed) for seed in (0, 1)]
 
 
@@ -198,13 +198,13 @@ def guard(place: Place, note: Note) -> None:
     """A step whose loss is NaN leaves weights and buffers bit for bit; the next one is made."""
     for precision in ["bf16"] if place.dry else ["bf16", "fp16"]:
         engine, batches = _engine(place, "mgca", precision, 2)
-        step_guard = StepGuard(engine.method, 0.0, engine.device)
+        step_guard = StepGuard(engine.objective, 0.0, engine.device)
         for _ in range(SEARCH):
             _step(engine, step_guard, batches, None)
             if engine.applied:
                 break
         before = {name: value.clone() for name, value in engine.full_weights().items()}
-        with _poisoned(engine.method):
+        with _poisoned(engine.objective):
             loss = _step(engine, step_guard, batches, None)
         assert loss != loss
         assert not engine.applied

@@ -13,6 +13,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from launcher import local, main
 from launcher.commands import pretrain
 from medvlp import distributed
+from medvlp.config import Config
 from medvlp.ranks import FIRST_ERROR, LostPeerError
 from medvlp.runs.errors import CheckpointError
 from shards.errors import DataError
@@ -103,11 +104,11 @@ def test_an_agreed_error_is_shown_by_rank_0(rank: int, monkeypatch: pytest.Monke
     def fail(*_: object) -> int:
         raise CheckpointError("full")
 
-    monkeypatch.setattr("medvlp.training.pretrain.pretrain", fail)
+    monkeypatch.setattr("medvlp.training.run.train", fail)
     for name, value in {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "x", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
     with pytest.raises(CheckpointError if rank == 0 else SystemExit) as ended:
-        pretrain._train_rank(None, fresh=False)
+        pretrain._train_rank(Config(), fresh=False)
     assert rank == 0 or ended.value.code == 4  # type: ignore[attr-defined]
 
 

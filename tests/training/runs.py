@@ -45,18 +45,20 @@ def load_config(overrides: list[str]) -> Config:
 
 def train(overrides: list[str], fresh: bool = False) -> int:
     """A whole run on this rank of the pool; the exit code."""
-    from medvlp.training.pretrain import pretrain
+    from medvlp.training.pretrain import Pretraining
+    from medvlp.training.run import train as run
 
-    return pretrain(load_config(overrides), fresh=fresh)
+    return run(Pretraining(load_config(overrides)), fresh=fresh)
 
 
 def train_from_file(file: str, overrides: list[str]) -> int:
     """A whole run from a YAML file and overrides."""
     from medvlp import config_files
     from medvlp.methods.registry import schemas
-    from medvlp.training.pretrain import pretrain
+    from medvlp.training.pretrain import Pretraining
+    from medvlp.training.run import train as run
 
-    return pretrain(config_files.load([file], overrides, schemas()))
+    return run(Pretraining(config_files.load([file], overrides, schemas())))
 
 
 def train_expecting_error(overrides: list[str], fresh: bool = False) -> tuple[str, str, Any]:

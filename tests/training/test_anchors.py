@@ -40,7 +40,7 @@ def losses_and_anchors(root: str, stage: int, anchors: list[str]) -> tuple[list[
     found, losses, rank = [encoder()], [], distributed.rank()
     engine = Engine(method, config, divide_batch(config, distributed.world_size()), device)
     torch.manual_seed(rank)
-    engine.method.train()
+    engine.objective.train()
     share = 12 // distributed.world_size()
     for step in range(3):
         engine.set_learning_rate(1e-2)

@@ -151,7 +151,7 @@ def test_a_run_without_wandb_imports_none(tmp_path: Path) -> None:
         "import sys\n"
         "from pathlib import Path\n"
         "sys.modules['wandb'] = None\n"  # what `import wandb` would raise for
-        "import medvlp.training.pretrain\n"
+        "import medvlp.training.run\n"
         "from medvlp.config import MonitorConfig\n"
         "from medvlp.training.wandb_run import WandbRun\n"
         f"run = WandbRun(MonitorConfig(wandb='disabled'), Path({str(tmp_path)!r}), 'name', {{}}, None)\n"

@@ -83,8 +83,8 @@ def global_batch(name: str) -> Any:
 
 
 def train(engine: Engine, name: str, step: int, epoch: int = 5) -> None:
-    engine.method.train()
-    engine.method.on_progress(Progress(epoch, step, 20))
+    engine.objective.train()
+    engine.objective.on_progress(Progress(epoch, step, 20))
     engine.set_learning_rate(3e-4)
     share = 12 // distributed.world_size()
     first = share * distributed.rank()
@@ -95,7 +95,7 @@ def train(engine: Engine, name: str, step: int, epoch: int = 5) -> None:
 def revive(name: str, stage: int, precision: Precision) -> dict[str, Any]:
     """Train until unused rows are revived; what the model reads and the optimiser holds around that."""
     engine, bank_name = start(name, stage, precision)
-    bank, parameter = engine.method.get_submodule(bank_name), f"{bank_name}.weight"
+    bank, parameter = engine.objective.get_submodule(bank_name), f"{bank_name}.weight"
     logged: list[dict[str, float]] = []
     assert isinstance(bank, CountedPrototypes)
     config = PrototypesConfig(revive_below=0.2, refresh_steps=4)
@@ -166,7 +166,7 @@ def test_unused_rows_start_anew(gloo_pool: Pools, name: str, precision: Precisio
 def move(stage: int) -> list[Any]:
     """Directions at the start, after two steps with frozen prototypes, and after one more without."""
     engine, bank_name = start("mgca", stage, "fp32")
-    bank = engine.method.get_submodule(bank_name)
+    bank = engine.objective.get_submodule(bank_name)
     assert isinstance(bank, CountedPrototypes)
     found = [directions(bank)]
     for step, epoch in enumerate((0, 0, 1)):

@@ -1,0 +1,73 @@
+"""Combinations of config values that are refused before anything starts."""
+
+import math
+
+from medvlp.config import Config, ConfigError, ImageConfig
+
+#: Least standard deviation of a channel.
+MIN_STD = 1e-6
+
+
+def check_combinations(config: Config) -> None:
+    """Refuse values that are each valid but cannot stand together."""
+    if config.zero.offload_parameters and config.zero.stage != 3:
+        raise ConfigError("zero.offload_parameters=true needs zero.stage=3")
+    if config.zero.offload_optimizer and config.zero.stage == 0:
+        raise ConfigError("zero.offload_optimizer=true needs zero.stage of 1, 2 or 3")
+    if config.image.pretrained and config.image.weights:
+        raise ConfigError("image.pretrained=true and image.weights are two sources of weights: choose one")
+    _check_normalisation(config.image)
+    _check_validation(config)
+    if config.train.micro_batch and config.train.global_batch % config.train.micro_batch:
+        raise ConfigError(
+            f"train.micro_batch={config.train.micro_batch} does not divide "
+            f"train.global_batch={config.train.global_batch}"
+        )
+    if config.optimizer.phases and config.train.steps is not None:
+        raise ConfigError(
+            "optimizer.phases and train.steps both say how long the run is: remove one (epochs of a phase "
+            "may be fractions)"
+        )
+    if config.optimizer.phases and config.optimizer.schedule != "cosine":
+        raise ConfigError(
+            f"optimizer.phases needs optimizer.schedule=cosine, not {config.optimizer.schedule}"
+        )
+    for number, phase in enumerate(config.optimizer.phases):
+        if phase.epochs <= 0 or phase.warmup_epochs >= phase.epochs:
+            raise ConfigError(
+                f"optimizer.phases[{number}]: epochs={phase.epochs} must be above 0 and above "
+                f"warmup_epochs={phase.warmup_epochs}"
+            )
+
+
+def _check_validation(config: Config) -> None:
+    """Refuse a choice by a validation that is never made, or that sees what is trained."""
+    best, validation = config.checkpoint.keep_best, config.validation
+    validates = validation.every_steps > 0 or validation.every_epochs > 0
+    if config.train.patience is not None and not (best or "").startswith("valid/"):
+        raise ConfigError(
+            f"train.patience={config.train.patience} counts validations without a better "
+            f"checkpoint.keep_best, which is {best}: name a metric of the validation, such as valid/loss"
+        )
+    if (best or "").startswith("valid/") and not validates:
+        raise ConfigError(
+            f"checkpoint.keep_best={best} is measured by validations: set validation.every_epochs or "
+            "validation.every_steps"
+        )
+    if validates and validation.split == config.data.split:
+        raise ConfigError(f"validation.split={validation.split} is trained on: name another split")
+
+
+def _check_normalisation(image: ImageConfig) -> None:
+    """Refuse means and deviations that are no numbers, or not as many as the backbone has channels."""
+    for name, value in (("mean", image.mean), ("std", image.std)):
+        numbers = value if isinstance(value, list) else [value]
+        if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
+            raise ConfigError(f"image.{name}={value}: give one number, or a list of one per channel")
+        if isinstance(value, list) and len(value) != image.in_channels:
+            raise ConfigError(
+                f"image.{name}={value} has {len(value)} numbers and image.in_channels is "
+                f"{image.in_channels}: give one number, or one per channel"
+            )
+        if name == "std" and min(numbers) < MIN_STD:
+            raise ConfigError(f"image.std={value} is out of range: it goes from {MIN_STD} up")

@@ -1,0 +1,317 @@
+"""The training runs of tasks: their config, their recipe, and the networks that come out of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from torch import Tensor
+
+from medvlp import config_files, distributed
+from medvlp.config import Config
+from medvlp.config_files import Layer
+from medvlp.data.batch import Batch
+from medvlp.data.dataset import EvaluationDataset
+from medvlp.data.loader import TrainingLoader
+from medvlp.data.order import Positions
+from medvlp.data.sample_store import SampleStore
+from medvlp.data.text import Tokenizer
+from medvlp.evaluation.heads.objective import SupervisedObjective
+from medvlp.evaluation.splits import stratified_fraction
+from medvlp.evaluation.task import EvaluationError, Role, Unit, schemas, tasks
+from medvlp.evaluation.trained import DEFAULTS, TrainedTask
+from medvlp.methods import registry
+from medvlp.methods.base import Objective
+from medvlp.runs import saved_run
+from medvlp.runs.encoder_records import described
+from medvlp.runs.errors import CheckpointError
+from medvlp.runs.events import EVENTS
+from medvlp.runs.manifest import step_folders
+from medvlp.runs.retention import best_of
+from medvlp.runs.saved_run import SavedRun
+from medvlp.training.callbacks import PREFIX
+from medvlp.training.predictions import Predictions, predict
+from medvlp.training.pretrain import Pretraining
+from medvlp.training.recipe import Recipe, TrainingSet
+from shards.errors import MedvlpError
+from shards.reader import ShardReader
+
+if TYPE_CHECKING:
+    from medvlp.evaluation.session import Session, View
+
+Start = Literal["trained", "untrained"]
+
+#: Sections of a run's config that its network and the reading of images and reports depend on.
+_NETWORK = ("image", "text", "method", "prototypes", "data")
+#: Those that say how a machine is used, taken over where a run is evaluated.
+_MACHINE = ("precision", "zero", "deepspeed", "monitor")
+
+
+class TrainingStoppedError(MedvlpError):
+    """A training of a task has not ended well; `exit_code` is that of the training."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def recipe_of(config: Config) -> Recipe:
+    """What a run trains: the task that its config names, else the method.
+
+    Raises:
+        EvaluationError: there is no such task, or it trains nothing.
+    """
+    return Pretraining(config) if config.task is None else Supervised(config)
+
+
+def task_of(config: Config) -> TrainedTask:
+    """The task that a config trains; errors as `recipe_of`."""
+    known = tasks()
+    names = [name for name, task in known.items() if issubclass(task, TrainedTask)]
+    if config.task not in names:
+        raise EvaluationError(
+            f"task={config.task}: no task of this name trains; there are {', '.join(names)}"
+        )
+    task = known[config.task](config.evaluation.tasks[config.task])
+    assert isinstance(task, TrainedTask)
+    return task
+
+
+class Supervised(Recipe):
+    """The head of a task on the network of `finetune.run`, on a fraction of the patients of a split."""
+
+    def __init__(self, config: Config) -> None:
+        self.task = task_of(config)
+        super().__init__(config, self.task.fields)
+
+    @cached_property
+    def _source(self) -> SavedRun:
+        assert self.config.finetune.run is not None, "checked where the config was made"
+        return saved_run.locate(Path(self.config.finetune.run))
+
+    def tokenizer(self) -> Tokenizer:
+        """The one the network was pre-trained with."""
+        return saved_run.load_tokenizer(self._source, self.config)
+
+    def samples(self, reader: ShardReader, tokenizer: Tokenizer) -> Positions:
+        """Those of the patients that are drawn, of what can be learned from."""
+        config = self.config
+        if not distributed.is_main():
+            drawn = None
+        else:
+            store = SampleStore.open_or_build(reader, config.data.split, config.data, tokenizer)
+            drawn = draw(self.task, reader, config, store).tolist()
+        return np.array(distributed.broadcast_object(drawn), dtype=np.int64)
+
+    def build(self, data: TrainingSet) -> Objective:
+        """See `Recipe.build`."""
+        return self.task.objective(registry.build_method(data.config, data.tokenizer.vocab_size), data)
+
+    def start(self, objective: Objective, batches: Callable[[], TrainingLoader]) -> None:
+        """Take over the weights of the pre-training."""
+        assert isinstance(objective, SupervisedObjective)
+        if self.config.finetune.start == "trained":
+            self._source.checkpoint.weights_into(objective.method)
+
+    def validated(self, reader: ShardReader, store: SampleStore) -> Positions:
+        """Those that something is known of."""
+        return learnable(self.task, reader, self.config.validation.split, store)
+
+    def predict(self, objective: Objective, batch: Batch) -> Mapping[str, Tensor]:
+        """See `SupervisedObjective.predict`."""
+        assert isinstance(objective, SupervisedObjective)
+        return objective.predict(batch)
+
+    def measure(self, predictions: Predictions, data: TrainingSet) -> Mapping[str, float]:
+        """See `TrainedTask.metrics`."""
+        return self.task.metrics(predictions, data)
+
+    def started_from(self) -> Mapping[str, str]:
+        """The weights of the pre-training."""
+        return {"run": self._source.weights} if self.config.finetune.start == "trained" else {}
+
+
+def draw(task: TrainedTask, reader: ShardReader, config: Config, store: SampleStore) -> Positions:
+    """The samples of `finetune.fraction` of the patients that have something to learn, by `train.seed`."""
+    split = config.data.split
+    rows = learnable(task, reader, split, store)
+    if not len(rows):
+        raise EvaluationError(f"{task.name}: no sample of split {split} has what is to be learned")
+    names = reader.index.label_names
+    columns = [names.index(name) for name in task.findings(names)]
+    patients = np.array([reader.metadata(split, int(row))["patient_id"] for row in rows])
+    labels = store.labels[rows][:, columns]
+    return rows[stratified_fraction(patients, labels, config.finetune.fraction, config.train.seed)]
+
+
+def learnable(task: TrainedTask, reader: ShardReader, split: str, store: SampleStore) -> Positions:
+    """The readable samples of a split that the task can learn from or be measured on."""
+    readable = np.ones(len(store), dtype=bool)
+    readable[store.unreadable] = False
+    return np.flatnonzero(task.learnable(reader, split, store) & readable)
+
+
+def run_config(
+    source: SavedRun,
+    base: Config,
+    task: TrainedTask,
+    unit: Unit,
+    start: Start,
+    files: Sequence[Path | str | Layer] = (),
+    overrides: Sequence[str] = (),
+) -> Config:
+    """The config of a training run: the pre-trained network below the protocol below what the user says.
+
+    Args:
+        source: the pre-training.
+        base: its config, with the user's changes where it is evaluated.
+        task: with its settings.
+        unit: fraction and seed.
+        start: what it begins with.
+        files, overrides: the user's; they say `run.dir`.
+
+    Raises:
+        ConfigError: see `config_files.load`.
+    """
+    identity = None if source.stored is None else source.stored[0]
+    network = dataclasses.asdict(described(base, identity) if start == "trained" else base)
+    name = f"evaluation.tasks.{task.name}"
+    best = {"keep_best": PREFIX + task.chooses, "best_mode": task.chooses_mode}
+    unit_values = {
+        "task": task.name,
+        "train": {"seed": unit.seed},
+        "finetune": {
+            "run": str(source.checkpoint.folder.resolve()),
+            "start": start,
+            "fraction": unit.fraction,
+        },
+        "evaluation": {"tasks": {task.name: dataclasses.asdict(task.settings)}},
+    }
+    layers = [
+        Layer(f"the config of {source.run}", {section: network[section] for section in _NETWORK}),
+        Layer("the defaults of tasks that train", DEFAULTS),
+        Layer(f"task {task.name}", {"checkpoint": best}),
+        Layer(f"{name}.protocol={task.settings.protocol}", task.protocols[task.settings.protocol]),
+        Layer(f"{name}.training", task.settings.training),
+        *files,
+        Layer("the unit", unit_values),
+    ]
+    return config_files.load(layers, overrides, registry.schemas(), tasks=schemas())
+
+
+@dataclass(frozen=True)
+class Network:
+    """A trained network: the best checkpoint of its run.
+
+    Attributes:
+        task: with the settings of its run. config: of its run. saved: run and checkpoint.
+    """
+
+    task: TrainedTask
+    config: Config
+    saved: SavedRun
+
+    @classmethod
+    def of(cls, config: Config) -> Network:
+        """The best checkpoint of a finished run, by its validations.
+
+        Raises:
+            CheckpointError: there is none with a validation, or it is damaged.
+        """
+        folders = [folder for _, folder in step_folders(Path(config.run.dir) / "checkpoints")]
+        best = best_of(folders, config.checkpoint)
+        if best is None:
+            raise CheckpointError(
+                f"{config.run.dir}: no checkpoint has {config.checkpoint.keep_best}: no validation has given "
+                "it (one class only in the validation split?)"
+            )
+        return cls(task_of(config), config, saved_run.locate(best))
+
+    def notes(self) -> dict[str, Any]:
+        """What a result says about the training."""
+        manifest = self.saved.manifest
+        chosen = {name: value for name, value in manifest.metrics.items() if name.startswith(PREFIX)}
+        return {"step": manifest.step, "epoch": manifest.epoch, **chosen}
+
+    def predict(self, view: View, role: Role) -> Predictions:
+        """Its predictions of all samples of a split that this view may see; corrupt ones are left out."""
+        dataset = view.dataset(role)
+        recipe = Supervised(self.config)
+        objective = self._objective(dataset, recipe).to(view.device)
+        return predict(
+            objective,
+            lambda batch: (None, recipe.predict(objective, batch)),
+            dataset,
+            learnable(self.task, dataset.reader, dataset.split, dataset.store),
+            self.config.validation.batch,
+            view.device,
+            self.config.train.seed,
+        )
+
+    def _objective(self, dataset: EvaluationDataset, recipe: Supervised) -> Objective:
+        """With the weights of the checkpoint, on the CPU in float32."""
+        reader, tokenizer = dataset.reader, dataset.tokenizer
+        identity = None if self.saved.stored is None else self.saved.stored[0]
+        config = described(self.config, identity)
+        objective = recipe.build(TrainingSet(config, reader, recipe.samples(reader, tokenizer), tokenizer))
+        objective.prepare(tokenizer)
+        self.saved.checkpoint.weights_into(objective)
+        return objective
+
+
+def unit_config(session: Session, task: TrainedTask, unit: Unit, start: Start, run: Path) -> Config:
+    """The config of a training run of a unit, in the folder `run`."""
+    roles, machine = session.facts(task).roles, dataclasses.asdict(session.config)
+    settings = {"labels": task.settings.labels or session.findings, "uncertain": session.uncertain}
+    given = {
+        "run": {"dir": str(run), "name": f"{task.name}-{unit.name}-{start}"},
+        "data": {"split": roles["train"]},
+        "validation": {"split": roles["selection"]},
+        "evaluation": {"tasks": {task.name: settings}},
+    }
+    layers = [
+        Layer("how the run uses its machine", {name: machine[name] for name in _MACHINE}),
+        Layer("the evaluation", given),
+    ]
+    return run_config(session.source, session.config, task, unit, start, layers)
+
+
+def trained(session: Session, task: TrainedTask, unit: Unit, start: Start, folder: Path) -> Network:
+    """Train one network of a unit in a run folder of its own, going on from what is there.
+
+    Raises:
+        TrainingStoppedError: the training has ended otherwise than well.
+    """
+    run = folder / start
+    config = unit_config(session, task, unit, start, run)
+    if not is_finished(run):
+        session.say(f"  {task.name}, {unit.name}: training the {start} network in {run}")
+        if (code := session.train(config)) != 0:
+            raise TrainingStoppedError(
+                f"{task.name}, {unit.name}: the training in {run} ended with code {code}; the same command "
+                "goes on from its newest checkpoint",
+                code,
+            )
+    return Network.of(config)
+
+
+def is_finished(run: Path) -> bool:
+    """Whether the last thing that happened to a run is that it finished."""
+    try:
+        lines = (run / EVENTS).read_text(encoding="utf-8").splitlines()
+        return bool(lines) and json.loads(lines[-1]).get("kind") == "finish"
+    except (OSError, ValueError):
+        return False
+
+
+def train_here(config: Config) -> int:
+    """Train a run in this process; see `medvlp.training.run.train`."""
+    from medvlp.training.run import train
+
+    return train(recipe_of(config))

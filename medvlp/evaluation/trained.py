@@ -1,0 +1,242 @@
+"""A task that trains a network: everything of it but its head, its loss and its scores.
+
+A unit is a fraction of the training patients and a seed. For each unit the network of the run and the
+untrained one are trained by the trainer of pre-training, in run folders below the unit's own; the epoch is
+chosen on the validation split by `Task.chooses`. Like every task, importing one imports no torch.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medvlp.config import Config, ConfigError, TaskConfig, key
+from medvlp.evaluation.metrics.bootstrap import Estimate
+from medvlp.evaluation.task import EvaluationError, Facts, Needs, Role, Task, TaskResult, Unit
+
+if TYPE_CHECKING:
+    from medvlp.data.sample_store import SampleStore
+    from medvlp.evaluation.heads.objective import SupervisedObjective
+    from medvlp.evaluation.session import Session, View
+    from medvlp.evaluation.supervised import Network
+    from medvlp.methods.base import Method
+    from medvlp.training.predictions import Predictions
+    from medvlp.training.recipe import TrainingSet
+    from shards.reader import ShardReader
+
+#: What a training begins with: the run's weights, or those before its first step.
+STARTS: tuple[Literal["trained", "untrained"], ...] = ("trained", "untrained")
+
+#: Config of the training runs of every task, below its protocol.
+DEFAULTS: dict[str, Any] = {
+    "data": {"split": "train", "tail": "wrap"},
+    "train": {"steps": None, "patience": 10, "spike_sigma": 0.0},
+    "optimizer": {"phases": []},
+    "prototypes": {"init": "random", "revive_below": 0.0, "anchors": []},
+    "checkpoint": {"every_steps": 0, "every_minutes": 10.0, "keep_last": 1, "keep_every": 0},
+    "validation": {"every_epochs": 1.0},
+}
+
+
+@dataclass
+class TrainedTaskConfig(TaskConfig):
+    fractions: list[float] = key(
+        [0.01, 0.1, 1.0], "shares of the training patients, each a part of the larger ones", 1e-6, 1, (1, 100)
+    )
+    seeds: list[int] = key(
+        [0], "seeds of draw, head and order; the mean over them is reported", 0, 2**32 - 1, (1, 100)
+    )
+    protocol: str = key("ours", "named settings of optimizer, schedule, head and views")
+    labels: list[str] = key([], "labels that are learned; none: all of the dataset")
+    uncertain: Literal["exclude", "positive", "negative"] = key(
+        "exclude", "what a label of -1 teaches: nothing, or one side"
+    )
+    training: dict[str, Any] = key(
+        {}, "sections of the config of its training runs, over the protocol's: {train: {epochs: 10}}"
+    )
+
+    def check(self, config: Config) -> None:
+        for name in ("fractions", "seeds"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ConfigError(f"{name}={values} of a task: one of them stands twice; remove it")
+
+
+@dataclass
+class Fitted:
+    """What `fit` of a unit leaves for `measure`.
+
+    Attributes:
+        networks: "trained" and "untrained", each with the weights of its best validation.
+        findings: the labels they have learned.
+        selection: their predictions of the selection split.
+        chosen: what `TrainedTask.choose` chose there.
+    """
+
+    networks: dict[str, Network]
+    findings: list[str]
+    selection: dict[str, Predictions]
+    chosen: Any = None
+
+
+class TrainedTask(Task):
+    """See the module. A subclass writes `objective`, `metrics` and `score`.
+
+    Attributes:
+        fields: batch fields that training and prediction read.
+        chooses: metric of the validation that chooses the epoch: "loss", or a name that `metrics` gives.
+        chooses_mode: whether the lowest or the highest is best.
+        protocols: name -> sections of a run's config.
+    """
+
+    config = TrainedTaskConfig
+    unit_keys = frozenset({"fractions", "seeds"})
+    fits_to_labels = True
+    fields: ClassVar[frozenset[str]] = frozenset()
+    chooses: ClassVar[str] = "loss"
+    chooses_mode: ClassVar[Literal["min", "max"]] = "min"
+    protocols: ClassVar[Mapping[str, Mapping[str, Any]]] = {"ours": {}}
+
+    def __init__(self, settings: Any) -> None:
+        super().__init__(settings)
+        if settings.protocol not in self.protocols:
+            raise ConfigError(
+                f"evaluation.tasks.{self.name}.protocol={settings.protocol}: there are "
+                f"{', '.join(self.protocols)}"
+            )
+
+    @abc.abstractmethod
+    def objective(self, method: Method, data: TrainingSet) -> SupervisedObjective:
+        """What is trained: a head on the method, with a loss.
+
+        Args:
+            method: newly built; its weights are loaded later.
+            data: what is learned from: `config`, `reader`, `samples` (positions in `config.data.split`),
+                `tokenizer`. What has to be collected (a vocabulary, answers) comes from these samples only.
+        """
+
+    @abc.abstractmethod
+    def metrics(self, predictions: Predictions, data: TrainingSet) -> Mapping[str, float]:
+        """Cheap numbers of the validation split while training; NaN where there is none."""
+
+    @abc.abstractmethod
+    def score(
+        self, view: View, unit: Unit, predictions: Mapping[str, Predictions], fitted: Fitted
+    ) -> TaskResult:
+        """Metrics of the evaluated split; baselines that need no training are added here.
+
+        Args:
+            view: sees the evaluated split; `view.patients("evaluated", sample)` for its `bootstrap`.
+            unit: fraction and seed.
+            predictions: of the networks "trained" and "untrained".
+            fitted: with `chosen`, and `selection` for what they were chosen on.
+
+        Returns:
+            Plain metrics ("auroc/macro"); the fraction is put in by `measure` ("auroc@10%/macro").
+        """
+
+    def choose(self, view: View, unit: Unit, selection: Mapping[str, Predictions]) -> Any:
+        """Thresholds and the like, from the selection split; `view` sees train and selection."""
+        return None
+
+    def learnable(self, reader: ShardReader, split: str, store: SampleStore) -> NDArray[np.bool_]:
+        """[N] samples of a split that have something to learn or validate with; by default all."""
+        return np.ones(len(store), dtype=bool)
+
+    def findings(self, label_names: Sequence[str]) -> list[str]:
+        """The labels that are learned, in this order.
+
+        Raises:
+            EvaluationError: the dataset has no such label.
+        """
+        for name in self.settings.labels:
+            if name not in label_names:
+                raise EvaluationError(
+                    f"evaluation.tasks.{self.name}.labels: the dataset has no label {name!r}, it has "
+                    f"{', '.join(label_names) or 'none'}"
+                )
+        return list(self.settings.labels or label_names)
+
+    def needs(self, facts: Facts) -> Mapping[Role, Needs]:
+        return {role: Needs(fields=self.fields) for role in ("train", "selection", "evaluated")}
+
+    def unavailable_on(self, facts: Facts) -> str | None:
+        if not {"train", "selection"} <= facts.roles.keys():
+            return (
+                "needs the splits train and valid beside the evaluated one; "
+                f"{facts.index.name} has {', '.join(facts.available)}"
+            )
+        return None
+
+    def units(self) -> Sequence[Unit]:
+        return [Unit(fraction, seed) for fraction in self.settings.fractions for seed in self.settings.seeds]
+
+    def depends_on(self, session: Session, unit: Unit) -> Any:
+        """The config of the training, without where and how fast it runs."""
+        from medvlp.evaluation.supervised import unit_config
+
+        values = asdict(unit_config(session, self, unit, "trained", Path()))
+        del values["finetune"]["run"]
+        sections = ("optimizer", "train", "image", "validation", "finetune", "precision", "checkpoint")
+        kept = {name: values[name] for name in sections}
+        return kept | {"views": values["data"]["transform"], "task": values["evaluation"]["tasks"][self.name]}
+
+    def fit(self, view: View, unit: Unit) -> Fitted:
+        """Train both networks and choose on the selection split."""
+        networks: dict[str, Network] = {start: view.network(unit, start) for start in STARTS}
+        selection = {name: network.predict(view, "selection") for name, network in networks.items()}
+        findings = networks["trained"].task.findings(view.facts.index.label_names)
+        return Fitted(networks, findings, selection, self.choose(view, unit, selection))
+
+    def measure(self, view: View, unit: Unit, fitted: Fitted) -> TaskResult:
+        """Score the evaluated split."""
+        assert unit.fraction is not None
+        predictions = {name: network.predict(view, "evaluated") for name, network in fitted.networks.items()}
+        result = self.score(view, unit, predictions, fitted)
+        result.models = {
+            model: {at_fraction(name, unit.fraction): value for name, value in metrics.items()}
+            for model, metrics in result.models.items()
+        }
+        result.notes["training"] = {
+            unit.name: {name: network.notes() for name, network in fitted.networks.items()}
+        }
+        return result
+
+    def join(self, parts: Mapping[Unit, TaskResult]) -> TaskResult:
+        """Fractions beside each other; of several seeds the mean, with its standard deviation beside it."""
+        joined = TaskResult(notes=next(iter(parts.values())).notes | {"training": {}})
+        values: dict[tuple[str, str], list[Estimate]] = {}
+        for part in parts.values():
+            joined.notes["training"] |= part.notes["training"]
+            for model, metrics in part.models.items():
+                for name, estimate in metrics.items():
+                    values.setdefault((model, name), []).append(estimate)
+        for (model, name), found in values.items():
+            of = joined.models.setdefault(model, {})
+            of[name] = found[0] if len(found) == 1 else _mean(found)
+            if len(found) > 1:
+                kind, _, finding = name.partition("/")
+                of[f"{kind}-sd/{finding}"] = Estimate(stdev(item.value for item in found))
+        return joined
+
+
+def _mean(found: Sequence[Estimate]) -> Estimate:
+    """Mean over seeds; the bounds are the means of theirs: a typical seed's interval by patient."""
+    value = fmean(item.value for item in found)
+    bounds = [(item.low, item.high) for item in found if item.low is not None and item.high is not None]
+    if len(bounds) < len(found):
+        return Estimate(value)
+    return Estimate(value, fmean(low for low, _ in bounds), fmean(high for _, high in bounds))
+
+
+def at_fraction(metric: str, fraction: float) -> str:
+    """("auroc/edema", 0.1) -> "auroc@10%/edema"."""
+    name, separator, finding = metric.partition("/")
+    return f"{name}@{100 * fraction:g}%{separator}{finding}"

@@ -1,0 +1,163 @@
+"""What a network makes of a split: losses and arrays of samples, the same numbers on any number of ranks.
+
+The split is cut into chunks that depend on nothing but its samples. Each chunk goes through one rank as if
+that were alone (contrasts see the chunk and no more), with randomness of its own, so a chunk's numbers are
+the same wherever it is computed. They are collected by chunk and by sample, then summed in that order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from medvlp import distributed
+from medvlp.data.batch import Batch
+from medvlp.data.dataset import EvaluationDataset
+from medvlp.data.loader import EvaluationLoader
+from medvlp.data.order import Positions
+from medvlp.methods.base import Objective, StepOutput
+from medvlp.runs.randomness import random_state, restore_random_state, seed_weights
+from shards.errors import DataError
+
+#: What is done with a batch, without gradient: its loss and terms, and arrays [B, ...] of its samples.
+Examine = Callable[[Batch], tuple[StepOutput | None, Mapping[str, Tensor]]]
+
+
+@dataclass
+class Predictions:
+    """Arrays of the samples of a split, each sample once.
+
+    Attributes:
+        sample: [N] positions in the split, ascending.
+        arrays: name -> [N, ...], the rows of `sample`.
+        losses: "loss" and its terms, means over samples.
+    """
+
+    sample: NDArray[np.int64]
+    arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
+
+
+def predict(
+    objective: Objective,
+    examine: Examine,
+    dataset: EvaluationDataset,
+    positions: Positions,
+    batch: int,
+    device: torch.device,
+    seed: int = 0,
+    alive: Callable[[], None] = lambda: None,
+) -> Predictions:
+    """Send samples through a network; all ranks call this together and get the same.
+
+    Modes, buffers and random generators are afterwards as they were.
+
+    Args:
+        objective: is put into evaluation mode. examine: what is done with each batch.
+        dataset: the split. positions: which of its samples; corrupt ones are left out.
+        batch: samples of a chunk.
+        device: of the objective.
+        seed: of what `examine` draws.
+        alive: called before each chunk.
+
+    Raises:
+        DataError: too many samples are corrupt, or there is none.
+    """
+    chosen = np.sort(positions).tolist()
+    chunks = [chosen[start : start + batch] for start in range(0, len(chosen), batch)]
+    if not chunks:
+        raise DataError(f"split {dataset.split!r} has no sample to be measured")
+    own = _share(len(chunks))
+    loader = EvaluationLoader(
+        dataset, [chunks[number] for number, _ in own], dataset.config, keeps_empty=True
+    )
+    found = _Collected()
+    last: Batch | None = None
+    with _undisturbed(objective), torch.no_grad():
+        for (number, counts), loaded in zip(own, loader, strict=True):
+            alive()
+            given = loaded if loaded.keys else last
+            if given is None:
+                raise DataError(f"split {dataset.split!r}: {len(loaded.faults)} corrupt samples in a row")
+            last = given
+            seed_weights(int(np.random.SeedSequence([seed, number]).generate_state(1)[0]))
+            with distributed.alone():
+                output, arrays = examine(given.to(device))
+            if counts and loaded.keys:
+                found.add(number, given, output, arrays)
+    return found.gathered()
+
+
+def _share(chunks: int) -> list[tuple[int, bool]]:
+    """Numbers of this rank's chunks and whether they count: ZeRO-3 gathers weights in every pass, so a rank
+    without a chunk of its own in the last round does one once more."""
+    rank, ranks = distributed.rank(), distributed.world_size()
+    rounds = range(-(-chunks // ranks))
+    return [(number, True) if (number := turn * ranks + rank) < chunks else (0, False) for turn in rounds]
+
+
+class _Collected:
+    """Of this rank: a row [chunk, samples, losses...] for each chunk, and the arrays of its samples."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._losses: list[list[float]] = []
+        self._arrays: dict[str, list[Tensor]] = {}
+
+    def add(self, number: int, batch: Batch, output: StepOutput | None, arrays: Mapping[str, Tensor]) -> None:
+        """Take in what a chunk gave."""
+        named = {} if output is None else output.named
+        self._names = sorted(named)
+        values = [float(named[name]) for name in self._names]
+        self._losses.append([float(number), float(len(batch.keys)), *values])
+        for name, value in {"": batch.sample, **arrays}.items():
+            # A byte: gloo carries no booleans.
+            value = value.detach().to("cpu", torch.uint8 if value.dtype == torch.bool else None)
+            self._arrays.setdefault(name, []).append(value.contiguous())
+
+    def gathered(self) -> Predictions:
+        """Of all ranks; a collective."""
+        own = {name: torch.cat(parts) for name, parts in self._arrays.items()}
+        told = distributed.gather_objects(
+            [self._names, {name: [str(a.dtype), list(a.shape[1:])] for name, a in own.items()}]
+        )
+        names, layout = max(told, key=lambda of: len(of[1]))  # a rank without a sample knows neither
+        rows = torch.tensor(self._losses, dtype=torch.float64).reshape(-1, 2 + len(names))
+        every = distributed.gather_on_host(rows).numpy()
+        every = every[np.argsort(every[:, 0])]
+        weights = every[:, 1] / every[:, 1].sum()
+        losses = {name: float(weights @ every[:, 2 + column]) for column, name in enumerate(names)}
+        arrays = {}
+        for name, (kind, shape) in sorted(layout.items()):
+            dtype = getattr(torch, kind.removeprefix("torch."))
+            part = own.get(name, torch.zeros((0, *shape), dtype=dtype))
+            whole = distributed.gather_on_host(part.float() if dtype == torch.bfloat16 else part)
+            arrays[name] = whole.numpy()
+        sample = arrays.pop("")
+        order = np.argsort(sample, kind="stable")
+        return Predictions(sample[order], {name: a[order] for name, a in arrays.items()}, losses)
+
+
+@contextmanager
+def _undisturbed(objective: Objective) -> Iterator[None]:
+    """Evaluation mode; afterwards modes, buffers and random generators as before."""
+    modes = {part: part.training for part in objective.modules()}
+    buffers = [(buffer, buffer.clone()) for buffer in objective.buffers()]
+    random = random_state()
+    try:
+        objective.eval()
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        restore_random_state(random)

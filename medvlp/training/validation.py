@@ -1,0 +1,130 @@
+"""Validation while training: losses and metrics of another split, the best checkpoint, early stopping."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from medvlp import distributed
+from medvlp.config import Config
+from medvlp.data.batch import Batch
+from medvlp.data.loader import evaluation_dataset
+from medvlp.prototypes.table import PrototypeTable
+from medvlp.training.callbacks import PREFIX, Callback, StepRecord
+from medvlp.training.engine import Engine
+from medvlp.training.predictions import predict
+from medvlp.training.recipe import Recipe, TrainingSet
+
+
+def interval(config: Config, steps_per_epoch: int) -> int:
+    """Steps between two validations; 0: there are none."""
+    validation = config.validation
+    epochs = round(validation.every_epochs * steps_per_epoch)
+    return max(validation.every_steps, epochs, 1 if validation.every_epochs > 0 else 0)
+
+
+class Validation(Callback):
+    """Measures `validation.split` every so many steps and after the last one.
+
+    Where `checkpoint.keep_best` names one of its metrics it has a better value saved, and ends training
+    after `train.patience` validations without one. All ranks get the same numbers and so decide alike.
+
+    Args:
+        recipe: measures predictions.
+        engine: the network.
+        learned: what the run learns from; the split is of the same dataset.
+        every: steps between two.
+        log: takes the metrics.
+
+    Attributes:
+        alive: called with a place and the finished steps, so that nobody takes this rank for dead.
+        clusters: gives those of the prototype service.
+
+    Raises:
+        DataError: the dataset has no such split.
+    """
+
+    name = "validation"
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        engine: Engine,
+        learned: TrainingSet,
+        every: int,
+        log: Callable[[dict[str, float]], None],
+    ) -> None:
+        config, reader, tokenizer = recipe.config, learned.reader, learned.tokenizer
+        self.recipe, self.engine, self.learned, self.every, self.log = recipe, engine, learned, every, log
+        self.dataset = evaluation_dataset(config, reader, tokenizer, config.validation.split, recipe.fields)
+        self.positions = recipe.validated(reader, self.dataset.store)
+        self.clusters: Callable[[], PrototypeTable | None] = lambda: None
+        self.alive: Callable[[str, int], None] = lambda place, step: None
+        self._best: float | None = None
+        self._without = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether as many validations as `train.patience` allows have brought nothing better."""
+        patience = self.recipe.config.train.patience
+        return patience is not None and self._without >= patience
+
+    def on_step(self, record: StepRecord) -> None:
+        """Validate when it is time; a validation ends with a line of metrics.
+
+        An interrupt is not a time: a resumed run would have one validation more than an uninterrupted one.
+        """
+        if not (record.step % self.every == 0 or record.finished):
+            return
+        started = time.monotonic()
+        found = self._measure(record.step)
+        seconds = distributed.greatest_over_ranks([time.monotonic() - started])[0]
+        record.logged = True
+        self.log({PREFIX + name: value for name, value in found.items()} | {PREFIX + "seconds": seconds})
+        self._judge(record, found)
+
+    def _measure(self, step: int) -> Mapping[str, float]:
+        def examine(batch: Batch) -> Any:
+            return self.engine.forward(batch, self.clusters()), self.recipe.predict(
+                self.engine.objective, batch
+            )
+
+        config = self.recipe.config
+        predictions = predict(
+            self.engine.objective,
+            examine,
+            self.dataset,
+            self.positions,
+            config.validation.batch,
+            self.engine.device,
+            config.train.seed,
+            lambda: self.alive("validation", step),
+        )
+        metrics: dict[str, float] = {}
+        if distributed.is_main():  # once: a library's sums may differ between machines
+            measured = self.recipe.measure(predictions, self.learned)
+            metrics = {name: float(value) for name, value in measured.items()}
+        found = predictions.losses | distributed.broadcast_object(metrics)
+        return {name: value for name, value in found.items() if math.isfinite(value)}
+
+    def _judge(self, record: StepRecord, found: Mapping[str, float]) -> None:
+        best = self.recipe.config.checkpoint.keep_best
+        if best is None or not best.startswith(PREFIX):
+            return
+        sign = 1.0 if self.recipe.config.checkpoint.best_mode == "max" else -1.0
+        value = found.get(best.removeprefix(PREFIX))
+        if value is not None and (self._best is None or sign * value > sign * self._best):
+            self._best, self._without = value, 0
+            record.save = True
+            return
+        self._without += 1
+        if self.finished:
+            record.last = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Best value so far, and validations since."""
+        return {"best": self._best, "without": self._without}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `state_dict`."""
+        self._best, self._without = state.get("best"), state.get("without", 0)
