@@ -301,22 +301,14 @@ def logsumexp_over_ranks(tensor: Tensor) -> Tensor:
     return sum_over_ranks((tensor.detach() - shift).exp()).log() + shift
 
 
-@torch.no_grad()
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """Sum over ranks without gradient, as a new tensor."""
-    output = tensor.detach().clone()
-    if world_size() > 1:
-        dist.all_reduce(output)
-    return output
+    return _reduced(tensor, dist.ReduceOp.SUM)
 
 
-@torch.no_grad()
 def sum_on_host(tensor: Tensor) -> Tensor:
     """Sum over ranks of a CPU tensor, as a new tensor, through the bookkeeping group."""
-    output = tensor.detach().clone()
-    if world_size() > 1:
-        dist.all_reduce(output, group=_bookkeeping)
-    return output
+    return _reduced(tensor, dist.ReduceOp.SUM, _bookkeeping)
 
 
 @torch.no_grad()
@@ -344,13 +336,9 @@ def broadcast_on_host(tensor: Tensor) -> Tensor:
     return tensor
 
 
-@torch.no_grad()
 def maximum_over_ranks(tensor: Tensor) -> Tensor:
     """Element-wise maximum over ranks without gradient, as a new tensor."""
-    output = tensor.detach().clone()
-    if world_size() > 1:
-        dist.all_reduce(output, op=dist.ReduceOp.MAX)
-    return output
+    return _reduced(tensor, dist.ReduceOp.MAX)
 
 
 @torch.no_grad()
@@ -406,14 +394,17 @@ def greatest_over_ranks(values: list[float]) -> list[float]:
 def greatest_integers(values: list[int]) -> list[int]:
     """Maximum of each 64-bit integer over ranks (bookkeeping group), exactly."""
     numbers = torch.tensor(values, dtype=torch.int64)
-    if world_size() > 1:
-        dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=_bookkeeping)
-    return [int(number) for number in numbers]
+    return [int(number) for number in _reduced(numbers, dist.ReduceOp.MAX, _bookkeeping)]
 
 
 def _reduce(values: list[float], operation: Any) -> list[float]:
-    if world_size() == 1:
-        return list(values)
     numbers = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(numbers, op=operation, group=_bookkeeping)
-    return [float(number) for number in numbers]
+    return [float(number) for number in _reduced(numbers, operation, _bookkeeping)]
+
+
+@torch.no_grad()
+def _reduced(tensor: Tensor, operation: Any, group: Any = None) -> Tensor:
+    output = tensor.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(output, op=operation, group=group)
+    return output

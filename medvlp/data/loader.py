@@ -217,7 +217,7 @@ class EvaluationLoader:
 
     Args:
         dataset: the split. chunks: positions of each batch. config: the `data` section.
-        keeps_empty: a batch whose samples are all corrupt is yielded, without samples.
+        keeps_empty: also yield a batch whose samples are all corrupt, without samples.
     """
 
     def __init__(
@@ -271,8 +271,7 @@ def evaluation_loader(
     """
     chosen = list(range(reader.sample_count(split)) if positions is None else positions)
     chunks = [chosen[start : start + batch] for start in range(0, len(chosen), batch)]
-    dataset = evaluation_dataset(config, reader, tokenizer, split, fields)
-    return EvaluationLoader(dataset, chunks, config.data)
+    return EvaluationLoader(evaluation_dataset(config, reader, tokenizer, split, fields), chunks, config.data)
 
 
 def evaluation_dataset(
