@@ -157,15 +157,14 @@ def temporary_group(store: Any, rank: int, world_size: int, timeout: timedelta) 
 def shutdown(graceful: bool = True) -> None:
     """Leave the groups that `initialize` made; `graceful` waits for all ranks first (not after an error).
 
-    A group of one process stays: it waits for nobody, and DeepSpeed, which remembers the first group it saw,
-    would not train again in another one.
+    A group of one process stays: DeepSpeed remembers the first group it saw and trains in no other.
     """
     global _bookkeeping, _owns_default_group
-    if graceful:
-        barrier()
     if world_size() == 1:
         return
-    if _owns_default_group and is_initialized():
+    if graceful:
+        barrier()
+    if _owns_default_group:
         dist.destroy_process_group()
         _bookkeeping = None
     _owns_default_group = False
@@ -341,14 +340,6 @@ def maximum_over_ranks(tensor: Tensor) -> Tensor:
     return _reduced(tensor, dist.ReduceOp.MAX)
 
 
-@torch.no_grad()
-def broadcast_from_main(tensor: Tensor) -> Tensor:
-    """Rank 0's tensor on every rank (in place, returned for chaining)."""
-    if world_size() > 1:
-        dist.broadcast(tensor, src=0)
-    return tensor
-
-
 def barrier() -> None:
     """Wait until every rank is here (bookkeeping group)."""
     if world_size() > 1:
@@ -383,23 +374,20 @@ def broadcast_object(value: Any) -> Any:
 
 def mean_over_ranks(values: list[float]) -> list[float]:
     """Mean of each number over ranks (bookkeeping group; every rank gives the same number of values)."""
-    return [total / world_size() for total in _reduce(values, dist.ReduceOp.SUM)]
+    total = _reduced(torch.tensor(values, dtype=torch.float64), dist.ReduceOp.SUM, _bookkeeping)
+    return [float(number) for number in total / world_size()]
 
 
 def greatest_over_ranks(values: list[float]) -> list[float]:
     """Maximum of each number over ranks (bookkeeping group)."""
-    return _reduce(values, dist.ReduceOp.MAX)
+    numbers = torch.tensor(values, dtype=torch.float64)
+    return [float(number) for number in _reduced(numbers, dist.ReduceOp.MAX, _bookkeeping)]
 
 
 def greatest_integers(values: list[int]) -> list[int]:
     """Maximum of each 64-bit integer over ranks (bookkeeping group), exactly."""
     numbers = torch.tensor(values, dtype=torch.int64)
     return [int(number) for number in _reduced(numbers, dist.ReduceOp.MAX, _bookkeeping)]
-
-
-def _reduce(values: list[float], operation: Any) -> list[float]:
-    numbers = torch.tensor(values, dtype=torch.float64)
-    return [float(number) for number in _reduced(numbers, operation, _bookkeeping)]
 
 
 @torch.no_grad()
