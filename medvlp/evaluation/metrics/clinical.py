@@ -6,7 +6,7 @@ columns are matched by name: labellers and datasets order the same 14 findings i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -181,15 +181,3 @@ def _mean(values: Floats) -> Floats:
     total = np.where(defined, values, 0.0).sum(axis=1)
     mean: Floats = np.divide(total, count, out=np.full(len(total), np.nan), where=count > 0)
     return mean
-
-
-def read_table(names: Sequence[str], rows: Mapping[str, Sequence[float]], keys: Sequence[str]) -> LabelTable:
-    """The rows of some reports, by their key.
-
-    Raises:
-        ValueError: a report has no row.
-    """
-    if missing := sum(key not in rows for key in keys):
-        raise ValueError(f"{missing} of {len(keys)} reports have no row")
-    values = np.array([rows[key] for key in keys], dtype=np.float64).reshape(len(keys), len(names))
-    return LabelTable(names, values)

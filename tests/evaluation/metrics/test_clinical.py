@@ -12,7 +12,6 @@ from medvlp.evaluation.metrics.clinical import (
     LabelTable,
     clinical_efficacy,
     no_finding,
-    read_table,
     unstated,
 )
 
@@ -136,10 +135,3 @@ def test_no_finding_is_nothing_stated_or_uncertain_but_devices() -> None:
         np.array([[np.nan, 0, 1], [np.nan, -1, 0], [np.nan, 1, 0], [1, np.nan, np.nan]]),
     )
     assert no_finding(table, ["No Finding", "Support Devices"]).tolist() == [1, 0, 0, 1]
-
-
-def test_rows_of_a_file_are_found_by_key() -> None:
-    rows = {"b": [1.0, 0.0], "a": [0.0, -1.0]}
-    assert read_table(["edema", "mass"], rows, ["a", "b"]).values.tolist() == [[0, -1], [1, 0]]
-    with pytest.raises(ValueError, match="1 of 2 reports have no row"):
-        read_table(["edema", "mass"], rows, ["a", "c"])
