@@ -329,6 +329,8 @@ class MonitorConfig:
     project: str = key("medvlp", "W&B project")
     entity: str | None = key(None, "W&B entity")
     tags: list[str] = key([], "W&B tags")
+    group: str | None = key(None, "W&B group, such as one name for all seeds of a config")
+    alerts: bool = key(False, "W&B alerts at a bad step, a hang, and a start after a failure or requeue")
     log_samples: bool = key(False, "write the sample keys of every step into samples.jsonl of the run folder")
     share_samples: bool = key(False, "allow report text and images to leave the run folder")
 

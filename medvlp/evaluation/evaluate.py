@@ -15,6 +15,7 @@ from medvlp.data.cache import open_reader
 from medvlp.evaluation.labels import Uncertain
 from medvlp.evaluation.report.joining import complete
 from medvlp.evaluation.report.results import Evaluation, UnitResult
+from medvlp.evaluation.report.tracking import track
 from medvlp.evaluation.session import Session
 from medvlp.evaluation.supervised import train_here
 from medvlp.evaluation.task import EvaluationError, Task, Unit, schemas, tasks
@@ -127,6 +128,8 @@ def evaluate(options: EvaluationOptions, say: Callable[[str], None]) -> Evaluati
         )
     names = [task.name for task in chosen]
     evaluation.results = {name: evaluation.results[name] for name in names if name in evaluation.results}
+    if not options.units:
+        track(evaluation, session.source, session.config)
     return evaluation
 
 

@@ -5,7 +5,7 @@ import netrc
 import os
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -41,7 +41,10 @@ def _key_in_netrc() -> bool:
 
 
 class WandbRun:
-    """One W&B run, continued under the same id after a restart.
+    """One W&B run, continued under the same id after a restart, and by an evaluation.
+
+    Metrics stand over the training step, `step`. After a restart from a checkpoint the steps since then are
+    logged again, with the same values; W&B itself leaves out steps that it has.
 
     Report text and images are never sent: only numbers and the config are, and W&B's capture of the console
     (error messages may name samples) and of code is off.
@@ -51,7 +54,13 @@ class WandbRun:
     """
 
     def __init__(
-        self, config: MonitorConfig, run_dir: Path, name: str, settings: Mapping[str, Any], run_id: str | None
+        self,
+        config: MonitorConfig,
+        run_dir: Path,
+        name: str,
+        settings: Mapping[str, Any],
+        run_id: str | None,
+        job_type: str = "train",
     ):
         """Start or continue a run.
 
@@ -62,8 +71,10 @@ class WandbRun:
             settings: the resolved config, shown in W&B.
             run_id: of the run to continue (a checkpoint knows it); None: that of an earlier start that ended
                 before its first checkpoint, else a new one.
+            job_type: what W&B groups runs by beside `monitor.group`.
         """
         self._run: Any = None
+        self._alerts = config.alerts
         self.id: str | None = None
         mode = resolve_mode(config.wandb)
         if mode == "disabled":
@@ -79,18 +90,34 @@ class WandbRun:
             "name": name,
             "id": self.id,
             "config": dict(settings),
+            "group": config.group,
+            "job_type": job_type,
         }
         if mode == "online":
             try:
                 self._run = wandb.init(mode="online", resume="allow", settings=_settings(), **arguments)
+                self._attempt("start", self._begin)
                 return
             except Exception as error:  # W&B raises many kinds, none of which is worth the training run
                 reason = " ".join(str(error).split())[:200]
                 logger.warning(
-                    "W&B cannot be reached (%s); this run is logged offline: wandb sync it later", reason
+                    "W&B cannot be reached (%s); this run is logged offline; "
+                    "medvlp runs FOLDER --sync sends it later",
+                    reason,
                 )
                 wandb.teardown()
-        self._attempt("start", lambda: wandb.init(mode="offline", settings=_settings(), **arguments))
+        try:
+            self._run = wandb.init(mode="offline", settings=_settings(), **arguments)
+        except Exception as error:  # see above
+            logger.warning("W&B could not start (%s); the run goes on without it", error)
+        else:
+            self._attempt("start", self._begin)
+
+    def _begin(self) -> None:
+        """Name the axis of all metrics, and tell where the run can be looked at."""
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("*", step_metric="step")
+        logger.info("W&B: %s", self._run.url or f"offline, in {self._run.dir}")
 
     def log(self, metrics: Mapping[str, float | None], step: int) -> None:
         """Send the metrics of a step (None is left out)."""
@@ -98,33 +125,52 @@ class WandbRun:
             values = {name: value for name, value in metrics.items() if value is not None}
             self._attempt("log", lambda: self._run.log(values, step=step))
 
+    def summarise(self, values: Mapping[str, float]) -> None:
+        """Put numbers that belong to no step into the run's summary."""
+        if self._run is not None:
+            self._attempt("summarise", lambda: self._run.summary.update(dict(values)))
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Add a table of texts and numbers."""
+        if self._run is not None:
+            import wandb  # see __init__
+
+            content = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
+            self._attempt("add a table", lambda: self._run.log({name: content}))
+
+    def alert(self, title: str, text: str) -> None:
+        """Have W&B tell the people who watch the run, with `monitor.alerts`; `text` names no sample."""
+        if self._run is not None and self._alerts:
+            self._attempt("alert", lambda: self._run.alert(title, text, level="WARN"))
+
     def finish(self) -> None:
         """Send what is left, for at most `FINISH_TIMEOUT` seconds."""
         if self._run is not None:
             self._attempt("finish", self._run.finish)
             self._run = None
 
-    def _attempt(self, what: str, action: Any) -> None:
+    def _attempt(self, what: str, action: Callable[[], Any]) -> None:
         try:
-            result = action()
+            action()
         except Exception as error:  # see __init__
-            logger.warning("W&B could not %s (%s); training goes on without it", what, error)
+            logger.warning("W&B could not %s (%s); the run goes on without it", what, error)
             self._run = None
-            return
-        if what == "start":
-            self._run = result
+
+
+def known_id(run_dir: Path) -> str | None:
+    """The id an earlier start in this folder gave its W&B run; None if there was none."""
+    try:
+        known = (run_dir / ID_FILE).read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return known if _ID.fullmatch(known) else None
 
 
 def _remembered_id(run_dir: Path) -> str:
-    """The id an earlier start in this folder gave its W&B run, else a new one, noted for the next start."""
-    path = run_dir / ID_FILE
-    try:
-        known = path.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError):
-        known = ""
-    if _ID.fullmatch(known):
+    """The known id, else a new one, noted for the next start."""
+    if known := known_id(run_dir):
         return known
-    new = secrets.token_hex(4)
+    path, new = run_dir / ID_FILE, secrets.token_hex(4)
     try:
         path.write_text(new + "\n", encoding="ascii")
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import typer
 import xxhash
+import yaml
 from typer.testing import CliRunner, Result
 
 from launcher.commands import evaluate
@@ -22,6 +24,7 @@ from medvlp.runs.manifest import WEIGHTS, Manifest
 from shards.errors import MedvlpError
 from shards.sources.table import TableSource
 from tests.launcher.tiny_run import TINY, build, make_run, make_shards, save
+from tests.training.test_monitor import records
 
 ALL_TASKS = ["--task", "zero-shot", "--task", "retrieval", "--task", "linear-probe"]
 
@@ -78,6 +81,36 @@ def test_a_run_is_evaluated_beside_its_baselines(run: Path, shards: Path, medvlp
         "auroc@100%",
     }
     assert found.config["method"]["name"] == "mgca"
+
+
+def test_an_evaluation_joins_the_wandb_run_of_its_training(
+    run: Path, shards: Path, medvlp, tmp_path: Path
+) -> None:
+    folder = tmp_path / "tracked"
+    shutil.copytree(run, folder)
+    arguments = ["evaluate", folder, "--data", shards, "--task", "zero-shot", "--label", "edema"]
+    assert medvlp(*arguments, "monitor.wandb=offline").exit_code == 0
+    assert not (folder / "wandb").exists()  # its training logged to no W&B run
+    (folder / "wandb-run-id").write_text("abcd1234\n")
+    assert medvlp(*arguments, "monitor.wandb=offline").exit_code == 0
+    found = records(folder / "wandb")
+    assert [(record["run_id"], record["job_type"]) for record in found["run"]] == [("abcd1234", "evaluation")]
+    summary = {name: value for record in found["summary"] for name, value in record["update"].items()}
+    trained = results.read(folder / "evaluation.json").results["zero-shot"]["trained"]
+    assert summary["evaluation/test/zero-shot/auroc/macro"] == trained["auroc/macro"].value
+    assert summary["evaluation/step"] == 9
+    (table,) = (folder / "wandb").rglob("*.table.json")
+    content = json.loads(table.read_text())
+    assert content["columns"] == ["metric", "model", "value", "low", "high"]
+    shown = {(metric, model): value for metric, model, value, _, _ in content["data"]}
+    assert shown["auroc/edema", "trained"] == trained["auroc/edema"].value
+    # A folder from elsewhere does not choose the account.
+    shutil.rmtree(folder / "wandb")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["monitor"] |= {"entity": "stranger", "wandb": "offline"}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    assert medvlp(*arguments).exit_code == 0
+    assert not (folder / "wandb").exists()
 
 
 MEDSLIP = [

@@ -123,6 +123,21 @@ def test_an_unreachable_server_is_a_warning_and_the_run_is_logged_offline(
     assert found["history"][0]["item"]["loss"] == 0.5
 
 
+def test_seeds_are_grouped_and_alerts_come_only_where_they_are_asked_for(tmp_path: Path) -> None:
+    for number, alerts in enumerate((True, False)):
+        config = MonitorConfig(wandb="offline", group="all seeds", alerts=alerts)
+        run = WandbRun(config, tmp_path / str(number), "name", {}, f"abcd123{number}")
+        run.alert("bad step", "step 3 was skipped")
+        run.log({"step": 1, "loss": 0.5}, step=1)
+        run.finish()
+    told, silent = (records(tmp_path / name / "wandb") for name in ("0", "1"))
+    assert (told["run"][0]["run_group"], told["run"][0]["job_type"]) == ("all seeds", "train")
+    assert [alert["title"] for alert in told["alert"]] == ["bad step"]
+    assert "alert" not in silent
+    axes = {record.get("name") or record.get("glob_name"): record for record in told["metric"]}
+    assert axes["*"]["step_metric"] == "step"
+
+
 def test_disabled_leaves_nothing(tmp_path: Path) -> None:
     run = WandbRun(MonitorConfig(wandb="disabled"), tmp_path, "name", {}, None)
     run.log({"loss": 1.0}, 1)
