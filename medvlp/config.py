@@ -330,7 +330,9 @@ class MonitorConfig:
     entity: str | None = key(None, "W&B entity")
     tags: list[str] = key([], "W&B tags")
     group: str | None = key(None, "W&B group, such as one name for all seeds of a config")
-    alerts: bool = key(False, "W&B alerts at a bad step, a hang, and a start after a failure or requeue")
+    alerts: bool = key(
+        False, "W&B alerts at a bad step, a hang (of which rank 0 knows) and a restart or requeue"
+    )
     log_samples: bool = key(False, "write the sample keys of every step into samples.jsonl of the run folder")
     share_samples: bool = key(False, "allow report text and images to leave the run folder")
 

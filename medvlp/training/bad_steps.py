@@ -39,6 +39,9 @@ class BadSteps(Callback):
         limit: skipped steps in a row that are borne.
         run_dir: the run folder.
         log: takes the metric `train/bad_steps`, the skipped steps of the whole run.
+
+    Attributes:
+        alert: takes a title and a text for the people who watch the run; None on ranks that cannot tell them.
     """
 
     name = "bad_steps"
@@ -51,6 +54,7 @@ class BadSteps(Callback):
         log: Callable[[dict[str, float]], None],
     ):
         self.guard, self.limit, self.log = guard, limit, log
+        self.alert: Callable[[str, str], None] | None = None
         self.run_dir = Path(run_dir)
         self.events = EventLog(run_dir)
         self.count = 0
@@ -96,6 +100,8 @@ class BadSteps(Callback):
         if distributed.is_main():
             self.events.note(kind, record.step, ranks=ranks, in_a_row=self.in_a_row)
             logger.warning("skipped %s", text)
+            if self.alert is not None:  # without the samples' keys, which stay where the run is
+                self.alert("bad step", f"step {record.step} was skipped: {_REASONS[kind]}")
         if self.in_a_row > self.limit:
             raise NotFiniteError(
                 f"{text}. That makes {self.in_a_row} skipped steps in a row "

@@ -57,12 +57,16 @@ class Watchdog:
         run_dir: the run folder, for `events.jsonl`.
         start_seconds: limit for each place until `first_step_is_done`, and after `last_step_is_done`.
         step_seconds: limit between them; 0: none.
+
+    Attributes:
+        alert: takes a title and a text for the people who watch the run; None on ranks that cannot tell them.
     """
 
     def __init__(self, run_dir: Path | str, start_seconds: float, step_seconds: float):
         self.run_dir = Path(run_dir)
         self.limit = start_seconds
         self.start_seconds, self.step_seconds = start_seconds, step_seconds
+        self.alert: Callable[[str, str], None] | None = None
         self._place = RankStatus(0, None, "the start", 0)
         self._since = time.monotonic()
         self._done = threading.Event()
@@ -153,6 +157,8 @@ class Watchdog:
             _within(
                 _STORE_SECONDS, lambda: EventLog(self.run_dir).note("hang", self._place.step or 0, text=text)
             )
+            if alert := self.alert:
+                _within(_STORE_SECONDS, lambda: alert("hang", text))
         _within(_DUMP_SECONDS, lambda: _write_flight_record(self.run_dir))
         # Not sys.exit: the main thread is in a collective or a system call that nothing interrupts.
         os._exit(HangError.exit_code)

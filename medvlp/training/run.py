@@ -278,10 +278,14 @@ def _callbacks(
     if distributed.is_main():
         run_id = None if checkpoint is None else checkpoint.manifest.wandb_run_id
         wandb_run = WandbRun(config.monitor, run_dir, config.run.name or run_dir.name, asdict(config), run_id)
+        if checkpoint is not None:
+            wandb_run.alert("restart", f"the run goes on after step {checkpoint.step}")
     run_id = distributed.broadcast_object(None if wandb_run is None else wandb_run.id)
     bar = console if console is not None and console.is_terminal and distributed.is_main() else None
     monitor = Monitor(run_dir / "metrics.jsonl", schedule.steps, wandb_run, bar)
-    callbacks: list[Callback] = [BadSteps(guard, config.train.max_bad_steps, run_dir, monitor.add)]
+    bad_steps = BadSteps(guard, config.train.max_bad_steps, run_dir, monitor.add)
+    watchdog.alert = bad_steps.alert = None if wandb_run is None else wandb_run.alert
+    callbacks: list[Callback] = [bad_steps]
     noted: dict[str, Callable[[], Any]] = {}
     refresh: PrototypeRefresh | None = None
     size = None if objective.service_user is None else objective.service_user.service_size()

@@ -88,6 +88,8 @@ def run_steps(
     metrics: dict[str, float] = {}
     applied: list[bool] = []
     bad = BadSteps(guard, limit, run_dir, metrics.update)
+    alerts: list[str] = []
+    bad.alert = lambda title, text: alerts.append(f"{title}: {text}")
     seeds = [seed for seed in range(100) if not (skip_seed and seed == BAD_STEP)]
     batches = (
         random_batch(1000 * seed + part, 8 // sizes.accumulation, rank, world_size)
@@ -104,7 +106,8 @@ def run_steps(
         text = str(error)
     weights = {**engine.full_weights(), **{name: b.clone() for name, b in engine.buffers().items()}}
     engine.close()
-    return {"weights": weights, "applied": applied, "metrics": metrics, "text": text, "step": trainer.step}
+    found = {"weights": weights, "applied": applied, "metrics": metrics, "text": text, "step": trainer.step}
+    return found | {"alerts": alerts}
 
 
 @pytest.mark.dist
@@ -141,6 +144,9 @@ def test_a_bad_step_leaves_no_trace(
     assert [entry["rank"] for entry in line["ranks"]] == ([0, 1] if poison == "gradient" else [1])
     assert "2000-0002" in line["ranks"][-1]["keys"] or "2000-0004" in line["ranks"][-1]["keys"]
     assert not (tmp_path / "good/events.jsonl").exists()
+    reason = "gradient is not finite" if poison == "gradient" else "loss is not finite"
+    assert bad[0]["alerts"] == [f"bad step: step 3 was skipped: the {reason}"]  # no sample is named
+    assert bad[1]["alerts"] == []
 
 
 @pytest.mark.dist

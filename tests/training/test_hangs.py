@@ -108,7 +108,9 @@ def test_a_rank_that_wakes_adds_no_error_of_its_own(
     monkeypatch.setenv("MEDVLP_FIRST_ERROR", str(tmp_path / "first"))
     EventLog(tmp_path).note("hang", 3, text="of an earlier start")
     distributed.initialize()
+    alerts: list[str] = []
     with Watchdog(tmp_path, 1800, 60) as dog:
+        dog.alert = lambda title, text: alerts.append(title)
         if "this node" in told:
             (tmp_path / "first").touch()
         elif "another" in told:
@@ -117,6 +119,7 @@ def test_a_rank_that_wakes_adds_no_error_of_its_own(
     distributed.shutdown()
     assert ended == [7]
     assert capsys.readouterr().err.count("error: ") == (told == "by nobody")
+    assert alerts == (["hang"] if told == "by nobody" else [])
 
 
 def test_events_are_lines_of_json_over_all_starts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
