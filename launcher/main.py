@@ -16,6 +16,7 @@ from launcher.commands import (
     doctor,
     evaluate,
     export,
+    finetune,
     jobs,
     pretrain,
     prototypes,
@@ -41,6 +42,7 @@ app.add_typer(shards.app, name="shards")
 app.add_typer(prototypes.app, name="prototypes")
 app.command("config")(pretrain.config)
 app.command("pretrain")(pretrain.pretrain)
+app.command("finetune")(finetune.finetune)
 app.add_typer(submit.app, name="submit")
 submit.app.command("shards", context_settings=submit_shards.SETTINGS)(submit_shards.shards)
 submit.app.command("evaluate")(submit_evaluate.evaluate)

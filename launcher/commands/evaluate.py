@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,14 +13,51 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
+from launcher.commands.pretrain import train_config
 from shards.errors import UsageError
 
 if TYPE_CHECKING:
+    from medvlp.config import Config
     from medvlp.evaluation.report.results import Evaluation
 
 RESULT_NAME = "evaluation.json"
 #: Below the run folder: a result file for each task that was evaluated by a job of its own.
 PARTS_FOLDER = "evaluation-parts"
+
+
+Fractions = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--fraction", help="share of the training labels (repeat it), for tasks that learn from them"
+    ),
+]
+Seeds = Annotated[
+    list[int] | None, typer.Option("--seed", help="of what a task draws and trains (repeat it)")
+]
+
+
+def unit_words(
+    names: Sequence[str], fractions: Sequence[float] | None, seeds: Sequence[int] | None
+) -> list[str]:
+    """Overrides that give the named tasks these units.
+
+    Raises:
+        UsageError: no task is named, or one has no such units.
+    """
+    from medvlp.evaluation.task import schemas
+
+    words, known = [], schemas()
+    for option, values in (("fraction", fractions), ("seed", seeds)):
+        if values and not names:
+            raise UsageError(f"--{option} is of a task: name it with --task")
+        for name in names if values else ():
+            keys = (
+                {item.name for item in dataclasses.fields(known[name])} if name in known else {f"{option}s"}
+            )
+            if f"{option}s" not in keys:
+                raise UsageError(f"--{option}: the task {name} has no key {option}s")
+            words.append(f"evaluation.tasks.{name}.{option}s={json.dumps(list(values or ()))}")
+    return words
 
 
 class EvaluateCommand(TyperCommand):
@@ -51,6 +91,14 @@ def evaluate(
             help="only this unit of the task (repeat it); --out then holds a part, to be joined",
         ),
     ] = None,
+    fraction: Fractions = None,
+    seed: Seeds = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option(
+            "--nproc", min=1, help="ranks that train what a task trains; default as `medvlp pretrain`"
+        ),
+    ] = None,
     label: Annotated[
         list[str] | None, typer.Option("--label", help="only this label (repeat it); default: all")
     ] = None,
@@ -74,15 +122,19 @@ def evaluate(
     from medvlp.evaluation.report import results
     from medvlp.runs import saved_run
 
+    def train(config: Config) -> int:
+        return train_config(config, nproc)
+
     for text in overrides or []:
         if "=" not in text:
             raise UsageError(
                 f"{text!r}: write section.key=value; one run or checkpoint is evaluated at a time"
             )
-    changes = list(overrides or []) + ([f"evaluation.split={split}"] if split else [])
+    changes = [*(overrides or []), *unit_words(task or (), fraction, seed)]
+    changes += [f"evaluation.split={split}"] if split else []
     console = Console(stderr=True)
     asked = EvaluationOptions(
-        source, data, task or (), unit or (), label or (), changes, uncertain, device, fresh,  # type: ignore[arg-type]
+        source, data, task or (), unit or (), label or (), changes, uncertain, device, fresh, train,  # type: ignore[arg-type]
     )  # fmt: skip
     evaluation = evaluate(
         asked, lambda line: console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,6 +15,7 @@ from medvlp.ranks import NODE_LAUNCH, LaunchError, detect
 from shards.errors import MedvlpError
 
 if TYPE_CHECKING:
+    from launcher.placement import Node
     from medvlp.config import Config
 
 
@@ -45,12 +48,8 @@ def pretrain(
     """
     from launcher.placement import place_node
     from medvlp import config_files, trust
-    from medvlp.data.batch_sizes import divide_batch
     from medvlp.evaluation import task
     from medvlp.methods.registry import schemas
-    from medvlp.prototypes.supervisor import uses_workers
-    from medvlp.runs.run_lock import release_after
-    from medvlp.training.deepspeed_config import check_device
 
     place = detect()
     if place.launcher != "none" and (nodes, node_rank, meet) != (None, None, None):
@@ -66,24 +65,49 @@ def pretrain(
         trust.remember_config(config)
     if place.launcher != "none":
         raise typer.Exit(_train_rank(config, fresh))
+    command = ["pretrain", *arguments, *(["--fresh"] if fresh else [])]
+    raise typer.Exit(_train(config, command, nproc, place_node(nodes, node_rank, meet), fresh))
 
+
+def train_config(config: Config, nproc: int | None = None, fresh: bool = False) -> int:
+    """Train the run that a checked config describes on this machine; the exit code of `medvlp pretrain`.
+
+    Args:
+        config: complete; what is trained stands in it.
+        nproc: ranks; None: as `medvlp pretrain`.
+        fresh: refuse a run folder that is not empty.
+    """
+    from launcher.placement import Node
+    from medvlp.config_files import to_yaml
+
+    with tempfile.TemporaryDirectory(prefix="medvlp-config-") as folder:
+        file = Path(folder) / "config.yaml"
+        file.write_text(to_yaml(config), encoding="utf-8")
+        command = ["pretrain", str(file), *(["--fresh"] if fresh else [])]
+        return _train(config, command, nproc, Node(), fresh)
+
+
+def _train(config: Config, command: list[str], nproc: int | None, node: Node, fresh: bool) -> int:
+    """Train as the only rank, or start ranks that run `medvlp COMMAND`; the exit code."""
     import torch
 
     from launcher import local
+    from medvlp.data.batch_sizes import divide_batch
+    from medvlp.prototypes.supervisor import uses_workers
+    from medvlp.runs.run_lock import release_after
+    from medvlp.training.deepspeed_config import check_device
 
     has_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     ranks = nproc or (torch.cuda.device_count() if has_cuda else 1)
-    node = place_node(nodes, node_rank, meet)
     divide_batch(config, node.count * ranks)
     check_device(config, "cuda" if has_cuda else "cpu")
     if ranks == node.count == 1 and NODE_LAUNCH not in os.environ:
         os.environ |= local.library_environment(1, has_cuda, os.environ)
-        raise typer.Exit(_train_rank(config, fresh))
-    command = ["pretrain", *arguments, *(["--fresh"] if fresh else [])]
+        return _train_rank(config, fresh)
     workers = uses_workers(config.prototypes, has_cuda)
     code = local.launch(command, ranks, has_cuda, workers, node)
     release_after(config.run.dir, os.getpid())
-    raise typer.Exit(code)
+    return code
 
 
 def _train_rank(config: Config, fresh: bool) -> int:

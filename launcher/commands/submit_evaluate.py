@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from launcher import command_words
-from launcher.commands.evaluate import PARTS_FOLDER
+from launcher.commands.evaluate import PARTS_FOLDER, Fractions, Seeds, unit_words
 from launcher.commands.submit import JobOptions
 from launcher.run_state import CONFIG, SLURM_FOLDER
 from medvlp.runs.errors import RunFolderError
@@ -23,6 +23,11 @@ def evaluate(
     task: Annotated[
         list[str] | None,
         typer.Option("--task", help="repeat it for an array over tasks; default: all, one after the other"),
+    ] = None,
+    fraction: Fractions = None,
+    seed: Seeds = None,
+    nproc: Annotated[
+        int | None, typer.Option("--nproc", min=1, help="ranks of a task that train what it trains")
     ] = None,
     data: Annotated[str | None, typer.Option("--data", help="dataset; default: each run's own")] = None,
     split: Annotated[str | None, typer.Option("--split", help="split to evaluate")] = None,
@@ -46,8 +51,10 @@ def evaluate(
     for run in runs:
         if not is_run_folder(run):
             raise RunFolderError(f"{run} is no run folder, and no run was submitted to it")
+    overrides += unit_words(task or (), fraction, seed)
     site, folder, given = load_cluster(options.cluster), runs[0], options.slurm
     common = [*overrides, *(["--data", data] if data else []), *(["--split", split] if split else [])]
+    common += [] if nproc is None else ["--nproc", str(nproc)]
     commands = [
         ["evaluate", str(run), *common, *words, "--out", str(run / PARTS_FOLDER / f"{name}.json")]
         for run in runs

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from medvlp import config_files, distributed
@@ -203,6 +204,40 @@ def run_config(
         Layer("the unit", unit_values),
     ]
     return config_files.load(layers, overrides, registry.schemas(), tasks=schemas())
+
+
+def finetuning_config(
+    run: Path,
+    name: str,
+    fraction: float,
+    seed: int,
+    untrained: bool,
+    files: Sequence[Path | str],
+    overrides: Sequence[str],
+) -> Config:
+    """The config of `medvlp finetune`: a run of its own for one fraction and seed of a task.
+
+    Args:
+        run: run or checkpoint folder of the pre-training.
+        name: of the task.
+        fraction, seed: of the patients, and of draw, head and order.
+        untrained: begin with the weights before the pre-training.
+        files, overrides: the user's; they say `run.dir`.
+
+    Raises:
+        EvaluationError: no task of this name trains.
+        ConfigError: see `config_files.load`; `run.dir` is missing.
+    """
+    source = saved_run.locate(run)
+    start: Start = "untrained" if untrained else "trained"
+    data = [word for word in overrides if word.startswith("data.")]
+    base = saved_run.load_config(source, data, untrained=untrained, tasks=schemas())
+    if name not in schemas():
+        raise EvaluationError(f"task={name}: there are {', '.join(schemas())}")
+    asked = config_files.merge(files, overrides, registry.schemas(), schemas())
+    base.evaluation.tasks[name] = OmegaConf.to_object(asked.evaluation.tasks[name])
+    base.task = name
+    return run_config(source, base, task_of(base), Unit(fraction, seed), start, files, overrides)
 
 
 @dataclass(frozen=True)

@@ -186,7 +186,13 @@ def load_method(source: SavedRun, config: Config, tokenizer: Tokenizer) -> Metho
 
     Raises:
         CheckpointError: the weights cannot be read or do not fit.
+        RunFolderError: the run trains a downstream task.
     """
+    if config.task is not None:
+        raise RunFolderError(
+            f"{source.run} is a fine-tuning of task {config.task}, no pre-training: its validations are in "
+            f"metrics.jsonl; medvlp evaluate {config.finetune.run} --task {config.task} measures the task"
+        )
     identity = None if source.stored is None else source.stored[0]
     method = build_method(described(config, identity), tokenizer.vocab_size)
     method.prepare(tokenizer)

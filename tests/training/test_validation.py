@@ -1,0 +1,157 @@
+"""Validation while training: it changes nothing, is the same on any number of ranks, and decides the end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from medvlp.config import ConfigError
+from medvlp.data.cache import open_reader
+from medvlp.data.loader import evaluation_dataset
+from medvlp.data.text import Tokenizer
+from medvlp.methods.registry import build_method
+from medvlp.runs.manifest import Manifest, step_folders
+from medvlp.runs.randomness import seed_weights
+from medvlp.training.predictions import predict
+from medvlp.training.pretrain import Pretraining
+from tests.distributed_pool import Pools
+from tests.training.runs import Overrides, load_config, read_metrics, train
+
+EVERY_TWO = ["validation.every_steps=2", "validation.batch=4"]
+
+
+def weights(run: Path) -> dict[str, np.ndarray]:
+    folder = run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
+    return load_file(folder / "weights.safetensors")
+
+
+def validations(run: Path) -> list[dict[str, Any]]:
+    """Lines with a validation, without what depends on time."""
+    lines = [line for line in read_metrics(run) if "valid/loss" in line]
+    return [
+        {"step": line["step"]}
+        | {
+            name: value
+            for name, value in line.items()
+            if name.startswith("valid/") and name != "valid/seconds"
+        }
+        for line in lines
+    ]
+
+
+def steps(run: Path) -> list[int]:
+    return [step for step, _ in step_folders(run / "checkpoints")]
+
+
+def test_a_run_with_validations_has_the_weights_of_one_without(overrides: Overrides, tmp_path: Path) -> None:
+    assert train(overrides("text.dropout=0.1", run="without")) == 0
+    assert train(overrides("text.dropout=0.1", *EVERY_TWO, "monitor.log_every=3", run="with")) == 0
+    first, second = weights(tmp_path / "without"), weights(tmp_path / "with")
+    for name, value in first.items():
+        np.testing.assert_array_equal(value, second[name], err_msg=name)
+    found = validations(tmp_path / "with")
+    assert [line["step"] for line in found] == [2, 4]
+    assert "valid/loss/instance" in found[0]
+    assert read_metrics(tmp_path / "with")[-1]["valid/seconds"] > 0
+
+
+def test_training_ends_without_a_better_validation_and_stays_ended(
+    overrides: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([0.5, 0.7, 0.7, 0.6, 0.9])
+    monkeypatch.setattr(Pretraining, "measure", lambda *given: {"score": next(scores)})
+    words = ["train.steps=8", "validation.every_steps=1", "checkpoint.keep_best=valid/score",
+             "checkpoint.best_mode=max", "train.patience=2", "checkpoint.keep_last=1"]  # fmt: skip
+    assert train(overrides(*words)) == 0
+    run = tmp_path / "run"
+    assert [line["valid/score"] for line in validations(run)] == [0.5, 0.7, 0.7, 0.6]
+    assert steps(run) == [2, 4], "the best one and the last"
+    assert Manifest.read(run / "checkpoints" / "step-00000002").metrics["valid/score"] == 0.7
+    assert train(overrides(*words)) == 0, "started again it is still ended"
+    assert steps(run) == [2, 4]
+    last = [json.loads(line)["kind"] for line in (run / "events.jsonl").read_text().splitlines()]
+    assert last[-1] == "finish"
+
+
+def test_a_checkpoint_between_two_validations_does_not_bear_the_metrics_of_one(
+    overrides: Overrides, tmp_path: Path
+) -> None:
+    words = [
+        "validation.every_steps=2",
+        "checkpoint.every_steps=1",
+        "checkpoint.keep_last=0",
+        "monitor.log_every=9",
+    ]
+    assert train(overrides(*words)) == 0
+    folders = dict(step_folders(tmp_path / "run" / "checkpoints"))
+    known = {step: "valid/loss" in Manifest.read(folder).metrics for step, folder in folders.items()}
+    assert known == {1: False, 2: True, 3: False, 4: True}
+
+
+def predicted(words: list[str]) -> tuple[dict[str, float], list[int], str]:
+    """Losses, samples and a hash of the embeddings of the validation split, by a method of seed 0."""
+    config = load_config(words)
+    reader = open_reader(config.data)
+    tokenizer = Tokenizer.load(None, config.data.root)
+    seed_weights(0)
+    method = build_method(config, tokenizer.vocab_size)
+    dataset = evaluation_dataset(config, reader, tokenizer, "valid")
+    found = predict(
+        method,
+        lambda batch: (method(batch), {"image": method.encode_image(batch.image)}),
+        dataset,
+        np.arange(len(dataset.store)),
+        3,
+        torch.device("cpu"),
+    )
+    digest = hashlib.sha256(found.arrays["image"].tobytes()).hexdigest()
+    return found.losses, found.sample.tolist(), digest
+
+
+@pytest.mark.dist
+def test_predictions_are_the_same_to_the_bit_on_one_two_and_three_ranks(
+    gloo_pool: Pools, overrides: Overrides
+) -> None:
+    """MPMA's masks and the contrasts of MGCA over all ranks would differ, were a chunk not a rank's alone."""
+    for name in ("mgca", "mpma"):
+        words = [word for word in overrides() if not word.startswith("method.")]
+        words += [f"method.name={name}", "method.embedding=16"]
+        found = [gloo_pool(ranks).run(predicted, words) for ranks in (1, 2, 3)]
+        every = [rank for ranks in found for rank in ranks]
+        assert every[0][1] == list(range(len(every[0][1])))
+        assert len(every[0][1]) > 9
+        assert all(rank == every[0] for rank in every[1:])
+
+
+@pytest.mark.dist
+def test_runs_validate_at_every_stage_on_any_number_of_ranks(
+    gloo_pool: Pools, overrides: Overrides, tmp_path: Path
+) -> None:
+    """Only rounding is left of how the steps were divided."""
+    words = ["train.steps=2", "train.global_batch=6", *EVERY_TWO]
+    found = []
+    for ranks, stage in ((1, 0), (2, 3), (3, 2)):
+        name = f"ranks{ranks}"
+        codes = gloo_pool(ranks).run(train, overrides(*words, f"zero.stage={stage}", run=name))
+        assert codes == [0] * ranks
+        (line,) = validations(tmp_path / name)
+        found.append(line)
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-3)
+
+
+def test_a_choice_by_a_validation_that_is_never_made_is_refused(overrides: Overrides) -> None:
+    for words, message in (
+        (["checkpoint.keep_best=valid/loss"], "set validation.every_epochs"),
+        (["train.patience=3", "validation.every_steps=1"], "name a metric of the validation"),
+        (["validation.every_steps=1", "validation.split=train"], "is trained on"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_config(overrides(*words))
