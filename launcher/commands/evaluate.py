@@ -66,7 +66,11 @@ class EvaluateCommand(TyperCommand):
     def format_help(self, ctx: Any, formatter: Any) -> None:
         from medvlp.evaluation.task import tasks
 
-        self.epilog = "\n\n".join(["Tasks:", *(f"{name}: {task.summary}" for name, task in tasks().items())])
+        lines = [
+            f"{name}: {task.summary}{' (trains networks)' if task.trains else ''}"
+            for name, task in tasks().items()
+        ]
+        self.epilog = "\n\n".join(["Tasks:", *lines])
         super().format_help(ctx, formatter)
 
 
@@ -82,7 +86,9 @@ def evaluate(
     ] = None,
     task: Annotated[
         list[str] | None,
-        typer.Option("--task", help="name of a task, see below (repeat it); default: all that can be done"),
+        typer.Option(
+            "--task", help="name of a task, see below (repeat it); default: all that train no network"
+        ),
     ] = None,
     unit: Annotated[
         list[str] | None,

@@ -22,7 +22,10 @@ def evaluate(
     ],
     task: Annotated[
         list[str] | None,
-        typer.Option("--task", help="repeat it for an array over tasks; default: all, one after the other"),
+        typer.Option(
+            "--task",
+            help="repeat it for an array over tasks; default: all that train no network, one after the other",
+        ),
     ] = None,
     fraction: Fractions = None,
     seed: Seeds = None,

@@ -82,6 +82,11 @@ def units_of(task: Task, chosen: Sequence[str]) -> list[Unit]:
     return [units[name] for name in chosen or units]
 
 
+def quick_tasks() -> list[str]:
+    """Names of the tasks that are done where none is named: those that train no network."""
+    return [name for name, task in tasks().items() if not task.trains]
+
+
 def evaluate(options: EvaluationOptions, say: Callable[[str], None]) -> Evaluation:
     """Evaluate a run beside its baselines.
 
@@ -94,7 +99,8 @@ def evaluate(options: EvaluationOptions, say: Callable[[str], None]) -> Evaluati
     """
     options.check()
     session = _open(options, say)
-    chosen = [tasks()[name](session.config.evaluation.tasks[name]) for name in options.tasks or tasks()]
+    wanted = options.tasks or quick_tasks()
+    chosen = [tasks()[name](session.config.evaluation.tasks[name]) for name in wanted]
     evaluation = _empty(options, session, chosen)
     jobs: list[tuple[Task, dict[Unit, StoredUnit]]] = []
     for task in chosen:

@@ -131,6 +131,7 @@ class Task(abc.ABC):
         config: class of its keys `evaluation.tasks.<name>.*`.
         unit_keys: keys that only list the units, so that the others stay finished when one is added.
         fits_to_labels: it fits something to the training labels, so "train" cannot be its selection split.
+        trains: it trains networks, which takes hours: done only where it is asked for by name.
         reading: how its numbers read.
     """
 
@@ -140,6 +141,7 @@ class Task(abc.ABC):
     config: ClassVar[type[TaskConfig]] = TaskConfig
     unit_keys: ClassVar[frozenset[str]] = frozenset()
     fits_to_labels: ClassVar[bool] = False
+    trains: ClassVar[bool] = False
     reading: ClassVar[Reading] = Reading()
 
     def __init__(self, settings: Any) -> None:

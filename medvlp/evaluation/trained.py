@@ -99,6 +99,7 @@ class TrainedTask(Task):
     config = TrainedTaskConfig
     unit_keys = frozenset({"fractions", "seeds"})
     fits_to_labels = True
+    trains = True
     fields: ClassVar[frozenset[str]] = frozenset()
     chooses: ClassVar[str] = "loss"
     chooses_mode: ClassVar[Literal["min", "max"]] = "min"

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 from medvlp.config import Config, ConfigError
 from medvlp.evaluation import task as contract
-from medvlp.evaluation.evaluate import EvaluationOptions, evaluate
+from medvlp.evaluation.evaluate import EvaluationOptions, evaluate, quick_tasks
 from medvlp.evaluation.heads.classification import class_entropy, masked_bce
 from medvlp.evaluation.splits import stratified_fraction
 from medvlp.evaluation.supervised import TrainingStoppedError, train_here
 from medvlp.evaluation.tasks.fine_tuning import FineTuning, FineTuningConfig
+from medvlp.evaluation.trained import TrainedTask
 from shards.reader import ShardReader
 from tests.evaluation.toy_trained import Brightness
 from tests.launcher.tiny_run import make_run, make_shards
@@ -175,3 +176,11 @@ def test_an_unknown_protocol_or_key_of_the_training_is_named(run: Path) -> None:
         ask(run, "evaluation.tasks.fine-tuning.training={train: {epoch: 2}}")
     with pytest.raises(ConfigError, match="stands twice"):
         ask(run, "evaluation.tasks.fine-tuning.seeds=[1,1]")
+
+
+def test_what_trains_is_done_only_where_it_is_asked_for() -> None:
+    quick = quick_tasks()
+    assert {"zero-shot", "retrieval", "linear-probe", "grounding"} <= set(quick)
+    assert {name for name, task in contract.tasks().items() if issubclass(task, TrainedTask)}.isdisjoint(
+        quick
+    )
