@@ -57,6 +57,17 @@ class DataConfig:
     cleaning: Literal["none", "mgca"] = key(
         "none", "mgca: lower case and no punctuation, as MGCA's preprocessing"
     )
+    views: list[str] = key(
+        [], "projections to train on, as the dataset names them (PA, AP, ...); none: all, named or not",
+        items=(0, 32),
+    )  # fmt: skip
+    min_sentences: int = key(1, "sentences a report must have to be trained on", 1, 1000)
+    min_tokens: int = key(
+        1, "words (runs of letters, digits and _) a report must have to be trained on", 1, 10**6
+    )
+    images_per_study: Literal["all", "one"] = key(
+        "all", "images of a study in an epoch; one: another each time, by chance"
+    )
     shuffle_sentences: bool = key(False, "true: the sentences of a report in another order at every access")
     tokenizer: str | None = key(None, "folder or hub name; default: the dataset's tokenizer.json")
     max_tokens: int = key(112, "tokens of a report with [CLS] and [SEP]; longer ones are cut", 4, 1 << 16)

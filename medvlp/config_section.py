@@ -51,6 +51,11 @@ class MethodConfig:
         "global", "negatives and Sinkhorn over all ranks, or over each rank alone"
     )
 
+    same_study: Literal["excluded", "negatives"] = key(
+        "excluded",
+        "images of one study, which share a report, are no negatives of each other, or are (published)",
+    )
+
     #: Whether the method embeds reports.
     embeds_reports: ClassVar[bool] = True
 

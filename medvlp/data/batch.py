@@ -65,6 +65,8 @@ class Batch(_TensorRecord):
         skipped: corrupt samples that were replaced (training) or left out (evaluation) in this batch.
         faults: what was wrong with them, one message each, naming shard and key.
         fields: what the loader was asked for beside these, by name (`medvlp.data.fields`).
+        study: [B] int64, equal for samples of one study (images with one report): the position of the first
+            of them in the split; None: not known, and every sample counts as a study of its own.
     """
 
     image: Tensor
@@ -75,3 +77,4 @@ class Batch(_TensorRecord):
     skipped: int = 0
     faults: list[str] = field(default_factory=list)
     fields: dict[str, Tensor] = field(default_factory=dict)
+    study: Tensor | None = None

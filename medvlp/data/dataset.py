@@ -103,6 +103,7 @@ class ImageReportDataset(Dataset[Batch]):
             fields={
                 name: field.read(rows, views, self.config.transform) for name, field in self.fields.items()
             },
+            study=torch.from_numpy(self.store.studies[rows]),
         )
 
 

@@ -22,7 +22,8 @@ from medvlp.config_files import ConfigError
 from medvlp.data.batch import Batch
 from medvlp.data.dataset import EvaluationDataset, ImageReportDataset, TrainingDataset
 from medvlp.data.fields import open_fields
-from medvlp.data.order import Positions, SampleOrder, rank_rows
+from medvlp.data.order import Positions, SampleOrder, StudyImages, rank_rows
+from medvlp.data.rules import told
 from medvlp.data.sample_store import SampleStore
 from medvlp.data.text import Tokenizer
 from medvlp.distributed import uses_cuda
@@ -89,14 +90,18 @@ class MicroBatchSampler(Sampler[tuple[int, Positions]]):
         rank: int,
         micro_batch: int,
         start_step: int,
+        studies: StudyImages | None = None,
     ) -> None:
         """Take an order over `trainable`, the positions in the split that may be drawn.
+
+        With `studies` each of them stands for its study, of which one image is drawn.
 
         Raises:
             ConfigError: the global batch does not fit the order or does not divide.
         """
         self.order = order
         self.trainable = trainable
+        self.studies = studies
         self.batch = config.train.global_batch
         self.tail = config.data.tail
         self.accumulation, rest = divmod(self.batch, micro_batch * world_size)
@@ -118,7 +123,10 @@ class MicroBatchSampler(Sampler[tuple[int, Positions]]):
         step = self.start_step
         while True:
             epoch, drawn = self.order.batch(step, self.batch, self.tail)
-            for rows in self._rows(self.trainable[drawn]):
+            positions = self.trainable[drawn]
+            for rows in self._rows(
+                positions if self.studies is None else self.studies.draw(epoch, positions)
+            ):
                 yield epoch, rows
             step += 1
 
@@ -128,7 +136,7 @@ class TrainingLoader:
 
     Attributes:
         steps_per_epoch: global batches of an epoch.
-        samples: samples of the split that have text (the others cannot be trained on).
+        samples: samples of an epoch: those of the split that pass the rules, or one for each study.
         accumulation: micro-batches of a step.
     """
 
@@ -189,26 +197,28 @@ def build_loader(
                 f"{reader.root}: split {data.split!r} lacks the {name} that the method learns from: {reason}"
             )
     mask = store.trainable() if samples is None else np.isin(np.arange(len(store)), samples)
-    trainable = np.flatnonzero(mask)
-    if samples is not None and not len(trainable):
+    if samples is not None and not mask.any():
         raise DataError(f"{reader.root}: no sample of split {data.split!r} can be learned from")
-    if not len(trainable):
+    if not mask.any():
         raise ConfigError(
-            f"no sample of split {data.split} has text in data.sections={list(data.sections)}; "
-            "`medvlp shards view` shows the sections there are"
+            f"no sample of split {data.split} is left to train on: {told(store.excluded, data)}; "
+            "`medvlp shards view` shows the sections there are, `medvlp shards info` the views"
         )
-    if rank == 0 and samples is None and len(trainable) < len(store):
+    if rank == 0 and samples is None and not mask.all():
         logger.warning(
-            "%d of %d samples of split %s have no text in the sections %s and are not trained on",
-            len(store) - len(trainable), len(store), data.split, ", ".join(data.sections),
+            "%d of %d samples of split %s are not trained on: %s",
+            int((~mask).sum()), len(store), data.split, told(store.excluded, data),
         )  # fmt: skip
+    drawable, studies = np.flatnonzero(mask), None
+    if samples is None and data.images_per_study == "one":
+        studies = StudyImages(store.studies, mask, config.train.seed)
+        mask = studies.first
+    trainable = np.flatnonzero(mask)
     ends = np.cumsum([shard.samples for shard in reader.index.split_shards(data.split)])
     sizes = np.diff(np.concatenate([[0], np.cumsum(mask)])[np.concatenate([[0], ends])])
     order = SampleOrder(sizes.tolist(), config.train.seed, data.shuffle_block, data.partitions)
-    sampler = MicroBatchSampler(order, trainable, config, world_size, rank, micro_batch, start_step)
-    dataset = TrainingDataset(
-        reader, data.split, store, tokenizer, data, opened, config.train.seed, trainable
-    )
+    sampler = MicroBatchSampler(order, trainable, config, world_size, rank, micro_batch, start_step, studies)
+    dataset = TrainingDataset(reader, data.split, store, tokenizer, data, opened, config.train.seed, drawable)
     return TrainingLoader(dataset, sampler, data)
 
 

@@ -16,6 +16,8 @@ Positions = NDArray[np.int64]
 
 #: Purpose of a random stream; keeps the fixed partition of shards apart from the orders of epochs.
 _PARTITION, _SHARDS, _SAMPLES, _BLOCKS = range(4)
+#: Second integer of the stream that draws an image of each study (`StudyImages`); no partition has it.
+_STUDIES = 1 << 63
 _MASK = (1 << 64) - 1
 
 
@@ -214,6 +216,40 @@ class SampleOrder:
         window = np.arange(index * rows, (index + 1) * rows)
         # With "drop" no index reaches the end; with "wrap" the modulo fills the last batch from the start.
         return epoch, np.concatenate([part[window % len(part)] for part in self.partition_orders(epoch)])
+
+
+class StudyImages:
+    """Draws one image of each study in every epoch, by (seed, epoch, study) alone.
+
+    Args:
+        studies: int64 [N], equal for samples of one study.
+        mask: bool [N], samples that may be drawn.
+        seed: of the run.
+
+    Attributes:
+        first: bool [N], the first such sample of each study, which stands for it in the order.
+    """
+
+    def __init__(self, studies: Positions, mask: NDArray[np.bool_], seed: int) -> None:
+        self.seed = seed
+        self._members = np.flatnonzero(mask)
+        self._members = self._members[np.argsort(studies[self._members], kind="stable")]
+        _, starts, self._sizes = np.unique(studies[self._members], return_index=True, return_counts=True)
+        self._starts = starts.astype(np.int64)
+        self._firsts = self._members[self._starts]
+        self.first = np.zeros(len(studies), dtype=bool)
+        self.first[self._firsts] = True
+        self._by_first = np.argsort(self._firsts, kind="stable")
+        self._words: tuple[int, NDArray[np.uint64]] | None = None
+
+    def draw(self, epoch: int, firsts: Positions) -> Positions:
+        """For samples that stand for their studies, the images drawn of these in this epoch."""
+        study = self._by_first[np.searchsorted(self._firsts[self._by_first], firsts)]
+        if self._words is None or self._words[0] != epoch:
+            self._words = epoch, random_words(len(self._firsts), self.seed, epoch, _STUDIES)
+        chosen = (self._words[1][study] % self._sizes[study].astype(np.uint64)).astype(np.int64)
+        drawn: Positions = self._members[self._starts[study] + chosen]
+        return drawn
 
 
 def rank_rows(

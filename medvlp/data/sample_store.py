@@ -20,6 +20,7 @@ from safetensors.numpy import save
 from medvlp.config import DataConfig
 from medvlp.data.cache import cache_folder
 from medvlp.data.report import report_sentences
+from medvlp.data.rules import RULES, excluding_rule
 from medvlp.data.text import Tokenizer, TokenRows
 from shards.atomic import atomic_write, remove_leftovers
 from shards.entities import matrix
@@ -32,7 +33,7 @@ from shards.remote import RemoteError
 logger = logging.getLogger(__name__)
 
 #: Raise when the stored arrays or the way to compute them change.
-_VERSION = 3
+_VERSION = 4
 #: Samples held at once; each may have `METADATA_LIMIT` bytes.
 _CHUNK = 512
 
@@ -46,6 +47,9 @@ class SampleStore:
         labels: float32 [N, C] in the order of the index's label names: 1, 0, -1, NaN (unknown).
         entities: the anatomy-observation matrices of all samples.
         unreadable: int64, positions of samples whose metadata could not be read; they have no text.
+        studies: int64 [N], position of the first sample of the same study in the split; an unreadable sample
+            is a study of its own.
+        excluded: uint8 [N], which rule of `medvlp.data.rules` keeps a sample from being trained on; 0: none.
     """
 
     def __init__(self, path: Path) -> None:
@@ -65,6 +69,8 @@ class SampleStore:
             self.labels: NDArray[np.float32] = arrays["labels"]
             self.entities = EntityRows(arrays["entity_cells"], arrays["entity_offsets"])
             self.unreadable: NDArray[np.int64] = arrays["unreadable"]
+            self.studies: NDArray[np.int64] = arrays["studies"]
+            self.excluded: NDArray[np.uint8] = arrays["excluded"]
             self._keys: NDArray[np.uint8] = arrays["keys"]
         except (SafetensorError, OSError, ValueError, TypeError) as error:
             raise DataError(f"{path}: damaged sample store ({error}); delete it and start again") from error
@@ -95,6 +101,7 @@ class SampleStore:
             "ids": self.rows.ids, "sentences": self.rows.sentences, "offsets": self.rows.offsets,
             "labels": self.labels, "entity_cells": self.entities.cells,
             "entity_offsets": self.entities.offsets, "unreadable": self.unreadable, "keys": self._keys,
+            "studies": self.studies, "excluded": self.excluded,
         }  # fmt: skip
         problem = None
         if self.labels.shape != (samples, labels):
@@ -111,10 +118,13 @@ class SampleStore:
         return [row.tobytes().rstrip(b"\0").decode() for row in self._keys[selection]]
 
     def trainable(self) -> NDArray[np.bool_]:
-        """bool [N]: samples with text, and unreadable ones (they are counted when training meets them)."""
-        trainable = np.diff(self.rows.offsets) > 0
-        trainable[self.unreadable] = True
+        """bool [N]: samples that pass the rules, and unreadable ones (counted when training meets them)."""
+        trainable: NDArray[np.bool_] = self.excluded == 0
         return trainable
+
+    def has_text(self) -> NDArray[np.bool_]:
+        """bool [N]: samples with text, whatever the rules of training say."""
+        return np.diff(self.rows.offsets) > 0
 
     @classmethod
     def open_or_build(
@@ -170,6 +180,9 @@ def _store_hash(reader: ShardReader, split: str, config: DataConfig, tokenizer: 
         tokenizer.fingerprint,
         list(config.sections),
         config.cleaning,
+        sorted(config.views),
+        config.min_sentences,
+        config.min_tokens,
     ]
     parts += [reader.index.fingerprint, reader.index.label_names, split]
     return xxhash.xxh3_64_hexdigest(json.dumps(parts).encode())
@@ -212,8 +225,8 @@ def _metadata(reader: ShardReader, split: str, i: int) -> dict[str, Any] | None:
 
 def _chunks(
     reader: ShardReader, split: str, config: DataConfig, tokenizer: Tokenizer
-) -> Iterator[tuple[TokenRows, list[dict[str, Any] | None]]]:
-    """Tokenised chunks of the split with their metadata; None for what cannot be read."""
+) -> Iterator[tuple[TokenRows, list[dict[str, Any] | None], list[int]]]:
+    """Tokenised chunks of the split, their metadata (None: unreadable), the rules that exclude them."""
     count = reader.sample_count(split)
     for start in range(0, count, _CHUNK):
         metadata = [_metadata(reader, split, i) for i in range(start, min(start + _CHUNK, count))]
@@ -221,7 +234,11 @@ def _chunks(
             report_sentences(sample["sections"], config.sections, config.cleaning) if sample else []
             for sample in metadata
         ]
-        yield tokenizer.encode(reports), metadata
+        excluded = [
+            0 if sample is None else excluding_rule(sample["view"], report, config)
+            for sample, report in zip(metadata, reports, strict=True)
+        ]
+        yield tokenizer.encode(reports), metadata, excluded
         logger.info("tokenised %d of %d reports of split %s", start + len(metadata), count, split)
 
 
@@ -234,8 +251,12 @@ def _build(reader: ShardReader, split: str, config: DataConfig, tokenizer: Token
     labels: list[NDArray[np.float32]] = []
     entities: list[list[Triple]] = []
     unreadable: list[int] = []
+    first: dict[str, int] = {}
+    studies: list[int] = []
+    excluded: list[int] = []
     position = 0
-    for rows, metadata in _chunks(reader, split, config, tokenizer):
+    for rows, metadata, rules in _chunks(reader, split, config, tokenizer):
+        excluded += rules
         ids.append(rows.ids)
         sentences.append(rows.sentences)
         lengths.append(np.diff(rows.offsets))
@@ -243,6 +264,7 @@ def _build(reader: ShardReader, split: str, config: DataConfig, tokenizer: Token
             entities.append(sample["entities"] if sample else [])
             if sample is None:
                 unreadable.append(position)
+            studies.append(position if sample is None else first.setdefault(sample["study_id"], position))
             values = [sample["labels"].get(name) if sample else None for name in names]
             labels.append(np.array([np.nan if value is None else value for value in values], np.float32))
             position += 1
@@ -258,6 +280,8 @@ def _build(reader: ShardReader, split: str, config: DataConfig, tokenizer: Token
         "entity_offsets": packed.offsets,
         "unreadable": np.array(unreadable, dtype=np.int64),
         "keys": keys.view(np.uint8).reshape(count, keys.itemsize),
+        "studies": np.array(studies, dtype=np.int64),
+        "excluded": np.array(excluded, dtype=np.uint8),
     }
     origin = {"split": split, "tokenizer": tokenizer.fingerprint, "dataset": reader.index.fingerprint}
     return save(arrays, metadata={**origin, "checksum": checksum(arrays)})
@@ -267,7 +291,7 @@ def _build(reader: ShardReader, split: str, config: DataConfig, tokenizer: Token
 _ARRAYS: dict[str, tuple[str, int]] = {
     "ids": ("int32", 1), "sentences": ("int16", 1), "offsets": ("int64", 1), "labels": ("float32", 2),
     "entity_cells": ("int16", 1), "entity_offsets": ("int64", 1), "unreadable": ("int64", 1),
-    "keys": ("uint8", 2),
+    "keys": ("uint8", 2), "studies": ("int64", 1), "excluded": ("uint8", 1),
 }  # fmt: skip
 
 
@@ -279,7 +303,9 @@ def _check_arrays(arrays: Mapping[str, NDArray[Any]]) -> None:
     samples = len(arrays["labels"])
     if any(len(arrays[name]) != samples + 1 for name in ("offsets", "entity_offsets")):
         raise ValueError("its arrays have different lengths")
-    if len(arrays["keys"]) != samples or len(arrays["ids"]) != len(arrays["sentences"]):
+    if any(len(arrays[name]) != samples for name in ("keys", "studies", "excluded")):
+        raise ValueError("its arrays have different lengths")
+    if len(arrays["ids"]) != len(arrays["sentences"]):
         raise ValueError("its arrays have different lengths")
 
 
@@ -292,12 +318,15 @@ def _value_problem(arrays: Mapping[str, NDArray[Any]], vocab_size: int) -> str |
             return f"{name} do not fit {items}"
     limits = {
         "ids": vocab_size, "sentences": 1 << 15, "unreadable": samples,
-        "entity_cells": 2 * matrix.SHAPE[0] * matrix.SHAPE[1],
+        "entity_cells": 2 * matrix.SHAPE[0] * matrix.SHAPE[1], "studies": samples, "excluded": len(RULES),
     }  # fmt: skip
     for name, limit in limits.items():
         array = arrays[name]
         if array.size and not (array.min() >= 0 and array.max() < limit):
             return f"{name} out of range"
+    studies = arrays["studies"]
+    if (studies[studies] != studies).any() or (studies > np.arange(samples)).any():
+        return "studies that do not begin with their first sample"
     labels = arrays["labels"]
     if not (np.isnan(labels) | np.isin(labels, (1, 0, -1))).all():
         return "labels out of range"

@@ -6,7 +6,7 @@ from typing import NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
-from medvlp.config import Config
+from medvlp.config import Config, MethodConfig
 from medvlp.data.batch import Batch, Text
 from medvlp.encoders.backbones import EncoderError
 from medvlp.encoders.image import ImageEncoder, ImageFeatures
@@ -79,12 +79,12 @@ class Alignment(PrototypeUser, nn.Module, abc.ABC):
         return self
 
     def exclude_in(
-        self, pair: EncodedPair, clusters: PrototypeTable | None, negatives: str, text: Tensor | None
+        self, pair: EncodedPair, clusters: PrototypeTable | None, config: MethodConfig, text: Tensor | None
     ) -> Exclusion:
         """`exclude`, unless another alignment on the same encoders has decided."""
         if pair.exclusion is not None:
             return pair.exclusion._replace(metrics={})
-        return self.exclude(pair.batch, clusters, negatives, text)
+        return self.exclude(pair.batch, clusters, config, text)
 
     @property
     def scores_by_embedding(self) -> bool:

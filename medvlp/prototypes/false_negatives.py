@@ -1,4 +1,4 @@
-"""Which samples of a batch are no negatives of each other: those of one service cluster."""
+"""Which samples of a batch are no negatives of each other: those of one study, those of one cluster."""
 
 from typing import NamedTuple
 
@@ -29,8 +29,31 @@ NOTHING_EXCLUDED = Exclusion(None, {})
 
 
 @torch.no_grad()
+def exclude_same_study(studies: Tensor, every_rank: bool) -> Exclusion:
+    """Leave out the pairs of samples of one study, which share a report; at most one collective.
+
+    Args:
+        studies: [B] int64, equal for samples of one study; B is equal on all ranks.
+        every_rank: candidates are the samples of all ranks; false: of this one.
+    """
+    others = distributed.gather_rows(studies) if every_rank else studies
+    return Exclusion(_equal(studies, others, every_rank), {})
+
+
+def _equal(own: Tensor, others: Tensor, every_rank: bool) -> Tensor:
+    """[B, N] bool where a candidate's number is the sample's; a sample's own pair is false."""
+    pairs = own[:, None] == others[None]
+    pairs.diagonal(distributed.rank() * len(own) if every_rank else 0).fill_(False)
+    return pairs
+
+
+@torch.no_grad()
 def exclude_false_negatives(
-    table: PrototypeTable, embeddings: Tensor, labels: Tensor, every_rank: bool
+    table: PrototypeTable,
+    embeddings: Tensor,
+    labels: Tensor,
+    every_rank: bool,
+    studies: Tensor | None = None,
 ) -> Exclusion:
     """Leave out the pairs of samples whose embeddings fall into one cluster; at most one collective.
 
@@ -39,6 +62,7 @@ def exclude_false_negatives(
         embeddings: [B, D] unit-norm embeddings of this rank's samples; B is equal on all ranks.
         labels: [B, C] 1, 0, -1 (uncertain) or NaN (unknown), only for the metrics.
         every_rank: candidates are the samples of all ranks; false: of this one.
+        studies: [B] int64; pairs of one study are left out too, but do not count in the metrics.
 
     Returns:
         The pairs, and "prototypes/masked": their share of all pairs of different samples, in [0, 1]. Where
@@ -46,14 +70,16 @@ def exclude_false_negatives(
         a present finding or both have none, in [0, 1], among those whose samples both have labels; NaN where
         there is no such pair. The mean over ranks of each is its value over the pairs of all ranks.
     """
-    # One gather for both: clusters decide, labels only tell how well.
-    own = torch.stack([table.assign(embeddings), label_bits(labels)], 1)
+    # One gather for all: clusters and studies decide, labels only tell how well.
+    columns = [table.assign(embeddings), label_bits(labels)]
+    own = torch.stack(columns if studies is None else [*columns, studies], 1)
     others = distributed.gather_rows(own) if every_rank else own
-    pairs = own[:, None, 0] == others[None, :, 0]
-    pairs.diagonal(distributed.rank() * len(own) if every_rank else 0).fill_(False)
+    pairs = _equal(own[:, 0], others[:, 0], every_rank)
     metrics = {"prototypes/masked": pairs.sum() / max(1, len(own) * (len(others) - 1))}
     if labels.shape[1]:
         metrics["prototypes/mask_precision"] = _precision(pairs, own[:, 1], others, len(table.centroids))
+    if studies is not None:
+        pairs = pairs | _equal(own[:, 2], others[:, 2], every_rank)
     return Exclusion(pairs, metrics)
 
 

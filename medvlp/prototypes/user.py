@@ -4,9 +4,15 @@ from typing import Protocol
 
 from torch import Tensor
 
+from medvlp.config import MethodConfig
 from medvlp.data.batch import Batch, Text
 from medvlp.losses.normalise import unit_norm
-from medvlp.prototypes.false_negatives import NOTHING_EXCLUDED, Exclusion, exclude_false_negatives
+from medvlp.prototypes.false_negatives import (
+    NOTHING_EXCLUDED,
+    Exclusion,
+    exclude_false_negatives,
+    exclude_same_study,
+)
 from medvlp.prototypes.table import PrototypeTable
 from medvlp.prototypes.usage import CountedPrototypes
 
@@ -79,23 +85,25 @@ class PrototypeUser:
         self.mask_clusters = clusters
 
     def exclude(
-        self, batch: Batch, clusters: PrototypeTable | None, negatives: str, text: Tensor | None
+        self, batch: Batch, clusters: PrototypeTable | None, config: MethodConfig, text: Tensor | None
     ) -> Exclusion:
-        """Which samples are no negatives of each other.
+        """Which samples are no negatives of each other: those of one study, and where masked of one cluster.
 
-        Reports alone decide: one cluster id a sample makes "the same cluster" an equivalence, reports worded
-        alike share theirs, and images can be alike in much that is no finding (projection, exposure).
+        Of clusters reports alone decide: one id a sample makes "the same cluster" an equivalence, reports
+        worded alike share theirs, and images can be alike in much that is no finding (projection, exposure).
 
         Args:
             batch: the samples.
             clusters: of the service, as `forward` got them.
-            negatives: "global": the contrasts have the negatives of all ranks; "local": of this one.
-            text: [B, D] embeddings of any length. Without those of texts nothing is left out.
+            config: keys of the method; `negatives` and `same_study` are read.
+            text: [B, D] embeddings of any length. Without those of texts no cluster is left out.
         """
-        if self.mask_clusters is None or clusters is None or text is None:
-            return NOTHING_EXCLUDED
-        unit = unit_norm(text.detach()).float()
-        return exclude_false_negatives(clusters, unit, batch.labels, negatives == "global")
+        every_rank = config.negatives == "global"
+        studies = batch.study if config.same_study == "excluded" else None
+        if self.mask_clusters is not None and clusters is not None and text is not None:
+            unit = unit_norm(text.detach()).float()
+            return exclude_false_negatives(clusters, unit, batch.labels, every_rank, studies)
+        return NOTHING_EXCLUDED if studies is None else exclude_same_study(studies, every_rank)
 
 
 def to_cluster(image: Tensor | None, text: Tensor | None) -> dict[str, Tensor]:

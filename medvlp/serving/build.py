@@ -109,8 +109,9 @@ def make_snapshot(model: RunModel, options: SnapshotOptions, say: Callable[[str]
     saved_run.check_data(model.source, config, reader.index, options.data is not None, say)
     split = options.split or config.data.split
     store = SampleStore.open_or_build(reader, split, config.data, model.tokenizer)
-    # As in training, samples without a report are left out.
-    chosen = _spread(np.flatnonzero(store.trainable()), options.limit)
+    # The rules of training speak of the views and reports it had, not of another dataset's.
+    mask = store.trainable() if options.data is None else store.has_text()
+    chosen = _spread(np.flatnonzero(mask), options.limit)
     say(f"embedding {len(chosen)} of {len(store)} samples of {split} on {model.device.type}")
     loader = evaluation_loader(config, reader, model.tokenizer, split, BATCH, chosen.tolist())
     embeddings: dict[str, list[Tensor]] = {}

@@ -22,7 +22,7 @@ SMALL: dict[str, Any] = {
     "embedding": 8, "head_hidden": 16, "prototypes": 6, "queries": 4, "query_layers": 2,
     "decoder_width": 16, "decoder_heads": 2, "decoder_layers": 1, "decoder_hidden": 32,
     "decoder_dropout": 0.0, "channel_dropout": 0.0, "image_decoder_width": 32, "pool_heads": 2,
-    "bank_noise": "never", "max_sentences": 5, "fusion_layers": 2, "fusion_heads": 2,
+    "bank_noise": "never", "max_sentences": 5, "patch_drop": 0.0, "fusion_layers": 2, "fusion_heads": 2,
     "fusion_hidden": 32, "fusion_dropout": 0.0, "memory_slots": 4, "memory_highest": 2,
     "width": 16, "layers": 2, "heads": 2, "dropout": 0.0, "prototype_negatives": len(OBSERVATIONS),
 }  # fmt: skip

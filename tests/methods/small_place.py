@@ -22,6 +22,7 @@ SMALL: dict[str, Any] = {
     "decoder_width": 16,
     "decoder_heads": 2,
     "max_sentences": 5,
+    "patch_drop": 0.0,
 }
 
 

@@ -206,3 +206,38 @@ def test_the_gradient_on_two_ranks_is_the_single_process_one(gloo_pool: Any, nam
     results = gloo_pool(2).run(gradients, 2, name)
     assert np.mean([own["loss"] for own, _ in results]) == pytest.approx(terms["loss"], rel=1e-6)
     assert_equal_gradients(results, expected)
+
+
+#: Losses that contrast the samples of a batch, by the last part of their names.
+CONTRASTS = ("instance", "global", "generated", "observation")
+
+
+def contrasts(output: StepOutput) -> dict[str, float]:
+    return {k: v.item() for k, v in output.terms.items() if k.rpartition("loss/")[2] in CONTRASTS}
+
+
+@pytest.mark.parametrize("name", names())
+def test_images_of_one_study_are_no_negatives(name: str) -> None:
+    """In every contrast over the batch: their report is the same. Published behaviour is an option."""
+    method, batch = built(small_config(name)).double(), small_batch()
+    alone = dataclasses.replace(batch, study=torch.arange(len(REPORTS)))
+    shared = dataclasses.replace(batch, study=torch.tensor([0, 0, 2, 3, 3, 3, 6, 7]))
+    before, apart, found = method(batch), method(alone), method(shared)
+    torch.testing.assert_close(apart.named, before.named)
+    if not contrasts(before):
+        torch.testing.assert_close(found.named, before.named)
+        return
+    expected = shared.study[:, None] == shared.study[None]
+    assert torch.equal(found.exclusion.pairs, expected & ~torch.eye(len(REPORTS), dtype=torch.bool))
+    for term, value in contrasts(found).items():
+        assert value < contrasts(before)[term] - 1e-6, f"{term}: fewer negatives"
+    published = built(small_config(name, same_study="negatives")).double()
+    torch.testing.assert_close(published(shared).named, before.named)
+
+
+@pytest.mark.parametrize("name", names())
+def test_one_study_alone_has_no_contrast_over_the_batch(name: str) -> None:
+    method = built(small_config(name)).double()
+    one = dataclasses.replace(small_batch([[3]] * 4), study=torch.zeros(4, dtype=torch.int64))
+    for term, value in contrasts(method(one)).items():
+        assert abs(value) < 1e-9, term

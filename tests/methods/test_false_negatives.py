@@ -13,7 +13,7 @@ from medvlp.config_files import ConfigError
 from medvlp.losses.normalise import unit_norm
 from medvlp.methods.mgca.config import MGCAConfig
 from medvlp.methods.place.config import PLACEConfig
-from medvlp.methods.place.losses import observation_terms
+from medvlp.methods.place.losses import Sentences, observation_terms
 from tests.methods.small_masked import (
     CLUSTERS,
     METHODS,
@@ -128,11 +128,12 @@ def test_place_keeps_the_sentences_of_one_report_apart() -> None:
     generator = torch.Generator().manual_seed(0)
     observations, sentences = (unit_norm(torch.randn(2, 3, 4, generator=generator)) for _ in range(2))
     valid = torch.tensor([[True, True, True], [True, True, False]])
-    config = PLACEConfig(false_negative_threshold=1.0, negatives="local")
+    config = PLACEConfig(false_negatives="keep", negatives="local")
+    said = Sentences(sentences, valid, torch.arange(6).view(2, 3))
     everything = ~torch.eye(2, dtype=torch.bool)
-    masked = observation_terms(observations, sentences, valid, False, config, everything)
+    masked = observation_terms(observations, said, False, config, everything)
     config.negative_scope = "report"
-    inside = observation_terms(observations, sentences, valid, False, config, everything)
+    inside = observation_terms(observations, said, False, config, everything)
     torch.testing.assert_close(masked["loss/observation"], inside["loss/observation"])
     # 3 * 2 pairs between the reports in each direction, of 5 * 4 pairs of sentences.
     assert masked["observation/excluded"] == pytest.approx(12 / 20)

@@ -38,7 +38,7 @@ def test_a_start_that_fails_leaves_no_config_and_a_fresh_start_may_follow(gloo_p
     for change, message in [
         ("image.name=test_vti.r160_in1k", "similar names: test_vit"),
         ("data.max_tokens=600", "data.max_tokens=600 exceeds the text model's 512 positions"),
-        ("data.sections=[nothing]", "no sample of split train has text in data.sections=['nothing']"),
+        ("data.sections=[nothing]", "have no text in the sections nothing"),
         ("data.tokenizer=/nowhere/tokenizer", "data.tokenizer: folder /nowhere/tokenizer does not exist"),
         ("data.split=trian", "has no split 'trian'"),
     ]:

@@ -29,7 +29,7 @@ class Combination(Alignment):
     """Weighted sum of the losses of MGCA, PRIOR and PLACE, each with heads of its own.
 
     Every term of a part is chosen by the part's own weights: one of weight 0 is neither built nor computed.
-    `negatives` and `batch_norm` of the combination stand above those of its parts.
+    `negatives`, `same_study` and `batch_norm` of the combination stand above those of its parts.
 
     Args:
         config: keys of the method.
@@ -66,16 +66,17 @@ class Combination(Alignment):
         if self._masks:
             # Its embeddings decide for all parts which samples are no negatives of each other.
             parts = dict(sorted(parts.items(), key=lambda item: item[1] is not user))
+        exclusion = NOTHING_EXCLUDED
         for name, part in parts.items():
             own: StepOutput = part(pair, clusters)
             loss = loss + self.weights[name] * own.loss
             for term, value in own.named.items():
                 terms[term if term.startswith("prototypes/") else f"{name}/{term}"] = value
             if part is user:
-                embeddings = own.embeddings
+                embeddings, exclusion = own.embeddings, own.exclusion
                 if self._masks:
-                    pair = pair._replace(exclusion=own.exclusion)
-        return StepOutput(loss, terms, embeddings, pair.exclusion or NOTHING_EXCLUDED)
+                    pair = pair._replace(exclusion=exclusion)
+        return StepOutput(loss, terms, embeddings, exclusion)
 
     def embed_image(self, features: ImageFeatures) -> Tensor:
         return self._embedding().embed_image(features)
@@ -132,7 +133,9 @@ class Combination(Alignment):
 
 
 def _over_ranks(part: PartConfig, config: CombinationConfig) -> PartConfig:
-    return dataclasses.replace(part, negatives=config.negatives, batch_norm=config.batch_norm)
+    return dataclasses.replace(
+        part, negatives=config.negatives, batch_norm=config.batch_norm, same_study=config.same_study
+    )
 
 
 @register("combination", CombinationConfig)

@@ -61,7 +61,7 @@ class MGCA(Alignment):
             report=self.report_head(pair.text.hidden[:, 0]),
             tokens=self._tokens(pair) if self.config.token_weight > 0 else None,
         )
-        exclusion = self.exclude_in(pair, clusters, self.config.negatives, embeddings.report)
+        exclusion = self.exclude_in(pair, clusters, self.config, embeddings.report)
         output: StepOutput = self.objective(embeddings, clusters, exclusion.pairs)
         shared = to_cluster(embeddings.image, embeddings.report)
         return StepOutput(output.loss, output.terms | exclusion.metrics, shared, exclusion)

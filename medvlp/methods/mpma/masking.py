@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 
 from medvlp.data.batch import Text
+from medvlp.encoders.hashing import GOLDEN, WORD, finalise, mix, signed
 
 #: Numbers of the independent streams of one sample.
 PATCHES, WORDS = 0, 1
-
-_GOLDEN = 0x9E3779B97F4A7C15
-_WORD = 1 << 64
 
 
 class PatchMask(NamedTuple):
@@ -38,14 +36,14 @@ def sample_noise(sample: Tensor, count: int, seed: int, step: int, stream: int) 
         seed, step, stream: non-negative; another value of any gives independent numbers.
 
     Returns:
-        [B, count] int64 over the whole range. (SplitMix64: Steele et al., OOPSLA 2014.)
+        [B, count] int64 over the whole range.
     """
     key = 0
     for part in (seed, step, stream):
-        key = _finalise((key + _GOLDEN + part) % _WORD)
-    start = _mix(sample + _signed(key))
-    counter = torch.arange(1, count + 1, device=sample.device) * _signed(_GOLDEN)
-    return _mix(start[:, None] + counter)
+        key = finalise((key + GOLDEN + part) % WORD)
+    start = mix(sample + signed(key))
+    counter = torch.arange(1, count + 1, device=sample.device) * signed(GOLDEN)
+    return mix(start[:, None] + counter)
 
 
 def draw_patches(noise: Tensor, ratio: float) -> PatchMask:
@@ -92,21 +90,3 @@ def draw_words(text: Text, noise: Tensor, ratio: float) -> Tensor:
     place = noise.masked_fill(~exists, torch.iinfo(torch.int64).max).argsort(dim=1).argsort(dim=1)
     chosen = exists & (place < hidden[:, None])
     return words & chosen.gather(1, slot.clamp(max=length - 1))
-
-
-def _signed(value: int) -> int:
-    return value - _WORD if value >= _WORD // 2 else value
-
-
-def _finalise(value: int) -> int:
-    """SplitMix64's output function on a Python integer."""
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) % _WORD
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) % _WORD
-    return value ^ (value >> 31)
-
-
-def _mix(values: Tensor) -> Tensor:
-    """`_finalise` on int64, whose products wrap; its right shift keeps the sign, hence the masks."""
-    values = (values ^ ((values >> 30) & ((1 << 34) - 1))) * _signed(0xBF58476D1CE4E5B9)
-    values = (values ^ ((values >> 27) & ((1 << 37) - 1))) * _signed(0x94D049BB133111EB)
-    return values ^ ((values >> 31) & ((1 << 33) - 1))

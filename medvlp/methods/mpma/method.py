@@ -140,7 +140,7 @@ class MPMA(Method, PrototypeUser):
         if self.alignment is not None:
             assert views.image is not None, "images are encoded for the alignment"
             assert views.text is not None, "reports are encoded for the alignment"
-            exclude = partial(self.exclude, batch, clusters, config.negatives)
+            exclude = partial(self.exclude, batch, clusters, config)
             aligned = self.alignment(views.image, views.text.hidden, views.words, exclude)
             terms |= aligned.terms
         weights = {

@@ -45,8 +45,16 @@ class PLACEConfig(MethodConfig):
         "batch",
         "observations and sentences that are negatives: of the batch (see `negatives`) or of one report",
     )
+    false_negatives: Literal["tokens", "features", "keep"] = key(
+        "tokens",
+        "sentences that are no negatives of each other: of equal tokens; features: also those the text "
+        "encoder finds alike; keep: none",
+    )
     false_negative_threshold: float = key(
-        0.9, "cosine of two sentences above which they are no negatives of each other; 1 keeps all", -1, 1
+        0.9, "features: cosine above which two sentences are alike, their mean taken off", -1, 1
+    )
+    false_negative_share: float = key(
+        0.5, "features: largest share of the other sentences that one can be alike to", 0, 1
     )
 
     correlation_layers: int = key(1, "cross-attention layers from patches to words", 1, 1024)
@@ -55,7 +63,9 @@ class PLACEConfig(MethodConfig):
     )
     teacher_momentum: float = key(0.996, "share of the teacher that stays at each step", 0, 1)
     huber_delta: float = key(0.0, "Huber's threshold of correlation errors; 0: the squared error", 0, 2)
-    patch_drop: float = key(0.0, "share of patches the correlation branch has to infer from the report", 0, 1)
+    patch_drop: float = key(
+        0.5, "share of patches the correlation branch has to infer; 0: it can read all off the image", 0, 1
+    )
 
     observation_score: float = key(
         0.0, "factor of the best observation's cosine in zero-shot scores; 0: embeddings alone", 0, 10**6

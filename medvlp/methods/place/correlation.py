@@ -17,10 +17,13 @@ class ConditionedTokens(NamedTuple):
     Attributes:
         conditioned: [B, P, output], not normalised.
         taught: [B, P, width] patch features through the teacher, without gradient; None without one.
+        control: [B, P, output] as `conditioned`, without gradient, from the reports of other samples and with
+            the same dropped patches; None where none were named.
     """
 
     conditioned: Tensor
     taught: Tensor | None = None
+    control: Tensor | None = None
 
 
 class ConditionedPatches(nn.Module):
@@ -71,7 +74,12 @@ class ConditionedPatches(nn.Module):
             self.patches.due = True
 
     def forward(
-        self, patches: Tensor, grid: tuple[int, int], words: Tensor, valid: Tensor
+        self,
+        patches: Tensor,
+        grid: tuple[int, int],
+        words: Tensor,
+        valid: Tensor,
+        others: Tensor | None = None,
     ) -> ConditionedTokens:
         """Conditioned patches.
 
@@ -79,6 +87,7 @@ class ConditionedPatches(nn.Module):
             patches: [B, P, patch_width]. grid: (rows, columns), P = rows * columns.
             words: [B, L, word_width] hidden states of the tokens; valid: [B, L] bool, tokens that are no
                 padding. The first always takes part, so that a report of nothing but padding stays finite.
+            others: [B] int64, row of the report that each sample's patches read in the control.
         """
         tokens = self.patches(patches)
         taught = self.patches.teach(patches) if isinstance(self.patches, TaughtProjection) else None
@@ -88,10 +97,18 @@ class ConditionedPatches(nn.Module):
             token = self.mask_token + positions.to(tokens.dtype)
             tokens = torch.where(dropped[:, :, None], token, tokens)
         memory = self.word_norm(words)
-        first = torch.arange(valid.shape[1], device=valid.device) == 0
+        valid = valid | (torch.arange(valid.shape[1], device=valid.device) == 0)
+        control = None
+        if others is not None:
+            with torch.no_grad():
+                control = self._condition(tokens, memory[others], valid[others])
+        return ConditionedTokens(self._condition(tokens, memory, valid), taught, control)
+
+    def _condition(self, tokens: Tensor, memory: Tensor, valid: Tensor) -> Tensor:
         for layer in self.layers:
-            tokens, _ = layer(tokens, memory, valid | first)
-        return ConditionedTokens(self.head(self.norm(tokens)), taught)
+            tokens, _ = layer(tokens, memory, valid)
+        conditioned: Tensor = self.head(self.norm(tokens))
+        return conditioned
 
 
 class TaughtProjection(nn.Linear):

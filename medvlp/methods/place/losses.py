@@ -1,5 +1,7 @@
 """PLACE's contrastive losses on embeddings, over one rank or all of them."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from medvlp.losses.normalise import unit_norm
 from medvlp.methods.place.config import PLACEConfig
 from medvlp.methods.place.terms import (
     ObservationPairs,
-    allowed_negatives,
+    alike,
     hungarian_pairs,
     mean_of_reports,
     observation_contrast,
@@ -17,10 +19,24 @@ from medvlp.methods.place.terms import (
 )
 
 
+class Sentences(NamedTuple):
+    """The sentences of a batch of reports; S is the same on all ranks, so that they can be gathered.
+
+    Attributes:
+        embeddings: [B, S, D] unit-norm. valid: [B, S] bool, slots that hold one.
+        identity: [B, S] int64, see `medvlp.encoders.words.sentence_identity`.
+        features: [B, S, F] of the text encoder, without gradient; None where they decide nothing.
+    """
+
+    embeddings: Tensor
+    valid: Tensor
+    identity: Tensor
+    features: Tensor | None = None
+
+
 def observation_terms(
     observations: Tensor,
-    sentences: Tensor,
-    valid: Tensor,
+    sentences: Sentences,
     soft: bool,
     config: PLACEConfig,
     excluded: Tensor | None = None,
@@ -28,22 +44,22 @@ def observation_terms(
     """Contrast between the observations of images and the sentences of their reports.
 
     Args:
-        observations: [B, M, D] unit-norm. sentences: [B, S, D] unit-norm; valid: [B, S] bool. S is the same
-            on all ranks, so that sentences can be gathered.
+        observations: [B, M, D] unit-norm.
+        sentences: of the reports.
         soft: soft matching instead of the Hungarian one.
         config: keys of the method.
         excluded: [B, N] bool, samples whose sentences and observations are no negatives of each other (see
-            `instance_contrast`). Inside a report there is nothing but `false_negative_threshold`.
+            `instance_contrast`). Inside a report there is nothing but `config.false_negatives`.
 
     Returns:
         "loss/observation"; "observation/similarity": mean cosine of the pairs; "observation/excluded":
         share of the other pairs that are no negatives because their sentences or samples say the same.
     """
+    embeddings, valid = sentences[:2]
     if soft:
-        pairs = soft_pairs(observations, sentences, valid, config.assignment_temperature)
+        pairs = soft_pairs(observations, embeddings, valid, config.assignment_temperature)
     else:
-        pairs = hungarian_pairs(observations, sentences, valid)
-    threshold = config.false_negative_threshold if config.false_negative_threshold < 1 else None
+        pairs = hungarian_pairs(observations, embeddings, valid)
     batch, slots = valid.shape
     own = torch.arange(slots, device=valid.device)
     anchors = candidates = pairs
@@ -57,7 +73,9 @@ def observation_terms(
                 distributed.gather_rows(anchors.kept.byte()).bool(),
             )
             own = own + distributed.rank() * batch * slots
-    allowed = allowed_negatives(anchors.text, candidates.text, candidates.kept, threshold)
+    allowed = candidates.kept[..., None, :].expand(*anchors.kept.shape, -1)
+    if config.false_negatives != "keep":
+        allowed = allowed & ~_same(sentences, candidates.kept, config)
     if excluded is not None and config.negative_scope == "batch":
         allowed = allowed & ~of_samples(excluded, slots)
     losses = observation_contrast(anchors, candidates, allowed, own, config.observation_temperature)
@@ -67,6 +85,24 @@ def observation_terms(
         "observation/similarity": mean_of_reports(similarity, pairs.kept),
         "observation/excluded": _share_excluded(anchors.kept, candidates.kept, allowed, own),
     }
+
+
+def _same(sentences: Sentences, kept: Tensor, config: PLACEConfig) -> Tensor:
+    """[..., N, C] bool, candidates that say what the anchor says; `kept` [..., C] are those that exist."""
+
+    def spread(values: Tensor) -> tuple[Tensor, Tensor]:
+        """A value of each sentence, of the anchors and of the candidates."""
+        if config.negative_scope == "report":
+            return values, values
+        values = values.flatten(0, 1)
+        return values, distributed.gather_rows(values) if config.negatives == "global" else values
+
+    own, others = spread(sentences.identity)
+    same = own[..., :, None] == others[..., None, :]
+    if sentences.features is not None:
+        limits = config.false_negative_threshold, config.false_negative_share
+        same = same | alike(*spread(sentences.features), kept, *limits)
+    return same
 
 
 def token_terms(patches: Tensor, words: Tensor, valid: Tensor, config: PLACEConfig) -> dict[str, Tensor]:

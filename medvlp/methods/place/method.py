@@ -8,14 +8,14 @@ from medvlp.data.batch import Text
 from medvlp.encoders.image import ImageEncoder, ImageFeatures
 from medvlp.encoders.projection import ProjectionHead
 from medvlp.encoders.text import TextEncoder, TextFeatures
-from medvlp.encoders.words import aggregate_words, sentence_means
+from medvlp.encoders.words import aggregate_words, sentence_identity, sentence_means
 from medvlp.losses.normalise import unit_norm
 from medvlp.methods.base import Progress, StepOutput
 from medvlp.methods.instance_contrast import instance_contrast
 from medvlp.methods.pair import Alignment, EncodedPair, PairMethod, build_encoders
 from medvlp.methods.place.config import PLACEConfig
 from medvlp.methods.place.correlation import ConditionedPatches
-from medvlp.methods.place.losses import observation_terms, token_terms
+from medvlp.methods.place.losses import Sentences, observation_terms, token_terms
 from medvlp.methods.place.observations import ObservationExtractor, TokenPool
 from medvlp.methods.place.terms import (
     correlation_loss,
@@ -86,28 +86,32 @@ class PLACE(Alignment):
 
         These are "instance", "observation", "diversity", "correlation", "word" and "patch". Besides them:
         "retrieval/top1" and "retrieval/top5" (see MGCA), "observation/similarity" and
-        "observation/excluded" (see `losses.observation_terms`), and the metrics of
-        `exclude_false_negatives`.
+        "observation/excluded" (see `losses.observation_terms`), "correlation/shuffled", the same loss with
+        the report of another image of this rank (what the report adds is the difference), and the metrics
+        of `exclude_false_negatives`.
         """
         config, (image, text, batch) = self.config, pair[:3]
         terms: dict[str, Tensor] = {}
-        exclusion, shared = pair.exclusion or NOTHING_EXCLUDED, {}
+        exclusion, shared, embeddings = NOTHING_EXCLUDED, {}, None
         if config.instance_weight > 0:
             embeddings = self._image(image), self._report(text, batch.text)
-            exclusion = self.exclude_in(pair, clusters, config.negatives, embeddings[1])
             shared = to_cluster(*embeddings)
+        if config.instance_weight > 0 or config.observation_weight > 0:
+            report = None if embeddings is None else embeddings[1]
+            exclusion = self.exclude_in(pair, clusters, config, report)
+        if embeddings is not None:
             both, accuracies = instance_contrast(
                 *embeddings, config.instance_temperature, config.negatives, exclusion.pairs
             )
             terms |= {"loss/instance": 0.5 * both} | accuracies | exclusion.metrics
         if self.extractor is not None:
             observations = self._observations(self.extractor(image.local, image.grid).features)
-            sentences, valid = self._sentences(text, batch.text)
-            terms |= observation_terms(observations, sentences, valid, self.soft, config, exclusion.pairs)
+            sentences = self._said(text, batch.text)
+            terms |= observation_terms(observations, sentences, self.soft, config, exclusion.pairs)
             if config.diversity_weight > 0:
                 terms["loss/diversity"] = diversity_penalty(observations)
         if self.correlation is not None:
-            terms["loss/correlation"] = self._correlation_loss(self.correlation, pair)
+            terms |= self._correlation(self.correlation, pair)
         if config.token_weight > 0:
             words, word_valid = self._words(text, batch.text)
             terms |= token_terms(self.patch_head(image.local), words, word_valid, config)
@@ -203,19 +207,34 @@ class PLACE(Alignment):
         means, valid = sentence_means(features.hidden, text, self.config.max_sentences)
         return unit_norm(self.sentence_head(means, valid)), valid
 
+    def _said(self, features: TextFeatures, text: Text) -> Sentences:
+        """The sentences as the contrast of observations takes them."""
+        means, valid = sentence_means(features.hidden, text, self.config.max_sentences)
+        identity = sentence_identity(text, self.config.max_sentences)
+        kept = means.detach() if self.config.false_negatives == "features" else None
+        return Sentences(unit_norm(self.sentence_head(means, valid)), valid, identity, kept)
+
     def _words(self, features: TextFeatures, text: Text) -> tuple[Tensor, Tensor]:
         """[B, W, D] words, not normalised, and [B, W] bool which slots hold one."""
         words = aggregate_words(features.hidden, text.attention_mask.float(), text)
         return self.word_head(words.features, words.valid), words.valid
 
-    def _correlation_loss(self, branch: ConditionedPatches, pair: EncodedPair) -> Tensor:
+    def _correlation(self, branch: ConditionedPatches, pair: EncodedPair) -> dict[str, Tensor]:
         image, text, batch = pair[:3]
-        tokens = branch(image.local, image.grid, text.hidden, batch.text.attention_mask.bool())
+        others = None
+        if len(batch.sample) > 1:  # by their numbers, so that the order of a batch does not matter
+            order = batch.sample.argsort(stable=True)
+            others = torch.empty_like(order).scatter(0, order, order.roll(-1))
+        tokens = branch(image.local, image.grid, text.hidden, batch.text.attention_mask.bool(), others)
         if tokens.taught is None:
             target, usable = pixel_correlation(batch.image, image.grid)
         else:
             target, usable = feature_correlation(tokens.taught)
-        return correlation_loss(tokens.conditioned, target, usable, self.config.huber_delta or None)
+        huber = self.config.huber_delta or None
+        terms = {"loss/correlation": correlation_loss(tokens.conditioned, target, usable, huber)}
+        if tokens.control is not None:
+            terms["correlation/shuffled"] = correlation_loss(tokens.control, target, usable, huber)
+        return terms
 
 
 @register("place", PLACEConfig)

@@ -56,24 +56,35 @@ def soft_pairs(
 
 
 @torch.no_grad()
-def allowed_negatives(
-    text: Tensor, others: Tensor, others_kept: Tensor, threshold: float | None = 0.9
+def alike(
+    sentences: Tensor, others: Tensor, others_kept: Tensor, threshold: float = 0.9, share: float = 0.5
 ) -> Tensor:
-    """Which candidates may be negatives of which sentence: those that do not say the same.
+    """Which candidates are worded much like which sentence, by features of the encoder.
+
+    Never by the outputs of a head that the loss trains through these very pairs: were all of them equal, no
+    negative would be left, and the loss would be 0. For the same reason never more than a share of them.
 
     Args:
-        text: [..., N, D] unit-norm sentences. others: [..., C, D] unit-norm sentences of the candidates.
+        sentences: [..., N, D] features. others: [..., C, D] those of the candidates. Their mean over the
+            candidates that exist is taken off: a text encoder's states have most of their length in common.
         others_kept: [..., C] bool, candidates that exist.
-        threshold: candidates whose sentence has a greater cosine with the anchor's are no negatives (normal
-            findings are worded alike in most reports); None keeps them.
+        threshold: of the cosine.
+        share: of the existing candidates that a sentence can be alike to, those with the highest cosine.
 
     Returns:
         [..., N, C] bool.
     """
-    kept = others_kept[..., None, :].expand(*others_kept.shape[:-1], text.shape[-2], -1)
-    if threshold is None:
-        return kept
-    return kept & (text @ others.transpose(-1, -2) <= threshold)
+    kept = others_kept[..., None]
+    values = at_least_float32(others)
+    mean = (values * kept).sum(-2, keepdim=True) / kept.sum(-2, keepdim=True).clamp(min=1)
+    own = unit_norm(at_least_float32(sentences) - mean)
+    cosines = own @ unit_norm(values - mean).transpose(-1, -2)
+    cosines = cosines.masked_fill(~others_kept[..., None, :], -torch.inf)
+    # The cosine of the first candidate beyond the share: only greater ones are within it.
+    beyond = (share * others_kept.sum(-1)).floor().long().clamp(max=others.shape[-2] - 1)
+    ordered = cosines.sort(-1, descending=True).values
+    index = beyond[..., None, None].expand(*ordered.shape[:-1], 1)
+    return (cosines > threshold) & (cosines > ordered.gather(-1, index))
 
 
 def observation_contrast(
@@ -88,7 +99,7 @@ def observation_contrast(
     Args:
         pairs: N anchors with any leading dimensions: [..., N, D], [..., N, D], [..., N].
         candidates: C candidates for each, with the same leading dimensions.
-        allowed: [..., N, C] bool, candidates that act as negatives, from `allowed_negatives`.
+        allowed: [..., N, C] bool, candidates that act as negatives.
         own: [N] position of each anchor among the candidates; its own pair always takes part.
         temperature: of the contrast.
 

@@ -124,7 +124,8 @@ class PRIORLosses(nn.Module):
             sentences = banked.sentences.to(parts.patches.dtype)
         terms: dict[str, Tensor] = {}
         report = self.report(sentences, valid) if "global" in weights else None
-        exclusion = NOTHING_EXCLUDED if exclude is None else exclude(report)
+        contrasts = weights.keys() & {"global", "generated"}
+        exclusion = NOTHING_EXCLUDED if exclude is None or not contrasts else exclude(report)
         terms |= exclusion.metrics
         if parts.image is not None and report is not None:
             terms |= self._global(parts.image, report, exclusion.pairs)

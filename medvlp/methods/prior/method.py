@@ -78,7 +78,7 @@ class PRIOR(Alignment):
             valid=valid,
             target=self._target(pair.batch.image) if "image" in weights else None,
         )
-        exclude = partial(self.exclude_in, pair, clusters, self.config.negatives)
+        exclude = partial(self.exclude_in, pair, clusters, self.config)
         output: StepOutput = self.objective(parts, exclude)
         return output
 

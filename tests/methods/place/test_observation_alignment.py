@@ -13,7 +13,7 @@ from torch import Tensor
 from medvlp.losses.normalise import unit_norm
 from medvlp.methods.place.terms import (
     ObservationPairs,
-    allowed_negatives,
+    alike,
     diversity_penalty,
     hungarian_pairs,
     mean_of_reports,
@@ -70,7 +70,9 @@ def fast_loss(pairs: ObservationPairs, scope: str, threshold: float | None, temp
     each = pairs
     if scope == "batch":
         each = ObservationPairs(*(field.flatten(0, 1) for field in pairs))
-    allowed = allowed_negatives(each.text, each.text, each.kept, threshold)
+    allowed = each.kept[..., None, :].expand(*each.kept.shape, -1)
+    if threshold is not None:
+        allowed = allowed & (each.text @ each.text.transpose(-1, -2) <= threshold)
     own = torch.arange(each.kept.shape[-1])
     losses = observation_contrast(each, each, allowed, own, temperature)
     return mean_of_reports(losses.view(reports, slots), pairs.kept)
@@ -92,14 +94,29 @@ def test_contrast_equals_the_loop(
     assert fast_loss(pairs, scope, threshold, 0.3).item() == pytest.approx(expected, abs=1e-9)
 
 
-def test_equal_sentences_are_no_negatives() -> None:
-    text = torch.eye(3)[[0, 0, 1]]
-    kept = torch.tensor([True, True, True])
-    allowed = allowed_negatives(text, text, kept, 0.9)
-    assert allowed.tolist() == [[False, False, True], [False, False, True], [True, True, False]]
-    assert allowed_negatives(text, text, kept, None).all()
-    missing = allowed_negatives(text, text, torch.tensor([True, True, False]), None)
-    assert missing.tolist() == [[True, True, False]] * 3
+def test_features_that_are_alike() -> None:
+    common = torch.full((1, 3), 100.0)
+    features = common + torch.eye(3)[[0, 0, 1, 2]]
+    kept = torch.tensor([True, True, True, True])
+    expected = [[True, True, False, False], [True, True, False, False], [False, False, True, False]]
+    assert alike(features, features, kept, 0.9, 0.9)[:3].tolist() == expected, (
+        "what all have in common counts not"
+    )
+    missing = torch.tensor([True, False, True, True])
+    assert not alike(features, features, missing, 0.9, 0.9)[:, 1].any()
+    assert not alike(features, features, kept, 1.0, 0.9).any()
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 10_000), share=st.sampled_from([0.0, 0.3, 0.5]), count=st.integers(1, 12))
+def test_alike_is_never_more_than_a_share(seed: int, share: float, count: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(count, 2, generator=generator)
+    kept = torch.rand(count, generator=generator) < 0.8
+    found = alike(features, features, kept, -1.0, share)
+    assert (found.sum(1) <= share * kept.sum()).all()
+    collapsed = alike(torch.ones(count, 2), torch.ones(count, 2), kept, 0.9, share)
+    assert not collapsed.any(), "features that are all the same tell nobody apart"
 
 
 def test_gradient_is_that_of_the_loop_and_skips_missing_pairs() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from medvlp.config_files import ConfigError, load
 from medvlp.methods.base import Progress
 from medvlp.methods.place.config import PLACEConfig
-from medvlp.methods.place.losses import observation_terms
+from medvlp.methods.place.losses import Sentences, observation_terms
 from medvlp.methods.registry import build_method, schemas
 from tests.methods.small_mgca import VOCABULARY, rows_of
 from tests.methods.small_place import report_batch, small_place
@@ -33,7 +35,7 @@ EVERYTHING: dict[str, Any] = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "matching": {"matching": "soft"},
     "scope": {"negative_scope": "report"},
-    "threshold": {"false_negative_threshold": 0.2},
+    "features": {"false_negatives": "features", "false_negative_threshold": -1.0},
     "sentences": {"max_sentences": 2},
     "pool": {"report_pool": "attention"},
     "teacher": {"correlation_target": "teacher"},
@@ -124,15 +126,51 @@ def test_soft_matching_in_the_first_epochs_only() -> None:
 
 
 def test_metrics_of_observations() -> None:
-    sentences = torch.eye(4)[torch.tensor([[0, 1], [0, 2]])]
-    valid = torch.tensor([[True, True], [True, False]])
+    number = torch.tensor([[0, 1], [0, 2]])
+    sentences = Sentences(torch.eye(4)[number], torch.tensor([[True, True], [True, False]]), number)
     # Three pairs exist; two of the six (anchor, other) pairs say the same.
-    terms = observation_terms(torch.eye(4).expand(2, 4, 4), sentences, valid, False, PLACEConfig())
+    terms = observation_terms(torch.eye(4).expand(2, 4, 4), sentences, False, PLACEConfig())
     assert terms["observation/similarity"] == 1
     assert terms["observation/excluded"].item() == pytest.approx(2 / 6)
-    kept = PLACEConfig(false_negative_threshold=1.0)
-    terms = observation_terms(torch.eye(4).expand(2, 4, 4), sentences, valid, False, kept)
+    kept = PLACEConfig(false_negatives="keep")
+    terms = observation_terms(torch.eye(4).expand(2, 4, 4), sentences, False, kept)
     assert terms["observation/excluded"] == 0
+
+
+@pytest.mark.parametrize("false_negatives", ["tokens", "features"])
+@pytest.mark.parametrize("soft", [True, False])
+def test_a_collapse_of_all_sentences_does_not_end_the_loss(soft: bool, false_negatives: str) -> None:
+    """Equal outputs of the heads, and even of the encoder, are at chance, not at 0."""
+    one = torch.eye(4)[:1].expand(3, 4, 4).clone().requires_grad_()
+    sentences = Sentences(one, torch.ones(3, 4, dtype=torch.bool), torch.arange(12).view(3, 4), one.detach())
+    config = PLACEConfig(false_negatives=false_negatives)
+    terms = observation_terms(one, sentences, soft, config)
+    assert terms["loss/observation"].item() == pytest.approx(math.log(12))
+    assert terms["observation/excluded"] == 0
+
+
+def test_the_same_sentence_is_no_negative_whatever_the_heads_say() -> None:
+    batch = report_batch([[3], [3], [3]])
+    batch.text.input_ids[1] = batch.text.input_ids[0]
+    model = hard_place()
+    assert model(batch).terms["observation/excluded"].item() == pytest.approx(2 / 6)
+    other = dataclasses.replace(batch.text, input_ids=batch.text.input_ids.clone())
+    other.input_ids[1, 1:4] = other.input_ids[0, 1:4].flip(0)
+    found = model(dataclasses.replace(batch, text=other)).terms["observation/excluded"]
+    assert found == 0, "other words, or the same in another order"
+
+
+def test_the_report_shuffled_is_the_control_of_the_correlations() -> None:
+    """Same dropped patches, another report; where no report says anything else both losses agree."""
+    model = hard_place(patch_drop=0.5)
+    terms = model(report_batch(REPORTS)).terms
+    assert not terms["correlation/shuffled"].requires_grad
+    assert abs(terms["loss/correlation"] - terms["correlation/shuffled"]).item() > 1e-6
+    same = report_batch([[2, 1]] * 3)
+    same.text.input_ids[:] = same.text.input_ids[:1]
+    terms = model(same).terms
+    torch.testing.assert_close(terms["loss/correlation"].detach(), terms["correlation/shuffled"])
+    assert "correlation/shuffled" not in model(report_batch([[3]])).terms
 
 
 def test_weights_and_terms_add_up() -> None:
