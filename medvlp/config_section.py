@@ -52,8 +52,7 @@ class MethodConfig:
     )
 
     same_study: Literal["excluded", "negatives"] = key(
-        "excluded",
-        "images of one study, which share a report, are no negatives of each other, or are (published)",
+        "excluded", "images of one study, which share a report: no negatives of each other, or some"
     )
 
     #: Whether the method embeds reports.

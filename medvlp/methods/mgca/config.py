@@ -9,6 +9,9 @@ from medvlp.config import Config, ConfigError, MethodConfig, key
 @dataclass
 class MGCAConfig(MethodConfig):
     name: str = key("mgca", "registered method; its own keys stand beside this one")
+    same_study: Literal["excluded", "negatives"] = key(
+        "excluded", "images of one study: no negatives of each other, or some (published)"
+    )
     embedding: int = key(128, "width of the shared embedding space", 1, 1 << 16)
     head_hidden: int = key(2048, "width of the middle layer of the projection heads", 1, 1 << 16)
 
