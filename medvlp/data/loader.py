@@ -182,7 +182,7 @@ def build_loader(
         micro_batch: samples of one forward pass on this rank.
         start_step: first optimiser step, from 0.
         fields: names of what stands in `Batch.fields` (`medvlp.data.fields`).
-        samples: positions in the split that are drawn, ascending; None: all that have a text.
+        samples: positions in the split that are drawn, ascending; None: all that pass the rules of `data`.
 
     Raises:
         ConfigError: batch and split do not fit, or nothing can be drawn.
