@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from omegaconf import MISSING
 
+from medvlp.config_data import DataConfig as DataConfig
+from medvlp.config_data import TransformConfig as TransformConfig
 from medvlp.config_section import ConfigError as ConfigError
 from medvlp.config_section import MethodConfig as MethodConfig
 from medvlp.config_section import TaskConfig as TaskConfig
@@ -22,79 +24,6 @@ class RunConfig:
         MISSING, "run folder: config, metrics, checkpoints, evaluation; an existing one is resumed"
     )
     name: str | None = key(None, "name shown in W&B and tables; default: the folder's name")
-
-
-@dataclass
-class TransformConfig:
-    crop: Literal["random", "center", "none"] = key(
-        "random", "crop of training images; evaluation takes the center, or with none the whole image"
-    )
-    scale_min: float = key(
-        1.0, "smallest side of the random crop as a share of the full crop, in (0, 1]", 0.01, 1
-    )
-    flip: float = key(
-        0.0, "probability of a horizontal flip; changes left and right, so 0 for reports with sides", 0, 1
-    )
-    flip_entities: Literal["swap", "keep"] = key(
-        "swap", "left and right anatomies of a flipped image's entities change places, or stay (published)"
-    )
-    brightness: float = key(0.0, "largest relative change of brightness, in [0, 1)", 0, 0.99)
-    contrast: float = key(0.0, "largest relative change of contrast, in [0, 1)", 0, 0.99)
-
-
-@dataclass
-class DataConfig:
-    root: str = key(MISSING, "dataset folder or URL prefix (the place of index.json)")
-    split: str = key("train", "split to train on")
-    allow_changed: bool = key(
-        False,
-        "true: resume, and evaluate without --data, though the dataset's content is not what the run was "
-        "trained on (added studies); said in a warning and in events.jsonl",
-    )
-    image_size: int = key(224, "side of the square image the encoder sees, in pixels", 8, 8192)
-    transform: TransformConfig = field(default_factory=TransformConfig)
-    sections: list[str] = key(["findings", "impression"], "report sections, in this order", items=(1, 32))
-    cleaning: Literal["none", "mgca"] = key(
-        "none", "mgca: lower case and no punctuation, as MGCA's preprocessing"
-    )
-    views: list[str] = key(
-        [], "projections to train on, as the dataset names them (PA, AP, ...); none: all, named or not",
-        items=(0, 32),
-    )  # fmt: skip
-    min_sentences: int = key(1, "sentences a report must have to be trained on", 1, 1000)
-    min_tokens: int = key(
-        1, "words (runs of letters, digits and _) a report must have to be trained on", 1, 10**6
-    )
-    images_per_study: Literal["all", "one"] = key(
-        "all", "images of a study in an epoch; one: another each time, by chance"
-    )
-    shuffle_sentences: bool = key(False, "true: the sentences of a report in another order at every access")
-    tokenizer: str | None = key(None, "folder or hub name; default: the dataset's tokenizer.json")
-    max_tokens: int = key(112, "tokens of a report with [CLS] and [SEP]; longer ones are cut", 4, 1 << 16)
-    pad_to_max: bool = key(
-        False, "pad every batch to max_tokens instead of its longest report (published quirks)"
-    )
-    shuffle_block: int = key(
-        4096, "samples permuted together; bounds how far a sample can travel", 1, 1 << 40
-    )
-    partitions: int = key(
-        1, "equal parts of the shards, so that a node reads only its part of a remote dataset", 1, 1 << 20
-    )
-    tail: Literal["drop", "wrap"] = key(
-        "drop", "what happens to the samples that do not fill the last global batch of an epoch"
-    )
-    workers: int = key(2, "data-loading processes of each rank; 0 loads in the rank itself", 0, 1024)
-    prefetch: int = key(2, "batches each worker prepares ahead", 1, 1024)
-    max_bad_fraction: float = key(0.01, "share of corrupt samples above which the run stops", 0, 1)
-    cache_dir: str | None = key(
-        None,
-        "node-local folder for remote shards and token ids; default: $MEDVLP_CACHE_DIR, else ~/.cache/medvlp",
-    )
-    cache_gigabytes: float = key(200.0, "size at which the oldest cached shards are removed", 0, 10**9)
-    stall_seconds: float = key(
-        60.0, "a remote file that brings less than 1 KiB/s for so long is tried again, three times in all",
-        1, 3600,
-    )  # fmt: skip
 
 
 @dataclass

@@ -299,7 +299,7 @@ class ReportWords(Field):
 
     def missing(self) -> str | None:
         """See `Field`."""
-        if self.store.trainable().any():
+        if self.store.has_text().any():
             return None
         return f"no sample has text in data.sections={list(self.config.sections)}"
 

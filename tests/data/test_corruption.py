@@ -13,7 +13,8 @@ import torch
 
 from medvlp.config import Config
 from medvlp.data.batch import Batch, Text
-from medvlp.data.loader import FaultCounter, build_loader, evaluation_loader
+from medvlp.data.faults import FaultCounter
+from medvlp.data.loader import build_loader, evaluation_loader
 from medvlp.data.text import Tokenizer
 from shards.errors import DataError
 from shards.reader import ShardReader
