@@ -17,6 +17,7 @@ from launcher.commands import (
     evaluate,
     export,
     finetune,
+    import_,
     jobs,
     pretrain,
     prototypes,
@@ -56,6 +57,7 @@ app.add_typer(attempt.app, name="attempt", hidden=True)
 app.command("evaluate", cls=evaluate.EvaluateCommand)(evaluate.evaluate)
 app.command("compare")(evaluate.compare)
 app.command("export")(export.export)
+app.add_typer(import_.app, name="import")
 app.command("checkpoints")(checkpoints.checkpoints)
 app.command("doctor")(doctor.doctor)
 # The parts of `medvlp doctor` that srun starts.

@@ -136,6 +136,12 @@ class PrototypesConfig:
 @dataclass
 class TrainConfig:
     seed: int = key(0, "seed of weights, order, augmentation and dropout", 0, (1 << 32) - 1)
+    start: str | None = key(
+        None,
+        "run or checkpoint folder with whose weights and tokenizer training begins: all weights of the same "
+        "method, the encoders of another one",
+        file=True,
+    )
     steps: int | None = key(None, "optimiser steps; stands above epochs", 1, 10**9)
     epochs: float = key(50.0, "passes over the split when steps is not set", 0, 10**6)
     min_steps: int = key(0, "optimiser steps at least, where epochs would be fewer", 0, 10**9)

@@ -57,6 +57,8 @@ class MethodConfig:
 
     #: Whether the method embeds reports.
     embeds_reports: ClassVar[bool] = True
+    #: Whether it has a loss; without one it can be evaluated, not pre-trained.
+    trains: ClassVar[bool] = True
 
     def check(self, config: Config) -> None:
         """Refuse values that cannot stand together: the method's own, and those of the other sections.

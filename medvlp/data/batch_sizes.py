@@ -20,8 +20,13 @@ def divide_batch(config: Config, world_size: int) -> BatchSizes:
     """Divide `train.global_batch` over ranks and accumulation steps.
 
     Raises:
-        ConfigError: it does not divide; names values that would.
+        ConfigError: it does not divide; names values that would. Or the method has no loss to train on.
     """
+    if not config.method.trains:
+        raise ConfigError(
+            f"method.name={config.method.name} has no loss: choose a method to train, and begin with these "
+            "weights by train.start=RUN"
+        )
     batch, micro = config.train.global_batch, config.train.micro_batch
     if batch % world_size:
         lower, upper = batch // world_size * world_size, -(-batch // world_size) * world_size

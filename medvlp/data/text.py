@@ -147,6 +147,11 @@ class Tokenizer:
             raise ConfigError(f"{where} is not a tokenizer file: {error}") from error
         return cls(backend, special)
 
+    def id_of(self, token: str) -> int | None:
+        """The id of a token of the vocabulary; None: it has no such token."""
+        number: int | None = self._backend.token_to_id(token)
+        return number
+
     def to_json(self) -> bytes:
         """The bytes of a `tokenizer.json`; with `special`, `from_json` makes an equal tokenizer of them."""
         return self._backend.to_str().encode()

@@ -34,6 +34,7 @@ from medvlp.runs import saved_run
 from medvlp.runs.encoder_records import check_start
 from medvlp.runs.randomness import random_state, restore_random_state, seed_weights
 from medvlp.runs.saved_run import SavedRun
+from medvlp.runs.start import begin_again
 from shards.progress import tracked
 from shards.reader import ShardReader
 
@@ -333,7 +334,9 @@ def load_models(
     trained = saved_run.load_method(source, config, tokenizer)
     seed_weights(config.train.seed)
     untrained = build_method(config, tokenizer.vocab_size)
-    check_start(untrained, config, None if source.stored is None else source.stored[0])
+    identity = None if source.stored is None else source.stored[0]
+    check_start(untrained, config, identity)
     untrained.prepare(tokenizer)
+    begin_again(untrained, config, identity)
     restore_random_state(before)
     return {"trained": trained.to(device), "untrained": untrained.to(device).eval()}

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,6 +44,7 @@ class Card:
         image, text: the encoders; text is None where the method trains none of its own.
         heads: name -> tensor of everything else.
         results: the run's evaluation, or None.
+        origin: of imported weights, where they come from (`RunIdentity.origin`); {} of trained ones.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Card:
     text: TextEncoder | None
     heads: Mapping[str, Tensor]
     results: Results | None
+    origin: Mapping[str, str] = field(default_factory=dict)
 
 
 def model_card(card: Card) -> str:
@@ -77,6 +79,11 @@ def model_card(card: Card) -> str:
 
 def _summary(card: Card) -> str:
     text = f" and {card.text.model.config.model_type} (text)" if card.text is not None else ""
+    if card.origin:
+        return (
+            f"Encoders of published weights, {card.origin['title']}: {card.config.image.name} (image){text}. "
+            "Read by `medvlp import`, written by `medvlp export`; not trained in between."
+        )
     return (
         f"Encoders pre-trained on image-report pairs with the method {card.config.method.name}: "
         f"{card.config.image.name} (image){text}, after {card.manifest.step:,} optimiser steps. "
@@ -147,8 +154,9 @@ def _preprocessing(card: Card) -> str:
         else "the center is cut out (a smaller image is resized)"
     )
     channels = f", repeated to {config.image.in_channels} channels" if config.image.in_channels > 1 else ""
+    stored = f", stored fitted into a square of {card.data.data.image_size} pixels" if card.data.data else ""
     lines = [
-        f"- Images: 8-bit gray, stored fitted into a square of {card.data.data.image_size} pixels; of that "
+        f"- Images: 8-bit gray{stored}; of that "
         f"{crop} to {side}×{side}. Divided by 255, minus {config.image.mean}, divided by "
         f"{config.image.std}{channels}.",
     ]
@@ -170,7 +178,10 @@ def _preprocessing(card: Card) -> str:
 
 
 def _data(facts: DataFacts) -> str:
-    data, totals = facts.data, facts.data.splits[facts.data.split]
+    data = facts.data
+    if data is None:
+        return "Not stored with the weights, which were imported: see what their authors say.\n"
+    totals = data.splits[data.split]
     known = [licence for licence in data.licences if licence]
     licence = "; ".join(known) if known else "not stored with the samples"
     if known and "" in data.licences:
@@ -216,11 +227,17 @@ def _training(card: Card) -> str:
         "" if manifest.precision == "fp32" else " with float32 master weights, which are the ones exported"
     )
     facts = {
-        "optimiser steps": f"{manifest.step:,} (epoch {manifest.epoch + 1})",
-        "samples seen": f"{manifest.step * manifest.global_batch:,}, {manifest.global_batch} a step",
-        "precision": f"{manifest.precision}{master}",
-        "ranks, ZeRO stage": f"{manifest.world_size}, {manifest.zero_stage}",
-        "saved": manifest.created,
+        **(
+            _imported(card)
+            if card.origin
+            else {
+                "optimiser steps": f"{manifest.step:,} (epoch {manifest.epoch + 1})",
+                "samples seen": f"{manifest.step * manifest.global_batch:,}, {manifest.global_batch} a step",
+                "precision": f"{manifest.precision}{master}",
+                "ranks, ZeRO stage": f"{manifest.world_size}, {manifest.zero_stage}",
+                "saved": manifest.created,
+            }
+        ),
         "config": f"xxh3-128 `{manifest.config_hash}`",
         "versions": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
     }
@@ -230,6 +247,16 @@ def _training(card: Card) -> str:
     told = "".join(f"- {name}: {value}\n" for name, value in facts.items() if value)
     rows = "".join(f"| `{key}` | {_plain(value)} |\n" for key, value in values.items())
     return f"{told}\n| config | |\n|---|---|\n{rows}"
+
+
+def _imported(card: Card) -> dict[str, str]:
+    """In place of what a training would say."""
+    file, sha256 = card.origin["file"], card.origin.get("sha256", "")
+    return {
+        "trained": "elsewhere; the config repeats what is published of it",
+        "imported": card.manifest.created,
+        "read from": f"{file}, sha256 `{sha256}`" if sha256 else file,
+    }
 
 
 def _evaluation(card: Card) -> str:
@@ -249,6 +276,8 @@ def _evaluation(card: Card) -> str:
 
 def _licence(card: Card) -> str:
     image, text = card.config.image, card.config.text
+    if card.origin:
+        return f"{card.origin['licence']}\n"
     started = [f"published weights of {image.name}"] if image.pretrained else []
     started += ["weights from a local file (image)"] if image.weights else []
     if card.text is not None and text.name is not None:

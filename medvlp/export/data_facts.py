@@ -15,12 +15,12 @@ class DataFacts:
     """The data of a run as the model card shows them.
 
     Attributes:
-        data: the dataset the exported weights were last trained on.
+        data: the dataset the exported weights were last trained on; None: imported, so it is not known.
         earlier: those before it (`data.allow_changed`), oldest first.
         tokenizer_from: the dataset whose tokenizer the run has; None where the config named another.
     """
 
-    data: DataRecord
+    data: DataRecord | None
     earlier: tuple[DataRecord, ...] = ()
     tokenizer_from: DataRecord | None = None
 
@@ -38,10 +38,12 @@ def facts_of(source: SavedRun, config: DataConfig, given: bool) -> DataFacts:
         DataError: a dataset that is needed cannot be read, or lacks the split.
     """
     if source.stored is None:
-        record = _read(config)
-        return DataFacts(record, tokenizer_from=record if config.tokenizer is None else None)
+        read = _read(config)
+        return DataFacts(read, tokenizer_from=read if config.tokenizer is None else None)
     identity, _ = source.stored
     record = identity.trained_on(source.manifest.identity)
+    if record is None:
+        return DataFacts(None)
     # A run keeps the tokenizer it began with, also on data that were added later.
     origin = identity.data[0] if identity.named is None else None
     facts = DataFacts(record, identity.data[: identity.data.index(record)], origin)

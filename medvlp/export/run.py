@@ -69,7 +69,8 @@ def export(
             write_text(text, tokenizer, config.data.max_tokens, folder / "text")
         safetensors.torch.save_file(heads, folder / HEADS)
         (folder / CONFIG).write_bytes((source.run / CONFIG).read_bytes())
-        card = Card(source.name(config), config, source.manifest, facts, image, text, heads, results)
+        origin = {} if source.stored is None else source.stored[0].origin
+        card = Card(source.name(config), config, source.manifest, facts, image, text, heads, results, origin)
         (folder / "README.md").write_text(model_card(card), encoding="utf-8")
     return out
 

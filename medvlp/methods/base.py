@@ -118,8 +118,18 @@ class Method(Objective):
         """[B, 1, H, W] uint8 images -> [B, F] backbone features before any projection (linear probes)."""
 
     @property
+    def embeds_images(self) -> bool:
+        """Whether `encode_image` and `score` work; without them nothing compares images with texts."""
+        return True
+
+    @property
     def embeds_reports(self) -> bool:
         """Whether `encode_text` works; without it there is no retrieval of reports."""
+        return True
+
+    @property
+    def has_image_features(self) -> bool:
+        """Whether `image_features` works; without it there is no probe."""
         return True
 
     @property

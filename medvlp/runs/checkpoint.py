@@ -126,6 +126,11 @@ class Checkpoint:
                 f"version resumes from layout {FORMAT}; use the version that wrote it, or choose a new "
                 "run.dir"
             )
+        if not saved.optimizer and not self.step:
+            raise CheckpointError(
+                f"{config.run.dir} holds imported weights, which are no training to go on with: begin one "
+                f"with train.start={config.run.dir} and another run.dir"
+            )
         differences = [
             f"{name} was {then} and is {now}"
             for name, then, now in [

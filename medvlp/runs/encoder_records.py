@@ -79,7 +79,7 @@ def check_start(method: nn.Module, config: Config, identity: RunIdentity | None)
     """
     now = starting_weights(method, config)
     for part, then in ({} if identity is None else identity.start).items():
-        if now.get(part) != then:
+        if part != "run" and now.get(part) != then:  # of a run: `medvlp.runs.start`
             key, value = ("text.name", config.text.name) if part == "text" else ("image.weights", None)
             if part == "image":
                 value = config.image.weights or f"(published weights of {config.image.name})"

@@ -29,6 +29,8 @@ from shards.strict_json import parse_json, read_limited, to_record
 #: In the run folder, beside the tokenizer itself (`tokenizer.json`).
 IDENTITY = "identity.json"
 FORMAT = 1
+#: In a manifest, in place of a dataset's hash: the weights were imported.
+_NO_DATA = "unknown"
 #: Largest `identity.json` and `tokenizer.json`, in bytes.
 _LIMIT = 1 << 26
 #: Shards of a local dataset that are asked for their licence.
@@ -122,10 +124,13 @@ class RunIdentity:
         tokenizer: hash of the run's `tokenizer.json`.
         special: names of the tokens that open, close and pad a text.
         named: `data.tokenizer` at the start; None: the dataset's own.
-        data: datasets in the order in which the run read them; more than one after `data.allow_changed`.
+        data: datasets in the order in which the run read them; more than one after `data.allow_changed`, none
+            of imported weights.
         encoders: "text" and "image" -> what a model that was named, not described, is built from
             (see `medvlp.runs.encoder_records`).
-        start: "text" and "image" -> hash of the published weights that training began with.
+        start: "text", "image" and "run" -> hash of the weights that training began with: published ones, or
+            those of another run (`train.start`).
+        origin: of imported weights: where they come from (`medvlp.published`); {} of trained ones.
     """
 
     tokenizer: str
@@ -134,18 +139,20 @@ class RunIdentity:
     data: tuple[DataRecord, ...]
     encoders: dict[str, dict[str, Any]] = field(default_factory=dict)
     start: dict[str, str] = field(default_factory=dict)
+    origin: dict[str, str] = field(default_factory=dict)
 
     def summary(self) -> dict[str, str]:
         """What a checkpoint's manifest repeats."""
         return {
-            "data": self.data[-1].content,
+            "data": self.data[-1].content if self.data else _NO_DATA,
             "tokenizer": self.tokenizer,
-            "encoders": _hash([self.encoders, self.start]),
+            "encoders": _hash([self.encoders, self.start, *([self.origin] if self.origin else [])]),
         }
 
-    def trained_on(self, summary: Mapping[str, str]) -> DataRecord:
-        """The dataset of the checkpoint whose manifest holds `summary`."""
-        return next(record for record in reversed(self.data) if record.content == summary.get("data"))
+    def trained_on(self, summary: Mapping[str, str]) -> DataRecord | None:
+        """The dataset of the checkpoint whose manifest holds `summary`; None: imported weights."""
+        found = (record for record in reversed(self.data) if record.content == summary.get("data"))
+        return next(found, None)
 
     def write(self, run: Path, tokenizer: Tokenizer) -> None:
         """Store this and the tokenizer in a run folder, each in one move.
@@ -179,7 +186,7 @@ class RunIdentity:
             identity = cls(**values)
             stored = read_limited(run / TOKENIZER_NAME, _LIMIT)
             tokenizer = Tokenizer.from_json(stored, str(run / TOKENIZER_NAME), identity.special)
-            known = [record.content for record in identity.data]
+            known = [record.content for record in identity.data] or [_NO_DATA]
             mixed = [name for name, value in identity.summary().items()
                      if name != "data" and value != summary.get(name)]  # fmt: skip
         except OSError as error:
@@ -197,6 +204,14 @@ class RunIdentity:
         if mixed or summary.get("data") not in known:
             raise IdentityError(f"{path} is not of the run's checkpoint: bring back the one stored with it")
         return identity, tokenizer
+
+
+def unchecked(run: Path) -> str:
+    """The line about a run of a version that stored no identity."""
+    return (
+        f"{run} was started by a version that stored no identity.json: whether its data and tokenizer are "
+        "still those it was trained with cannot be checked"
+    )
 
 
 def check_tokenizer(tokenizer: Tokenizer, identity: RunIdentity, named: str | None, where: str) -> None:

@@ -16,7 +16,14 @@ from medvlp.data.text import Tokenizer
 from medvlp.runs.checkpoint import Checkpoint
 from medvlp.runs.encoder_records import describe_encoders, starting_weights
 from medvlp.runs.errors import AgreedError
-from medvlp.runs.identity import DataRecord, IdentityError, RunIdentity, check_tokenizer, record_data
+from medvlp.runs.identity import (
+    DataRecord,
+    IdentityError,
+    RunIdentity,
+    check_tokenizer,
+    record_data,
+    unchecked,
+)
 from shards.errors import DataError, MedvlpError
 from shards.reader import ShardReader
 
@@ -68,7 +75,7 @@ class TakenUp:
         return RunIdentity(
             self.tokenizer.content,
             self.tokenizer.special,
-            config.data.tokenizer,
+            config.data.tokenizer or config.train.start,
             (record,),
             describe_encoders(objective, config),
             {**starting_weights(objective, config), **started_from()} if step == 0 else {},
@@ -121,6 +128,7 @@ def take_up(
     stored, tokenizer = found
     _together(lambda: check_tokenizer(tokenizer, stored, config.data.tokenizer, str(run)))
     then, now = stored.trained_on(saved), DataRecord.of(reader.index, config.data.split)
+    assert then is not None, "an imported run is never gone on with"
     changes = then.differences(now)
     if config.data.tokenizer is None and stored.named is None and then.tokenizer != now.tokenizer:
         changes.append("its tokenizer, in whose place the run uses its own")
@@ -136,14 +144,6 @@ def take_up(
             checkpoint.step, "; ".join(changes),
         )  # fmt: skip
     return TakenUp(tokenizer, stored, tuple(changes))
-
-
-def unchecked(run: Path) -> str:
-    """The line about a run of a version that stored no identity."""
-    return (
-        f"{run} was started by a version that stored no identity.json: whether its data and tokenizer are "
-        "still those it was trained with cannot be checked"
-    )
 
 
 def _together(action: Callable[[], Opened]) -> Opened:

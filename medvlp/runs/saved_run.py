@@ -16,9 +16,8 @@ from medvlp.methods.registry import build_method, schemas
 from medvlp.runs.checkpoint import Checkpoint
 from medvlp.runs.encoder_records import described
 from medvlp.runs.errors import RunFolderError
-from medvlp.runs.identity import DataRecord, IdentityError, RunIdentity, check_tokenizer
+from medvlp.runs.identity import DataRecord, IdentityError, RunIdentity, check_tokenizer, unchecked
 from medvlp.runs.manifest import MANIFEST, WEIGHTS, Manifest
-from medvlp.runs.opening import unchecked
 from medvlp.runs.run_folder import CONFIG
 from shards.format import Index
 
@@ -113,6 +112,8 @@ def load_config(
         tasks: config classes of evaluation tasks, for what evaluates.
     """
     given = [*overrides, *([] if data is None else [f"data.root={json.dumps(trust.escaped(data))}"])]
+    if not reads_data and source.stored is not None and source.stored[0].origin:
+        given.insert(0, "data.root=unknown")  # imported weights have no dataset, and nobody asks for it here
     unused = set(_OF_TRAINING | {"data.cache_dir"} | (set() if reads_data else {"data.root"}))
     encoders = source.stored[0].encoders if source.stored is not None else {}
     if source.stored is not None:
@@ -168,9 +169,11 @@ def check_data(
     if source.stored is None:
         return
     identity, _ = source.stored
-    changes = identity.trained_on(source.manifest.identity).differences(
-        DataRecord.of(index, config.data.split)
-    )
+    then = identity.trained_on(source.manifest.identity)
+    if then is None:
+        say(f"{source.run} was imported: whether its weights have seen {config.data.root} is not known here")
+        return
+    changes = then.differences(DataRecord.of(index, config.data.split))
     if not changes:
         return
     told = f"{config.data.root} is not what {source.run} was trained on: {'; '.join(changes)}"

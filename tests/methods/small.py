@@ -31,8 +31,8 @@ REPORTS = [[3, 2], [1, 4, 2, 1], [5], [2, 2, 2], [1], [3, 3], [2, 1, 1, 1, 1], [
 
 
 def names() -> list[str]:
-    """Every registered method."""
-    return sorted(schemas())
+    """Every registered method that trains."""
+    return sorted(name for name, schema in schemas().items() if schema.trains)
 
 
 def shrink(config: MethodConfig) -> MethodConfig:

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from medvlp.evaluation.baselines import FittedRidge
     from medvlp.evaluation.session import View
     from medvlp.evaluation.splits import Split
+    from medvlp.methods.base import Method
 
 Floats = NDArray[np.float64]
 #: Standardised features.
@@ -182,6 +183,9 @@ class LinearProbe(Task):
     unit_keys = frozenset({"fractions"})
     fits_to_labels = True
     reading = Reading(remarks=_remarks)
+
+    def unavailable_with(self, method: Method) -> str | None:
+        return None if method.has_image_features else "has no image encoder"
 
     def unavailable_on(self, facts: Facts) -> str | None:
         if not facts.findings:

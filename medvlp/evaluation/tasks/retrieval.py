@@ -92,7 +92,7 @@ class Retrieval(Task):
         return {"evaluated": Needs(image=True, text=True), "train": Needs()}
 
     def unavailable_with(self, method: Method) -> str | None:
-        return None if method.embeds_reports else "does not embed reports"
+        return None if method.embeds_reports and method.embeds_images else "does not embed reports"
 
     def fit(self, view: View, unit: Unit) -> tuple[ReportWords | None, str]:
         """Teach the pixel baseline the words of the training reports; and how it was taught."""

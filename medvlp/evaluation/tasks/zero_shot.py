@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from medvlp.evaluation.features import ModelArrays
     from medvlp.evaluation.session import View
     from medvlp.evaluation.splits import Split
+    from medvlp.methods.base import Method
 
 Floats = NDArray[np.float64]
 
@@ -167,6 +168,9 @@ class ZeroShot(Task):
         if not set(facts.findings) & self.ensemble(facts).rows.keys():
             return f"no prompts for any of the labels; set evaluation.tasks.{self.name}.prompts=FILE.yaml"
         return None
+
+    def unavailable_with(self, method: Method) -> str | None:
+        return None if method.embeds_images else "shares no space of images and prompts"
 
     def needs(self, facts: Facts) -> Mapping[Role, Needs]:
         images = Needs(image=True, prompts=tuple(self.ensemble(facts).sentences))

@@ -1,6 +1,6 @@
 """MeDSLIP's text book: frozen embeddings of the sentences that stand for anatomies and observations."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -46,10 +46,16 @@ class TextBook(nn.Module):
         self.register_buffer("scales", torch.ones(2, 1))
 
     @torch.no_grad()
-    def write(self, encoder: TextEncoder, tokenizer: Tokenizer, max_tokens: int) -> None:
+    def write(
+        self,
+        encoder: TextEncoder,
+        tokenizer: Tokenizer,
+        max_tokens: int,
+        descriptions: Sequence[str] = tuple(DESCRIPTIONS.values()),
+    ) -> None:
         """Fill the book: anatomies as "It is located at left_hilar.", observations as their descriptions."""
         sentences = [ANATOMY_SENTENCE.format(anatomy=name) for name in ANATOMIES]
-        vocabularies = (self.anatomy, sentences), (self.pathology, list(DESCRIPTIONS.values()))
+        vocabularies = (self.anatomy, sentences), (self.pathology, list(descriptions))
         for number, (rows, texts) in enumerate(vocabularies):
             text = tokenizer.tokenize([[sentence] for sentence in texts], max_tokens).to(rows.device)
             embeddings = self._pool(encoder, text)

@@ -1,6 +1,7 @@
 """MeDSLIP: medical dual-stream language-image pre-training (2024)."""
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -77,6 +78,10 @@ class MeDSLIP(Method, PrototypeUser):
     def prepare(self, tokenizer: Tokenizer) -> None:
         """Write the text book with the frozen encoder."""
         self.book.write(self.text_encoder, tokenizer, self.max_tokens)
+
+    def write_book(self, tokenizer: Tokenizer, descriptions: Sequence[str]) -> None:
+        """As `prepare`, with other descriptions of the 75 observations (those of published weights)."""
+        self.book.write(self.text_encoder, tokenizer, self.max_tokens, descriptions)
 
     def forward(
         self, batch: Batch, clusters: PrototypeTable | None = None, negatives: Negatives | None = None

@@ -170,12 +170,13 @@ class PRIOR(Alignment):
         projected: Tensor = self.patch_projection(patch_vectors(features.local, self.config))
         return projected
 
-    def _sentences(self, features: TextFeatures, text: Text) -> tuple[Tensor, Tensor]:
+    def _sentences(self, features: TextFeatures, text: Text, generated: bool = True) -> tuple[Tensor, Tensor]:
         """[B, S, E] projected means of the tokens of each sentence, and [B, S] which slots hold one.
 
         The projection is linear (its batch norm sees sentences): means are projected instead of tokens.
+        `generated`: cut reports to the number of generated sentences, where there are any.
         """
-        if self.objective.generates:
+        if generated and self.objective.generates:
             slots = self.config.queries
         else:
             slots = min(self.config.max_sentences, text.sentence_index.shape[1])
@@ -190,7 +191,8 @@ class PRIOR(Alignment):
             # A prompt is one sentence, to which [SEP] belongs.
             tokens = F.pad(text.attention_mask[:, 1:] - 1, (1, 0), value=-1)
             text = dataclasses.replace(text, sentence_index=tokens)
-        sentences, valid = self._sentences(features, text)
+        # As published: only training cuts the sentences, which it compares with generated ones.
+        sentences, valid = self._sentences(features, text, generated=False)
         if self.objective.stage >= self.config.bank_stage:
             sentences = self.objective.banked(sentences).sentences.to(sentences.dtype)
         return sentences, valid

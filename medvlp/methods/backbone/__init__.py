@@ -1,0 +1,1 @@
+"""One encoder without a loss."""

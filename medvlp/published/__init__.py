@@ -1,0 +1,1 @@
+"""Published checkpoints of other programs, and single backbones, as run folders."""

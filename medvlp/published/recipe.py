@@ -1,0 +1,58 @@
+"""What a recipe says of one published model, and facts about models for the model card."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from medvlp.published.renaming import Rule
+
+#: The text model, and tokenizer, that all three published methods use.
+CLINICAL_BERT = "emilyalsentzer/Bio_ClinicalBERT"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where published weights come from, as the model card says it.
+
+    Attributes:
+        title: of the model. paper, code: references. weights: where the file is published.
+        licence: what is known of the terms. data: what the weights were trained on.
+        text: how reports and prompts have to be written. remarks: more lines.
+    """
+
+    title: str
+    paper: str
+    code: str
+    weights: str
+    licence: str
+    data: str
+    text: str
+    remarks: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one published file becomes a method of ours.
+
+    Attributes:
+        values: the config's sections, where they differ from the defaults.
+        rules: how our tensors are made; unused: published keys that nothing reads -> why.
+        own: regular expression of our tensors that the file does not hold.
+        origin: for the card.
+    """
+
+    values: Mapping[str, Any]
+    rules: Sequence[Rule]
+    origin: Origin
+    unused: Mapping[str, str] = field(default_factory=dict)
+    own: str = ""
+
+
+#: Sizes of BERT base in Bio_ClinicalBERT, whose vocabulary is that of cased BERT.
+BERT_BASE = {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 512,
+}

@@ -1,0 +1,3 @@
+"""A small phantom dataset."""
+
+from tests.export.conftest import data as data
