@@ -19,6 +19,7 @@ from launcher.commands import (
     finetune,
     import_,
     jobs,
+    predict,
     pretrain,
     prototypes,
     resume,
@@ -58,6 +59,8 @@ app.command("evaluate", cls=evaluate.EvaluateCommand)(evaluate.evaluate)
 app.command("compare")(evaluate.compare)
 app.command("export")(export.export)
 app.add_typer(import_.app, name="import")
+app.command("predict")(predict.predict)
+app.command("embed")(predict.embed)
 app.command("checkpoints")(checkpoints.checkpoints)
 app.command("doctor")(doctor.doctor)
 # The parts of `medvlp doctor` that srun starts.

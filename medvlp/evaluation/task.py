@@ -208,7 +208,9 @@ def tasks() -> dict[str, type[Task]]:
 
     for module in pkgutil.iter_modules(folder.__path__):
         importlib.import_module(f"{folder.__name__}.{module.name}")
-    return REGISTRY
+    # By name and not by import: a program may have imported one of them before.
+    own = f"{folder.__name__}."
+    return dict(sorted(REGISTRY.items(), key=lambda item: (not item[1].__module__.startswith(own), item[0])))
 
 
 def schemas() -> dict[str, type[TaskConfig]]:

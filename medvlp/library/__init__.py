@@ -1,0 +1,1 @@
+"""What notebooks and scripts call: `medvlp.load` and `medvlp.open_dataset`."""

@@ -1,0 +1,162 @@
+"""Embeddings of a whole dataset: every rank takes its share, rank 0 joins the parts to one Parquet file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from medvlp import distributed
+from medvlp.config import Config
+from medvlp.data.cache import open_reader
+from medvlp.data.loader import evaluation_loader
+from medvlp.data.text import Tokenizer
+from medvlp.evaluation.features import Wanted, embed
+from medvlp.methods.base import Method
+from medvlp.ranks import detect
+from medvlp.runs import saved_run
+from shards.atomic import fsync_path
+from shards.errors import DataError
+from shards.reader import ShardReader
+
+#: Samples that are embedded, and written, together.
+BLOCK = 4096
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is embedded: `run` on the split (None: all splits) of `data`, into `out`."""
+
+    run: Path
+    data: str
+    out: Path
+    split: str | None = None
+    features: bool = False
+    batch: int = 64
+
+
+def embed_dataset(request: Request) -> None:
+    """Embed this rank's share; all ranks call this together. Rank 0 writes the file, at once or not at all.
+
+    A sample that cannot be read is left out and counted in the file's metadata (`medvlp.corrupt`).
+
+    Raises:
+        MedvlpError: run or data cannot be read, or the file cannot be written.
+    """
+    device = distributed.initialize(detect())
+    try:
+        source = saved_run.locate(request.run)
+        config = saved_run.load_config(source, [], request.data)
+        tokenizer = saved_run.load_tokenizer(source, config)
+        method = saved_run.load_method(source, config, tokenizer).to(device)
+        reader = open_reader(config.data)
+        parts = request.out.with_name(f".{request.out.name}.parts")
+        if distributed.is_main():
+            _prepare(parts)
+        distributed.barrier()
+        count = _write_part(request, config, tokenizer, method, reader, parts, device)
+        counts = distributed.gather_objects(count)
+        if distributed.is_main():
+            facts = {
+                "medvlp.run": str(source.run), "medvlp.checkpoint": source.checkpoint.name,
+                "medvlp.weights": source.weights, "medvlp.data": reader.index.fingerprint,
+                "medvlp.corrupt": str(sum(corrupt for _, corrupt in counts)),
+            }  # fmt: skip
+            _join(parts, request.out, facts)
+        distributed.barrier()
+    finally:
+        distributed.shutdown()
+
+
+def _prepare(parts: Path) -> None:
+    try:
+        parts.mkdir(parents=True, exist_ok=True)
+        for left in parts.iterdir():
+            left.unlink()
+    except OSError as error:
+        raise DataError(f"{parts} cannot be written: {error.strerror or error}") from error
+
+
+def _write_part(
+    request: Request,
+    config: Config,
+    tokenizer: Tokenizer,
+    method: Method,
+    reader: ShardReader,
+    parts: Path,
+    device: torch.device,
+) -> tuple[int, int]:
+    """Write this rank's blocks; returns (samples, corrupt samples) of them."""
+    wanted = Wanted(
+        image=method.embeds_images,
+        text=method.embeds_reports,
+        features=request.features and method.has_image_features,
+    )
+    samples = corrupt = number = 0
+    for split in [request.split] if request.split else reader.index.splits:
+        total = reader.sample_count(split)
+        for start in range(0, total, BLOCK):
+            number += 1
+            if number % distributed.world_size() != distributed.rank():
+                continue
+            positions = range(start, min(start + BLOCK, total))
+            loader = evaluation_loader(config, reader, tokenizer, split, request.batch, positions)
+            arrays = embed({"trained": method}, loader, wanted, device)
+            table = _table(reader, split, arrays.sample, arrays.models["trained"], request.features)
+            pq.write_table(table, parts / f"{number:08d}.parquet")
+            samples, corrupt = samples + len(table), corrupt + len(positions) - len(table)
+    return samples, corrupt
+
+
+def _table(reader: ShardReader, split: str, positions: Any, arrays: Any, features: bool) -> pa.Table:
+    metadata = [reader.metadata(split, int(place)) for place in positions]
+    columns: dict[str, Any] = {
+        "split": pa.array([split] * len(metadata)),
+        "key": pa.array([reader.key(split, int(place)) for place in positions]),
+        "position": pa.array(positions, pa.int64()),
+        "patient_id": pa.array([sample["patient_id"] for sample in metadata]),
+        "study_id": pa.array([sample["study_id"] for sample in metadata]),
+        "image": _vectors(arrays.image, len(metadata)),
+        "report": _vectors(arrays.text, len(metadata)),
+    }
+    if features:
+        columns["features"] = _vectors(arrays.features, len(metadata))
+    return pa.table(columns)
+
+
+def _vectors(values: Any, count: int) -> pa.Array:
+    """[N, D] as lists of float32; nulls where there are none."""
+    kind = pa.list_(pa.float32())
+    if values is None:
+        return pa.nulls(count, kind)
+    offsets = np.arange(0, values.size + 1, values.shape[1], dtype=np.int32)
+    return pa.ListArray.from_arrays(offsets, pa.array(values.astype(np.float32).reshape(-1)))
+
+
+def _join(parts: Path, out: Path, facts: dict[str, str]) -> None:
+    """Put the parts together in order under the final name."""
+    files = sorted(parts.glob("*.parquet"))
+    if not files:
+        raise DataError(f"{out}: the split holds no sample")
+    temporary = parts / "whole"
+    try:
+        schema = pq.read_schema(files[0]).with_metadata(
+            {name.encode(): text.encode() for name, text in facts.items()}
+        )
+        with pq.ParquetWriter(temporary, schema) as writer:
+            for file in files:
+                writer.write_table(pq.read_table(file).replace_schema_metadata(schema.metadata))
+        fsync_path(temporary)
+        temporary.replace(out)
+        for file in files:
+            file.unlink()
+        parts.rmdir()
+    except OSError as error:
+        raise DataError(
+            f"{out} cannot be written: {error.strerror or error}; run the command again"
+        ) from error

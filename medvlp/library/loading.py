@@ -1,0 +1,109 @@
+"""A model from a run folder, a checkpoint folder, or an export."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from medvlp import config_files
+from medvlp.config import Config
+from medvlp.data.text import Tokenizer
+from medvlp.methods.base import Method
+from medvlp.methods.registry import build_method, schemas
+from medvlp.runs import saved_run
+from medvlp.runs.run_folder import CONFIG
+from medvlp.trust import KEYS
+from shards.errors import MedvlpError
+
+HEADS = "heads.safetensors"
+#: Of an export: folder -> where its weights stand in the method.
+PARTS = {"image": "image_encoder.backbone.", "text": "text_encoder.model."}
+
+
+class LoadError(MedvlpError):
+    """An export cannot be loaded as a model; the message says what is missing."""
+
+    exit_code = 4
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A method in evaluation mode on the CPU, with what it was made from.
+
+    Attributes:
+        name: of the run. stored: side of the square images are stored in before the view is cut.
+    """
+
+    name: str
+    config: Config
+    tokenizer: Tokenizer
+    method: Method
+    stored: int
+
+
+def read_model(place: Path) -> Loaded:
+    """Load what `place` holds; checksums of a checkpoint are verified, no code is run.
+
+    Args:
+        place: run folder (its newest good checkpoint), checkpoint folder, or folder of `medvlp export`.
+
+    Raises:
+        MedvlpError: it is none of them, is damaged, or names models beyond itself.
+    """
+    if (place / HEADS).is_file():
+        return _read_export(place)
+    source = saved_run.locate(place)
+    config = saved_run.load_config(source, [], reads_data=False)
+    tokenizer = saved_run.load_tokenizer(source, config)
+    method = saved_run.load_method(source, config, tokenizer)
+    record = None if source.stored is None else source.stored[0].trained_on(source.manifest.identity)
+    stored = config.data.image_size if record is None else record.image_size
+    return Loaded(source.name(config), config, tokenizer, method, max(stored, config.data.image_size))
+
+
+def _read_export(folder: Path) -> Loaded:
+    overrides = ["data.root=unknown"]
+    config = config_files.load([folder / CONFIG], overrides, schemas(), folder, KEYS)
+    if not (folder / "text").is_dir():
+        raise LoadError(
+            f"{folder} has no text/, so it holds no tokenizer: load the run it was exported from instead"
+        )
+    tokenizer = Tokenizer.load(str(folder / "text"), ".")
+    # Both encoders as they lie here; what they were made from at the start of training is not looked up.
+    config.image.name, config.image.pretrained, config.image.weights = (
+        f"local-dir:{folder / 'image'}",
+        True,
+        None,
+    )
+    config.image.options = {}
+    config.text.name, config.text.layers, config.text.options = str(folder / "text"), None, {}
+    method = build_method(config, tokenizer.vocab_size)
+    method.prepare(tokenizer)
+    weights = _weights(folder)
+    expected = method.state_dict()
+    extra = [
+        name for name in weights if name not in expected and not name.endswith("token_type_embeddings.weight")
+    ]
+    missing = [name for name in expected if name not in weights]
+    if extra or missing:
+        what = f"{missing[0]} is missing" if missing else f"{extra[0]} is too much"
+        raise LoadError(f"{folder} does not fit its {CONFIG}: {what}; export the run again")
+    method.load_state_dict({name: weights[name] for name in expected}, strict=True)
+    return Loaded(
+        config.run.name or folder.resolve().name, config, tokenizer, method.eval(), config.data.image_size
+    )
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of an export under their names in the method."""
+    try:
+        weights = safetensors.torch.load_file(folder / HEADS)
+        for part, prefix in PARTS.items():
+            found = safetensors.torch.load_file(folder / part / "model.safetensors")
+            weights |= {f"{prefix}{name}": value for name, value in found.items()}
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise LoadError(f"{folder} cannot be read as an export ({error}); export the run again") from error
+    return weights

@@ -1,0 +1,287 @@
+"""A trained model for notebooks: embeddings, similarities, zero-shot findings, places, neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from medvlp.data.batch import Text
+from medvlp.data.report import report_sentences
+from medvlp.evaluation import prompts as prompt_files
+from medvlp.evaluation.features import ModelArrays
+from medvlp.evaluation.prompts import Prompts
+from medvlp.evaluation.tasks.zero_shot import Ensemble, finding_scores, prompts_of
+from medvlp.library.images import ImageLike, Seen, images_of, see, stacked
+from medvlp.library.loading import Loaded, read_model
+from shards.errors import UsageError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Item = TypeVar("Item")
+#: Images of one forward pass.
+BATCH = 32
+
+
+class Neighbour(NamedTuple):
+    """One of the nearest: its position in what was searched, and its cosine to the query."""
+
+    position: int
+    similarity: float
+
+
+@dataclass(frozen=True)
+class Grounding:
+    """Where in an image a phrase is seen.
+
+    Attributes:
+        image: [H, W] uint8 as it was given.
+        map: [H, W] float32 over it, higher where the phrase is seen; NaN where the network saw nothing
+            (outside the square crop). Compare inside a map, not between methods.
+        phrase: what was asked.
+    """
+
+    image: NDArray[np.uint8]
+    map: NDArray[np.float32]
+    phrase: str
+
+    @property
+    def peak(self) -> tuple[int, int]:
+        """(row, column) of the highest value, in pixels of the image."""
+        row, column = np.unravel_index(np.nanargmax(self.map), self.map.shape)
+        return int(row), int(column)
+
+    def overlay(self) -> NDArray[np.uint8]:
+        """[H, W, 3] RGB: the image, redder where the map is higher."""
+        low, high = np.nanmin(self.map), np.nanmax(self.map)
+        share = np.nan_to_num((self.map - low) / max(float(high - low), 1e-12))[..., None]
+        gray = np.repeat(self.image[..., None], 3, 2).astype(np.float32)
+        red = np.array([255.0, 40.0, 40.0], dtype=np.float32)
+        blended: NDArray[np.uint8] = np.rint(gray * (1 - 0.6 * share) + red * 0.6 * share).astype(np.uint8)
+        return blended
+
+
+class Model:
+    """A method with its weights; made by `medvlp.load`.
+
+    All results are on the CPU in float32. Images are paths (JPEG, PNG, TIFF, DICOM), uint8 arrays [H, W] or
+    [H, W, 3], uint8 tensors [H, W], [1, H, W] or [B, 1, H, W]: one, or a sequence of any of them.
+
+    Attributes:
+        name: of the run. config: of the run. method: the network. device: where it runs.
+
+    >>> model.name, model.width
+    ('first', 8)
+    """
+
+    def __init__(self, loaded: Loaded, device: torch.device) -> None:
+        """See `medvlp.load`."""
+        self.name, self.config, self._tokenizer = loaded.name, loaded.config, loaded.tokenizer
+        self.method, self.device, self._stored = loaded.method.to(device), device, loaded.stored
+
+    @classmethod
+    def load(cls, place: str | Path, device: str | None = None) -> Self:
+        """See `medvlp.load`."""
+        chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return cls(read_model(Path(place)), torch.device(chosen))
+
+    @property
+    def width(self) -> int:
+        """D of the embeddings."""
+        return int(self.encode_image(np.zeros((8, 8), dtype=np.uint8)).shape[1])
+
+    def encode_image(self, images: ImageLike | Sequence[ImageLike]) -> Tensor:
+        """Images -> [B, D] unit-norm embeddings, in the space of the texts'.
+
+        Raises:
+            UsageError: a backbone alone, or an image that is none.
+            DataError: a file that cannot be read.
+
+        >>> model.encode_image(films).shape
+        torch.Size([2, 8])
+        """
+        if not self.method.embeds_images:
+            raise UsageError(f"{self.name} is a backbone alone and embeds no images: use image_features")
+        return self._of_images(images, self.method.encode_image)
+
+    def image_features(self, images: ImageLike | Sequence[ImageLike]) -> Tensor:
+        """Images -> [B, F] features of the backbone before any projection, for probes.
+
+        >>> model.image_features(films[0]).shape
+        torch.Size([1, 64])
+        """
+        if not self.method.has_image_features:
+            raise UsageError(f"{self.name} has no image encoder")
+        return self._of_images(images, self.method.image_features)
+
+    def encode_text(self, texts: str | Sequence[str], clean: bool = True) -> Tensor:
+        """Texts -> [N, D] unit-norm embeddings.
+
+        Args:
+            texts: one, or several.
+            clean: cut into sentences and cleaned as the reports of the training were; false: as they stand,
+                which zero-shot evaluation does with prompts.
+
+        Raises:
+            UsageError: the method embeds no reports, or a text has no words it reads.
+
+        >>> model.encode_text(["no pleural effusion", "the heart is enlarged"]).shape
+        torch.Size([2, 8])
+        """
+        if not self.method.embeds_reports:
+            raise UsageError(
+                f"the method {self.config.method.name} embeds no reports: use similarity, or zero_shot"
+            )
+        given = [texts] if isinstance(texts, str) else list(texts)
+        data = self.config.data
+        reports = [
+            report_sentences({"findings": text}, ["findings"], data.cleaning) if clean else [text]
+            for text in given
+        ]
+        for number, sentences in enumerate(reports):
+            if not any(sentence.strip() for sentence in sentences):
+                raise UsageError(
+                    f"text {number} has no words that the method reads (data.cleaning={data.cleaning}): say "
+                    "more, or clean=False for a short prompt"
+                )
+        return self._in_batches(reports, lambda rows: self.method.encode_text(self._tokens(rows)))
+
+    def similarity(
+        self, images: ImageLike | Sequence[ImageLike], prompts: str | Sequence[str]
+    ) -> NDArray[np.float32]:
+        """[B, N] scores of images with prompts as they stand, as the method scores them (higher: more alike).
+
+        >>> model.similarity(films, ["pneumothorax", "no pneumothorax"]).shape
+        (2, 2)
+        """
+        if not self.method.embeds_images:
+            raise UsageError(f"{self.name} is a backbone alone: it shares no space of images and texts")
+        texts = self._tokens([[text] for text in ([prompts] if isinstance(prompts, str) else prompts)])
+        scores = self._of_images(images, lambda views: self.method.score(views, texts))
+        found: NDArray[np.float32] = scores.numpy()
+        return found
+
+    def zero_shot(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        findings: Sequence[str] | Mapping[str, Prompts],
+        prompts: str | Path | None = None,
+    ) -> pd.DataFrame:
+        """Scores of findings as `medvlp evaluate --task zero-shot` has them: stated against denied.
+
+        Scores order images by a finding; they are no probabilities, and no threshold is chosen here.
+
+        Args:
+            images: see the class.
+            findings: names, or name -> `medvlp.Prompts` of one's own.
+            prompts: YAML file of prompts (see `medvlp.evaluation.prompts`); default: templates.
+
+        Returns:
+            A row for each image (its path, or its position), a column for each finding.
+
+        Raises:
+            UsageError: a name for which there are no prompts.
+
+        >>> model.zero_shot(films, ["cardiomegaly", "effusion"]).columns.tolist()
+        ['cardiomegaly', 'effusion']
+        """
+        import pandas as pd
+
+        if isinstance(findings, Mapping):
+            chosen = dict(findings)
+        else:
+            chosen = prompts_of(prompt_files.read(prompts), findings)
+        if without := [name for name in findings if name not in chosen]:
+            raise UsageError(f"no prompts for {without[0]!r}: name a finding, or give its prompts")
+        ensemble, given = Ensemble.of(chosen), images_of(images)
+        if self.method.scores_by_embedding:
+            arrays = ModelArrays(image=self.encode_image(given).numpy())
+            texts: Any = self.encode_text(ensemble.sentences, clean=False).numpy()
+        else:
+            own = self.similarity(given, ensemble.sentences)
+            arrays, texts = ModelArrays(scores={tuple(ensemble.sentences): own}), None
+        scores = finding_scores(arrays, texts, ensemble, list(chosen))
+        return pd.DataFrame(scores, index=pd.Index(_names(given), name="image"), columns=list(chosen))
+
+    def ground(self, image: ImageLike, phrase: str) -> Grounding:
+        """Where in one image a phrase is seen.
+
+        Raises:
+            UsageError: the method gives no such map.
+
+        >>> found = model.ground(films[0], "left pleural effusion")
+        >>> found.map.shape == found.image.shape
+        True
+        """
+        if not self.method.grounds:
+            raise UsageError(
+                f"the method {self.config.method.name} gives no map of a text as it is configured"
+            )
+        seen = self._seen(image)
+        with torch.no_grad():
+            maps = self.method.ground(stacked([seen]).to(self.device), self._tokens([[phrase]]))
+        grid = maps[0, 0].float().cpu().numpy()
+        return Grounding(seen.pixels, seen.laid_out(grid), phrase)
+
+    def nearest(self, query: Tensor | str | ImageLike, among: Tensor, count: int = 5) -> list[Neighbour]:
+        """The nearest of many embeddings to a text, an image, or an embedding.
+
+        Args:
+            query: a text (a string that is no file), an image (a path or array), or an embedding [D].
+            among: [N, D] from `encode_image`, `encode_text` or a file of `medvlp embed`.
+            count: how many.
+
+        >>> [place.position for place in model.nearest(films[1], model.encode_image(films), 1)]
+        [1]
+        """
+        if isinstance(query, Tensor) and query.is_floating_point():
+            wanted = query.reshape(-1)
+        elif isinstance(query, str) and not Path(query).is_file():
+            wanted = self.encode_text(query, clean=False)[0]
+        else:
+            wanted = self.encode_image(query)[0]
+        if wanted.shape != among.shape[1:]:
+            raise UsageError(f"a query of width {len(wanted)} among embeddings of shape {list(among.shape)}")
+        cosines = torch.nn.functional.normalize(among.float(), dim=1) @ torch.nn.functional.normalize(
+            wanted, dim=0
+        )
+        best = cosines.topk(min(count, len(among)))
+        return [Neighbour(int(row), float(value)) for value, row in zip(*best, strict=True)]
+
+    def _of_images(
+        self, images: ImageLike | Sequence[ImageLike], forward: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        return self._in_batches(
+            images_of(images),
+            lambda rows: forward(stacked([self._seen(one) for one in rows]).to(self.device)),
+        )
+
+    def _in_batches(self, items: Sequence[Item], forward: Callable[[Sequence[Item]], Tensor]) -> Tensor:
+        if not items:
+            raise UsageError("nothing was given: give at least one image or text")
+        with torch.no_grad():
+            return torch.cat([forward(rows).float().cpu() for rows in _batches(items)])
+
+    def _seen(self, image: ImageLike) -> Seen:
+        data = self.config.data
+        return see(image, self._stored, data.image_size, data.transform.crop)
+
+    def _tokens(self, reports: Sequence[Sequence[str]]) -> Text:
+        data = self.config.data
+        return self._tokenizer.tokenize(reports, data.max_tokens, data.pad_to_max).to(self.device)
+
+
+def _batches(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
+    for start in range(0, len(items), BATCH):
+        yield items[start : start + BATCH]
+
+
+def _names(images: Sequence[ImageLike]) -> list[str]:
+    return [str(one) if isinstance(one, str | Path) else str(number) for number, one in enumerate(images)]
