@@ -27,6 +27,7 @@ from medvlp.evaluation.heads.objective import SupervisedObjective
 from medvlp.evaluation.splits import stratified_fraction
 from medvlp.evaluation.task import EvaluationError, Role, Unit, schemas, tasks
 from medvlp.evaluation.trained import DEFAULTS, TrainedTask
+from medvlp.evaluation.while_training import MeasuredPretraining
 from medvlp.methods import registry
 from medvlp.methods.base import Objective
 from medvlp.runs import saved_run
@@ -38,7 +39,6 @@ from medvlp.runs.retention import best_of
 from medvlp.runs.saved_run import SavedRun
 from medvlp.training.callbacks import PREFIX
 from medvlp.training.predictions import Predictions, predict
-from medvlp.training.pretrain import Pretraining
 from medvlp.training.recipe import Recipe, TrainingSet
 from shards.errors import MedvlpError
 from shards.reader import ShardReader
@@ -68,7 +68,7 @@ def recipe_of(config: Config) -> Recipe:
     Raises:
         EvaluationError: there is no such task, or it trains nothing.
     """
-    return Pretraining(config) if config.task is None else Supervised(config)
+    return MeasuredPretraining(config) if config.task is None else Supervised(config)
 
 
 def task_of(config: Config) -> TrainedTask:
@@ -110,7 +110,7 @@ class Supervised(Recipe):
             drawn = draw(self.task, reader, config, store).tolist()
         return np.array(distributed.broadcast_object(drawn), dtype=np.int64)
 
-    def build(self, data: TrainingSet) -> Objective:
+    def build(self, data: TrainingSet) -> SupervisedObjective:
         """See `Recipe.build`."""
         return self.task.objective(registry.build_method(data.config, data.tokenizer.vocab_size), data)
 
@@ -124,10 +124,10 @@ class Supervised(Recipe):
         """Those that something is known of."""
         return learnable(self.task, reader, self.config.validation.split, store)
 
-    def predict(self, objective: Objective, batch: Batch) -> Mapping[str, Tensor]:
+    def examination(self, objective: Objective, data: TrainingSet) -> Callable[[Batch], Mapping[str, Tensor]]:
         """See `SupervisedObjective.predict`."""
         assert isinstance(objective, SupervisedObjective)
-        return objective.predict(batch)
+        return objective.predict
 
     def measure(self, predictions: Predictions, data: TrainingSet) -> Mapping[str, float]:
         """See `TrainedTask.metrics`."""
@@ -281,7 +281,7 @@ class Network:
         objective = self._objective(dataset, recipe).to(view.device)
         return predict(
             objective,
-            lambda batch: (None, recipe.predict(objective, batch)),
+            lambda batch: (None, objective.predict(batch)),
             dataset,
             learnable(self.task, dataset.reader, dataset.split, dataset.store),
             self.config.validation.batch,
@@ -289,7 +289,7 @@ class Network:
             self.config.train.seed,
         )
 
-    def _objective(self, dataset: EvaluationDataset, recipe: Supervised) -> Objective:
+    def _objective(self, dataset: EvaluationDataset, recipe: Supervised) -> SupervisedObjective:
         """With the weights of the checkpoint, on the CPU in float32."""
         reader, tokenizer = dataset.reader, dataset.tokenizer
         identity = None if self.saved.stored is None else self.saved.stored[0]

@@ -72,10 +72,14 @@ class Recipe(abc.ABC):
         """Positions in `validation.split` that are measured while training."""
         return np.flatnonzero(store.trainable())
 
-    def predict(self, objective: Objective, batch: Batch) -> Mapping[str, Tensor]:
-        """What `measure` needs of the samples of a batch on the device, in evaluation mode: arrays [B, ...]
-        of the same trailing shapes in every batch."""
-        return {}
+    def examination(self, objective: Objective, data: TrainingSet) -> Callable[[Batch], Mapping[str, Tensor]]:
+        """What one validation does with each batch, to give what `measure` needs of its samples.
+
+        Returns:
+            batch on the device -> arrays [B, ...], of the same trailing shapes in every batch; it is called
+            without gradient and in evaluation mode.
+        """
+        return lambda batch: {}
 
     def measure(self, predictions: Predictions, data: TrainingSet) -> Mapping[str, float]:
         """Metrics of the predictions of the validation split; on rank 0 alone."""

@@ -5,10 +5,13 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from medvlp import distributed
 from medvlp.config import Config
 from medvlp.data.batch import Batch
 from medvlp.data.loader import evaluation_dataset
+from medvlp.methods.base import StepOutput
 from medvlp.prototypes.table import PrototypeTable
 from medvlp.training.callbacks import PREFIX, Callback, StepRecord
 from medvlp.training.engine import Engine
@@ -84,10 +87,10 @@ class Validation(Callback):
         self._judge(record, found)
 
     def _measure(self, step: int) -> Mapping[str, float]:
-        def examine(batch: Batch) -> Any:
-            return self.engine.forward(batch, self.clusters()), self.recipe.predict(
-                self.engine.objective, batch
-            )
+        arrays_of = self.recipe.examination(self.engine.objective, self.learned)
+
+        def examine(batch: Batch) -> tuple[StepOutput, Mapping[str, Tensor]]:
+            return self.engine.forward(batch, self.clusters()), arrays_of(batch)
 
         config = self.recipe.config
         predictions = predict(

@@ -28,6 +28,22 @@ def thresholds(scores: Floats, truth: Floats, names: Sequence[str]) -> dict[str,
     return chosen
 
 
+def aurocs(scores: Floats, truth: Floats, names: Sequence[str], fewest: int) -> dict[str, float]:
+    """`auroc/<finding>` of the findings with enough samples of both classes, and their mean `auroc/macro`.
+
+    Args:
+        scores: [N, C]. truth: [N, C] labels 1, 0 or NaN. names: the C findings.
+        fewest: positives and negatives that a finding needs.
+    """
+    found = {}
+    for column, name in enumerate(names):
+        known = ~np.isnan(truth[:, column])
+        positive = truth[known, column] == 1
+        if min(positive.sum(), (~positive).sum()) >= fewest:
+            found[f"auroc/{name}"] = float(auroc(scores[known, column], positive)[0])
+    return found | ({"auroc/macro": float(np.mean(list(found.values())))} if found else {})
+
+
 def score_findings(
     scores: Floats,
     truth: Floats,

@@ -15,9 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medvlp.config import key
-from medvlp.evaluation.labels import as_notes, not_evaluable
-from medvlp.evaluation.metrics.binary import auroc
-from medvlp.evaluation.metrics.classification import chance, score_findings, thresholds
+from medvlp.evaluation.labels import FEWEST, as_notes, not_evaluable
+from medvlp.evaluation.metrics.classification import aurocs, chance, score_findings, thresholds
 from medvlp.evaluation.task import Reading, TaskResult, Unit, register
 from medvlp.evaluation.trained import Fitted, TrainedTask, TrainedTaskConfig
 
@@ -84,13 +83,7 @@ class FineTuning(TrainedTask):
         """AUROC of each finding with both classes, and their mean."""
         names = self.findings(data.reader.index.label_names)
         scores, truth = _scores(predictions)
-        found = {}
-        for column, name in enumerate(names):
-            known = ~np.isnan(truth[:, column])
-            positive = truth[known, column] == 1
-            if positive.any() and not positive.all():
-                found[f"auroc/{name}"] = float(auroc(scores[known, column], positive)[0])
-        return found | ({"auroc/macro": float(np.mean(list(found.values())))} if found else {})
+        return aurocs(scores, truth, names, FEWEST)
 
     def choose(self, view: View, unit: Unit, selection: Mapping[str, Predictions]) -> Any:
         """Of each network the threshold of each finding with the best F1."""
