@@ -250,6 +250,16 @@ class View:
         assert isinstance(self._task, TrainedTask)
         return trained(self._session, self._task, unit, start, self.folder)
 
+    def drawn(self, unit: Unit) -> NDArray[np.int64]:
+        """Positions of the samples that a unit of a task that trains learns from, ascending."""
+        from medvlp.evaluation.supervised import draw, unit_config
+        from medvlp.evaluation.trained import TrainedTask
+
+        assert isinstance(self._task, TrainedTask)
+        dataset = self.dataset("train")
+        config = unit_config(self._session, self._task, unit, "trained", Path())
+        return draw(self._task, dataset.reader, config, dataset.store)
+
     def truth(self, split: Split, findings: Sequence[str] | None = None) -> Floats:
         """[N, C] labels (1, 0, NaN) of some findings, by default of all that are evaluated."""
         names = self.facts.index.label_names

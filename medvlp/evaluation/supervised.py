@@ -181,7 +181,8 @@ def run_config(
         ConfigError: see `config_files.load`.
     """
     identity = None if source.stored is None else source.stored[0]
-    network = dataclasses.asdict(described(base, identity) if start == "trained" else base)
+    known = described(base, identity)
+    network = dataclasses.asdict(known if start == "trained" else base)
     name = f"evaluation.tasks.{task.name}"
     best = {"keep_best": PREFIX + task.chooses, "best_mode": task.chooses_mode}
     unit_values = {
@@ -198,7 +199,7 @@ def run_config(
         Layer(f"the config of {source.run}", {section: network[section] for section in _NETWORK}),
         Layer("the defaults of tasks that train", DEFAULTS),
         Layer(f"task {task.name}", {"checkpoint": best}),
-        Layer(f"{name}.protocol={task.settings.protocol}", task.protocols[task.settings.protocol]),
+        Layer(f"{name}.protocol={task.settings.protocol}", task.protocol(known)),
         Layer(f"{name}.training", task.settings.training),
         *files,
         Layer("the unit", unit_values),

@@ -36,7 +36,16 @@ STARTS: tuple[Literal["trained", "untrained"], ...] = ("trained", "untrained")
 
 #: Config of the training runs of every task, below its protocol.
 DEFAULTS: dict[str, Any] = {
-    "data": {"split": "train", "tail": "wrap"},
+    # The rules by which reports are chosen for pre-training are not those of labels.
+    "data": {
+        "split": "train",
+        "tail": "wrap",
+        "views": [],
+        "min_sentences": 1,
+        "min_tokens": 1,
+        "images_per_study": "all",
+        "shuffle_sentences": False,
+    },
     "train": {"steps": None, "patience": 10, "spike_sigma": 0.0},
     "optimizer": {"phases": []},
     "prototypes": {"init": "random", "revive_below": 0.0, "anchors": []},
@@ -146,6 +155,10 @@ class TrainedTask(Task):
     def choose(self, view: View, unit: Unit, selection: Mapping[str, Predictions]) -> Any:
         """Thresholds and the like, from the selection split; `view` sees train and selection."""
         return None
+
+    def protocol(self, config: Config) -> Mapping[str, Any]:
+        """Sections of a run's config; `config` is that of the pre-training, its encoders described."""
+        return self.protocols[self.settings.protocol]
 
     def learnable(self, reader: ShardReader, split: str, store: SampleStore) -> NDArray[np.bool_]:
         """[N] samples of a split that have something to learn or validate with; by default all."""

@@ -86,6 +86,50 @@ def score_findings(
     return {f"{metric}/macro": macro.estimate() for metric, macro in macros.items()} | found
 
 
+def score_classes(
+    scores: Floats, truth: Floats, names: Sequence[str], bootstrap: PatientBootstrap
+) -> dict[str, Estimate]:
+    """Accuracy, balanced accuracy and macro F1 of samples that are each of one class.
+
+    The class with the highest score is called, of equal ones the first. Samples with none or several classes
+    do not count.
+
+    Args:
+        scores: [N, C]. truth: [N, C], 1 for the class. names: the C classes.
+        bootstrap: resamples of the N samples' patients.
+
+    Returns:
+        `class_accuracy/macro` (over samples), `balanced_accuracy/macro` and `class_f1/macro` (means over the
+        classes), and the recall and F1 of each class.
+    """
+    rows = np.flatnonzero((truth == 1).sum(axis=1) == 1)
+    if not len(rows):
+        return {}
+    called, of = scores[rows].argmax(axis=1), (truth[rows] == 1).argmax(axis=1)
+    right = bootstrap.estimate(partial(_share, called == of), rows)
+    found, macros = {"class_accuracy/macro": right}, {"balanced_accuracy": Macro(), "class_f1": Macro()}
+    for number, name in enumerate(names):
+        own = rows[of == number]
+        if not len(own):
+            continue
+        for metric, statistic, which in (
+            ("balanced_accuracy", partial(_share, (called == number)[of == number]), own),
+            ("class_f1", partial(f1, called == number, of == number), rows),
+        ):
+            value = float(statistic(np.ones((1, len(which))))[0])
+            draws = bootstrap.draws(statistic, which)
+            found[f"{metric}/{name}"] = estimate(value, draws)
+            macros[metric].add(value, draws)
+    return found | {f"{metric}/macro": macro.estimate() for metric, macro in macros.items()}
+
+
+def _share(right: NDArray[np.bool_], weights: Floats) -> Floats:
+    """[R] weighted share of what is right; NaN in resamples without a sample."""
+    total = weights.sum(axis=1)
+    undefined = np.full(len(total), np.nan)
+    return np.asarray(np.divide(weights @ right.astype(float), total, out=undefined, where=total > 0))
+
+
 def chance(truth: Floats, names: Sequence[str], only_auroc: bool = False) -> dict[str, Estimate]:
     """What scores without any information give: AUROC 0.5 and an average precision of the prevalence."""
     found: dict[str, Estimate] = {"auroc/macro": Estimate(0.5)}

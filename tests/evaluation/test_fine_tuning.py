@@ -1,0 +1,107 @@
+"""Fine-tuning: protocols, what is trained in them, and how classes are scored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, recall_score
+
+from medvlp.config import OptimizerConfig
+from medvlp.evaluation.heads.objective import SupervisedObjective
+from medvlp.evaluation.metrics.bootstrap import PatientBootstrap
+from medvlp.evaluation.metrics.classification import score_classes
+from medvlp.evaluation.supervised import finetuning_config, recipe_of
+from medvlp.evaluation.tasks.fine_tuning import FineTuning
+from medvlp.training.deepspeed_config import parameter_groups
+from medvlp.training.recipe import TrainingSet
+from tests.launcher.tiny_run import make_run, make_shards
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    return make_run(make_shards(folder / "data"), folder / "run")
+
+
+def made(run: Path, *words: str):  # type: ignore[no-untyped-def]
+    """Config and objective of a fine-tuning."""
+    from medvlp.data.cache import open_reader
+    from medvlp.runs import saved_run
+
+    config = finetuning_config(run, "fine-tuning", 1.0, 0, False, [], [f"run.dir={run}-tuned", *words])
+    tokenizer = saved_run.load_tokenizer(saved_run.locate(run), config)
+    recipe = recipe_of(config)
+    return config, recipe.build(TrainingSet(config, open_reader(config.data), np.arange(4), tokenizer))
+
+
+def protocol(name: str) -> str:
+    return f"evaluation.tasks.fine-tuning.protocol={name}"
+
+
+@pytest.mark.parametrize("name", FineTuning.protocols)
+def test_every_protocol_is_a_config_and_trains_head_and_perhaps_encoder(run: Path, name: str) -> None:
+    config, objective = made(run, protocol(name))
+    assert isinstance(objective, SupervisedObjective)
+    objective.train()
+    trained = {
+        part.split(".")[1]
+        for part, p in objective.named_parameters()
+        if p.requires_grad and part[:4] != "head"
+    }
+    frozen = name == "mgca-linear"
+    assert trained == (set() if frozen else {"image_encoder"})
+    assert all(p.requires_grad for p in objective.head.parameters())
+    assert objective.method.image_encoder.backbone.training is not frozen  # type: ignore[union-attr]
+    assert not objective.method.text_encoder.training  # type: ignore[union-attr]
+    assert len(objective.head) == (1 if frozen else 2)
+    assert config.optimizer.name == ("sgd" if name in ("mrm", "benchx") else "adamw")
+    assert config.image.mean == 0.5, "a network keeps its own"
+
+
+def test_what_the_user_says_stands_above_the_protocol(run: Path) -> None:
+    config, _ = made(run, protocol("benchx"), "optimizer.lr=0.5", "train.steps=7")
+    assert (config.optimizer.lr, config.optimizer.name, config.train.steps) == (0.5, "sgd", 7)
+    assert (config.checkpoint.keep_best, config.checkpoint.best_mode) == ("valid/auroc/macro", "max")
+
+
+def test_rates_fall_from_head_to_the_first_layer(run: Path) -> None:
+    _, objective = made(run, protocol("ours"), "image.options={depth: 3}")
+    config = OptimizerConfig(head_lr_scale=2.0, image_lr_scale=0.5, layer_decay=0.5)
+    groups, scales = parameter_groups(objective, config)
+    of = {id(p): scale for group, scale in zip(groups, scales, strict=True) for p in group["params"]}
+    rates = {name: of[id(p)] for name, p in objective.named_parameters() if p.requires_grad}
+    backbone = "method.image_encoder.backbone"
+    assert rates["head.1.weight"] == 2.0
+    # timm counts the last norm to the last block.
+    assert rates[f"{backbone}.norm.weight"] == rates[f"{backbone}.blocks.2.attn.qkv.weight"] == 0.5
+    assert rates[f"{backbone}.blocks.0.attn.qkv.weight"] == 0.125
+    assert rates[f"{backbone}.patch_embed.proj.weight"] == rates[f"{backbone}.cls_token"] == 0.0625
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 4), st.integers(1, 30))
+def test_scores_of_classes_are_those_of_sklearn(seed: int, classes: int, samples: int) -> None:
+    rng = np.random.default_rng(seed)
+    scores = rng.integers(0, 4, (samples, classes)).astype(float)  # with ties
+    of = rng.integers(0, classes, samples)
+    truth = np.eye(classes)[of]
+    truth[rng.random(samples) < 0.2] = np.nan
+    names = [str(number) for number in range(classes)]
+    found = score_classes(scores, truth, names, PatientBootstrap(np.arange(samples), 5, 0))
+    known = ~np.isnan(truth[:, 0])
+    if not known.any():
+        assert found == {}
+        return
+    of, called = of[known], scores[known].argmax(axis=1)
+    present = np.unique(of)
+    assert found["class_accuracy/macro"].value == pytest.approx(accuracy_score(of, called))
+    recalls = recall_score(of, called, labels=present, average=None)
+    assert found["balanced_accuracy/macro"].value == pytest.approx(recalls.mean())
+    if set(called) <= set(present) and len(present) > 1:
+        assert found["balanced_accuracy/macro"].value == pytest.approx(balanced_accuracy_score(of, called))
+    expected = f1_score(of, called, labels=present, average="macro", zero_division=0)
+    assert found["class_f1/macro"].value == pytest.approx(expected)
