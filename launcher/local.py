@@ -5,27 +5,35 @@ import logging
 import os
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from datetime import timedelta
+from importlib import metadata
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from packaging.version import Version
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std, start_processes
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from launcher.placement import Node
+from launcher.placement import Node, route_to
 from launcher.slurm.attempts import note_node_exit
 from medvlp import distributed
 from medvlp.lifetime import die_with
 from medvlp.prototypes.supervisor import WorkerSupervisor
 from medvlp.ranks import FIRST_ERROR, LostPeerError, available_cpus, claim_first_error
+from medvlp.training.interrupts import EXIT_INTERRUPTED
 from shards.errors import MedvlpError
 
 #: Signals the ranks act on (they save a checkpoint and stop).
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+#: Seconds between two looks at whether a rank has died.
+_LOOK_SECONDS = 0.5
 #: Tells a rank which process it must not outlive.
 PARENT = "MEDVLP_LAUNCHER_PID"
 
@@ -35,8 +43,8 @@ def launch(
 ) -> int:
     """Run `medvlp ARGUMENTS` once per rank with torchrun's process machinery, without restarts.
 
-    When one rank fails the others of this node get SIGTERM, and SIGKILL half a minute later; ranks of other
-    nodes notice that they lost one. The ranks of one node meet at a store of this process; those of several
+    When one rank fails the others of this node get SIGTERM, and SIGKILL half a minute later; the ranks of all
+    nodes are told which one it was. The ranks of one node meet at a store of this process; those of several
     at the store of global rank 0 (torchrun's static rendezvous), so that nodes may start in any order.
 
     Args:
@@ -61,20 +69,30 @@ def launch(
         if workers:
             shared |= stack.enter_context(WorkerSupervisor()).environment
         environments = {rank: rank_environment(rank, ranks, node, has_cuda) | shared for rank in range(ranks)}
-        failures = _run_processes(arguments, environments)
+        failures = _run_processes(arguments, environments, node, has_cuda)
     code = _exit_code(failures)
     note_node_exit(node.index, code)
     return code
 
 
-def _run_processes(arguments: Sequence[str], environments: dict[int, dict[str, str]]) -> list[ProcessFailure]:
-    context = start_processes(
+def _run_processes(
+    arguments: Sequence[str], environments: dict[int, dict[str, str]], node: Node, has_cuda: bool
+) -> list[ProcessFailure]:
+    context: Any = start_processes(
         name="medvlp",
         entrypoint=sys.executable,
         args=dict.fromkeys(environments, ("-m", "launcher.main", *arguments)),
         envs=environments,
         logs_specs=DefaultLogsSpecs(redirects=Std.NONE),
+        **(_near_their_gpus() if has_cuda else {}),
     )
+    processes = {
+        int(environments[local]["RANK"]): handler.proc
+        for local, handler in context.subprocess_handlers.items()
+    }
+    ended = threading.Event()
+    watching = threading.Thread(target=announce_death, args=(processes, node, ended), daemon=True)
+    watching.start()
 
     def forward(number: int, frame: FrameType | None) -> None:
         for pid in context.pids().values():
@@ -89,8 +107,42 @@ def _run_processes(arguments: Sequence[str], environments: dict[int, dict[str, s
     try:
         result = context.wait(period=0.1)
     finally:
+        ended.set()
         context.close()
     return [] if result is None else list(result.failures.values())
+
+
+def _near_their_gpus() -> dict[str, Any]:
+    """Bind each rank to the cores and memory of its GPU's socket, where torch can (from 2.9)."""
+    try:
+        from torch.numa.binding import AffinityMode, NumaOptions
+    except ImportError:
+        return {}
+    return {"numa_options": NumaOptions(AffinityMode.NODE, should_fall_back_if_binding_fails=True)}
+
+
+def announce_death(
+    processes: Mapping[int, subprocess.Popen[bytes]], node: Node, ended: threading.Event
+) -> None:
+    """Wait for the first rank of this node that dies, and tell the ranks of all nodes.
+
+    Under NCCL nothing else would: its collectives wait for a peer that is gone until they time out.
+
+    Args:
+        processes: by global rank. node: where the ranks meet. ended: nothing is to be waited for any more.
+    """
+    while not ended.wait(_LOOK_SECONDS):
+        for rank, process in processes.items():
+            code = process.poll()
+            if code in (None, 0, EXIT_INTERRUPTED, LostPeerError.exit_code):
+                continue
+            assert code is not None
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+            # With rank 0 of several nodes its store is gone, which tells the others as much.
+            with suppress(RuntimeError):
+                store = distributed.connect_store(node.address, node.port, timedelta(seconds=10))
+                distributed.announce_lost(store, f"rank {rank} (node {node.index}), which {how}")
+            return
 
 
 def _exit_code(failures: list[ProcessFailure]) -> int:
@@ -127,14 +179,24 @@ def rank_environment(rank: int, ranks: int, node: Node, has_cuda: bool) -> dict[
         "MASTER_PORT": str(node.port),
         PARENT: str(os.getpid()),
     }
+    if node.count > 1 and (interface := route_to(node.address).interface):
+        environment["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", interface)
     return dict(os.environ) | environment | library_environment(ranks, has_cuda, os.environ)
 
 
+#: Names of the setting of torch's CUDA allocator: of today, and before torch 2.10.
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
 def library_environment(ranks: int, has_cuda: bool, given: Mapping[str, str]) -> dict[str, str]:
-    """DS_ACCELERATOR and OMP_NUM_THREADS, where the user has not set them."""
+    """DS_ACCELERATOR, OMP_NUM_THREADS and the CUDA allocator's kind, where the user has not set them."""
     settings = {"OMP_NUM_THREADS": str(max(1, available_cpus(given) // ranks))}
     if not has_cuda:
         settings["DS_ACCELERATOR"] = "cpu"
+    elif not any(name in given for name in _ALLOCATOR):
+        # Reports are of another length in every step: memory in fixed blocks falls into pieces.
+        name = _ALLOCATOR[Version(metadata.version("torch")) < Version("2.10")]
+        settings[name] = "expandable_segments:True"
     return {name: value for name, value in settings.items() if name not in given}
 
 

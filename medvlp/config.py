@@ -179,6 +179,11 @@ class TrainConfig:
         0,
         10**7,
     )
+    rehearse: bool | None = key(
+        None,
+        "before the first step, one forward and backward pass of every later phase of optimizer.phases, so "
+        "that a phase that does not fit the GPU is found at the start; default: on GPUs",
+    )
     threads: int | None = key(None, "CPU threads of each rank; default: cores / local ranks", 1, 4096)
 
 

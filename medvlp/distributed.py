@@ -38,6 +38,9 @@ _LOST_PEER = (
     "Timed out waiting",
 )  # fmt: skip
 
+#: Key of the meeting store under which a launcher says which rank of its node has ended.
+_LOST = "medvlp/lost"
+
 #: How many seconds longer than asked a collective waits: after that NCCL's own watchdog aborts the process,
 #: which then cannot say whom it waited for.
 _SPARE_SECONDS = 120.0
@@ -95,6 +98,7 @@ def record_flights(folder: Path) -> None:
     for name, value in {
         "TORCH_FR_BUFFER_SIZE": "2000",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_NCCL_PROPAGATE_ERROR": "1",
         "TORCH_FR_DUMP_TEMP_FILE": str(folder / "flight-"),
     }.items():
         os.environ.setdefault(name, value)
@@ -121,6 +125,28 @@ def set_timeout(seconds: float | None) -> None:
 def shared_store() -> Any:
     """The store the ranks met in: `set`, `check` and `multi_get`, on a connection of its own."""
     return dist.distributed_c10d._get_default_store().clone()
+
+
+def meeting_store() -> Any:
+    """The same store as the launchers of the nodes know it: without the prefix of torch's own keys."""
+    store = dist.distributed_c10d._get_default_store()
+    while isinstance(store, dist.PrefixStore):  # type: ignore[attr-defined]
+        store = store.underlying_store
+    return store.clone()
+
+
+def announce_lost(store: Any, text: str) -> None:
+    """Tell all ranks which of them has ended and how; the first word stands. `store`: the meeting store."""
+    store.compare_set(_LOST, "", text)
+
+
+def lost_rank(store: Any) -> str:
+    """What `announce_lost` was told; "" as long as all ranks live.
+
+    Raises:
+        RuntimeError: the store is gone, and with it the process that kept it.
+    """
+    return store.get(_LOST).decode(errors="replace") if store.check([_LOST]) else ""
 
 
 def host_store() -> Any:

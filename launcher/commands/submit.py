@@ -199,6 +199,6 @@ def _checked_config(arguments: list[str], ranks: int, device: str) -> Any:
     files, overrides = split_arguments(arguments)
     config = config_files.load(files, overrides, schemas(), tasks=task.schemas())
     divide_batch(config, ranks)
-    check_device(config, device)
+    check_device(config, device, here=False)
     config.run.dir = str(Path(config.run.dir).expanduser().absolute())
     return config

@@ -17,7 +17,8 @@ from launcher.doctor.machine import check_machine
 from launcher.doctor.results import Check, Result, examine, fail, ok
 from launcher.doctor.software import check_software
 from launcher.doctor.storage import CLOCK_SECONDS, check_cache, existing_parent, probe_name
-from medvlp.ranks import NODE_LAUNCH
+from launcher.placement import Route, route_to
+from medvlp.ranks import NODE_LAUNCH, first_node
 
 #: How to start `medvlp` on a node, where that is not this Python: a container's command, for example.
 NODE_COMMAND = "MEDVLP_NODE_COMMAND"
@@ -39,12 +40,14 @@ class NodeReport:
         time: its clock, in seconds since 1970.
         versions: of Python and the packages that can change results.
         results: of the checks made there.
+        address: its own on the way to the first node of the job, over which gloo's messages go.
     """
 
     node: str
     time: float
     versions: dict[str, str]
     results: list[Result]
+    address: str = ""
 
 
 def inside_job(environment: Mapping[str, str]) -> int:
@@ -91,7 +94,10 @@ def report_node(token: Path, here: NodeSurroundings) -> NodeReport:
         "shared storage", lambda _: [_answer(token, node)], f"see that every node can write to {token.parent}"
     )
     results = [*examine(NODE_CHECKS, here), *examine([seen], None)]
-    return NodeReport(node, now, {"python": platform.python_version()} | library_versions(), results)
+    versions = {"python": platform.python_version()} | library_versions()
+    nodes = os.environ.get("SLURM_JOB_NODELIST", "")
+    meeting = os.environ.get("MASTER_ADDR") or (first_node(nodes) if nodes else "127.0.0.1")
+    return NodeReport(node, now, versions, results, route_to(meeting).address)
 
 
 def _answer(token: Path, node: str) -> Result:
@@ -166,6 +172,7 @@ def judge_nodes(
             path.unlink(missing_ok=True)
     yield from compare_clocks(reports, since, until)
     yield from compare_versions(reports)
+    yield from compare_addresses(reports)
     yield from _by_check(reports)
 
 
@@ -279,6 +286,27 @@ def compare_versions(reports: list[NodeReport]) -> Iterator[Result]:
                     "use one environment on shared storage, or one container image",
                 )  # fmt: skip
                 yield replace(result, node=report.node)
+
+
+def compare_addresses(reports: list[NodeReport]) -> Iterator[Result]:
+    """Every node's address must be one that the others reach; only nodes on one machine may use loopback.
+
+    A first node whose name is 127.0.1.1 to itself is common, and the run then waits until its time is over.
+    """
+    own = {report.node: Route(report.address) for report in reports if report.address}
+    remote = [node for node, route in own.items() if not route.is_loopback]
+    if not remote:
+        return
+    for node in own.keys() - set(remote):
+        detail = f"reaches the first node at {own[node].address}, where no other node reaches it"
+        remedy = (
+            "set GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) in the cluster file's environment to the "
+            f"interface between nodes, or correct the node's name in /etc/hosts ({own[remote[0]].address} "
+            f"is {remote[0]}'s address)"
+        )
+        yield replace(fail("network", detail, remedy), node=node)
+    if len(remote) == len(own):
+        yield ok("network", ", ".join(f"{node} {route.address}" for node, route in sorted(own.items())[:4]))
 
 
 def _by_check(reports: list[NodeReport]) -> Iterator[Result]:

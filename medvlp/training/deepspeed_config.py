@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +17,22 @@ if TYPE_CHECKING:  # commands check a config on machines where importing torch t
     from medvlp.methods.base import Objective
 
 
-def check_device(config: Config, device_type: str) -> None:
+def check_device(config: Config, device_type: str, here: bool = True) -> None:
     """Refuse what the device cannot do, before any group or model is made.
 
+    Args:
+        config: of the run. device_type: "cuda" or "cpu".
+        here: whether it will run on this machine, so that its programs can be looked for.
+
     Raises:
-        ConfigError: fp16 or offload without CUDA.
+        ConfigError: fp16 or offload without CUDA, or offload without a C++ compiler.
     """
     if device_type == "cuda":
+        if here and config.zero.offload_optimizer and shutil.which(os.environ.get("CXX", "c++")) is None:
+            raise ConfigError(
+                "zero.offload_optimizer: DeepSpeed compiles its CPU Adam at the first start, and there is no "
+                "C++ compiler here (c++, or what CXX names): install g++ in the image, or turn it off"
+            )
         return
     if config.precision == "fp16":
         raise ConfigError("precision=fp16 needs a CUDA device and there is none here; use bf16 or fp32")

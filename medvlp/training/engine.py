@@ -19,6 +19,7 @@ from medvlp.methods.base import Objective, StepOutput
 from medvlp.prototypes.table import PrototypeTable
 from medvlp.runs.optimizer_files import OptimizerFiles
 from medvlp.training.deepspeed_config import deepspeed_json, is_plain, parameter_groups
+from medvlp.training.device_memory import naming_memory
 from medvlp.training.loss_scale import LossScale
 from medvlp.training.optimizer_fragments import (
     Fragment,
@@ -55,7 +56,7 @@ class Engine:
         self.device = device
         self.sizes = sizes
         self.zero_stage = config.zero.stage
-        self._precision = config.precision
+        self._precision, self._config = config.precision, config
         objective.to(device)
         groups, self._scales = parameter_groups(objective, config.optimizer)
         _refuse_shared_memory_collectives()
@@ -75,8 +76,13 @@ class Engine:
         self.applied = True
 
     def forward(self, batch: Batch, clusters: PrototypeTable | None = None) -> StepOutput:
-        """Loss and terms of one micro-batch on this rank; see `Objective.forward`."""
-        output: StepOutput = self._engine(batch, clusters)
+        """Loss and terms of one micro-batch on this rank; see `Objective.forward`.
+
+        Raises:
+            DeviceMemoryError: it does not fit the GPU; so do `backward` and `step`.
+        """
+        with naming_memory("forward pass", self._config, self.sizes.micro_batch):
+            output: StepOutput = self._engine(batch, clusters)
         return output
 
     def backward(self, loss: Tensor) -> None:
@@ -84,7 +90,8 @@ class Engine:
         if self.loss_scale is not None and self.zero_stage == 0:
             # DeepSpeed's optimiser divides by the scale at every stage, its `backward` multiplies from 1 on.
             loss = loss.float() * self.loss_scale.value
-        self._engine.backward(loss)
+        with naming_memory("backward pass", self._config, self.sizes.micro_batch):
+            self._engine.backward(loss)
 
     def step(self) -> None:
         """Count one micro-batch; at the last of a global batch clip, update weights, clear gradients.
@@ -96,7 +103,8 @@ class Engine:
             self._prepare_plain_step()
         if self.loss_scale is not None and boundary:
             self.loss_scale.begin()
-        self._engine.step()
+        with naming_memory("optimiser's step", self._config, self.sizes.micro_batch):
+            self._engine.step()
         if not self._plain:
             self._norm = self._engine.get_global_grad_norm()
             self.applied = not boundary or self._engine.was_step_applied()

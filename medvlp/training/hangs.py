@@ -1,4 +1,4 @@
-"""Ends a run in which a rank no longer arrives, and says which one and where it was."""
+"""Ends a run in which a rank no longer arrives or has died, and says which one and where it was."""
 
 import json
 import os
@@ -12,12 +12,14 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from medvlp import distributed
-from medvlp.ranks import claim_first_error
+from medvlp.ranks import LostPeerError, claim_first_error
 from medvlp.runs.events import EVENTS, EventLog
 from shards.errors import MedvlpError
 
 #: Seconds to wait for the store's answer, and that the ranks which do not speak leave to the one that does.
 _STORE_SECONDS, _SPEAKER_SECONDS = 5.0, 10.0
+#: Seconds in which the main thread may find out by itself that a rank has died (gloo tells it, NCCL waits).
+_OWN_SECONDS = 5.0
 #: Seconds that NCCL may take to tell what it remembers.
 _DUMP_SECONDS = 30.0
 
@@ -52,6 +54,9 @@ class Watchdog:
     others are. A rank that does not answer (stopped, gone), or that has passed fewer places, is the one the
     others wait for. Every rank then ends with `HangError.exit_code`; the first that still answers says why. A
     rank that was stopped and is woken to be ended adds nothing to what was said of it.
+
+    A rank that died is named by the launcher of its node; every other rank then ends with
+    `LostPeerError.exit_code`, in seconds and whatever its main thread waits for.
 
     Args:
         run_dir: the run folder, for `events.jsonl`.
@@ -92,7 +97,7 @@ class Watchdog:
 
     def __enter__(self) -> Self:
         """Start watching; needs the process group."""
-        self._store = distributed.shared_store()
+        self._store, self._meeting = distributed.shared_store(), distributed.meeting_store()
         self._rank, self._ranks = distributed.rank(), distributed.world_size()
         self._since = time.monotonic()
         self._earlier_events = _size(self.run_dir / EVENTS)
@@ -117,9 +122,23 @@ class Watchdog:
             heartbeat += 1
             try:
                 self._store.set(_key(self._rank), json.dumps(self._place._replace(heartbeat=heartbeat)))
-            except RuntimeError:  # rank 0 has ended; whoever waits for it finds that out
+                lost = distributed.lost_rank(self._meeting)
+            except RuntimeError:
+                lost = "rank 0, which kept the store of the process group"
+            if lost:
+                self._follow(lost)
                 return
             self._done.wait(self._interval())
+
+    def _follow(self, lost: str) -> None:
+        """End this process, as another rank did, unless its main thread does so by itself."""
+        if self._done.wait(_OWN_SECONDS):
+            return
+        if claim_first_error(os.environ):
+            where = _where(self._place)
+            print(f"error: rank {self._rank} lost {lost} (it waits in {where})", file=sys.stderr, flush=True)
+        _within(_DUMP_SECONDS, lambda: _write_flight_record(self.run_dir))
+        os._exit(LostPeerError.exit_code)
 
     def _watch(self) -> None:
         looked = time.monotonic()

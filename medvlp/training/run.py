@@ -1,7 +1,7 @@
 """One run on this rank: join the group, build everything, train, close."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +13,7 @@ from rich.logging import RichHandler
 
 from medvlp import distributed
 from medvlp.config import Config
+from medvlp.data.batch import Batch
 from medvlp.data.batch_sizes import BatchSizes, divide_batch
 from medvlp.data.loader import LoaderError, TrainingLoader, build_loader, kill_workers, worker_death
 from medvlp.lifetime import end_within
@@ -43,6 +44,7 @@ from medvlp.training.prototype_refresh import PrototypeRefresh
 from medvlp.training.prototype_revival import PrototypeRevival
 from medvlp.training.prototype_start import PrototypeStart, late_start
 from medvlp.training.recipe import Recipe, TrainingSet
+from medvlp.training.rehearsal import rehearse_phases
 from medvlp.training.schedule import Schedule, build_schedule
 from medvlp.training.step_guard import StepGuard
 from medvlp.training.trainer import Trainer
@@ -196,11 +198,13 @@ def _train(
         watchdog,
     )  # fmt: skip
     seed_rank(config.train.seed, distributed.rank())
-    batches = iter(data)
+    batches: Iterator[Batch] = iter(data)
     if checkpoint is not None:
         watchdog.mark("loading the checkpoint")
         saving.load(checkpoint)
         checkpoint.randomness(config.train.seed)
+    watchdog.mark("rehearsing later phases")
+    batches = rehearse_phases(engine, schedule, guard, batches, config, step)
     # Not earlier: the config of a start that fails is not the run's.
     describe_run(config, sizes.world_size, identity, tokenizer)
     trainer = Trainer(

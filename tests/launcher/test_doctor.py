@@ -6,6 +6,7 @@ import json
 import resource
 import shutil
 import sys
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -227,6 +228,18 @@ def test_reports_are_put_together_from_mixed_lines(capsys: pytest.CaptureFixture
     mixed = [line for pair in zip(second, first, strict=True) for line in pair]
     assert nodes.read_reports(mixed) == reports
     assert nodes.read_reports(mixed[:-1]) == reports[1:]
+
+
+def test_a_node_that_only_it_can_reach_is_found() -> None:
+    """The first node's name is 127.0.1.1 to itself; gloo would wait there for the others."""
+    wrong, right = (replace(node(name), address=a) for name, a in (("n1", "127.0.1.1"), ("n2", "10.0.0.2")))
+    [found] = nodes.compare_addresses([wrong, right])
+    assert (found.node, found.status) == ("n1", "fail")
+    assert "127.0.1.1" in found.detail
+    assert "GLOO_SOCKET_IFNAME" in found.remedy
+    [found] = nodes.compare_addresses([replace(wrong, address="10.0.0.1"), right])
+    assert (found.status, found.detail) == ("ok", "n1 10.0.0.1, n2 10.0.0.2")
+    assert list(nodes.compare_addresses([wrong, replace(right, address="127.0.0.1")])) == []
 
 
 def test_a_folder_of_the_nodes_own_is_found(

@@ -26,7 +26,7 @@ def find_worker() -> psutil.Process:
 def test_the_ranks_find_the_board_of_their_launcher(workers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = {}
 
-    def run(arguments, environments):
+    def run(arguments, environments, *place):
         seen.update(environments)
         if workers:
             assert Board(environments[0][BOARD]).state == WAITING

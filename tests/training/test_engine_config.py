@@ -1,5 +1,7 @@
 """DeepSpeed's JSON and the parameter groups, without starting an engine."""
 
+from pathlib import Path
+
 import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
 
@@ -38,6 +40,16 @@ def test_what_a_cpu_cannot_do_is_refused(change: tuple[str, str]) -> None:
     with pytest.raises(ConfigError, match="CUDA device"):
         check_device(config, "cpu")
     check_device(config, "cuda")
+
+
+def test_offload_needs_a_compiler_where_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Config()
+    config.zero.offload_optimizer = True
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"no C\+\+ compiler here"):
+        check_device(config, "cuda")
+    check_device(config, "cuda", here=False)
 
 
 def names_by_group(method: Method, config: OptimizerConfig) -> list[tuple[float, float, set[str]]]:

@@ -122,6 +122,37 @@ def test_a_rank_that_wakes_adds_no_error_of_its_own(
     assert alerts == (["hang"] if told == "by nobody" else [])
 
 
+@pytest.mark.parametrize("main_thread", ["waits for ever", "finds out by itself"])
+def test_a_rank_that_died_ends_the_others(
+    main_thread: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a launcher tells it; under NCCL the main thread would wait until its collective times out."""
+    codes: list[int] = []
+    ended = threading.Event()
+
+    def end(code: int) -> None:
+        codes.append(code)
+        ended.set()
+
+    monkeypatch.setattr("os._exit", end)
+    monkeypatch.setattr("medvlp.training.hangs._OWN_SECONDS", 0.3)
+    monkeypatch.setattr(Watchdog, "_interval", lambda self: 0.02)
+    monkeypatch.delenv("MEDVLP_FIRST_ERROR", raising=False)
+    distributed.initialize()
+    with Watchdog(tmp_path, 1800, 60) as dog:
+        dog.mark("forward and backward", 41)
+        distributed.announce_lost(distributed.meeting_store(), "rank 3 (node 1), which was killed by SIGKILL")
+        distributed.announce_lost(distributed.meeting_store(), "rank 4, which ended because of it")
+        if main_thread == "waits for ever":
+            assert ended.wait(60)
+    distributed.shutdown()
+    assert codes == ([6] if main_thread == "waits for ever" else [])
+    said = (
+        "rank 0 lost rank 3 (node 1), which was killed by SIGKILL (it waits in forward and backward of step"
+    )
+    assert (said in capsys.readouterr().err) == (main_thread == "waits for ever")
+
+
 def test_events_are_lines_of_json_over_all_starts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     EventLog(tmp_path).note("start", 0, ranks=2)
     EventLog(tmp_path).note("loss_not_finite", 3, ranks=[{"rank": 1, "loss": float("nan")}])

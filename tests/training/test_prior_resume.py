@@ -49,3 +49,19 @@ def test_resuming_where_the_bank_starts_and_in_the_third_stage_is_bit_identical(
         assert pool.run(train, options(f"from{step}")) == [0, 0]
         assert weights(tmp_path / f"from{step}", last) == weights(tmp_path / "whole", last)
         assert comparable(tmp_path / f"from{step}") == lines
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_rehearsal_of_later_phases_leaves_no_trace(
+    gloo_pool: Pools, overrides: Overrides, tmp_path: Path, stage: int
+) -> None:
+    def options(run: str, *more: str) -> list[str]:
+        tiny = [text for text in overrides(run=run) if not text.startswith(DROPPED)]
+        return [*tiny, *PRIOR, f"zero.stage={stage}", "checkpoint.every_steps=0", *more]
+
+    pool = gloo_pool(1)
+    assert pool.run(train, options("plain")) == [0]
+    assert pool.run(train, options("rehearsed", "train.rehearse=true")) == [0]
+    assert comparable(tmp_path / "rehearsed") == comparable(tmp_path / "plain")
+    last = comparable(tmp_path / "plain")[-1]["step"]
+    assert weights(tmp_path / "rehearsed", last) == weights(tmp_path / "plain", last)

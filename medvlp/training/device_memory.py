@@ -1,0 +1,53 @@
+"""A GPU that is out of memory: one error that names the keys which help."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from medvlp import distributed
+from medvlp.config import Config
+from shards.errors import MedvlpError
+
+
+class DeviceMemoryError(MedvlpError):
+    """A step does not fit the memory of a GPU: a config that another GPU, or more of them, may run."""
+
+    exit_code = 2
+
+
+@contextmanager
+def naming_memory(part: str, config: Config, micro_batch: int) -> Iterator[None]:
+    """Turn torch's error about memory into one that says what to change.
+
+    Args:
+        part: of a step. config: of the run. micro_batch: samples of a forward pass.
+
+    Raises:
+        DeviceMemoryError: in place of torch's.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceMemoryError(_story(part, config, micro_batch)) from error
+
+
+def _story(part: str, config: Config, micro_batch: int) -> str:
+    used = ""
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        used = f" ({(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB in use)"
+    remedies = []
+    if micro_batch > 1:
+        remedies.append(f"lower train.micro_batch (it is {micro_batch}; a contrast sees one micro-batch)")
+    for name, section in (("image", config.image), ("text", config.text)):
+        if not (section.gradient_checkpointing or section.frozen):
+            remedies.append(f"set {name}.gradient_checkpointing=true")
+    if config.zero.stage < 2 and distributed.world_size() > 1:
+        remedies.append("raise zero.stage to 2")
+    if config.precision == "fp32":
+        remedies.append("set precision=bf16")
+    return (
+        f"rank {distributed.rank()}: the GPU is out of memory in the {part}{used}. "
+        f"{'; '.join(remedies) or 'Use a GPU with more memory'}"
+    )

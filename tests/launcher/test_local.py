@@ -1,0 +1,86 @@
+"""What a launcher tells ranks: their environment, and which of them has died."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+
+import psutil
+import pytest
+
+from launcher import local
+from launcher.placement import Node, Route, route_to
+from medvlp import distributed
+
+
+@pytest.mark.parametrize(
+    ("ending", "said"),
+    [
+        (lambda process: process.kill(), "rank 5 (node 2), which was killed by SIGKILL"),
+        (lambda process: process.communicate(b"3"), "rank 5 (node 2), which ended with code 3"),
+    ],
+)
+def test_the_rank_that_died_is_named_in_the_store(
+    ending: Callable[[subprocess.Popen[bytes]], object], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "_LOOK_SECONDS", 0.02)
+    store, ended = distributed.host_store(), threading.Event()
+    command = [sys.executable, "-c", "import sys; sys.exit(int(sys.stdin.read()))"]
+    processes = {rank: subprocess.Popen(command, stdin=subprocess.PIPE) for rank in (4, 5, 6, 7)}
+    try:
+        processes[4].communicate(b"0")
+        processes[6].communicate(b"75")
+        node = Node(3, 2, "127.0.0.1", store.port)
+        thread = threading.Thread(target=local.announce_death, args=(processes, node, ended))
+        thread.start()
+        assert distributed.lost_rank(store) == ""
+        ending(processes[5])
+        thread.join(60)
+        assert distributed.lost_rank(store) == said
+    finally:
+        ended.set()
+        for process in processes.values():
+            process.kill()
+            process.communicate()
+
+
+def test_no_rank_has_died_when_all_end_well() -> None:
+    ended = threading.Event()
+    ended.set()
+    local.announce_death({}, Node(1, 0, "127.0.0.1", 1), ended)
+
+
+def test_settings_of_the_allocator_are_the_users_if_there_are_any() -> None:
+    kinds = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    found = local.library_environment(2, True, {})
+    assert [found[name] for name in kinds if name in found] == ["expandable_segments:True"]
+    for name in kinds:
+        assert not set(kinds) & local.library_environment(2, True, {name: "max_split_size_mb:64"}).keys()
+    assert not set(kinds) & local.library_environment(2, False, {}).keys()
+
+
+def test_gloo_uses_the_interface_between_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setattr(local, "route_to", lambda host: Route("10.1.2.3", "ib7"))
+    node = Node(2, 1, "gpu01", 29500)
+    assert local.rank_environment(0, 1, node, False)["GLOO_SOCKET_IFNAME"] == "ib7"
+    assert "GLOO_SOCKET_IFNAME" not in local.rank_environment(0, 1, Node(1, 0, "127.0.0.1", 1), False)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth5")
+    assert local.rank_environment(0, 1, node, False)["GLOO_SOCKET_IFNAME"] == "eth5"
+
+
+def test_the_way_to_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert route_to("127.0.0.1") == Route("127.0.0.1", "")
+    assert route_to("127.0.0.1").is_loopback
+    assert route_to("no-such-host.invalid") == Route()
+    own = {
+        name: address.address
+        for name, addresses in psutil.net_if_addrs().items()
+        for address in addresses
+        if address.family == socket.AF_INET and not Route(address.address).is_loopback
+    }
+    for name, address in own.items():
+        assert route_to(address) == Route(address, name)
