@@ -93,6 +93,12 @@ class PrototypesConfig:
     ivf_above: int = key(
         16384, "clusters from which a refresh searches them through an inverted file", 1, 1 << 31
     )
+    device: Literal["auto", "cpu", "gpu"] = key(
+        "auto",
+        "where a refresh searches: gpu uses faiss-gpu, or torch where that is not installed, and the CPU "
+        "where no GPU has room; auto takes a GPU for large work only (from about a minute of a core)",
+    )
+    gpu_memory: float = key(1.0, "GiB of a GPU that a refresh may use, beside a CUDA context", 0.01, 1024)
     blend: float = key(1.0, "share of the new centroids at a refresh, in (0, 1]", 0, 1)
     balance: Literal["sinkhorn", "bias", "none"] = key(
         "sinkhorn", "how assignments to service clusters are balanced"

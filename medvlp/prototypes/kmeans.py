@@ -1,10 +1,6 @@
 """Spherical k-means over the rows of all ranks: FAISS assigns each rank's own, sums and counts travel."""
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,81 +11,9 @@ from medvlp import distributed
 from medvlp.config import PrototypesConfig
 from medvlp.losses.normalise import unit_norm
 from medvlp.prototypes.sampling import mixed_seed, rank_order, row_keys
+from medvlp.prototypes.search import CentroidSearch
 from medvlp.prototypes.seeding import first_centroids
 from shards.errors import MedvlpError
-
-#: Queries of one matrix product: its scores stay in the cache of a core (a fifth faster than FAISS's 4,096).
-_QUERIES = 512
-#: Lists of an inverted file for each square root of a centroid, and how many of them are searched.
-_LISTS, _PROBED = 4, 16
-#: FAISS's work space on a GPU in bytes; its own default of up to 1.5 GiB would be the model's loss.
-_GPU_BYTES = 256 << 20
-
-
-class CentroidSearch:
-    """Finds each row's most similar centroid; the index object is used again with every new centroids.
-
-    Above `ivf_above` centroids: an inverted file with 4 sqrt(K) lists of which 16 are searched (`nprobe`): a
-    row is compared with the lists' centers and about as many centroids. (Scanning lists is memory-bound, at
-    width 768 about 17 times slower for each comparison than the exact search's matrix products: fewer or
-    longer lists would gain nothing.) The lists are learned from the first centroids that are searched. On
-    GPUs (faiss-gpu, where it is installed and finds one) this rank's own is used; that part has never run,
-    for lack of a faiss-gpu to install.
-
-    Args:
-        count: number of centroids K; width: D.
-        ivf_above: largest K that is searched exactly.
-        threads: of FAISS.
-    """
-
-    def __init__(self, count: int, width: int, ivf_above: int, threads: int) -> None:
-        import faiss  # here: of a training only what clusters needs it
-
-        self._faiss, self._threads = faiss, threads
-        index: Any = faiss.IndexFlatIP(width)
-        if count > ivf_above:
-            lists = max(1, round(_LISTS * math.sqrt(count)))
-            self._quantizer = index  # FAISS keeps no reference of its own
-            index = faiss.IndexIVFFlat(index, width, lists, faiss.METRIC_INNER_PRODUCT)
-            index.nprobe = min(_PROBED, lists)
-        gpus = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
-        if gpus > 0:
-            self._resources = faiss.StandardGpuResources()
-            self._resources.setTempMemory(_GPU_BYTES)
-            index = faiss.index_cpu_to_gpu(self._resources, distributed.local_rank() % gpus, index)
-        self._index = index
-
-    def __call__(
-        self, rows: NDArray[np.float32], centroids: NDArray[np.float32]
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """[n, D] rows and [K, D] centroids -> ([n] dot products, [n] ids) of the nearest ones; n may be 0."""
-        if not len(rows):
-            return np.zeros(0, np.float32), np.zeros(0, np.int64)
-        with self._settings():
-            if not self._index.is_trained:
-                self._index.train(centroids)
-            self._index.reset()
-            self._index.add(centroids)
-            similarity, nearest = self._index.search(rows, 1)
-        if (nearest < 0).any():  # an inverted file whose searched lists are all empty
-            exact = (rows[nearest[:, 0] < 0] @ centroids.T).argmax(1)
-            chosen = np.flatnonzero(nearest[:, 0] < 0)
-            nearest[chosen, 0] = exact
-            similarity[chosen, 0] = (rows[chosen] * centroids[exact]).sum(1)
-        return similarity[:, 0], nearest[:, 0]
-
-    @contextmanager
-    def _settings(self) -> Iterator[None]:
-        """FAISS knows threads and block size only for the whole process; others may use it too."""
-        threads, queries = self._faiss.omp_get_max_threads(), self._faiss.cvar.distance_compute_blas_query_bs
-        self._faiss.omp_set_num_threads(self._threads)
-        self._faiss.cvar.distance_compute_blas_query_bs = _QUERIES
-        try:
-            yield
-        finally:
-            self._faiss.omp_set_num_threads(threads)
-            self._faiss.cvar.distance_compute_blas_query_bs = queries
-
 
 #: Length of the push that takes the two halves of a split cluster apart.
 SPLIT = 0.05
@@ -155,7 +79,7 @@ def spherical_kmeans(
     Args:
         rows: [n, D] unit-norm float32 rows of this rank on the CPU; n may differ between ranks and be 0.
         count: number of clusters K.
-        config: the `prototypes` section: iterations, start, ivf_above, worker_threads.
+        config: the `prototypes` section: iterations, start, ivf_above, device, worker_threads.
         seed, version: randomness of the start and of splits.
         keys: [n] int64 that order the rows of all ranks for the choice of the start; None: by rank and row.
         start: [K, D] unit vectors to start from, so that ids keep their meaning; None: as configured.
@@ -177,14 +101,14 @@ def spherical_kmeans(
     if start is None:
         keys = row_keys(seed, rank_order(len(rows))) if keys is None else keys
         start = first_centroids(rows, keys, count, config.start, seed)
-    search = build_search(count, rows.shape[1], config)
+    search = build_search(len(rows), count, rows.shape[1], config)
     clustering = improve(rows, unit_norm(start).float().cpu(), search, config.iterations, seed, version)
     return describe(rows, clustering.centroids, search, clustering.revived)
 
 
-def build_search(count: int, width: int, config: PrototypesConfig) -> CentroidSearch:
-    """FAISS on as many threads as `prototypes.worker_threads` says, by default as torch has here."""
-    return CentroidSearch(count, width, config.ivf_above, config.worker_threads or torch.get_num_threads())
+def build_search(rows: int, count: int, width: int, config: PrototypesConfig) -> CentroidSearch:
+    """The search for `rows` of this rank; on a CPU it has `prototypes.worker_threads`, by default torch's."""
+    return CentroidSearch(count, width, config, rows, config.worker_threads or torch.get_num_threads())
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,9 @@ def refresh_table(
         embeddings, keys, labels = embeddings[chosen], keys[chosen], labels[chosen]
     clock.lap("choose")
     held = None if anchors is None else Anchors(unit_norm(anchors).float().cpu(), config.anchor_pull)
-    clusters, before = _cluster(embeddings, keys, old, config, count, (seed, version + 1), held, clock)
+    clusters, before, on_gpu = _cluster(
+        embeddings, keys, old, config, count, (seed, version + 1), held, clock
+    )
     table = _publish(clusters, config, version + 1)
     metrics |= {
         "prototypes/version": float(table.version),
@@ -81,6 +83,7 @@ def refresh_table(
         "prototypes/perplexity": cluster_metrics.perplexity(clusters.counts),
         "prototypes/dead": cluster_metrics.dead_share(clusters.counts),
         "prototypes/split": float(clusters.revived),
+        "prototypes/on_gpu": float(on_gpu),
     }
     if before is not None:
         differing = distributed.sum_on_host((before != clusters.nearest).sum())
@@ -130,15 +133,15 @@ def _cluster(
     seeds: tuple[int, int],
     anchors: Anchors | None,
     clock: _Clock,
-) -> tuple[Clusters, Tensor | None]:
-    """k-means, blending and the last assignment; and the rows' [n] clusters of the old table."""
+) -> tuple[Clusters, Tensor | None, bool]:
+    """k-means, blending and the last assignment; the rows' [n] old clusters; whether a GPU was used."""
     directions = None if anchors is None else anchors.directions
     if old is None:
         start = first_centroids(embeddings, keys, count, config.start, seeds[0], directions)
     else:
         start = old.centroids.float().cpu()
     clock.lap("start")
-    search = build_search(count, embeddings.shape[1], config)
+    search = build_search(len(embeddings), count, embeddings.shape[1], config)
     improved = improve(embeddings, start, search, config.iterations, *seeds, anchors)
     centroids = improved.centroids
     if old is not None and config.blend < 1.0:
@@ -150,7 +153,7 @@ def _cluster(
     centroids = distributed.broadcast_on_host(centroids.contiguous())
     clusters = describe(embeddings, centroids, search, improved.revived)
     clock.lap("assignment")
-    return clusters, None if old is None else improved.first
+    return clusters, None if old is None else improved.first, search.on_gpu
 
 
 def _publish(clusters: Clusters, config: PrototypesConfig, version: int) -> PrototypeTable:

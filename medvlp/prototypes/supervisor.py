@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -18,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 #: Environment variable with the process id of the supervisor, which the worker must not outlive.
 SUPERVISOR = "MEDVLP_SUPERVISOR_PID"
+#: Set for a worker whose predecessor was aborted, which FAISS does where CUDA fails it: it leaves GPUs alone.
+NO_GPU = "MEDVLP_SEARCH_WITHOUT_GPU"
 #: Seconds between two looks at the worker; before the first restart; at most before a later one (it doubles).
 LOOK_SECONDS, FIRST_PAUSE, LONGEST_PAUSE = 0.2, 0.5, 60.0
 #: A worker that has lived so long had no trouble starting: the pause before its restart is the first again.
@@ -45,8 +48,8 @@ class WorkerSupervisor:
 
     The supervisor is the launcher of the node, or its first rank when another program launched that. A worker
     that dies, or once started sends no heartbeat for `prototypes.worker_timeout_seconds`, is started again,
-    after a pause that doubles while it keeps dying; one that ends with code 0 had nothing to do. Linux kills
-    the worker when the supervisor dies.
+    after a pause that doubles while it keeps dying, and without a GPU once one was aborted; one that ends
+    with code 0 had nothing to do. Linux kills the worker when the supervisor dies.
 
     Attributes:
         board: of the node; its `restarts` counts.
@@ -58,6 +61,7 @@ class WorkerSupervisor:
         self.board = Board(self.path)
         self._worker: subprocess.Popen[bytes] | None = None
         self._closing = threading.Event()
+        self._aborted = False
         # Linux ends the worker with the thread that started it, so one thread does all of it.
         self._thread = threading.Thread(target=self._supervise, name="medvlp-worker-supervisor", daemon=True)
 
@@ -102,6 +106,7 @@ class WorkerSupervisor:
             if time.monotonic() - started > SETTLED_SECONDS:
                 pause = FIRST_PAUSE
             self.board.restarts += 1
+            self._aborted = self._aborted or code == -signal.SIGABRT
             logger.warning("the cluster worker of this node ended (code %d); it starts again", code)
             self._closing.wait(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
@@ -111,6 +116,8 @@ class WorkerSupervisor:
         self.board.heartbeat(time.monotonic_ns())
         # numpy makes its threads at its import, before the worker has read how many it may have.
         settings = {BOARD: self.path, SUPERVISOR: str(os.getpid()), "OPENBLAS_NUM_THREADS": "1"}
+        if self._aborted:
+            settings[NO_GPU] = "1"
         # A session of its own: Ctrl-C is for the ranks, which save a checkpoint first.
         return subprocess.Popen(
             [sys.executable, "-m", "medvlp.prototypes.worker"],

@@ -48,6 +48,8 @@ def main() -> None:
         time.sleep(LOOK_SECONDS)
     threads = settings.config["worker_threads"] or 1
     os.environ["OMP_NUM_THREADS"] = str(threads)  # read when torch and FAISS are imported
+    # Its GPU, if it takes one, is the last rank's: the first has the most to hold (weights on their way).
+    os.environ["LOCAL_RANK"] = str(settings.ranks - 1)
     for name in SLOW_MODULES:
         importlib.import_module(name)
     import torch

@@ -21,7 +21,8 @@ import torch
 
 from medvlp.config import PrototypesConfig
 from medvlp.losses.normalise import unit_norm
-from medvlp.prototypes.kmeans import CentroidSearch, ClusterSums
+from medvlp.prototypes.kmeans import ClusterSums
+from medvlp.prototypes.search import CentroidSearch
 from medvlp.prototypes.table import PrototypeTable
 
 NODES, RANKS, PAIRS = 128, 1024, 128
@@ -65,10 +66,10 @@ def measure() -> Constants:
     exact = {}
     for width in (128, 768):
         rows, centroids = random_rows(8192, width).numpy(), random_rows(3000, width).numpy()
-        search = CentroidSearch(3000, width, 3000, 1)
+        search = CentroidSearch(3000, width, PrototypesConfig(device="cpu"), 8192, 1)
         exact[width] = 8192 * 3000 * width / least(lambda: search(rows, centroids))  # noqa: B023
     rows, centroids = random_rows(4096, 768).numpy(), random_rows(16_384, 768).numpy()
-    search = CentroidSearch(16_384, 768, 0, 1)
+    search = CentroidSearch(16_384, 768, PrototypesConfig(device="cpu", ivf_above=0), 4096, 1)
     search(rows[:1], centroids)  # learns the lists
     scanned = least(lambda: search(rows, centroids)) - 4096 * lists(16_384) * 768 / exact[768]
     inverted = 4096 * scanned_rows(16_384) * 768 / scanned

@@ -8,11 +8,15 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from medvlp.config import PrototypesConfig
-from medvlp.prototypes.board import READY, Board, WorkerSettings, read_table
+from medvlp.evaluation.metrics.clinical import read_table
+from medvlp.prototypes.board import READY, Board, WorkerSettings
 from medvlp.prototypes.ring import EmbeddingRing, StagedRing
+from medvlp.prototypes.search import CentroidSearch, TorchIndex
 from medvlp.prototypes.supervisor import WorkerSupervisor
 from tests.cuda.place import Place
 from tests.cuda.runner import Note
@@ -39,6 +43,33 @@ def staging(place: Place, note: Note) -> None:
     found = staged.ring.rows()
     assert found.sample.tolist() == list(range(count * batch))
     torch.testing.assert_close(found.embeddings, rows, atol=2e-3, rtol=0)
+
+
+def assignment(place: Place, note: Note) -> None:
+    """By torch on the GPU against FAISS on the CPU: the same objective, nearly all ids; seconds of both."""
+    rows, width = (500, 32) if place.dry else (131_072, 128)
+    generator = torch.Generator().manual_seed(0)
+
+    def unit(count: int) -> NDArray[np.float32]:
+        return torch.nn.functional.normalize(torch.randn(count, width, generator=generator), dim=1).numpy()
+
+    given = unit(rows)
+    for count in [50] if place.dry else [500, 16_384]:
+        centroids, found, seconds = unit(count), [], []
+        on_cpu = CentroidSearch(count, width, PrototypesConfig(device="cpu", ivf_above=2**30), rows, 8)
+        for search in (on_cpu, TorchIndex(place.device, 1 << 30).search):
+            search(given[:64], centroids)
+            started = time.monotonic()
+            found.append(search(given, centroids))
+            seconds.append(time.monotonic() - started)
+        objective = abs(float(found[0][0].mean() - found[1][0].mean()))
+        same = float((found[0][1] == found[1][1]).mean())
+        note(
+            f"{count} clusters",
+            {"objective": objective, "same": same, "faiss": seconds[0], "torch": seconds[1]},
+        )
+        assert objective < 1e-5
+        assert same > 0.999
 
 
 def worker(place: Place, note: Note) -> None:

@@ -16,6 +16,7 @@ CHECKS = (
     Check("resume", "tests.cuda.runs:resume", 60),
     Check("interrupt", "tests.cuda.runs:interrupt", 40),
     Check("staging", "tests.cuda.clusters:staging", 20),
+    Check("assignment", "tests.cuda.clusters:assignment", 30),
     Check("worker", "tests.cuda.clusters:worker", 45),
     Check("two ranks", "tests.cuda.ranks:two_ranks", 60),
 )

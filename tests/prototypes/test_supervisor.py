@@ -18,7 +18,7 @@ from medvlp.config import PrototypesConfig
 from medvlp.prototypes import supervisor as module
 from medvlp.prototypes.board import BOARD, WorkerSettings
 from medvlp.prototypes.ring import EmbeddingRing
-from medvlp.prototypes.supervisor import WorkerSupervisor, decline_worker
+from medvlp.prototypes.supervisor import NO_GPU, WorkerSupervisor, decline_worker
 from medvlp.ranks import Ranks
 
 
@@ -52,6 +52,17 @@ def test_a_killed_worker_is_started_again(supervisor: WorkerSupervisor) -> None:
     wait_until(lambda: supervisor.worker_pid not in (None, first))
     assert supervisor.board.restarts == 1
     wait_for_heartbeat(supervisor)
+
+
+def test_after_an_abort_the_worker_leaves_gpus_alone(supervisor: WorkerSupervisor) -> None:
+    """FAISS aborts its process where CUDA fails it; the next one would do the same, for ever."""
+    wait_for_heartbeat(supervisor)
+    first = supervisor.worker_pid
+    assert first is not None
+    assert NO_GPU not in psutil.Process(first).environ()
+    os.kill(first, signal.SIGABRT)
+    wait_until(lambda: supervisor.worker_pid not in (None, first))
+    assert psutil.Process(supervisor.worker_pid).environ()[NO_GPU] == "1"
 
 
 def test_a_worker_without_a_heartbeat_is_replaced(
