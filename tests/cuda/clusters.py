@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 
 from medvlp.config import PrototypesConfig
-from medvlp.evaluation.metrics.clinical import read_table
 from medvlp.prototypes.board import READY, Board, WorkerSettings
 from medvlp.prototypes.ring import EmbeddingRing, StagedRing
 from medvlp.prototypes.search import CentroidSearch, TorchIndex
 from medvlp.prototypes.supervisor import WorkerSupervisor
+from medvlp.prototypes.table import read_table
 from tests.cuda.place import Place
 from tests.cuda.runner import Note
 
