@@ -27,6 +27,7 @@ from medvlp import distributed
 from medvlp.lifetime import die_with
 from medvlp.prototypes.supervisor import WorkerSupervisor
 from medvlp.ranks import FIRST_ERROR, LostPeerError, available_cpus, claim_first_error
+from medvlp.training.hangs import announce_lost
 from medvlp.training.interrupts import EXIT_INTERRUPTED
 from shards.errors import MedvlpError
 
@@ -141,7 +142,7 @@ def announce_death(
             # With rank 0 of several nodes its store is gone, which tells the others as much.
             with suppress(RuntimeError):
                 store = distributed.connect_store(node.address, node.port, timedelta(seconds=10))
-                distributed.announce_lost(store, f"rank {rank} (node {node.index}), which {how}")
+                announce_lost(store, f"rank {rank} (node {node.index}), which {how}")
             return
 
 

@@ -38,9 +38,6 @@ _LOST_PEER = (
     "Timed out waiting",
 )  # fmt: skip
 
-#: Key of the meeting store under which a launcher says which rank of its node has ended.
-_LOST = "medvlp/lost"
-
 #: How many seconds longer than asked a collective waits: after that NCCL's own watchdog aborts the process,
 #: which then cannot say whom it waited for.
 _SPARE_SECONDS = 120.0
@@ -133,20 +130,6 @@ def meeting_store() -> Any:
     while isinstance(store, dist.PrefixStore):  # type: ignore[attr-defined]
         store = store.underlying_store
     return store.clone()
-
-
-def announce_lost(store: Any, text: str) -> None:
-    """Tell all ranks which of them has ended and how; the first word stands. `store`: the meeting store."""
-    store.compare_set(_LOST, "", text)
-
-
-def lost_rank(store: Any) -> str:
-    """What `announce_lost` was told; "" as long as all ranks live.
-
-    Raises:
-        RuntimeError: the store is gone, and with it the process that kept it.
-    """
-    return store.get(_LOST).decode(errors="replace") if store.check([_LOST]) else ""
 
 
 def host_store() -> Any:

@@ -24,6 +24,24 @@ _OWN_SECONDS = 5.0
 _DUMP_SECONDS = 30.0
 
 
+#: Key of the meeting store under which a launcher says which rank of its node has ended.
+_LOST = "medvlp/lost"
+
+
+def announce_lost(store: Any, text: str) -> None:
+    """Tell all ranks which of them has ended and how; the first word stands. `store`: the meeting store."""
+    store.compare_set(_LOST, "", text)
+
+
+def lost_rank(store: Any) -> str:
+    """What `announce_lost` was told; "" as long as all ranks live.
+
+    Raises:
+        RuntimeError: the store is gone, and with it the process that kept it.
+    """
+    return store.get(_LOST).decode(errors="replace") if store.check([_LOST]) else ""
+
+
 class HangError(MedvlpError):
     """A rank no longer arrives. Its exit code is what counts: a thread ends the process with it."""
 
@@ -122,7 +140,7 @@ class Watchdog:
             heartbeat += 1
             try:
                 self._store.set(_key(self._rank), json.dumps(self._place._replace(heartbeat=heartbeat)))
-                lost = distributed.lost_rank(self._meeting)
+                lost = lost_rank(self._meeting)
             except RuntimeError:
                 lost = "rank 0, which kept the store of the process group"
             if lost:

@@ -14,6 +14,7 @@ import pytest
 from launcher import local
 from launcher.placement import Node, Route, route_to
 from medvlp import distributed
+from medvlp.training.hangs import lost_rank
 
 
 @pytest.mark.parametrize(
@@ -36,10 +37,10 @@ def test_the_rank_that_died_is_named_in_the_store(
         node = Node(3, 2, "127.0.0.1", store.port)
         thread = threading.Thread(target=local.announce_death, args=(processes, node, ended))
         thread.start()
-        assert distributed.lost_rank(store) == ""
+        assert lost_rank(store) == ""
         ending(processes[5])
         thread.join(60)
-        assert distributed.lost_rank(store) == said
+        assert lost_rank(store) == said
     finally:
         ended.set()
         for process in processes.values():
