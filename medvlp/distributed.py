@@ -124,14 +124,6 @@ def shared_store() -> Any:
     return dist.distributed_c10d._get_default_store().clone()
 
 
-def meeting_store() -> Any:
-    """The same store as the launchers of the nodes know it: without the prefix of torch's own keys."""
-    store = dist.distributed_c10d._get_default_store()
-    while isinstance(store, dist.PrefixStore):  # type: ignore[attr-defined]
-        store = store.underlying_store
-    return store.clone()
-
-
 def host_store() -> Any:
     """A store that this process serves on a free `port` to whoever can reach this machine."""
     return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from medvlp import distributed
 from medvlp.ranks import LostPeerError, claim_first_error
@@ -26,6 +26,14 @@ _DUMP_SECONDS = 30.0
 
 #: Key of the meeting store under which a launcher says which rank of its node has ended.
 _LOST = "medvlp/lost"
+
+
+def meeting_store() -> Any:
+    """The store the ranks met in as the launchers know it: without the prefix of torch's own keys."""
+    store = distributed.shared_store()
+    while hasattr(store, "underlying_store"):
+        store = store.underlying_store
+    return store
 
 
 def announce_lost(store: Any, text: str) -> None:
@@ -115,7 +123,7 @@ class Watchdog:
 
     def __enter__(self) -> Self:
         """Start watching; needs the process group."""
-        self._store, self._meeting = distributed.shared_store(), distributed.meeting_store()
+        self._store, self._meeting = distributed.shared_store(), meeting_store()
         self._rank, self._ranks = distributed.rank(), distributed.world_size()
         self._since = time.monotonic()
         self._earlier_events = _size(self.run_dir / EVENTS)

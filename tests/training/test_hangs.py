@@ -10,7 +10,7 @@ import pytest
 
 from medvlp import distributed
 from medvlp.runs.events import EventLog
-from medvlp.training.hangs import RankStatus, Watchdog, announce_lost
+from medvlp.training.hangs import RankStatus, Watchdog, announce_lost, meeting_store
 
 
 @pytest.fixture
@@ -141,8 +141,8 @@ def test_a_rank_that_died_ends_the_others(
     distributed.initialize()
     with Watchdog(tmp_path, 1800, 60) as dog:
         dog.mark("forward and backward", 41)
-        announce_lost(distributed.meeting_store(), "rank 3 (node 1), which was killed by SIGKILL")
-        announce_lost(distributed.meeting_store(), "rank 4, which ended because of it")
+        announce_lost(meeting_store(), "rank 3 (node 1), which was killed by SIGKILL")
+        announce_lost(meeting_store(), "rank 4, which ended because of it")
         if main_thread == "waits for ever":
             assert ended.wait(60)
     distributed.shutdown()
