@@ -1,5 +1,6 @@
 """Validation while training: losses and metrics of another split, the best checkpoint, early stopping."""
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -17,6 +18,8 @@ from medvlp.training.callbacks import PREFIX, Callback, StepRecord
 from medvlp.training.engine import Engine
 from medvlp.training.predictions import predict
 from medvlp.training.recipe import Recipe, TrainingSet
+
+logger = logging.getLogger(__name__)
 
 
 def interval(config: Config, steps_per_epoch: int) -> int:
@@ -83,6 +86,9 @@ class Validation(Callback):
         found = self._measure(record.step)
         seconds = distributed.greatest_over_ranks([time.monotonic() - started])[0]
         record.logged = True
+        if distributed.is_main():
+            told = ", ".join(f"{name} {value:.4g}" for name, value in found.items() if name.count("/") < 2)
+            logger.info("validation after step %d: %s (%.1f s)", record.step, told, seconds)
         self.log({PREFIX + name: value for name, value in found.items()} | {PREFIX + "seconds": seconds})
         self._judge(record, found)
 
