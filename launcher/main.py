@@ -22,6 +22,7 @@ from launcher.commands import (
     predict,
     pretrain,
     prototypes,
+    report,
     resume,
     runs,
     shards,
@@ -57,6 +58,7 @@ app.command("runs")(runs.runs)
 app.add_typer(attempt.app, name="attempt", hidden=True)
 app.command("evaluate", cls=evaluate.EvaluateCommand)(evaluate.evaluate)
 app.command("compare")(evaluate.compare)
+app.command("report")(report.report)
 app.command("export")(export.export)
 app.add_typer(import_.app, name="import")
 app.command("predict")(predict.predict)

@@ -88,7 +88,7 @@ def test_configs_hold_only_yaml() -> None:
         "shards/archives", "shards/entities", "shards/sources",
         "medvlp/data", "medvlp/encoders", "medvlp/losses", "medvlp/methods",
         "medvlp/prototypes", "medvlp/runs", "medvlp/training", "medvlp/evaluation", "medvlp/export",
-        "medvlp/serving", "medvlp/published", "medvlp/library", "launcher/slurm",
+        "medvlp/serving", "medvlp/published", "medvlp/library", "medvlp/run_page", "launcher/slurm",
     ],
 )  # fmt: skip
 def test_every_folder_says_what_lives_there(folder: str) -> None:

@@ -7,10 +7,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from launcher.command_words import CommandGroup
+
 #: The default, written out because importing it would import torch.
 CLINICAL_BERT = "emilyalsentzer/Bio_ClinicalBERT"
 
 app = typer.Typer(
+    cls=CommandGroup,
     no_args_is_help=True,
     help="Make a run folder of published weights. No code in a file is run; every key is used or listed.",
 )
@@ -43,7 +46,10 @@ def prior(
     tokenizer: TokenizerOption = CLINICAL_BERT,
     allow_unknown: AllowUnknown = False,
 ) -> None:
-    """PRIOR's whole model, or its image encoder alone (prior_resnet50.pt)."""
+    """PRIOR: the whole model, or prior_resnet50.pt.
+
+    The latter is the image encoder alone, for linear probes.
+    """
     _import("prior", file, out, tokenizer=tokenizer, allow_unknown=allow_unknown)
 
 
@@ -61,7 +67,10 @@ def medslip(
     tokenizer: TokenizerOption = CLINICAL_BERT,
     allow_unknown: AllowUnknown = False,
 ) -> None:
-    """MeDSLIP's MeDSLIP_resnet50.pth; its text model and descriptions are not in the file."""
+    """MeDSLIP_resnet50.pth of MeDSLIP.
+
+    Its text model and the descriptions of its book are not in the file.
+    """
     _import("medslip", file, out, book=book, text=text, tokenizer=tokenizer, allow_unknown=allow_unknown)
 
 
@@ -70,7 +79,7 @@ def timm(
     named: Annotated[str, typer.Argument(metavar="NAME|DIR", help="timm name, hf-hub:NAME, or folder")],
     out: Out,
 ) -> None:
-    """An image backbone alone: for linear probes, and to start a training."""
+    """An image backbone alone, for probes and as a start."""
     from medvlp.published.backbones import import_timm
 
     typer.echo(str(import_timm(named, out, _say())))
@@ -81,7 +90,7 @@ def huggingface(
     named: Annotated[str, typer.Argument(metavar="NAME|DIR", help="hub name or folder of a text model")],
     out: Out,
 ) -> None:
-    """A text model of transformers alone: to start a training."""
+    """A text model of transformers alone, as a start."""
     from medvlp.published.backbones import import_huggingface
 
     typer.echo(str(import_huggingface(named, out, _say())))

@@ -44,6 +44,7 @@ class Dataset:
 
     Attributes:
         splits: names of the dataset's splits. label_names: its findings.
+        fingerprint: equal ones mean equal samples in equal order. arguments: what it was built from and how.
 
     >>> dataset.splits
     ['train', 'valid', 'test']
@@ -56,6 +57,7 @@ class Dataset:
         self._reader = open_reader(DataConfig(root=str(root)))
         index = self._reader.index
         self.splits, self.label_names = list(index.splits), list(index.label_names)
+        self.fingerprint, self.arguments = index.fingerprint, dict(index.arguments)
         if split is not None:
             index.split_shards(split)
         self._chosen = self.splits if split is None else [split]

@@ -37,6 +37,6 @@ def test_help_is_readable_at_80_columns(words: tuple[str, ...]) -> None:
 
 
 def test_the_shell_can_complete_commands() -> None:
-    environment = {"_MEDVLP_COMPLETE": "complete_bash", "COMP_WORDS": "medvlp pre", "COMP_CWORD": "1"}
+    environment = {"_MEDVLP_COMPLETE": "complete_bash", "COMP_WORDS": "medvlp pret", "COMP_CWORD": "1"}
     result = CliRunner().invoke(app, [], prog_name="medvlp", env=environment)
     assert result.output.split() == ["pretrain"]

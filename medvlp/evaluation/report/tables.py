@@ -109,6 +109,11 @@ def remarks(task: str, notes: Mapping[str, Any]) -> list[str]:
     return lines + [f"no number for {', '.join(found)}: {reason}" for reason, found in reasons.items()]
 
 
+def model_name(model: str) -> str:
+    """A model's column for people."""
+    return _NAMES.get(model, model)
+
+
 def label(metric: str, reading: Reading) -> str:
     """A metric for people: "image_to_text/P@5/macro" -> "image→text P@5 macro"."""
     known = {**_NAMES, **reading.names}

@@ -1,0 +1,113 @@
+"""A few test images with what the model says of them; they make a page as confidential as its data."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from medvlp.library.dataset import Dataset, Sample
+from medvlp.library.model import Model
+from shards.errors import UsageError
+from shards.images import encode_jpeg
+
+#: Reports among which the nearest is looked for.
+AMONG = 64
+#: Side of a picture on the page in pixels.
+SIDE = 224
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One image.
+
+    Attributes:
+        key: of the sample. picture, overlay: data URLs; overlay "" where the method gives no maps.
+        finding: the finding of the overlay, "" without. present: findings its labels state.
+        scores: finding -> zero-shot score, the highest three of the labels.
+        report: the true one. nearest: the report nearest to the image. rank: of the true one among `among`.
+    """
+
+    key: str
+    picture: str
+    overlay: str
+    finding: str
+    present: list[str]
+    scores: dict[str, float]
+    report: str
+    nearest: str
+    rank: int | None
+    among: int
+
+
+def is_phantom(dataset: Dataset) -> bool:
+    """Whether the images are drawn ones, which anybody may see."""
+    source = dataset.arguments.get("source")
+    return isinstance(source, dict) and source.get("name") == "phantom"
+
+
+def shown_samples(model: Model, dataset: Dataset, count: int) -> list[Shown]:
+    """The first samples with a present finding, each beside its nearest report.
+
+    Raises:
+        UsageError: the model compares no images with texts.
+    """
+    if not model.method.embeds_images:
+        raise UsageError(f"{model.name} is a backbone alone: nothing it says of an image can be shown")
+    read = [dataset[number] for number in range(min(AMONG, len(dataset)))]
+    chosen = sorted(range(len(read)), key=lambda row: 1 not in read[row].labels.values())[:count]
+    films = [sample.image for sample in read]
+    names = dataset.label_names
+    scores = model.zero_shot([films[row] for row in chosen], names) if names and chosen else None
+    similar = None
+    if model.method.embeds_reports and all(sample.report.strip() for sample in read):
+        similar = (model.encode_image([films[row] for row in chosen])
+                   @ model.encode_text([sample.report for sample in read]).T).numpy()  # fmt: skip
+    found = []
+    for place, row in enumerate(chosen):
+        best: dict[str, float] = {}
+        if scores is not None:
+            best = {str(name): float(value) for name, value in scores.iloc[place].nlargest(3).items()}
+        found.append(
+            _shown(
+                model,
+                read,
+                row,
+                {str(name): float(value) for name, value in best.items()},
+                None if similar is None else similar[place],
+            )
+        )
+    return found
+
+
+def _shown(
+    model: Model, read: list[Sample], row: int, scores: dict[str, float], similar: NDArray[np.floating] | None
+) -> Shown:
+    sample = read[row]
+    present = [name for name, value in sample.labels.items() if value == 1]
+    overlay = finding = ""
+    if model.method.grounds and present:
+        finding = present[0]
+        overlay = _picture(model.ground(sample.image, finding).overlay())
+    order = [] if similar is None else np.argsort(-similar, kind="stable").tolist()
+    return Shown(
+        sample.key, _picture(sample.image), overlay, finding, present, scores, sample.report,
+        read[order[0]].report if order else "", order.index(row) + 1 if order else None, len(read),
+    )  # fmt: skip
+
+
+def _picture(pixels: NDArray[np.uint8]) -> str:
+    """A data URL of a small JPEG."""
+    scale = SIDE / max(pixels.shape[:2])
+    size = (max(1, round(pixels.shape[1] * scale)), max(1, round(pixels.shape[0] * scale)))
+    small = np.asarray(
+        cv2.resize(pixels, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+    )
+    if small.ndim == 2:
+        data = encode_jpeg(small.astype(np.uint8), 85)
+    else:
+        data = cv2.imencode(".jpg", np.ascontiguousarray(small[:, :, ::-1]))[1].tobytes()
+    return "data:image/jpeg;base64," + base64.b64encode(data).decode()

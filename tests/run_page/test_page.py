@@ -1,0 +1,255 @@
+"""`medvlp report`: what the page says, what it must not hold, that it stands alone and works in a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from launcher.main import app
+from medvlp.evaluation.metrics.bootstrap import Estimate
+from medvlp.evaluation.report import results
+from medvlp.run_page import history
+from medvlp.run_page.charts import line_chart
+from medvlp.runs.errors import RunFolderError
+from medvlp.runs.manifest import Manifest
+from shards.errors import UsageError
+from shards.reader import ShardReader
+from tests.export.conftest import data as data
+from tests.export.saved import save_run
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium (Debian's package chromium)")
+_VOID = {"meta", "img", "br", "path", "use", "rect"}
+#: Attributes with which a page would load something.
+_LOADS = ("src", "href", "xlink:href", "action", "data", "srcset", "poster")
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page; fails where a tag does not close."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in _VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in _VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data + " "
+
+
+def invoke(*words: object) -> Result:
+    return CliRunner().invoke(app, ["report", *(str(word) for word in words)])
+
+
+@pytest.fixture(scope="module")
+def make(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`make(name, auroc, *overrides)`: a run with metrics, events and an evaluation of the phantoms."""
+
+    def write(name: str, auroc: float, *overrides: str) -> Path:
+        run = tmp_path_factory.mktemp("runs") / name
+        save_run(data, run, *overrides)
+        lines = [{"step": n, "epoch": 0, "loss": 2 / n, "loss/word": 1 / n, "lr": n * 1e-4, "x<y": 1.0}
+                 for n in range(1, 30)]  # fmt: skip
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3')
+        events = [
+            {"kind": "start", "step": 0},
+            {"kind": "resume", "step": 12},
+            {"kind": "resume", "step": 20},
+        ]
+        (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+        (run / "environment.json").write_text(
+            json.dumps({"packages": {"torch": "9.9"}, "host": "secret-host"})
+        )
+        manifest = Manifest.read(run / "checkpoints" / "step-00000003")
+        numbers = {
+            "auroc/macro": Estimate(auroc, auroc - 0.1, auroc + 0.1),
+            "auroc/edema": Estimate(0.25, 0.2, 0.3),
+            "auroc/mass": Estimate(0.125, 0.1, 0.2),
+        }
+        evaluation = results.Evaluation(
+            model={"name": name, "run": str(run), "checkpoint": "step-00000003", "step": 3,
+                   "weights": manifest.files["weights.safetensors"]["xxh3_128"]},
+            data={"root": str(data), "name": "phantom", "split": "test",
+                  "fingerprint": ShardReader(data).index.fingerprint},
+            settings={"uncertain": "exclude"},
+            results={"zero-shot": {"trained": numbers, "chance": {"auroc/macro": Estimate(0.5, None, None)}}},
+            notes={"zero-shot": {"threshold_split": "valid"}},
+        )  # fmt: skip
+        results.write(evaluation, run / "evaluation.json")
+        return run
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def run(make: Callable[..., Path]) -> Path:
+    return make("first", 0.75)
+
+
+@pytest.fixture(scope="module")
+def html(run: Path) -> Path:
+    out = run.parent / "report.html"
+    result = invoke(run, "--out", out, "--samples", 2)
+    assert result.exit_code == 0, result.exception
+    return out
+
+
+def test_it_says_what_the_run_is(html: Path) -> None:
+    page = Page(html.read_text())
+    text = " ".join(page.text.split())
+    for told in (
+        "method mgca", "test_vit", "evaluated at step 3", "AUROC macro 0.750 (0.65–0.85) 0.500",
+        "AUROC edema 0.250", "Restarts after step 12, 20", "resume 2", "data.max_tokens 12", "torch 9.9",
+        "loss/word", "F1 and accuracy at the threshold", "Nearest report",
+    ):  # fmt: skip
+        assert told in text, told
+    assert sum(tag == "svg" for tag, _ in page.tags) == 2, "a chart of losses and one of the learning rate"
+    assert "secret-host" not in text
+    assert len(html.read_bytes()) < 5e6
+
+
+def test_it_stands_alone(html: Path) -> None:
+    page = Page(html.read_text())
+    assert not {"link", "iframe", "object", "form", "base"} & {tag for tag, _ in page.tags}
+    for tag, attributes in page.tags:
+        for name, value in attributes.items():
+            assert not name.startswith("on"), tag
+            if name in _LOADS:
+                assert (value or "").startswith(("#", "data:image/jpeg;base64,")), (tag, name)
+    assert "http" not in re.sub(r"http-equiv|http://www\.w3\.org/\S+", "", html.read_text())
+
+
+def test_people_who_do_not_see_it_can_read_it(html: Path) -> None:
+    page = Page(html.read_text())
+    named = [attributes.get("id") for _, attributes in page.tags if attributes.get("id")]
+    assert len(named) == len(set(named))
+    links = [attributes["href"][1:] for tag, attributes in page.tags if tag == "a" and attributes.get("href")]
+    assert links
+    assert set(links) <= set(named)
+    for tag, attributes in page.tags:
+        if tag == "img":
+            assert attributes["alt"]
+        if tag == "th":
+            assert attributes["scope"] in ("row", "col")
+        if tag == "svg":
+            assert attributes["role"] == "img"
+            assert attributes["aria-label"]
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h[1-6]", tag)]
+    assert levels[0] == 1
+    assert all(after - before <= 1 for before, after in pairwise(levels))
+
+
+def test_runs_stand_beside_each_other(run: Path, make: Callable[..., Path], tmp_path: Path) -> None:
+    other = make("second", 0.5, "method.embedding=16")
+    assert invoke(run, other, "--out", tmp_path / "a.html", "--samples", 0).exit_code == 0
+    text = " ".join(Page((tmp_path / "a.html").read_text()).text.split())
+    assert "AUROC macro 0.750 (0.65–0.85) 0.500 (0.40–0.60) 0.500" in text
+    assert "method.embedding 8 16" in text
+    assert "data.max_tokens" not in text, "a key with one value in both"
+    assert "first: loss/word" in text
+    result = invoke(run, run, run, "--out", tmp_path / "b.html", "--samples", 0)
+    assert isinstance(result.exception, UsageError)
+
+
+def test_samples_of_patients_need_a_word(run: Path, data: Path, tmp_path: Path) -> None:
+    real = tmp_path / "real"
+    shutil.copytree(data, real)
+    index = json.loads((real / "index.json").read_text())
+    index["arguments"]["source"]["name"] = "archive"
+    (real / "index.json").write_text(json.dumps(index))
+    result = invoke(run, "--out", tmp_path / "a.html", "--data", real)
+    assert result.exit_code == 0, result.exception
+    assert "only with --include-samples" in " ".join(result.output.split())
+    page = (tmp_path / "a.html").read_text()
+    assert "data:image" not in page
+    assert ShardReader(data).metadata("test", 0)["sentences"][0] not in page
+    invoke(run, "--out", tmp_path / "b.html", "--data", real, "--include-samples", "--samples", 1)
+    assert "data:image/jpeg" in (tmp_path / "b.html").read_text()
+
+
+def test_names_of_strangers_are_text(make: Callable[..., Path], tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script>"
+    run = make("evil", 0.5, f"run.name={evil}", f"data.split={evil}")
+    assert invoke(run, "--out", tmp_path / "a.html", "--samples", 0).exit_code == 0
+    page = Page((tmp_path / "a.html").read_text())
+    assert sum(tag == "script" for tag, _ in page.tags) == 1
+    assert evil in page.text
+    chart = line_chart(evil, {evil: ([0, 1], [0, 1]), "$x^{": ([0, 1], [1, 0])})
+    assert "<script" not in chart
+    assert "$x^{" in chart
+
+
+def test_long_curves_are_thinned_and_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    lines = (
+        json.dumps({"step": step, "loss": float(step), "text": "x", "bad": None}) for step in range(5000)
+    )
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    with pytest.raises(RunFolderError, match="no run folder"):
+        history.read_history(tmp_path)
+    (tmp_path / "config.yaml").write_text("method: {name: mgca}\n")
+    found = history.read_history(tmp_path)
+    assert list(found.curves) == ["loss"]
+    steps, values = found.curves["loss"]
+    assert len(steps) <= history.POINTS
+    assert steps[-1] == values[-1] == 4999
+    (tmp_path / "config.yaml").write_text("a: [")
+    with pytest.raises(RunFolderError, match="cannot be read"):
+        history.read_history(tmp_path)
+
+
+#: Presses the head of the second column of the last table of results twice, and says what stands where.
+_PRESS = """<script>
+const table = document.querySelectorAll("details table")[0], order = [];
+for (const part of document.querySelectorAll("details")) part.open = true;
+for (let press = 0; press < 2; press++) {
+  table.querySelectorAll("th button")[1].click();
+  order.push(Array.from(table.tBodies[0].rows, (row) => row.cells[0].textContent).join("+"));
+}
+const wide = document.documentElement.scrollWidth > innerWidth;
+document.title = order.join("|") + "|" + (wide ? "scrolls sideways" : "fits");
+</script></body>"""
+
+
+@browser
+@pytest.mark.parametrize("width", [1280, 390])
+def test_it_works_in_a_browser(html: Path, tmp_path: Path, width: int) -> None:
+    page = tmp_path / "page.html"
+    page.write_text(html.read_text().replace("</body>", _PRESS))
+    own = [f"--user-data-dir={tmp_path / 'user'}", f"--window-size={width},900", "--enable-logging=stderr"]
+    command = [
+        str(CHROMIUM),
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        *own,
+        "--dump-dom",
+        f"file://{page}",
+    ]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    title = re.search("<title>(.*?)</title>", shown.stdout)
+    assert title is not None
+    assert title[1] == "AUROC mass+AUROC edema|AUROC edema+AUROC mass|fits"
+    assert "CONSOLE" not in shown.stderr, shown.stderr
