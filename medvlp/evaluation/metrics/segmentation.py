@@ -24,6 +24,8 @@ Pixels = NDArray[np.bool_]
 #: "image": mean over images; "batch_mean": mean over batches of their means (published).
 Reduction = Literal["image", "batch_mean"]
 
+#: Masks are counted at the thresholds k / THRESHOLDS of a probability.
+THRESHOLDS = 50
 #: Fewest images that show a finding for it to have a number.
 FEWEST = 2
 

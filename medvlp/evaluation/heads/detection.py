@@ -1,0 +1,124 @@
+"""Detection: a head that finds boxes on an image encoder, and what of boxes is kept to score it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from medvlp.data.batch import Batch
+from medvlp.data.fields import Boxes as BoxField
+from medvlp.evaluation.heads.boxes import MOST, Boxes, BoxHead, Suppression
+from medvlp.evaluation.heads.objective import SupervisedObjective
+from medvlp.evaluation.task import EvaluationError
+from medvlp.methods.base import Method, StepOutput
+from medvlp.prototypes.table import PrototypeTable
+
+#: Boxes of an image that are kept to score it.
+HELD = 100
+
+
+class Detection(SupervisedObjective):
+    """Finds boxes of findings.
+
+    Args:
+        method: whose image encoder is read. head: on that encoder.
+        columns: of the C findings among the dataset's labels.
+        suppression: of detections.
+        smallest: see `box_truth`.
+        drifting: batch norms of a frozen encoder follow the batches while training (published MGCA).
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        head: BoxHead,
+        columns: list[int],
+        suppression: Suppression,
+        smallest: float = 2.0,
+        drifting: bool = False,
+    ) -> None:
+        super().__init__(method, head)
+        self.columns, self.suppression = columns, suppression
+        self.smallest, self.drifting = smallest, drifting
+
+    def forward(self, batch: Batch, clusters: PrototypeTable | None = None) -> StepOutput:
+        """See `Objective.forward`."""
+        terms = self._call(batch, box_truth(batch, self.columns, self.smallest))
+        assert isinstance(terms, dict)
+        total = torch.stack(list(terms.values())).sum()
+        return StepOutput(total, {f"loss/{name}": value for name, value in terms.items()})
+
+    def predict(self, batch: Batch) -> Mapping[str, Tensor]:
+        """`found` [B, MOST, 6]: left, top, right, bottom, class, score; `held` [B, HELD, 6]: the first
+        five, and whether it is hedged. Rows without a box have class -1."""
+        found = self._call(batch, None)
+        assert isinstance(found, list)
+        truth = box_truth(batch, self.columns, self.smallest)
+        return {"found": _filled([of[:, [0, 1, 2, 3, 5, 4]] for of in found], MOST), "held": held_rows(truth)}
+
+    def train(self, mode: bool = True) -> Detection:
+        """See `SupervisedObjective.train`."""
+        super().train(mode)
+        if self.drifting:
+            self.method.image_encoder.backbone.train(mode)
+        return self
+
+    def _call(self, batch: Batch, truth: list[Boxes] | None) -> dict[str, Tensor] | list[Tensor]:
+        maps = self.head.look(self.method.image_encoder, batch.image)
+        answer: dict[str, Tensor] | list[Tensor] = self.head(
+            maps, batch.image.shape[-1], truth, self.suppression
+        )
+        return answer
+
+
+def box_truth(batch: Batch, columns: list[int], smallest: float) -> list[Boxes]:
+    """What each image of a batch holds of C findings.
+
+    Hedged are the boxes of uncertain findings (label -1), those with a side below `smallest` pixels, and, as
+    a box over the whole image, a finding without a box that is not known to be absent (label 1, -1 or
+    unknown): it may be anywhere.
+
+    Args:
+        batch: with the field "boxes". columns: of the findings among the dataset's labels.
+    """
+    number = torch.full((batch.labels.shape[1] + 1,), -1, device=batch.labels.device)
+    number[torch.tensor(columns)] = torch.arange(len(columns), device=number.device)
+    whole = torch.tensor([0.0, 0.0, *[float(batch.image.shape[-1])] * 2], device=batch.labels.device)
+    truth = []
+    for stored, labels in zip(batch.fields[BoxField.name], batch.labels[:, columns], strict=True):
+        kinds = number[stored[:, 0].long()]  # padding has label -1: the last number, which is -1
+        rows, kinds = stored[kinds >= 0, 1:5], kinds[kinds >= 0]
+        small = ((rows[:, 2:] - rows[:, :2]) < smallest).any(1)
+        anywhere = labels != 0
+        anywhere[kinds] = False
+        places = anywhere.nonzero()[:, 0]
+        truth.append(
+            Boxes(
+                torch.cat([rows, whole.expand(len(places), 4)]),
+                torch.cat([kinds, places]),
+                torch.cat([small | (labels[kinds] == -1), torch.ones_like(places, dtype=torch.bool)]),
+            )
+        )
+    return truth
+
+
+def held_rows(truth: list[Boxes]) -> Tensor:
+    """[B, HELD, 6] of the boxes of images, as `Detection.predict` gives them.
+
+    Raises:
+        EvaluationError: an image holds more boxes.
+    """
+    if max(len(of.boxes) for of in truth) > HELD:
+        raise EvaluationError(f"an image holds more than {HELD} boxes, which detection does not take")
+    rows = [torch.cat([of.boxes, of.classes[:, None].float(), of.hedged[:, None].float()], 1) for of in truth]
+    return _filled(rows, HELD)
+
+
+def _filled(rows: list[Tensor], count: int) -> Tensor:
+    """[n, 6] of each of B images -> [B, count, 6], with -1 where there is none."""
+    result = rows[0].new_full((len(rows), count, 6), -1.0)
+    for of, found in zip(result, rows, strict=True):
+        of[: len(found)] = found[:count]
+    return result

@@ -1,0 +1,138 @@
+"""Segmentation: a head on an image encoder that draws masks, its losses, and what is counted of masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from medvlp.data.batch import Batch
+from medvlp.data.fields import Masks
+from medvlp.evaluation.heads.masks import MaskHead
+from medvlp.evaluation.heads.objective import SupervisedObjective
+from medvlp.evaluation.metrics.segmentation import THRESHOLDS
+from medvlp.losses.segmentation import (
+    dice_cross_entropy,
+    focal_loss,
+    mixed_loss,
+    per_image_loss,
+    soft_dice,
+)
+from medvlp.methods.base import Method, StepOutput
+from medvlp.prototypes.table import PrototypeTable
+
+LossName = Literal["ours", "mgca", "medslip", "mrm"]
+Uncertain = Literal["exclude", "positive", "negative"]
+
+#: Weight of what a head trains beside its answer (MRM).
+_BESIDE = 0.4
+
+#: Published losses of logits [K, H, W] and masks [K, H, W], over all their pixels.
+_PUBLISHED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mgca": mixed_loss,
+    "medslip": dice_cross_entropy,
+    "mrm": lambda logits, masks: 2 * focal_loss(logits, masks) + 1 - soft_dice(logits, masks),
+}
+
+
+class Segmentation(SupervisedObjective):
+    """Draws masks of findings.
+
+    Args:
+        method: whose image encoder is read. head: on that encoder.
+        columns: of the C findings among the dataset's labels.
+        loss: "ours" is by image and finding; the published ones are over all pixels of the batch.
+        uncertain: what a hedged finding (label -1) teaches: nothing, its mask, or that nothing is there.
+        drifting: batch norms of a frozen encoder follow the batches while training (published MGCA).
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        head: MaskHead,
+        columns: list[int],
+        loss: LossName = "ours",
+        uncertain: Uncertain = "exclude",
+        drifting: bool = False,
+    ) -> None:
+        super().__init__(method, head)
+        self.columns, self.loss, self.uncertain, self.drifting = columns, loss, uncertain, drifting
+
+    def forward(self, batch: Batch, clusters: PrototypeTable | None = None) -> StepOutput:
+        """See `Objective.forward`."""
+        truth, known = mask_truth(batch, self.columns, self.uncertain)
+        answers = self._answers(batch)
+        first, *beside = (self._loss(answer, truth, known) for answer in answers)
+        return StepOutput(first + _BESIDE * sum(beside, torch.zeros_like(first)), {"loss/masks": first})
+
+    def predict(self, batch: Batch) -> Mapping[str, Tensor]:
+        """`pixels` [B, C, T, 3]: see `mask_counts`; `known` [B, C]."""
+        truth, known = mask_truth(batch, self.columns, self.uncertain)
+        return {"pixels": mask_counts(self._answers(batch)[0].sigmoid(), truth), "known": known}
+
+    def train(self, mode: bool = True) -> Segmentation:
+        """See `SupervisedObjective.train`."""
+        super().train(mode)
+        if self.drifting:
+            self.method.image_encoder.backbone.train(mode)
+        return self
+
+    def _answers(self, batch: Batch) -> list[Tensor]:
+        maps = self.head.look(self.method.image_encoder, batch.image)
+        return [answer.float() for answer in self.head(maps, batch.image.shape[-1])]
+
+    def _loss(self, logits: Tensor, truth: Tensor, known: Tensor) -> Tensor:
+        if self.loss == "ours":
+            return per_image_loss(logits, truth, known)
+        if not known.any():
+            return logits.sum() * 0
+        return _PUBLISHED[self.loss](logits[known], truth[known].float())
+
+
+def mask_truth(batch: Batch, columns: list[int], uncertain: Uncertain) -> tuple[Tensor, Tensor]:
+    """Masks [B, C, H, W] bool of C findings, and whether it is known where each is [B, C].
+
+    Args:
+        batch: with the field "masks". columns: of the findings among the dataset's labels.
+        uncertain: see `Segmentation`.
+    """
+    masks, labels = batch.fields[Masks.name][:, columns], batch.labels[:, columns]
+    known, hedged = masks[:, :, 0, 0] != Masks.UNKNOWN, labels == -1
+    truth = masks == 1
+    if uncertain == "exclude":
+        known = known & ~hedged
+    if uncertain == "negative":
+        known, truth = known | hedged, truth & ~hedged[:, :, None, None]
+    return truth, known
+
+
+def mask_counts(probability: Tensor, truth: Tensor) -> Tensor:
+    """Pixels above each of the thresholds k / `THRESHOLDS`, true pixels, and those that are both.
+
+    Args:
+        probability: [B, C, H, W] in [0, 1]. truth: [B, C, H, W] bool.
+
+    Returns:
+        [B, C, T, 3] int32.
+
+    Raises:
+        ValueError: a probability outside [0, 1], or NaN.
+    """
+    steps = (probability.float() * THRESHOLDS).ceil()
+    if not ((steps >= 0) & (steps <= THRESHOLDS)).all():
+        raise ValueError("a probability outside [0, 1]: the network gives NaN or infinite values")
+    # A value of step k lies above the thresholds 0 .. k - 1: sums of a histogram from its upper end.
+    images = truth.shape[0] * truth.shape[1]
+    bins = THRESHOLDS + 1
+    place = steps.long().flatten(2).reshape(images, -1)
+    place = place + bins * torch.arange(images, device=place.device)[:, None]
+    inside = truth.flatten(2).reshape(images, -1)
+    above = []
+    for chosen in (place.flatten(), place[inside]):
+        histogram = torch.bincount(chosen, minlength=images * bins).reshape(images, bins)
+        above.append(histogram.flip(1).cumsum(1).flip(1)[:, 1:])
+    called, both = above
+    counts = torch.stack([called, inside.sum(1)[:, None].expand_as(called), both], dim=2)
+    return counts.reshape(*truth.shape[:2], THRESHOLDS, 3).int()
