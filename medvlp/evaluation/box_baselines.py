@@ -49,7 +49,7 @@ def _targets(batch: Batch, columns: list[int], smallest: float) -> NDArray[Any]:
     for row, held in zip(result, box_truth(batch, columns, smallest), strict=True):
         row[:, 0] = 0
         row[held.classes[held.hedged].numpy(), 0] = np.nan
-        for number in held.classes[~held.hedged].unique().tolist():
+        for number in sorted(set(held.classes[~held.hedged].tolist())):
             own = held.boxes[(held.classes == number) & ~held.hedged].numpy()
             row[number] = [1.0, *own.mean(0)]
     return result

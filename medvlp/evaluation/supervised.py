@@ -19,7 +19,7 @@ from medvlp.config import Config
 from medvlp.config_files import Layer
 from medvlp.data.batch import Batch
 from medvlp.data.dataset import EvaluationDataset
-from medvlp.data.loader import TrainingLoader
+from medvlp.data.loader import EvaluationLoader, TrainingLoader, evaluation_dataset
 from medvlp.data.order import Positions
 from medvlp.data.sample_store import SampleStore
 from medvlp.data.text import Tokenizer
@@ -277,7 +277,7 @@ class Network:
 
     def predict(self, view: View, role: Role) -> Predictions:
         """Its predictions of all samples of a split that this view may see; corrupt ones are left out."""
-        dataset = view.dataset(role)
+        dataset = self.dataset(view, role)
         recipe = Supervised(self.config)
         objective = self._objective(dataset, recipe).to(view.device)
         return predict(
@@ -289,6 +289,22 @@ class Network:
             view.device,
             self.config.train.seed,
         )
+
+    def dataset(self, view: View, role: Role) -> EvaluationDataset:
+        """A split that this view may see, its images seen as in the training run."""
+        of, fields = view.dataset(role), sorted(self.task.fields)
+        return evaluation_dataset(self.config, of.reader, of.tokenizer, of.split, fields)
+
+    def drawn(self, view: View) -> Positions:
+        """The samples of the training split that it was taught."""
+        dataset = view.dataset("train")
+        return Supervised(self.config).samples(dataset.reader, dataset.tokenizer)
+
+    def batches(self, view: View, role: Role, positions: Positions) -> EvaluationLoader:
+        """Some samples of a split, as the network sees them: for baselines of the same images."""
+        size, rows = self.config.validation.batch, positions.tolist()
+        chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
+        return EvaluationLoader(self.dataset(view, role), chunks, self.config.data)
 
     def _objective(self, dataset: EvaluationDataset, recipe: Supervised) -> SupervisedObjective:
         """With the weights of the checkpoint, on the CPU in float32."""

@@ -11,6 +11,7 @@ from medvlp.data.batch import Batch
 from medvlp.data.fields import Boxes as BoxField
 from medvlp.evaluation.heads.boxes import MOST, Boxes, BoxHead, Suppression
 from medvlp.evaluation.heads.objective import SupervisedObjective
+from medvlp.evaluation.heads.pyramids import encoder_of
 from medvlp.evaluation.task import EvaluationError
 from medvlp.methods.base import Method, StepOutput
 from medvlp.prototypes.table import PrototypeTable
@@ -29,6 +30,8 @@ class Detection(SupervisedObjective):
         smallest: see `box_truth`.
         drifting: batch norms of a frozen encoder follow the batches while training (published MGCA).
     """
+
+    head: BoxHead
 
     def __init__(
         self,
@@ -62,11 +65,11 @@ class Detection(SupervisedObjective):
         """See `SupervisedObjective.train`."""
         super().train(mode)
         if self.drifting:
-            self.method.image_encoder.backbone.train(mode)
+            encoder_of(self.method).backbone.train(mode)
         return self
 
     def _call(self, batch: Batch, truth: list[Boxes] | None) -> dict[str, Tensor] | list[Tensor]:
-        maps = self.head.look(self.method.image_encoder, batch.image)
+        maps = self.head.look(encoder_of(self.method), batch.image)
         answer: dict[str, Tensor] | list[Tensor] = self.head(
             maps, batch.image.shape[-1], truth, self.suppression
         )

@@ -6,6 +6,24 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from medvlp.encoders.image import ImageEncoder
+from medvlp.evaluation.task import EvaluationError
+from medvlp.methods.base import Method
+
+
+def encoder_of(method: Method) -> ImageEncoder:
+    """The image encoder of a method, whose maps heads read.
+
+    Raises:
+        EvaluationError: it has none.
+    """
+    encoder = getattr(method, "image_encoder", None)
+    if not isinstance(encoder, ImageEncoder):
+        raise EvaluationError(
+            f"{type(method).__name__} has no image encoder whose feature maps a head could read"
+        )
+    return encoder
+
 
 def patch_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """[B, P, D] patch tokens, row by row -> [B, D, rows, columns]."""

@@ -12,6 +12,7 @@ from medvlp.data.batch import Batch
 from medvlp.data.fields import Masks
 from medvlp.evaluation.heads.masks import MaskHead
 from medvlp.evaluation.heads.objective import SupervisedObjective
+from medvlp.evaluation.heads.pyramids import encoder_of
 from medvlp.evaluation.metrics.segmentation import THRESHOLDS
 from medvlp.losses.segmentation import (
     dice_cross_entropy,
@@ -48,6 +49,8 @@ class Segmentation(SupervisedObjective):
         drifting: batch norms of a frozen encoder follow the batches while training (published MGCA).
     """
 
+    head: MaskHead
+
     def __init__(
         self,
         method: Method,
@@ -76,11 +79,11 @@ class Segmentation(SupervisedObjective):
         """See `SupervisedObjective.train`."""
         super().train(mode)
         if self.drifting:
-            self.method.image_encoder.backbone.train(mode)
+            encoder_of(self.method).backbone.train(mode)
         return self
 
     def _answers(self, batch: Batch) -> list[Tensor]:
-        maps = self.head.look(self.method.image_encoder, batch.image)
+        maps = self.head.look(encoder_of(self.method), batch.image)
         return [answer.float() for answer in self.head(maps, batch.image.shape[-1])]
 
     def _loss(self, logits: Tensor, truth: Tensor, known: Tensor) -> Tensor:

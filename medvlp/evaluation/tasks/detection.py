@@ -115,12 +115,13 @@ class Detection(TrainedTask):
         """See `TrainedTask.objective`."""
         from medvlp.evaluation.heads import detection
         from medvlp.evaluation.heads.boxes import Suppression, build_head
+        from medvlp.evaluation.heads.pyramids import encoder_of
 
         settings = self.settings
         default = "yolo" if settings.protocol == "mgca" else "retinanet"
         columns = self.columns(data.reader.index.label_names)
         name = default if settings.head == "auto" else settings.head
-        head = build_head(name, method.image_encoder, len(columns))
+        head = build_head(name, encoder_of(method), len(columns))
         suppression = Suppression(settings.min_confidence, settings.nms, settings.iou_plus_one)
         drifting = settings.frozen_bn == "train"
         return detection.Detection(method, head, columns, suppression, settings.smallest, drifting)

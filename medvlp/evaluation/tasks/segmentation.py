@@ -170,15 +170,14 @@ class Segmentation(TrainedTask):
         """See `TrainedTask.objective`."""
         from medvlp.evaluation.heads import segmentation
         from medvlp.evaluation.heads.masks import build_head
+        from medvlp.evaluation.heads.pyramids import encoder_of
 
         settings = self.settings
         published = _PUBLISHED.get(settings.protocol, _OURS)
-        head, loss = (
-            default if given == "auto" else given
-            for given, default in zip((settings.head, settings.loss), published, strict=True)
-        )
+        head = published[0] if settings.head == "auto" else settings.head
+        loss: Any = published[1] if settings.loss == "auto" else settings.loss
         columns = self.columns(data.reader.index.label_names)
-        built = build_head(head, method.image_encoder, len(columns))
+        built = build_head(head, encoder_of(method), len(columns))
         drifting = settings.frozen_bn == "train"
         return segmentation.Segmentation(method, built, columns, loss, settings.uncertain, drifting)
 
