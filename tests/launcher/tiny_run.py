@@ -62,8 +62,11 @@ def save(config: Config, step: int, seed: int) -> None:
     checkpoint_files.commit(folder, manifest, CheckpointConfig(keep_last=0))
 
 
-def make_run(shards: Path, folder: Path) -> Path:
-    config = config_files.load([], [f"data.root={shards}", f"run.dir={folder}", *TINY], schemas())
+def make_run(shards: Path, folder: Path, *overrides: str) -> Path:
+    own = {word.partition("=")[0] for word in overrides}
+    tiny = [word for word in TINY if word.partition("=")[0] not in own]
+    words = [f"data.root={shards}", f"run.dir={folder}", *tiny, *overrides]
+    config = config_files.load([], words, schemas())
     for step in (4, 9):
         save(config, step, seed=step)
     (folder / "config.yaml").write_text(config_files.to_yaml(config))
