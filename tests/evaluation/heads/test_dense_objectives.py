@@ -120,7 +120,7 @@ def test_a_task_on_phantoms_from_end_to_end(run: Path, task: str, models: list[s
     where = f"evaluation.tasks.{task}"
     words = [
         f"{where}.fractions=[0.5]",
-        f"{where}.training={{train: {{steps: 2, min_steps: 0, global_batch: 4}}, data: {{image_size: 32}}}}",
+        f"{where}.training={{train: {{steps: 2, min_steps: 0, global_batch: 4, threads: 1}}}}",
     ]
     options = EvaluationOptions(run, tasks=[task], overrides=[*FAST, *words], train=train_here)
     found = evaluate(options, lambda line: None)
