@@ -53,6 +53,7 @@ class ImageEncoder(nn.Module):
     Attributes:
         width: D of `ImageFeatures.pooled`; `local_width`: Dl; `grid`: (rows, columns) at `image_size`.
         shortened: whether stages of the architecture were removed (`ends_at_local`).
+        reads_patches: set by a method whose losses read the local features and not the pooled one.
         has_attention: whether `forward(..., attention=True)` works (a class token and plain attention).
         levels: the feature maps that `pyramid` gives: after each stage of a backbone that has stages (the
             stem of a ResNet is the first), after each block of a vision transformer, all of one size.
@@ -84,6 +85,7 @@ class ImageEncoder(nn.Module):
         if ends_at_local and config.local_stage is not None:
             self.shortened = True
             _end_at_stage(backbone, config.local_stage, config.name)
+        self.reads_patches = False
         # ZeRO-3 gathers a module's own weights (class token, positions) when the module itself is called, so
         # features, local map and pooling must happen in one call of the backbone.
         backbone.local_stage = config.local_stage
@@ -121,6 +123,15 @@ class ImageEncoder(nn.Module):
         finally:
             last.q_norm.kept = last.k_norm.kept = None
         return ImageFeatures(pooled, local, grid, _class_attention(query, key, last.scale, local.shape[1]))
+
+    @property
+    def summarises_patches(self) -> bool:
+        """Whether the mean of the patches stands for an image instead of a class token no loss reads."""
+        return self.reads_patches and getattr(self.backbone, "global_pool", None) == "token"
+
+    def summary(self, features: ImageFeatures) -> Tensor:
+        """[B, F] the feature of whole images that is trained: the pooled one, or the mean of the patches."""
+        return features.local.mean(1) if self.summarises_patches else features.pooled
 
     def pyramid(self, image: Tensor, levels: Sequence[int] | None = None) -> tuple[Tensor, ...]:
         """Feature maps of inner stages or blocks.

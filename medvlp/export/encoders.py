@@ -76,13 +76,22 @@ def write_image(encoder: ImageEncoder, folder: Path) -> None:
         "crop_mode": "center",
     }
     try:
-        save_for_hf(encoder.backbone, str(folder), safe_serialization=True, data_config=preprocessing)
+        save_for_hf(
+            encoder.backbone,
+            str(folder),
+            safe_serialization=True,
+            data_config=preprocessing,
+        )
     except (ValueError, TypeError) as error:
         raise ExportError(f"image.name={config.name} cannot be described for timm: {error}") from error
     file = folder / "config.json"
     described = json.loads(file.read_text(encoding="utf-8"))
     for key in _OF_OTHER_WEIGHTS:
         described["pretrained_cfg"].pop(key, None)
+    if encoder.summarises_patches:
+        # The norm stays before the mean: timm's own choice for this pooling would move it behind.
+        described.setdefault("model_args", {}).update(global_pool="avg", fc_norm=False)
+        described["global_pool"] = "avg"
     file.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     _read_image_back(encoder, folder)
 
@@ -93,7 +102,7 @@ def _per_channel(value: float | list[float], channels: int) -> tuple[float, ...]
 
 @torch.no_grad()
 def _read_image_back(encoder: ImageEncoder, folder: Path) -> None:
-    """Load what was written with plain timm and compare pooled features of noise."""
+    """Load what was written with plain timm and compare the features that stand for images of noise."""
     try:
         plain = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     except (RuntimeError, ValueError, TypeError, KeyError, AssertionError) as error:
@@ -102,7 +111,9 @@ def _read_image_back(encoder: ImageEncoder, folder: Path) -> None:
     side = input_side(encoder)
     image = torch.randn(2, encoder.config.in_channels, side, side, generator=torch.Generator().manual_seed(0))
     check_agreement(
-        encoder(image).pooled, plain(encoder.prepare(image)), f"image.name={encoder.config.name} in timm"
+        encoder.summary(encoder(image)),
+        plain(encoder.prepare(image)),
+        f"image.name={encoder.config.name} in timm",
     )
 
 

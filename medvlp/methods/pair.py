@@ -38,10 +38,12 @@ class Alignment(PrototypeUser, nn.Module, abc.ABC):
 
     Attributes:
         image_attention, text_attention: whether `forward` needs the encoders' attention maps.
+        reads_pooled: whether a loss reads the images' pooled feature; if not, only their patches are trained.
     """
 
     image_attention: bool = False
     text_attention: bool = False
+    reads_pooled: bool = True
 
     @abc.abstractmethod
     def forward(self, pair: EncodedPair, clusters: PrototypeTable | None = None) -> StepOutput:
@@ -111,6 +113,7 @@ class PairMethod(Method):
     def __init__(self, image: ImageEncoder, text: TextEncoder, alignment: Alignment) -> None:
         super().__init__()
         self.image_encoder, self.text_encoder, self.alignment = image, text, alignment
+        image.reads_patches = not alignment.reads_pooled
 
     def forward(self, batch: Batch, clusters: PrototypeTable | None = None) -> StepOutput:
         image = self.image_encoder(batch.image, attention=self.alignment.image_attention)
@@ -125,8 +128,7 @@ class PairMethod(Method):
         return self.alignment.embed_text(self.text_encoder(text), text)
 
     def image_features(self, image: Tensor) -> Tensor:
-        features: ImageFeatures = self.image_encoder(image)
-        return features.pooled
+        return self.image_encoder.summary(self.image_encoder(image))
 
     @property
     def scores_by_embedding(self) -> bool:

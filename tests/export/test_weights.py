@@ -164,3 +164,18 @@ def test_a_shortened_backbone_is_refused_with_the_way_to_its_weights(tmp_path: P
     with pytest.raises(ExportError, match=r"only up to stage 3 .*--to-safetensors"):
         write_image(ImageEncoder(config, 64, ends_at_local=True), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_transformer_whose_patches_are_trained_is_exported_with_their_mean(tmp_path: Path) -> None:
+    """A class token that no loss reads is no feature: plain timm gives what `image_features` gives."""
+    from tests.methods.small_mpma import small_mpma
+
+    method = small_mpma(summary="mean").eval()
+    write_image(method.image_encoder, tmp_path)
+    plain = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    image = torch.randint(0, 256, (2, 1, 16, 16), dtype=torch.uint8)
+    image = torch.nn.functional.interpolate(image, size=(method.image_encoder.image_size,) * 2)
+    with torch.no_grad():
+        features = method.image_features(image)
+        torch.testing.assert_close(plain(method.image_encoder.prepare(image)), features)
+        assert not torch.allclose(method.image_encoder(image).pooled, features)

@@ -241,3 +241,30 @@ def test_one_study_alone_has_no_contrast_over_the_batch(name: str) -> None:
     one = dataclasses.replace(small_batch([[3]] * 4), study=torch.zeros(4, dtype=torch.int64))
     for term, value in contrasts(method(one)).items():
         assert abs(value) < 1e-9, term
+
+
+@pytest.mark.parametrize("summary", [{}, {"summary": "mean"}])
+@pytest.mark.parametrize("name", names())
+def test_features_are_what_is_trained(name: str, summary: dict[str, Any]) -> None:
+    """`image_features` of a transformer is a part of its output that some loss reads."""
+    config = small_config(name)
+    for key, value in summary.items():
+        if not hasattr(config.method, key):
+            pytest.skip(f"{name} has no {key}")
+        setattr(config.method, key, value)
+    for key in ("image_weight", "report_weight"):  # reconstructions read every token, and shape no summary
+        if hasattr(config.method, key):
+            setattr(config.method, key, 0.0)
+    method, batch = built(config), small_batch()
+    seen: list[Any] = []
+    hook = method.image_encoder.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    output = method(batch)
+    hook.remove()
+    gradients = torch.autograd.grad(output.loss, [seen[0].pooled, seen[0].local], allow_unused=True)
+    trained = [gradient is not None and gradient.abs().sum().item() > 0 for gradient in gradients]
+    method.eval()
+    with torch.no_grad():
+        features, whole = method.image_features(batch.image), method.image_encoder(batch.image)
+    parts = [whole.pooled, whole.local.mean(1)]
+    same = [part.shape == features.shape and torch.allclose(part, features) for part in parts]
+    assert any(is_it and is_trained for is_it, is_trained in zip(same, trained, strict=True)), (same, trained)

@@ -50,6 +50,7 @@ class Combination(Alignment):
             self.parts["prior"] = PRIOR(_over_ranks(config.prior, config), image, text, staged)
         if "place" in self.weights:
             self.parts["place"] = PLACE(_over_ranks(config.place, config), image, text)
+        self.reads_pooled = any(part.reads_pooled for part in self._parts().values())
         self.image_attention = any(part.image_attention for part in self._parts().values())
         self.text_attention = any(part.text_attention for part in self._parts().values())
 

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medvlp import distributed
@@ -59,7 +60,7 @@ class TextProjection(nn.Linear):
     """Products of queries with texts, after a linear map of the queries to the texts' width.
 
     With queries q [N, width], texts t [M, D] and the weight W [D, width]: (q W^T) t^T = q (t W)^T. The right
-    side maps M texts instead of B * N queries, and needs no [B, N, D] tensor.
+    side maps M texts instead of B * N queries, and needs no [B, N, D] tensor; cosines do.
     """
 
     def forward(self, queries: Tensor, texts: Tensor, cosine: bool) -> Tensor:  # type: ignore[override]
@@ -71,14 +72,10 @@ class TextProjection(nn.Linear):
         """
         queries, weight, bias = (at_least_float32(value) for value in (queries, self.weight, self.bias))
         texts = texts.to(weight.dtype)
-        products = queries @ (texts @ weight).T + texts @ bias
-        if not cosine:
-            return products
-        # |W q + b|^2 = q W^T W q + 2 b W q + b b
-        squared_length = ((queries @ (weight.T @ weight) + 2 * (bias @ weight)) * queries).sum(
-            -1
-        ) + bias @ bias
-        return products * squared_length.clamp(min=1e-12).rsqrt()[..., None]
+        if cosine:
+            # From the mapped queries themselves: an expansion of their length cancels where it is short.
+            return unit_norm(F.linear(queries, weight, bias)) @ texts.T
+        return queries @ (texts @ weight).T + texts @ bias
 
 
 class MeDSLIPLosses(nn.Module):

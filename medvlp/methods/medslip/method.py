@@ -62,6 +62,7 @@ class MeDSLIP(Method, PrototypeUser):
             )
         self.config, self.max_tokens = config, max_tokens
         self.image_encoder, self.text_encoder = image, text
+        image.reads_patches = True
         self.book = TextBook(text.width, config.text_pooling, config.standardise_book)
         self.streams = TwoStreams(image.local_width, config.width, config.gate)
         self.queries = nn.Linear(text.width, config.width)
@@ -138,9 +139,11 @@ class MeDSLIP(Method, PrototypeUser):
         raise NotImplementedError("MeDSLIP embeds no reports: they enter training as entities only")
 
     def image_features(self, image: Tensor) -> Tensor:
-        """Pooled features of the backbone, which ends at the stage whose map the method reads."""
-        features: ImageFeatures = self.image_encoder(image)
-        return features.pooled
+        """Pooled features of the backbone, which ends at the stage whose map the method reads.
+
+        Of a transformer the mean of its patches: no loss reads the class token.
+        """
+        return self.image_encoder.summary(self.image_encoder(image))
 
     def score(self, image: Tensor, prompts: Text) -> Tensor:
         """[B, N] probabilities that what the prompts say is present.

@@ -37,6 +37,7 @@ class MGCA(Alignment):
     def __init__(self, config: MGCAConfig, image: ImageEncoder, text: TextEncoder) -> None:
         super().__init__()
         self.config = config
+        self.reads_pooled = config.embeds
         synchronise = config.batch_norm == "global"
         sizes = (config.head_hidden, config.embedding, synchronise)
         self.image_head = ProjectionHead(image.width, *sizes)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from medvlp.encoders.batch_norm import GlobalBatchNorm
 from medvlp.encoders.image import ImageFeatures
 from medvlp.encoders.projection import ProjectionHead
 from medvlp.losses.cross_attention import patch_loss, word_loss
@@ -15,6 +16,9 @@ from medvlp.methods.instance_contrast import instance_contrast
 from medvlp.methods.mpma.config import MPMAConfig
 from medvlp.prototypes.false_negatives import NOTHING_EXCLUDED, Exclusion
 from medvlp.prototypes.user import to_cluster
+
+#: Share of the running averages that a calibrating pass replaces.
+_MOMENTUM = 0.1
 
 
 class LearnedTemperature(nn.Module):
@@ -72,6 +76,9 @@ class GlobalLocalAlignment(nn.Module):
             self.temperature = LearnedTemperature(
                 config.temperature, config.temperature_min, config.temperature_max
             )
+            if self.calibrates:
+                for norm in self._norms():
+                    norm.momentum = 0.0
         if config.local_weight:
             self.patch_head = nn.Linear(patch_width, config.embedding)
             self.word_head = nn.Linear(text_width, config.embedding)
@@ -107,13 +114,36 @@ class GlobalLocalAlignment(nn.Module):
             terms["loss/local"] = self._local(self.embed_patches(image), self.embed_words(hidden), words)
         return Aligned(terms, shared, exclusion)
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether only `calibrate` moves running averages: there are some, and training sees masked pairs."""
+        config = self.config
+        return config.global_weight > 0 and config.head == "batch_norm" and config.masking == "paired"
+
+    def calibrate(self, image: ImageFeatures, hidden: Tensor, words: Tensor) -> None:
+        """Move the running averages of the global heads towards the statistics of whole pairs."""
+        for norm in self._norms():
+            norm.momentum = _MOMENTUM
+        self.embed_image(image), self.embed_report(hidden, words)
+        for norm in self._norms():
+            norm.momentum = 0.0
+
+    def _norms(self) -> list[GlobalBatchNorm]:
+        parts = [*self.image_head.modules(), *self.report_head.modules()]
+        return [part for part in parts if isinstance(part, GlobalBatchNorm)]
+
     def embed_image(self, image: ImageFeatures) -> Tensor:
         """[B, E] unit-norm embeddings of images."""
+        if self.config.project_first:
+            return unit_norm(self.image_head(image.local).mean(1))
         summary = image.local.mean(1) if self.config.summary == "mean" else image.pooled
         return unit_norm(self.image_head(summary))
 
     def embed_report(self, hidden: Tensor, words: Tensor) -> Tensor:
         """[B, E] unit-norm embeddings of reports with [B, L, D] hidden states and [B, L] visible words."""
+        if self.config.project_first:
+            counted = (words,) if self.config.head == "batch_norm" else ()
+            return unit_norm(_mean(self.report_head(hidden, *counted), words))
         summary = _mean(hidden, words) if self.config.summary == "mean" else hidden[:, 0]
         return unit_norm(self.report_head(summary))
 

@@ -45,6 +45,16 @@ class MPMAConfig(MethodConfig):
     summary: Literal["cls", "mean"] = key(
         "cls", "what the global heads read: the pooled feature and [CLS], or the mean of the visible tokens"
     )
+    project_first: bool = key(
+        False, "with summary=mean: the heads project every token, and the mean is of the projections"
+    )
+    calibration_steps: int = key(
+        8,
+        "steps between passes over whole pairs, which alone move the running averages of batch-norm heads "
+        "(training sees masked pairs, evaluation whole ones)",
+        1,
+        10**6,
+    )
 
     fixed_positions: bool = key(True, "fixed 2-D sin-cos positions in the image encoder, as in MAE's weights")
     fusion_layers: int = key(4, "layers in which the report reads the image", 1, 1024)
@@ -75,6 +85,8 @@ class MPMAConfig(MethodConfig):
                 f"method.temperature={self.temperature} must lie between method.temperature_min="
                 f"{self.temperature_min} and method.temperature_max={self.temperature_max}"
             )
+        if self.project_first and self.summary != "mean":
+            raise ConfigError("method.project_first=true projects tokens for a mean: set method.summary=mean")
         if self.image_weight and (self.decoder_width % self.decoder_heads or self.decoder_width % 4):
             raise ConfigError(
                 f"method.decoder_width={self.decoder_width} must be a multiple of 4 and of "

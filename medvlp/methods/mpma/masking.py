@@ -70,8 +70,8 @@ def draw_words(text: Text, noise: Tensor, ratio: float) -> Tensor:
     Args:
         text: the reports; `word_index`, `sentence_index` and `attention_mask` are read.
         noise: [B, L] numbers, one for each possible word.
-        ratio: share of hidden words in [0, 1]; rounded half up to whole words, and with a ratio above 0 at
-            least one word of every report that has any.
+        ratio: share of hidden words in [0, 1]; rounded half up to whole words. With a ratio above 0 at least
+            one word is hidden, and one always stays visible: the only word of a report does.
 
     Returns:
         [B, L] bool, true on hidden tokens; never on [CLS], [SEP] or padding.
@@ -85,8 +85,31 @@ def draw_words(text: Text, noise: Tensor, ratio: float) -> Tensor:
     number = exists.sum(1)
     hidden = (number * ratio + 0.5).floor().long()
     if ratio > 0:
-        hidden = hidden.maximum((number > 0).long())
+        hidden = hidden.clamp(min=1).minimum((number - 1).clamp(min=0))
     # Words that do not exist come last.
     place = noise.masked_fill(~exists, torch.iinfo(torch.int64).max).argsort(dim=1).argsort(dim=1)
     chosen = exists & (place < hidden[:, None])
     return words & chosen.gather(1, slot.clamp(max=length - 1))
+
+
+def scored_positions(text: Text, hidden: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
+    """Where hidden tokens are predicted: a static number of positions, so that nothing waits for the device.
+
+    Args:
+        text: the reports. hidden: [B, L] bool, from `draw_words` with `ratio`.
+
+    Returns:
+        places [B, T] int64, positions of the report with the hidden ones first (all as they stand where T is
+        L), and [B, T] bool, which of them are scored. T is about ratio * L. A report of m tokens has at most
+        ratio * m + m / 8 + 8 scored ones, whatever the padding; more are hidden only where few long words
+        were drawn.
+    """
+    length = hidden.shape[1]
+    slots = min(length, int(length * ratio) + length // 8 + 9)
+    tokens = is_word(text).sum(1, keepdim=True)
+    most = (tokens.double() * ratio).long() + tokens // 8 + 8
+    scored = hidden & (hidden.cumsum(1) <= most)
+    if slots == length:
+        return torch.arange(length, device=hidden.device).expand_as(hidden), scored
+    places = hidden.byte().argsort(dim=1, descending=True, stable=True)[:, :slots]
+    return places, scored.gather(1, places)

@@ -38,6 +38,7 @@ from medvlp.methods.mpma.masking import (
     draw_words,
     is_word,
     sample_noise,
+    scored_positions,
 )
 from medvlp.methods.pair import build_encoders_of
 from medvlp.methods.registry import register
@@ -93,6 +94,7 @@ class MPMA(Method, PrototypeUser):
         super().__init__()
         self.config, self.seed, self.step = config, seed, 0
         self.image_encoder, self.text_encoder = image, text
+        image.reads_patches = config.summary == "mean" or config.global_weight == 0
         self.decoder: ImageDecoder | None = None
         if config.image_weight:
             self.decoder = ImageDecoder(
@@ -138,6 +140,9 @@ class MPMA(Method, PrototypeUser):
         if self.fusion is not None:
             terms |= self._report_loss(self.fusion, batch, masks, views)
         if self.alignment is not None:
+            due = (self.step + 1) % config.calibration_steps == 0
+            if self.training and due and self.alignment.calibrates:
+                self._calibrate(self.alignment, batch)
             assert views.image is not None, "images are encoded for the alignment"
             assert views.text is not None, "reports are encoded for the alignment"
             exclude = partial(self.exclude, batch, clusters, config)
@@ -186,8 +191,7 @@ class MPMA(Method, PrototypeUser):
         return self.config.embedding if self.config.global_weight > 0 else None
 
     def image_features(self, image: Tensor) -> Tensor:
-        features: ImageFeatures = self.image_encoder(image)
-        return features.pooled
+        return self.image_encoder.summary(self.image_encoder(image))
 
     @property
     def grounds(self) -> bool:
@@ -203,7 +207,7 @@ class MPMA(Method, PrototypeUser):
         return maps.reshape(*maps.shape[:2], *features.grid)
 
     def fused_features(self, image: Tensor, text: Text) -> Tensor:
-        """[B, D + F] features of pairs for multi-modal tasks: fused [CLS] and pooled image.
+        """[B, D + F] features of pairs for multi-modal tasks: fused [CLS], and those of `image_features`.
 
         Raises:
             NotImplementedError: `method.report_weight=0`, so that there is no fusion.
@@ -212,7 +216,7 @@ class MPMA(Method, PrototypeUser):
             raise NotImplementedError("method.report_weight=0: MPMA without reports to fuse")
         features: ImageFeatures = self.image_encoder(image)
         fused = self.fusion(self.text_encoder(text).hidden, _tokens(features), text.attention_mask > 0)
-        return torch.cat([fused[:, 0], features.pooled], dim=1)
+        return torch.cat([fused[:, 0], self.image_encoder.summary(features)], dim=1)
 
     def parameters_without_decay(self) -> set[str]:
         """The temperature's parameter."""
@@ -233,6 +237,15 @@ class MPMA(Method, PrototypeUser):
         if self.alignment is not None or (self.decoder is not None and self.decoder.reads_report):
             text = self.text_encoder(batch.text)
         return EncodedViews(masked_image, masked_text, image, text, words)
+
+    @torch.no_grad()
+    def _calibrate(self, alignment: GlobalLocalAlignment, batch: Batch) -> None:
+        """Move the heads' running averages by a pass over whole pairs, as evaluation sees them."""
+        self.image_encoder.eval(), self.text_encoder.eval()
+        alignment.calibrate(
+            self.image_encoder(batch.image), self.text_encoder(batch.text).hidden, is_word(batch.text)
+        )
+        self.image_encoder.train(), self.text_encoder.train()
 
     def _image_loss(
         self, decoder: ImageDecoder, batch: Batch, masks: PairMasks, views: EncodedViews
@@ -257,12 +270,13 @@ class MPMA(Method, PrototypeUser):
         assert views.image is not None, "images are encoded for the fusion"
         text = batch.text
         fused = fusion(views.masked_text.hidden, _tokens(views.image), text.attention_mask > 0)
-        # Of every position, because a choice of the hidden ones would have to wait for the device.
-        logits = self.report_head(fused)
-        count = distributed.sum_over_ranks(masks.words.sum().float()) / distributed.world_size()
+        places, scored = scored_positions(text, masks.words, self.config.text_mask_ratio)
+        logits = self.report_head(fused.gather(1, places[:, :, None].expand(-1, -1, fused.shape[2])))
+        tokens = text.input_ids.gather(1, places)
+        count = distributed.sum_over_ranks(scored.sum().float()) / distributed.world_size()
         return {
-            "loss/report": masked_token_loss(logits, text.input_ids, masks.words, count),
-            "report/accuracy": masked_token_accuracy(logits.detach(), text.input_ids, masks.words),
+            "loss/report": masked_token_loss(logits, tokens, scored, count),
+            "report/accuracy": masked_token_accuracy(logits.detach(), tokens, scored),
         }
 
     def _global_alignment(self) -> GlobalLocalAlignment:

@@ -47,6 +47,7 @@ class PLACE(Alignment):
     def __init__(self, config: PLACEConfig, image: ImageEncoder, text: TextEncoder) -> None:
         super().__init__()
         self.config = config
+        self.reads_pooled = config.instance_weight > 0
         self.soft = config.matching == "soft" or config.soft_epochs > 0
         synchronise = config.batch_norm == "global"
         sizes = (config.head_hidden, config.embedding, synchronise)

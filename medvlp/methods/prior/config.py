@@ -49,6 +49,9 @@ class PRIORConfig(MethodConfig):
         [0.0, 0.0, 1.0], "generated reports against true ones: factors", 0, 1e6, (STAGES, STAGES)
     )
     temperature: float = key(0.07, "learned temperatures of the contrasts start here", 1e-4, 100)
+    temperature_min: float = key(
+        0.001, "learned temperatures do not fall below it; 0: no bound (published)", 0, 100
+    )
 
     bank_stage: int = key(
         2,
@@ -156,6 +159,11 @@ class PRIORConfig(MethodConfig):
                 raise ConfigError(
                     f"method.{name}={values}: give one factor of at least 0 for each of {STAGES} stages"
                 )
+        if self.temperature < self.temperature_min:
+            raise ConfigError(
+                f"method.temperature={self.temperature} is below method.temperature_min="
+                f"{self.temperature_min}: start above it, or lower the bound"
+            )
         terms = {term for stage in self.stages(staged) for term in self.weights(stage)}
         if terms & {"global", "generated"} and self.embedding % self.pool_heads:
             raise ConfigError(

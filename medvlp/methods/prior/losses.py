@@ -74,14 +74,16 @@ class PRIORLosses(nn.Module):
         terms = {term for stage in stages for term in config.weights(stage)}
         contrasts = bool(terms & {"global", "generated"})
         self.report_pool = AttentionPool(width, config.pool_heads) if contrasts else None
-        self.scale = LearnedScale(config.temperature) if contrasts else None
+        self.scale = LearnedScale(config.temperature, config.temperature_min) if contrasts else None
         self.report_norm: GlobalBatchNorm | None = None
         if "global" in terms and config.head_norm == "batch":
             synchronise = config.batch_norm == "global"
             self.report_norm = GlobalBatchNorm(width, affine=False, synchronise=synchronise)
         self.cross_attention = LocalCrossAttention(width)
         self.predictor = _predictor(width) if "local_image" in terms else None
-        self.local_scale = LearnedScale(config.temperature) if "local_text" in terms else None
+        self.local_scale = (
+            LearnedScale(config.temperature, config.temperature_min) if "local_text" in terms else None
+        )
         self.bank = SentenceBank(config.prototypes, width) if config.has_bank(stages) else None
         self.channel_dropout = nn.Dropout2d(config.channel_dropout)
         self.image_decoder = self.sentence_decoder = None

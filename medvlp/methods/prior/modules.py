@@ -42,15 +42,17 @@ class LinearHead(nn.Module):
 
 
 class LearnedScale(nn.Module):
-    """exp(log_scale), the inverse of a temperature, as CLIP learns it; not limited.
+    """exp(log_scale), the inverse of a temperature, as CLIP learns it.
 
     Args:
         temperature: positive, what training starts from.
+        lowest: the temperature never falls below it; 0: not limited (published).
     """
 
-    def __init__(self, temperature: float) -> None:
+    def __init__(self, temperature: float, lowest: float = 0.0) -> None:
         super().__init__()
         self.log_scale = nn.Parameter(torch.full((1,), math.log(1 / temperature)))
+        self.limit = math.log(1 / lowest) if lowest > 0 else math.inf
 
     def forward(self, values: Tensor, exponential: bool = True) -> Tensor:
         """Scale values of any shape.
@@ -59,8 +61,17 @@ class LearnedScale(nn.Module):
             values: float32 or better.
             exponential: false multiplies with the logarithm of the factor (PRIOR's published zero-shot code).
         """
-        log_scale = self.log_scale.to(values.dtype)
+        log_scale = _limited(self.log_scale, self.limit).to(values.dtype)
         return values * (log_scale.exp() if exponential else log_scale)
+
+
+def _limited(value: Tensor, limit: float) -> Tensor:
+    """The value, at most the limit. Beyond it gradients only pull back (a clamp's would be 0 for ever)."""
+    beyond = value.detach() > limit
+    limited = value - (value.detach() - limit).clamp(min=0)
+    if limited.requires_grad:
+        limited.register_hook(lambda gradient: torch.where(beyond, gradient.clamp(min=0), gradient))
+    return limited
 
 
 def patch_vectors(local: Tensor, config: PRIORConfig) -> Tensor:

@@ -13,7 +13,10 @@ from hypothesis import strategies as st
 
 from medvlp.config_files import ConfigError, load
 from medvlp.encoders.backbones import EncoderError
+from medvlp.encoders.image import ImageEncoder
+from medvlp.losses.normalise import unit_norm
 from medvlp.methods.medslip.config import MeDSLIPConfig
+from medvlp.methods.medslip.losses import TextProjection
 from medvlp.methods.medslip.modules import QueryDecoder
 from medvlp.methods.registry import build_method, fields_of, schemas
 from shards.entities.vocabulary import DESCRIPTIONS, OBSERVATIONS
@@ -263,3 +266,33 @@ def test_the_official_file_turns_on_everything_published() -> None:
     assert (official.data.transform.flip_entities, sound.data.transform.flip_entities) == ("keep", "swap")
     assert official.text.frozen
     assert official.optimizer.schedule == "epoch_cosine"
+
+
+@pytest.mark.parametrize("length", [1e-3, 1.0])
+def test_cosines_stay_cosines_where_a_mapped_query_is_short(length: float) -> None:
+    """W q + b nearly 0 though W q and b are long: an expansion of its square is rounding, and reached 114."""
+    torch.manual_seed(0)
+    projection = TextProjection(16, 32)
+    queries = 20 * torch.randn(4, 5, 16)
+    texts = unit_norm(torch.randn(7, 32))
+    with torch.no_grad():
+        projection.bias.copy_(-(queries[0, 0] @ projection.weight.T) + length * texts[0])
+        found = projection(queries, texts, True)
+        mapped = queries.double() @ projection.weight.double().T + projection.bias.double()
+    assert found.abs().max() <= 1 + 1e-5
+    expected = unit_norm(mapped) @ texts.double().T
+    torch.testing.assert_close(found[1:].double(), expected[1:], rtol=1e-4, atol=1e-5)
+
+
+def test_the_official_file_starts_the_trunk_as_torchvision_does() -> None:
+    """No norm of a block starts at zero, as timm's do by default."""
+    needed = ["run.dir=/tmp/run", "data.root=/tmp/data"]
+    files = [CONFIGS / "methods" / f"{name}.yaml" for name in ("medslip", "medslip-official")]
+    image = load(files, needed, schemas()).image
+    image = dataclasses.replace(image, name="resnet18")
+    trunk = ImageEncoder(image, 64, ends_at_local=True).backbone
+    assert all(
+        weight.detach().eq(1).all()
+        for name, weight in trunk.named_parameters()
+        if name.endswith("bn2.weight")
+    )

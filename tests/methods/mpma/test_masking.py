@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medvlp.data.batch import Text
-from medvlp.methods.mpma.masking import draw_patches, draw_words, is_word, sample_noise
+from medvlp.methods.mpma.masking import draw_patches, draw_words, is_word, sample_noise, scored_positions
 
 WORD = 1 << 64
 
@@ -101,7 +101,8 @@ def test_whole_words_are_hidden_in_the_exact_share(
     assert all(len(state) == 1 for state in states.values()), "a word is hidden in part"
     count = sum(state == {True} for state in states.values())
     number = len(words)
-    assert count == max(math.floor(number * ratio + 0.5), int(ratio > 0 and number > 0))
+    wanted = max(math.floor(number * ratio + 0.5), int(ratio > 0))
+    assert count == max(0, min(wanted, number - 1)), "one word stays visible"
     special = [place for place in range(len(hidden)) if text.sentence_index[0, place] < 0]
     assert not any(hidden[place] for place in special)
 
@@ -128,3 +129,31 @@ def test_nothing_but_padding(ratio: float) -> None:
     text = Text(*(torch.full((2, 5), value) for value in (0, 0, -1, -1)))
     assert not is_word(text).any()
     assert not draw_words(text, sample_noise(torch.arange(2), 5, 0, 0, 1), ratio).any()
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    words=st.lists(st.integers(1, 4), min_size=1, max_size=40),
+    ratio=st.floats(0.05, 0.9),
+    padding=st.integers(0, 60),
+)
+def test_scored_positions_are_the_hidden_ones_whatever_the_padding(
+    words: list[int], ratio: float, padding: int
+) -> None:
+    found = []
+    for extra in (0, padding):
+        text = report(words, sum(words) + 2 + extra)
+        hidden = draw_words(text, sample_noise(torch.tensor([5]), text.input_ids.shape[1], 0, 3, 1), ratio)
+        places, scored = scored_positions(text, hidden, ratio)
+        assert len(set(places[0].tolist())) == places.shape[1]
+        found.append(sorted(places[0][scored[0]].tolist()))
+        everything = hidden[0].nonzero()[:, 0].tolist()
+        most = int(sum(words) * ratio) + sum(words) // 8 + 8
+        assert found[-1] == everything[:most]
+    assert found[0] == found[1]
+
+
+def test_the_vocabulary_is_asked_at_few_positions() -> None:
+    text = report([1] * 126, 128)
+    places, _ = scored_positions(text, draw_words(text, torch.arange(128)[None], 0.5), 0.5)
+    assert places.shape == (1, 64 + 16 + 9)

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from medvlp.config_files import ConfigError
 from medvlp.data.batch import Batch, Text
 from medvlp.encoders.backbones import EncoderError
+from medvlp.encoders.batch_norm import GlobalBatchNorm
+from medvlp.losses.normalise import unit_norm
 from medvlp.methods.base import Progress
 from medvlp.methods.mpma.alignment import LearnedTemperature
 from medvlp.methods.mpma.masking import is_word
@@ -74,7 +76,7 @@ def test_masks_have_the_exact_share_and_change_with_the_step() -> None:
     assert masks.patches.hidden.shape == (4, 12)
     for row, words in enumerate([4, 8, 1, 6]):
         hidden = batch.text.word_index[row][masks.words[row]].unique()
-        assert len(hidden) == max(1, words // 2)
+        assert len(hidden) == words // 2, "the only word of a report stays visible"
     assert not (masks.words & ~is_word(batch.text)).any()
     again = model.draw_masks(rows_of(batch, 1, 3))
     assert torch.equal(again.patches.visible, masks.patches.visible[1:3])
@@ -210,7 +212,7 @@ def test_alignment_losses_from_their_definition() -> None:
     for row in range(3):
         if seen[row].any():
             local += slow_local_loss(patches[row], tokens[row][seen[row]])
-    assert not seen[2].any(), "the only word of the last report is hidden"
+    assert seen[2].any(), "the only word of the last report stays visible"
     assert terms["loss/local"].item() == pytest.approx(local / 3)
     images, reports = model.alignment.embed_image(image), model.alignment.embed_report(hidden, seen)
     scores = images @ reports.T / 0.07
@@ -325,3 +327,40 @@ def test_fp16_gradients_are_finite(head: str) -> None:
     model(small_batch([3, 7, 1, 5])).loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is None or parameter.grad.isfinite().all(), name
+
+
+@torch.no_grad()
+def test_running_averages_are_those_of_whole_pairs() -> None:
+    """Masked steps leave them as they are; every `calibration_steps`-th moves them, by whole pairs."""
+    model = small_mpma(calibration_steps=4)
+    batch = small_batch([3, 7, 4, 5, 2, 6])
+    norms = {name: part for name, part in model.named_modules() if isinstance(part, GlobalBatchNorm)}
+    start = {name: part.running_mean.clone() for name, part in norms.items()}
+    model.on_progress(Progress(0, 0, 400))
+    model(batch)
+    assert all(torch.equal(part.running_mean, start[name]) for name, part in norms.items())
+    for step in range(3, 400, 4):
+        model.on_progress(Progress(0, step, 400))
+        model(batch)
+    head, summary = model.alignment.image_head, model.image_encoder.eval()(batch.image).pooled
+    expected = head.linear1(summary)
+    torch.testing.assert_close(head.norm1.running_mean, expected.mean(0), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(head.norm1.running_var, expected.var(0), rtol=1e-2, atol=1e-4)
+    assert all(part.training for part in model.train().modules())
+
+
+def test_projected_tokens_are_averaged() -> None:
+    batch = small_batch([3, 7, 4, 5])
+    for head in ("mlp", "batch_norm"):
+        first, after = (
+            small_mpma(summary="mean", head=head, project_first=True),
+            small_mpma(summary="mean", head=head),
+        )
+        after.load_state_dict(first.state_dict())
+        assert abs(first(batch).loss - after(batch).loss).item() > 1e-5
+        first.eval()
+        image = first.image_encoder(batch.image)
+        expected = unit_norm(first.alignment.image_head(image.local).mean(1))
+        torch.testing.assert_close(first.encode_image(batch.image), expected)
+    with pytest.raises(ConfigError, match=r"method\.summary=mean"):
+        small_mpma(project_first=True)

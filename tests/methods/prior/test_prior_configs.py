@@ -28,7 +28,7 @@ def test_official_turns_on_everything_published() -> None:
         if getattr(official.method, item.name) != getattr(sound.method, item.name)
     }
     assert different == quirks
-    assert len(quirks) == 6
+    assert len(quirks) == 7
     assert official.image == sound.image
     assert official.optimizer.decay_all
     assert official.data.pad_to_max

@@ -73,3 +73,16 @@ def test_sentence_decoder_trains_all_its_weights() -> None:
     decoder = SentenceDecoder(16, 4, layers=2, heads=2, hidden=32)
     (decoder(torch.randn(2, 3, 16)) - torch.randn(2, 4, 16)).square().sum().backward()
     assert all(parameter.grad is not None for parameter in decoder.parameters())
+
+
+def test_a_learned_scale_stops_at_its_bound_and_comes_back() -> None:
+    scale = LearnedScale(0.01, lowest=0.005)
+    optimizer = torch.optim.SGD(scale.parameters(), lr=0.5)
+    for sign, expected in ((-1, 200.0), (1, 1.0)):
+        for _ in range(40):
+            optimizer.zero_grad()
+            (sign * scale(torch.ones(1)).log()).sum().backward()
+            optimizer.step()
+        found = scale(torch.ones(1)).item()
+        assert found == pytest.approx(expected, rel=1e-4) if sign < 0 else found < expected
+    assert LearnedScale(1e-3)(torch.ones(1)).item() == pytest.approx(1000, rel=1e-4), "published: no bound"
