@@ -70,7 +70,8 @@ def _limited(value: Tensor, limit: float) -> Tensor:
     beyond = value.detach() > limit
     limited = value - (value.detach() - limit).clamp(min=0)
     if limited.requires_grad:
-        limited.register_hook(lambda gradient: torch.where(beyond, gradient.clamp(min=0), gradient))
+        inwards = lambda gradient: torch.where(beyond, gradient.clamp(min=0), gradient)  # noqa: E731
+        limited.register_hook(inwards)  # type: ignore[no-untyped-call]
     return limited
 
 
