@@ -1,9 +1,11 @@
 """What image and text backbones are built with: options, local weight files, and the error of either."""
 
+import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import timm
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -56,3 +58,12 @@ def read_weights(path: str) -> dict[str, Tensor]:
     return {
         name.removeprefix("module."): value for name, value in content.items() if isinstance(value, Tensor)
     }
+
+
+def unknown_model(name: str) -> str:
+    """What is said of an `image.name` that timm does not know, with names like it."""
+    base = name.split(".")[0]
+    similar = difflib.get_close_matches(base, timm.list_models(), n=3)
+    similar += [model for model in timm.list_models(f"*{base.split('_')[0]}*") if model not in similar]
+    shown = f"similar names: {', '.join(similar[:5])}" if similar else "`timm.list_models()` lists them"
+    return f"image.name={name} is not a timm model; {shown}"

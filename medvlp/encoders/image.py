@@ -1,6 +1,5 @@
 """Image backbones: any timm model, transformer or convolutional, behind one interface."""
 
-import difflib
 import sys
 from collections.abc import Sequence
 from types import MethodType
@@ -13,7 +12,7 @@ from timm.layers.attention import Attention
 from torch import Tensor, nn
 
 from medvlp.config import ImageConfig
-from medvlp.encoders.backbones import EncoderError, plain_options, read_weights
+from medvlp.encoders.backbones import EncoderError, plain_options, read_weights, unknown_model
 from medvlp.encoders.batch_norm import convert_batch_norms
 from medvlp.hub import hub_reason, quiet_hub
 
@@ -313,7 +312,7 @@ def _pooled_and_local(model: Any, image: Tensor, levels: list[int] | None = None
 def _create_backbone(config: ImageConfig, size: int) -> Any:
     """The timm model without classifier, at the input size where it has one."""
     if not timm.is_model(config.name.split(".")[0]) and ":" not in config.name:
-        raise EncoderError(_unknown_model(config.name))
+        raise EncoderError(unknown_model(config.name))
     options = {"num_classes": 0, "in_chans": config.in_channels, **plain_options(config.options)}
     if elsewhere := sorted(_OTHER_SOURCES & options.keys()):
         raise EncoderError(
@@ -392,11 +391,3 @@ def _check_complete(model: nn.Module, weights: dict[str, Tensor], config: ImageC
         raise EncoderError(
             f"image.weights={config.weights} lacks {len(missing)} parameters of {config.name}: {shown}"
         )
-
-
-def _unknown_model(name: str) -> str:
-    base = name.split(".")[0]
-    similar = difflib.get_close_matches(base, timm.list_models(), n=3)
-    similar += [model for model in timm.list_models(f"*{base.split('_')[0]}*") if model not in similar]
-    shown = f"similar names: {', '.join(similar[:5])}" if similar else "`timm.list_models()` lists them"
-    return f"image.name={name} is not a timm model; {shown}"
