@@ -129,7 +129,7 @@ def evaluate(
     from medvlp.runs import saved_run
 
     def train(config: Config) -> int:
-        return train_config(config, nproc)
+        return train_config(config, nproc, apart=True)
 
     for text in overrides or []:
         if "=" not in text:

@@ -69,13 +69,14 @@ def pretrain(
     raise typer.Exit(_train(config, command, nproc, place_node(nodes, node_rank, meet), fresh))
 
 
-def train_config(config: Config, nproc: int | None = None, fresh: bool = False) -> int:
+def train_config(config: Config, nproc: int | None = None, fresh: bool = False, apart: bool = False) -> int:
     """Train the run that a checked config describes on this machine; the exit code of `medvlp pretrain`.
 
     Args:
         config: complete; what is trained stands in it.
         nproc: ranks; None: as `medvlp pretrain`.
         fresh: refuse a run folder that is not empty.
+        apart: in processes of its own also with one rank: what an engine took of memory goes with it.
     """
     from launcher.placement import Node
     from medvlp.config_files import to_yaml
@@ -84,10 +85,12 @@ def train_config(config: Config, nproc: int | None = None, fresh: bool = False) 
         file = Path(folder) / "config.yaml"
         file.write_text(to_yaml(config), encoding="utf-8")
         command = ["pretrain", str(file), *(["--fresh"] if fresh else [])]
-        return _train(config, command, nproc, Node(), fresh)
+        return _train(config, command, nproc, Node(), fresh, apart)
 
 
-def _train(config: Config, command: list[str], nproc: int | None, node: Node, fresh: bool) -> int:
+def _train(
+    config: Config, command: list[str], nproc: int | None, node: Node, fresh: bool, apart: bool = False
+) -> int:
     """Train as the only rank, or start ranks that run `medvlp COMMAND`; the exit code."""
     import torch
 
@@ -101,7 +104,7 @@ def _train(config: Config, command: list[str], nproc: int | None, node: Node, fr
     ranks = nproc or (torch.cuda.device_count() if has_cuda else 1)
     divide_batch(config, node.count * ranks)
     check_device(config, "cuda" if has_cuda else "cpu")
-    if ranks == node.count == 1 and NODE_LAUNCH not in os.environ:
+    if ranks == node.count == 1 and NODE_LAUNCH not in os.environ and not apart:
         os.environ |= local.library_environment(1, has_cuda, os.environ)
         return _train_rank(config, fresh)
     workers = uses_workers(config.prototypes, has_cuda)

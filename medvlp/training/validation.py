@@ -87,7 +87,9 @@ class Validation(Callback):
         seconds = distributed.greatest_over_ranks([time.monotonic() - started])[0]
         record.logged = True
         if distributed.is_main():
-            told = ", ".join(f"{name} {value:.4g}" for name, value in found.items() if name.count("/") < 2)
+            # Single terms and findings are in metrics.jsonl.
+            short = [name for name in found if "/" not in name or name.endswith(("/macro", "/R@5"))]
+            told = ", ".join(f"{name} {found[name]:.4g}" for name in short)
             logger.info("validation after step %d: %s (%.1f s)", record.step, told, seconds)
         self.log({PREFIX + name: value for name, value in found.items()} | {PREFIX + "seconds": seconds})
         self._judge(record, found)
