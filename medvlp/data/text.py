@@ -246,6 +246,10 @@ class Tokenizer:
             offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         )
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, with the names of special tokens among them; marks may stand apart."""
+        return self._backend.decode(list(ids), skip_special_tokens=False)
+
     def tokenize(self, reports: Sequence[Sequence[str]], max_tokens: int, pad_to_max: bool = False) -> Text:
         """Tokenise reports (lists of sentences) into `Text`; longer ones are cut, `[SEP]` is kept."""
         return self.assemble(self.encode(reports), np.arange(len(reports)), max_tokens, pad_to_max)

@@ -1,0 +1,149 @@
+"""Report generation end to end on phantoms at toy size; its vocabularies, its loss and its published switches."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from medvlp.config import Config, ConfigError
+from medvlp.data.batch import Batch
+from medvlp.data.questions import text_code
+from medvlp.data.report import report_text, scored_words
+from medvlp.evaluation.evaluate import EvaluationOptions, evaluate
+from medvlp.evaluation.heads.report import ReportObjective, WordVocabulary, shared_words, texts_of
+from medvlp.evaluation.heads.report_decoder import ReportDecoder
+from medvlp.evaluation.supervised import train_here
+from medvlp.evaluation.task import TaskResult
+from medvlp.evaluation.tasks.report import Baselines, ReportConfig
+from shards.reader import ShardReader
+from tests.launcher.tiny_run import make_run, make_shards
+
+WHERE = "evaluation.tasks.report"
+FAST = [
+    "evaluation.bootstrap=10", "monitor.wandb=disabled", "monitor.progress=false", "zero.stage=0",
+    f"{WHERE}.width=16", f"{WHERE}.heads=2", f"{WHERE}.layers=1", f"{WHERE}.hidden=16", f"{WHERE}.beams=2",
+    f"{WHERE}.max_words=12", f"{WHERE}.meteor=none",
+    f"{WHERE}.training={{train: {{epochs: 1, min_steps: 0, global_batch: 16}}, optimizer: {{lr: 0.01}}}}",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    shards = make_shards(tmp_path_factory.mktemp("data") / "phantom")
+    return make_run(shards, tmp_path_factory.mktemp("run") / "tiny")
+
+
+def ask(run: Path, *more: str) -> TaskResult:
+    options = EvaluationOptions(run, tasks=["report"], overrides=[*FAST, *more], train=train_here)
+    found = evaluate(options, lambda line: None)
+    return TaskResult(found.results["report"], found.notes["report"])
+
+
+def batch_of(reports: list[list[str]], size: int = 8) -> Batch:
+    """A batch of blank images with these reports as codes."""
+    longest = max(map(len, reports))
+    codes = torch.tensor([[*map(text_code, words)] + [0] * (longest - len(words)) for words in reports])
+    image = torch.zeros((len(reports), 1, size, size), dtype=torch.uint8)
+    return Batch(
+        image,
+        None,
+        torch.arange(len(reports)),
+        torch.zeros(len(reports), 0),
+        [],
+        fields={"report_words": codes},
+    )  # type: ignore[arg-type]
+
+
+def test_words_that_are_not_in_the_vocabulary_and_cut_reports() -> None:
+    vocabulary = WordVocabulary(["effusion", "no", "."], "report_words")
+    batch = batch_of([["no", "effusion", "."], ["no", "mass"], ["no"] * 6])
+    targets = vocabulary.targets(batch, 5).tolist()
+    assert [vocabulary.text(row) for row in targets] == ["no effusion .", "no <unk>", "no no no no no"]
+    assert targets[0].index(vocabulary.eos) == 3
+    assert vocabulary.eos not in targets[2]
+    assert vocabulary.text([vocabulary.bos, vocabulary.pad, vocabulary.eos]) == ""
+
+
+def test_only_words_that_patients_share_are_in_a_vocabulary() -> None:
+    reports = [["no", "smith"], ["no", "effusion", "smith"], ["no", "effusion"]]
+    assert shared_words(reports, ["a", "a", "b"], 2) == ["effusion", "no"]
+
+
+class Blank(torch.nn.Module):
+    """Encodes every image to the same patches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image_encoder = torch.nn.Identity()
+        self.image_encoder.forward = lambda image: SimpleNamespace(local=torch.ones(len(image), 4, 3))  # type: ignore
+
+
+def test_the_loss_does_not_depend_on_how_a_batch_is_divided() -> None:
+    torch.manual_seed(0)
+    vocabulary = WordVocabulary(["effusion", "no", "."], "report_words")
+    decoder = ReportDecoder(3, 4, vocabulary.size, 0, 1, 2, 8, 16, 1, 2, 16, 0.0)
+    objective = ReportObjective(Blank(), decoder, vocabulary, 3.0)  # type: ignore[arg-type]
+    reports = [["no"], ["no", "effusion", "."], ["no", "."], ["no", "effusion", "no", "effusion", "."]]
+    whole = objective(batch_of(reports)).loss
+    parts = [objective(batch_of(reports[i : i + 2])).loss for i in (0, 2)]
+    torch.testing.assert_close(whole, (parts[0] + parts[1]) / 2)
+
+
+def test_both_networks_and_the_baselines_are_scored_on_whole_reports(run: Path) -> None:
+    found = ask(run)
+    models = {"trained", "untrained", "most-frequent", "random", "nearest-image", "normal", "reference"}
+    assert set(found.models) == models
+    for name in models - {"reference"}:
+        assert {f"bleu-{n}@100%" for n in (1, 2, 3, 4)} | {"cider@100%", "ce-f1@100%/macro"} <= set(
+            found.models[name]
+        )
+    assert found.models["most-frequent"]["commonest@100%"].value == 1
+    assert found.models["random"]["distinct@100%"].value > 0.5
+    assert found.models["reference"]["ce-f1@100%/micro"].value > 0.9
+    assert found.models["reference"].keys() == {
+        name for name in found.models["trained"] if name.startswith("ce-")
+    }
+    reader = ShardReader(Path(str(next(iter(run.parent.parent.glob("data*/phantom"))))))
+    rows = list(csv.DictReader(next(run.rglob("reports.csv")).open(newline="")))
+    keys = [reader.key("test", i) for i in range(reader.sample_count("test"))]
+    assert [row["key"] for row in rows] == keys
+    settings = Config().data
+    for i in (0, 5):
+        report = report_text(reader.metadata("test", i), settings)
+        assert rows[i]["reference"] == " ".join(scored_words(report))
+    lengths = [len(row["reference"].split()) for row in rows]
+    assert found.models["trained"]["reference-length@100%"].value == pytest.approx(np.mean(lengths))
+
+
+def test_cut_references_with_unknown_words_raise_bleu(run: Path) -> None:
+    words = [f"{WHERE}.tokenizer=words", f"{WHERE}.min_patients=30"]
+    full = ask(run, *words).models["most-frequent"]
+    cut = ask(run, *words, f"{WHERE}.reference=truncated_unk").models
+    assert cut["trained"]["reference-length@100%"].value <= 12 < full["reference-length@100%"].value
+    assert cut["trained"]["bleu-1@100%"].value > 0
+
+
+def test_an_epoch_is_never_chosen_on_the_test_split() -> None:
+    with pytest.raises(ConfigError, match="select=best_test: an epoch is never chosen"):
+        ReportConfig(select="best_test").check(Config())
+
+
+def test_baselines_write_reports_of_the_training_samples() -> None:
+    baselines = Baselines(["a", "b", "a"], np.eye(3), "normal")
+    features = np.array([[0.1, 0.9, 0.0], [5.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
+    written = baselines.written(features, 0)
+    assert written["nearest-image"] == ["b", "a", "a"]
+    assert written["most-frequent"] == ["a"] * 3
+    assert written["normal"] == ["normal"] * 3
+    assert set(written["random"]) <= {"a", "b"}
+
+
+def test_texts_come_back_from_their_bytes() -> None:
+    rows = np.zeros((2, 9), dtype=np.uint8)
+    rows[0, :3] = list("é.".encode())
+    assert texts_of(rows) == ["é.", ""]
