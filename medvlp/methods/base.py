@@ -142,6 +142,25 @@ class Method(Objective):
         return self.encode_image(image) @ self.encode_text(prompts).T
 
     @property
+    def fuses(self) -> bool:
+        """Whether `fused_features` works."""
+        return False
+
+    def fused_features(self, image: Tensor, text: Text, image_of: Tensor) -> Tensor:
+        """Features of image and text together, for multi-modal tasks.
+
+        Args:
+            image: [B, 1, H, W] uint8. text: N tokenised texts. image_of: [N] int64, the image of each text.
+
+        Returns:
+            [N, T + D]: of the width of text and image encoder together.
+
+        Raises:
+            NotImplementedError: the method fuses nothing (`fuses` is false).
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not fuse image and text")
+
+    @property
     def grounds(self) -> bool:
         """Whether `ground` works."""
         return False

@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from functools import partial
 
 import numpy as np
+from numpy.typing import NDArray
 
 from medvlp.data.questions import normalised
 from medvlp.evaluation.metrics.bootstrap import Estimate, PatientBootstrap
@@ -13,8 +14,7 @@ from medvlp.evaluation.metrics.pairs import weighted_mean
 
 
 def answer_accuracy(
-    answers: Sequence[str],
-    truth: Sequence[str],
+    right: NDArray[np.bool_],
     kinds: Sequence[str],
     topics: Sequence[str],
     bootstrap: PatientBootstrap,
@@ -22,7 +22,8 @@ def answer_accuracy(
     """Shares of right answers: of all questions pooled, of each kind, and of each topic.
 
     Args:
-        answers, truth: of N questions. An answer that no vocabulary holds is wrong like any other.
+        right: [N] whether each of N questions is answered right (`matches`). An answer that no vocabulary
+            holds is wrong like any other.
         kinds: "closed", "open" or "", whatever their case and the spaces around them. topics: "" for none.
         bootstrap: resamples of the patients of the N questions.
 
@@ -33,16 +34,12 @@ def answer_accuracy(
     Raises:
         ValueError: no questions, or lists of unlike lengths.
     """
-    if not truth:
+    if len({len(right), len(kinds), len(topics)}) > 1:
+        raise ValueError(f"{len(right)} answers, {len(kinds)} kinds and {len(topics)} topics")
+    if not len(right):
         raise ValueError("no questions to score")
-    right = np.array(
-        [
-            normalised(answer) == normalised(true)
-            for answer, true, *_ in zip(answers, truth, kinds, topics, strict=True)
-        ],
-        dtype=np.float64,
-    )
-    groups = {"overall": np.arange(len(right))}
+    values = right.astype(np.float64)
+    groups = {"overall": np.arange(len(values))}
     plain_kinds = np.array([kind.strip().lower() for kind in kinds])
     groups |= {kind: np.flatnonzero(plain_kinds == kind) for kind in ("closed", "open")}
     plain_topics = np.array([topic.strip().lower() for topic in topics])
@@ -50,10 +47,20 @@ def answer_accuracy(
         topic: np.flatnonzero(plain_topics == topic) for topic in np.unique(plain_topics[plain_topics != ""])
     }
     return {
-        f"accuracy/{name}": bootstrap.estimate(partial(weighted_mean, right[rows]), rows)
+        f"accuracy/{name}": bootstrap.estimate(partial(weighted_mean, values[rows]), rows)
         for name, rows in groups.items()
         if len(rows)
     }
+
+
+def matches(answers: Sequence[str], truth: Sequence[str]) -> NDArray[np.bool_]:
+    """[N] whether answers equal the true ones, both normalised.
+
+    Raises:
+        ValueError: lists of unlike lengths.
+    """
+    pairs = zip(answers, truth, strict=True)
+    return np.array([normalised(answer) == normalised(true) for answer, true in pairs], dtype=bool)
 
 
 def reachable(truth: Sequence[str], vocabulary: Collection[str]) -> float:

@@ -206,17 +206,18 @@ class MPMA(Method, PrototypeUser):
         maps = self.alignment.ground(features, hidden, is_word(prompts)).float()
         return maps.reshape(*maps.shape[:2], *features.grid)
 
-    def fused_features(self, image: Tensor, text: Text) -> Tensor:
-        """[B, D + F] features of pairs for multi-modal tasks: fused [CLS], and those of `image_features`.
+    @property
+    def fuses(self) -> bool:
+        return self.fusion is not None
 
-        Raises:
-            NotImplementedError: `method.report_weight=0`, so that there is no fusion.
-        """
+    def fused_features(self, image: Tensor, text: Text, image_of: Tensor) -> Tensor:
+        """Fused [CLS], and those of `image_features` (see `Method.fused_features`)."""
         if self.fusion is None:
             raise NotImplementedError("method.report_weight=0: MPMA without reports to fuse")
         features: ImageFeatures = self.image_encoder(image)
-        fused = self.fusion(self.text_encoder(text).hidden, _tokens(features), text.attention_mask > 0)
-        return torch.cat([fused[:, 0], self.image_encoder.summary(features)], dim=1)
+        tokens = _tokens(features)[image_of]
+        fused = self.fusion(self.text_encoder(text).hidden, tokens, text.attention_mask > 0)
+        return torch.cat([fused[:, 0], self.image_encoder.summary(features)[image_of]], dim=1)
 
     def parameters_without_decay(self) -> set[str]:
         """The temperature's parameter."""

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medvlp.evaluation.metrics.answers import answer_accuracy, normalised, reachable
+from medvlp.data.questions import normalised
+from medvlp.evaluation.metrics.answers import answer_accuracy, matches, reachable
 from medvlp.evaluation.metrics.bootstrap import PatientBootstrap
 
 
@@ -50,7 +51,9 @@ def test_kinds_are_pooled_and_topics_counted() -> None:
     answers = rng.choice(["Yes.", "no", "the left", "2", "unheard of"], count).tolist()
     kinds = rng.choice(["CLOSED ", "open", ""], count).tolist()
     topics = rng.choice(["size", "Plane", ""], count).tolist()
-    found = answer_accuracy(answers, truth, kinds, topics, PatientBootstrap(np.arange(count) // 2, 100, 0))
+    found = answer_accuracy(
+        matches(answers, truth), kinds, topics, PatientBootstrap(np.arange(count) // 2, 100, 0)
+    )
     same = {"yes": "Yes.", "no": "no", "left": "the left", "two": "2"}
 
     def share(keep: list[bool]) -> float:
@@ -69,15 +72,17 @@ def test_kinds_are_pooled_and_topics_counted() -> None:
 
 
 def test_a_kind_without_questions_has_no_number() -> None:
-    found = answer_accuracy(["yes"], ["yes"], ["closed"], [""], PatientBootstrap(["p"], 5, 0))
+    found = answer_accuracy(matches(["yes"], ["yes"]), ["closed"], [""], PatientBootstrap(["p"], 5, 0))
     assert set(found) == {"accuracy/overall", "accuracy/closed"}
 
 
 def test_no_questions_and_unlike_lengths_are_refused() -> None:
     with pytest.raises(ValueError, match="no questions"):
-        answer_accuracy([], [], [], [], PatientBootstrap([], 5, 0))
+        answer_accuracy(matches([], []), [], [], PatientBootstrap([], 5, 0))
     with pytest.raises(ValueError, match=r"shorter|longer"):
-        answer_accuracy(["a", "b"], ["a"], [""], [""], PatientBootstrap(["p"], 5, 0))
+        matches(["a", "b"], ["a"])
+    with pytest.raises(ValueError, match="2 answers, 1 kinds and 1 topics"):
+        answer_accuracy(np.ones(2, dtype=bool), [""], [""], PatientBootstrap(["p"], 5, 0))
 
 
 def test_answers_that_only_the_test_split_has_are_out_of_reach() -> None:

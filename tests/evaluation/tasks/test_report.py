@@ -1,4 +1,4 @@
-"""Report generation end to end on phantoms at toy size; its vocabularies, its loss and its published switches."""
+"""Report generation end to end on phantoms at toy size; its vocabularies, its loss, published switches."""
 
 from __future__ import annotations
 

@@ -286,7 +286,12 @@ def test_embeddings_scores_and_maps() -> None:
     words = model.alignment.embed_words(model.text_encoder(batch.text).hidden)[1, 1:-1]
     words = words[is_word(batch.text)[1, 1:-1]]
     torch.testing.assert_close(maps[2, 1, 1, 3], (words @ patches[2, 7]).mean())
-    assert model.fused_features(batch.image, batch.text).shape == (3, 32)
+    rows = torch.arange(3)
+    fused = model.eval().fused_features(batch.image, batch.text, rows)
+    assert fused.shape == (3, 32)
+    other = model.fused_features(batch.image[[2, 0]], batch.text, torch.tensor([1, 1, 0]))
+    torch.testing.assert_close(other[2], model.fused_features(batch.image[2:], batch.text, 0 * rows)[2])
+    assert not torch.allclose(other[1], fused[1])
 
 
 def test_missing_parts_say_so() -> None:
@@ -298,7 +303,7 @@ def test_missing_parts_say_so() -> None:
     with pytest.raises(NotImplementedError, match="local_weight"):
         small_mpma(local_weight=0.0).ground(batch.image, batch.text)
     with pytest.raises(NotImplementedError, match="report_weight"):
-        small_mpma(report_weight=0.0).fused_features(batch.image, batch.text)
+        small_mpma(report_weight=0.0).fused_features(batch.image, batch.text, torch.arange(3))
 
 
 def test_errors_at_build_time() -> None:
