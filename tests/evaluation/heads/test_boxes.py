@@ -39,8 +39,14 @@ def images(count: int) -> torch.Tensor:
     return torch.randint(0, 60, (count, 1, SIZE, SIZE), dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("name", HEADS)
-@pytest.mark.parametrize("config", [RESNET, VIT, dataclasses.replace(RESNET, local_stage=3)])
+SHORT = dataclasses.replace(RESNET, local_stage=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [(name, RESNET) for name in HEADS]
+    + [(name, of) for name in ("yolo", "retinanet") for of in (VIT, SHORT)],
+)
 def test_losses_reach_every_weight_and_detections_have_their_form(name: str, config: ImageConfig) -> None:
     torch.manual_seed(0)
     shortened = config.local_stage is not None

@@ -74,7 +74,7 @@ def test_other_published_heads_have_their_channels() -> None:
     resnet = ImageEncoder(ImageConfig(name="resnet50"), 64)
     channels = [up.out_channels for up in build_head("resunet", resnet, 1).ups]
     assert channels == [512, 256, 128, 64]
-    vit = ImageEncoder(ImageConfig(name="vit_base_patch16_224", options={"depth": 4}), 224)
+    vit = ImageEncoder(ImageConfig(name="vit_base_patch16_224", options={"depth": 1}), 32)
     head = build_head("setr", vit, 1)
     assert [layer.out_channels for layer in head.decoder if isinstance(layer, nn.Conv2d)] == [
         512,
