@@ -16,6 +16,12 @@ def check_combinations(config: Config) -> None:
         raise ConfigError("zero.offload_optimizer=true needs zero.stage of 1, 2 or 3")
     if config.image.pretrained and config.image.weights:
         raise ConfigError("image.pretrained=true and image.weights are two sources of weights: choose one")
+    transform = config.data.transform
+    if transform.area_min > transform.area_max:
+        raise ConfigError(
+            f"data.transform.area_min={transform.area_min} is above data.transform.area_max="
+            f"{transform.area_max}"
+        )
     _check_normalisation(config.image)
     _check_validation(config)
     if config.train.micro_batch and config.train.global_batch % config.train.micro_batch:

@@ -13,12 +13,26 @@ from medvlp.config_section import key
 
 @dataclass
 class TransformConfig:
-    crop: Literal["random", "center", "none"] = key(
-        "random", "crop of training images; evaluation takes the center, or with none the whole image"
+    crop: Literal["random", "area", "center", "none"] = key(
+        "random",
+        "what training sees: a square of at most image_size, a part of the whole image by area and shape "
+        "(torchvision's RandomResizedCrop), the center, or all",
+    )
+    evaluation: Literal["auto", "center", "whole"] = key(
+        "auto", "what evaluation sees; auto: the whole image with crop area or none, else the center"
     )
     scale_min: float = key(
         1.0, "smallest side of the random crop as a share of the full crop, in (0, 1]", 0.01, 1
     )
+    area_min: float = key(0.2, "with crop area: smallest share of the stored image's area", 1e-3, 1)
+    area_max: float = key(1.0, "with crop area: largest share", 1e-3, 1)
+    ratio_max: float = key(4 / 3, "with crop area: largest width to height, or inverse", 1, 10)
+    interpolation: Literal["area", "bicubic"] = key(
+        "area", "how a random part is resized: area averages (bilinear where it grows), or Pillow's bicubic"
+    )
+    rotate: float = key(0.0, "largest rotation of training images in degrees, to either side", 0, 180)
+    rand_augment: int = key(0, "operations of RandAugment on a training image (MeDSLIP: 2); 0: none", 0, 10)
+    rand_augment_level: float = key(7.0, "their strength, up to 10", 0, 10)
     flip: float = key(
         0.0, "probability of a horizontal flip; changes left and right, so 0 for reports with sides", 0, 1
     )

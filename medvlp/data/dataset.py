@@ -9,12 +9,20 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from medvlp.config import DataConfig
+from medvlp.data.augment import draws as augmentation_draws
 from medvlp.data.batch import Batch, Text
 from medvlp.data.fields import Field
 from medvlp.data.order import Positions
 from medvlp.data.sample_store import SampleStore
 from medvlp.data.text import Tokenizer, TokenRows
-from medvlp.data.transforms import DRAWS, SampleRandom, View, evaluation_view, training_view
+from medvlp.data.transforms import (
+    DRAWS,
+    SampleRandom,
+    View,
+    evaluation_crop,
+    evaluation_view,
+    training_view,
+)
 from shards.errors import DataError
 from shards.images import decode_image
 from shards.reader import ShardReader
@@ -134,6 +142,8 @@ class TrainingDataset(ImageReportDataset):
         """
         epoch, positions = request
         random = SampleRandom(self.seed, epoch)
+        count = augmentation_draws(self.config.transform)
+        wilder = SampleRandom(self.seed, epoch, stream=1)
         size = self.config.image_size
         images = np.empty((len(positions), size, size), dtype=np.uint8)
         rows = positions.copy()
@@ -149,7 +159,9 @@ class TrainingDataset(ImageReportDataset):
                     faults.append(str(error))
                     continue
                 draws = random.uniform(candidate, DRAWS)
-                images[row], view = training_view(pixels, size, self.config.transform, draws)
+                # A stream of its own, so that these changes leave the draws of all else as they are.
+                more = wilder.uniform(candidate, count) if count else None
+                images[row], view = training_view(pixels, size, self.config.transform, draws, more)
                 rows[row] = candidate
                 views.append(view)
                 break
@@ -189,7 +201,7 @@ class EvaluationDataset(ImageReportDataset):
             except DataError as error:
                 faults.append(str(error))
                 continue
-            images[len(kept)], view = evaluation_view(pixels, size, self.config.transform.crop)
+            images[len(kept)], view = evaluation_view(pixels, size, evaluation_crop(self.config.transform))
             kept.append(position)
             views.append(view)
         rows = np.array(kept, dtype=np.int64)

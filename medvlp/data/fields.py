@@ -41,6 +41,8 @@ class Field(ABC):
     """
 
     name: ClassVar[str]
+    #: Whether it says where in the image something lies.
+    placed: ClassVar[bool] = False
 
     def __init__(
         self, reader: ShardReader, split: str, store: SampleStore, tokenizer: Tokenizer, config: DataConfig
@@ -102,6 +104,7 @@ class Boxes(Field):
     """
 
     name = "boxes"
+    placed = True
 
     def missing(self) -> str | None:
         """See `Field`: samples are asked one by one until one has a box, for boxes may be rare."""
@@ -133,6 +136,7 @@ class Phrases(Field):
     """
 
     name = "phrases"
+    placed = True
 
     def missing(self) -> str | None:
         """See `Field`: samples are asked one by one until one has a phrase with a box."""
@@ -187,6 +191,7 @@ class Masks(Field):
     """
 
     name = "masks"
+    placed = True
     UNKNOWN = 255
 
     def __init__(

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from medvlp.config import Config, DataConfig
 from medvlp.config_files import ConfigError
+from medvlp.data.augment import moves_freely
 from medvlp.data.batch import Batch
 from medvlp.data.dataset import EvaluationDataset, ImageReportDataset, TrainingDataset
 from medvlp.data.faults import FaultCounter
@@ -150,6 +151,11 @@ def build_loader(
     store = SampleStore.open_or_build(reader, data.split, data, tokenizer)
     opened = open_fields(fields, reader, data.split, store, tokenizer, data)
     for name, field in opened.items():
+        if field.placed and moves_freely(data.transform):
+            raise ConfigError(
+                f"data.transform.rotate and rand_augment move what lies in an image, and the {name} that are "
+                "asked for do not follow: set both to 0"
+            )
         if (reason := field.missing()) is not None:
             raise DataError(
                 f"{reader.root}: split {data.split!r} lacks the {name} that the method learns from: {reason}"

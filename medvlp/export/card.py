@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from medvlp.config import Config
+from medvlp.data.transforms import evaluation_crop
 from medvlp.encoders.image import ImageEncoder
 from medvlp.encoders.text import TextEncoder
 from medvlp.export.data_facts import DataFacts
@@ -150,7 +151,7 @@ def _preprocessing(card: Card) -> str:
     config, side = card.config, card.config.data.image_size
     crop = (
         "the whole image is resized"
-        if config.data.transform.crop == "none"
+        if evaluation_crop(config.data.transform) == "none"
         else "the center is cut out (a smaller image is resized)"
     )
     channels = f", repeated to {config.image.in_channels} channels" if config.image.in_channels > 1 else ""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from medvlp.data.batch import Text
 from medvlp.data.report import report_sentences
+from medvlp.data.transforms import evaluation_crop
 from medvlp.evaluation import prompts as prompt_files
 from medvlp.evaluation.features import ModelArrays
 from medvlp.evaluation.prompts import Prompts
@@ -271,7 +272,7 @@ class Model:
 
     def _seen(self, image: ImageLike) -> Seen:
         data = self.config.data
-        return see(image, self._stored, data.image_size, data.transform.crop)
+        return see(image, self._stored, data.image_size, evaluation_crop(data.transform))
 
     def _tokens(self, reports: Sequence[Sequence[str]]) -> Text:
         data = self.config.data

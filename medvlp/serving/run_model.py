@@ -10,7 +10,7 @@ from torch import Tensor
 from medvlp.config import Config
 from medvlp.data.report import report_sentences
 from medvlp.data.text import Tokenizer
-from medvlp.data.transforms import evaluation_view
+from medvlp.data.transforms import evaluation_crop, evaluation_view
 from medvlp.methods.base import Method
 from medvlp.runs import saved_run
 from medvlp.runs.saved_run import SavedRun
@@ -77,12 +77,13 @@ class RunModel:
         """
         size = self.config.data.image_size
         views = np.empty((len(files), 1, size, size), dtype=np.uint8)
+        crop = evaluation_crop(self.config.data.transform)
         for number, file in enumerate(files):
             try:
                 square, *_ = fit_square(decode_image(file, max_pixels), stored_size)
             except DataError as error:
                 raise RequestError(f"image {number}: {error}; send a smaller or whole file") from error
-            views[number, 0] = evaluation_view(square, size, self.config.data.transform.crop)[0]
+            views[number, 0] = evaluation_view(square, size, crop)[0]
         return self.method.encode_image(torch.from_numpy(views).to(self.device)).float().cpu()
 
 

@@ -352,3 +352,12 @@ def test_more_questions_than_are_read_are_refused(
     )
     with pytest.raises(DataError, match="questions, more than the 2 that are read"):
         list(loader)
+
+
+def test_fields_with_places_refuse_what_moves_them_freely(
+    dataset: Path, make_config: Callable[..., Config], tokenizer: Tokenizer
+) -> None:
+    config = make_config(transform=TransformConfig(rotate=5))
+    with pytest.raises(ConfigError, match=r"data\.transform\.rotate.*boxes"):
+        build_loader(config, ShardReader(dataset), tokenizer, 0, 1, 16, fields=["boxes"])
+    build_loader(config, ShardReader(dataset), tokenizer, 0, 1, 16, fields=["entities"])
