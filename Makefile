@@ -10,7 +10,7 @@ METHODS := infonce mgca prior mpma medslip place combination
 PROTOTYPES := none learned clusters masks
 SEEDS ?= 0
 
-.PHONY: help demo test checks bench bench-methods bench-prototypes drill gpu gpu-prepare clean
+.PHONY: help demo test checks bench bench-methods bench-tasks bench-prototypes drill gpu gpu-prepare clean
 
 help:
 	@echo "make demo    phantom studies -> shards -> 2-rank ZeRO-2 pre-training -> evaluation, all in $(DEMO)"
@@ -18,6 +18,7 @@ help:
 	@echo "make checks  format, lint, types, import arrows, sizes, config reference"
 	@echo "make bench   benchmarks: ratios against named rivals"
 	@echo "make bench-methods  every method trained on the same phantoms with the same budget, evaluated, one table"
+	@echo "make bench-tasks  every downstream task on the networks of bench-methods, one table"
 	@echo "make bench-prototypes  MGCA without prototypes, with learned ones, with clusters, with masks; one table"
 	@echo "make drill   kill, starve and damage runs; every one must come back as if nothing had happened"
 	@echo "make gpu     checks (300 s) and figures (200 s) of a GPU machine into $(GPU); DRY=1: at toy size on the CPU"
@@ -64,6 +65,23 @@ bench-methods: $(INSTALLED)
 	  $(BIN)/medvlp evaluate $(BENCH)/$$method || exit 1; \
 	done
 	$(BIN)/medvlp compare $(METHODS:%=$(BENCH)/%) --markdown
+
+# Every downstream task on the networks of bench-methods, which are trained where they are not there; finished units are
+# kept. TASKS="segmentation detection" METHODS="mgca place" choose; STEPS is the length of each training.
+TASKS := fine-tuning segmentation detection report vqa grounding
+STEPS ?= 200
+SHORT = $(foreach task,$(filter-out grounding,$(TASKS)),'evaluation.tasks.$(task).fractions=[1.0]' \
+  'evaluation.tasks.$(task).training={train: {epochs: 0.01, min_steps: $(STEPS), micro_batch: null}, validation: {every_epochs: 0, every_steps: 50}}')
+bench-tasks: $(INSTALLED)
+	test -e $(BENCH)/shards || \
+	  $(BIN)/medvlp shards build phantom --out $(BENCH)/shards --studies 5000 --image-size 128 --seed 2 --workers 2
+	for method in $(METHODS); do \
+	  case $$method in mpma) encoder=vit_phantom;; *) encoder=resnet_phantom;; esac; \
+	  $(BIN)/medvlp pretrain configs/benchmarks/phantom.yaml configs/models/$$encoder.yaml configs/benchmarks/$$method.yaml \
+	    data.root=$(BENCH)/shards run.dir=$(BENCH)/$$method --nproc 2 && \
+	  $(BIN)/medvlp evaluate $(BENCH)/$$method $(TASKS:%=--task %) $(SHORT) --nproc 2 --out $(BENCH)/$$method/tasks.json || exit 1; \
+	done
+	$(BIN)/medvlp compare $(METHODS:%=$(BENCH)/%/tasks.json) --markdown
 
 # SEEDS="0 1 2" trains every kind three times; $(OPTIONS) go over the configs, for instance OPTIONS=train.steps=60.
 STUDY = $(foreach seed,$(SEEDS),$(PROTOTYPES:%=$(BENCH)/prototypes-%-$(seed)))

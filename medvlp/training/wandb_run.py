@@ -117,7 +117,8 @@ class WandbRun:
         """Name the axis of all metrics, and tell where the run can be looked at."""
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
-        logger.info("W&B: %s", self._run.url or f"offline, in {self._run.dir}")
+        offline = self._run.settings.mode == "offline"  # W&B warns who asks an offline run for its address
+        logger.info("W&B: %s", f"offline, in {self._run.dir}" if offline else self._run.url)
 
     def log(self, metrics: Mapping[str, float | None], step: int) -> None:
         """Send the metrics of a step (None is left out)."""
