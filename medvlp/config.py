@@ -185,6 +185,11 @@ class TrainConfig:
         0,
         10**7,
     )
+    tf32: bool = key(
+        True,
+        "on GPUs, matrix products of float32 values in TF32 (10 bits of mantissa): of everything with "
+        "precision=fp32, of losses and batch norms in 16 bit; false: exact and slower",
+    )
     rehearse: bool | None = key(
         None,
         "before the first step, one forward and backward pass of every later phase of optimizer.phases, so "

@@ -138,8 +138,22 @@ def config(
         typer.Argument(metavar="CONFIG|KEY=VALUE", help="YAML files, then overrides"),
     ] = None,
     reference: Annotated[bool, typer.Option("--reference", help="print every key with its meaning")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="print what the run takes of each GPU, and how long it lasts")
+    ] = False,
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="for --plan: GPUs of the run")] = 1,
+    gpu_memory: Annotated[float, typer.Option("--gpu-memory", min=0.1, help="for --plan: GiB of one")] = 80.0,
+    tflops: Annotated[
+        float, typer.Option("--tflops", min=0.1, help="for --plan: peak of one in this precision, 10^12/s")
+    ] = 989.0,
+    mfu: Annotated[
+        float, typer.Option("--mfu", min=0.01, max=1, help="for --plan: share of the peak that is reached")
+    ] = 0.35,
 ) -> None:
-    """Print the config that these files and overrides give, or the reference of all keys."""
+    """Print the config that these files and overrides give, the reference of all keys, or a plan of memory.
+
+    With --plan the exit code is 2 when train.micro_batch does not fit.
+    """
     from medvlp import config_files, config_reference, trust
     from medvlp.evaluation import task
     from medvlp.methods.registry import schemas
@@ -150,5 +164,29 @@ def config(
     files, overrides = split_arguments(arguments or [])
     tree = config_files.merge(files, overrides, schemas(), tasks=task.schemas())
     if not config_files.missing(tree):
-        config_files.load(files, overrides, schemas(), unused=trust.KEYS, tasks=task.schemas())
+        loaded = config_files.load(files, overrides, schemas(), unused=trust.KEYS, tasks=task.schemas())
+        if plan:
+            _print_plan(loaded, gpus, gpu_memory, tflops, mfu)
+            return
+    elif plan:
+        raise config_files.ConfigError(f"--plan needs {', '.join(config_files.missing(tree))}")
     typer.echo(config_files.to_yaml(tree), nl=False)
+
+
+def _print_plan(config: Config, gpus: int, memory: float, tflops: float, mfu: float) -> None:
+    from medvlp.data.batch_sizes import divide_batch
+    from medvlp.data.cache import open_reader
+    from medvlp.data.text import Tokenizer
+    from medvlp.training.memory_plan import describe, plan_memory
+    from medvlp.training.schedule import total_steps
+
+    reader = open_reader(config.data)
+    steps_per_epoch = max(1, reader.sample_count(config.data.split) // config.train.global_batch)
+    samples = total_steps(config, steps_per_epoch) * config.train.global_batch
+    tokenizer = Tokenizer.load(config.data.tokenizer, config.data.root)
+    micro_batch = divide_batch(config, gpus).micro_batch
+    found = plan_memory(config, gpus, micro_batch, memory * 2**30, tokenizer)
+    for what, value in describe(found, config, samples, tflops, mfu):
+        typer.echo(f"{what:36} {value}")
+    if not found.fits:
+        raise typer.Exit(2)

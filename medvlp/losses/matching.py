@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 @torch.no_grad()
@@ -22,6 +23,8 @@ def match(cost: Tensor, valid: Tensor) -> Tensor:
         [B, M] int64 on the device of `cost`: the row of each column; -1 for columns that are not valid. Of
         more than N valid columns the first N are matched, the others get -1 too.
     """
+    if isinstance(cost, FakeTensor):  # shapes alone, for a plan of memory
+        return torch.zeros_like(valid, dtype=torch.int64)
     values = torch.nan_to_num(cost.float(), nan=1e30, posinf=1e30, neginf=-1e30)
     packed = torch.cat([values, valid[:, None].float()], 1).cpu().numpy()
     rows = np.full(valid.shape, -1, dtype=np.int64)

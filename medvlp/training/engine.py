@@ -57,6 +57,8 @@ class Engine:
         self.sizes = sizes
         self.zero_stage = config.zero.stage
         self._precision, self._config = config.precision, config
+        if device.type == "cuda":
+            choose_kernels(config.train.tf32)
         objective.to(device)
         groups, self._scales = parameter_groups(objective, config.optimizer)
         _refuse_shared_memory_collectives()
@@ -255,6 +257,13 @@ class Engine:
     def close(self) -> None:
         """Release DeepSpeed's hooks and buffers."""
         self._engine.destroy()
+
+
+def choose_kernels(tf32: bool) -> None:
+    """TF32 or exact float32, and convolutions by trial: images have one size during training."""
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = True
 
 
 def _refuse_shared_memory_collectives() -> None:

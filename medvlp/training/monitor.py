@@ -94,7 +94,7 @@ class Monitor(Callback):
         local = [*read, self._seconds, self._data_seconds, float(self.skipped)]
         means = distributed.mean_over_ranks(local)
         seconds, data_seconds, skipped = means[count:]
-        memory = distributed.greatest_over_ranks([_memory(record.engine.device)])[0]
+        memory, reserved = distributed.greatest_over_ranks(_memory(record.engine.device))
         values = {
             "loss": means[terms.index("loss")],
             **{
@@ -108,6 +108,7 @@ class Monitor(Callback):
             "step_seconds": seconds * record.samples / self._samples,
             "data_wait": data_seconds / seconds,
             "memory_gib": memory / GIB,
+            **({"memory_reserved_gib": reserved / GIB} if record.engine.device.type == "cuda" else {}),
             "skipped_samples": round(skipped * distributed.world_size()),
             **self.extra,
         }
@@ -161,11 +162,11 @@ class Monitor(Callback):
         self.skipped = sum(state.get("skipped", 0) for state in states) if distributed.is_main() else 0
 
 
-def _memory(device: torch.device) -> float:
-    """Bytes: the peak of CUDA's allocator, or what this process holds in memory on a CPU."""
+def _memory(device: torch.device) -> list[float]:
+    """Bytes: peaks of what CUDA's allocator gave out and holds, or what this process has on a CPU (and 0)."""
     if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device))
-    return float(psutil.Process().memory_info().rss)
+        return [float(torch.cuda.max_memory_allocated(device)), float(torch.cuda.max_memory_reserved(device))]
+    return [float(psutil.Process().memory_info().rss), 0.0]
 
 
 def _progress_bar(console: Console) -> Progress:

@@ -17,7 +17,7 @@ from medvlp.losses.matching import match
 from medvlp.losses.sinkhorn import sinkhorn
 from medvlp.methods.instance_contrast import instance_contrast
 from medvlp.methods.registry import schemas
-from medvlp.training.engine import Engine
+from medvlp.training.engine import Engine, choose_kernels
 from tests.cuda.place import Place
 from tests.cuda.runner import Note
 from tests.methods.small import built, small_config
@@ -147,14 +147,14 @@ def kernels(place: Place, note: Note) -> None:
 def float32(place: Place, note: Note) -> None:
     """fp32 with and without TF32."""
     rows = 4 if place.dry else 64
-    for mode in ("highest", "high"):
-        torch.set_float32_matmul_precision(mode)
+    for tf32 in (False, True):
         engine, config = _engine(place, "fp32", 0, rows)
+        if not place.dry:
+            choose_kernels(tf32)
         batch = random_batch(config, rows, engine.device)
         found = _measure(lambda engine=engine, batch=batch: _step(engine, batch), place)
-        note(mode, found._asdict() | {"samples_per_second": rows / found.seconds})
+        note("TF32" if tf32 else "exact", found._asdict() | {"samples_per_second": rows / found.seconds})
         engine.close()
-    torch.set_float32_matmul_precision("highest")
 
 
 def loader(place: Place, note: Note) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from medvlp.losses.contrastive import paired_cross_entropy
+from medvlp.losses.contrastive import in_batch_accuracy, paired_cross_entropy
 
 
 def test_by_hand() -> None:
@@ -57,3 +57,14 @@ def test_nothing_left_is_zero_without_gradient(dtype: torch.dtype) -> None:
     assert loss == 0
     assert logits.grad is not None
     assert not logits.grad.any()
+
+
+def test_accuracy_counts_the_columns_above_ones_own() -> None:
+    logits = torch.randn(6, 12, generator=torch.Generator().manual_seed(1))
+    for k in (1, 3, 20):
+        highest = logits.topk(min(k, 12), 1).indices
+        expected = (highest == torch.arange(2, 8)[:, None]).any(1).float().mean()
+        assert in_batch_accuracy(logits, 2, k) == expected
+    logits[0, 5] = torch.nan
+    logits[1] = torch.nan
+    assert in_batch_accuracy(logits[:2], 2, 1) == 0

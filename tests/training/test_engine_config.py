@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 
 from medvlp.config import Config, OptimizerConfig
@@ -10,6 +11,7 @@ from medvlp.config_files import ConfigError
 from medvlp.data.batch_sizes import divide_batch
 from medvlp.methods.base import Method
 from medvlp.training.deepspeed_config import check_device, deepspeed_json, parameter_groups
+from medvlp.training.engine import choose_kernels
 from tests.training.tiny import TinyMethod
 
 
@@ -104,3 +106,20 @@ def test_gradients_travel_during_backward_and_nothing_waits_to_take_the_time(sta
     if stage in (1, 2):
         above = deepspeed_json(config, divide_batch(config, 1), "cuda")["zero_optimization"]
         assert above == {**zero, "overlap_comm": False}
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_kernels_of_a_gpu(tf32: bool) -> None:
+    before = (
+        torch.get_float32_matmul_precision(),
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cudnn.benchmark,
+    )
+    try:
+        choose_kernels(tf32)
+        assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
+        assert torch.backends.cudnn.allow_tf32 == tf32
+        assert torch.backends.cudnn.benchmark
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = before[1:]
