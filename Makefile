@@ -13,7 +13,7 @@ SEEDS ?= 0
 .PHONY: help demo test checks bench bench-methods bench-tasks bench-prototypes drill gpu gpu-prepare clean
 
 help:
-	@echo "make demo    phantom studies -> shards -> 2-rank ZeRO-2 pre-training -> evaluation, all in $(DEMO)"
+	@echo "make demo    phantom studies -> shards -> 2-rank ZeRO-2 pre-training -> evaluation -> page, all in $(DEMO)"
 	@echo "make test    every test"
 	@echo "make checks  format, lint, types, import arrows, sizes, config reference"
 	@echo "make bench   benchmarks: ratios against named rivals"

@@ -37,6 +37,7 @@ from medvlp.runs.events import EVENTS
 from medvlp.runs.manifest import step_folders
 from medvlp.runs.retention import best_of
 from medvlp.runs.saved_run import SavedRun
+from medvlp.runs.start import begin_again
 from medvlp.training.callbacks import PREFIX
 from medvlp.training.predictions import Predictions, predict
 from medvlp.training.recipe import Recipe, TrainingSet
@@ -115,10 +116,14 @@ class Supervised(Recipe):
         return self.task.objective(registry.build_method(data.config, data.tokenizer.vocab_size), data)
 
     def start(self, objective: Objective, batches: Callable[[], TrainingLoader]) -> None:
-        """Take over the weights of the pre-training."""
+        """Take over the weights of the pre-training, or those it began with itself (`train.start`)."""
         assert isinstance(objective, SupervisedObjective)
+        source = self._source
         if self.config.finetune.start == "trained":
-            self._source.checkpoint.weights_into(objective.method)
+            source.checkpoint.weights_into(objective.method)
+        else:
+            began = saved_run.load_config(source, [], reads_data=False)
+            begin_again(objective.method, began, None if source.stored is None else source.stored[0])
 
     def validated(self, reader: ShardReader, store: SampleStore) -> Positions:
         """Those that something is known of."""

@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 from launcher.main import app
 from medvlp import config_files
 from medvlp.config_files import ConfigError
+from medvlp.evaluation.supervised import Supervised, finetuning_config
 from medvlp.methods.base import Method
 from medvlp.methods.registry import build_method, schemas
 from medvlp.published.reading import PublishedFileError
@@ -19,6 +20,8 @@ from medvlp.runs import saved_run
 from medvlp.runs.errors import CheckpointError
 from medvlp.runs.identity import IdentityError
 from medvlp.runs.start import Start, begin_again
+from medvlp.training.recipe import TrainingSet
+from shards.reader import ShardReader
 from tests.export.saved import TINY, save_run
 from tests.training.runs import TINY as TRAINED
 from tests.training.runs import train
@@ -113,6 +116,16 @@ def test_encoders_start_a_method_and_others_are_named(
         start.weights_into(build_method(other, 300), other)
 
 
+def untrained_head(run: Path, data: Path, folder: Path) -> torch.nn.Module:
+    """The network of a fine-tuning's baseline before its first step."""
+    words = [f"run.dir={folder / 'head'}"]
+    config = finetuning_config(run, "fine-tuning", 1.0, 0, untrained=True, files=[], overrides=words)
+    recipe = Supervised(config)
+    objective = recipe.build(TrainingSet(config, ShardReader(data), None, recipe.tokenizer()))
+    recipe.start(objective, lambda: pytest.fail("nothing is read"))
+    return objective.method
+
+
 @pytest.mark.dist
 def test_a_run_starts_from_another_and_remembers_it(data: Path, tmp_path: Path, gloo_pool) -> None:
     def overrides(name: str, *more: str) -> list[str]:
@@ -134,6 +147,8 @@ def test_a_run_starts_from_another_and_remembers_it(data: Path, tmp_path: Path, 
     untrained = build_method(config, second.stored[1].vocab_size)
     begin_again(untrained, config, identity)
     for name, value in untrained.named_parameters():
+        assert torch.equal(weights[0][name], value), name
+    for name, value in untrained_head(second.run, data, tmp_path).named_parameters():
         assert torch.equal(weights[0][name], value), name
     identity.start["run"] = "0"
     with pytest.raises(IdentityError, match="holds other weights"):
