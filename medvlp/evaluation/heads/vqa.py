@@ -119,4 +119,5 @@ class QuestionObjective(SupervisedObjective):
 
     def _features(self, image: Tensor, text: Text, rows: Tensor) -> tuple[Tensor, Tensor]:
         method: Any = self.method
-        return method.image_encoder(image).pooled[rows], method.text_encoder(text).hidden[:, 0]
+        seen = method.image_encoder.summary(method.image_encoder(image))
+        return seen[rows], method.text_encoder(text).hidden[:, 0]

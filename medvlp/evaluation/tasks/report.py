@@ -188,6 +188,9 @@ class Report(TrainedTask):
         seen = Needs(features=True, fields=self.fields)
         return {"train": seen, "selection": Needs(fields=self.fields), "evaluated": seen}
 
+    def unavailable_with(self, method: Method) -> str | None:
+        return None if getattr(method, "image_encoder", None) is not None else "has no image encoder"
+
     def learnable(self, reader: ShardReader, split: str, store: SampleStore) -> NDArray[np.bool_]:
         """Samples with a report."""
         return np.diff(store.rows.offsets) > 0

@@ -111,6 +111,12 @@ class VQA(TrainedTask):
         },
     }  # fmt: skip
 
+    def unavailable_with(self, method: Method) -> str | None:
+        for encoder in ("image_encoder", "text_encoder"):
+            if getattr(method, encoder, None) is None:
+                return f"has no {encoder.replace('_', ' ')}"
+        return None
+
     def learnable(self, reader: ShardReader, split: str, store: SampleStore) -> NDArray[np.bool_]:
         """Samples with a question."""
         unreadable = set(store.unreadable.tolist())

@@ -101,6 +101,9 @@ class Encoder(nn.Module):
     def forward(self, given: Any) -> Any:
         return self.function(given)
 
+    def summary(self, features: Any) -> torch.Tensor:
+        return features.pooled
+
 
 def batch_of(counts: list[int]) -> Batch:
     """Images with so many questions each, in the order of one stream of random numbers."""
@@ -129,6 +132,13 @@ def test_the_loss_does_not_depend_on_how_a_batch_is_divided() -> None:
     assert given["answers"].shape == given["truth"].shape == (4, 64)
     assert ((given["answers"] != 0) == (given["truth"] != 0)).all()
     assert set(given["answers"].unique().tolist()) <= {0, text_code("yes"), text_code("no")}
+
+
+def test_both_encoders_are_needed() -> None:
+    task, pair = VQA(VQAConfig()), Pair()
+    assert task.unavailable_with(pair) is None  # type: ignore[arg-type]
+    pair.text_encoder = None  # type: ignore[assignment]
+    assert task.unavailable_with(pair) == "has no text encoder"  # type: ignore[arg-type]
 
 
 def test_an_answer_out_of_vocabulary_is_wrong() -> None:
