@@ -38,7 +38,7 @@ def _the_process_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
         ("pretrain data.root=x run.dir=y train.global_batch=16 precision=fp32 --nproc 3", 2, "15 or 18"),
         ("config train.seed=x", 2, "train.seed"),
         ("evaluate /nowhere --data x", 4, "neither a run folder"),
-        ("evaluate /nowhere --task zeroshot", 2, "--task zeroshot: there are fine-tuning, grounding"),
+        ("evaluate /nowhere --task zeroshot", 2, "--task zeroshot: there are "),
         ("export /nowhere --out x", 4, "neither a run folder"),
         ("compare /nowhere", 3, "run `medvlp evaluate` first"),
         ("shards info /nowhere", 3, "/nowhere does not exist"),
