@@ -52,7 +52,10 @@ def dice_cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
 
 
 def per_image_loss(logits: Tensor, masks: Tensor, known: Tensor, focal: float = 10.0) -> Tensor:
-    """focal * focal loss + 1 - soft Dice, of every image and mask by itself; a 0-d tensor.
+    """focal * focal loss, + 1 - soft Dice where the mask is not empty, of every image and mask by itself.
+
+    The soft Dice of an empty mask is 1 / (1 + sum of probabilities): over the pixels of an image it is flat
+    near 0 until nothing at all is called, and rare findings are never learned beside it.
 
     The sum over known pairs is divided by the number of all pairs, so that the mean over micro-batches or
     ranks of one size is the loss of their images together.
@@ -61,6 +64,9 @@ def per_image_loss(logits: Tensor, masks: Tensor, known: Tensor, focal: float = 
         logits: [B, C, H, W]. masks: the same shape, 0 or 1; any value where nothing is known.
         known: [B, C] bool, whether it is known where in the image the finding is.
         focal: weight of the focal loss.
+
+    Returns:
+        0-d loss.
     """
     logits = at_least_float32(logits)
     truth = torch.where(known[..., None, None], masks.to(logits.dtype), 0.0)
@@ -70,4 +76,5 @@ def per_image_loss(logits: Tensor, masks: Tensor, known: Tensor, focal: float = 
     probability = logits.sigmoid()
     shared = (probability * truth).sum((2, 3))
     dice = (2 * shared + 1) / (probability.sum((2, 3)) + truth.sum((2, 3)) + 1)
-    return torch.where(known, focal * focused + 1 - dice, 0.0).mean()
+    missed = torch.where(truth.flatten(2).any(2), 1 - dice, 0.0)
+    return torch.where(known, focal * focused + missed, 0.0).mean()
