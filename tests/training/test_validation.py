@@ -120,7 +120,7 @@ def test_predictions_are_the_same_on_one_two_and_three_ranks(
 ) -> None:
     """MPMA's masks and MGCA's contrasts over all ranks would differ, were a chunk not a rank's alone.
 
-    Not to the bit: a pool that has trained at stage 3 before multiplies in DeepSpeed's way.
+    Not to the bit: processes that have trained before (at ZeRO-3, perhaps) multiplied in another order.
     """
     words = [word for word in overrides() if not word.startswith("method.")]
     words += [*method, "method.embedding=16"]
