@@ -63,9 +63,10 @@ def shown_samples(model: Model, dataset: Dataset, count: int) -> list[Shown]:
     names = dataset.label_names
     scores = model.zero_shot([films[row] for row in chosen], names) if names and chosen else None
     similar = None
-    if model.method.embeds_reports and all(sample.report.strip() for sample in read):
-        similar = (model.encode_image([films[row] for row in chosen])
-                   @ model.encode_text([sample.report for sample in read]).T).numpy()  # fmt: skip
+    reports = [_read_by(model, sample) for sample in read]
+    if model.method.embeds_reports and all(report.strip() for report in reports):
+        shown = model.encode_image([films[row] for row in chosen])
+        similar = (shown @ model.encode_text(reports).T).numpy()
     found = []
     for place, row in enumerate(chosen):
         best: dict[str, float] = {}
@@ -83,6 +84,12 @@ def shown_samples(model: Model, dataset: Dataset, count: int) -> list[Shown]:
     return found
 
 
+def _read_by(model: Model, sample: Sample) -> str:
+    """The sections of a report that the model was trained on."""
+    sections = sample.metadata["sections"]
+    return "\n".join(sections[name] for name in model.config.data.sections if sections.get(name))
+
+
 def _shown(
     model: Model, read: list[Sample], row: int, scores: dict[str, float], similar: NDArray[np.floating] | None
 ) -> Shown:
@@ -94,8 +101,8 @@ def _shown(
         overlay = _picture(model.ground(sample.image, finding).overlay())
     order = [] if similar is None else np.argsort(-similar, kind="stable").tolist()
     return Shown(
-        sample.key, _picture(sample.image), overlay, finding, present, scores, sample.report,
-        read[order[0]].report if order else "", order.index(row) + 1 if order else None, len(read),
+        sample.key, _picture(sample.image), overlay, finding, present, scores, _read_by(model, sample),
+        _read_by(model, read[order[0]]) if order else "", order.index(row) + 1 if order else None, len(read),
     )  # fmt: skip
 
 
