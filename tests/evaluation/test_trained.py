@@ -184,3 +184,18 @@ def test_what_trains_is_done_only_where_it_is_asked_for() -> None:
     assert {name for name, task in contract.tasks().items() if issubclass(task, TrainedTask)}.isdisjoint(
         quick
     )
+
+
+@pytest.mark.parametrize(
+    ("task", "protocol"),
+    [
+        (task, name)
+        for task in contract.tasks().values()
+        if issubclass(task, TrainedTask) and task.fields & {"boxes", "masks", "phrases"}
+        for name in task.protocols
+    ],
+)
+def test_what_has_places_is_not_rotated_as_in_pre_training(task: type[TrainedTask], protocol: str) -> None:
+    """PRIOR's and MeDSLIP's configs rotate images, which boxes and masks cannot follow."""
+    transform = task.protocols[protocol]["data"]["transform"]
+    assert (transform["rotate"], transform["rand_augment"]) == (0, 0)

@@ -37,8 +37,9 @@ if TYPE_CHECKING:
     from medvlp.training.recipe import TrainingSet
     from shards.reader import ShardReader
 
-#: The image is seen whole, as when it is measured.
-_WHOLE = {"transform": {"crop": "none", "flip": 0.0}}
+#: The image is seen whole, as when it is measured, and upright whatever its pre-training did: nothing turns
+#: boxes and masks.
+_WHOLE: dict[str, Any] = {"transform": {"crop": "none", "flip": 0.0, "rotate": 0.0, "rand_augment": 0}}
 
 
 @dataclass

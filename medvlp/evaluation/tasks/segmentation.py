@@ -48,8 +48,9 @@ Known = NDArray[np.bool_]
 _PUBLISHED = {"mgca": ("auto", "mgca"), "medslip": ("resunet", "medslip"), "mrm": ("upernet", "mrm")}
 _OURS = ("auto", "ours")
 
-#: The image is seen whole, as when it is measured.
-_WHOLE = {"transform": {"crop": "none", "flip": 0.0}}
+#: The image is seen whole, as when it is measured, and upright whatever its pre-training did: nothing turns
+#: boxes and masks.
+_WHOLE: dict[str, Any] = {"transform": {"crop": "none", "flip": 0.0, "rotate": 0.0, "rand_augment": 0}}
 
 
 @dataclass
@@ -157,12 +158,12 @@ class Segmentation(TrainedTask):
             "optimizer": {"lr": 1e-5, "weight_decay": 0.02, "schedule": "constant", "warmup": 0.0},
             "train": {"global_batch": 64, "epochs": 1000.0},
             "checkpoint": {"keep_best": "valid/loss", "best_mode": "min"},
-            "data": {"transform": {"crop": "none", "flip": 0.5}},
+            "data": {"transform": _WHOLE["transform"] | {"flip": 0.5}},
         },
         "mrm": {
             "optimizer": {"lr": 2e-5, "weight_decay": 0.05, "layer_decay": 0.65, "warmup_steps": 100},
             "train": {"global_batch": 16, "steps": 5000},
-            "data": {"transform": {"crop": "none", "flip": 0.5}},
+            "data": {"transform": _WHOLE["transform"] | {"flip": 0.5}},
         },
     }
 
