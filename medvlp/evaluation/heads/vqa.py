@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,9 +29,11 @@ class AnswerHead(nn.Sequential):
     """
 
     def __init__(self, features: int, answers: int) -> None:
-        super().__init__(
-            nn.Linear(features, features), nn.LayerNorm(features), nn.GELU(), nn.Linear(features, answers)
-        )
+        last = nn.Linear(features, answers)
+        # Each answer begins at the probability of one among all: from 1/2, the first hundred steps go into
+        # unlearning every answer.
+        nn.init.constant_(last.bias, -math.log(max(answers - 1, 1)))
+        super().__init__(nn.Linear(features, features), nn.LayerNorm(features), nn.GELU(), last)
 
 
 class ProductHead(nn.Module):
