@@ -55,7 +55,7 @@ def per_image_loss(logits: Tensor, masks: Tensor, known: Tensor, focal: float = 
     """focal * focal loss, + 1 - soft Dice where the mask is not empty, of every image and mask by itself.
 
     The soft Dice of an empty mask is 1 / (1 + sum of probabilities): over the pixels of an image it is flat
-    near 0 until nothing at all is called, and rare findings are never learned beside it.
+    near 0 until nothing at all is called. Whether leaving it out helps rare findings is not measured.
 
     The sum over known pairs is divided by the number of all pairs, so that the mean over micro-batches or
     ranks of one size is the loss of their images together.
