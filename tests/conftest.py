@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -22,6 +23,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # What users have said (medvlp.trust) is remembered in their home directory; tests have one of their own.
 _state = tempfile.TemporaryDirectory(prefix="medvlp-state-")
 os.environ["XDG_STATE_HOME"] = _state.name
+
+
+@pytest.fixture(autouse=True)
+def _own_log_handlers() -> Iterator[None]:
+    """A run in this process logs to the standard error of its test, which is closed with it."""
+    loggers = [logging.getLogger(name) for name in ("medvlp", "shards")]
+    before = [(log, log.level, log.handlers, log.propagate) for log in loggers]
+    yield
+    for log, level, handlers, propagate in before:
+        log.setLevel(level)
+        log.handlers, log.propagate = handlers, propagate
 
 
 @pytest.fixture(scope="session")

@@ -246,5 +246,6 @@ def test_nothing_but_the_tasks_names_a_task(repository: Path, file: str) -> None
     for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
         text = path.read_text(encoding="utf-8")
         for name in contract.tasks():
-            assert name not in text, path
-            assert name.replace("-", "_") not in text, path
+            # "report" is a word of its own: such names stand in quotes where a task is meant.
+            named = (name, name.replace("-", "_")) if "-" in name else (f'"{name}"', f"'{name}'")
+            assert not [words for words in named if words in text], path
