@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,17 +50,16 @@ def embed_dataset(request: Request) -> None:
     Raises:
         MedvlpError: run or data cannot be read, or the file cannot be written.
     """
-    device = distributed.initialize(detect())
+    device, parts = distributed.initialize(detect()), None
     try:
         source = saved_run.locate(request.run)
         config = saved_run.load_config(source, [], request.data)
         tokenizer = saved_run.load_tokenizer(source, config)
         method = saved_run.load_method(source, config, tokenizer).to(device)
         reader = open_reader(config.data)
-        parts = request.out.with_name(f".{request.out.name}.parts")
-        if distributed.is_main():
-            _prepare(parts)
-        distributed.barrier()
+        # A folder of this command's own: another one with the same `out` must not add to its parts.
+        made = _parts_folder(request.out) if distributed.is_main() else None
+        parts = Path(distributed.broadcast_object(made))
         count = _write_part(request, config, tokenizer, method, reader, parts, device)
         counts = distributed.gather_objects(count)
         if distributed.is_main():
@@ -67,19 +68,20 @@ def embed_dataset(request: Request) -> None:
                 "medvlp.weights": source.weights, "medvlp.data": reader.index.fingerprint,
                 "medvlp.corrupt": str(sum(corrupt for _, corrupt in counts)),
             }  # fmt: skip
-            _join(parts, request.out, facts)
+            _join(parts, request.out, facts, sum(samples for samples, _ in counts))
         distributed.barrier()
     finally:
+        if distributed.is_main() and parts is not None:
+            shutil.rmtree(parts, ignore_errors=True)
         distributed.shutdown()
 
 
-def _prepare(parts: Path) -> None:
+def _parts_folder(out: Path) -> str:
     try:
-        parts.mkdir(parents=True, exist_ok=True)
-        for left in parts.iterdir():
-            left.unlink()
+        out.parent.mkdir(parents=True, exist_ok=True)
+        return tempfile.mkdtemp(prefix=f".{out.name}.parts-", dir=out.parent)
     except OSError as error:
-        raise DataError(f"{parts} cannot be written: {error.strerror or error}") from error
+        raise DataError(f"{out.parent} cannot be written: {error.strerror or error}") from error
 
 
 def _write_part(
@@ -138,8 +140,8 @@ def _vectors(values: Any, count: int) -> pa.Array:
     return pa.ListArray.from_arrays(offsets, pa.array(values.astype(np.float32).reshape(-1)))
 
 
-def _join(parts: Path, out: Path, facts: dict[str, str]) -> None:
-    """Put the parts together in order under the final name."""
+def _join(parts: Path, out: Path, facts: dict[str, str], samples: int) -> None:
+    """Put the parts together in order under the final name; `samples`: what the ranks say they wrote."""
     files = sorted(parts.glob("*.parquet"))
     if not files:
         raise DataError(f"{out}: the split holds no sample")
@@ -151,11 +153,12 @@ def _join(parts: Path, out: Path, facts: dict[str, str]) -> None:
         with pq.ParquetWriter(temporary, schema) as writer:
             for file in files:
                 writer.write_table(pq.read_table(file).replace_schema_metadata(schema.metadata))
+        if (found := pq.read_metadata(temporary).num_rows) != samples:
+            raise DataError(
+                f"{parts} holds {found} samples of {samples}: something else changed it; try again"
+            )
         fsync_path(temporary)
         temporary.replace(out)
-        for file in files:
-            file.unlink()
-        parts.rmdir()
     except OSError as error:
         raise DataError(
             f"{out} cannot be written: {error.strerror or error}; run the command again"

@@ -1,6 +1,7 @@
 """A file of published weights: named tensors, whose sizes are known before a value is read."""
 
 import hashlib
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,10 +76,12 @@ def read_published(path: Path, wrappers: Sequence[str]) -> PublishedFile:
 
 def _conversion(path: Path, wrappers: Sequence[str]) -> str:
     taken = f"x.get({wrappers[0]!r}, x)" if wrappers else "x"
-    return (
-        f"python -c \"import torch; x = torch.load({path.name!r}, map_location='cpu', weights_only=False); "
-        f"torch.save(dict({taken}), 'weights.pth')\""
+    program = (
+        f"import torch; x = torch.load({str(path)!r}, map_location='cpu', weights_only=False); "
+        f"torch.save(dict({taken}), 'weights.pth')"
     )
+    # Quoted: a stranger chose the file's name, and the line is made to be pasted into a shell.
+    return f"python -c {shlex.quote(program)}"
 
 
 def _unwrapped(content: Any, wrappers: Sequence[str]) -> tuple[dict[str, Tensor], tuple[str, ...]]:

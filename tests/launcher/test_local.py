@@ -49,9 +49,19 @@ def test_the_rank_that_died_is_named_in_the_store(
 
 
 def test_no_rank_has_died_when_all_end_well() -> None:
-    ended = threading.Event()
+    store, ended = distributed.host_store(), threading.Event()
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    thread = threading.Thread(
+        target=local.announce_death, args=({0: done}, Node(1, 0, "127.0.0.1", store.port), ended)
+    )
+    thread.start()
+    thread.join(2 * local._LOOK_SECONDS)
+    assert thread.is_alive()  # it goes on looking
     ended.set()
-    local.announce_death({}, Node(1, 0, "127.0.0.1", 1), ended)
+    thread.join(60)
+    assert not thread.is_alive()
+    assert lost_rank(store) == ""
 
 
 def test_settings_of_the_allocator_are_the_users_if_there_are_any() -> None:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 import medvlp
 from launcher.main import app
 from medvlp.library import embedding
-from shards.errors import UsageError
+from shards.errors import DataError, UsageError
 
 
 def invoke(*words: object) -> Result:
@@ -54,6 +54,25 @@ def test_embed_writes_every_sample_once(
     check(out, run, data)
     assert len(pq.read_table(out)["features"][0]) == 64
     assert [path.name for path in tmp_path.iterdir()] == ["all.parquet"]
+
+
+def test_a_part_that_is_lost_is_no_shorter_file(
+    run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So it was when two commands with one `--out` shared their folder of parts."""
+    monkeypatch.setattr(embedding, "BLOCK", 5)
+    join = embedding._join
+
+    def lose_one(parts: Path, *rest: object) -> None:
+        assert parts.name.startswith(".all.parquet.parts-")
+        next(parts.glob("*.parquet")).unlink()
+        join(parts, *rest)
+
+    monkeypatch.setattr(embedding, "_join", lose_one)
+    result = invoke("embed", run, "--data", data, "--out", tmp_path / "all.parquet", "--nproc", 1)
+    assert isinstance(result.exception, DataError)
+    assert "samples of 24: something else changed it" in str(result.exception)
+    assert not list(tmp_path.iterdir())
 
 
 def part(run: Path, data: Path, out: Path) -> None:
