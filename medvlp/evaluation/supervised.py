@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -141,6 +142,23 @@ class Supervised(Recipe):
     def started_from(self) -> Mapping[str, str]:
         """The weights of the pre-training."""
         return {"run": self._source.weights} if self.config.finetune.start == "trained" else {}
+
+    def lesson(self) -> Mapping[str, str]:
+        """Task, draw and settings; the pre-training's weights as far as they are still at hand."""
+        config, settings = self.config, dataclasses.asdict(self.task.settings)
+        said = {
+            "task": config.task,
+            "finetune.start": config.finetune.start,
+            "finetune.fraction": config.finetune.fraction,
+            "train.seed": config.train.seed,
+            "data.split": config.data.split,
+        }
+        # How long and how fast it learns may change, as in pre-training; units are other runs.
+        kept = settings.keys() - self.task.unit_keys - {"training"}
+        said |= {f"evaluation.tasks.{config.task}.{key}": settings[key] for key in sorted(kept)}
+        with suppress(MedvlpError):
+            said["finetune.run"] = self._source.weights
+        return {key: value if isinstance(value, str) else json.dumps(value) for key, value in said.items()}
 
 
 def draw(task: TrainedTask, reader: ShardReader, config: Config, store: SampleStore) -> Positions:

@@ -131,6 +131,8 @@ class RunIdentity:
         start: "text", "image" and "run" -> hash of the weights that training began with: published ones, or
             those of another run (`train.start`).
         origin: of imported weights: where they come from (`medvlp.published`); {} of trained ones.
+        lesson: what is learned of the dataset, by config key (a fine-tuning's task, fraction, seed, ...); {}:
+            what the method learns.
     """
 
     tokenizer: str
@@ -140,14 +142,28 @@ class RunIdentity:
     encoders: dict[str, dict[str, Any]] = field(default_factory=dict)
     start: dict[str, str] = field(default_factory=dict)
     origin: dict[str, str] = field(default_factory=dict)
+    lesson: dict[str, str] = field(default_factory=dict)
 
     def summary(self) -> dict[str, str]:
         """What a checkpoint's manifest repeats."""
         return {
             "data": self.data[-1].content if self.data else _NO_DATA,
             "tokenizer": self.tokenizer,
-            "encoders": _hash([self.encoders, self.start, *([self.origin] if self.origin else [])]),
+            "encoders": _hash(
+                [self.encoders, self.start, *(said for said in (self.origin, self.lesson) if said)]
+            ),
         }
+
+    def check_lesson(self, now: Mapping[str, str], run: Path) -> None:
+        """Refuse to learn something else in the folder `run`; what one side does not know is not compared.
+
+        Raises:
+            IdentityError: names the keys.
+        """
+        changed = [f"{key} was {self.lesson[key]} and is {value}" for key, value in now.items()
+                   if self.lesson.get(key, value) != value]  # fmt: skip
+        if changed:
+            raise IdentityError(f"{run} learns something else: {'; '.join(changed)}. Choose a new run.dir")
 
     def trained_on(self, summary: Mapping[str, str]) -> DataRecord | None:
         """The dataset of the checkpoint whose manifest holds `summary`; None: imported weights."""

@@ -53,6 +53,7 @@ class TakenUp:
         objective: nn.Module,
         step: int,
         started_from: Callable[[], Mapping[str, str]] = dict,
+        lesson: Callable[[], Mapping[str, str]] = dict,
     ) -> RunIdentity:
         """What the run is made from now on.
 
@@ -61,6 +62,7 @@ class TakenUp:
             objective: as it was built, before its first step or a load.
             step: finished steps.
             started_from: checksums of weights it starts from beside published ones, asked for at step 0.
+            lesson: see `RunIdentity.lesson`.
         """
         if self.stored is not None and not self.changes:
             return self.stored
@@ -79,6 +81,7 @@ class TakenUp:
             (record,),
             describe_encoders(objective, config),
             {**starting_weights(objective, config), **started_from()} if step == 0 else {},
+            lesson=dict(lesson()),
         )
 
 
@@ -105,6 +108,7 @@ def take_up(
     reader: ShardReader,
     checkpoint: Checkpoint | None,
     first: Callable[[], Tokenizer | None] = lambda: None,
+    lesson: Callable[[], Mapping[str, str]] = dict,
 ) -> TakenUp:
     """The tokenizer a run goes on with, after a check that data and tokenizer are those of its checkpoint.
 
@@ -113,9 +117,10 @@ def take_up(
         reader: the dataset it reads.
         checkpoint: what the run goes on from; None: it begins.
         first: the tokenizer it begins with; None: that of `data.tokenizer`.
+        lesson: see `RunIdentity.lesson`.
 
     Raises:
-        AgreedError: on all ranks: another dataset without `data.allow_changed`, another tokenizer, or
+        AgreedError: on all ranks: another dataset without `data.allow_changed`, tokenizer or lesson, or
             stored files that are not the checkpoint's (`IdentityError`); or no tokenizer to begin with.
     """
     run = Path(config.run.dir)
@@ -127,6 +132,7 @@ def take_up(
         return TakenUp(_together(lambda: first() or Tokenizer.load(config.data.tokenizer, config.data.root)))
     stored, tokenizer = found
     _together(lambda: check_tokenizer(tokenizer, stored, config.data.tokenizer, str(run)))
+    _together(lambda: stored.check_lesson(lesson(), run))
     then, now = stored.trained_on(saved), DataRecord.of(reader.index, config.data.split)
     assert then is not None, "an imported run is never gone on with"
     changes = then.differences(now)

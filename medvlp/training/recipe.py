@@ -88,3 +88,7 @@ class Recipe(abc.ABC):
     def started_from(self) -> Mapping[str, str]:
         """Checksums of weights that a new run begins with, for its identity, beside published ones."""
         return {}
+
+    def lesson(self) -> Mapping[str, str]:
+        """What is learned beside what the method says, by config key: a run folder is of one lesson."""
+        return {}

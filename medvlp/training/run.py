@@ -174,7 +174,7 @@ def _train(
     if checkpoint is not None:
         checkpoint.check(config, sizes)
     step = 0 if checkpoint is None else checkpoint.step
-    taken_up = take_up(config, reader, checkpoint, recipe.tokenizer)
+    taken_up = take_up(config, reader, checkpoint, recipe.tokenizer, recipe.lesson)
     tokenizer = taken_up.tokenizer
     samples = recipe.samples(reader, tokenizer)
     learned = TrainingSet(config, reader, samples, tokenizer)
@@ -233,7 +233,7 @@ def _build(
     buildable = config if checkpoint is None else described(config, taken_up.stored)
     objective = recipe.build(replace(learned, config=buildable))
     step = 0 if checkpoint is None else checkpoint.step
-    identity = taken_up.identity(learned.reader, config, objective, step, recipe.started_from)
+    identity = taken_up.identity(learned.reader, config, objective, step, recipe.started_from, recipe.lesson)
     objective = objective.to(device)
     objective.prepare(learned.tokenizer)
     return objective, identity

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from medvlp.evaluation.splits import stratified_fraction
 from medvlp.evaluation.supervised import TrainingStoppedError, train_here
 from medvlp.evaluation.tasks.fine_tuning import FineTuning, FineTuningConfig
 from medvlp.evaluation.trained import TrainedTask
+from shards.errors import MedvlpError
 from shards.reader import ShardReader
 from tests.evaluation.toy_trained import Brightness
 from tests.launcher.tiny_run import make_run, make_shards
@@ -134,6 +136,20 @@ def test_a_task_from_outside_trains_below_the_run_and_goes_on_from_there(
     validated = [json.loads(line) for line in metrics if "valid/error" in line]
     assert min(line["valid/error"] for line in validated) == notes["valid/error"]
     assert ask(run, *words, task="brightness", train=lambda config: pytest.fail("trained again")).models
+    # A folder is of one lesson: what it has learned must not be taken for another fraction's.
+    config = trainings[0]
+    for section, name, value in (
+        ("finetune", "fraction", 0.5),
+        ("train", "seed", 9),
+        ("finetune", "start", "untrained"),
+    ):
+        other = copy.deepcopy(config)
+        setattr(getattr(other, section), name, value)
+        with pytest.raises(
+            MedvlpError, match=f"learns something else: {section}.{name} was .* and is {value}"
+        ):
+            train_here(other)
+    assert train_here(config) == 0
 
 
 def test_what_is_trained_and_chosen_has_not_seen_the_evaluated_split(
