@@ -143,7 +143,12 @@ def temporary_group(store: Any, rank: int, world_size: int, timeout: timedelta) 
     """Make the processes that meet in `store` the default gloo group of a block, in processes without one.
 
     What goes wrong in it leaves nothing behind: the next block forms a new group, in a new store.
+
+    Raises:
+        RuntimeError: this process has a group already, or the processes did not meet in time.
     """
+    if is_initialized():
+        raise RuntimeError("this process has a process group already; a temporary one would take its place")
     # Torch names a group in its store by a count that it takes back when a group is destroyed, but not when
     # one could not be formed: such a process would look for the others under another name for ever.
     dist.distributed_c10d._world.group_count = 0

@@ -1,9 +1,13 @@
 """Collectives on one process without a group, and on two and four ranks."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,33 +73,36 @@ def test_gradients_equal_those_of_one_process(gloo_pool, ranks):
     torch.testing.assert_close(found, expected)
 
 
-#: A group that does not come about, then one that does, in one process.
-TEMPORARY = """
-from datetime import timedelta
-import torch
-from medvlp import distributed
+@pytest.fixture(scope="module")
+def fresh() -> Iterator[Callable]:
+    """`fresh(function, *args)` calls it in a process of this file's own.
 
-for size in (2, 1):
-    try:
-        with distributed.temporary_group(distributed.host_store(), 0, size, timedelta(seconds=1)):
-            print(distributed.world_size(), distributed.sum_on_host(torch.tensor(5)).item())
-    except RuntimeError:
-        print("nobody came")
-    print(distributed.is_initialized())
-"""
+    Here an earlier test may have trained, and the group of one process that DeepSpeed then has stays.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield lambda function, *args: pool.submit(function, *args).result(100)
 
 
-def test_a_group_that_failed_leaves_nothing_behind():
-    ended = subprocess.run([sys.executable, "-c", TEMPORARY], capture_output=True, text=True, check=True)
-    assert ended.stdout.split("\n") == ["nobody came", "False", "1 5", "False", ""]
+def alone(seconds: int = 30, ranks: int = 1):
+    """The temporary group that rank 0 of `ranks` enters, in a store of its own."""
+    return distributed.temporary_group(distributed.host_store(), 0, ranks, timedelta(seconds=seconds))
 
 
-def test_a_group_that_could_not_be_formed_leaves_nothing_behind() -> None:
-    """It failed in this process alone; the other one has never tried."""
-    with (
-        pytest.raises(RuntimeError),
-        distributed.temporary_group(distributed.host_store(), 0, 2, timedelta(seconds=1)),
-    ):
+def fail_then_form() -> tuple[bool, int, float, bool]:
+    with pytest.raises(RuntimeError), alone(1, ranks=2):
+        pytest.fail("nobody else is there")
+    left = distributed.is_initialized()
+    with alone():
+        size, total = distributed.world_size(), distributed.sum_on_host(torch.tensor(5)).item()
+    return left, size, total, distributed.is_initialized()
+
+
+def test_a_group_that_failed_leaves_nothing_behind(fresh):
+    assert fresh(fail_then_form) == (False, 1, 5, False)
+
+
+def fail_then_meet() -> tuple[float, int]:
+    with pytest.raises(RuntimeError), alone(1, ranks=2):
         pytest.fail("nobody else is there")
     store = distributed.host_store()
     program = (
@@ -110,44 +117,73 @@ def test_a_group_that_could_not_be_formed_leaves_nothing_behind() -> None:
     other = subprocess.Popen([sys.executable, "-c", program])
     try:
         with distributed.temporary_group(store, 0, 2, timedelta(seconds=100)):
-            assert distributed.sum_on_host(torch.ones(1)).item() == 2
-        assert other.wait(100) == 0
+            total = distributed.sum_on_host(torch.ones(1)).item()
+        return total, other.wait(100)
     finally:
         other.kill()
         other.wait()
 
 
-@pytest.mark.parametrize("public", [True, False])
-def test_time_limits_change_on_every_torch(monkeypatch, public):
-    """`dist.set_timeout` exists since torch 2.14."""
-    if not public:
-        monkeypatch.delattr(distributed.dist, "set_timeout", raising=False)
-    with distributed.temporary_group(distributed.host_store(), 0, 1, timedelta(seconds=30)):
+def test_a_group_that_could_not_be_formed_leaves_nothing_behind(fresh):
+    """It failed in this process alone; the other one has never tried."""
+    assert fresh(fail_then_meet) == (2, 0)
+
+
+def enter_twice() -> int:
+    with alone():
+        with pytest.raises(RuntimeError, match="group already"), alone():
+            pytest.fail("it took the place of the other")
+        return distributed.world_size() if distributed.is_initialized() else 0
+
+
+def test_a_temporary_group_leaves_the_group_of_a_run_alone(fresh):
+    assert fresh(enter_twice) == 1
+
+
+def limit_of_gloo(public: bool) -> timedelta:
+    with pytest.MonkeyPatch.context() as patch, alone():
+        if not public:
+            patch.delattr(distributed.dist, "set_timeout", raising=False)
         distributed.set_timeout(5)
         group = distributed.dist.distributed_c10d._get_default_group()
-        limit = group._get_backend(torch.device("cpu")).options._timeout
-    assert limit == timedelta(seconds=5 + distributed._SPARE_SECONDS)
+        return group._get_backend(torch.device("cpu")).options._timeout
 
 
-def test_nccl_leaves_the_watchdog_time_to_speak(monkeypatch):
-    limits = []
-    monkeypatch.setattr(distributed.dist, "get_backend", lambda group=None: "nccl")
-    monkeypatch.setattr(
-        distributed.dist, "set_timeout", lambda limit, group=None: limits.append(limit), raising=False
-    )
-    with distributed.temporary_group(distributed.host_store(), 0, 1, timedelta(seconds=30)):
+@pytest.mark.parametrize("public", [True, False])
+def test_time_limits_change_on_every_torch(fresh, public):
+    """`dist.set_timeout` exists since torch 2.14."""
+    assert fresh(limit_of_gloo, public) == timedelta(seconds=5 + distributed._SPARE_SECONDS)
+
+
+def limits_of_nccl() -> list[timedelta]:
+    limits: list[timedelta] = []
+    with pytest.MonkeyPatch.context() as patch, alone():
+        patch.setattr(distributed.dist, "get_backend", lambda group=None: "nccl")
+        patch.setattr(
+            distributed.dist, "set_timeout", lambda limit, group=None: limits.append(limit), raising=False
+        )
         distributed.set_timeout(5)
-    assert limits == [timedelta(seconds=125)]
+    return limits
 
 
-def test_what_nccl_remembers_is_written(monkeypatch, tmp_path):
-    functions = torch._C._distributed_c10d
-    monkeypatch.setattr(functions, "_dump_nccl_trace", lambda: b"collectives", raising=False)
-    distributed.write_flight_record(tmp_path)
-    assert not list(tmp_path.iterdir())  # no group, nothing to remember
-    monkeypatch.setattr(distributed.dist, "get_backend", lambda group=None: "nccl")
-    with distributed.temporary_group(distributed.host_store(), 0, 1, timedelta(seconds=30)):
-        distributed.write_flight_record(tmp_path)
+def test_nccl_leaves_the_watchdog_time_to_speak(fresh):
+    assert fresh(limits_of_nccl) == [timedelta(seconds=125)]
+
+
+def record_of_nccl(folder: Path) -> bool:
+    with pytest.MonkeyPatch.context() as patch:
+        functions = torch._C._distributed_c10d
+        patch.setattr(functions, "_dump_nccl_trace", lambda: b"collectives", raising=False)
+        distributed.write_flight_record(folder)
+        without_group = any(folder.iterdir())
+        patch.setattr(distributed.dist, "get_backend", lambda group=None: "nccl")
+        with alone():
+            distributed.write_flight_record(folder)
+    return without_group
+
+
+def test_what_nccl_remembers_is_written(fresh, tmp_path):
+    assert not fresh(record_of_nccl, tmp_path), "no group, nothing to remember"
     assert (tmp_path / "flight-0").read_bytes() == b"collectives"
 
 
