@@ -295,7 +295,7 @@ def gather_rows(tensor: Tensor) -> Tensor:
     if world_size() == 1:
         return tensor
     output = tensor.new_empty((world_size() * tensor.shape[0], *tensor.shape[1:]))
-    dist.all_gather_into_tensor(output, tensor)
+    _all_gather(output, tensor)
     return output
 
 
@@ -357,20 +357,9 @@ def gather_objects(value: Any) -> list[Any]:
 
     JSON instead of torch's object collectives, which unpickle what other processes send.
     """
-    if world_size() == 1:
-        return [json.loads(json.dumps(value))]
-    payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
-    dist.all_gather(lengths, torch.tensor([payload.numel()]), group=_bookkeeping)
-    longest = max(int(length) for length in lengths)
-    padded = torch.zeros(longest, dtype=torch.uint8)
-    padded[: payload.numel()] = payload
-    buffers = [torch.zeros(longest, dtype=torch.uint8) for _ in lengths]
-    dist.all_gather(buffers, padded, group=_bookkeeping)
-    return [
-        json.loads(bytes(buffer[: int(length)].numpy()))
-        for buffer, length in zip(buffers, lengths, strict=True)
-    ]
+    line = bytearray(json.dumps(value).encode() + b"\n")  # JSON of one line: what is in texts is escaped
+    lines = gather_on_host(torch.frombuffer(line, dtype=torch.uint8))
+    return [json.loads(each) for each in bytes(lines.numpy()).splitlines()]
 
 
 def broadcast_object(value: Any) -> Any:
