@@ -38,11 +38,11 @@ demo: $(INSTALLED)
 	$(BIN)/medvlp evaluate $(DEMO)/run --data $(DEMO)/shards --task zero-shot --task retrieval --task linear-probe
 	$(BIN)/medvlp report $(DEMO)/run --out $(DEMO)/report.html
 
-# Files go to workers whole: their tests share pools of processes. The tests that need a Slurm share one cluster of
+# Files go to workers whole, in the order of tests/conftest.py: their tests share pools of processes. The tests that need a Slurm share one cluster of
 # several nodes, so they come after the others and one by one.
 test: $(INSTALLED)
 	status=0; \
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slurm" || status=1; \
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m "not slurm" || status=1; \
 	$(BIN)/python -m pytest -m slurm || status=1; \
 	exit $$status
 

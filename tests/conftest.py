@@ -25,6 +25,12 @@ _state = tempfile.TemporaryDirectory(prefix="medvlp-state-")
 os.environ["XDG_STATE_HOME"] = _state.name
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start processes come first: they take longest, and the last of them runs alone."""
+    starting = {item.path for item in items if item.get_closest_marker("dist")}
+    items.sort(key=lambda item: item.path not in starting)
+
+
 @pytest.fixture(autouse=True)
 def _own_log_handlers() -> Iterator[None]:
     """A run in this process logs to the standard error of its test, which is closed with it."""
