@@ -214,7 +214,8 @@ def _run(task: Task, unit: Unit, stored: StoredUnit, evaluation: Evaluation, ses
     folder = stored.folder if can_write else None
     fitted = task.fit(session.view(task, ("train", "selection"), folder), unit)
     found = task.measure(session.view(task, ("evaluated",), folder), unit, fitted)
-    result = UnitResult(found.models, found.notes, stored.fingerprint)
+    kept = stored.keep(found.scores) if can_write else ""
+    result = UnitResult(found.models, found.notes, stored.fingerprint, kept)
     evaluation.units.setdefault(task.name, {})[unit.name] = result
     evaluation.data["splits"] |= session.splits_used()
     if can_write:

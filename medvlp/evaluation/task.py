@@ -24,6 +24,9 @@ from medvlp.evaluation.metrics.bootstrap import Estimate
 from shards.errors import MedvlpError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from medvlp.evaluation.session import Session, View
     from medvlp.methods.base import Method
     from shards.format import Index
@@ -92,12 +95,39 @@ class Facts:
     findings: Sequence[str]
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What curves are drawn from: scores of findings in the samples of the evaluated split.
+
+    Attributes:
+        sample: [N] positions in the split. findings: the C findings. truth: [N, C] labels 1, 0 or NaN.
+        models: model -> [N, C] finite scores, higher where a finding is seen.
+        thresholds: model -> finding -> the score from which on it is called.
+        log_odds: models whose scores are log-odds (of `exclusive` findings: logits), so that they say
+            probabilities. exclusive: each sample is of one of the findings, the one with the highest score.
+    """
+
+    sample: NDArray[np.int64]
+    findings: Sequence[str]
+    truth: NDArray[np.float64]
+    models: Mapping[str, NDArray[np.float64]]
+    thresholds: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    log_odds: frozenset[str] = frozenset()
+    exclusive: bool = False
+
+
 @dataclass
 class TaskResult:
-    """Metrics of each model ("trained", "untrained", baselines), and what stands beside them."""
+    """Metrics of each model ("trained", "untrained", baselines), and what stands beside them.
+
+    Attributes:
+        models: model -> metrics. notes: for people.
+        scores: of the samples, of a unit of a task that classifies; kept beside its result.
+    """
 
     models: dict[str, Metrics] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
+    scores: Scores | None = None
 
 
 @dataclass(frozen=True)
@@ -131,6 +161,7 @@ class Task(abc.ABC):
         config: class of its keys `evaluation.tasks.<name>.*`.
         unit_keys: keys that only list the units, so that the others stay finished when one is added.
         fits_to_labels: it fits something to the training labels, so "train" cannot be its selection split.
+        keeps_scores: its units have `TaskResult.scores`.
         trains: it trains networks, which takes hours: done only where it is asked for by name.
         reading: how its numbers read.
     """
@@ -141,6 +172,7 @@ class Task(abc.ABC):
     config: ClassVar[type[TaskConfig]] = TaskConfig
     unit_keys: ClassVar[frozenset[str]] = frozenset()
     fits_to_labels: ClassVar[bool] = False
+    keeps_scores: ClassVar[bool] = False
     trains: ClassVar[bool] = False
     reading: ClassVar[Reading] = Reading()
 

@@ -13,13 +13,12 @@ from pathlib import Path
 
 import xxhash
 
-from medvlp.evaluation.report import results
-from medvlp.evaluation.report.results import Evaluation, UnitResult
+from medvlp.evaluation.report import results, scores
+from medvlp.evaluation.report.results import FOLDER, Evaluation, UnitResult
 from medvlp.evaluation.session import Session
-from medvlp.evaluation.task import EvaluationError, Task, Unit
+from medvlp.evaluation.task import EvaluationError, Scores, Task, Unit
 from medvlp.runs.identity import DataRecord
 
-FOLDER = "evaluation-units"
 RESULT = "result.json"
 #: Keys of `data` that change where and how fast it is read, not what.
 _PLACES = ("root", "tokenizer", "cache_dir", "cache_gigabytes", "workers", "prefetch", "allow_changed")
@@ -105,13 +104,21 @@ class StoredUnit:
             )
         return stored
 
+    def keep(self, kept: Scores | None) -> str:
+        """Write the scores of a unit, before its result; their checksum, "" where there are none.
+
+        Raises:
+            DataError: they cannot be written.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return "" if kept is None else scores.write(kept, self.folder)
+
     def write(self, evaluation: Evaluation, task: Task, unit: Unit, result: UnitResult) -> None:
         """Write the file of a finished unit; `evaluation` says what it is of.
 
         Raises:
             DataError: it cannot be written.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         settings = evaluation.settings | {
             "tasks": [task.name],
             "options": {task.name: asdict(task.settings)},

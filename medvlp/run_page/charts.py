@@ -34,26 +34,41 @@ _STYLE: dict[Any, Any] = {
 _numbers = count()
 
 
-def line_chart(title: str, curves: Mapping[str, Curve], marks: Sequence[float] = ()) -> str:
+def line_chart(
+    title: str,
+    curves: Mapping[str, Curve],
+    marks: Sequence[float] = (),
+    axes: tuple[str, str] = ("step", ""),
+    unit_square: bool = False,
+    diagonal: bool = False,
+) -> str:
     """An `<svg>` with a line for each curve.
 
     Args:
         title: what is drawn, for people who hear it.
         curves: name in the legend -> (x, y).
         marks: x of dotted vertical lines (restarts).
+        axes: what x and y are.
+        unit_square: both go from 0 to 1. diagonal: a dotted line from corner to corner.
     """
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(4.6, 2.7), layout="constrained")
-        axes = figure.subplots()
+        figure = Figure(figsize=(4.6, 3.4 if unit_square else 2.7), layout="constrained")
+        plot = figure.subplots()
         for number, (name, (steps, values)) in enumerate(curves.items()):
             style = ("-", "--", ":")[number // len(COLOURS) % 3]
-            axes.plot(steps, values, style, color=COLOURS[number % len(COLOURS)], linewidth=1.4, label=name)
+            plot.plot(steps, values, style, color=COLOURS[number % len(COLOURS)], linewidth=1.4, label=name)
         for mark in marks:
-            axes.axvline(mark, color=_INK, linewidth=0.8, linestyle=":")
-        axes.set_xlabel("step")
-        axes.grid(visible=True, color="#808080", alpha=0.25, linewidth=0.6)
+            plot.axvline(mark, color=_INK, linewidth=0.8, linestyle=":")
+        if unit_square:
+            plot.set_xlim(-0.01, 1.01)
+            plot.set_ylim(-0.01, 1.01)
+        if diagonal:
+            plot.plot([0, 1], [0, 1], color=_INK, linewidth=0.8, linestyle=":")
+        plot.set_xlabel(axes[0])
+        plot.set_ylabel(axes[1])
+        plot.grid(visible=True, color="#808080", alpha=0.25, linewidth=0.6)
         if len(curves) > 1:
-            axes.legend(fontsize=7, frameon=False)
+            plot.legend(fontsize=7, frameon=False)
         return _inside_a_page(figure, title)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -15,8 +16,10 @@ from medvlp.evaluation.report.results import Evaluation
 from medvlp.evaluation.task import schemas
 from medvlp.methods.registry import schemas as method_schemas
 from medvlp.run_page.charts import line_chart
+from medvlp.run_page.curves import CurvePart, curve_part
 from medvlp.run_page.history import History, chosen_values, differences, flat
 from medvlp.run_page.samples import Shown
+from medvlp.run_page.tables import Cell, TableOf
 
 #: Charts of the page: heading -> first words of the metrics in it; what is in none has a chart of its own.
 _GROUPS = {
@@ -32,25 +35,6 @@ _GROUPS = {
 }
 #: Logged, and of no use as a curve.
 _LEFT_OUT = ("step_seconds", "memory_gib", "checkpoint/")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A cell of a table: what is shown, and the number it is sorted by (None: as text)."""
-
-    text: str
-    value: float | None = None
-
-
-@dataclass
-class TableOf:
-    """A table: caption, header, rows; `remarks` stand under it, `folded` is what hides it."""
-
-    caption: str
-    header: list[str]
-    rows: list[list[Cell]]
-    remarks: list[str] = field(default_factory=list)
-    folded: str = ""
 
 
 @dataclass
@@ -71,7 +55,11 @@ def render(parts: Sequence[RunPart]) -> str:
         lstrip_blocks=True,
     )
     histories = [part.history for part in parts]
-    known = {part.history.name: part.evaluation for part in parts if part.evaluation is not None}
+    known = {
+        part.history.name: (part.history.folder, part.evaluation)
+        for part in parts
+        if part.evaluation is not None
+    }
     if len(histories) > 1:
         changed, caption = differences(histories), "config keys that differ between the runs"
     else:
@@ -82,7 +70,7 @@ def render(parts: Sequence[RunPart]) -> str:
     return environment.get_template("page.html.j2").render(
         parts=parts,
         names=[history.name for history in histories],
-        results=results_tables(known),
+        results=results_parts(known),
         charts=charts(histories),
         config=TableOf(caption, ["key", *(h.name for h in histories)],
                        [[Cell(key), *(Cell(str(value)) for value in values)] for key, values in changed]),
@@ -119,22 +107,31 @@ def charts(histories: Sequence[History]) -> list[tuple[str, Markup]]:
     return found
 
 
-def results_tables(evaluations: Mapping[str, Evaluation]) -> list[tuple[str, list[TableOf]]]:
-    """(task, its tables) of every task; evaluations on other data stand in tables of their own."""
-    found: dict[str, list[TableOf]] = {}
-    for group in _alike(evaluations):
-        tasks = dict.fromkeys(task for evaluation in group.values() for task in evaluation.results)
-        for task in tasks:
-            having = {name: one for name, one in group.items() if task in one.results}
-            found.setdefault(task, []).extend(_task_tables(having, task))
-    return list(found.items())
+@dataclass
+class TaskPart:
+    """One task of runs that were evaluated alike: its tables, and its curves."""
+
+    task: str
+    tables: list[TableOf]
+    curves: CurvePart | None
 
 
-def _alike(evaluations: Mapping[str, Evaluation]) -> list[dict[str, Evaluation]]:
-    groups: dict[tuple[str, ...], dict[str, Evaluation]] = {}
-    for name, evaluation in evaluations.items():
-        of = (evaluation.data["fingerprint"], evaluation.data["split"], evaluation.settings["uncertain"])
-        groups.setdefault(of, {})[name] = evaluation
+def results_parts(known: Mapping[str, tuple[Path, Evaluation]]) -> list[TaskPart]:
+    """Every task; evaluations on other data stand in parts of their own."""
+    found: dict[str, list[TaskPart]] = {}
+    for group in _alike(known):
+        for task in dict.fromkeys(task for _, evaluation in group.values() for task in evaluation.results):
+            having = {name: one for name, one in group.items() if task in one[1].results}
+            made = _task_tables({name: one for name, (_, one) in having.items()}, task)
+            found.setdefault(task, []).append(TaskPart(task, made, curve_part(having, task)))
+    return [part for parts in found.values() for part in parts]
+
+
+def _alike(known: Mapping[str, tuple[Path, Evaluation]]) -> list[dict[str, tuple[Path, Evaluation]]]:
+    groups: dict[tuple[str, ...], dict[str, tuple[Path, Evaluation]]] = {}
+    for name, (run, one) in known.items():
+        of = (one.data["fingerprint"], one.data["split"], one.settings["uncertain"])
+        groups.setdefault(of, {})[name] = run, one
     return list(groups.values())
 
 

@@ -13,12 +13,13 @@ import pytest
 import typer
 import xxhash
 import yaml
+from sklearn.metrics import roc_auc_score
 from typer.testing import CliRunner, Result
 
 from launcher.commands import evaluate
 from medvlp import config_files
 from medvlp.data.text import Tokenizer
-from medvlp.evaluation.report import results
+from medvlp.evaluation.report import results, scores
 from medvlp.methods.registry import schemas
 from medvlp.runs.manifest import WEIGHTS, Manifest
 from shards.errors import MedvlpError
@@ -81,6 +82,16 @@ def test_a_run_is_evaluated_beside_its_baselines(run: Path, shards: Path, medvlp
         "auroc@100%",
     }
     assert found.config["method"]["name"] == "mgca"
+    assert {task: list(of) for task, of in found.scores.items()} == {
+        "zero-shot": ["whole"],
+        "linear-probe": ["fraction-0.01", "fraction-0.1", "fraction-1"],
+    }
+    for task, at, unit in (("zero-shot", "auroc", "whole"), ("linear-probe", "auroc@100%", "fraction-1")):
+        kept = scores.read(run, found, task, unit)
+        for column, name in enumerate(kept.findings):
+            known = ~np.isnan(kept.truth[:, column])
+            area = roc_auc_score(kept.truth[known, column], kept.models["trained"][known, column])
+            assert area == pytest.approx(found.results[task]["trained"][f"{at}/{name}"].value)
 
 
 def test_an_evaluation_joins_the_wandb_run_of_its_training(

@@ -11,12 +11,14 @@ from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
 from launcher.main import app
 from medvlp.evaluation.metrics.bootstrap import Estimate
-from medvlp.evaluation.report import results
+from medvlp.evaluation.report import results, scores
+from medvlp.evaluation.task import Scores
 from medvlp.run_page import history
 from medvlp.run_page.charts import line_chart
 from medvlp.runs.errors import RunFolderError
@@ -64,6 +66,14 @@ def invoke(*words: object) -> Result:
     return CliRunner().invoke(app, ["report", *(str(word) for word in words)])
 
 
+def made_scores() -> Scores:
+    """Of edema: two present, of which one is called, and two absent, of which none is."""
+    truth = np.array([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0], [0.0, 0.0]])
+    trained = np.array([[2.0, 1.0], [-1.0, 2.0], [-2.0, 3.0], [0.5, 0.0]])
+    models = {"trained": trained, "pixels": trained[::-1].copy()}
+    return Scores(np.arange(4), ["edema", "mass"], truth, models, {"trained": {"edema": 1.0}})
+
+
 @pytest.fixture(scope="module")
 def make(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`make(name, auroc, *overrides)`: a run with metrics, events and an evaluation of the phantoms."""
@@ -98,6 +108,10 @@ def make(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
             results={"zero-shot": {"trained": numbers, "chance": {"auroc/macro": Estimate(0.5, None, None)}}},
             notes={"zero-shot": {"threshold_split": "valid"}},
         )  # fmt: skip
+        folder = run / results.FOLDER / "zero-shot" / f"whole-{'0' * 16}"
+        folder.mkdir(parents=True)
+        kept = results.KeptScores("0" * 32, scores.write(made_scores(), folder))
+        evaluation.scores = {"zero-shot": {"whole": kept}}
         results.write(evaluation, run / "evaluation.json")
         return run
 
@@ -126,7 +140,12 @@ def test_it_says_what_the_run_is(html: Path) -> None:
         "loss/word", "F1 and accuracy at the threshold", "Nearest report",
     ):  # fmt: skip
         assert told in text, told
-    assert sum(tag == "svg" for tag, _ in page.tags) == 2, "a chart of losses and one of the learning rate"
+    for told in (
+        "ROC, mean over findings", "mass: Precision and recall", "No calibration",
+        "edema 1 1 0 2 0.500 1.000 1 ", "sensitivity",
+    ):  # fmt: skip
+        assert told in text, told
+    assert sum(tag == "svg" for tag, _ in page.tags) == 2 + 6, "losses, learning rate, two kinds of curves"
     assert "secret-host" not in text
     assert len(html.read_bytes()) < 5e6
 
@@ -172,6 +191,38 @@ def test_runs_stand_beside_each_other(run: Path, make: Callable[..., Path], tmp_
     assert "first: loss/word" in text
     result = invoke(run, run, run, "--out", tmp_path / "b.html", "--samples", 0)
     assert isinstance(result.exception, UsageError)
+
+
+def test_curves_say_why_they_are_not_there(run: Path, make: Callable[..., Path], tmp_path: Path) -> None:
+    other = make("bare", 0.5)
+    shutil.rmtree(other / results.FOLDER)
+    assert invoke(run, other, "--out", tmp_path / "a.html", "--samples", 0).exit_code == 0
+    text = " ".join(Page((tmp_path / "a.html").read_text()).text.split())
+    assert "bare: no curves" in text
+    assert "ROC, mean over findings" in text
+    found = results.read(other / "evaluation.json")
+    found.scores = {}
+    results.write(found, other / "evaluation.json")
+    assert invoke(other, "--out", tmp_path / "b.html", "--samples", 0).exit_code == 0
+    text = (tmp_path / "b.html").read_text()
+    assert "bare: no curves: zero-shot, whole: no scores are stored (evaluate again with --fresh)" in text
+    assert "ROC" not in text
+
+
+def test_curves_of_two_runs_are_over_what_both_have(
+    run: Path, make: Callable[..., Path], tmp_path: Path
+) -> None:
+    other = make("narrow", 0.5)
+    kept, of = made_scores(), results.read(other / "evaluation.json")
+    one = Scores(kept.sample, ["mass"], kept.truth[:, 1:], {"trained": kept.models["trained"][:, 1:]})
+    of.scores["zero-shot"]["whole"].checksum = scores.write(one, next(other.glob("evaluation-units/*/*")))
+    results.write(of, other / "evaluation.json")
+    assert invoke(run, other, "--out", tmp_path / "a.html", "--samples", 0).exit_code == 0
+    text = " ".join(Page((tmp_path / "a.html").read_text()).text.split())
+    assert "Curves over the findings that all runs have: mass." in text
+    assert "edema: ROC" not in text
+    assert "mass: ROC" in text
+    assert "narrow: trained" in text
 
 
 def test_samples_of_patients_need_a_word(run: Path, data: Path, tmp_path: Path) -> None:

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from medvlp.evaluation.report.results import Evaluation
-from medvlp.evaluation.task import EvaluationError, tasks
+from medvlp.evaluation.report.results import Evaluation, KeptScores
+from medvlp.evaluation.task import EvaluationError, TaskResult, tasks
 
 #: Settings by task, which tasks that are in one file only bring along.
 _OF_TASKS = frozenset(("options", "files"))
@@ -31,6 +31,8 @@ def join(parts: Mapping[Path, Evaluation]) -> Evaluation:
             if task in joined.results and (models or joined.results[task]):
                 raise EvaluationError(f"{file}: {task} is in another file too; delete one of them")
             joined.results[task] = models
+            if task in part.scores:
+                joined.scores[task] = part.scores[task]
         for task, units in part.units.items():
             stored = joined.units.setdefault(task, {})
             if twice := sorted(stored.keys() & units.keys()):
@@ -68,8 +70,12 @@ def complete(evaluation: Evaluation) -> Evaluation:
                 f"{name}: without unit {', '.join(missing)}: evaluate it (medvlp evaluate ... --task {name} "
                 f"--unit {missing[0]})"
             )
-        result = task.join({unit: units[unit_name] for unit, unit_name in expected.items()})
+        parts = {unit: units[unit_name] for unit, unit_name in expected.items()}
+        result = task.join({unit: TaskResult(of.models, of.notes) for unit, of in parts.items()})
         evaluation.results[name], evaluation.notes[name] = result.models, result.notes
+        kept = {unit.name: KeptScores(of.fingerprint, of.scores) for unit, of in parts.items() if of.scores}
+        if kept:
+            evaluation.scores[name] = kept
     evaluation.units = {}
     return evaluation
 

@@ -14,6 +14,7 @@ notes           task -> what stands beside its numbers: counts of each finding, 
                 evaluated and why, chosen thresholds and penalties with the split that chose them;
                 `not_available`: why the method cannot do the task at all (its results are then empty)
 config          the resolved config of the run, with the overrides of this evaluation
+scores          task -> unit -> {fingerprint, checksum} of the file of its scores (see `scores.py`)
 units           only in files of single units: task -> unit -> its models, notes and fingerprint
 """
 
@@ -23,20 +24,38 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from medvlp.evaluation.task import EvaluationError, Metrics, TaskResult
+from medvlp.evaluation.task import EvaluationError, Metrics
 from shards.atomic import atomic_write
 from shards.strict_json import JsonError, parse_json, read_limited, to_record
 
 SCHEMA_VERSION = 1
+#: Of finished units, in the run folder: `<task>/<unit>-<first 16 digits of its fingerprint>/`.
+FOLDER = "evaluation-units"
 #: Largest `evaluation.json`, in bytes.
 _LIMIT = 1 << 26
 
 
 @dataclass
-class UnitResult(TaskResult):
-    """One unit of a task; `fingerprint` is of everything its numbers depend on."""
+class KeptScores:
+    """Where the scores of a unit lie, by its fingerprint, and the checksum of the file (xxh3_128)."""
 
+    fingerprint: str
+    checksum: str
+
+
+@dataclass
+class UnitResult:
+    """One unit of a task.
+
+    Attributes:
+        models, notes: as of a `TaskResult`. fingerprint: of everything its numbers depend on.
+        scores: checksum of the file of its scores; "" if there is none.
+    """
+
+    models: dict[str, Metrics] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
+    scores: str = ""
 
 
 @dataclass
@@ -49,6 +68,7 @@ class Evaluation:
     results: dict[str, dict[str, Metrics]] = field(default_factory=dict)
     notes: dict[str, dict[str, Any]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    scores: dict[str, dict[str, KeptScores]] = field(default_factory=dict)
     units: dict[str, dict[str, UnitResult]] = field(default_factory=dict)
 
 
@@ -59,8 +79,9 @@ def write(evaluation: Evaluation, file: Path) -> None:
         DataError: it cannot be written.
     """
     content = _without_nan({"schema_version": SCHEMA_VERSION, **asdict(evaluation)})
-    if not evaluation.units:
-        del content["units"]
+    for section in ("scores", "units"):
+        if not content[section]:
+            del content[section]
     atomic_write(file, (json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode())
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from medvlp.config import Config, key
 from medvlp.evaluation.labels import FEWEST, NotEvaluable, as_notes, not_evaluable
 from medvlp.evaluation.metrics.classification import aurocs, chance, score_classes, score_findings, thresholds
-from medvlp.evaluation.task import Reading, TaskResult, Unit, register
+from medvlp.evaluation.task import Reading, Scores, TaskResult, Unit, register
 from medvlp.evaluation.trained import Fitted, TrainedTask, TrainedTaskConfig
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ class FineTuning(TrainedTask):
     name = "fine-tuning"
     summary = "a linear layer on the image encoder, trained with a part of the training labels"
     config = FineTuningConfig
+    keeps_scores = True
     reading = Reading(remarks=_remarks)
     chooses = "auroc/macro"
     chooses_mode = "max"
@@ -185,6 +186,10 @@ class FineTuning(TrainedTask):
             if self.settings.kind == "multi_class":
                 result.models[model] |= score_classes(of[:, columns], truth, kept, bootstrap)
         result.models["chance"] = chance(truth, kept)
+        result.scores = Scores(
+            first.sample, kept, truth, {model: of[:, columns] for model, of in scores.items()},
+            chosen.thresholds, frozenset(predictions), self.settings.kind == "multi_class",
+        )  # fmt: skip
         return result
 
 

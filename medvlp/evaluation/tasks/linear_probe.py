@@ -31,6 +31,7 @@ from medvlp.evaluation.task import (
     Needs,
     Reading,
     Role,
+    Scores,
     Task,
     TaskResult,
     Unit,
@@ -182,6 +183,7 @@ class LinearProbe(Task):
     config = LinearProbeConfig
     unit_keys = frozenset({"fractions"})
     fits_to_labels = True
+    keeps_scores = True
     reading = Reading(remarks=_remarks)
 
     def unavailable_with(self, method: Method) -> str | None:
@@ -261,6 +263,9 @@ class LinearProbe(Task):
             for model, of in scores.items()
         }
         found["chance"] = chance(truth, fitted.kept, only_auroc=True)
+        # Logistic regression has learned log-odds; the ridge of the pixels has not.
+        logistic = frozenset(fitted.probes)
+        result.scores = Scores(split.arrays.sample, fitted.kept, truth, scores, log_odds=logistic)
         for model, metrics in found.items():
             result.models[model] = {_at(metric, unit.fraction): value for metric, value in metrics.items()}
         return result

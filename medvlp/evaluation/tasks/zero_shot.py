@@ -28,6 +28,7 @@ from medvlp.evaluation.task import (
     Needs,
     Reading,
     Role,
+    Scores,
     Task,
     TaskResult,
     Unit,
@@ -146,6 +147,7 @@ class ZeroShot(Task):
     name = "zero-shot"
     summary = "findings by similarity to sentences that state and that deny them"
     config = ZeroShotConfig
+    keeps_scores = True
     reading = Reading(
         # The macro accuracy of rare findings looks high, so it stands with the single findings.
         summary=lambda metric: metric.endswith("/macro") and not metric.startswith("accuracy"),
@@ -214,6 +216,7 @@ class ZeroShot(Task):
         for model, of in scores.items():
             result.models[model] = score_findings(of, truth, names, bootstrap, fitted.thresholds.get(model))
         result.models["chance"] = chance(truth, names)
+        result.scores = Scores(split.arrays.sample, names, truth, scores, fitted.thresholds)
         return result
 
     def _scores(

@@ -9,7 +9,7 @@ import pytest
 
 from medvlp.evaluation.metrics.bootstrap import Estimate
 from medvlp.evaluation.report.joining import join
-from medvlp.evaluation.report.results import Evaluation, UnitResult
+from medvlp.evaluation.report.results import Evaluation, KeptScores, UnitResult
 from medvlp.evaluation.task import EvaluationError
 
 
@@ -59,7 +59,7 @@ def probe(fraction: float, fractions: tuple[float, ...] = (0.1, 1.0)) -> Evaluat
     found.settings["options"] = {"linear-probe": {"fractions": list(fractions)}}
     models = {"trained": {f"auroc@{100 * fraction:g}%/macro": Estimate(fraction)}}
     notes = {"fractions": {f"{100 * fraction:g}%": {}}, "not_evaluable": [{"finding": "a", "reason": "few"}]}
-    found.units = {"linear-probe": {f"fraction-{fraction:g}": UnitResult(models, notes, "abc")}}
+    found.units = {"linear-probe": {f"fraction-{fraction:g}": UnitResult(models, notes, "abc", "sum")}}
     return found
 
 
@@ -69,7 +69,12 @@ def test_units_of_one_task_become_its_result() -> None:
     assert list(joined.notes["linear-probe"]["fractions"]) == ["10%", "100%"]
     assert joined.notes["linear-probe"]["not_evaluable"] == [{"finding": "a", "reason": "few"}]
     assert joined.units == {}
+    again = join({Path("d"): joined, Path("e"): part("zero-shot")})
+    assert again.scores == joined.scores
     assert set(joined.results) == {"linear-probe", "retrieval"}
+    assert joined.scores == {
+        "linear-probe": {f"fraction-{of}": KeptScores("abc", "sum") for of in ("0.1", "1")}
+    }
     assert joined.settings["options"] == {"linear-probe": {"fractions": [0.1, 1.0]}}
 
 

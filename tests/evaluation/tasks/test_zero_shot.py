@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from sklearn.metrics import roc_auc_score
 
+from medvlp.evaluation.metrics.curves import confusion
 from medvlp.evaluation.prompts import PromptBook
 from medvlp.evaluation.splits import Split
 from medvlp.evaluation.task import EvaluationError, TaskResult
@@ -53,6 +55,25 @@ def test_zero_shot_tells_a_model_that_sees_from_one_that_does_not(splits: dict[s
     assert result.notes["threshold_split"] == "valid"
     assert set(result.notes["thresholds"]["pixels"]) == set(NAMES)
     assert result.notes["prompts"]["mass"]["negative"] == ("no mass",)
+
+
+def test_the_kept_scores_are_those_of_the_numbers(splits: dict[str, Split]) -> None:
+    splits["test"].labels[3, 0] = np.nan
+    result = run(splits)
+    kept = result.scores
+    assert kept is not None
+    assert set(kept.models) == {"trained", "untrained", "pixels"}
+    assert kept.findings == NAMES
+    assert not kept.log_odds, "a difference of cosines is no probability"
+    for model, of in kept.models.items():
+        for column, name in enumerate(NAMES):
+            known = ~np.isnan(kept.truth[:, column])
+            assert known.all() == (name == "mass")
+            truth, score = kept.truth[known, column], of[known, column]
+            assert roc_auc_score(truth, score) == pytest.approx(result.models[model][f"auroc/{name}"].value)
+            called = confusion(of[:, column], kept.truth[:, column], kept.thresholds[model][name])
+            right = (called.present_called + called.absent_not_called) / sum(called)
+            assert right == pytest.approx(result.models[model][f"accuracy/{name}"].value)
 
 
 def test_the_threshold_does_not_look_at_the_evaluated_split(splits: dict[str, Split]) -> None:
