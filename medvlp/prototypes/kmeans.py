@@ -1,5 +1,6 @@
 """Spherical k-means over the rows of all ranks: FAISS assigns each rank's own, sums and counts travel."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ from medvlp.prototypes.sampling import mixed_seed, rank_order, row_keys
 from medvlp.prototypes.search import CentroidSearch
 from medvlp.prototypes.seeding import first_centroids
 from shards.errors import MedvlpError
+from shards.progress import tracked
 
 #: Length of the push that takes the two halves of a split cluster apart.
 SPLIT = 0.05
@@ -102,7 +104,10 @@ def spherical_kmeans(
         keys = row_keys(seed, rank_order(len(rows))) if keys is None else keys
         start = first_centroids(rows, keys, count, config.start, seed)
     search = build_search(len(rows), count, rows.shape[1], config)
-    clustering = improve(rows, unit_norm(start).float().cpu(), search, config.iterations, seed, version)
+    rounds: Iterable[int] = range(config.iterations)
+    if distributed.is_main():
+        rounds = tracked(rounds, f"k-means of {total:,} rows", config.iterations)
+    clustering = improve(rows, unit_norm(start).float().cpu(), search, rounds, seed, version)
     return describe(rows, clustering.centroids, search, clustering.revived)
 
 
@@ -124,19 +129,19 @@ def improve(
     rows: Tensor,
     centroids: Tensor,
     search: CentroidSearch,
-    iterations: int,
+    rounds: Iterable[int],
     seed: int,
     version: int = 0,
     anchors: Anchors | None = None,
 ) -> Improved:
-    """Rounds of assignment and update, from [K, D] float32 unit vectors; a collective.
+    """Rounds (0, 1, ...) of assignment and update, from [K, D] float32 unit vectors; a collective.
 
     Clusters without rows get half of the largest, but never an anchored one: that waits for its rows.
     """
     count, width = centroids.shape
     local, first = ClusterSums(rows, count), torch.zeros(0, dtype=torch.int64)
     revived = 0
-    for iteration in range(iterations):
+    for iteration in rounds:
         _, nearest = search(rows.numpy(), centroids.numpy())
         local.update(nearest)
         if iteration == 0:

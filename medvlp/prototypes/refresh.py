@@ -142,7 +142,7 @@ def _cluster(
         start = old.centroids.float().cpu()
     clock.lap("start")
     search = build_search(len(embeddings), count, embeddings.shape[1], config)
-    improved = improve(embeddings, start, search, config.iterations, *seeds, anchors)
+    improved = improve(embeddings, start, search, range(config.iterations), *seeds, anchors)
     centroids = improved.centroids
     if old is not None and config.blend < 1.0:
         centroids = unit_norm(torch.lerp(start, centroids, config.blend))

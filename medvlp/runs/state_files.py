@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -13,9 +13,12 @@ from torch import Tensor
 
 from medvlp.runs.errors import CheckpointError
 from medvlp.tensor_files import TensorFileError, read_torch_file
+from shards.progress import tracked
 
 #: Bytes handed to the disk at once; between two pieces a write can be given up.
 _PIECE = 1 << 22
+#: Bytes of a file from which on its check shows how far it is.
+SHOWN = 1 << 30
 
 #: Names of number formats in safetensors' header.
 _FORMATS = {
@@ -149,6 +152,10 @@ def checksum(path: Path) -> str:
     """xxh3-128 of a file's bytes, as hexadecimal digits."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while block := file.read(_PIECE):
-            digest.update(block)
+        size = os.fstat(file.fileno()).st_size
+        pieces: Iterable[bytes] = iter(lambda: file.read(_PIECE), b"")
+        if size >= SHOWN:
+            pieces = tracked(pieces, f"checking bytes of {path.parent.name}/{path.name}", size, size=len)
+        for piece in pieces:
+            digest.update(piece)
     return digest.hexdigest()

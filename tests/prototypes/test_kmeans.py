@@ -13,6 +13,7 @@ from medvlp.config import PrototypesConfig
 from medvlp.distributed import rank, world_size
 from medvlp.losses.normalise import unit_norm
 from medvlp.prototypes.kmeans import Clusters, ClusterSums, TooFewRowsError, spherical_kmeans
+from shards import progress
 
 
 def mixture(clusters: int, each: int, width: int = 8, spread: float = 0.05, seed: int = 0) -> torch.Tensor:
@@ -179,3 +180,11 @@ def test_sums_follow_moving_rows(seed: int, steps: int, count: int) -> None:
     for cluster in range(count):
         inside = rows[nearest == cluster].astype(np.float64)
         np.testing.assert_allclose(sums.packed[cluster], [*inside.sum(0), len(inside)], atol=1e-12)
+
+
+def test_a_long_clustering_shows_how_far_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.0)
+    spherical_kmeans(torch.eye(8), 2, PrototypesConfig(iterations=3), 0)
+    assert "k-means of 8 rows: 2 of 3, about" in capsys.readouterr().err
