@@ -301,8 +301,7 @@ class Network:
     def predict(self, view: View, role: Role) -> Predictions:
         """Its predictions of all samples of a split that this view may see; corrupt ones are left out."""
         dataset = self.dataset(view, role)
-        recipe = Supervised(self.config)
-        objective = self._objective(dataset, recipe).to(view.device)
+        objective = self.objective(dataset.reader, dataset.tokenizer).to(view.device)
         return predict(
             objective,
             lambda batch: (None, objective.predict(batch)),
@@ -329,9 +328,14 @@ class Network:
         chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
         return EvaluationLoader(self.dataset(view, role), chunks, self.config.data)
 
-    def _objective(self, dataset: EvaluationDataset, recipe: Supervised) -> SupervisedObjective:
-        """With the weights of the checkpoint, on the CPU in float32."""
-        reader, tokenizer = dataset.reader, dataset.tokenizer
+    def objective(self, reader: ShardReader, tokenizer: Tokenizer) -> SupervisedObjective:
+        """The head on its network with the weights of the checkpoint, on the CPU in float32.
+
+        Args:
+            reader: of the dataset that it learned from: a vocabulary stands there.
+            tokenizer: of the run.
+        """
+        recipe = Supervised(self.config)
         identity = None if self.saved.stored is None else self.saved.stored[0]
         config = described(self.config, identity)
         objective = recipe.build(TrainingSet(config, reader, recipe.samples(reader, tokenizer), tokenizer))

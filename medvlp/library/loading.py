@@ -1,6 +1,7 @@
 """A model from a run folder, a checkpoint folder, or an export."""
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,13 +11,20 @@ from torch import Tensor
 
 from medvlp import config_files
 from medvlp.config import Config
+from medvlp.data.cache import open_reader
 from medvlp.data.text import Tokenizer
+from medvlp.evaluation import task as tasks
+from medvlp.evaluation.heads.objective import SupervisedObjective
+from medvlp.evaluation.supervised import Network, task_of
 from medvlp.methods.base import Method
 from medvlp.methods.registry import build_method, schemas
 from medvlp.runs import saved_run
 from medvlp.runs.run_folder import CONFIG
+from medvlp.runs.saved_run import SavedRun
 from medvlp.trust import KEYS
 from shards.errors import MedvlpError
+
+logger = logging.getLogger(__name__)
 
 HEADS = "heads.safetensors"
 #: Of an export: folder -> where its weights stand in the method.
@@ -35,6 +43,7 @@ class Loaded:
 
     Attributes:
         name: of the run. stored: side of the square images are stored in before the view is cut.
+        objective: of a run that has learned a downstream task, with its head; the method is its part.
     """
 
     name: str
@@ -42,13 +51,15 @@ class Loaded:
     tokenizer: Tokenizer
     method: Method
     stored: int
+    objective: SupervisedObjective | None = None
 
 
 def read_model(place: Path) -> Loaded:
     """Load what `place` holds; checksums of a checkpoint are verified, no code is run.
 
     Args:
-        place: run folder (its newest good checkpoint), checkpoint folder, or folder of `medvlp export`.
+        place: run folder (its newest good checkpoint; of a downstream task the best one, and the dataset it
+            learned from must be at its place), checkpoint folder, or folder of `medvlp export`.
 
     Raises:
         MedvlpError: it is none of them, is damaged, or names models beyond itself.
@@ -56,12 +67,29 @@ def read_model(place: Path) -> Loaded:
     if (place / HEADS).is_file():
         return _read_export(place)
     source = saved_run.locate(place)
-    config = saved_run.load_config(source, [], reads_data=False)
+    config = saved_run.load_config(source, [], reads_data=False, tasks=tasks.schemas())
     tokenizer = saved_run.load_tokenizer(source, config)
-    method = saved_run.load_method(source, config, tokenizer)
+    objective = None
+    if config.task is None:
+        method = saved_run.load_method(source, config, tokenizer)
+    else:
+        objective = _read_objective(place, source, tokenizer)
+        method = objective.method
     record = None if source.stored is None else source.stored[0].trained_on(source.manifest.identity)
     stored = config.data.image_size if record is None else record.image_size
-    return Loaded(source.name(config), config, tokenizer, method, max(stored, config.data.image_size))
+    size = max(stored, config.data.image_size)
+    return Loaded(source.name(config), config, tokenizer, method, size, objective)
+
+
+def _read_objective(place: Path, source: SavedRun, tokenizer: Tokenizer) -> SupervisedObjective:
+    """The head of a downstream task on its network."""
+    config = saved_run.load_config(source, [], tasks=tasks.schemas())
+    config.run.dir = str(source.run)  # the folder may have been moved
+    is_run = (place / CONFIG).is_file()
+    network = Network.of(config) if is_run else Network(task_of(config), config, source)
+    reader = open_reader(config.data)
+    saved_run.check_data(network.saved, config, reader.index, False, logger.info)
+    return network.objective(reader, tokenizer).eval()
 
 
 def _read_export(folder: Path) -> Loaded:

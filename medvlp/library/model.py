@@ -17,6 +17,7 @@ from medvlp.data.report import report_sentences
 from medvlp.data.transforms import evaluation_crop
 from medvlp.evaluation import prompts as prompt_files
 from medvlp.evaluation.features import ModelArrays
+from medvlp.evaluation.heads.report import ReportObjective
 from medvlp.evaluation.prompts import Prompts
 from medvlp.evaluation.tasks.zero_shot import Ensemble, finding_scores, prompts_of
 from medvlp.library.images import ImageLike, Seen, images_of, see, stacked
@@ -86,6 +87,7 @@ class Model:
         """See `medvlp.load`."""
         self.name, self.config, self._tokenizer = loaded.name, loaded.config, loaded.tokenizer
         self.method, self.device, self._stored = loaded.method.to(device), device, loaded.stored
+        self._objective = None if loaded.objective is None else loaded.objective.to(device)
 
     @classmethod
     def load(cls, place: str | Path, device: str | None = None) -> Self:
@@ -230,6 +232,30 @@ class Model:
             maps = self.method.ground(stacked([seen]).to(self.device), self._tokens([[phrase]]))
         grid = maps[0, 0].float().cpu().numpy()
         return Grounding(seen.pixels, seen.laid_out(grid), phrase)
+
+    def report(self, images: ImageLike | Sequence[ImageLike]) -> list[str]:
+        """The reports that a network writes of images, after `medvlp finetune RUN task=report`.
+
+        Machine-written text, for research: it may state what is not there.
+
+        Raises:
+            UsageError: the network has not learned it.
+
+        >>> model.report(films[0])  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        shards.errors.UsageError: first has not learned to write reports: medvlp finetune RUN task=report ...
+        """
+        if not isinstance(self._objective, ReportObjective):
+            raise UsageError(
+                f"{self.name} has not learned to write reports: medvlp finetune RUN task=report "
+                "run.dir=DIR teaches it, then load DIR"
+            )
+        with torch.no_grad():
+            return [
+                text
+                for rows in _batches(images_of(images))
+                for text in self._objective.write(stacked([self._seen(one) for one in rows]).to(self.device))
+            ]
 
     def nearest(self, query: Tensor | str | ImageLike, among: Tensor, count: int = 5) -> list[Neighbour]:
         """The nearest of many embeddings to a text, an image, or an embedding.

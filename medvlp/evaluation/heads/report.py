@@ -134,7 +134,8 @@ class ReportObjective(SupervisedObjective):
         """The loss, and "word_accuracy": how many words are the most probable after the true ones."""
         targets = self.vocabulary.targets(batch, self.head.max_words)
         first = torch.full_like(targets[:, :1], self.vocabulary.bos)
-        logits = self.head(self._patches(batch), torch.cat([first, targets[:, :-1]], dim=1)).logits.float()
+        before = torch.cat([first, targets[:, :-1]], dim=1)
+        logits = self.head(self._patches(batch.image), before).logits.float()
         losses = F.cross_entropy(
             logits.transpose(1, 2), targets, ignore_index=self.vocabulary.pad, reduction="sum"
         )
@@ -146,12 +147,16 @@ class ReportObjective(SupervisedObjective):
         """Texts as UTF-8 [B, K], padded with 0: "text", what is written; "reduced", the report as the
         vocabulary and `max_words` leave it.
         """
-        written = self.head.write(self._patches(batch))
+        written = self.head.write(self._patches(batch.image))
         targets = self.vocabulary.targets(batch, self.head.max_words)
         return {"text": self._bytes(written), "reduced": self._bytes(targets)}
 
-    def _patches(self, batch: Batch) -> Tensor:
-        features = self.method.image_encoder(batch.image)  # type: ignore[operator]
+    def write(self, image: Tensor) -> list[str]:
+        """The reports of images [B, 1, H, W]."""
+        return [self.vocabulary.text(row) for row in self.head.write(self._patches(image)).tolist()]
+
+    def _patches(self, image: Tensor) -> Tensor:
+        features = self.method.image_encoder(image)  # type: ignore[operator]
         return features.local.to(next(self.head.parameters()).dtype)  # type: ignore[no-any-return]
 
     def _bytes(self, numbers: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import medvlp
 from medvlp.config import Config, ConfigError
 from medvlp.data.batch import Batch
 from medvlp.data.questions import text_code
@@ -116,6 +117,11 @@ def test_both_networks_and_the_baselines_are_scored_on_whole_reports(run: Path) 
     for i in (0, 5):
         report = report_text(reader.metadata("test", i), settings)
         assert rows[i]["reference"] == " ".join(scored_words(report))
+    (folder,) = run.glob("evaluation-units/report/*/trained")
+    reporter = medvlp.load(folder, "cpu")
+    films = [medvlp.open_dataset(reader.root, "test")[i].image for i in range(4)]
+    assert reporter.report(films) == [row["generated"] for row in rows[:4]]
+    assert reporter.encode_image(films).shape[0] == 4
     lengths = [len(row["reference"].split()) for row in rows]
     assert found.models["trained"]["reference-length@100%"].value == pytest.approx(np.mean(lengths))
 
