@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +13,12 @@ from medvlp.evaluation.metrics import curves
 from medvlp.evaluation.metrics.curves import Curve
 from medvlp.evaluation.report import scores as files
 from medvlp.evaluation.report import tables
+from medvlp.evaluation.report.curves import OWN, Lines, lines_of
 from medvlp.evaluation.report.results import Evaluation
 from medvlp.evaluation.task import EvaluationError, Scores, tasks
 from medvlp.run_page.charts import line_chart
 from medvlp.run_page.tables import Cell, TableOf
 
-#: The network of the run; the other models of an evaluation are what it is compared with.
-_OWN = "trained"
 Chart = tuple[str, Markup]
 
 
@@ -58,11 +57,14 @@ def curve_part(evaluations: Mapping[str, tuple[Path, Evaluation]], task: str) ->
         return part
     findings = [name for name in next(iter(kept.values())).findings
                 if all(name in of.findings for of in kept.values())]  # fmt: skip
+    if not findings:
+        part.remarks.append("No curves: there is no finding of which all runs have scores.")
+        return part
     if unit != "whole":
         part.remarks.append(f"Curves of {unit}.")
     if any(len(of.findings) > len(findings) for of in kept.values()):
         part.remarks.append(f"Curves over the findings that all runs have: {', '.join(findings)}.")
-    _draw(part, {name: _narrowed(of, findings) for name, of in kept.items()}, findings)
+    _draw(part, {name: _narrowed(of, findings) for name, of in kept.items()})
     for name, of in kept.items():
         part.tables.extend(_called(name, of))
     return part
@@ -70,61 +72,39 @@ def curve_part(evaluations: Mapping[str, tuple[Path, Evaluation]], task: str) ->
 
 def _narrowed(scores: Scores, findings: Sequence[str]) -> Scores:
     columns = [list(scores.findings).index(name) for name in findings]
-    return Scores(
-        scores.sample, list(findings), scores.truth[:, columns],
-        {model: of[:, columns] for model, of in scores.models.items()},
-        scores.thresholds, scores.log_odds, scores.exclusive,
-    )  # fmt: skip
+    models = {model: of[:, columns] for model, of in scores.models.items()}
+    return replace(scores, findings=list(findings), truth=scores.truth[:, columns], models=models)
 
 
-def _draw(part: CurvePart, kept: Mapping[str, Scores], findings: Sequence[str]) -> None:
-    rocs, recalls, calibrated = {}, {}, dict[str, Curve]()
+def _draw(part: CurvePart, kept: Mapping[str, Scores]) -> None:
+    """The curves of one run's models, or of the trained networks of several runs."""
+    drawn: dict[str, tuple[Lines, dict[str, Curve], dict[str, dict[str, Curve]]]] = {}
     for name, of in kept.items():
-        for model, scores in of.models.items():
-            line = tables.model_name(model) if len(kept) == 1 else f"{name}: {tables.model_name(model)}"
-            if len(kept) > 1 and model != _OWN:
-                continue
-            rocs[line] = curves.roc(scores, of.truth)
-            recalls[line] = curves.precision_recall(scores, of.truth)
-            if model in of.log_odds:
-                said = curves.probabilities(scores, of.exclusive)
-                points, error = curves.calibration(said, of.truth)
-                calibrated[f"{line} (error {error:.3f})"] = points
-    _draw_of(part, findings, rocs, curves.mean_roc, "ROC", ("false-positive rate", "true-positive rate"))
-    _draw_of(part, findings, recalls, curves.mean_precision, "Precision and recall", ("recall", "precision"))
-    if calibrated:
-        axes = ("said probability", "share of positives")
-        part.charts.append(_chart("Calibration, all findings together", calibrated, axes))
-    else:
+        shown = of if len(kept) == 1 else replace(of, models={m: s for m, s in of.models.items() if m == OWN})
+        said = {model: tables.model_name(model) if len(kept) == 1 else name for model in shown.models}
+        for lines in lines_of(shown):
+            _, whole, findings = drawn.setdefault(lines.heading, (lines, {}, {}))
+            errors = {model: f" (error {error:.3f})" for model, error in lines.errors.items()}
+            whole |= {said[model] + errors.get(model, ""): curve for model, curve in lines.whole.items()}
+            for finding, models in lines.findings.items():
+                findings.setdefault(finding, {}).update({said[m]: curve for m, curve in models.items()})
+    for heading, (lines, whole, findings) in drawn.items():
+        over = "mean over findings" if findings else "all findings together"
+        part.charts.append(_chart(f"{heading}, {over}", lines, whole))
+        part.findings += [_chart(f"{finding}: {heading}", lines, of) for finding, of in findings.items()]
+    if not any(of.log_odds for of in kept.values()):
         part.remarks.append("No calibration: these scores order images and are no probabilities.")
 
 
-def _draw_of(
-    part: CurvePart,
-    findings: Sequence[str],
-    lines: Mapping[str, Mapping[int, Curve]],
-    mean: Callable[[Mapping[int, Curve]], Curve],
-    heading: str,
-    axes: tuple[str, str],
-) -> None:
-    """One kind of curve: the mean over findings, then each finding."""
-    whole = {name: mean(of) for name, of in lines.items() if of}
-    part.charts.append(_chart(f"{heading}, mean over findings", whole, axes))
-    for column, finding in enumerate(findings):
-        if own := {name: of[column] for name, of in lines.items() if column in of}:
-            part.findings.append(_chart(f"{finding}: {heading}", own, axes))
-
-
-def _chart(heading: str, of: Mapping[str, Curve], axes: tuple[str, str]) -> Chart:
-    diagonal = axes[0] != "recall"
-    lines = {name: (line.x.tolist(), line.y.tolist()) for name, line in of.items()}
+def _chart(heading: str, lines: Lines, of: Mapping[str, Curve]) -> Chart:
+    points = {name: (curve.x.tolist(), curve.y.tolist()) for name, curve in of.items()}
     # matplotlib escapes every text it writes.
-    return heading, Markup(line_chart(heading, lines, axes=axes, unit_square=True, diagonal=diagonal))
+    return heading, Markup(line_chart(heading, points, (), lines.axes, True, lines.diagonal))
 
 
 def _called(name: str, scores: Scores) -> list[TableOf]:
     """Of the trained network: confusion of exclusive findings, and of each finding at its threshold."""
-    own, made = scores.models.get(_OWN), []
+    own, made = scores.models.get(OWN), []
     if own is None:
         return []
     if scores.exclusive:
@@ -135,7 +115,7 @@ def _called(name: str, scores: Scores) -> list[TableOf]:
                             ["class", *scores.findings], rows, folded="confusion matrix"))  # fmt: skip
     rows = []
     for column, finding in enumerate(scores.findings):
-        threshold = scores.thresholds.get(_OWN, {}).get(finding)
+        threshold = scores.thresholds.get(OWN, {}).get(finding)
         if threshold is None:
             continue
         found = curves.confusion(own[:, column], scores.truth[:, column], threshold)

@@ -139,6 +139,25 @@ class WandbRun:
             content = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
             self._attempt("add a table", lambda: self._run.log({name: content}))
 
+    def plot(
+        self, name: str, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], axes: tuple[str, str]
+    ) -> None:
+        """Add a plot of curves: name in the legend -> points (x, y); `axes` say what x and y are."""
+        if self._run is not None and curves:
+            import wandb  # see __init__
+
+            def draw() -> None:
+                chart = wandb.plot.line_series(
+                    xs=[list(map(float, x)) for x, _ in curves.values()],
+                    ys=[list(map(float, y)) for _, y in curves.values()],
+                    keys=list(curves),
+                    title=f"{name}: {axes[1]}",
+                    xname=axes[0],
+                )
+                self._run.log({name: chart})
+
+            self._attempt("add a plot", draw)
+
     def alert(self, title: str, text: str) -> None:
         """Have W&B tell the people who watch the run, with `monitor.alerts`; `text` names no sample."""
         if self._run is not None and self._alerts:

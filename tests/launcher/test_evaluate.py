@@ -110,11 +110,13 @@ def test_an_evaluation_joins_the_wandb_run_of_its_training(
     trained = results.read(folder / "evaluation.json").results["zero-shot"]["trained"]
     assert summary["evaluation/test/zero-shot/auroc/macro"] == trained["auroc/macro"].value
     assert summary["evaluation/step"] == 9
-    (table,) = (folder / "wandb").rglob("*.table.json")
-    content = json.loads(table.read_text())
+    tables = [json.loads(file.read_text()) for file in sorted((folder / "wandb").rglob("*.table.json"))]
+    content, *curves = sorted(tables, key=lambda table: "metric" not in table["columns"])
     assert content["columns"] == ["metric", "model", "value", "low", "high"]
     shown = {(metric, model): value for metric, model, value, _, _ in content["data"]}
     assert shown["auroc/edema", "trained"] == trained["auroc/edema"].value
+    assert len(curves) == 2, "ROC, precision and recall; zero-shot says no probabilities"
+    assert {line for table in curves for _, line, _ in table["data"]} == {"trained", "untrained", "pixels"}
     # A folder from elsewhere does not choose the account.
     shutil.rmtree(folder / "wandb")
     config = yaml.safe_load((folder / "config.yaml").read_text())
