@@ -138,7 +138,7 @@ def _alike(known: Mapping[str, tuple[Path, Evaluation]]) -> list[dict[str, tuple
 def _task_tables(evaluations: Mapping[str, Evaluation], task: str) -> list[TableOf]:
     whole, single = comparison.grid(evaluations, task), comparison.grid(evaluations, task, findings=True)
     notes = next(iter(evaluations.values())).notes[task]
-    caption = tables.caption(evaluations)
+    caption = f"{task}: {tables.caption(evaluations)}"
     made = []
     for grid, folded in ((whole, ""), (single.by_finding() or single, "single findings")):
         if not grid.metrics:
@@ -156,7 +156,7 @@ def _task_tables(evaluations: Mapping[str, Evaluation], task: str) -> list[Table
                 )
             rows.append(cells)
         header = ["metric", *(tables.model_name(model) for model in grid.cells)]
-        made.append(TableOf(caption, header, rows, folded=folded))
+        made.append(TableOf(f"{caption}, {folded}" if folded else caption, header, rows, folded=folded))
     remarks = tables.remarks(task, notes) + comparison.unavailable(evaluations, task)
     if not made:
         made.append(TableOf(caption, [], []))
