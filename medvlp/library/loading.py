@@ -67,7 +67,7 @@ def read_model(place: Path) -> Loaded:
     if (place / HEADS).is_file():
         return _read_export(place)
     source = saved_run.locate(place)
-    config = saved_run.load_config(source, [], reads_data=False, tasks=tasks.schemas())
+    config = saved_run.load_config(source, [], reads_data=False)
     tokenizer = saved_run.load_tokenizer(source, config)
     objective = None
     if config.task is None:

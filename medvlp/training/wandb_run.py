@@ -148,8 +148,8 @@ class WandbRun:
 
             def draw() -> None:
                 chart = wandb.plot.line_series(
-                    xs=[list(map(float, x)) for x, _ in curves.values()],
-                    ys=[list(map(float, y)) for _, y in curves.values()],
+                    xs=[list(x) for x, _ in curves.values()],
+                    ys=[list(y) for _, y in curves.values()],
                     keys=list(curves),
                     title=f"{name}: {axes[1]}",
                     xname=axes[0],

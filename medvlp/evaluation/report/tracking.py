@@ -65,4 +65,5 @@ def _plot(evaluation: Evaluation, task: str, run: WandbRun, source: SavedRun) ->
             continue
         for lines in lines_of(kept):
             name = f"evaluation/{evaluation.data['split']}/{task}/{unit}/{lines.heading}"
-            run.plot(name, lines.whole, lines.axes)
+            points = {model: (line.x.tolist(), line.y.tolist()) for model, line in lines.whole.items()}
+            run.plot(name, points, lines.axes)
