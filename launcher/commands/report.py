@@ -41,7 +41,8 @@ def report(
     for run in runs:
         history = read_history(run)
         if any(part.history.name == history.name for part in parts):
-            history.name = f"{history.name} ({run})"
+            folder = run.resolve()
+            history.name = f"{history.name} ({folder.parent.name}/{folder.name})"
         evaluated = (run / RESULT_NAME).is_file()
         part = RunPart(history, results.read(run / RESULT_NAME) if evaluated else None)
         part.samples, why = _samples(part, run, data, samples, include_samples)

@@ -17,6 +17,7 @@ from medvlp.evaluation.report.curves import OWN, Lines, lines_of
 from medvlp.evaluation.report.results import Evaluation
 from medvlp.evaluation.task import EvaluationError, Scores, tasks
 from medvlp.run_page.charts import line_chart
+from medvlp.run_page.history import without_places
 from medvlp.run_page.tables import Cell, TableOf
 
 Chart = tuple[str, Markup]
@@ -52,7 +53,7 @@ def curve_part(evaluations: Mapping[str, tuple[Path, Evaluation]], task: str) ->
         try:
             kept[name] = files.read(run, one, task, unit)
         except EvaluationError as error:
-            part.remarks.append(f"{name}: no curves: {error}")
+            part.remarks.append(f"{name}: no curves: {without_places(str(error))}")
     if not kept:
         return part
     findings = [name for name in next(iter(kept.values())).findings

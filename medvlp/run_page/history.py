@@ -23,6 +23,7 @@ _LONGEST_LINE, _LIMIT = 1 << 22, 1 << 26
 _NAME = re.compile(r"[\w./@% +-]{1,80}")
 #: Config keys that name a run, or places of the machine it was trained on.
 _PLACES = ("run.dir", "run.name", "data.root", "data.cache_dir")
+_ABSOLUTE = re.compile(r"(?<![\w./])/(?:[^\s/]+/)+")
 #: Points of a curve; a longer one is thinned evenly.
 POINTS = 500
 #: Kinds of events after which a run went on anew.
@@ -77,6 +78,11 @@ def read_history(folder: Path) -> History:
     found.restarts = [event["step"] for event in events
                       if event.get("kind") in _RESTARTS and type(event.get("step")) is int]  # fmt: skip
     return found
+
+
+def without_places(text: str) -> str:
+    """A text with the last part alone of every absolute path: "local-dir:/data/a/b" -> "local-dir:…/b"."""
+    return _ABSOLUTE.sub("…/", text)
 
 
 def differences(histories: Sequence[History]) -> list[tuple[str, list[Any]]]:

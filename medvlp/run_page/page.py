@@ -17,7 +17,7 @@ from medvlp.evaluation.task import schemas
 from medvlp.methods.registry import schemas as method_schemas
 from medvlp.run_page.charts import line_chart
 from medvlp.run_page.curves import CurvePart, curve_part
-from medvlp.run_page.history import History, chosen_values, differences, flat
+from medvlp.run_page.history import History, chosen_values, differences, flat, without_places
 from medvlp.run_page.samples import Shown
 from medvlp.run_page.tables import Cell, TableOf
 
@@ -73,7 +73,8 @@ def render(parts: Sequence[RunPart]) -> str:
         results=results_parts(known),
         charts=charts(histories),
         config=TableOf(caption, ["key", *(h.name for h in histories)],
-                       [[Cell(key), *(Cell(str(value)) for value in values)] for key, values in changed]),
+                       [[Cell(key), *(Cell(without_places(str(value))) for value in values)]
+                        for key, values in changed]),
         data=[data_table(history) for history in histories if history.data],
         packages=_packages(histories),
     )  # fmt: skip
@@ -160,7 +161,7 @@ def _task_tables(evaluations: Mapping[str, Evaluation], task: str) -> list[Table
     remarks = tables.remarks(task, notes) + comparison.unavailable(evaluations, task)
     if not made:
         made.append(TableOf(caption, [], []))
-    made[0].remarks = remarks
+    made[0].remarks = [without_places(line) for line in remarks]
     return made
 
 

@@ -198,6 +198,7 @@ def test_curves_say_why_they_are_not_there(run: Path, make: Callable[..., Path],
     assert invoke(run, other, "--out", tmp_path / "a.html", "--samples", 0).exit_code == 0
     text = " ".join(Page((tmp_path / "a.html").read_text()).text.split())
     assert "bare: no curves" in text
+    assert str(other) not in text, "a place of the machine"
     assert "ROC, mean over findings" in text
     found = results.read(other / "evaluation.json")
     found.scores = {}
@@ -250,6 +251,19 @@ def test_names_of_strangers_are_text(make: Callable[..., Path], tmp_path: Path) 
     chart = line_chart(evil, {evil: ([0, 1], [0, 1]), "$x^{": ([0, 1], [1, 0])})
     assert "<script" not in chart
     assert "$x^{" in chart
+
+
+def test_places_of_the_machine_are_not_told(make: Callable[..., Path], tmp_path: Path) -> None:
+    run = make("here", 0.5, "monitor.project=/secret/place/project", "monitor.group=local-dir:/secret/a")
+    (run / "evaluation.json").unlink()
+    assert invoke(run, "--out", tmp_path / "a.html").exit_code == 0
+    text = (tmp_path / "a.html").read_text()
+    assert "not evaluated" in text
+    assert "…/project" in text
+    assert "local-dir:…/a" in text
+    assert "secret" not in text
+    assert str(run.parent) not in text
+    assert history.without_places("https://host/a/b models/c.pth") == "https://host/a/b models/c.pth"
 
 
 def test_long_curves_are_thinned_and_what_is_no_run_is_refused(tmp_path: Path) -> None:
