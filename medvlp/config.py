@@ -229,6 +229,9 @@ class OptimizerConfig:
     )
     image_lr_scale: float = key(1.0, "factor on the learning rate of the image encoder", 0, 10**6)
     text_lr_scale: float = key(1.0, "factor on the learning rate of the text encoder", 0, 10**6)
+    fusion_lr_scale: float = key(
+        1.0, "factor on the learning rate of what fuses image and text (M3AE: 5)", 0, 10**6
+    )
     head_lr_scale: float = key(1.0, "factor on the learning rate of a downstream task's head", 0, 10**6)
     layer_decay: float = key(
         1.0,
@@ -330,6 +333,12 @@ class EvaluationConfig:
     batch: int = key(64, "images of one forward pass", 1, 1 << 20)
     bootstrap: int = key(1000, "resamples (by patient) of the 95 % intervals", 1, 10**6)
     seed: int = key(0, "seed of the bootstrap and of label fractions", 0, (1 << 32) - 1)
+    shared_patients: bool = key(
+        False, "true: learn and measure though a patient is in several of the splits (VQA-RAD as published)"
+    )
+    blank: Literal["auto", "exclude", "negative"] = key(
+        "auto", "what an unknown label counts as; auto: negative for CheXpert's 14, else it is left out"
+    )
     tasks: dict[str, Any] = key({}, "the keys of each task (see `medvlp evaluate --help`)")
 
 

@@ -112,7 +112,7 @@ def evaluate(
         str | None, typer.Option("--split", help="split to evaluate; default: evaluation.split")
     ] = None,
     uncertain: Annotated[
-        str, typer.Option("--uncertain", help="labels of -1: exclude, positive or negative")
+        str, typer.Option("--uncertain", help="labels of -1: exclude, positive, negative or per_class")
     ] = "exclude",
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda")] = "auto",
     fresh: Annotated[bool, typer.Option("--fresh", help="evaluate again what is finished")] = False,

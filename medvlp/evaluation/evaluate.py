@@ -113,6 +113,12 @@ def evaluate(options: EvaluationOptions, say: Callable[[str], None]) -> Evaluati
             evaluation.results[task.name], evaluation.notes[task.name] = {}, {"not_available": reason}
             evaluation.units.pop(task.name, None)
             continue
+        try:
+            if todo:
+                session.check(task)
+        except EvaluationError as error:
+            _leave_out(evaluation, task, error, options, say)
+            continue
         if todo:
             session.expect(task)
             jobs.append((task, todo))

@@ -7,9 +7,20 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from medvlp.evaluation.metrics.clinical import plain
+from shards.errors import UsageError
+
 Floats = NDArray[np.float64]
-#: What becomes of uncertain labels (-1): left out of that finding, or counted as one side.
-Uncertain = Literal["exclude", "positive", "negative"]
+#: What becomes of uncertain labels (-1): left out of that finding, or counted as one side; per_class: as
+#: published for CheXpert's five competition findings (`PER_CLASS`), others left out.
+Uncertain = Literal["exclude", "positive", "negative", "per_class"]
+#: What an unknown label counts as; auto: negative for CheXpert's labels, where it says "not mentioned".
+Blank = Literal["auto", "exclude", "negative"]
+
+#: MGCA's and GLoRIA's choice on CheXpert.
+PER_CLASS = {
+    "atelectasis": 1.0, "cardiomegaly": 0.0, "consolidation": 0.0, "edema": 1.0, "pleural effusion": 1.0,
+}  # fmt: skip
 
 #: Fewest positives and fewest negatives for which a metric of a finding is reported.
 FEWEST = 2
@@ -32,10 +43,38 @@ class Count:
     excluded: int
 
 
-def binary(labels: NDArray[Any], uncertain: Uncertain = "exclude") -> Floats:
-    """[N, C] stored labels (1, 0, -1 uncertain, NaN unknown) -> [N, C] of 1, 0 and NaN (does not count)."""
-    side = {"exclude": np.nan, "positive": 1.0, "negative": 0.0}[uncertain]
-    return np.where(labels == -1, side, labels.astype(np.float64))
+def sides(uncertain: Uncertain, names: Sequence[str]) -> Floats:
+    """[C] what an uncertain label of each finding counts as: 1, 0, or NaN (it is left out)."""
+    if uncertain == "per_class":
+        return np.array([PER_CLASS.get(plain(name), np.nan) for name in names])
+    return np.full(len(names), {"exclude": np.nan, "positive": 1.0, "negative": 0.0}[uncertain])
+
+
+def check_uncertain(uncertain: Uncertain, names: Sequence[str]) -> None:
+    """Raise UsageError where per_class says nothing of any of the findings."""
+    if uncertain == "per_class" and not {plain(name) for name in names} & PER_CLASS.keys():
+        raise UsageError(f"--uncertain per_class is of {', '.join(PER_CLASS)}; none of them is evaluated")
+
+
+def has_chexpert_labels(label_names: Sequence[str]) -> bool:
+    """Whether a dataset has the 14 labels of CheXpert and MIMIC-CXR, told by those that no other set has."""
+    return {"no finding", "support devices", "pleural other"} <= {plain(name) for name in label_names}
+
+
+def blank_side(blank: Blank, label_names: Sequence[str]) -> float:
+    """What an unknown label of a dataset counts as: 0, or NaN (it is left out)."""
+    negative = has_chexpert_labels(label_names) if blank == "auto" else blank == "negative"
+    return 0.0 if negative else float("nan")
+
+
+def binary(labels: NDArray[Any], uncertain: Floats | float = np.nan, blank: float = np.nan) -> Floats:
+    """[N, C] stored labels (1, 0, -1 uncertain, NaN unknown) -> [N, C] of 1, 0 and NaN (does not count).
+
+    Args:
+        labels: as stored. uncertain: [C] of `sides`, or one for all. blank: of `blank_side`.
+    """
+    stored = labels.astype(np.float64)
+    return np.where(stored == -1, uncertain, np.where(np.isnan(stored), blank, stored))
 
 
 def counts(truth: Floats, names: Sequence[str]) -> dict[str, Count]:

@@ -24,9 +24,17 @@ from medvlp.data.loader import evaluation_dataset, evaluation_loader
 from medvlp.data.report import report_text
 from medvlp.data.text import Tokenizer
 from medvlp.evaluation.features import Wanted, embed, embed_texts
-from medvlp.evaluation.labels import Floats, Uncertain, binary, not_evaluable
+from medvlp.evaluation.labels import (
+    Floats,
+    Uncertain,
+    binary,
+    blank_side,
+    check_uncertain,
+    not_evaluable,
+    sides,
+)
 from medvlp.evaluation.metrics.bootstrap import PatientBootstrap
-from medvlp.evaluation.splits import Split, chosen_labels, selection_split
+from medvlp.evaluation.splits import Split, check_apart, chosen_labels, selection_split
 from medvlp.evaluation.task import EvaluationError, Facts, Needs, Role, Task, Unit
 from medvlp.methods.base import Method
 from medvlp.methods.registry import build_method
@@ -68,6 +76,7 @@ class Session:
     _needs: dict[str, list[Needs]] = field(default_factory=dict)
     _splits: dict[str, Split] = field(default_factory=dict)
     _prompts: dict[tuple[str, ...], dict[str, NDArray[Any] | None]] = field(default_factory=dict)
+    _apart: set[tuple[str, ...]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         """Check that there are such a split and such labels.
@@ -77,6 +86,7 @@ class Session:
         """
         self.reader.index.split_shards(self.config.evaluation.split)
         self.findings = chosen_labels(self.reader.index.label_names, self.labels)
+        check_uncertain(self.uncertain, self.findings)
 
     @cached_property
     def models(self) -> dict[str, Method]:
@@ -110,6 +120,23 @@ class Session:
                 )
             if role in facts.roles:
                 self._needs.setdefault(facts.roles[role], []).append(needs)
+
+    def check(self, task: Task) -> None:
+        """See to it that a task can be done, as far as can be told before hours of training.
+
+        Raises:
+            EvaluationError: a package is missing; splits share patients that it learns from; one of them has
+                nothing to learn from, to choose by, or to measure on.
+        """
+        task.check_packages()
+        splits = tuple(sorted(self.facts(task).roles.values()))
+        if task.fits_to_labels and splits not in self._apart:
+            check_apart(self.reader, splits, self.config.evaluation.shared_patients, self.say)
+            self._apart.add(splits)
+        if task.trains:
+            from medvlp.evaluation.supervised import check_learnable
+
+            check_learnable(self, task)
 
     def view(self, task: Task, roles: Sequence[Role], folder: Path | None) -> View:
         """The session as a step of one of the task's units sees it."""
@@ -262,9 +289,11 @@ class View:
 
     def truth(self, split: Split, findings: Sequence[str] | None = None) -> Floats:
         """[N, C] labels (1, 0, NaN) of some findings, by default of all that are evaluated."""
-        names = self.facts.index.label_names
-        columns = [names.index(name) for name in (self.facts.findings if findings is None else findings)]
-        return binary(split.labels[:, columns], self._session.uncertain)
+        names, session = self.facts.index.label_names, self._session
+        findings = self.facts.findings if findings is None else findings
+        blank = blank_side(session.config.evaluation.blank, names)
+        columns = [names.index(name) for name in findings]
+        return binary(split.labels[:, columns], sides(session.uncertain, findings), blank)
 
     def prompt_embeddings(self, sentences: tuple[str, ...]) -> dict[str, NDArray[Any] | None]:
         """[P, D] unit-norm embeddings of sentences by every network; None: it scores pairs in its own way."""

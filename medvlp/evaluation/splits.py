@@ -1,6 +1,7 @@
 """What is known about the samples of a split, beside what the models make of their images."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -10,7 +11,9 @@ from numpy.typing import NDArray
 
 from medvlp.evaluation.baselines import PixelRidge
 from medvlp.evaluation.features import SplitArrays
-from shards.errors import UsageError
+from medvlp.evaluation.task import EvaluationError
+from shards.errors import DataError, UsageError
+from shards.reader import ShardReader
 
 #: Splits on which thresholds and penalties may be chosen, in this order; never the evaluated one.
 SELECTION_ORDER = ("valid", "train")
@@ -51,6 +54,47 @@ def selection_split(available: Sequence[str], evaluated: str, fits_to_labels: bo
         if name in available and name != evaluated and not (fits_to_labels and name == "train"):
             return name
     return None
+
+
+def shared_patients(reader: ShardReader, splits: Sequence[str]) -> dict[str, int]:
+    """Number of patients in each two of the splits that have any in common: "train, test" -> 3."""
+    found: dict[str, set[str]] = {}
+    for split in splits:
+        known = (_patient(reader, split, i) for i in range(reader.sample_count(split)))
+        found[split] = {patient for patient in known if patient is not None}
+    pairs = {
+        f"{one}, {other}": len(found[one] & found[other]) for one, other in itertools.combinations(found, 2)
+    }
+    return {pair: count for pair, count in pairs.items() if count}
+
+
+def check_apart(
+    reader: ShardReader, splits: Sequence[str], allowed: bool, say: Callable[[str], None]
+) -> None:
+    """Say how many patients are in several of the splits.
+
+    Raises:
+        EvaluationError: there are some, and they are not allowed.
+    """
+    shared = shared_patients(reader, splits)
+    if not shared:
+        return
+    counts = "; ".join(f"{count} patients in both {pair}" for pair, count in shared.items())
+    said = f"{reader.index.name}: {counts}: what is measured has been seen in training or in choosing"
+    if not allowed:
+        raise EvaluationError(
+            f"{said}. `medvlp shards verify` names the shards; evaluation.shared_patients=true goes on"
+        )
+    say(said)
+
+
+def _patient(reader: ShardReader, split: str, i: int) -> str | None:
+    """None for a corrupt sample, which is neither learned nor measured."""
+    try:
+        patient: str = reader.metadata(split, i)["patient_id"]
+    except DataError:
+        return None
+    return patient
 
 
 def chosen_labels(label_names: Sequence[str], chosen: Sequence[str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,8 +26,8 @@ from medvlp.data.order import Positions
 from medvlp.data.sample_store import SampleStore
 from medvlp.data.text import Tokenizer
 from medvlp.evaluation.heads.objective import SupervisedObjective
-from medvlp.evaluation.splits import stratified_fraction
-from medvlp.evaluation.task import EvaluationError, Role, Unit, schemas, tasks
+from medvlp.evaluation.splits import check_apart, stratified_fraction
+from medvlp.evaluation.task import EvaluationError, Role, Task, Unit, schemas, tasks
 from medvlp.evaluation.trained import DEFAULTS, TrainedTask
 from medvlp.evaluation.while_training import MeasuredPretraining
 from medvlp.methods import registry
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from medvlp.evaluation.session import Session, View
 
 Start = Literal["trained", "untrained"]
+logger = logging.getLogger(__name__)
 
 #: Sections of a run's config that its network and the reading of images and reports depend on.
 _NETWORK = ("image", "text", "method", "prototypes", "data")
@@ -83,6 +85,7 @@ def task_of(config: Config) -> TrainedTask:
         )
     task = known[config.task](config.evaluation.tasks[config.task])
     assert isinstance(task, TrainedTask)
+    task.check_packages()
     return task
 
 
@@ -127,7 +130,14 @@ class Supervised(Recipe):
             begin_again(objective.method, began, None if source.stored is None else source.stored[0])
 
     def validated(self, reader: ShardReader, store: SampleStore) -> Positions:
-        """Those that something is known of."""
+        """Those that something is known of.
+
+        Raises:
+            EvaluationError: their split shares patients with the training split.
+        """
+        config = self.config
+        apart = (config.data.split, config.validation.split)
+        check_apart(reader, apart, config.evaluation.shared_patients, logger.warning)
         return learnable(self.task, reader, self.config.validation.split, store)
 
     def examination(self, objective: Objective, data: TrainingSet) -> Callable[[Batch], Mapping[str, Tensor]]:
@@ -166,7 +176,7 @@ def draw(task: TrainedTask, reader: ShardReader, config: Config, store: SampleSt
     split = config.data.split
     rows = learnable(task, reader, split, store)
     if not len(rows):
-        raise EvaluationError(f"{task.name}: no sample of split {split} has what is to be learned")
+        raise EvaluationError(f"{task.name}: no sample of split {split} has {task.teaches}")
     names = reader.index.label_names
     columns = [names.index(name) for name in task.findings(names)]
     patients = np.array([reader.metadata(split, int(row))["patient_id"] for row in rows])
@@ -179,6 +189,15 @@ def learnable(task: TrainedTask, reader: ShardReader, split: str, store: SampleS
     readable = np.ones(len(store), dtype=bool)
     readable[store.unreadable] = False
     return np.flatnonzero(task.learnable(reader, split, store) & readable)
+
+
+def check_learnable(session: Session, task: Task) -> None:
+    """Raise EvaluationError where a split has no sample that a task can learn from or be measured on."""
+    assert isinstance(task, TrainedTask)
+    for split in session.facts(task).roles.values():
+        store = SampleStore.open_or_build(session.reader, split, session.config.data, session.tokenizer)
+        if not len(learnable(task, session.reader, split, store)):
+            raise EvaluationError(f"{task.name}: no sample of split {split} has {task.teaches}")
 
 
 def run_config(
@@ -348,11 +367,16 @@ def unit_config(session: Session, task: TrainedTask, unit: Unit, start: Start, r
     """The config of a training run of a unit, in the folder `run`."""
     roles, machine = session.facts(task).roles, dataclasses.asdict(session.config)
     settings = {"labels": task.settings.labels or session.findings, "uncertain": session.uncertain}
+    if hasattr(task.settings, "blank"):
+        settings["blank"] = session.config.evaluation.blank
     given = {
         "run": {"dir": str(run), "name": f"{task.name}-{unit.name}-{start}"},
         "data": {"split": roles["train"]},
         "validation": {"split": roles["selection"]},
-        "evaluation": {"tasks": {task.name: settings}},
+        "evaluation": {
+            "shared_patients": session.config.evaluation.shared_patients,
+            "tasks": {task.name: settings},
+        },
     }
     layers = [
         Layer("how the run uses its machine", {name: machine[name] for name in _MACHINE}),

@@ -163,11 +163,13 @@ class Task(abc.ABC):
         fits_to_labels: it fits something to the training labels, so "train" cannot be its selection split.
         keeps_scores: its units have `TaskResult.scores`.
         trains: it trains networks, which takes hours: done only where it is asked for by name.
+        packages: modules it needs of the extra `evaluate`.
         reading: how its numbers read.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    packages: ClassVar[tuple[str, ...]] = ()
     version: ClassVar[int] = 1
     config: ClassVar[type[TaskConfig]] = TaskConfig
     unit_keys: ClassVar[frozenset[str]] = frozenset()
@@ -179,6 +181,11 @@ class Task(abc.ABC):
     def __init__(self, settings: Any) -> None:
         """`settings` is an instance of `config`."""
         self.settings = settings
+
+    def check_packages(self) -> None:
+        """Raise EvaluationError where a package is not installed: better now than after a training."""
+        if missing := [name for name in self.packages if importlib.util.find_spec(name) is None]:
+            raise EvaluationError(f"{self.name} needs {', '.join(missing)}: pip install medvlp[evaluate]")
 
     @abc.abstractmethod
     def needs(self, facts: Facts) -> Mapping[Role, Needs]:

@@ -64,8 +64,8 @@ class TrainedTaskConfig(TaskConfig):
     )
     protocol: str = key("ours", "named settings of optimizer, schedule, head and views")
     labels: list[str] = key([], "labels that are learned; none: all of the dataset")
-    uncertain: Literal["exclude", "positive", "negative"] = key(
-        "exclude", "what a label of -1 teaches: nothing, or one side"
+    uncertain: Literal["exclude", "positive", "negative", "per_class"] = key(
+        "exclude", "what a label of -1 teaches: nothing, one side, or as published for CheXpert's five"
     )
     training: dict[str, Any] = key(
         {}, "sections of the config of its training runs, over the protocol's: {train: {epochs: 10}}"
@@ -99,6 +99,7 @@ class TrainedTask(Task):
     """See the module. A subclass writes `objective`, `metrics` and `score`.
 
     Attributes:
+        teaches: what `learnable` looks for, in words.
         fields: batch fields that training and prediction read.
         chooses: metric of the validation that chooses the epoch: "loss", or a name that `metrics` gives.
         chooses_mode: whether the lowest or the highest is best.
@@ -109,6 +110,7 @@ class TrainedTask(Task):
     unit_keys = frozenset({"fractions", "seeds"})
     fits_to_labels = True
     trains = True
+    teaches: ClassVar[str] = "a label of a finding"
     fields: ClassVar[frozenset[str]] = frozenset()
     chooses: ClassVar[str] = "loss"
     chooses_mode: ClassVar[Literal["min", "max"]] = "min"

@@ -126,9 +126,9 @@ def parameter_groups(
     """Group the trainable parameters of an objective by (learning-rate factor, weight decay).
 
     Not decayed: names in `objective.parameters_without_decay()`, and, unless `decay_all`, parameters with at
-    most one dimension (biases, norms, scales). The encoders' factors apply to parameters below attributes
-    `image_encoder` and `text_encoder`, `layer_decay` inside the image encoder's backbone, the head's below
-    the objective's attribute `head`.
+    most one dimension (biases, norms, scales). The factors of encoders and fusion apply to parameters below
+    attributes `image_encoder`, `text_encoder` and `fusion`, `layer_decay` inside the image encoder's
+    backbone, the head's below the objective's attribute `head`.
 
     Returns:
         The optimiser's groups, and for each the factor on the scheduled learning rate. Frozen parameters
@@ -154,6 +154,8 @@ def _scale(name: str, config: OptimizerConfig) -> float:
         return config.image_lr_scale
     if "text_encoder" in path:
         return config.text_lr_scale
+    if "fusion" in path:
+        return config.fusion_lr_scale
     return config.head_lr_scale if path[0] == "head" else 1.0
 
 

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from medvlp.evaluation import prompts
-from medvlp.evaluation.labels import Count, binary, counts, not_evaluable
+from medvlp.evaluation.labels import (
+    Count,
+    binary,
+    blank_side,
+    check_uncertain,
+    counts,
+    not_evaluable,
+    sides,
+)
 from medvlp.evaluation.splits import chosen_labels, selection_split
 from medvlp.evaluation.tasks.retrieval import report_groups
 from shards.entities.observations import observation_class
@@ -22,8 +30,21 @@ STORED = np.array([[1, 0], [0, -1], [-1, np.nan], [1, 0], [0, 1]])
 
 def test_uncertain_labels_are_left_out_or_take_a_side() -> None:
     np.testing.assert_array_equal(binary(STORED)[:, 0], [1, 0, np.nan, 1, 0])
-    np.testing.assert_array_equal(binary(STORED, "positive")[:, 1], [0, 1, np.nan, 0, 1])
-    np.testing.assert_array_equal(binary(STORED, "negative")[:, 1], [0, 0, np.nan, 0, 1])
+    np.testing.assert_array_equal(binary(STORED, 1.0)[:, 1], [0, 1, np.nan, 0, 1])
+    np.testing.assert_array_equal(binary(STORED, 0.0)[:, 1], [0, 0, np.nan, 0, 1])
+
+
+def test_the_published_choice_for_chexpert_is_by_finding_and_unknown_labels_are_absent() -> None:
+    names = ["Pleural_Effusion", "cardiomegaly", "Fracture"]
+    stored = np.array([[-1, -1, -1], [np.nan, 1, np.nan], [1, 0, 0]])
+    per_class = binary(stored, sides("per_class", names))
+    np.testing.assert_array_equal(per_class, [[1, 0, np.nan], [np.nan, 1, np.nan], [1, 0, 0]])
+    blank = binary(stored, sides("exclude", names), blank_side("negative", names))
+    np.testing.assert_array_equal(blank[1], [0, 1, 0])
+    chexpert = [*names, "No Finding", "Support Devices", "Pleural Other"]
+    assert [blank_side("auto", of) for of in (chexpert, names)] == [0.0, pytest.approx(np.nan, nan_ok=True)]
+    with pytest.raises(UsageError, match=r"per_class is of atelectasis, .* none of them"):
+        check_uncertain("per_class", ["Fracture"])
 
 
 def test_findings_with_too_few_of_a_class_are_listed_with_their_counts() -> None:

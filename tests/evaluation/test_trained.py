@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,17 +18,34 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medvlp.config import Config, ConfigError
+from medvlp.data.batch import Batch
+from medvlp.data.cache import open_reader
+from medvlp.data.loader import evaluation_dataset
+from medvlp.data.sample_store import SampleStore
+from medvlp.data.text import Tokenizer
 from medvlp.evaluation import task as contract
 from medvlp.evaluation.evaluate import EvaluationOptions, evaluate, quick_tasks
 from medvlp.evaluation.heads.classification import class_entropy, masked_bce
 from medvlp.evaluation.splits import stratified_fraction
-from medvlp.evaluation.supervised import TrainingStoppedError, train_here
+from medvlp.evaluation.supervised import (
+    Network,
+    TrainingStoppedError,
+    finetuning_config,
+    recipe_of,
+    task_of,
+    train_here,
+)
+from medvlp.evaluation.task import EvaluationError
 from medvlp.evaluation.tasks.fine_tuning import FineTuning, FineTuningConfig
 from medvlp.evaluation.trained import TrainedTask
+from medvlp.runs import saved_run
 from shards.errors import MedvlpError
 from shards.reader import ShardReader
+from shards.sources.phantom import PhantomSource
+from shards.study import Study
+from tests.evaluation.leaky import Twice
 from tests.evaluation.toy_trained import Brightness
-from tests.launcher.tiny_run import make_run, make_shards
+from tests.launcher.tiny_run import build, make_run, make_shards
 
 FAST = [
     "evaluation.bootstrap=20", "monitor.wandb=disabled", "monitor.progress=false", "zero.stage=0",
@@ -183,6 +204,125 @@ def test_what_is_trained_and_chosen_has_not_seen_the_evaluated_split(
     assert read["measure"] == {"test"}
     assert 0 <= result.models["trained"]["auroc@50%/macro"].value <= 1
     assert result.models["chance"]["auroc@50%/macro"].value == 0.5
+
+
+class Seen(torch.nn.Module):
+    """Predicts what it sees: the mean of each image."""
+
+    def predict(self, batch: Batch) -> dict[str, torch.Tensor]:
+        return {"mean": batch.image.float().mean(dim=(1, 2, 3))}
+
+
+def test_a_network_is_measured_in_the_views_of_its_own_training(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pre-training's, of which the session makes its splits, is the middle of an image."""
+    run = make_run(shards, tmp_path / "tiny", "data.image_size=24")
+    source = saved_run.locate(run)
+    words = [f"run.dir={tmp_path / 'tuned'}", "data.transform.crop=none"]
+    config = finetuning_config(run, "fine-tuning", 1.0, 0, False, [], words)
+    tokenizer, reader = saved_run.load_tokenizer(source, config), open_reader(config.data)
+    session = saved_run.load_config(source, [])
+    of = {
+        name: evaluation_dataset(chosen, reader, tokenizer, "test")
+        for name, chosen in (("session", session), ("network", config))
+    }
+    view: Any = SimpleNamespace(dataset=lambda role: of["session"], device=torch.device("cpu"))
+    monkeypatch.setattr(Network, "_objective", lambda *arguments: Seen())
+    network = Network(task_of(config), config, source)
+    found = network.predict(view, "evaluated")
+    expected = {
+        name: np.array([dataset[[i]].image.float().mean().item() for i in found.sample])
+        for name, dataset in of.items()
+    }
+    assert np.allclose(found.arrays["mean"], expected["network"])
+    assert not np.allclose(found.arrays["mean"], expected["session"], atol=1)
+    (batch,) = network.batches(view, "evaluated", found.sample[:4])
+    assert np.allclose(batch.image.float().mean(dim=(1, 2, 3)), expected["network"][:4])
+
+
+class Bare(PhantomSource):
+    """Images with labels that nobody gave, and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__(studies=30, image_size=32, seed=3)
+
+    def load(self, i: int) -> list[Study]:
+        nothing: dict[str, Any] = {
+            "sections": {},
+            "sentences": [],
+            "boxes": [],
+            "masks": {},
+            "questions": [],
+            "phrases": [],
+        }
+        return [
+            replace(study, labels=dict.fromkeys(study.labels), entities=[], **nothing)
+            for study in super().load(i)
+        ]
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(Bare(), tmp_path_factory.mktemp("bare") / "data", vocab_size=300)
+
+
+@pytest.fixture(scope="module")
+def leaky(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("leaky")
+    return make_run(build(Twice(), folder / "data", vocab_size=300), folder / "run")
+
+
+@pytest.mark.parametrize("task", [name for name, task in contract.tasks().items() if task.fits_to_labels])
+def test_nothing_is_learned_where_a_patient_is_in_two_splits(leaky: Path, task: str) -> None:
+    train = lambda config: pytest.fail("trained")  # noqa: E731
+    with pytest.raises(EvaluationError, match=r"10 patients in both test, train: .* has been seen"):
+        ask(leaky, task=task, train=train)
+
+
+TRAINED = {name: task for name, task in contract.tasks().items() if issubclass(task, TrainedTask)}
+
+
+@pytest.mark.parametrize("task", [name for name, task in TRAINED.items() if task.packages])
+def test_a_package_that_is_missing_is_named_before_anything_is_trained(
+    leaky: Path, monkeypatch: pytest.MonkeyPatch, task: str
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *more: None if name in TRAINED[task].packages else find(name, *more),
+    )
+    for begin in (
+        lambda: ask(leaky, task=task, train=lambda config: pytest.fail("trained")),
+        lambda: recipe_of(finetuning_config(leaky, task, 1.0, 0, False, [], [f"run.dir={leaky}-tuned"])),
+    ):
+        with pytest.raises(EvaluationError, match=rf"{task} needs \w+: pip install medvlp\[evaluate\]"):
+            begin()
+
+
+@pytest.mark.parametrize("task", TRAINED)
+def test_a_dataset_without_what_is_learned_is_refused_before_anything_is_trained(
+    leaky: Path, bare: Path, task: str
+) -> None:
+    options = EvaluationOptions(
+        leaky, str(bare), [task], overrides=FAST, train=lambda config: pytest.fail("trained")
+    )
+    with pytest.raises(EvaluationError, match=rf"{task}: no sample of split \w+ has an? "):
+        evaluate(options, lambda line: None)
+
+
+def test_what_is_chosen_while_training_shares_no_patient_unless_the_user_says_so(leaky: Path) -> None:
+    words = [f"run.dir={leaky}-tuned", "validation.split=test"]
+    for more in ([], ["evaluation.shared_patients=true"]):
+        config = finetuning_config(leaky, "fine-tuning", 1.0, 0, False, [], [*words, *more])
+        recipe, reader = recipe_of(config), open_reader(config.data)
+        store = SampleStore.open_or_build(reader, "test", config.data, Tokenizer.load(None, config.data.root))
+        if more:
+            assert len(recipe.validated(reader, store)) == 10
+        else:
+            with pytest.raises(EvaluationError, match="10 patients in both train, test"):
+                recipe.validated(reader, store)
 
 
 def test_an_unknown_protocol_or_key_of_the_training_is_named(run: Path) -> None:

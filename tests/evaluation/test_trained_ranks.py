@@ -1,45 +1,76 @@
-"""Fine-tuning on several ranks, at every ZeRO stage, killed and taken up: the same as pre-training."""
+"""Every task that trains, on several ranks and killed: the same as pre-training."""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
 
-from medvlp.evaluation.supervised import finetuning_config, recipe_of
+from medvlp.evaluation.supervised import Supervised, finetuning_config, recipe_of
+from medvlp.evaluation.task import tasks
+from medvlp.evaluation.trained import TrainedTask
+from medvlp.training.monitor import Monitor
+from medvlp.training.predictions import Predictions
 from medvlp.training.run import train
+from shards.sources.phantom import PhantomSource
 from tests.distributed_pool import Pools
-from tests.launcher.tiny_run import make_run, make_shards
+from tests.launcher.tiny_run import build, make_run
 from tests.training.test_resume import comparable, killed_after, weights
 
+pytestmark = pytest.mark.dist
+
+TRAINED = sorted(name for name, task in tasks().items() if issubclass(task, TrainedTask))
 FAST = [
-    "train.steps=6", "train.min_steps=0", "train.global_batch=12", "train.threads=1",
-    "monitor.wandb=disabled", "monitor.progress=false", "precision=fp32",
-    "validation.every_epochs=0", "validation.every_steps=2",
-    "validation.batch=8", "image.options={drop_path_rate: 0.2}", "checkpoint.every_steps=2",
-    "checkpoint.asynchronous=false", "checkpoint.keep_last=0", "optimizer.lr=1e-3",
+    "train.min_steps=0", "train.global_batch=6", "train.threads=1", "monitor.wandb=disabled",
+    "monitor.progress=false", "precision=fp32", "validation.every_epochs=0", "validation.every_steps=2",
+    "validation.batch=3", "checkpoint.every_steps=2", "checkpoint.asynchronous=false",
+    "checkpoint.keep_last=0", "optimizer.lr=1e-3",
 ]  # fmt: skip
+SMALL = {
+    "report": ["width=16", "heads=2", "layers=1", "hidden=16", "beams=2", "max_words=8"],
+    "vqa": ["width=16"],
+}
+#: What draws on each rank, so that ranks can be compared.
+DROPPED = {"report": ["evaluation.tasks.report.dropout=0"]}
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
-    return make_run(make_shards(folder / "data"), folder / "run")
+    shards = build(PhantomSource(studies=40, image_size=32, seed=3), folder / "data", vocab_size=300)
+    return make_run(shards, folder / "run")
 
 
-def finetune(source: str, run: str, words: list[str]) -> int:
-    """A whole fine-tuning on this rank; its exit code."""
-    overrides = [*FAST, f"run.dir={run}", *words]
-    return train(recipe_of(finetuning_config(Path(source), "fine-tuning", 0.5, 1, False, [], overrides)))
+def finetune(source: str, run: str, task: str, words: list[str]) -> int:
+    """A whole training of a task on this rank; its exit code."""
+    small = [f"evaluation.tasks.{task}.{word}" for word in SMALL.get(task, [])]
+    overrides = [*FAST, *small, f"run.dir={run}", *words]
+    return train(recipe_of(finetuning_config(Path(source), task, 0.9, 1, False, [], overrides)))
+
+
+def finetuned(source: str, run: str, task: str, words: list[str]) -> tuple[int, dict[str, Any]]:
+    """The same, with what the last validation predicted (rank 0)."""
+    found: dict[str, Any] = {}
+    measure = Supervised.measure
+
+    def measured(recipe: Supervised, predictions: Predictions, data: Any) -> Any:
+        found.update(predictions.arrays, sample=predictions.sample)
+        return measure(recipe, predictions, data)
+
+    with mock.patch.object(Supervised, "measure", measured):
+        return finetune(source, run, task, words), found
 
 
 def validations(run: Path) -> list[dict[str, float]]:
     return [
         {name: value for name, value in line.items() if name.startswith("valid/")}
-        for line in comparable(run)
+        for line in without_times(run)
         if "valid/loss" in line
     ]
 
@@ -50,56 +81,70 @@ def without_times(run: Path) -> list[dict[str, float]]:
     ]
 
 
-@pytest.mark.dist
+@pytest.mark.parametrize("task", TRAINED)
 def test_any_number_of_ranks_and_any_stage_give_the_same_metrics(
-    gloo_pool: Pools, source: Path, tmp_path: Path
+    gloo_pool: Pools, source: Path, tmp_path: Path, task: str
 ) -> None:
-    """Only rounding is left. Dropout draws on each rank, so it is off here."""
+    """Only rounding is left. Ranks have unequal numbers of samples to predict."""
     found = []
-    for ranks, stage in ((1, 0), (2, 1), (3, 2), (2, 3)):
+    for ranks, stage in ((1, 0), (2, 3), (3, 2)):
         run = tmp_path / f"{ranks}-{stage}"
-        words = [f"zero.stage={stage}", "image.options={drop_path_rate: 0}"]
-        assert gloo_pool(ranks).run(finetune, str(source), str(run), words) == [0] * ranks
-        found.append(validations(run))
-    assert len(found[0]) == 3
-    assert "valid/auroc/macro" in found[0][0]
-    for other in found[1:]:
-        for one, line in zip(found[0], other, strict=True):
-            line["valid/seconds"] = one["valid/seconds"]
-            assert line == pytest.approx(one, abs=1e-4)
+        words = ["train.steps=2", f"zero.stage={stage}", "image.options={drop_path_rate: 0}"]
+        words += DROPPED.get(task, [])
+        answers = gloo_pool(ranks).run(finetuned, str(source), str(run), task, words)
+        assert [code for code, _ in answers] == [0] * ranks
+        found.append((validations(run), answers[0][1]))
+    (expected,), arrays = found[0]
+    assert len(expected) > 1
+    assert len(arrays["sample"]) % 3
+    # Sums of each sample, not its dense maps: those of 12 findings have 48 KiB.
+    assert sum(array[0].nbytes for array in arrays.values()) < 16 << 10
+    for (line,), other in found[1:]:
+        assert line == pytest.approx(expected, abs=1e-4)
+        assert other.keys() == arrays.keys()
+        for name, array in arrays.items():
+            assert np.allclose(array, other[name], atol=1e-3), name
 
 
-@pytest.mark.dist
 def test_two_ranks_go_on_bit_for_bit(gloo_pool: Pools, source: Path, tmp_path: Path) -> None:
-    words = ["zero.stage=2", "precision=bf16"]
+    words = ["train.steps=4", "zero.stage=2", "precision=bf16", "image.options={drop_path_rate: 0.2}"]
     pool = gloo_pool(2)
-    assert pool.run(finetune, str(source), str(tmp_path / "whole"), words) == [0, 0]
+    assert pool.run(finetune, str(source), str(tmp_path / "whole"), "fine-tuning", words) == [0, 0]
     killed_after(tmp_path / "whole", tmp_path / "resumed", step=2)
-    assert pool.run(finetune, str(source), str(tmp_path / "resumed"), words) == [0, 0]
-    assert weights(tmp_path / "resumed", 6) == weights(tmp_path / "whole", 6)
+    assert pool.run(finetune, str(source), str(tmp_path / "resumed"), "fine-tuning", words) == [0, 0]
+    assert weights(tmp_path / "resumed", 4) == weights(tmp_path / "whole", 4)
     assert without_times(tmp_path / "resumed") == without_times(tmp_path / "whole")
 
 
-@pytest.mark.dist
+def finetune_until_killed(source: str, run: str, task: str, words: list[str]) -> None:
+    """In a process of its own."""
+    on_step = Monitor.on_step
+
+    def killing(self: Monitor, record: Any) -> None:
+        on_step(self, record)
+        if record.step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with mock.patch.object(Monitor, "on_step", killing):
+        finetune(source, run, task, words)
+
+
+@pytest.mark.parametrize("task", TRAINED)
 def test_sigkill_costs_the_steps_since_the_last_checkpoint_and_changes_nothing(
-    source: Path, tmp_path: Path
+    source: Path, tmp_path: Path, task: str
 ) -> None:
-    program = (
-        "import os, signal\n"
-        "from medvlp.training.monitor import Monitor\n"
-        "on_step = Monitor.on_step\n"
-        "def killing(self, record):\n"
-        "    on_step(self, record)\n"
-        "    if record.step == 5:\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "Monitor.on_step = killing\n"
-        "from tests.evaluation.test_trained_ranks import finetune\n"
-        f"finetune({str(source)!r}, {str(tmp_path / 'killed')!r}, ['zero.stage=0'])\n"
+    words = ["train.steps=4", "zero.stage=0", "image.options={drop_path_rate: 0.2}"]
+    # Its server imports this module once for all tasks.
+    forked = multiprocessing.get_context("forkserver")
+    forked.set_forkserver_preload([__name__])
+    process = forked.Process(
+        target=finetune_until_killed, args=(str(source), str(tmp_path / "killed"), task, words)
     )
-    ended = subprocess.run([sys.executable, "-c", program], timeout=250)
-    assert ended.returncode == -signal.SIGKILL
-    assert not (tmp_path / "killed" / "checkpoints" / "step-00000006").exists()
-    assert finetune(str(source), str(tmp_path / "whole"), ["zero.stage=0"]) == 0
-    assert finetune(str(source), str(tmp_path / "killed"), ["zero.stage=0"]) == 0
-    assert weights(tmp_path / "killed", 6) == weights(tmp_path / "whole", 6)
+    process.start()
+    process.join(250)
+    assert process.exitcode == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "checkpoints" / "step-00000004").exists()
+    assert finetune(str(source), str(tmp_path / "whole"), task, words) == 0
+    assert finetune(str(source), str(tmp_path / "killed"), task, words) == 0
+    assert weights(tmp_path / "killed", 4) == weights(tmp_path / "whole", 4)
     assert without_times(tmp_path / "killed") == without_times(tmp_path / "whole")

@@ -41,13 +41,20 @@ class Classification(SupervisedObjective):
         columns: of the C classes among the dataset's labels.
         kind: see `Kind`.
         uncertain: [C] what an uncertain label counts as: 1, 0, or NaN (it is left out).
+        blank: what an unknown label counts as: 0, or NaN.
     """
 
     def __init__(
-        self, method: Method, head: nn.Module, columns: list[int], kind: Kind, uncertain: list[float]
+        self,
+        method: Method,
+        head: nn.Module,
+        columns: list[int],
+        kind: Kind,
+        uncertain: list[float],
+        blank: float = float("nan"),
     ) -> None:
         super().__init__(method, head)
-        self.columns, self.kind = columns, kind
+        self.columns, self.kind, self.blank = columns, kind, blank
         # Not saved: the config says it.
         self.register_buffer("uncertain", torch.tensor(uncertain), persistent=False)
 
@@ -63,6 +70,7 @@ class Classification(SupervisedObjective):
 
     def _labels(self, batch: Batch) -> Tensor:
         labels = batch.labels[:, self.columns]
+        labels = torch.where(labels.isnan(), self.blank, labels)
         return torch.where(labels == -1, self.get_buffer("uncertain").to(labels.dtype), labels)
 
     def _logits(self, batch: Batch) -> Tensor:

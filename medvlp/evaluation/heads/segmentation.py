@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -25,7 +25,6 @@ from medvlp.methods.base import Method, StepOutput
 from medvlp.prototypes.table import PrototypeTable
 
 LossName = Literal["ours", "mgca", "medslip", "mrm"]
-Uncertain = Literal["exclude", "positive", "negative"]
 
 #: Weight of what a head trains beside its answer (MRM).
 _BESIDE = 0.4
@@ -45,7 +44,8 @@ class Segmentation(SupervisedObjective):
         method: whose image encoder is read. head: on that encoder.
         columns: of the C findings among the dataset's labels.
         loss: "ours" is by image and finding; the published ones are over all pixels of the batch.
-        uncertain: what a hedged finding (label -1) teaches: nothing, its mask, or that nothing is there.
+        uncertain: [C] what a hedged finding (label -1) teaches: nothing (NaN), its mask (1), or that nothing
+            is there (0).
         drifting: batch norms of a frozen encoder follow the batches while training (published MGCA).
     """
 
@@ -56,8 +56,8 @@ class Segmentation(SupervisedObjective):
         method: Method,
         head: MaskHead,
         columns: list[int],
-        loss: LossName = "ours",
-        uncertain: Uncertain = "exclude",
+        loss: LossName,
+        uncertain: Sequence[float],
         drifting: bool = False,
     ) -> None:
         super().__init__(method, head)
@@ -94,7 +94,7 @@ class Segmentation(SupervisedObjective):
         return _PUBLISHED[self.loss](logits[known], truth[known].float())
 
 
-def mask_truth(batch: Batch, columns: list[int], uncertain: Uncertain) -> tuple[Tensor, Tensor]:
+def mask_truth(batch: Batch, columns: list[int], uncertain: Sequence[float]) -> tuple[Tensor, Tensor]:
     """Masks [B, C, H, W] bool of C findings, and whether it is known where each is [B, C].
 
     Args:
@@ -104,11 +104,10 @@ def mask_truth(batch: Batch, columns: list[int], uncertain: Uncertain) -> tuple[
     masks, labels = batch.fields[Masks.name][:, columns], batch.labels[:, columns]
     known, hedged = masks[:, :, 0, 0] != Masks.UNKNOWN, labels == -1
     truth = masks == 1
-    if uncertain == "exclude":
-        known = known & ~hedged
-    if uncertain == "negative":
-        known, truth = known | hedged, truth & ~hedged[:, :, None, None]
-    return truth, known
+    side = torch.tensor(uncertain, device=labels.device)
+    absent = hedged & (side == 0)
+    known = (known & ~(hedged & side.isnan())) | absent
+    return truth & ~absent[:, :, None, None], known
 
 
 def mask_counts(probability: Tensor, truth: Tensor) -> Tensor:

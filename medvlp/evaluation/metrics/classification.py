@@ -51,6 +51,7 @@ def score_findings(
     bootstrap: PatientBootstrap,
     called_from: Mapping[str, float] | None = None,
     only_auroc: bool = False,
+    strict_accuracy: bool = False,
 ) -> dict[str, Estimate]:
     """AUROC, average precision, and F1 and accuracy at a threshold.
 
@@ -62,6 +63,7 @@ def score_findings(
         bootstrap: resamples of the N samples' patients.
         called_from: thresholds by finding; one without has no F1 and accuracy.
         only_auroc: leave the other metrics out.
+        strict_accuracy: for accuracy, a score at the threshold is no call (published MedKLIP and MeDSLIP).
 
     Returns:
         Estimates by `<metric>/<finding>` and `<metric>/macro`, the mean over findings.
@@ -75,9 +77,9 @@ def score_findings(
         if not only_auroc:
             statistics["pr_auc"] = partial(average_precision, score, positive)
             if called_from is not None and name in called_from:
-                called = score >= called_from[name]
+                called, above = score >= called_from[name], score > called_from[name]
                 statistics["f1"] = partial(f1, called, positive)
-                statistics["accuracy"] = partial(accuracy, called, positive)
+                statistics["accuracy"] = partial(accuracy, above if strict_accuracy else called, positive)
         for metric, statistic in statistics.items():
             value = float(statistic(np.ones((1, len(rows))))[0])
             draws = bootstrap.draws(statistic, rows)

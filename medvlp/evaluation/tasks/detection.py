@@ -72,6 +72,8 @@ class Detection(TrainedTask):
 
     name = "detection"
     summary = "boxes of findings by a head on the image encoder, with a part of the training patients"
+    packages = ("pycocotools",)
+    teaches = "a box of one of the findings, or one that is known to be absent"
     config = DetectionConfig
     fields = frozenset({"boxes"})
     chooses = "map_40_75/macro"

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medvlp.config import Config, key
-from medvlp.evaluation.labels import FEWEST, NotEvaluable, as_notes, not_evaluable
+from medvlp.evaluation.labels import FEWEST, NotEvaluable, as_notes, blank_side, not_evaluable, sides
 from medvlp.evaluation.metrics.classification import aurocs, chance, score_classes, score_findings, thresholds
 from medvlp.evaluation.task import Reading, Scores, TaskResult, Unit, register
 from medvlp.evaluation.trained import Fitted, TrainedTask, TrainedTaskConfig
@@ -37,6 +37,9 @@ Floats = NDArray[np.float64]
 class FineTuningConfig(TrainedTaskConfig):
     kind: Literal["multi_label", "multi_class"] = key(
         "multi_label", "multi_class: each image is of exactly one of the labels"
+    )
+    blank: Literal["auto", "exclude", "negative"] = key(
+        "auto", "what an unknown label teaches: nothing, or that the finding is absent; see evaluation.blank"
     )
 
 
@@ -130,13 +133,17 @@ class FineTuning(TrainedTask):
         with torch.no_grad():
             features = method.image_features(torch.zeros((1, 1, size, size), dtype=torch.uint8)).shape[1]
         columns = [names.index(name) for name in findings]
-        side = {"exclude": float("nan"), "positive": 1.0, "negative": 0.0}[self.settings.uncertain]
         head = LinearHead(features, len(columns), *self.heads[self.settings.protocol])
-        return Classification(method, head, columns, self.settings.kind, [side] * len(columns))
+        return Classification(
+            method, head, columns, self.settings.kind,
+            sides(self.settings.uncertain, findings).tolist(), blank_side(self.settings.blank, names),
+        )  # fmt: skip
 
     def learnable(self, reader: ShardReader, split: str, store: SampleStore) -> NDArray[np.bool_]:
-        """Samples of which some label is known."""
+        """Samples of which some label is known, or counts as one."""
         names = reader.index.label_names
+        if not np.isnan(blank_side(self.settings.blank, names)):
+            return super().learnable(reader, split, store)
         labels = store.labels[:, [names.index(name) for name in self.findings(names)]]
         return np.asarray(~np.isnan(labels).all(axis=1))
 

@@ -6,7 +6,9 @@ the rules of `shards.entities` (or a file) read in a generated report, against t
 row "reference" is what these rules find in the true reports: the most that they let a generated one reach.
 
 Baselines, of the drawn training samples: the most frequent report; a random one; that of the nearest image by
-backbone features; and a normal one, the most frequent report of images without a finding.
+backbone features; and a normal one, the most frequent report of images without a finding. `same-findings` is
+a ceiling of scores of texts for what states the findings and nothing else: it is told the true labels, and
+writes a training report with the same ones, or the most of them.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from numpy.typing import NDArray
 
 from medvlp.config import Config, ConfigError, key
 from medvlp.data.report import r2gen_words, report_text, scored_words
+from medvlp.evaluation.labels import has_chexpert_labels
 from medvlp.evaluation.metrics.bootstrap import Estimate, PatientBootstrap
 from medvlp.evaluation.metrics.clinical import Blank, LabelTable, clinical_efficacy, plain, unstated
 from medvlp.evaluation.metrics.generation import (
@@ -112,24 +115,32 @@ class Baselines:
 
     Attributes:
         reports: N reports. features: [N, F] of unit norm, of their images. normal: the normal report.
+        labels: [N, C] of their images, as stored.
     """
 
     reports: list[str]
     features: NDArray[np.float64]
     normal: str
+    labels: NDArray[Any]
 
-    def written(self, features: NDArray[Any], seed: int) -> dict[str, list[str]]:
-        """Baseline -> reports of images with features [M, F]."""
+    def written(self, features: NDArray[Any], labels: NDArray[Any], seed: int) -> dict[str, list[str]]:
+        """Baseline -> reports of images with features [M, F] and labels [M, C]."""
         commonest = Counter(self.reports).most_common(1)[0][0]
         drawn = np.random.default_rng(seed).integers(0, len(self.reports), len(features))
         # Ties: the first.
         nearest = (_unit(features) @ self.features.T).argmax(axis=1)
+        told = [self._alike(of, np.random.default_rng([seed, row])) for row, of in enumerate(labels)]
         return {
             "most-frequent": [commonest] * len(features),
             "random": [self.reports[i] for i in drawn],
             "nearest-image": [self.reports[i] for i in nearest],
             "normal": [self.normal] * len(features),
-        }
+        } | ({"same-findings": [self.reports[i] for i in told]} if labels.shape[1] else {})
+
+    def _alike(self, labels: NDArray[Any], rng: np.random.Generator) -> int:
+        """One of the reports with the most labels in common."""
+        agree = (np.nan_to_num(self.labels, nan=2.0) == np.nan_to_num(labels, nan=2.0)).sum(axis=1)
+        return int(rng.choice(np.flatnonzero(agree == agree.max(initial=0))))
 
 
 def _remarks(notes: Mapping[str, Any]) -> list[str]:
@@ -145,6 +156,8 @@ class Report(TrainedTask):
 
     name = "report"
     summary = "reports written by a decoder on the patch tokens"
+    packages = ("pycocoevalcap",)
+    teaches = "a report"
     config = ReportConfig
     reading = Reading(
         names={
@@ -252,7 +265,10 @@ class Report(TrainedTask):
         features = np.asarray(split.arrays.models["trained"].features)[rows]
         fallback = " ".join(self.clean(_NORMAL))
         fitted.chosen = Baselines(
-            reports, _unit(features), Counter(normal).most_common(1)[0][0] if normal else fallback
+            reports,
+            _unit(features),
+            Counter(normal).most_common(1)[0][0] if normal else fallback,
+            split.labels[rows],
         )
         return fitted
 
@@ -298,7 +314,8 @@ class Report(TrainedTask):
         assert split is not None
         place = {int(position): row for row, position in enumerate(split.arrays.sample)}
         features = np.asarray(split.arrays.models["trained"].features)
-        return baselines.written(features[[place[int(position)] for position in sample]], view.seed)
+        rows = [place[int(position)] for position in sample]
+        return baselines.written(features[rows], split.labels[rows], view.seed)
 
     def _meteor(
         self, result: TaskResult, models: Mapping[str, Sequence[str]], references: Sequence[str]
@@ -343,8 +360,7 @@ class Report(TrainedTask):
         if not names:
             result.notes["clinical"] = []
             return
-        chexpert = {"no finding", "support devices", "pleural other"} <= {plain(name) for name in known}
-        blank: Blank = "negative" if chexpert else "exclude"
+        blank: Blank = "negative" if has_chexpert_labels(known) else "exclude"
         if settings.ce_blank != "auto":
             blank = settings.ce_blank
         for name, table in tables.items():

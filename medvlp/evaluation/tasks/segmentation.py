@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medvlp.config import Config, ConfigError, key
+from medvlp.evaluation.labels import sides
 from medvlp.evaluation.metrics.bootstrap import Estimate, PatientBootstrap
 from medvlp.evaluation.metrics.segmentation import THRESHOLDS, MaskCounts, best_thresholds, dice
 from medvlp.evaluation.task import EvaluationError, Facts, Reading, TaskResult, Unit, register
@@ -115,6 +116,8 @@ class Segmentation(TrainedTask):
 
     name = "segmentation"
     summary = "masks of findings by a head on the image encoder, with a part of the training patients"
+    packages = ("segmentation_models_pytorch",)
+    teaches = "a mask of one of the findings"
     config = SegmentationConfig
     fields = frozenset({"masks"})
     chooses = "dice/macro"
@@ -180,7 +183,8 @@ class Segmentation(TrainedTask):
         columns = self.columns(data.reader.index.label_names)
         built = build_head(head, encoder_of(method), len(columns))
         drifting = settings.frozen_bn == "train"
-        return segmentation.Segmentation(method, built, columns, loss, settings.uncertain, drifting)
+        uncertain = self._sides(data.reader.index.label_names)
+        return segmentation.Segmentation(method, built, columns, loss, uncertain, drifting)
 
     def unavailable_on(self, facts: Facts) -> str | None:
         if not facts.findings:
@@ -218,7 +222,7 @@ class Segmentation(TrainedTask):
         fitted = super().fit(view, unit)
         names = fitted.findings
         network, selection = fitted.networks["trained"], fitted.selection["trained"].sample
-        truth = partial(self._truth, self.columns(view.facts.index.label_names))
+        truth = partial(self._truth, view.facts.index.label_names)
         draws = taught(lambda: network.batches(view, "train", network.drawn(view)), truth)
         counts = {model: _counts(of) for model, of in fitted.selection.items()}
         counts |= _counted(draws, network.batches(view, "selection", selection), truth)
@@ -233,7 +237,7 @@ class Segmentation(TrainedTask):
         settings, names, chosen = self.settings, fitted.findings, fitted.chosen
         first = predictions["trained"]
         counts = {model: _counts(of) for model, of in predictions.items()}
-        truth = partial(self._truth, self.columns(view.facts.index.label_names))
+        truth = partial(self._truth, view.facts.index.label_names)
         batches = fitted.networks["trained"].batches(view, "evaluated", first.sample)
         counts |= _counted(chosen.draws, batches, truth)
         bootstrap = view.bootstrap(view.patients("evaluated", first.sample))
@@ -270,10 +274,13 @@ class Segmentation(TrainedTask):
         """Of the findings among the dataset's labels."""
         return [label_names.index(name) for name in self.findings(label_names)]
 
-    def _truth(self, columns: list[int], batch: Batch) -> tuple[Tensor, Tensor]:
+    def _sides(self, label_names: Sequence[str]) -> list[float]:
+        return [float(side) for side in sides(self.settings.uncertain, self.findings(label_names))]
+
+    def _truth(self, label_names: Sequence[str], batch: Batch) -> tuple[Tensor, Tensor]:
         from medvlp.evaluation.heads.segmentation import mask_truth
 
-        return mask_truth(batch, columns, self.settings.uncertain)
+        return mask_truth(batch, self.columns(label_names), self._sides(label_names))
 
     def _thresholds(self, names: Sequence[str], pixels: Counts, known: Known) -> dict[str, int]:
         """Of every finding; the middle where nothing could choose."""

@@ -14,11 +14,12 @@ and topic.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from medvlp.config import key
@@ -50,6 +51,11 @@ class VQAConfig(TrainedTaskConfig):
     vocabulary: Literal["train", "all_splits"] = key(
         "train", "answers to choose from; all_splits: also those of the evaluated questions (published M3AE)"
     )
+    split: Literal["official", "by_image"] = key(
+        "official",
+        "by_image: images that the validation or test split has, too, are not learned from (VQA-RAD's "
+        "published training split has all of its test images)",
+    )
     width: int = key(256, "of the projections, for methods without fusion", 1, 1 << 14)
 
 
@@ -61,11 +67,13 @@ class Baselines:
         majority: (kind, topic) -> answer; ("", "") is of all questions.
         words: logistic regression on the words of a question; None: all training answers are the same.
         answers: normalised answers that the networks can give.
+        images: hashes of the images these have seen.
     """
 
     majority: Mapping[tuple[str, str], str]
     words: Pipeline | None
     answers: frozenset[str]
+    images: frozenset[int] = frozenset()
 
     def given(self, questions: Sequence[Question]) -> dict[str, list[str]]:
         """Baseline -> its answers."""
@@ -79,10 +87,13 @@ def _remarks(notes: Mapping[str, Any]) -> list[str]:
     if "questions" not in notes:
         return []
     where = "" if notes["vocabulary"] == "train" else " of all splits (published; sees the evaluated answers)"
-    return [
+    lines = [
         f"{notes['questions']} questions about {notes['images']} images; {notes['answers']} answers{where}, "
         f"with which {100 * notes['ceiling']:.1f} % can be right"
     ]
+    if seen := notes.get("seen_images"):
+        lines.append(f"{seen} of the images were trained on; vqa.split=by_image leaves them out of training")
+    return lines
 
 
 @register
@@ -91,6 +102,7 @@ class VQA(TrainedTask):
 
     name = "vqa"
     summary = "questions about images, answered from a vocabulary of answers"
+    teaches = "a question that may be learned from"
     config = VQAConfig
     fields = frozenset({"questions", "answers"})
     reading = Reading(summary=lambda metric: metric.startswith("accuracy"), remarks=_remarks)
@@ -105,7 +117,8 @@ class VQA(TrainedTask):
         },
         "m3ae": {
             "optimizer": {
-                "lr": 5e-6, "head_lr_scale": 50.0, "betas": [0.9, 0.98], "weight_decay": 0.01, "warmup": 0.1,
+                "lr": 5e-6, "head_lr_scale": 50.0, "fusion_lr_scale": 5.0, "betas": [0.9, 0.98],
+                "weight_decay": 0.01, "warmup": 0.1,
             },
             "train": {"global_batch": 64, "epochs": 50.0},
         },
@@ -118,10 +131,19 @@ class VQA(TrainedTask):
         return None
 
     def learnable(self, reader: ShardReader, split: str, store: SampleStore) -> NDArray[np.bool_]:
-        """Samples with a question."""
+        """Samples with a question; with split=by_image not those whose image is measured on later."""
         unreadable = set(store.unreadable.tolist())
+        kept: set[int] = set()
+        if self.settings.split == "by_image":
+            for other in _measured_after(split, list(reader.index.splits)):
+                kept |= _images(reader, other, range(reader.sample_count(other)))
         return np.array(
-            [i not in unreadable and bool(asked(reader.metadata(split, i))) for i in range(len(store))],
+            [
+                i not in unreadable
+                and bool(asked(reader.metadata(split, i)))
+                and (not kept or not kept & _images(reader, split, [i]))
+                for i in range(len(store))
+            ],
             dtype=bool,
         )
 
@@ -161,7 +183,8 @@ class VQA(TrainedTask):
             for of in types
         }
         answers = self._answers(dataset.reader, learned)
-        fitted.chosen = Baselines(majority, _question_only(learned, choosing), answers)
+        seen = frozenset(_images(dataset.reader, dataset.split, drawn.tolist()))
+        fitted.chosen = Baselines(majority, _question_only(learned, choosing), answers, seen)
         return fitted
 
     def score(
@@ -188,6 +211,9 @@ class VQA(TrainedTask):
             "answers": len(baselines.answers),
             "vocabulary": self.settings.vocabulary,
             "ceiling": reachable(true, baselines.answers),
+            "seen_images": len(
+                baselines.images & _images(dataset.reader, dataset.split, first.sample.tolist())
+            ),
         }
         return result
 
@@ -207,6 +233,18 @@ def _questions(
     """The questions of each sample."""
     for position in positions:
         yield asked(reader.metadata(split, int(position)))
+
+
+def _images(reader: ShardReader, split: str, positions: Iterable[int]) -> set[int]:
+    """Hashes of the stored images of samples."""
+    return {xxhash.xxh3_64_intdigest(reader.image(split, position)) for position in positions}
+
+
+def _measured_after(split: str, splits: Sequence[str]) -> list[str]:
+    """All others of train, all but train of valid, none of those that are evaluated."""
+    order = ("train", "valid")
+    before = order[: order.index(split) + 1] if split in order else splits
+    return [name for name in splits if name not in before]
 
 
 def _right(predictions: Predictions, by_image: Sequence[Sequence[Question]]) -> NDArray[np.bool_]:

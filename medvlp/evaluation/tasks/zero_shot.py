@@ -5,6 +5,9 @@ softmax over the two similarities is a rising function of this difference, so ev
 The prompts of a side are an ensemble: their embeddings are averaged and normalised again. A method that
 scores image-text pairs in its own way (it overrides `Method.score`) has its scores averaged instead. A
 finding without negative prompts has the score of its positive ones.
+
+Published ways of measuring are switches: `pool=max_similarity` (GLoRIA, PRIOR), `normalise=over_evaluated`
+(GLoRIA), `threshold_source=evaluated` and `threshold_tie=gt` (MedKLIP, MeDSLIP).
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +23,8 @@ from numpy.typing import NDArray
 from medvlp.config import TaskConfig, key
 from medvlp.evaluation import prompts as prompt_files
 from medvlp.evaluation.labels import NotEvaluable, as_notes, not_evaluable
-from medvlp.evaluation.metrics.classification import chance, score_findings, thresholds
+from medvlp.evaluation.metrics.bootstrap import Estimate
+from medvlp.evaluation.metrics.classification import chance, score_classes, score_findings, thresholds
 from medvlp.evaluation.prompts import PromptBook, Prompts
 from medvlp.evaluation.task import (
     EvaluationError,
@@ -43,6 +47,7 @@ if TYPE_CHECKING:
     from medvlp.methods.base import Method
 
 Floats = NDArray[np.float64]
+Pool = Literal["mean", "max_similarity"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,11 @@ def prompts_of(book: PromptBook, names: Sequence[str]) -> dict[str, Prompts]:
 
 
 def finding_scores(
-    arrays: ModelArrays, prompt_embeddings: NDArray[Any] | None, ensemble: Ensemble, names: Sequence[str]
+    arrays: ModelArrays,
+    prompt_embeddings: NDArray[Any] | None,
+    ensemble: Ensemble,
+    names: Sequence[str],
+    pool: Pool = "mean",
 ) -> Floats:
     """[N, C] scores of the findings (see the module).
 
@@ -79,25 +88,42 @@ def finding_scores(
         arrays: the model's image embeddings, or its own similarities to the prompts.
         prompt_embeddings: [prompts, D] unit-norm embeddings; None if the model scores in its own way.
         ensemble: which prompts belong to which finding.
-        names: the C findings.
+        names: the C findings. pool: of the prompts of a side: their mean, or the most similar one.
     """
     scores = []
     for name in names:
         positive, negative = ensemble.rows[name]
         if prompt_embeddings is None:
             own = arrays.scores[tuple(ensemble.sentences)]
-            scores.append(_mean(own[:, positive]) - _mean(own[:, negative]))
+            scores.append(_pooled(own[:, positive], pool) - _pooled(own[:, negative], pool))
+            continue
+        assert arrays.image is not None, "image embeddings have been asked for"
+        image = arrays.image.astype(np.float64)
+        if pool == "mean":
+            scores.append(
+                image @ (_center(prompt_embeddings[positive]) - _center(prompt_embeddings[negative]))
+            )
         else:
-            assert arrays.image is not None, "image embeddings have been asked for"
-            direction = _center(prompt_embeddings[positive]) - _center(prompt_embeddings[negative])
-            scores.append(arrays.image.astype(np.float64) @ direction)
+            sides = (image @ prompt_embeddings[side].T for side in (positive, negative))
+            above, below = (_pooled(side, pool) for side in sides)
+            scores.append(above - below)
     return np.stack(scores, axis=1)
 
 
-def _mean(scores: NDArray[Any]) -> Floats:
-    """[N] means of [N, prompts] scores; 0 without a prompt."""
-    mean: Floats = scores.astype(np.float64).sum(axis=1) / max(scores.shape[1], 1)
-    return mean
+def _pooled(scores: NDArray[Any], pool: Pool) -> Floats:
+    """[N] of [N, prompts] scores; 0 without a prompt."""
+    if not scores.shape[1]:
+        return np.zeros(len(scores))
+    wide = scores.astype(np.float64)
+    found: Floats = wide.mean(axis=1) if pool == "mean" else wide.max(axis=1)
+    return found
+
+
+def _standardised(scores: Floats) -> Floats:
+    """[N, C] z-scores over the N images; zeros where all are alike."""
+    spread = scores.std(axis=0)
+    found: Floats = (scores - scores.mean(axis=0)) / np.where(spread > 0, spread, 1.0)
+    return found
 
 
 def _center(embeddings: NDArray[Any]) -> Floats:
@@ -113,6 +139,26 @@ class ZeroShotConfig(TaskConfig):
         None,
         "YAML with prompts; a relative path is looked for beside the config file first; default: templates",
         file=True,
+    )
+    kind: Literal["multi_label", "multi_class"] = key(
+        "multi_label", "multi_class: each image is of exactly one of the findings, too (CheXpert 5x200)"
+    )
+    pool: Literal["mean", "max_similarity"] = key(
+        "mean",
+        "prompts of a side: the mean of their embeddings, or the most similar (published GLoRIA, PRIOR)",
+    )
+    normalise: Literal["none", "over_evaluated"] = key(
+        "none",
+        "over_evaluated: classes are compared by z-scores over all evaluated images together, so that an "
+        "answer depends on the other images (published GLoRIA; of kind multi_class)",
+    )
+    threshold_source: Literal["selection", "evaluated"] = key(
+        "selection",
+        "evaluated: F1 and accuracy at the threshold with the best F1 on the evaluated split itself "
+        "(published MedKLIP and MeDSLIP; raises F1)",
+    )
+    threshold_tie: Literal["ge", "gt"] = key(
+        "ge", "gt: for accuracy, a score at the threshold is negative, for F1 positive (published, same)"
     )
 
 
@@ -137,7 +183,10 @@ def _remarks(notes: Mapping[str, Any]) -> list[str]:
         return []
     if not notes["threshold_split"]:
         return ["no F1 and accuracy: no other split to choose a threshold on"]
-    return [f"F1 and accuracy at the threshold with the best F1 on the split {notes['threshold_split']}"]
+    seen = " itself (published; it has seen the answers)" if notes.get("threshold_seen") else ""
+    return [
+        f"F1 and accuracy at the threshold with the best F1 on the split {notes['threshold_split']}{seen}"
+    ]
 
 
 @register
@@ -207,16 +256,28 @@ class ZeroShot(Task):
         scores = self._scores(view, split, names, fitted.ridge)
         result = TaskResult(notes=as_notes(truth, findings, listed))
         result.notes |= {
-            "threshold_split": view.facts.roles.get("selection"),
+            "threshold_split": view.facts.roles.get(self.settings.threshold_source),
+            "threshold_seen": self.settings.threshold_source == "evaluated",
             "prompts": {name: asdict(prompts) for name, prompts in _sentences(ensemble, names).items()},
             "pixels": fitted.pixels,
-            "thresholds": {model: fitted.thresholds.get(model, {}) for model in scores},
         }
         truth, bootstrap = view.truth(split, names), view.bootstrap(split.patients)
+        chosen = fitted.thresholds
+        if self.settings.threshold_source == "evaluated":
+            chosen = {model: thresholds(of, truth, names) for model, of in scores.items()}
+        result.notes["thresholds"] = {model: chosen.get(model, {}) for model in scores}
+        strict = self.settings.threshold_tie == "gt"
         for model, of in scores.items():
-            result.models[model] = score_findings(of, truth, names, bootstrap, fitted.thresholds.get(model))
+            result.models[model] = score_findings(
+                of, truth, names, bootstrap, chosen.get(model), strict_accuracy=strict
+            )
+            if self.settings.kind == "multi_class":
+                compared = _standardised(of) if self.settings.normalise == "over_evaluated" else of
+                result.models[model] |= score_classes(compared, truth, names, bootstrap)
         result.models["chance"] = chance(truth, names)
-        result.scores = Scores(split.arrays.sample, names, truth, scores, fitted.thresholds)
+        result.scores = Scores(split.arrays.sample, names, truth, scores, chosen)
+        if self.settings.kind == "multi_class":
+            result.models["chance"]["balanced_accuracy/macro"] = Estimate(1 / len(names))
         return result
 
     def _scores(
@@ -226,7 +287,7 @@ class ZeroShot(Task):
         ensemble = self.ensemble(view.facts)
         embedded = view.prompt_embeddings(tuple(ensemble.sentences))
         scores = {
-            model: finding_scores(arrays, embedded[model], ensemble, names)
+            model: finding_scores(arrays, embedded[model], ensemble, names, self.settings.pool)
             for model, arrays in split.arrays.models.items()
         }
         return scores | ({"pixels": ridge.predict(split.arrays.pixels)} if ridge is not None else {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -54,7 +55,7 @@ def test_what_is_unknown_changes_no_loss(loss: Any) -> None:
     torch.manual_seed(0)
     method: Any = Seeing(frozen=False)
     head = masks.build_head("unet", method.image_encoder, 2)
-    objective = Segmentation(method, head, [0, 1], loss).eval()
+    objective = Segmentation(method, head, [0, 1], loss, [np.nan] * 2).eval()
     first, other = batch(), batch()
     other.fields["masks"][3, 0] = 1 - other.fields["masks"][3, 0]  # hedged
     assert objective(first).loss == objective(other).loss
@@ -75,7 +76,7 @@ def test_frozen_batch_norms_stand_still_unless_they_drift_as_published(task: str
         objective: Segmentation | Detection
         if task == "masks":
             head = masks.build_head("unet", method.image_encoder, 2)
-            objective = Segmentation(method, head, [0, 1], drifting=drifting)
+            objective = Segmentation(method, head, [0, 1], "ours", [np.nan] * 2, drifting)
         else:
             found = boxes.build_head("retinanet", method.image_encoder, 2)
             objective = Detection(method, found, [0, 1], boxes.Suppression(), drifting=drifting)

@@ -44,7 +44,7 @@ def test_lungs(shared: Path, repository: Path, tmp_path: Path) -> None:
         rows = np.flatnonzero(task.learnable(data.reader, str(split), data.store))
         assert len(rows) == of.lung_mask.notna().sum() > 10
         (batch,) = EvaluationLoader(data, [rows.tolist()], data.config)
-        truth, known = mask_truth(batch, [0], "exclude")
+        truth, known = mask_truth(batch, [0], [np.nan])
         assert known.all()
         share = truth.float().mean((1, 2, 3))
         assert share.min() > 0

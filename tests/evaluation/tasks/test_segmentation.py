@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +19,7 @@ from medvlp.evaluation.mask_baselines import taught
 from medvlp.evaluation.metrics.bootstrap import PatientBootstrap
 from medvlp.evaluation.metrics.segmentation import THRESHOLDS, pixel_counts
 from medvlp.evaluation.task import TaskResult, Unit
-from medvlp.evaluation.tasks.segmentation import Chosen, Segmentation, SegmentationConfig
+from medvlp.evaluation.tasks.segmentation import Chosen, Segmentation, SegmentationConfig, _counted
 from medvlp.evaluation.trained import Fitted
 from medvlp.training.predictions import Predictions
 
@@ -73,7 +75,7 @@ def predictions(shift: int) -> Predictions:
     """Of a network that sees the truth moved to the right by `shift` pixels, with probability 0.7."""
     pixels, known = [], []
     for batch in batches():
-        truth, of = mask_truth(batch, [0, 1, 2], "exclude")
+        truth, of = mask_truth(batch, [0, 1, 2], [np.nan] * 3)
         pixels.append(mask_counts(truth.roll(shift, 3).float() * 0.7 + 0.1, truth))
         known.append(of)
     arrays = {"pixels": torch.cat(pixels).numpy(), "known": torch.cat(known).numpy().astype(np.uint8)}
@@ -84,7 +86,7 @@ def scored(**settings: Any) -> TaskResult:
     task = Segmentation(SegmentationConfig(**settings))
     rows: Any = Rows()
     networks = {"trained": predictions(0), "untrained": predictions(4)}
-    draws = taught(batches, lambda batch: mask_truth(batch, [0, 1, 2], "exclude"))
+    draws = taught(batches, lambda batch: mask_truth(batch, [0, 1, 2], [np.nan] * 3))
     at = {model: dict.fromkeys(NAMES, 25) for model in (*networks, *draws)}
     fitted = Fitted({"trained": rows}, NAMES, {}, Chosen(at, draws))
     return task.score(rows, Unit(1.0, 0), networks, fitted)
@@ -107,13 +109,13 @@ def test_pixels_are_counted_above_every_threshold() -> None:
 
 def test_hedged_findings_and_those_without_a_mask_are_not_known() -> None:
     batch = made(np.arange(4))
-    truth, known = mask_truth(batch, [0, 1, 2], "exclude")
+    truth, known = mask_truth(batch, [0, 1, 2], [np.nan] * 3)
     assert known.tolist() == [[True, row % 4 != 0, False] for row in range(4)]
     assert not truth[:, 2].any()
-    truth, known = mask_truth(batch, [1], "positive")
+    truth, known = mask_truth(batch, [1], [1.0])
     assert known.all()
     assert truth[0].any()
-    truth, known = mask_truth(batch, [1], "negative")
+    truth, known = mask_truth(batch, [1], [0.0])
     assert known.all()
     assert not truth[0].any()
     assert truth[2].any()
@@ -145,6 +147,25 @@ def test_published_switches_change_numbers_in_their_direction() -> None:
     assert weighed["empty"][metric].value == pytest.approx((6 / 16 + 2 / 8) / 2)
     assert smooth["empty"]["iou_pos/mass"].value == pytest.approx(1 / 257)
     assert sound["empty"]["iou_pos/mass"].value == 0
+
+
+def test_masks_are_read_batch_by_batch_and_not_kept() -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+    alive = []
+
+    def read() -> Iterator[Batch]:
+        for start in range(0, 40, 4):
+            batch = made(np.arange(start, start + 4))
+            held.append(weakref.ref(batch.fields["masks"]))
+            alive.append(sum(of() is not None for of in held))
+            yield batch
+
+    def truth(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        return mask_truth(batch, [0, 1, 2], [np.nan] * 3)
+
+    _counted(taught(read, truth), read(), truth)
+    assert len(alive) == 30
+    assert max(alive) <= 2
 
 
 def test_thresholds_are_chosen_on_the_selection_alone_or_fixed() -> None:

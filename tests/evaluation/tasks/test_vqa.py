@@ -11,16 +11,22 @@ import pytest
 import torch
 from torch import nn
 
+from medvlp.config import Config, OptimizerConfig
 from medvlp.data.batch import Batch
 from medvlp.data.questions import asked, normalised, text_code
+from medvlp.data.sample_store import SampleStore
+from medvlp.data.text import Tokenizer
 from medvlp.evaluation.evaluate import EvaluationOptions, evaluate
 from medvlp.evaluation.heads.vqa import QuestionObjective
 from medvlp.evaluation.supervised import train_here
 from medvlp.evaluation.task import EvaluationError, TaskResult
 from medvlp.evaluation.tasks.vqa import VQA, Baselines, VQAConfig, _question_only, _right
+from medvlp.training.deepspeed_config import parameter_groups
 from medvlp.training.predictions import Predictions
 from shards.reader import ShardReader
-from tests.launcher.tiny_run import make_run, make_shards
+from tests.evaluation.leaky import Twice
+from tests.launcher.tiny_run import build, make_run, make_shards
+from tests.methods.small_mpma import SIZE, small_mpma
 
 WHERE = "evaluation.tasks.vqa"
 FAST = [
@@ -105,11 +111,11 @@ class Encoder(nn.Module):
         return features.pooled
 
 
-def batch_of(counts: list[int]) -> Batch:
+def batch_of(counts: list[int], size: int = 2) -> Batch:
     """Images with so many questions each, in the order of one stream of random numbers."""
     generator = torch.Generator().manual_seed(1)
     most, images = max(counts), len(counts)
-    image = torch.randint(0, 255, (images, 1, 2, 2), generator=generator, dtype=torch.uint8)
+    image = torch.randint(0, 255, (images, 1, size, size), generator=generator, dtype=torch.uint8)
     questions = torch.randint(0, 9, (images, most, 4, 3), generator=generator)
     answers = torch.tensor([text_code("yes"), text_code("no"), text_code("unheard of")])
     answers = answers[torch.randint(0, 3, (images, most), generator=generator)]
@@ -132,6 +138,46 @@ def test_the_loss_does_not_depend_on_how_a_batch_is_divided() -> None:
     assert given["answers"].shape == given["truth"].shape == (4, 64)
     assert ((given["answers"] != 0) == (given["truth"] != 0)).all()
     assert set(given["answers"].unique().tolist()) <= {0, text_code("yes"), text_code("no")}
+
+
+def test_mpma_answers_from_its_fusion_at_the_rates_of_m3ae() -> None:
+    objective = QuestionObjective(small_mpma(), [text_code("yes"), text_code("no")], 2.0)
+    batch = batch_of([2, 1], SIZE)
+    batch.fields["questions"][0, 1] = batch.fields["questions"][0, 0]
+    batch.fields["questions"][0, 1, 0, 1] += 1  # one word of two questions about one image
+    logits, _ = objective.eval()._logits(batch)
+    assert not logits[0].equal(logits[1])
+    objective(batch).loss.backward()
+    assert objective.method.fusion is not None
+    assert all(p.grad is not None for p in objective.head.parameters())
+    assert any(p.grad is not None and p.grad.any() for p in objective.method.fusion.parameters())  # type: ignore[union-attr]
+    values = VQA.protocols["m3ae"]["optimizer"]
+    groups, scales = parameter_groups(objective, OptimizerConfig(**values))
+    of = {id(p): scale for group, scale in zip(groups, scales, strict=True) for p in group["params"]}
+    rates: dict[str, set[float]] = {}
+    for name, parameter in objective.named_parameters():
+        if parameter.requires_grad:
+            rates.setdefault(name.removeprefix("method.").split(".")[0], set()).add(of[id(parameter)])
+    assert rates == {"image_encoder": {1.0}, "text_encoder": {1.0}, "fusion": {5.0}, "head": {50.0}}
+
+
+def test_images_that_are_measured_are_left_out_of_training(tmp_path: Path) -> None:
+    """As VQA-RAD's published split needs it."""
+    reader = ShardReader(build(Twice(), tmp_path / "data", vocab_size=300))
+    tokenizer, data = Tokenizer.load(None, tmp_path / "data"), Config().data
+    learned = {}
+    for name in ("official", "by_image"):
+        task = VQA(VQAConfig(split=name))  # type: ignore[arg-type]
+        for split in ("train", "test"):
+            store = SampleStore.open_or_build(reader, split, data, tokenizer)
+            learned[name, split] = int(task.learnable(reader, split, store).sum())
+    assert learned == {
+        ("official", "train"): 30, ("official", "test"): 10,
+        ("by_image", "train"): 20, ("by_image", "test"): 10,
+    }  # fmt: skip
+    assert VQA.reading.remarks(
+        {"questions": 1, "images": 1, "answers": 1, "vocabulary": "train", "ceiling": 1.0, "seen_images": 3}
+    )[1].startswith("3 of the images were trained on")
 
 
 def test_both_encoders_are_needed() -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from medvlp.evaluation.features import ModelArrays
 from medvlp.evaluation.metrics.curves import confusion
 from medvlp.evaluation.prompts import PromptBook
 from medvlp.evaluation.splits import Split
 from medvlp.evaluation.task import EvaluationError, TaskResult
-from medvlp.evaluation.tasks.zero_shot import ZeroShot, ZeroShotConfig
+from medvlp.evaluation.tasks.zero_shot import Ensemble, ZeroShot, ZeroShotConfig, finding_scores
 from tests.evaluation.prepared import NAMES, Prepared, make_splits
 
 BOOK = PromptBook(("{finding}", "some {finding}"), ("no {finding}",))
@@ -27,10 +30,11 @@ def run(
     splits: dict[str, Split],
     book: PromptBook = BOOK,
     names: list[str] | None = None,
+    settings: dict[str, Any] | None = None,
     **given: np.ndarray | None,
 ) -> TaskResult:
     """The task with these prompts; `given` are their embeddings by network (None: it has own scores)."""
-    task = ZeroShot(ZeroShotConfig())
+    task = ZeroShot(ZeroShotConfig(**settings or {}))
     task.book = book
     embeddings = {"trained": prompt_embeddings(), "untrained": prompt_embeddings()} | given
     return Prepared(splits, embeddings, names).run(task)
@@ -81,6 +85,63 @@ def test_the_threshold_does_not_look_at_the_evaluated_split(splits: dict[str, Sp
     splits["test"].labels[:] = 1 - splits["test"].labels
     after = run(splits).notes["thresholds"]
     assert before == after
+
+
+def test_a_threshold_of_the_evaluated_split_raises_f1_and_a_strict_one_lowers_accuracy(
+    splits: dict[str, Split],
+) -> None:
+    """The published ways: by how much, says the seed; in which direction, the definition."""
+    sound = run(splits)
+    seen = run(splits, settings={"threshold_source": "evaluated"})
+    for model in ("trained", "untrained", "pixels"):
+        for name in NAMES:
+            assert seen.models[model][f"f1/{name}"].value >= sound.models[model][f"f1/{name}"].value
+    assert seen.models["untrained"]["f1/macro"].value > sound.models["untrained"]["f1/macro"].value
+    assert seen.notes["threshold_split"] == "test"
+    assert "has seen the answers" in ZeroShot.reading.remarks(seen.notes)[0]
+    strict = run(splits, settings={"threshold_source": "evaluated", "threshold_tie": "gt"})
+    for name in NAMES:
+        # The threshold with the best F1 is the score of a positive, which is then missed.
+        lost = (
+            seen.models["trained"][f"accuracy/{name}"].value
+            - strict.models["trained"][f"accuracy/{name}"].value
+        )
+        assert lost == pytest.approx(1 / 160)
+        assert strict.models["trained"][f"f1/{name}"] == seen.models["trained"][f"f1/{name}"]
+
+
+def test_classes_are_compared_as_they_are_or_over_all_images_at_once(splits: dict[str, Split]) -> None:
+    """A class whose scores lie higher takes all images, unless z-scores put both on one scale."""
+    for split in splits.values():
+        split.labels[:, 1] = 1 - split.labels[:, 0]
+        seen = split.arrays.models["trained"].image
+        seen[:, :2] = 0.1 * (2 * split.labels - 1)
+        seen[:, 0] += 0.5
+    plain, over = (
+        run(splits, settings={"kind": "multi_class", "normalise": normalise}).models
+        for normalise in ("none", "over_evaluated")
+    )
+    assert (
+        plain["trained"]["balanced_accuracy/macro"].value
+        == 0.5
+        == plain["chance"]["balanced_accuracy/macro"].value
+    )
+    assert over["trained"]["balanced_accuracy/macro"].value == 1.0
+    assert over["trained"]["auroc/macro"] == plain["trained"]["auroc/macro"]
+    assert "balanced_accuracy/macro" not in run(splits).models["trained"]
+
+
+def test_the_most_similar_prompt_decides_where_it_is_asked_to() -> None:
+    """An image that is all of one prompt is nearer than one that is some of both; to their mean it is not."""
+    images, sentences = np.array([[1.0, 0.0], [0.8, 0.6]]), ["left edema", "right edema"]
+    ensemble = Ensemble(sentences, {"edema": (slice(0, 2), slice(2, 2))})
+    embedded = ModelArrays(images)
+    scored = ModelArrays(scores={tuple(sentences): images})
+    for arrays, prompts in ((embedded, np.eye(2)), (scored, None)):
+        mean = finding_scores(arrays, prompts, ensemble, ["edema"])[:, 0]
+        most = finding_scores(arrays, prompts, ensemble, ["edema"], "max_similarity")[:, 0]
+        assert mean[0] < mean[1]
+        assert most.tolist() == [1.0, 0.8]
 
 
 def test_without_a_selection_split_there_is_no_f1(splits: dict[str, Split]) -> None:
