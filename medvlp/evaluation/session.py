@@ -22,6 +22,7 @@ from medvlp.data.dataset import EvaluationDataset
 from medvlp.data.fields import FIELDS
 from medvlp.data.loader import evaluation_dataset, evaluation_loader
 from medvlp.data.report import report_text
+from medvlp.data.sample_store import SampleStore
 from medvlp.data.text import Tokenizer
 from medvlp.evaluation.features import Wanted, embed, embed_texts
 from medvlp.evaluation.labels import (
@@ -133,10 +134,13 @@ class Session:
         if task.fits_to_labels and splits not in self._apart:
             check_apart(self.reader, splits, self.config.evaluation.shared_patients, self.say)
             self._apart.add(splits)
-        if task.trains:
-            from medvlp.evaluation.supervised import check_learnable
+        from medvlp.evaluation.supervised import learnable
+        from medvlp.evaluation.trained import TrainedTask
 
-            check_learnable(self, task)
+        for split in splits if isinstance(task, TrainedTask) else ():
+            store = SampleStore.open_or_build(self.reader, split, self.config.data, self.tokenizer)
+            if not len(learnable(task, self.reader, split, store)):
+                raise EvaluationError(f"{task.name}: no sample of split {split} has {task.teaches}")
 
     def view(self, task: Task, roles: Sequence[Role], folder: Path | None) -> View:
         """The session as a step of one of the task's units sees it."""

@@ -27,7 +27,7 @@ from medvlp.data.sample_store import SampleStore
 from medvlp.data.text import Tokenizer
 from medvlp.evaluation.heads.objective import SupervisedObjective
 from medvlp.evaluation.splits import check_apart, stratified_fraction
-from medvlp.evaluation.task import EvaluationError, Role, Task, Unit, schemas, tasks
+from medvlp.evaluation.task import EvaluationError, Role, Unit, schemas, tasks
 from medvlp.evaluation.trained import DEFAULTS, TrainedTask
 from medvlp.evaluation.while_training import MeasuredPretraining
 from medvlp.methods import registry
@@ -35,7 +35,7 @@ from medvlp.methods.base import Objective
 from medvlp.runs import saved_run
 from medvlp.runs.encoder_records import described
 from medvlp.runs.errors import CheckpointError
-from medvlp.runs.events import EVENTS
+from medvlp.runs.events import is_finished
 from medvlp.runs.manifest import step_folders
 from medvlp.runs.retention import best_of
 from medvlp.runs.saved_run import SavedRun
@@ -189,15 +189,6 @@ def learnable(task: TrainedTask, reader: ShardReader, split: str, store: SampleS
     readable = np.ones(len(store), dtype=bool)
     readable[store.unreadable] = False
     return np.flatnonzero(task.learnable(reader, split, store) & readable)
-
-
-def check_learnable(session: Session, task: Task) -> None:
-    """Raise EvaluationError where a split has no sample that a task can learn from or be measured on."""
-    assert isinstance(task, TrainedTask)
-    for split in session.facts(task).roles.values():
-        store = SampleStore.open_or_build(session.reader, split, session.config.data, session.tokenizer)
-        if not len(learnable(task, session.reader, split, store)):
-            raise EvaluationError(f"{task.name}: no sample of split {split} has {task.teaches}")
 
 
 def run_config(
@@ -402,15 +393,6 @@ def trained(session: Session, task: TrainedTask, unit: Unit, start: Start, folde
                 code,
             )
     return Network.of(config)
-
-
-def is_finished(run: Path) -> bool:
-    """Whether the last thing that happened to a run is that it finished."""
-    try:
-        lines = (run / EVENTS).read_text(encoding="utf-8").splitlines()
-        return bool(lines) and json.loads(lines[-1]).get("kind") == "finish"
-    except (OSError, ValueError):
-        return False
 
 
 def train_here(config: Config) -> int:

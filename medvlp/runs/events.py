@@ -33,6 +33,15 @@ class EventLog:
             logger.warning("cannot note the event %r in %s: %s", kind, self.path, error.strerror or error)
 
 
+def is_finished(run: Path) -> bool:
+    """Whether the last thing that happened to a run is that it finished."""
+    try:
+        lines = (run / EVENTS).read_text(encoding="utf-8").splitlines()
+        return bool(lines) and json.loads(lines[-1]).get("kind") == "finish"
+    except (OSError, ValueError):
+        return False
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _plain(inner) for name, inner in value.items()}

@@ -19,9 +19,10 @@ from medvlp.data.report import report_text, scored_words
 from medvlp.evaluation.evaluate import EvaluationOptions, evaluate
 from medvlp.evaluation.heads.report import ReportObjective, WordVocabulary, shared_words, texts_of
 from medvlp.evaluation.heads.report_decoder import ReportDecoder
+from medvlp.evaluation.report_baselines import Baselines
 from medvlp.evaluation.supervised import train_here
 from medvlp.evaluation.task import TaskResult
-from medvlp.evaluation.tasks.report import Baselines, ReportConfig
+from medvlp.evaluation.tasks.report import ReportConfig
 from shards.reader import ShardReader
 from tests.launcher.tiny_run import make_run, make_shards
 
