@@ -137,7 +137,9 @@ class Session:
         from medvlp.evaluation.supervised import learnable
         from medvlp.evaluation.trained import TrainedTask
 
-        for split in splits if isinstance(task, TrainedTask) else ():
+        if not isinstance(task, TrainedTask):
+            return
+        for split in splits:
             store = SampleStore.open_or_build(self.reader, split, self.config.data, self.tokenizer)
             if not len(learnable(task, self.reader, split, store)):
                 raise EvaluationError(f"{task.name}: no sample of split {split} has {task.teaches}")

@@ -130,15 +130,10 @@ class Supervised(Recipe):
             begin_again(objective.method, began, None if source.stored is None else source.stored[0])
 
     def validated(self, reader: ShardReader, store: SampleStore) -> Positions:
-        """Those that something is known of.
-
-        Raises:
-            EvaluationError: their split shares patients with the training split.
-        """
-        config = self.config
-        apart = (config.data.split, config.validation.split)
-        check_apart(reader, apart, config.evaluation.shared_patients, logger.warning)
-        return learnable(self.task, reader, self.config.validation.split, store)
+        """Those that something is known of; EvaluationError where their patients are learned from, too."""
+        learned, chooses = self.config.data.split, self.config.validation.split
+        check_apart(reader, (learned, chooses), self.config.evaluation.shared_patients, logger.warning)
+        return learnable(self.task, reader, chooses, store)
 
     def examination(self, objective: Objective, data: TrainingSet) -> Callable[[Batch], Mapping[str, Tensor]]:
         """See `SupervisedObjective.predict`."""
