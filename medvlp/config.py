@@ -195,7 +195,9 @@ class TrainConfig:
         "before the first step, one forward and backward pass of every later phase of optimizer.phases, so "
         "that a phase that does not fit the GPU is found at the start; default: on GPUs",
     )
-    threads: int | None = key(None, "CPU threads of each rank; default: cores / local ranks", 1, 4096)
+    threads: int | None = key(
+        None, "CPU threads of each rank; default: OMP_NUM_THREADS, else cores / local ranks", 1, 4096
+    )
 
 
 @dataclass

@@ -63,3 +63,12 @@ def test_cpus_are_those_of_the_task():
     step = {"SLURM_CPUS_PER_TASK": "100000", "SLURM_STEP_ID": "0"}
     assert threads_of_rank(Ranks("srun", 0, 2, 0, 2), step) == everything
     assert threads_of_rank(Ranks("torchrun", 0, 2, 0, everything), step) == 1
+
+
+def test_a_number_of_threads_that_is_said_is_taken_but_not_the_one_that_torchrun_says_unasked() -> None:
+    """On a shared machine a thread more than there are cores free makes every step wait for it."""
+    ranks, everything = Ranks("none"), len(os.sched_getaffinity(0))
+    assert threads_of_rank(ranks, {"OMP_NUM_THREADS": str(everything + 3)}) == everything + 3
+    assert threads_of_rank(ranks, {"OMP_NUM_THREADS": ""}) == everything
+    torchrun = {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "none"}
+    assert threads_of_rank(Ranks("torchrun", 0, 1, 0, 1), torchrun) == everything

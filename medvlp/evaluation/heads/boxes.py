@@ -295,23 +295,28 @@ class _Channels(nn.Module):
         self.out_channels = out_channels
 
 
-HEADS: dict[str, Callable[[ImageEncoder, int], BoxHead]] = {
+HEADS: dict[str, Callable[..., BoxHead]] = {
     "yolo": YOLOHead,
     "retinanet": RetinaNetHead,
     "faster-rcnn": FasterRCNNHead,
 }
 
 
-def build_head(name: str, encoder: ImageEncoder, classes: int, synchronise: bool = True) -> BoxHead:
+def build_head(
+    name: str, encoder: ImageEncoder, classes: int, channels: int | None = None, synchronise: bool = True
+) -> BoxHead:
     """The named head on an encoder.
 
     Args:
+        channels: of the feature pyramid; None: 128.
         synchronise: batch norms take the statistics of all ranks.
 
     Raises:
-        EvaluationError: the head cannot read this backbone.
+        EvaluationError: the head cannot read this backbone, or its channels are published.
     """
-    head = HEADS[name](encoder, classes)
+    if channels is not None and name == "yolo":
+        raise EvaluationError("head yolo has the channels that MGCA publishes: leave channels away")
+    head = HEADS[name](encoder, classes, **({} if channels is None else {"channels": channels}))
     convert_batch_norms(head, synchronise)
     return head
 

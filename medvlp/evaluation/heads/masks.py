@@ -41,17 +41,18 @@ class UNetHead(MaskHead):
     """segmentation-models-pytorch's U-Net decoder on the stages of a convolutional backbone.
 
     On a ResNet-50 it is MGCA's published head: decoder of 256, 128, 64, 32, 16 channels, nearest upsampling.
+
+    Args:
+        channels: of the first, widest block; each further one has half, at least 16.
     """
 
-    CHANNELS = (256, 128, 64, 32, 16)
-
-    def __init__(self, encoder: ImageEncoder, classes: int) -> None:
+    def __init__(self, encoder: ImageEncoder, classes: int, channels: int = 256) -> None:
         super().__init__()
         _need_stages(encoder, "unet")
         widths = [encoder.config.in_channels, *(level.width for level in encoder.levels)]
-        channels = self.CHANNELS[: len(encoder.levels)]
-        self.decoder = UnetDecoder(widths, channels, len(channels))
-        self.head = SegmentationHead(channels[-1], classes, kernel_size=3)
+        decoder = [max(channels >> number, 16) for number in range(len(encoder.levels))]
+        self.decoder = UnetDecoder(widths, decoder, len(decoder))
+        self.head = SegmentationHead(decoder[-1], classes, kernel_size=3)
         initialize_decoder(self.decoder)
         initialize_head(self.head)
 
@@ -68,25 +69,28 @@ class UNetHead(MaskHead):
 
 class SETRHead(MaskHead):
     """SETR-PUP on the patch tokens of a transformer, as MGCA publishes it: a linear layer, then convolutions
-    of 512, 256, 128 and 64 channels, each followed by upsampling to twice the size."""
+    of 512, 256, 128 and 64 channels, each followed by upsampling to twice the size.
 
-    CHANNELS = (512, 256, 128, 64)
+    Args:
+        channels: of the first convolution; each further one has half.
+    """
 
-    def __init__(self, encoder: ImageEncoder, classes: int) -> None:
+    def __init__(self, encoder: ImageEncoder, classes: int, channels: int = 512) -> None:
         super().__init__()
         _need_tokens(encoder, "setr")
         width = encoder.local_width
         self.grid = encoder.grid
         self.project = nn.Linear(width, width)
         layers: list[nn.Module] = []
-        for channels in self.CHANNELS:
+        for number in range(4):
+            wide = max(channels >> number, 8)
             layers += [
-                nn.Conv2d(width, channels, 3, padding=1),
-                nn.BatchNorm2d(channels),
+                nn.Conv2d(width, wide, 3, padding=1),
+                nn.BatchNorm2d(wide),
                 nn.ReLU(),
                 nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
             ]
-            width = channels
+            width = wide
         self.decoder = nn.Sequential(*layers)
         self.head = nn.Conv2d(width, classes, 3, padding=1)
 
@@ -175,7 +179,7 @@ class ResUNetHead(MaskHead):
         return (self.head(found),)
 
 
-HEADS: dict[str, Callable[[ImageEncoder, int], MaskHead]] = {
+HEADS: dict[str, Callable[..., MaskHead]] = {
     "unet": UNetHead,
     "setr": SETRHead,
     "upernet": UPerNetHead,
@@ -183,18 +187,23 @@ HEADS: dict[str, Callable[[ImageEncoder, int], MaskHead]] = {
 }
 
 
-def build_head(name: str, encoder: ImageEncoder, classes: int, synchronise: bool = True) -> MaskHead:
+def build_head(
+    name: str, encoder: ImageEncoder, classes: int, channels: int | None = None, synchronise: bool = True
+) -> MaskHead:
     """The named head on an encoder; "auto": U-Net where the backbone has stages, else SETR.
 
     Args:
+        channels: of its widest map; None: as published.
         synchronise: batch norms take the statistics of all ranks.
 
     Raises:
-        EvaluationError: the head cannot read this backbone.
+        EvaluationError: the head cannot read this backbone, or its channels are those of the backbone.
     """
     if name == "auto":
         name = "unet" if encoder.has_stages else "setr"
-    head = HEADS[name](encoder, classes)
+    if channels is not None and name == "resunet":
+        raise EvaluationError("head resunet has the channels of its backbone: leave channels away")
+    head = HEADS[name](encoder, classes, **({} if channels is None else {"channels": channels}))
     convert_batch_norms(head, synchronise)
     return head
 

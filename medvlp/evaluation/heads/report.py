@@ -88,8 +88,7 @@ class WordVocabulary(ReportVocabulary):
 
 
 class PieceVocabulary(ReportVocabulary):
-    """The word pieces of the run's tokenizer; reports are those of `Batch.text`, as `data.max_tokens` cuts
-    them.
+    """The word pieces of the run's tokenizer; reports are those of `Batch.text`.
 
     Args:
         tokenizer: of the run. clean: makes scored words of what it gives back.
@@ -100,7 +99,8 @@ class PieceVocabulary(ReportVocabulary):
         self.size, self.tokenizer, self.clean = tokenizer.vocab_size, tokenizer, clean
 
     def targets(self, batch: Batch, most: int) -> Tensor:
-        """See `ReportVocabulary`; a report that `data.max_tokens` has cut ends there, too."""
+        """See `ReportVocabulary`. A report that `data.max_tokens` cuts ends there, so that has to be longer
+        than `most` (`tasks.report.Report.protocol`)."""
         ids = batch.text.input_ids[:, 1:]
         return ids.masked_fill(batch.text.attention_mask[:, 1:] == 0, self.pad)[:, :most]
 

@@ -88,6 +88,9 @@ class ReportDecoder(BartPreTrainedModel, GenerationMixin):  # type: ignore[no-un
                 decoder_start_token_id=bos,
                 forced_eos_token_id=None,
                 tie_word_embeddings=False,
+                # BART's 0.02 is made for width 1024: a narrow decoder drawn so hardly sees the image. R2Gen
+                # draws by fan-in and fan-out, which for a square layer is this.
+                init_std=width**-0.5,
                 is_encoder_decoder=True,
             )
         )

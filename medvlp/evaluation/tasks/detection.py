@@ -47,6 +47,7 @@ class DetectionConfig(TrainedTaskConfig):
     head: Literal["auto", "yolo", "retinanet", "faster-rcnn"] = key(
         "auto", "auto: the protocol's, else RetinaNet; yolo needs a backbone with stages at strides 8, 16, 32"
     )
+    channels: int | None = key(None, "of the feature pyramid; null: 128; yolo has its own", 8, 1 << 14)
     smallest: float = key(2.0, "boxes with a side of fewer pixels are neither missed nor learned", 0, 1e4)
     min_confidence: float = key(
         0.001, "least score of a detection (published MGCA and LoVT: 0.5, which cuts the curve)", 0, 1
@@ -124,7 +125,7 @@ class Detection(TrainedTask):
         default = "yolo" if settings.protocol == "mgca" else "retinanet"
         columns = self.columns(data.reader.index.label_names)
         name = default if settings.head == "auto" else settings.head
-        head = build_head(name, encoder_of(method), len(columns))
+        head = build_head(name, encoder_of(method), len(columns), settings.channels)
         suppression = Suppression(settings.min_confidence, settings.nms, settings.iou_plus_one)
         drifting = settings.frozen_bn == "train"
         return detection.Detection(method, head, columns, suppression, settings.smallest, drifting)

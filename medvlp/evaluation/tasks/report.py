@@ -126,6 +126,7 @@ class Report(TrainedTask):
     packages = ("pycocoevalcap",)
     teaches = "a report"
     config = ReportConfig
+    version = 2
     reading = Reading(
         names={
             **{f"bleu-{order}": f"BLEU-{order}" for order in (1, 2, 3, 4)},
@@ -163,6 +164,13 @@ class Report(TrainedTask):
     def clean(self) -> Callable[[str], list[str]]:
         """Text -> scored words."""
         return scored_words if self.settings.cleaning == "ours" else r2gen_words
+
+    def protocol(self, config: Config) -> Mapping[str, Any]:
+        """As named; reports are read as long as they may be written, however short the pre-training cut
+        them, for what is cut teaches to end there."""
+        # The word pieces, [SEP] among them, stand behind [CLS].
+        longest = max(config.data.max_tokens, self.settings.max_words + 1)
+        return super().protocol(config) | {"data": {"max_tokens": longest}}
 
     def needs(self, facts: Facts) -> Mapping[Role, Needs]:
         seen = Needs(features=True, fields=self.fields)

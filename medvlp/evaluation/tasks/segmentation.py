@@ -59,6 +59,9 @@ class SegmentationConfig(TrainedTaskConfig):
     head: Literal["auto", "unet", "setr", "upernet", "resunet"] = key(
         "auto", "auto: the protocol's, else U-Net on a backbone with stages and SETR-PUP on a transformer"
     )
+    channels: int | None = key(
+        None, "of the head's widest map; null: as published (unet 256, setr 512, upernet 256)", 16, 1 << 14
+    )
     loss: Literal["auto", "ours", "mgca", "medslip", "mrm"] = key("auto", "auto: the protocol's")
     threshold: float | None = key(
         None,
@@ -181,7 +184,7 @@ class Segmentation(TrainedTask):
         head = published[0] if settings.head == "auto" else settings.head
         loss: Any = published[1] if settings.loss == "auto" else settings.loss
         columns = self.columns(data.reader.index.label_names)
-        built = build_head(head, encoder_of(method), len(columns))
+        built = build_head(head, encoder_of(method), len(columns), settings.channels)
         drifting = settings.frozen_bn == "train"
         uncertain = self._sides(data.reader.index.label_names)
         return segmentation.Segmentation(method, built, columns, loss, uncertain, drifting)

@@ -142,3 +142,11 @@ def test_retinanet_computes_boxes_in_float32_from_half_precision() -> None:
     head = build_head("retinanet", encoder, 1).bfloat16().eval()
     (found,) = head(head.look(encoder, images(1)), SIZE, None, Suppression())
     assert found.dtype == torch.float32
+
+
+def test_a_pyramid_as_narrow_as_is_asked_but_not_of_the_published_head() -> None:
+    encoder = ImageEncoder(RESNET, 64)
+    head: Any = build_head("retinanet", encoder, 1, 32)
+    assert head.net.head.classification_head.cls_logits.in_channels == 32
+    with pytest.raises(EvaluationError, match="yolo has the channels that MGCA publishes"):
+        build_head("yolo", encoder, 1, 32)

@@ -89,6 +89,27 @@ def test_other_published_heads_have_their_channels() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "config", "channels", "widths"),
+    [("unet", RESNET, 48, [48, 24, 16, 16, 16]), ("setr", VIT, 64, [64, 32, 16, 8])],
+)
+def test_a_head_as_narrow_as_is_asked(
+    name: str, config: ImageConfig, channels: int, widths: list[int]
+) -> None:
+    encoder = ImageEncoder(config, 64)
+    decoder = build_head(name, encoder, 2, channels).decoder
+    if name == "unet":
+        found = [block.conv2[0].out_channels for block in decoder.blocks]
+        assert found == widths[: len(encoder.levels)]
+    else:
+        assert [layer.out_channels for layer in decoder if isinstance(layer, nn.Conv2d)] == widths
+
+
+def test_channels_that_a_head_takes_from_its_backbone_are_not_asked_for() -> None:
+    with pytest.raises(EvaluationError, match="resunet has the channels of its backbone"):
+        build_head("resunet", ImageEncoder(RESNET, 64), 1, 32)
+
+
+@pytest.mark.parametrize(
     ("name", "config"), [("unet", VIT), ("resunet", VIT), ("setr", RESNET), ("upernet", RESNET)]
 )
 def test_a_head_that_cannot_read_a_backbone_says_so(name: str, config: ImageConfig) -> None:

@@ -14,15 +14,24 @@ import torch
 import medvlp
 from medvlp.config import Config, ConfigError
 from medvlp.data.batch import Batch
+from medvlp.data.cache import open_reader
+from medvlp.data.loader import EvaluationLoader, evaluation_dataset
 from medvlp.data.questions import text_code
 from medvlp.data.report import report_text, scored_words
 from medvlp.evaluation.evaluate import EvaluationOptions, evaluate
-from medvlp.evaluation.heads.report import ReportObjective, WordVocabulary, shared_words, texts_of
+from medvlp.evaluation.heads.report import (
+    PieceVocabulary,
+    ReportObjective,
+    WordVocabulary,
+    shared_words,
+    texts_of,
+)
 from medvlp.evaluation.heads.report_decoder import ReportDecoder
 from medvlp.evaluation.report_baselines import Baselines
-from medvlp.evaluation.supervised import train_here
+from medvlp.evaluation.supervised import Supervised, finetuning_config, train_here
 from medvlp.evaluation.task import TaskResult
 from medvlp.evaluation.tasks.report import ReportConfig
+from medvlp.runs import saved_run
 from shards.reader import ShardReader
 from tests.launcher.tiny_run import make_run, make_shards
 
@@ -95,6 +104,30 @@ def test_the_loss_does_not_depend_on_how_a_batch_is_divided() -> None:
     whole = objective(batch_of(reports)).loss
     parts = [objective(batch_of(reports[i : i + 2])).loss for i in (0, 2)]
     torch.testing.assert_close(whole, (parts[0] + parts[1]) / 2)
+
+
+def test_reports_are_not_cut_where_pre_training_cut_them(run: Path, tmp_path: Path) -> None:
+    """A cut report teaches to end there, and the baselines' reports, which are whole, then win by length."""
+    words = ["task=report", f"run.dir={tmp_path}", f"{WHERE}.max_words=60"]
+    config = finetuning_config(run, "report", 1.0, 0, False, [], words)
+    assert config.data.max_tokens == 61
+    source = saved_run.load_config(saved_run.locate(run), [])
+    assert source.data.max_tokens < 61
+    recipe = Supervised(config)
+    reader, tokenizer = open_reader(config.data), recipe.tokenizer()
+    dataset = evaluation_dataset(config, reader, tokenizer, "train")
+    samples = recipe.samples(reader, tokenizer)
+    vocabulary = PieceVocabulary(tokenizer, scored_words)
+    batch = next(iter(EvaluationLoader(dataset, [samples.tolist()], config.data)))
+    texts = [report_text(reader.metadata("train", int(of)), config.data) for of in samples]
+    whole = [" ".join(scored_words(text)) for text in texts]
+    learned = [vocabulary.text(row) for row in vocabulary.targets(batch, 60).tolist()]
+    pieces = np.diff(tokenizer.encode([[text] for text in texts]).offsets)
+    long = (pieces > source.data.max_tokens) & (pieces < 60)
+    assert long.any()
+    assert [text for text, of in zip(learned, long, strict=True) if of] == [
+        text for text, of in zip(whole, long, strict=True) if of
+    ]
 
 
 def test_both_networks_and_the_baselines_are_scored_on_whole_reports(run: Path) -> None:
