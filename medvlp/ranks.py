@@ -134,8 +134,8 @@ def available_cpus(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def threads_of_rank(ranks: Ranks, environment: Mapping[str, str] = os.environ) -> int:
-    """OMP_NUM_THREADS where the user or the launcher says it (torchrun sets it to 1 unasked), else this rank's
-    share of the CPUs: a task of srun has its own, other ranks divide their node's."""
+    """OMP_NUM_THREADS where it is said (not by torchrun, which sets it to 1 unasked), else this rank's share of
+    the CPUs: a task of srun has its own, other ranks divide their node's."""
     said = environment.get("OMP_NUM_THREADS", "")
     if said.isdecimal() and int(said) and "TORCHELASTIC_RUN_ID" not in environment:
         return int(said)

@@ -266,7 +266,11 @@ def finetuning_config(
     asked = config_files.merge(files, overrides, registry.schemas(), schemas())
     base.evaluation.tasks[name] = OmegaConf.to_object(asked.evaluation.tasks[name])
     base.task = name
-    return run_config(source, base, task_of(base), Unit(fraction, seed), start, files, overrides)
+    # As for the units of an evaluation: without a word the default, bf16, slow on most CPUs, would be meant.
+    values = dataclasses.asdict(base)
+    machine = Layer(f"how {source.run} used its machine", {name: values[name] for name in _MACHINE})
+    layers = [machine, *files]
+    return run_config(source, base, task_of(base), Unit(fraction, seed), start, layers, overrides)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from tests.launcher.tiny_run import make_run, make_shards
 
 FAST = [
     "train.epochs=1", "train.min_steps=0", "train.global_batch=16", "monitor.wandb=disabled",
-    "monitor.progress=false", "zero.stage=0", "precision=fp32",
+    "monitor.progress=false", "zero.stage=0",
 ]  # fmt: skip
 
 
@@ -47,8 +47,8 @@ def test_a_fine_tuning_is_a_run_of_its_own(
     first = medvlp(*words)
     assert first.exit_code == 0, first.output
     config = trained[0]
-    assert (config.task, config.finetune.fraction, config.image.name) == (
-        "fine-tuning", 0.5, "vit_tiny_patch16_224",
+    assert (config.task, config.finetune.fraction, config.image.name, config.precision) == (
+        "fine-tuning", 0.5, "vit_tiny_patch16_224", "fp32",
     )  # fmt: skip
     assert config.checkpoint.keep_best == "valid/auroc/macro"
     assert "valid/auroc/macro" in (tmp_path / "tuned" / "metrics.jsonl").read_text()
