@@ -134,7 +134,7 @@ def available_cpus(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def threads_of_rank(ranks: Ranks, environment: Mapping[str, str] = os.environ) -> int:
-    """OMP_NUM_THREADS where it is said (not by torchrun, which sets it to 1 unasked), else this rank's share of
+    """OMP_NUM_THREADS where it is said (not by torchrun, which sets it to 1 unasked), else a share of
     the CPUs: a task of srun has its own, other ranks divide their node's."""
     said = environment.get("OMP_NUM_THREADS", "")
     if said.isdecimal() and int(said) and "TORCHELASTIC_RUN_ID" not in environment:
