@@ -170,7 +170,7 @@ class Report(TrainedTask):
         them, for what is cut teaches to end there."""
         # The word pieces, [SEP] among them, stand behind [CLS].
         longest = max(config.data.max_tokens, self.settings.max_words + 1)
-        return super().protocol(config) | {"data": {"max_tokens": longest}}
+        return {**super().protocol(config), "data": {"max_tokens": longest}}
 
     def needs(self, facts: Facts) -> Mapping[Role, Needs]:
         seen = Needs(features=True, fields=self.fields)
