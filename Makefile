@@ -61,27 +61,29 @@ bench-methods: $(INSTALLED)
 	for method in $(METHODS); do \
 	  case $$method in mpma) encoder=vit_phantom;; *) encoder=resnet_phantom;; esac; \
 	  $(BIN)/medvlp pretrain configs/benchmarks/phantom.yaml configs/models/$$encoder.yaml configs/benchmarks/$$method.yaml \
-	    data.root=$(BENCH)/shards run.dir=$(BENCH)/$$method --nproc 2 && \
+	    configs/benchmarks/tasks.yaml data.root=$(BENCH)/shards run.dir=$(BENCH)/$$method --nproc 2 && \
 	  $(BIN)/medvlp evaluate $(BENCH)/$$method || exit 1; \
 	done
 	$(BIN)/medvlp compare $(METHODS:%=$(BENCH)/%) --markdown
 
-# Every downstream task on the networks of bench-methods, which are trained where they are not there; finished units are
-# kept. TASKS="segmentation detection" METHODS="mgca place" choose; STEPS is the length of each training.
-TASKS := fine-tuning segmentation detection report vqa grounding
-STEPS ?= 200
-SHORT = $(foreach task,$(filter-out grounding,$(TASKS)),'evaluation.tasks.$(task).fractions=[1.0]' \
-  'evaluation.tasks.$(task).training={train: {epochs: 0.01, min_steps: $(STEPS), micro_batch: null}, validation: {every_epochs: 0, every_steps: 50}}')
+# Every downstream task on the networks of bench-methods, which are trained where they are not there. Two methods at a time,
+# one thread each (configs/benchmarks/tasks.yaml); finished units are kept, so a second call goes on.
+# TASKS="segmentation detection" METHODS="mgca place" choose; STEPS=50 is another length of each training.
+TASKS := zero-shot retrieval linear-probe fine-tuning grounding segmentation detection report vqa
+TRAINED := fine-tuning segmentation detection report vqa
+TASK_METHODS = $(filter-out infonce combination,$(METHODS))
+SHORT = $(if $(STEPS),$(TRAINED:%=evaluation.tasks.%.training.train.min_steps=$(STEPS)))
 bench-tasks: $(INSTALLED)
 	test -e $(BENCH)/shards || \
 	  $(BIN)/medvlp shards build phantom --out $(BENCH)/shards --studies 5000 --image-size 128 --seed 2 --workers 2
-	for method in $(METHODS); do \
-	  case $$method in mpma) encoder=vit_phantom;; *) encoder=resnet_phantom;; esac; \
-	  $(BIN)/medvlp pretrain configs/benchmarks/phantom.yaml configs/models/$$encoder.yaml configs/benchmarks/$$method.yaml \
-	    data.root=$(BENCH)/shards run.dir=$(BENCH)/$$method --nproc 2 && \
-	  $(BIN)/medvlp evaluate $(BENCH)/$$method $(TASKS:%=--task %) $(SHORT) --nproc 2 --out $(BENCH)/$$method/tasks.json || exit 1; \
-	done
-	$(BIN)/medvlp compare $(METHODS:%=$(BENCH)/%/tasks.json) --markdown
+	$(MAKE) --no-print-directory -j 2 $(TASK_METHODS:%=bench-tasks-%)
+	$(BIN)/medvlp compare $(TASK_METHODS:%=$(BENCH)/%/tasks.json) --markdown
+
+bench-tasks-%: export OMP_NUM_THREADS = 1
+bench-tasks-%:
+	$(BIN)/medvlp pretrain configs/benchmarks/phantom.yaml configs/models/$(if $(filter mpma,$*),vit,resnet)_phantom.yaml \
+	  configs/benchmarks/$*.yaml configs/benchmarks/tasks.yaml data.root=$(BENCH)/shards run.dir=$(BENCH)/$* --nproc 1
+	$(BIN)/medvlp evaluate $(BENCH)/$* $(TASKS:%=--task %) $(SHORT) --nproc 1 --out $(BENCH)/$*/tasks.json
 
 # SEEDS="0 1 2" trains every kind three times; $(OPTIONS) go over the configs, for instance OPTIONS=train.steps=60.
 STUDY = $(foreach seed,$(SEEDS),$(PROTOTYPES:%=$(BENCH)/prototypes-%-$(seed)))

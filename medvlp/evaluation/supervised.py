@@ -266,11 +266,14 @@ def finetuning_config(
     asked = config_files.merge(files, overrides, registry.schemas(), schemas())
     base.evaluation.tasks[name] = OmegaConf.to_object(asked.evaluation.tasks[name])
     base.task = name
-    # As for the units of an evaluation: without a word the default, bf16, slow on most CPUs, would be meant.
-    values = dataclasses.asdict(base)
-    machine = Layer(f"how {source.run} used its machine", {name: values[name] for name in _MACHINE})
-    layers = [machine, *files]
-    return run_config(source, base, task_of(base), Unit(fraction, seed), start, layers, overrides)
+    unit, layers = Unit(fraction, seed), [_machine(base), *files]
+    return run_config(source, base, task_of(base), unit, start, layers, overrides)
+
+
+def _machine(config: Config) -> Layer:
+    """Without it a training would have the defaults: bf16, slow on most CPUs."""
+    values = dataclasses.asdict(config)
+    return Layer("how the run uses its machine", {name: values[name] for name in _MACHINE})
 
 
 @dataclass(frozen=True)
@@ -355,7 +358,7 @@ class Network:
 
 def unit_config(session: Session, task: TrainedTask, unit: Unit, start: Start, run: Path) -> Config:
     """The config of a training run of a unit, in the folder `run`."""
-    roles, machine = session.facts(task).roles, dataclasses.asdict(session.config)
+    roles, shared = session.facts(task).roles, session.config.evaluation.shared_patients
     settings = {"labels": task.settings.labels or session.findings, "uncertain": session.uncertain}
     if hasattr(task.settings, "blank"):
         settings["blank"] = session.config.evaluation.blank
@@ -363,15 +366,9 @@ def unit_config(session: Session, task: TrainedTask, unit: Unit, start: Start, r
         "run": {"dir": str(run), "name": f"{task.name}-{unit.name}-{start}"},
         "data": {"split": roles["train"]},
         "validation": {"split": roles["selection"]},
-        "evaluation": {
-            "shared_patients": session.config.evaluation.shared_patients,
-            "tasks": {task.name: settings},
-        },
+        "evaluation": {"shared_patients": shared, "tasks": {task.name: settings}},
     }
-    layers = [
-        Layer("how the run uses its machine", {name: machine[name] for name in _MACHINE}),
-        Layer("the evaluation", given),
-    ]
+    layers = [_machine(session.config), Layer("the evaluation", given)]
     return run_config(session.source, session.config, task, unit, start, layers)
 
 
