@@ -7,6 +7,7 @@ and head are two modules for ZeRO-3. Logits are as large as the images.
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Callable
 
 import torch
@@ -26,7 +27,9 @@ Maps = tuple[Tensor, ...]
 
 
 class MaskHead(nn.Module, abc.ABC):
-    """Draws C masks of images from what it reads of an encoder."""
+    """Draws C masks of images from what it reads of an encoder; `head` ends in the logits."""
+
+    head: nn.Module
 
     @abc.abstractmethod
     def look(self, encoder: ImageEncoder, image: Tensor) -> Maps:
@@ -177,6 +180,19 @@ class ResUNetHead(MaskHead):
         for up, block, skip in zip(self.ups, self.blocks, maps[-2::-1], strict=True):
             found = block(torch.cat([_to_size(up(found), skip.shape[-1]), skip], dim=1))
         return (self.head(found),)
+
+
+def begin_empty(head: MaskHead, probability: float = 0.01) -> None:
+    """Let a newly drawn head call each pixel with this probability.
+
+    From 1/2 the first steps go into unlearning every mask everywhere, and at a high learning rate past the
+    point where the Dice loss still has a gradient. (Lin et al. 2017 begin focal loss so.)
+    """
+    for part in (head.head, getattr(head, "beside", None)):
+        convolutions = [of for of in (part or nn.Module()).modules() if isinstance(of, nn.Conv2d)]
+        for last in convolutions[-1:]:
+            assert last.bias is not None
+            nn.init.constant_(last.bias, math.log(probability / (1 - probability)))
 
 
 HEADS: dict[str, Callable[..., MaskHead]] = {

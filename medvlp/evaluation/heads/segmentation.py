@@ -10,7 +10,7 @@ from torch import Tensor
 
 from medvlp.data.batch import Batch
 from medvlp.data.fields import Masks
-from medvlp.evaluation.heads.masks import MaskHead
+from medvlp.evaluation.heads.masks import MaskHead, begin_empty
 from medvlp.evaluation.heads.objective import SupervisedObjective
 from medvlp.evaluation.heads.pyramids import encoder_of
 from medvlp.evaluation.metrics.segmentation import THRESHOLDS
@@ -61,6 +61,8 @@ class Segmentation(SupervisedObjective):
         drifting: bool = False,
     ) -> None:
         super().__init__(method, head)
+        if loss == "ours":
+            begin_empty(head)
         self.columns, self.loss, self.uncertain, self.drifting = columns, loss, uncertain, drifting
 
     def forward(self, batch: Batch, clusters: PrototypeTable | None = None) -> StepOutput:

@@ -122,6 +122,7 @@ class Segmentation(TrainedTask):
     packages = ("segmentation_models_pytorch",)
     teaches = "a mask of one of the findings"
     config = SegmentationConfig
+    version = 2
     fields = frozenset({"masks"})
     chooses = "dice/macro"
     chooses_mode = "max"

@@ -68,6 +68,17 @@ def test_what_is_unknown_changes_no_loss(loss: Any) -> None:
     assert objective.predict(first)["pixels"].shape == (4, 2, 50, 3)
 
 
+@pytest.mark.parametrize("loss", ["ours", "mgca"])
+def test_our_head_begins_with_empty_masks_a_published_one_with_half_of_each(loss: Any) -> None:
+    torch.manual_seed(0)
+    method: Any = Seeing(frozen=False)
+    head = masks.build_head("unet", method.image_encoder, 2)
+    objective = Segmentation(method, head, [0, 1], loss, [np.nan] * 2)
+    logits = objective._answers(batch())[0]
+    low, high = (0.001, 0.05) if loss == "ours" else (0.2, 0.8)
+    assert low < logits.mean().sigmoid() < high
+
+
 @pytest.mark.parametrize("task", ["masks", "boxes"])
 def test_frozen_batch_norms_stand_still_unless_they_drift_as_published(task: str) -> None:
     for drifting in (False, True):
