@@ -191,6 +191,39 @@ def compare(
         _print_published(evaluations, published, from_memory, markdown)
 
 
+def _print_differences(sources: Sequence[Path], against: Sequence[Path], markdown: bool) -> None:
+    from medvlp.evaluation.report import differences, results, tables
+
+    if len(sources) != len(against):
+        raise UsageError(f"--against: {len(against)} runs for {len(sources)}; give one for each, in order")
+
+    def measured(source: Path) -> differences.Measured:
+        file = source / RESULT_NAME if source.is_dir() else source
+        return differences.Measured(file.parent, results.read(file))
+
+    pairs = [(measured(ours), measured(theirs)) for ours, theirs in zip(sources, against, strict=True)]
+    groups = differences.groups(pairs)
+    first = pairs[0][0].evaluation
+    for task in first.results:
+        found = {names: differences.rows(group, task) for names, group in groups.items()}
+        header, *rows = tables.difference_rows(found, differences.reading_of(task))
+        title = f"{task}: {first.data['name']}, split {first.data['split']}, with − without"
+        if markdown:
+            typer.echo(f"{title}\n\n{tables.markdown_rows([header, *rows])}")
+        else:
+            _console().print(tables.rows_table(header, rows, title))
+        for (ours, theirs), of in found.items():
+            if not of:
+                typer.echo(f"- {task} of {ours} − {theirs}: not available")
+    for (ours, theirs), group in groups.items():
+        keys = {key for pair in group for key in differences.different_keys(*(of.evaluation for of in pair))}
+        typer.echo(f"- {ours} − {theirs}: the configs differ in {', '.join(sorted(keys)) or 'nothing'}")
+    typer.echo(
+        "- *: the 95 % interval, by patient and seed, excludes 0. One seed claims nothing: its interval is "
+        "by patient alone. Of metrics that do not differ, about one in twenty gets a star."
+    )
+
+
 def _print_published(
     evaluations: dict[str, Evaluation], file: Path, from_memory: bool, markdown: bool
 ) -> None:

@@ -13,6 +13,7 @@ import torch
 from medvlp.config import Config
 from medvlp.data.cache import open_reader
 from medvlp.evaluation.labels import Uncertain
+from medvlp.evaluation.report import resamples
 from medvlp.evaluation.report.joining import complete
 from medvlp.evaluation.report.results import Evaluation, UnitResult
 from medvlp.evaluation.report.tracking import track
@@ -219,9 +220,12 @@ def _run(task: Task, unit: Unit, stored: StoredUnit, evaluation: Evaluation, ses
     can_write = os.access(session.source.run, os.W_OK)
     folder = stored.folder if can_write else None
     fitted = task.fit(session.view(task, ("train", "selection"), folder), unit)
-    found = task.measure(session.view(task, ("evaluated",), folder), unit, fitted)
-    kept = stored.keep(found.scores) if can_write else ""
-    result = UnitResult(found.models, found.notes, stored.fingerprint, kept)
+    view = session.view(task, ("evaluated",), folder)
+    found = task.measure(view, unit, fitted)
+    models, drawn = resamples.taken_from(found.models, view.resamples)
+    result = UnitResult(models, found.notes, stored.fingerprint)
+    if can_write:
+        result.scores, result.resamples = stored.keep(found.scores), resamples.write(drawn, stored.folder)
     evaluation.units.setdefault(task.name, {})[unit.name] = result
     evaluation.data["splits"] |= session.splits_used()
     if can_write:

@@ -222,6 +222,7 @@ class View:
 
     Attributes:
         facts: what is known before a sample is read.
+        resamples: fingerprints of the resamples it has given.
     """
 
     _session: Session
@@ -229,6 +230,7 @@ class View:
     facts: Facts
     _roles: frozenset[Role]
     _folder: Path | None
+    resamples: set[str] = field(default_factory=set)
 
     def split(self, role: Role) -> Split | None:
         """The split that plays a role, embedded as the task needs it; None where the dataset has none.
@@ -311,7 +313,9 @@ class View:
 
     def bootstrap(self, patients: NDArray[Any]) -> PatientBootstrap:
         """The resamples of the intervals, for samples of these [N] patients."""
-        return PatientBootstrap(patients, self._session.config.evaluation.bootstrap, self.seed)
+        resamples = PatientBootstrap(patients, self._session.config.evaluation.bootstrap, self.seed)
+        self.resamples.add(resamples.fingerprint)
+        return resamples
 
     @cached_property
     def evaluable(self) -> frozenset[str]:

@@ -109,7 +109,7 @@ def make(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
         )  # fmt: skip
         folder = run / results.FOLDER / "zero-shot" / f"whole-{'0' * 16}"
         folder.mkdir(parents=True)
-        kept = results.KeptScores("0" * 32, scores.write(made_scores(), folder))
+        kept = results.KeptFile("0" * 32, scores.write(made_scores(), folder))
         evaluation.scores = {"zero-shot": {"whole": kept}}
         results.write(evaluation, run / "evaluation.json")
         return run

@@ -1,10 +1,12 @@
 """95 % intervals by resampling patients: images of one patient are not independent, so they go together."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
@@ -24,17 +26,29 @@ class Estimate:
     high: float | None = None
 
 
+@dataclass(frozen=True)
+class Resampled(Estimate):
+    """An estimate with its values [R] in the resamples, NaN where undefined; two estimates of the same
+    resamples have a difference with an interval of its own (`paired`)."""
+
+    draws: Floats = field(default_factory=lambda: np.empty(0), compare=False, repr=False)
+
+
 def estimate(value: float, draws: Floats) -> Estimate:
     """`value` with the 2.5 and 97.5 percentiles of `draws`; draws that are NaN (undefined) do not count."""
     defined = draws[~np.isnan(draws)]
     if not len(defined):
         return Estimate(float(value))
     low, high = np.percentile(defined, [2.5, 97.5])
-    return Estimate(float(value), float(low), float(high))
+    return Resampled(float(value), float(low), float(high), draws)
 
 
 class PatientBootstrap:
-    """Resamples of the patients of a split, the same ones for every metric and model (so they are paired)."""
+    """Resamples of the patients of a split, the same ones for every metric and model (so they are paired).
+
+    Attributes:
+        fingerprint: equal where the resamples are: of the same patients, as many, with the same seed.
+    """
 
     def __init__(self, patients: Sequence[str] | NDArray[Any], resamples: int, seed: int):
         """`patients` [N] names the patient of each sample; `resamples` may be 0 (no intervals)."""
@@ -46,6 +60,8 @@ class PatientBootstrap:
         rows = np.arange(resamples)[:, None] * self.patients
         counts = np.bincount((draws + rows).ravel(), minlength=resamples * self.patients)
         self._counts = counts.reshape(resamples, self.patients).astype(np.uint16)
+        drawn = json.dumps([resamples, seed, *names.astype(str).tolist()])
+        self.fingerprint = xxhash.xxh3_128_hexdigest(drawn.encode())
 
     def draws(self, statistic: Statistic, rows: NDArray[Any] | None = None) -> Floats:
         """[resamples] values of `statistic`.

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from medvlp.evaluation.report.results import Evaluation, KeptScores
+from medvlp.evaluation.report.results import Evaluation, KeptFile
 from medvlp.evaluation.task import EvaluationError, TaskResult, tasks
 
 #: Settings by task, which tasks that are in one file only bring along.
@@ -33,6 +33,8 @@ def join(parts: Mapping[Path, Evaluation]) -> Evaluation:
             joined.results[task] = models
             if task in part.scores:
                 joined.scores[task] = part.scores[task]
+            if task in part.resamples:
+                joined.resamples[task] = part.resamples[task]
         for task, units in part.units.items():
             stored = joined.units.setdefault(task, {})
             if twice := sorted(stored.keys() & units.keys()):
@@ -73,9 +75,10 @@ def complete(evaluation: Evaluation) -> Evaluation:
         parts = {unit: units[unit_name] for unit, unit_name in expected.items()}
         result = task.join({unit: TaskResult(of.models, of.notes) for unit, of in parts.items()})
         evaluation.results[name], evaluation.notes[name] = result.models, result.notes
-        kept = {unit.name: KeptScores(of.fingerprint, of.scores) for unit, of in parts.items() if of.scores}
-        if kept:
-            evaluation.scores[name] = kept
+        for files, kind in ((evaluation.scores, "scores"), (evaluation.resamples, "resamples")):
+            kept = {unit.name: KeptFile(of.fingerprint, getattr(of, kind)) for unit, of in parts.items()}
+            if kept := {unit: file for unit, file in kept.items() if file.checksum}:
+                files[name] = kept
     evaluation.units = {}
     return evaluation
 

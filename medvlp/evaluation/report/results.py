@@ -15,6 +15,7 @@ notes           task -> what stands beside its numbers: counts of each finding, 
                 `not_available`: why the method cannot do the task at all (its results are then empty)
 config          the resolved config of the run, with the overrides of this evaluation
 scores          task -> unit -> {fingerprint, checksum} of the file of its scores (see `scores.py`)
+resamples       the same of the file of its resamples (see `resamples.py`)
 units           only in files of single units: task -> unit -> its models, notes and fingerprint
 """
 
@@ -36,8 +37,8 @@ _LIMIT = 1 << 26
 
 
 @dataclass
-class KeptScores:
-    """Where the scores of a unit lie, by its fingerprint, and the checksum of the file (xxh3_128)."""
+class KeptFile:
+    """Where a file beside the result of a unit lies, by the unit's fingerprint, and its checksum (xxh3_128)."""
 
     fingerprint: str
     checksum: str
@@ -49,13 +50,14 @@ class UnitResult:
 
     Attributes:
         models, notes: as of a `TaskResult`. fingerprint: of everything its numbers depend on.
-        scores: checksum of the file of its scores; "" if there is none.
+        scores, resamples: checksums of the files of its scores and resamples; "" if there is none.
     """
 
     models: dict[str, Metrics] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
     scores: str = ""
+    resamples: str = ""
 
 
 @dataclass
@@ -68,7 +70,8 @@ class Evaluation:
     results: dict[str, dict[str, Metrics]] = field(default_factory=dict)
     notes: dict[str, dict[str, Any]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
-    scores: dict[str, dict[str, KeptScores]] = field(default_factory=dict)
+    scores: dict[str, dict[str, KeptFile]] = field(default_factory=dict)
+    resamples: dict[str, dict[str, KeptFile]] = field(default_factory=dict)
     units: dict[str, dict[str, UnitResult]] = field(default_factory=dict)
 
 
@@ -79,7 +82,7 @@ def write(evaluation: Evaluation, file: Path) -> None:
         DataError: it cannot be written.
     """
     content = _without_nan({"schema_version": SCHEMA_VERSION, **asdict(evaluation)})
-    for section in ("scores", "units"):
+    for section in ("scores", "resamples", "units"):
         if not content[section]:
             del content[section]
     atomic_write(file, (json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode())

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from medvlp.evaluation.metrics.bootstrap import Estimate
 from medvlp.evaluation.report.comparison import Grid, grid, reading_of, unavailable
+from medvlp.evaluation.report.differences import Row
 from medvlp.evaluation.report.results import Evaluation
 from medvlp.evaluation.task import Reading
 
@@ -63,10 +64,31 @@ def published_cells(task: str, metric: str, own: Estimate, value: float, by: str
 
 def published_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A rich table of published results."""
-    table = Table(*header, title="published results", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    return rows_table(header, rows, "published results")
+
+
+def rows_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> Table:
+    """A rich table of texts."""
+    table = Table(*header, title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def difference_rows(of: Mapping[tuple[str, str], Sequence[Row]], reading: Reading) -> list[list[str]]:
+    """Rows of a table of differences, the first its header; what the interval claims is starred."""
+    rows = [["difference", "metric", "with", "without", "95 % interval", "seeds"]]
+    for (ours, theirs), found in of.items():
+        for row in found:
+            values = [cell(Estimate(value), row.metric, reading) for value in (row.ours, row.theirs)]
+            difference = row.difference
+            text = f"{difference.value:+.3f}"
+            if difference.low is not None and difference.high is not None:
+                text += f" ({difference.low:+.3f} to {difference.high:+.3f})"
+            star = " *" if difference.claimed else ""
+            name = f"{ours} − {theirs}"
+            rows.append([name, label(row.metric, reading), *values, text + star, str(difference.seeds)])
+    return rows
 
 
 def caption(evaluations: Mapping[str, Evaluation]) -> str:

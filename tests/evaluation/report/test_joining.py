@@ -9,7 +9,7 @@ import pytest
 
 from medvlp.evaluation.metrics.bootstrap import Estimate
 from medvlp.evaluation.report.joining import join
-from medvlp.evaluation.report.results import Evaluation, KeptScores, UnitResult
+from medvlp.evaluation.report.results import Evaluation, KeptFile, UnitResult
 from medvlp.evaluation.task import EvaluationError
 
 
@@ -73,7 +73,7 @@ def test_units_of_one_task_become_its_result() -> None:
     assert again.scores == joined.scores
     assert set(joined.results) == {"linear-probe", "retrieval"}
     assert joined.scores == {
-        "linear-probe": {f"fraction-{of}": KeptScores("abc", "sum") for of in ("0.1", "1")}
+        "linear-probe": {f"fraction-{of}": KeptFile("abc", "sum") for of in ("0.1", "1")}
     }
     assert joined.settings["options"] == {"linear-probe": {"fractions": [0.1, 1.0]}}
 

@@ -13,7 +13,7 @@ import xxhash
 from safetensors.numpy import load_file
 
 from medvlp.evaluation.report import scores
-from medvlp.evaluation.report.results import FOLDER, Evaluation, KeptScores
+from medvlp.evaluation.report.results import FOLDER, Evaluation, KeptFile
 from medvlp.evaluation.task import EvaluationError, Scores
 
 FINGERPRINT = "0123456789abcdef" * 2
@@ -28,7 +28,7 @@ MADE = Scores(
 
 
 def kept(run: Path, checksum: str, task: str = "toy", unit: str = "whole") -> Evaluation:
-    return Evaluation({}, {}, {}, scores={task: {unit: KeptScores(FINGERPRINT, checksum)}})
+    return Evaluation({}, {}, {}, scores={task: {unit: KeptFile(FINGERPRINT, checksum)}})
 
 
 @pytest.fixture
