@@ -17,7 +17,7 @@ help:
 	@echo "make test    every test"
 	@echo "make checks  format, lint, types, import arrows, sizes, config reference"
 	@echo "make bench   benchmarks: ratios against named rivals"
-	@echo "make bench-methods  every method trained on the same phantoms with the same budget, evaluated, one table"
+	@echo "make bench-methods  every method beside its ablation: the same phantoms, budget and seeds, and the differences"
 	@echo "make bench-tasks  every downstream task on the networks of bench-methods, one table"
 	@echo "make bench-prototypes  MGCA without prototypes, with learned ones, with clusters, with masks; one table"
 	@echo "make drill   kill, starve and damage runs; every one must come back as if nothing had happened"
@@ -56,15 +56,27 @@ checks: $(INSTALLED)
 bench: $(INSTALLED)
 	for benchmark in tests/benchmarks/[a-z]*.py; do $(BIN)/python $$benchmark || exit 1; done
 
+# Every method of COMPARED and its ablation, for each of SEEDS (SEEDS="0 1 2"); finished trainings and evaluations are
+# kept, so it goes on where it was stopped, and calls with other seeds may run at the same time. ENCODER, a file of
+# configs/models, is the image encoder of all; without it MPMA has a ViT and the others a ResNet. $(OPTIONS) go over
+# the configs.
+COMPARED := mgca prior mpma medslip place combination
+ENCODER ?=
+compared = $(foreach seed,$(SEEDS),$(COMPARED:%=$(BENCH)/methods/%$(1)-$(seed)))
 bench-methods: $(INSTALLED)
-	$(BIN)/medvlp shards build phantom --out $(BENCH)/shards --studies 5000 --image-size 128 --seed 2 --workers 2
-	for method in $(METHODS); do \
-	  case $$method in mpma) encoder=vit_phantom;; *) encoder=resnet_phantom;; esac; \
-	  $(BIN)/medvlp pretrain configs/benchmarks/phantom.yaml configs/models/$$encoder.yaml configs/benchmarks/$$method.yaml \
-	    configs/benchmarks/tasks.yaml data.root=$(BENCH)/shards run.dir=$(BENCH)/$$method --nproc 2 && \
-	  $(BIN)/medvlp evaluate $(BENCH)/$$method || exit 1; \
-	done
-	$(BIN)/medvlp compare $(METHODS:%=$(BENCH)/%) --markdown
+	test -e $(BENCH)/shards/index.json || \
+	  $(BIN)/medvlp shards build phantom --out $(BENCH)/shards --studies 5000 --image-size 128 --seed 2 --workers 2
+	for seed in $(SEEDS); do for method in $(COMPARED); do for kind in $$method $$method-ablation; do \
+	  case $$method in mpma) encoder=$(or $(ENCODER),vit_phantom);; *) encoder=$(or $(ENCODER),resnet_phantom);; esac; \
+	  run=$(BENCH)/methods/$$kind-$$seed; \
+	  files="configs/benchmarks/phantom.yaml configs/models/$$encoder.yaml configs/benchmarks/$$method.yaml"; \
+	  test $$kind = $$method || files="$$files configs/benchmarks/$$kind.yaml"; \
+	  $(BIN)/medvlp pretrain $$files data.root=$(BENCH)/shards run.dir=$$run train.seed=$$seed $(OPTIONS) --nproc 2 && \
+	  $(BIN)/medvlp evaluate $$run || exit 1; \
+	done; done; done
+	$(BIN)/medvlp compare $(call compared) $(addprefix --against ,$(call compared,-ablation)) --markdown
+	$(BIN)/python tests/benchmarks/studies/cluster_quality.py \
+	  $(foreach seed,$(SEEDS),$(BENCH)/methods/mgca-$(seed) $(BENCH)/methods/mgca-ablation-$(seed))
 
 # Every downstream task on the networks of bench-methods, which are trained where they are not there. Two methods at a time,
 # one thread each (configs/benchmarks/tasks.yaml); finished units are kept, so a second call goes on.

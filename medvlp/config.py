@@ -115,7 +115,12 @@ class PrototypesConfig:
         1,
     )
     false_negatives: Literal["keep", "mask"] = key(
-        "keep", "mask: samples of one service cluster are not negatives of each other in contrastive losses"
+        "keep", "mask: samples whose reports are alike are not negatives of each other in contrastive losses"
+    )
+    false_negatives_by: Literal["tokens", "clusters"] = key(
+        "tokens",
+        "reports that are alike: of equal sentences; clusters: of one service cluster, whose embeddings the "
+        "masked loss trains, so that it can fall by making all alike",
     )
     max_staleness: int | None = key(
         None,
@@ -137,6 +142,11 @@ class PrototypesConfig:
         0,
         1,
     )
+
+    @property
+    def masks_by_clusters(self) -> bool:
+        """Whether clusters of the service decide which samples are no negatives of each other."""
+        return self.false_negatives == "mask" and self.false_negatives_by == "clusters"
 
 
 @dataclass

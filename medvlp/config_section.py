@@ -88,8 +88,8 @@ class MethodConfig:
         if clusters is None:
             raise ConfigError(
                 f"{named} hold clusters of the prototype service, which nothing uses: set "
-                "prototypes.false_negatives=mask (or method.prototype_source=clusters with "
-                "method.name=mgca), or prototypes.anchors=[]"
+                "prototypes.false_negatives=mask with prototypes.false_negatives_by=clusters (or "
+                "method.prototype_source=clusters with method.name=mgca), or prototypes.anchors=[]"
             )
         if not self.embeds_reports:
             raise ConfigError(
@@ -108,7 +108,7 @@ class MethodConfig:
 
     def service_clusters(self, config: Config) -> int | None:
         """Number of clusters of the prototype service that the method uses; None: it uses none."""
-        return config.prototypes.clusters if config.prototypes.false_negatives == "mask" else None
+        return config.prototypes.clusters if config.prototypes.masks_by_clusters else None
 
 
 @dataclass

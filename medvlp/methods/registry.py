@@ -115,7 +115,8 @@ def build_method(config: Config, vocab_size: int) -> Method:
     if config.prototypes.false_negatives == "mask":
         if method.service_user is None:
             raise TypeError(f"{type(method).__name__} has embeddings by its config, but no service_user")
-        method.service_user.mask_false_negatives(config.prototypes.clusters)
+        clusters = config.prototypes.clusters if config.prototypes.masks_by_clusters else None
+        method.service_user.mask_false_negatives(clusters)
     return method
 
 

@@ -1,4 +1,4 @@
-"""Which samples of a batch are no negatives of each other: those of one study, those of one cluster."""
+"""Which samples of a batch are no negatives of each other: those of one study, those of like reports."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,6 @@ from torch import Tensor
 
 from medvlp import distributed
 from medvlp.prototypes.ring import label_bits
-from medvlp.prototypes.table import PrototypeTable
 
 
 class Exclusion(NamedTuple):
@@ -49,17 +48,13 @@ def _equal(own: Tensor, others: Tensor, every_rank: bool) -> Tensor:
 
 @torch.no_grad()
 def exclude_false_negatives(
-    table: PrototypeTable,
-    embeddings: Tensor,
-    labels: Tensor,
-    every_rank: bool,
-    studies: Tensor | None = None,
+    alike: Tensor, labels: Tensor, every_rank: bool, studies: Tensor | None = None
 ) -> Exclusion:
-    """Leave out the pairs of samples whose embeddings fall into one cluster; at most one collective.
+    """Leave out the pairs of samples that are alike; at most one collective.
 
     Args:
-        table: clusters, the same on all ranks.
-        embeddings: [B, D] unit-norm embeddings of this rank's samples; B is equal on all ranks.
+        alike: [B] int64, equal for samples that are alike (their cluster, the identity of their report); B is
+            equal on all ranks.
         labels: [B, C] 1, 0, -1 (uncertain) or NaN (unknown), only for the metrics.
         every_rank: candidates are the samples of all ranks; false: of this one.
         studies: [B] int64; pairs of one study are left out too, but do not count in the metrics.
@@ -70,26 +65,25 @@ def exclude_false_negatives(
         a present finding or both have none, in [0, 1], among those whose samples both have labels; NaN where
         there is no such pair. The mean over ranks of each is its value over the pairs of all ranks.
     """
-    # One gather for all: clusters and studies decide, labels only tell how well.
-    columns = [table.assign(embeddings), label_bits(labels)]
+    # One gather for all: what is alike and studies decide, labels only tell how well.
+    columns = [alike, label_bits(labels)]
     own = torch.stack(columns if studies is None else [*columns, studies], 1)
     others = distributed.gather_rows(own) if every_rank else own
     pairs = _equal(own[:, 0], others[:, 0], every_rank)
     metrics = {"prototypes/masked": pairs.sum() / max(1, len(own) * (len(others) - 1))}
     if labels.shape[1]:
-        metrics["prototypes/mask_precision"] = _precision(pairs, own[:, 1], others, len(table.centroids))
+        metrics["prototypes/mask_precision"] = _precision(pairs, own[:, 1], others)
     if studies is not None:
         pairs = pairs | _equal(own[:, 2], others[:, 2], every_rank)
     return Exclusion(pairs, metrics)
 
 
-def _precision(pairs: Tensor, findings: Tensor, others: Tensor, clusters: int) -> Tensor:
+def _precision(pairs: Tensor, findings: Tensor, others: Tensor) -> Tensor:
     """Agreeing labelled pairs of this rank over the mean number of labelled pairs of the ranks, 0-d."""
     mine, theirs = findings[:, None], others[None, :, 1]
     agreeing = ((mine & theirs) != 0) | ((mine == 0) & (theirs == 0))
     labelled = (mine >= 0) & (theirs >= 0)
-    # The sizes of the clusters give the number of labelled pairs of all ranks without another collective.
-    known = (others[:, 1] >= 0).long()
-    sizes = known.new_zeros(clusters).scatter_add_(0, others[:, 0], known)
-    total = (sizes * (sizes - 1)).sum()
+    # The gathered rows give the number of labelled pairs of all ranks without another collective.
+    alike, known = others[:, 0], others[:, 1] >= 0
+    total = ((alike[:, None] == alike[None]) & known[:, None] & known[None]).sum() - known.sum()
     return (pairs & agreeing & labelled).sum() / (total * (len(findings) / len(others)))

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from medvlp.config import MethodConfig
 from medvlp.data.batch import Batch, Text
+from medvlp.encoders.words import report_identity
 from medvlp.losses.normalise import unit_norm
 from medvlp.prototypes.false_negatives import (
     NOTHING_EXCLUDED,
@@ -29,10 +30,13 @@ class PrototypeUser:
     """The optional part of a method; all of it has a default. A mixin beside `nn.Module`.
 
     Attributes:
-        mask_clusters: number of service clusters whose samples are no negatives of each other; None: all
-            other samples are negatives (set by `mask_false_negatives`).
+        masks: whether samples whose reports are alike are no negatives of each other (set by
+            `mask_false_negatives`).
+        mask_clusters: number of service clusters, where those of one cluster are alike; None: those of equal
+            sentences are.
     """
 
+    masks: bool = False
     mask_clusters: int | None = None
 
     def prototype_size(self) -> tuple[int, int] | None:
@@ -76,21 +80,24 @@ class PrototypeUser:
         """
         return None
 
-    def mask_false_negatives(self, clusters: int) -> None:
-        """From now on samples of one service cluster are no negatives of each other (before training).
+    def mask_false_negatives(self, clusters: int | None) -> None:
+        """From now on samples whose reports are alike are no negatives of each other (before training).
 
         Args:
-            clusters: their number, where the part does not have a number of its own.
+            clusters: where those of one service cluster are alike: their number, if the part does not have
+                one of its own. None: those of equal sentences are.
         """
-        self.mask_clusters = clusters
+        self.masks, self.mask_clusters = True, clusters
 
     def exclude(
         self, batch: Batch, clusters: PrototypeTable | None, config: MethodConfig, text: Tensor | None
     ) -> Exclusion:
-        """Which samples are no negatives of each other: those of one study, and where masked of one cluster.
+        """Which samples are no negatives of each other: those of one study, and where masked of like reports.
 
-        Of clusters reports alone decide: one id a sample makes "the same cluster" an equivalence, reports
-        worded alike share theirs, and images can be alike in much that is no finding (projection, exposure).
+        Equal sentences are the safe choice: no weights can make reports equal, so the loss cannot be lowered
+        by taking its negatives away. Clusters are of trained embeddings, and can. Of clusters reports alone
+        decide: one id a sample makes "the same cluster" an equivalence, reports worded alike share theirs,
+        and images can be alike in much that is no finding (projection, exposure).
 
         Args:
             batch: the samples.
@@ -100,9 +107,13 @@ class PrototypeUser:
         """
         every_rank = config.negatives == "global"
         studies = batch.study if config.same_study == "excluded" else None
-        if self.mask_clusters is not None and clusters is not None and text is not None:
-            unit = unit_norm(text.detach()).float()
-            return exclude_false_negatives(clusters, unit, batch.labels, every_rank, studies)
+        alike = None
+        if self.masks and self.mask_clusters is None:
+            alike = report_identity(batch.text)
+        elif self.masks and clusters is not None and text is not None:
+            alike = clusters.assign(unit_norm(text.detach()).float())
+        if alike is not None:
+            return exclude_false_negatives(alike, batch.labels, every_rank, studies)
         return NOTHING_EXCLUDED if studies is None else exclude_same_study(studies, every_rank)
 
 

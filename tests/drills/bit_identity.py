@@ -49,7 +49,12 @@ LENGTH = [f"train.steps={STEPS}", "optimizer.lr=1e-3"]
 MGCA = ["method.name=mgca", "method.prototypes=8", "method.embedding=16", "method.head_hidden=32"]
 #: The prototype service in the ranks, with a refresh on both sides of the loss and before it.
 SERVICE = ["prototypes.sync=true", "prototypes.refresh_steps=4", "prototypes.bank_rows=64"]
-MASKS = [*SERVICE, "prototypes.false_negatives=mask", "prototypes.clusters=4"]
+MASKS = [
+    *SERVICE,
+    "prototypes.false_negatives=mask",
+    "prototypes.false_negatives_by=clusters",
+    "prototypes.clusters=4",
+]
 REVIVAL = ["prototypes.init=kmeans", "prototypes.init_samples=32", "prototypes.revive_below=0.5"]
 
 CASES = {
@@ -87,7 +92,7 @@ CASES = {
     ],
     "clusters": [
         *LENGTH, *MGCA, "method.prototype_source=clusters", *SERVICE, "prototypes.balance=bias",
-        "prototypes.false_negatives=mask",
+        "prototypes.false_negatives=mask", "prototypes.false_negatives_by=clusters",
     ],
 }  # fmt: skip
 

@@ -25,7 +25,7 @@ CLUSTERS = 3
 
 
 def masked_config(name: str, **method: Any) -> Config:
-    """The small config of a method, with `prototypes.false_negatives=mask` and K = 3."""
+    """The small config of a method, with masks by K = 3 clusters."""
     if name == "combination":
         config = small_mgca.small_config()
         parts = {
@@ -44,6 +44,7 @@ def masked_config(name: str, **method: Any) -> Config:
         }[name]
         config = build(**method)
     config.prototypes.false_negatives, config.prototypes.clusters = "mask", CLUSTERS
+    config.prototypes.false_negatives_by = "clusters"
     return config
 
 

@@ -13,6 +13,7 @@ from medvlp.config_files import ConfigError
 from medvlp.methods.registry import schemas
 
 MASKS = "prototypes.false_negatives=mask"
+CLUSTERS = "prototypes.false_negatives_by=clusters"
 STAGE_TWO = "method.stage=2"
 
 #: Method, keys, and what the message names.
@@ -25,9 +26,10 @@ IMPOSSIBLE = [
     ),
     ("mgca", [MASKS, "method.instance_weight=0"], r"method\.instance_weight=0"),
     ("mgca", ["prototypes.anchors=[edema]"], "which nothing uses"),
+    ("mgca", [MASKS, "prototypes.anchors=[edema]"], "which nothing uses"),
     (
         "mgca",
-        [MASKS, "prototypes.clusters=1", "prototypes.anchors=[edema, mass]"],
+        [MASKS, CLUSTERS, "prototypes.clusters=1", "prototypes.anchors=[edema, mass]"],
         "need as many clusters; there are 1",
     ),
     (
@@ -55,7 +57,7 @@ IMPOSSIBLE = [
         ["text.frozen=true", *(f"method.{part}_weight=0" for part in ("existence", "prototype", "relation"))],
         "no loss",
     ),
-    ("medslip", ["text.frozen=true", MASKS, "prototypes.anchors=[edema]"], "embeds no reports"),
+    ("medslip", ["text.frozen=true", MASKS, CLUSTERS, "prototypes.anchors=[edema]"], "embeds no reports"),
     ("combination", ["method.mgca_weight=0"], r"method\.embeds_with=mgca"),
     (
         "combination",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import math
 from typing import Any
 
 import pytest
@@ -10,7 +12,10 @@ import torch
 from torch.nn import functional as F
 
 from medvlp.config_files import ConfigError
+from medvlp.data.batch import Batch
+from medvlp.encoders.words import report_identity
 from medvlp.losses.normalise import unit_norm
+from medvlp.methods.base import Method
 from medvlp.methods.mgca.config import MGCAConfig
 from medvlp.methods.place.config import PLACEConfig
 from medvlp.methods.place.losses import Sentences, observation_terms
@@ -219,3 +224,58 @@ def test_anchors_need_something_to_hold() -> None:
 def test_clusters_alone_would_leave_steps_without_a_loss() -> None:
     with pytest.raises(ConfigError, match=r"method\.prototype_source=clusters"):
         masked_method("mgca", prototype_source="clusters", instance_weight=0.0, token_weight=0.0)
+
+
+def by_tokens(name: str) -> tuple[Method, Batch]:
+    """A method that masks by equal reports, and a batch whose samples 0 and 4 have one report."""
+    config = masked_config(name)
+    config.prototypes.false_negatives_by = "tokens"
+    batch = labelled_batch(name)
+    for field in dataclasses.fields(batch.text):
+        getattr(batch.text, field.name)[4] = getattr(batch.text, field.name)[0]
+    return built(config), batch
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "medslip"])
+def test_equal_reports_are_no_negatives_without_clusters(name: str) -> None:
+    method, batch = by_tokens(name)
+    assert method.service_user is not None
+    assert method.service_user.service_size() is None, "nothing has to be clustered"
+    output = method(batch)
+    expected = torch.zeros(8, 8, dtype=torch.bool)
+    expected[0, 4] = expected[4, 0] = True
+    assert output.exclusion.pairs is not None
+    assert torch.equal(output.exclusion.pairs, expected)
+    assert output.terms["prototypes/masked"] == pytest.approx(2 / 56)
+
+
+def test_the_order_of_sentences_does_not_matter() -> None:
+    text = labelled_batch("mgca").text
+    swapped = dataclasses.replace(text, input_ids=text.input_ids.clone())
+    first, second = ((text.sentence_index[0] == sentence).nonzero()[:2, 0] for sentence in (0, 1))
+    assert len(first) == len(second) == 2
+    swapped.input_ids[0, first], swapped.input_ids[0, second] = (
+        text.input_ids[0, second], text.input_ids[0, first],
+    )  # fmt: skip
+    cut = dataclasses.replace(text, sentence_index=text.sentence_index.clone())
+    cut.sentence_index[0, first[1]] = -1
+    assert (report_identity(swapped) == report_identity(text))[1:].all()
+    assert report_identity(text).unique().numel() == len(REPORTS)
+    assert report_identity(cut)[0] != report_identity(text)[0]
+
+
+def test_a_collapse_takes_no_negatives_away() -> None:
+    """Heads that make all reports alike: clusters then leave nothing to tell apart, equal sentences do."""
+    losses = {}
+    config = masked_config("mgca", token_weight=0.0, prototype_weight=0.0)
+    batch = labelled_batch("mgca")
+    table = table_for(built(config), batch)
+    for by in ("tokens", "clusters"):
+        config.prototypes.false_negatives_by = by
+        method = built(config)
+        for head in (method.alignment.image_head, method.alignment.report_head):
+            last = [layer for layer in head.modules() if isinstance(layer, torch.nn.Linear)][-1]
+            torch.nn.init.zeros_(last.weight)
+        losses[by] = method(batch, table).loss.item()
+    assert losses["clusters"] == pytest.approx(0, abs=1e-5)
+    assert losses["tokens"] == pytest.approx(2 * math.log(len(REPORTS)), rel=1e-3)

@@ -27,7 +27,7 @@ def test_by_hand() -> None:
     table = PrototypeTable.start(torch.eye(3))
     embeddings = on_axes([0, 1, 0, 0, 1], 3)
     labels = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0], [0.0, NAN], [-1.0, 0.0]])
-    pairs, metrics = exclude_false_negatives(table, embeddings, labels, every_rank=True)
+    pairs, metrics = exclude_false_negatives(table.assign(embeddings), labels, every_rank=True)
     assert pairs is not None
     expected = torch.zeros(5, 5, dtype=torch.bool)
     for i, j in [(0, 2), (0, 3), (2, 3), (1, 4)]:
@@ -41,13 +41,13 @@ def test_by_hand() -> None:
 def test_samples_without_labels_do_not_count() -> None:
     table = PrototypeTable.start(torch.eye(2))
     unknown = torch.full((3, 2), NAN)
-    metrics = exclude_false_negatives(table, on_axes([0, 0, 1], 2), unknown, False).metrics
+    metrics = exclude_false_negatives(table.assign(on_axes([0, 0, 1], 2)), unknown, False).metrics
     assert metrics["prototypes/masked"] == pytest.approx(1 / 3)
     assert metrics["prototypes/mask_precision"].isnan()
-    assert set(exclude_false_negatives(table, torch.eye(2), torch.zeros(2, 0), False).metrics) == {
+    assert set(exclude_false_negatives(torch.arange(2), torch.zeros(2, 0), False).metrics) == {
         "prototypes/masked"
     }
-    alone = exclude_false_negatives(table, torch.eye(2)[:1], torch.ones(1, 1), False)
+    alone = exclude_false_negatives(torch.zeros(1).long(), torch.ones(1, 1), False)
     assert alone.pairs is not None
     assert not alone.pairs.any()
     assert alone.metrics["prototypes/masked"] == 0
@@ -77,8 +77,7 @@ def figures_by_loop(clusters: list[int], labels: list[list[float]]) -> tuple[flo
 )
 def test_figures_equal_a_count_by_hand(samples: list[tuple[int, list[float]]]) -> None:
     clusters, labels = [cluster for cluster, _ in samples], [found for _, found in samples]
-    table = PrototypeTable.start(torch.eye(4))
-    pairs, metrics = exclude_false_negatives(table, on_axes(clusters, 4), torch.tensor(labels), True)
+    pairs, metrics = exclude_false_negatives(torch.tensor(clusters), torch.tensor(labels), True)
     assert pairs is not None
     assert torch.equal(pairs, pairs.T)
     assert not pairs.diagonal().any()
@@ -96,7 +95,7 @@ def exclusion_of_rank(ranks: int, every_rank: bool) -> tuple[np.ndarray, dict[st
     each = 8 // ranks
     own = slice(rank() * each, (rank() + 1) * each)
     table = PrototypeTable.start(torch.eye(3))
-    pairs, metrics = exclude_false_negatives(table, embeddings[own], labels[own], every_rank)
+    pairs, metrics = exclude_false_negatives(table.assign(embeddings[own]), labels[own], every_rank)
     assert pairs is not None
     return pairs.numpy(), {name: value.item() for name, value in metrics.items()}
 

@@ -17,8 +17,8 @@ pytestmark = pytest.mark.dist
 
 #: After the only refresh; the table that masks the last two steps comes from the checkpoint.
 MASKS = [
-    "prototypes.false_negatives=mask", "prototypes.clusters=4", "prototypes.refresh_steps=5",
-    "prototypes.bank_rows=64",
+    "prototypes.false_negatives=mask", "prototypes.false_negatives_by=clusters", "prototypes.clusters=4",
+    "prototypes.refresh_steps=5", "prototypes.bank_rows=64",
 ]  # fmt: skip
 #: 80 studies make about 4 steps an epoch. Runs have 8 steps and lose what comes after the sixth.
 METHODS = {

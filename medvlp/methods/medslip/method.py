@@ -127,12 +127,12 @@ class MeDSLIP(Method, PrototypeUser):
         """The streams are trained by every loss."""
         return self.config.width
 
-    def mask_false_negatives(self, clusters: int) -> None:
+    def mask_false_negatives(self, clusters: int | None) -> None:
         """Have images clustered; there are no contrasts between samples, so no loss changes."""
         super().mask_false_negatives(clusters)
         logger.warning(
-            "prototypes.false_negatives=mask changes no loss of MeDSLIP, which never contrasts two samples; "
-            "its images are clustered all the same"
+            "prototypes.false_negatives=mask changes no loss of MeDSLIP, which never contrasts two samples%s",
+            "" if clusters is None else "; its images are clustered all the same",
         )
 
     def encode_text(self, text: Text) -> Tensor:
