@@ -18,7 +18,7 @@ help:
 	@echo "make checks  format, lint, types, import arrows, sizes, config reference"
 	@echo "make bench   benchmarks: ratios against named rivals"
 	@echo "make bench-methods  every method beside its ablation: the same phantoms, budget and seeds, and the differences"
-	@echo "make bench-tasks  every downstream task on the networks of bench-methods, one table"
+	@echo "make bench-tasks  every downstream task on a network of each method, one table"
 	@echo "make bench-prototypes  MGCA without prototypes, with learned ones, with clusters, with masks; one table"
 	@echo "make drill   kill, starve and damage runs; every one must come back as if nothing had happened"
 	@echo "make gpu     checks (300 s) and figures (200 s) of a GPU machine into $(GPU); DRY=1: at toy size on the CPU"

@@ -177,6 +177,30 @@ def test_a_checkpoint_folder_is_that_checkpoint_and_numbers_repeat(
     assert table.count("| tiny") == 4
 
 
+def test_a_run_stands_against_its_ablation(run: Path, shards: Path, medvlp, tmp_path: Path) -> None:
+    """A later checkpoint in the place of the method, an earlier one in the place of its ablation."""
+    folders = [shutil.copytree(run, tmp_path / name) for name in ("with", "without")]
+    values = []
+    for folder, step in zip(folders, ("step-00000009", "step-00000004"), strict=True):
+        arguments = ["--data", shards, "--task", "zero-shot", "--label", "edema"]
+        result = medvlp("evaluate", folder / "checkpoints" / step, *arguments)
+        assert result.exit_code == 0, result.exception
+        found = results.read(folder / "evaluation.json")
+        assert set(found.resamples["zero-shot"]) == {"whole"}
+        values.append(found.results["zero-shot"]["trained"]["auroc/macro"].value)
+    (row,) = [
+        line
+        for line in medvlp("compare", folders[0], "--against", folders[1], "--markdown").output.splitlines()
+        if line.startswith("| tiny − tiny | AUROC macro |")
+    ]
+    assert f"| {values[0]:.3f} | {values[1]:.3f} | {values[0] - values[1]:+.3f} (" in row
+    assert "*" not in row, "one seed claims nothing"
+    shown = medvlp("compare", folders[0], "--against", folders[1]).output
+    assert "the configs differ in nothing" in shown
+    assert "its interval is by patient alone" in shown
+    assert "1 runs for 2" in str(medvlp("compare", *folders, "--against", run).exception)
+
+
 def test_a_changed_prompt_file_is_evaluated_anew_and_recorded(
     run: Path, shards: Path, medvlp, tmp_path: Path
 ) -> None:

@@ -38,7 +38,7 @@ _LIMIT = 1 << 26
 
 @dataclass
 class KeptFile:
-    """Where a file beside the result of a unit lies, by the unit's fingerprint, and its checksum (xxh3_128)."""
+    """A file beside the result of a unit: the unit's fingerprint, and the file's checksum (xxh3_128)."""
 
     fingerprint: str
     checksum: str

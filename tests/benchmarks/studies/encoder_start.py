@@ -1,6 +1,6 @@
 """After how many steps image encoders leave chance: plain InfoNCE on phantoms, one process, no trainer.
 
-    python tests/benchmarks/studies/encoder_start.py SHARDS --steps 150 resnet_phantom@3e-3 hybrid_phantom@1e-3
+    python tests/benchmarks/studies/encoder_start.py SHARDS resnet_phantom@3e-3 hybrid_phantom@1e-3
 
 Prints, for each encoder of configs/models with its learning rate, the loss and the in-batch accuracy of the
 last ten steps, and the first step from which that mean stays above three times chance. Its optimiser is
