@@ -192,7 +192,7 @@ def compare(
 
 
 def _print_differences(sources: Sequence[Path], against: Sequence[Path], markdown: bool) -> None:
-    from medvlp.evaluation.report import differences, results, tables
+    from medvlp.evaluation.report import comparison, differences, results, tables
 
     if len(sources) != len(against):
         raise UsageError(f"--against: {len(against)} runs for {len(sources)}; give one for each, in order")
@@ -206,7 +206,7 @@ def _print_differences(sources: Sequence[Path], against: Sequence[Path], markdow
     first = pairs[0][0].evaluation
     for task in first.results:
         found = {names: differences.rows(group, task) for names, group in groups.items()}
-        header, *rows = tables.difference_rows(found, differences.reading_of(task))
+        header, *rows = tables.difference_rows(found, comparison.reading_of(task))
         title = f"{task}: {first.data['name']}, split {first.data['split']}, with − without"
         if markdown:
             typer.echo(f"{title}\n\n{tables.markdown_rows([header, *rows])}")
