@@ -44,7 +44,7 @@ def measured(
     kept = {TASK: {"whole": KeptFile(FINGERPRINT, checksum)}}
     return Measured(run, Evaluation(
         {"name": name}, {"fingerprint": "f", "split": "test"}, {"uncertain": "exclude", "labels": []},
-        {TASK: plain}, {TASK: {}}, {"train": {"seed": seed}, "method": method}, kept,
+        {TASK: plain}, {TASK: {}}, {"train": {"seed": seed}, "method": method}, resamples=kept,
     ))  # fmt: skip
 
 
