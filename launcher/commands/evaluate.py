@@ -173,12 +173,26 @@ def compare(
     join: Annotated[
         bool, typer.Option("--join", help=f"first put RUN/{PARTS_FOLDER}/*.json together to {RESULT_NAME}")
     ] = False,
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--against",
+            metavar="RUN",
+            help="ablation of the run at the same place, of the same seed (repeat it): show the differences, "
+            "paired by patient and seed",
+        ),
+    ] = None,
 ) -> None:
     """Show the stored results of several runs in one table; they must be of the same data and split."""
     from medvlp.evaluation.report import results
 
-    for run in sources if join else []:
+    for run in [*sources, *(against or ())] if join else []:
         _join_parts(run)
+    if against:
+        if findings or from_memory or published is not None:
+            raise UsageError("--against shows differences: leave --findings, --published, --from-memory out")
+        _print_differences(sources, against, markdown)
+        return
     evaluations: dict[str, Evaluation] = {}
     for source in sources:
         evaluation = results.read(source / RESULT_NAME if source.is_dir() else source)

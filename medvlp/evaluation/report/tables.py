@@ -77,7 +77,7 @@ def rows_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str)
 
 def difference_rows(of: Mapping[tuple[str, str], Sequence[Row]], reading: Reading) -> list[list[str]]:
     """Rows of a table of differences, the first its header; what the interval claims is starred."""
-    rows = [["difference", "metric", "with", "without", "95 % interval", "seeds"]]
+    rows = [["runs", "metric", "with", "without", "difference (95 %)", "seeds"]]
     for (ours, theirs), found in of.items():
         for row in found:
             values = [cell(Estimate(value), row.metric, reading) for value in (row.ours, row.theirs)]
