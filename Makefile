@@ -70,6 +70,7 @@ bench-methods: $(INSTALLED)
 	  case $$method in mpma) encoder=$(or $(ENCODER),vit_phantom);; *) encoder=$(or $(ENCODER),resnet_phantom);; esac; \
 	  run=$(BENCH)/methods/$$kind-$$seed; \
 	  files="configs/benchmarks/phantom.yaml configs/models/$$encoder.yaml configs/benchmarks/$$method.yaml"; \
+	  test ! -e configs/benchmarks/$$method-compared.yaml || files="$$files configs/benchmarks/$$method-compared.yaml"; \
 	  test $$kind = $$method || files="$$files configs/benchmarks/$$kind.yaml"; \
 	  $(BIN)/medvlp pretrain $$files data.root=$(BENCH)/shards run.dir=$$run train.seed=$$seed $(OPTIONS) --nproc 2 && \
 	  $(BIN)/medvlp evaluate $$run || exit 1; \
