@@ -68,7 +68,7 @@ def evaluate(
     request = build_request(
         site, output_pattern(folder, is_array), f"medvlp-evaluate-{folder.name}", 1, given | first
     )
-    job = CommandJob("evaluate", folder, request, site, commands)
+    job = CommandJob("evaluate", folder, request, site, commands, goes_on=True)
     if options.dry_run:
         typer.echo(job.script(), nl=False)
         return

@@ -24,6 +24,8 @@ class CommandJob:
         commands: words behind `medvlp`, for each task of the array.
         parts: the array's tasks run the one command, each with its `--part i/n`.
         at_once: tasks of the array that may run at the same time; None: all.
+        goes_on: a command goes on from what an earlier one has left: warned, it is asked to stop and is
+            requeued, as often as the site allows.
     """
 
     kind: str
@@ -33,6 +35,7 @@ class CommandJob:
     commands: Sequence[Sequence[str]]
     parts: int | None = None
     at_once: int | None = None
+    goes_on: bool = False
 
     @property
     def tasks(self) -> int | None:
@@ -44,8 +47,9 @@ class CommandJob:
         srun_options, words = in_container(self.site, self.request.gpus_per_node > 0)
         tasks = self.tasks
         limit = f"%{self.at_once}" if self.at_once else ""
-        # The warning signal is for what saves checkpoints; it would end these.
-        request = replace(self.request, array=f"0-{tasks - 1}{limit}" if tasks else None, signal_seconds=None)
+        request = replace(self.request, array=f"0-{tasks - 1}{limit}" if tasks else None)
+        if not self.goes_on:  # the warning would only end it
+            request = replace(request, signal_seconds=None)
         return render(
             "command.sbatch.j2",
             directives=directives(request),
@@ -58,6 +62,7 @@ class CommandJob:
             program=program(self.site),
             container_srun=srun_options,
             container_words=words,
+            max_requeues=self.site.sbatch.max_requeues if self.goes_on else None,
             gpus_per_node=self.request.gpus_per_node,
             cpus_per_task=self.request.cpus_per_task,
         )

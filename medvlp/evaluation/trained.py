@@ -238,8 +238,8 @@ class TrainedTask(Task):
             of = joined.models.setdefault(model, {})
             of[name] = found[0] if len(found) == 1 else _mean(found)
             if len(found) > 1:
-                kind, _, finding = name.partition("/")
-                of[f"{kind}-sd/{finding}"] = Estimate(stdev(item.value for item in found))
+                kind, at, rest = name.partition("@")
+                of[f"{kind}-sd{at}{rest}"] = Estimate(stdev(item.value for item in found))
         return joined
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from medvlp.data.sample_store import SampleStore
+from medvlp.data.text import Tokenizer
 from medvlp.evaluation import evaluate, supervised
 from medvlp.evaluation.evaluate import EvaluationOptions
 from medvlp.evaluation.session import View
@@ -49,9 +50,9 @@ def read(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return found
 
 
-def untrained(network: Network, dataset: Any, recipe: Supervised) -> Any:
+def untrained(network: Network, reader: ShardReader, tokenizer: Tokenizer) -> Any:
     """The objective of a network, as drawn."""
-    reader, tokenizer = dataset.reader, dataset.tokenizer
+    recipe = Supervised(network.config)
     return recipe.build(TrainingSet(network.config, reader, recipe.samples(reader, tokenizer), tokenizer))
 
 
@@ -73,7 +74,7 @@ def test_nothing_of_the_evaluated_split_is_read_to_choose(
         else {}
     )
     monkeypatch.setattr(View, "network", lambda view, unit, start: made[start])
-    monkeypatch.setattr(Network, "_objective", untrained)
+    monkeypatch.setattr(Network, "objective", untrained)
     session.expect(task)
     view = session.view(task, ("train", "selection"), tmp_path)
     if name not in TRAINED:

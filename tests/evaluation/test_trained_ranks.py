@@ -33,11 +33,17 @@ FAST = [
     "checkpoint.keep_last=0", "optimizer.lr=1e-3",
 ]  # fmt: skip
 SMALL = {
+    "detection": ["labels=[mass,cardiomegaly]"],
+    "segmentation": ["labels=[mass,cardiomegaly]"],
     "report": ["width=16", "heads=2", "layers=1", "hidden=16", "beams=2", "max_words=8"],
     "vqa": ["width=16"],
 }
-#: What draws on each rank, so that ranks can be compared.
-DROPPED = {"report": ["evaluation.tasks.report.dropout=0"]}
+#: For ranks to be compared, nothing draws on each of them, and rounding is not made larger: Adam's first
+#: steps are as long for a gradient of noise as for any other.
+PLAIN = [
+    "train.steps=2", "image.options={drop_path_rate: 0}", "text.dropout=0", "optimizer.name=sgd",
+    "evaluation.tasks.report.dropout=0",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -89,21 +95,23 @@ def test_any_number_of_ranks_and_any_stage_give_the_same_metrics(
     found = []
     for ranks, stage in ((1, 0), (2, 3), (3, 2)):
         run = tmp_path / f"{ranks}-{stage}"
-        words = ["train.steps=2", f"zero.stage={stage}", "image.options={drop_path_rate: 0}"]
-        words += DROPPED.get(task, [])
-        answers = gloo_pool(ranks).run(finetuned, str(source), str(run), task, words)
+        answers = gloo_pool(ranks).run(
+            finetuned, str(source), str(run), task, [*PLAIN, f"zero.stage={stage}"]
+        )
         assert [code for code, _ in answers] == [0] * ranks
         found.append((validations(run), answers[0][1]))
     (expected,), arrays = found[0]
     assert len(expected) > 1
     assert len(arrays["sample"]) % 3
-    # Sums of each sample, not its dense maps: those of 12 findings have 48 KiB.
-    assert sum(array[0].nbytes for array in arrays.values()) < 16 << 10
+    # Sums of each sample, not its dense maps: those of two findings have 8 KiB.
+    assert sum(array[0].nbytes for array in arrays.values()) < 6 << 10
     for (line,), other in found[1:]:
         assert line == pytest.approx(expected, abs=1e-4)
         assert other.keys() == arrays.keys()
         for name, array in arrays.items():
-            assert np.allclose(array, other[name], atol=1e-3), name
+            # A pixel may lie at a threshold.
+            near = 2 if name == "pixels" else 1e-3
+            assert np.allclose(array, other[name], atol=near, equal_nan=True), name
 
 
 def test_two_ranks_go_on_bit_for_bit(gloo_pool: Pools, source: Path, tmp_path: Path) -> None:

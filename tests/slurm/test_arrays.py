@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from launcher.commands.evaluate import unit_words
 from launcher.slurm import slurm_commands
-from tests.slurm.cluster import PATIENCE, Cluster, lines
+from medvlp.evaluation.evaluate import EvaluationOptions, evaluate
+from medvlp.evaluation.report import results
+from medvlp.evaluation.supervised import train_here
+from tests.launcher.tiny_run import make_run, make_shards
+from tests.slurm.cluster import FAULTS, PATIENCE, REPOSITORY, Cluster, lines, starts
 from tests.slurm.commands import medvlp
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3 * PATIENCE)]
@@ -104,3 +111,40 @@ def test_evaluations_run_after_a_training_and_are_joined(
     for part in ("results", "notes", "data"):
         assert joined[part] == local[part], part
     assert joined["settings"]["options"] == local["settings"]["options"]
+
+
+TRAINED = [
+    "--task", "fine-tuning", "--fraction", "0.5", "--seed", "0", "--seed", "1", "evaluation.bootstrap=20",
+    "monitor.wandb=disabled", "monitor.progress=false", "zero.stage=0",
+    "evaluation.tasks.fine-tuning.training={train: {steps: 40, min_steps: 0, global_batch: 16, threads: 1}}",
+]  # fmt: skip
+
+
+def test_a_task_that_trains_is_the_same_as_an_array_also_where_one_of_its_jobs_was_asked_to_stop(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, local, slow = tmp_path / "run", tmp_path / "local", tmp_path / "slow"
+    make_run(make_shards(tmp_path / "data"), run)
+    shutil.copytree(run, local)
+    slow.touch()
+    monkeypatch.setenv("MEDVLP_TEST_SLOW", str(slow))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(FAULTS), str(REPOSITORY)]))
+    output = medvlp("submit", "evaluate", run, *TRAINED, "--time", "60", "--cpus-per-task", "1")
+    array, comparing = submitted(output)
+    training = cluster.wait("training", lambda: next(run.glob("evaluation-units/*/*seed-0-*/trained"), None))
+    cluster.wait_for_step(training, 3)
+    slurm_commands.cancel(f"{array}_0", "--signal=USR1", "--batch")
+    cluster.wait("requeue", lambda: [job for job in slurm_commands.list_jobs([array]) if job.restarts])
+    slow.unlink()
+    assert cluster.wait_for_end(comparing, run).state == "COMPLETED"
+    tasks = slurm_commands.list_jobs([array])
+    assert {task.array_task_id: task.restarts for task in tasks} == {0: 1, 1: 0}
+    assert [event["kind"] for event in starts(training)] == ["start", "resume"]
+    assert starts(training)[1]["step"] >= 3
+    words = [*unit_words(["fine-tuning"], [0.5], [0, 1]), *(word for word in TRAINED if "=" in word)]
+    options = EvaluationOptions(local, tasks=["fine-tuning"], overrides=words, train=train_here)
+    results.write(evaluate(options, lambda line: None), tmp_path / "local.json")
+    joined, alone = (results.read(file) for file in (run / "evaluation.json", tmp_path / "local.json"))
+    assert "auroc-sd@50%/macro" in alone.results["fine-tuning"]["trained"]
+    assert joined.results == alone.results
