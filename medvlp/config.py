@@ -171,6 +171,11 @@ class TrainConfig:
     micro_batch: int | None = key(
         None, "samples of one forward pass on a rank; default: global_batch / ranks", 1, 1 << 24
     )
+    accumulate: Literal["exact", "plain"] = key(
+        "exact",
+        "with more than one micro-batch a step, exact: encoders run twice and the loss is that of the whole "
+        "batch; plain: each micro-batch has a loss of its own, and their gradients are averaged",
+    )
     gradient_clip: float = key(0.0, "largest gradient norm; 0 turns clipping off", 0, 10**9)
     max_bad_steps: int = key(
         3, "steps in a row that may be skipped because loss or gradient is NaN, infinite or a spike", 0, 10**6

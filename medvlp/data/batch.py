@@ -1,11 +1,12 @@
 """What one training step receives: images, token ids and what is known about the samples."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -32,6 +33,10 @@ class _TensorRecord:
         """Return the record in page-locked memory (called by `DataLoader(pin_memory=True)`)."""
         return self._map(lambda tensor: tensor.pin_memory())
 
+    def rows(self, start: int, stop: int) -> Self:
+        """Samples start to stop - 1 of every tensor (views)."""
+        return self._map(lambda tensor: tensor[start:stop])
+
 
 @dataclass
 class Text(_TensorRecord):
@@ -50,6 +55,19 @@ class Text(_TensorRecord):
     attention_mask: Tensor
     word_index: Tensor
     sentence_index: Tensor
+
+    def padded(self, length: int) -> Self:
+        """The same texts, `length` tokens long (on the CPU, where they come from)."""
+        more = length - self.input_ids.shape[1]
+        if not more:
+            return self
+        # Texts of full length show no padding token; which one stands there, no attention reads.
+        shown = self.input_ids[self.attention_mask == 0]
+        padding = int(shown[0]) if len(shown) else 0
+        fill = {"input_ids": padding, "attention_mask": 0, "word_index": -1, "sentence_index": -1}
+        return type(self)(
+            **{name: F.pad(getattr(self, name), (0, more), value=value) for name, value in fill.items()}
+        )
 
 
 @dataclass
@@ -78,3 +96,39 @@ class Batch(_TensorRecord):
     faults: list[str] = field(default_factory=list)
     fields: dict[str, Tensor] = field(default_factory=dict)
     study: Tensor | None = None
+
+    def rows(self, start: int, stop: int) -> Self:
+        """Samples start to stop - 1, with texts as long as before."""
+        return dataclasses.replace(super().rows(start, stop), keys=self.keys[start:stop])
+
+
+def join(batches: Sequence[Batch]) -> Batch:
+    """One batch of the samples of several with the same fields, with texts of one length.
+
+    Raises:
+        ValueError: only some of them know studies, or a field has a value of another shape in each.
+    """
+    length = max(batch.text.input_ids.shape[1] for batch in batches)
+    texts = [batch.text.padded(length) for batch in batches]
+    studies = [batch.study for batch in batches if batch.study is not None]
+    if len(studies) not in (0, len(batches)):
+        raise ValueError("batches with and without studies make no single one")
+    for name in batches[0].fields:
+        if len({batch.fields[name].shape[1:] for batch in batches}) > 1:
+            raise ValueError(f"the field {name} has another shape in each micro-batch")
+    return Batch(
+        image=torch.cat([batch.image for batch in batches]),
+        text=Text(
+            **{
+                item.name: torch.cat([getattr(t, item.name) for t in texts])
+                for item in dataclasses.fields(Text)
+            }
+        ),
+        sample=torch.cat([batch.sample for batch in batches]),
+        labels=torch.cat([batch.labels for batch in batches]),
+        keys=[key for batch in batches for key in batch.keys],
+        skipped=sum(batch.skipped for batch in batches),
+        faults=[fault for batch in batches for fault in batch.faults],
+        fields={name: torch.cat([batch.fields[name] for batch in batches]) for name in batches[0].fields},
+        study=torch.cat(studies) if studies else None,
+    )

@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -179,3 +179,48 @@ class Method(Objective):
             NotImplementedError: the method has no such map (`grounds` is false).
         """
         raise NotImplementedError(f"{type(self).__name__} does not ground text in images")
+
+
+class DividedMethod(Method):
+    """A method in two parts: encodings of single samples, and losses on the encodings of a whole batch.
+
+    So divided, exact accumulation (`medvlp.training.accumulation`) can encode micro-batch by micro-batch and
+    take the losses once.
+    """
+
+    @property
+    @abc.abstractmethod
+    def encoders(self) -> Sequence[nn.Module]:
+        """The modules that `encode` runs. `losses` runs none of them with gradient."""
+
+    @abc.abstractmethod
+    def encode(self, batch: Batch) -> Any:
+        """Encodings of a batch, each sample's independent of the others (batch norms in training apart).
+
+        Returns:
+            Nested named tuples of tensors with a row for each sample, of None, and of plain values that
+            are equal for all batches of one step.
+        """
+
+    @abc.abstractmethod
+    def losses(self, encodings: Any, batch: Batch, clusters: PrototypeTable | None = None) -> StepOutput:
+        """As `forward`, from what `encode` made of the same batch. Moves no buffer of the encoders."""
+
+    def forward(
+        self,
+        batch: Batch,
+        clusters: PrototypeTable | None = None,
+        encodings: Any = None,
+        encode_only: bool = False,
+    ) -> Any:
+        """Loss and terms of this rank's samples (`StepOutput`), or one part of that.
+
+        Args:
+            batch, clusters: see `Objective.forward`.
+            encodings: of the batch, if there are some already.
+            encode_only: return what `encode` does. (Both parts go through here because ZeRO-3 counts passes
+                by the calls of the whole module.)
+        """
+        if encode_only:
+            return self.encode(batch)
+        return self.losses(self.encode(batch) if encodings is None else encodings, batch, clusters)

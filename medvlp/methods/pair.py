@@ -11,7 +11,7 @@ from medvlp.data.batch import Batch, Text
 from medvlp.encoders.backbones import EncoderError
 from medvlp.encoders.image import ImageEncoder, ImageFeatures
 from medvlp.encoders.text import TextEncoder, TextFeatures
-from medvlp.methods.base import Method, Progress, StepOutput
+from medvlp.methods.base import DividedMethod, Progress, StepOutput
 from medvlp.prototypes.false_negatives import Exclusion
 from medvlp.prototypes.table import PrototypeTable
 from medvlp.prototypes.user import Embedder, PrototypeUser
@@ -107,7 +107,7 @@ class Alignment(PrototypeUser, nn.Module, abc.ABC):
         raise NotImplementedError(f"{type(self).__name__} does not ground text in images")
 
 
-class PairMethod(Method):
+class PairMethod(DividedMethod):
     """An image encoder, a text encoder and the alignment between them."""
 
     def __init__(self, image: ImageEncoder, text: TextEncoder, alignment: Alignment) -> None:
@@ -115,10 +115,21 @@ class PairMethod(Method):
         self.image_encoder, self.text_encoder, self.alignment = image, text, alignment
         image.reads_patches = not alignment.reads_pooled
 
-    def forward(self, batch: Batch, clusters: PrototypeTable | None = None) -> StepOutput:
+    @property
+    def encoders(self) -> Sequence[nn.Module]:
+        return self.image_encoder, self.text_encoder
+
+    def encode(self, batch: Batch) -> tuple[ImageFeatures, TextFeatures]:
         image = self.image_encoder(batch.image, attention=self.alignment.image_attention)
-        text = self.text_encoder(batch.text, attention=self.alignment.text_attention)
-        output: StepOutput = self.alignment(EncodedPair(image, text, batch), clusters)
+        return image, self.text_encoder(batch.text, attention=self.alignment.text_attention)
+
+    def losses(
+        self,
+        encodings: tuple[ImageFeatures, TextFeatures],
+        batch: Batch,
+        clusters: PrototypeTable | None = None,
+    ) -> StepOutput:
+        output: StepOutput = self.alignment(EncodedPair(*encodings, batch), clusters)
         return output
 
     def encode_image(self, image: Tensor) -> Tensor:

@@ -18,15 +18,23 @@ if TYPE_CHECKING:  # commands check a config on machines where importing torch t
 
 
 def check_device(config: Config, device_type: str, here: bool = True) -> None:
-    """Refuse what the device cannot do, before any group or model is made.
+    """Refuse what the device or DeepSpeed cannot do, before any group or model is made.
 
     Args:
         config: of the run. device_type: "cuda" or "cpu".
         here: whether it will run on this machine, so that its programs can be looked for.
 
     Raises:
-        ConfigError: fp16 or offload without CUDA, or offload without a C++ compiler.
+        ConfigError: fp16 or offload without CUDA, offload without a C++ compiler, or stage 1 with exact
+            accumulation and `overlap_comm`.
     """
+    zero = config.deepspeed.get("zero_optimization", {})
+    if config.zero.stage == 1 and _may_be_exact(config) and zero.get("overlap_comm"):
+        raise ConfigError(
+            "deepspeed.zero_optimization.overlap_comm=true: at zero.stage=1 DeepSpeed then reduces only the "
+            "gradients of the last backward pass, which with train.accumulate=exact are those of the "
+            "encoders; use zero.stage=2, or leave it out"
+        )
     if device_type == "cuda":
         if here and config.zero.offload_optimizer and shutil.which(os.environ.get("CXX", "c++")) is None:
             raise ConfigError(
@@ -92,11 +100,20 @@ def _zero(config: Config, device_type: str) -> dict[str, Any]:
     if device_type == "cuda" and config.zero.stage in (1, 2):
         # DeepSpeed's bucket of 5e8 holds all gradients of our models: nothing would travel during backward.
         zero |= {"overlap_comm": True, "reduce_bucket_size": 25_000_000, "allgather_bucket_size": 200_000_000}
+    if config.zero.stage == 1 and _may_be_exact(config):
+        # Overlapping, stage 1 reduces the parameters whose hooks fire in the last backward pass and leaves
+        # the others as they are on each rank; that of exact accumulation reaches the encoders alone.
+        zero["overlap_comm"] = False
     if config.zero.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if config.zero.offload_parameters:
         zero["offload_param"] = {"device": "cpu", "pin_memory": True}
     return zero
+
+
+def _may_be_exact(config: Config) -> bool:
+    """Whether a step may have several micro-batches and one loss."""
+    return config.train.accumulate == "exact" and config.train.micro_batch is not None
 
 
 def _optimizer(config: OptimizerConfig, device_type: str, offload: bool) -> dict[str, Any]:

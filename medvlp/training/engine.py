@@ -1,7 +1,7 @@
 """DeepSpeed around an objective: passes, steps, learning rate, gradient norm, state, whole weights."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from medvlp.data.batch_sizes import BatchSizes
 from medvlp.methods.base import Objective, StepOutput
 from medvlp.prototypes.table import PrototypeTable
 from medvlp.runs.optimizer_files import OptimizerFiles
+from medvlp.training.accumulation import accumulates_exactly
 from medvlp.training.deepspeed_config import deepspeed_json, is_plain, parameter_groups
 from medvlp.training.device_memory import naming_memory
 from medvlp.training.loss_scale import LossScale
@@ -46,6 +47,7 @@ class Engine:
         device: where it runs.
         sizes: micro-batch, accumulation and ranks.
         zero_stage: 0 to 3.
+        exact: whether a step is one loss over all its micro-batches (`medvlp.training.accumulation`).
         applied: whether the last optimiser step updated the weights; the same on all ranks.
         loss_scale: of fp16; None in other precisions.
     """
@@ -56,6 +58,7 @@ class Engine:
         self.device = device
         self.sizes = sizes
         self.zero_stage = config.zero.stage
+        self.exact = accumulates_exactly(objective, config, sizes)
         self._precision, self._config = config.precision, config
         if device.type == "cuda":
             choose_kernels(config.train.tf32)
@@ -77,30 +80,62 @@ class Engine:
         self._norm: Tensor | float | None = None
         self.applied = True
 
-    def forward(self, batch: Batch, clusters: PrototypeTable | None = None) -> StepOutput:
-        """Loss and terms of one micro-batch on this rank; see `Objective.forward`.
+    def forward(
+        self, batch: Batch, clusters: PrototypeTable | None = None, encodings: Any = None
+    ) -> StepOutput:
+        """Loss and terms of this rank's samples; see `Objective.forward` and `DividedMethod.forward`.
 
         Raises:
             DeviceMemoryError: it does not fit the GPU; so do `backward` and `step`.
         """
+        given = () if encodings is None else (encodings,)
         with naming_memory("forward pass", self._config, self.sizes.micro_batch):
-            output: StepOutput = self._engine(batch, clusters)
+            output: StepOutput = self._engine(batch, clusters, *given)
         return output
 
+    def encode(self, batch: Batch) -> Any:
+        """What `DividedMethod.encode` makes of a micro-batch."""
+        with naming_memory("forward pass", self._config, self.sizes.micro_batch):
+            return self._engine(batch, encode_only=True)
+
+    def begin_backward(self, last: bool) -> None:
+        """With exact accumulation, before each forward and backward pass: whether the step comes after it."""
+        self._engine.set_gradient_accumulation_boundary(last)
+
     def backward(self, loss: Tensor) -> None:
-        """Accumulate gradients of `loss` (divided by the accumulation steps, averaged over ranks)."""
+        """Accumulate gradients of `loss`, averaged over ranks (and over micro-batches, unless exact)."""
         if self.loss_scale is not None and self.zero_stage == 0:
             # DeepSpeed's optimiser divides by the scale at every stage, its `backward` multiplies from 1 on.
             loss = loss.float() * self.loss_scale.value
         with naming_memory("backward pass", self._config, self.sizes.micro_batch):
-            self._engine.backward(loss)
+            self._engine.backward(loss, scale_wrt_gas=not self.exact)
+
+    def backward_from(self, tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """Accumulate the gradients that follow from those of some outputs.
+
+        Args:
+            tensors: made by a forward pass.
+            gradients: of each, as `backward` of what was computed from its value has left them.
+        """
+        # As a scalar, because only such a one takes the whole way of DeepSpeed's reduction at every stage. It
+        # is multiplied by the loss scale once more.
+        scale = 1.0 if self.loss_scale is None else self.loss_scale.value
+        products = [
+            (value.float() * (gradient.float() / scale)).sum()
+            for value, gradient in zip(tensors, gradients, strict=True)
+        ]
+        self.backward(torch.stack(products).sum())
 
     def step(self) -> None:
         """Count one micro-batch; at the last of a global batch clip, update weights, clear gradients.
 
+        With exact accumulation it is called once, for all of them.
+
         A gradient that is not finite changes neither weights nor optimiser state; `applied` becomes false.
         """
         boundary = self._engine.is_gradient_accumulation_boundary()
+        if self.exact:  # called once for all micro-batches, which DeepSpeed counts
+            self._engine.micro_steps += self.sizes.accumulation - 1
         if self._plain and boundary:
             self._prepare_plain_step()
         if self.loss_scale is not None and boundary:
@@ -191,6 +226,9 @@ class Engine:
         load_fragments(fragments, self._engine.basic_optimizer, files)
         for name, value in counters["counters"].items():
             setattr(self._engine, name, value)
+        # Where global batches end: DeepSpeed divides this count by the number of micro-batches, which may be
+        # another one than before.
+        self._engine.micro_steps = self._engine.global_steps * self.sizes.accumulation
         if self.loss_scale is not None:
             self.loss_scale.load_state_dict(counters["scaler"])
 

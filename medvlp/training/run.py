@@ -32,6 +32,7 @@ from medvlp.runs.opening import TakenUp, open_data, take_up
 from medvlp.runs.randomness import seed_rank, seed_weights
 from medvlp.runs.run_folder import describe_run, open_run_folder
 from medvlp.runs.run_lock import JobIsOver, RunLock, this_process, unknown
+from medvlp.training.accumulation import what_differs
 from medvlp.training.bad_steps import BadSteps
 from medvlp.training.callbacks import Callback
 from medvlp.training.checkpointing import CheckpointCallback
@@ -212,6 +213,8 @@ def _train(
         config.monitor.log_every, step, refresh,
     )  # fmt: skip
     _note_start(config, checkpoint, step, schedule.steps, taken_up.changes)
+    if (line := what_differs(objective, config, sizes)) is not None:
+        logger.info("%s", line)
     trainer.train(interrupts)
     if distributed.is_main():
         kind = "interrupt" if interrupts.stopped_by else "finish"

@@ -2,11 +2,14 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
-from medvlp.data.batch import Batch
+from medvlp.data.batch import Batch, join
 from medvlp.methods.base import Progress
+from medvlp.prototypes.table import PrototypeTable
+from medvlp.training.accumulation import exact_passes
 from medvlp.training.callbacks import Callback, StepRecord
 from medvlp.training.consensus import reach
 from medvlp.training.engine import Engine
@@ -94,31 +97,8 @@ class Trainer:
         phase = int(self.schedule.phases[self.step])
         self.engine.objective.on_progress(Progress(epoch, self.step, self.schedule.steps, phase))
         self.engine.set_learning_rate(learning_rate)
-        accumulation = self.engine.sizes.accumulation
-        losses: dict[str, torch.Tensor] = {}
-        keys: list[str] = []
-        skipped, waited = 0, 0.0
         self.guard.begin()
-        for number in range(1, accumulation + 1):
-            self.watchdog.mark("loading data", self.step)
-            asked = time.perf_counter()
-            batch = next(self.batches)
-            waited += time.perf_counter() - asked
-            self.watchdog.mark("forward and backward", self.step)
-            keys += batch.keys
-            skipped += batch.skipped
-            clusters = None if self.refresh is None else self.refresh.table
-            output = self.engine.forward(batch.to(self.engine.device), clusters)
-            for name, value in output.named.items():
-                share = value.detach().float() / accumulation
-                losses[name] = losses[name] + share if name in losses else share
-            loss = output.loss
-            if number == accumulation:
-                loss = loss * self.guard.allowance(losses["loss"])
-            self.engine.backward(loss)
-            self.engine.step()
-            for callback in self.callbacks:
-                callback.on_micro_batch(batch, output, self.step)
+        passes = self._exact_passes() if self.engine.exact else self._plain_passes()
         if not self.engine.applied:
             self.guard.undo()
         self.step += 1
@@ -128,12 +108,66 @@ class Trainer:
             last=False,
             applied=self.engine.applied,
             logged=logged,
-            losses=losses,
-            keys=keys,
+            losses=passes.losses,
+            keys=passes.keys,
             learning_rate=learning_rate,
             samples=self.engine.sizes.global_batch,
-            skipped=skipped,
+            skipped=passes.skipped,
             seconds=time.perf_counter() - started,
-            data_seconds=waited,
+            data_seconds=passes.waited,
             engine=self.engine,
         )
+
+    def _plain_passes(self) -> "_Passes":
+        """Each micro-batch has a loss of its own; their gradients are averaged."""
+        passes, accumulation = _Passes(), self.engine.sizes.accumulation
+        for number in range(1, accumulation + 1):
+            batch = self._load(passes)
+            output = self.engine.forward(batch.to(self.engine.device), self._clusters)
+            for name, value in output.named.items():
+                share = value.detach().float() / accumulation
+                passes.losses[name] = passes.losses[name] + share if name in passes.losses else share
+            loss = output.loss
+            if number == accumulation:
+                loss = loss * self.guard.allowance(passes.losses["loss"])
+            self.engine.backward(loss)
+            self.engine.step()
+            for callback in self.callbacks:
+                callback.on_micro_batch(batch, output, self.step)
+        return passes
+
+    def _exact_passes(self) -> "_Passes":
+        """One loss of all micro-batches together."""
+        passes = _Passes()
+        batch = join([self._load(passes) for _ in range(self.engine.sizes.accumulation)])
+        output = exact_passes(self.engine, batch.to(self.engine.device), self._clusters, self.guard)
+        passes.losses = {name: value.detach().float() for name, value in output.named.items()}
+        self.engine.step()
+        for callback in self.callbacks:
+            callback.on_micro_batch(batch, output, self.step)
+        return passes
+
+    @property
+    def _clusters(self) -> PrototypeTable | None:
+        return None if self.refresh is None else self.refresh.table
+
+    def _load(self, passes: "_Passes") -> Batch:
+        """This rank's next micro-batch."""
+        self.watchdog.mark("loading data", self.step)
+        asked = time.perf_counter()
+        batch = next(self.batches)
+        passes.waited += time.perf_counter() - asked
+        self.watchdog.mark("forward and backward", self.step)
+        passes.keys += batch.keys
+        passes.skipped += batch.skipped
+        return batch
+
+
+@dataclass
+class _Passes:
+    """What `StepRecord` says of the passes of a step."""
+
+    losses: dict[str, torch.Tensor] = field(default_factory=dict)
+    keys: list[str] = field(default_factory=list)
+    skipped: int = 0
+    waited: float = 0.0

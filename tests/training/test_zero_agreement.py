@@ -56,12 +56,14 @@ def test_bf16(gloo_pool: Pools, overrides: Overrides, tmp_path: Path, net: str) 
 def test_accumulation_is_the_same_on_one_and_two_ranks(
     gloo_pool: Pools, overrides: Overrides, tmp_path: Path, stage: int
 ) -> None:
-    """Two micro-batches of eight: each is the batch of one contrast, whoever computes it."""
-    one = losses(gloo_pool(1), overrides, tmp_path, "one", "train.micro_batch=8", f"zero.stage={stage}")
-    two = losses(gloo_pool(2), overrides, tmp_path, "two", "train.micro_batch=4", f"zero.stage={stage}")
+    """Exact: one contrast of sixteen. Plain: two of eight. Whoever computes them."""
     whole = losses(gloo_pool(1), overrides, tmp_path, "whole", f"zero.stage={stage}")
-    assert largest_difference(two, one) < 1e-4
-    assert largest_difference(whole, one) > 1e-3
+    for kind in ("exact", "plain"):
+        options = f"zero.stage={stage}", f"train.accumulate={kind}"
+        one = losses(gloo_pool(1), overrides, tmp_path, f"one-{kind}", "train.micro_batch=8", *options)
+        two = losses(gloo_pool(2), overrides, tmp_path, f"two-{kind}", "train.micro_batch=4", *options)
+        assert largest_difference(two, one) < 1e-4
+        assert (largest_difference(whole, one) < 1e-4) == (kind == "exact")
 
 
 def test_clipping_and_learning_rate_scales_agree_across_stages(

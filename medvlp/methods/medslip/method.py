@@ -16,7 +16,7 @@ from medvlp.encoders.image import ImageEncoder, ImageFeatures
 from medvlp.encoders.positions import sincos_positions
 from medvlp.encoders.text import TextEncoder
 from medvlp.losses.normalise import unit_norm
-from medvlp.methods.base import Method, StepOutput
+from medvlp.methods.base import DividedMethod, StepOutput
 from medvlp.methods.medslip.book import TextBook
 from medvlp.methods.medslip.config import MeDSLIPConfig
 from medvlp.methods.medslip.losses import MeDSLIPLosses, Negatives, Read
@@ -36,7 +36,7 @@ class ImageStreams(NamedTuple):
     grid: tuple[int, int]
 
 
-class MeDSLIP(Method, PrototypeUser):
+class MeDSLIP(DividedMethod, PrototypeUser):
     """Frozen texts ask an image's pathology and anatomy streams what is there.
 
     Reports enter only as the batch field `entities`, the anatomy-observation matrix. `prepare` must have been
@@ -84,13 +84,26 @@ class MeDSLIP(Method, PrototypeUser):
         """As `prepare`, with other descriptions of the 75 observations (those of published weights)."""
         self.book.write(self.text_encoder, tokenizer, self.max_tokens, descriptions)
 
-    def forward(
-        self, batch: Batch, clusters: PrototypeTable | None = None, negatives: Negatives | None = None
+    @property
+    def encoders(self) -> Sequence[nn.Module]:
+        return (self.image_encoder,)
+
+    def encode(self, batch: Batch) -> ImageFeatures:
+        features: ImageFeatures = self.image_encoder(batch.image)
+        return features
+
+    def losses(
+        self,
+        encodings: ImageFeatures,
+        batch: Batch,
+        clusters: PrototypeTable | None = None,
+        negatives: Negatives | None = None,
     ) -> StepOutput:
         """Losses "loss/existence_pathology", ".../existence_anatomy", "loss/prototype_pathology",
         ".../prototype_anatomy", "loss/relation".
 
         Args:
+            encodings: of the images.
             batch: with entities.
             clusters: not used: the losses contrast texts with parts of one image, never two samples.
             negatives: of the prototype losses; None: drawn.
@@ -100,7 +113,7 @@ class MeDSLIP(Method, PrototypeUser):
         """
         if "entities" not in batch.fields:
             raise ValueError("medslip reads the batch field entities: name it when the loader is built")
-        streams = self._image_streams(batch.image).streams
+        streams = self._streams_of(encodings).streams
         pathology: Decoded = self._read(self.pathology_decoder, self._book().pathology, streams.pathology)
         anatomy: Decoded = self._read(self.anatomy_decoder, self._book().anatomy, streams.anatomy)
         read = Read(pathology.features, anatomy.features, self.book.pathology, self.book.anatomy)
@@ -174,7 +187,9 @@ class MeDSLIP(Method, PrototypeUser):
         return maps.reshape(*maps.shape[:2], *grid)
 
     def _image_streams(self, image: Tensor) -> ImageStreams:
-        features: ImageFeatures = self.image_encoder(image)
+        return self._streams_of(self.image_encoder(image))
+
+    def _streams_of(self, features: ImageFeatures) -> ImageStreams:
         tokens = features.local
         if self.config.positions == "sine":
             tokens = tokens + sincos_positions(features.grid, tokens.shape[2], tokens.device).to(tokens.dtype)

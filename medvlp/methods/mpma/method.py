@@ -6,6 +6,7 @@ cross-modal fusion (MA-CMF) brings the image into the report's reconstruction. E
 included, is ours, filled from MAE, MRM (ICLR 2023), M3AE (MICCAI 2022) and MGCA.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from medvlp.data.batch import Batch, Text
 from medvlp.encoders.backbones import EncoderError
 from medvlp.encoders.image import ImageFeatures
 from medvlp.encoders.text import TextFeatures
-from medvlp.methods.base import Method, Progress, StepOutput
+from medvlp.methods.base import DividedMethod, Progress, StepOutput
 from medvlp.methods.mpma.alignment import Aligned, GlobalLocalAlignment
 from medvlp.methods.mpma.config import MPMAConfig
 from medvlp.methods.mpma.decoder import ImageDecoder
@@ -58,23 +59,40 @@ class PairMasks(NamedTuple):
     words: Tensor
 
 
+class WholePair(NamedTuple):
+    """Encodings of unmasked pairs in evaluation mode, without gradient."""
+
+    image: ImageFeatures
+    text: TextFeatures
+
+
 class EncodedViews(NamedTuple):
-    """Encodings of a batch by what reads them; with paired masking both of a modality are the same.
+    """Encodings of a batch by what is seen.
 
     Attributes:
-        masked_image, masked_text: encodings of what is visible, from which the rest is reconstructed.
-        image, text: what the alignment compares and what the other modality's reconstruction reads.
-        words: [B, L] bool, words that `text` has seen.
+        masked_image, masked_text: of what is visible, from which the rest is reconstructed.
+        whole_image, whole_text: of everything, with separate masking.
+        calibration: of everything, in steps in which the heads' running averages move.
     """
 
-    masked_image: ImageFeatures | None
-    masked_text: TextFeatures | None
-    image: ImageFeatures | None
-    text: TextFeatures | None
-    words: Tensor
+    masked_image: ImageFeatures | None = None
+    masked_text: TextFeatures | None = None
+    whole_image: ImageFeatures | None = None
+    whole_text: TextFeatures | None = None
+    calibration: WholePair | None = None
+
+    @property
+    def image(self) -> ImageFeatures | None:
+        """What the alignment compares and the report's reconstruction reads."""
+        return self.masked_image if self.whole_image is None else self.whole_image
+
+    @property
+    def text(self) -> TextFeatures | None:
+        """What the alignment compares and the image's reconstruction reads."""
+        return self.masked_text if self.whole_text is None else self.whole_text
 
 
-class MPMA(Method, PrototypeUser):
+class MPMA(DividedMethod, PrototypeUser):
     """One masked pair, encoded once, is reconstructed in both modalities and aligned.
 
     Masks are drawn anew at each step from (seed, step, sample): the same on every rank layout.
@@ -124,15 +142,37 @@ class MPMA(Method, PrototypeUser):
         if config.global_weight or config.local_weight:
             self.alignment = GlobalLocalAlignment(config, image.width, image.local_width, text.width)
 
-    def forward(self, batch: Batch, clusters: PrototypeTable | None = None) -> StepOutput:
+    @property
+    def encoders(self) -> Sequence[nn.Module]:
+        return self.image_encoder, self.text_encoder
+
+    def encode(self, batch: Batch) -> EncodedViews:
+        """What reconstruction and alignment start from; the masks are those of each sample at this step."""
+        masks, paired = self.draw_masks(batch), self.config.masking == "paired"
+        masked_image = masked_text = image = text = None
+        if paired or self.decoder is not None:
+            masked_image = self.image_encoder(batch.image, visible=masks.patches.visible)
+        if paired or self.fusion is not None:
+            masked_text = self.text_encoder(batch.text, hidden=masks.words)
+        if not paired and (self.alignment is not None or self.fusion is not None):
+            image = self.image_encoder(batch.image)
+        if not paired and (
+            self.alignment is not None or (self.decoder is not None and self.decoder.reads_report)
+        ):
+            text = self.text_encoder(batch.text)
+        whole = self._whole_pair(batch) if self._calibrates_now else None
+        return EncodedViews(masked_image, masked_text, image, text, whole)
+
+    def losses(
+        self, encodings: EncodedViews, batch: Batch, clusters: PrototypeTable | None = None
+    ) -> StepOutput:
         """Losses of a batch: "loss/image", "loss/report", "loss/global", "loss/local".
 
         Terms of weight 0 are left out. Besides the losses: "report/accuracy", share of hidden tokens that
         are predicted, and the alignment's metrics (see `GlobalLocalAlignment`, `exclude_false_negatives`).
         """
-        config = self.config
+        config, views = self.config, encodings
         masks = self.draw_masks(batch)
-        views = self._encode(batch, masks)
         terms: dict[str, Tensor] = {}
         aligned = Aligned({}, {}, NOTHING_EXCLUDED)
         if self.decoder is not None:
@@ -140,13 +180,14 @@ class MPMA(Method, PrototypeUser):
         if self.fusion is not None:
             terms |= self._report_loss(self.fusion, batch, masks, views)
         if self.alignment is not None:
-            due = (self.step + 1) % config.calibration_steps == 0
-            if self.training and due and self.alignment.calibrates:
-                self._calibrate(self.alignment, batch)
+            words = is_word(batch.text)
+            if views.calibration is not None:
+                self._calibrate(self.alignment, views.calibration, words)
             assert views.image is not None, "images are encoded for the alignment"
             assert views.text is not None, "reports are encoded for the alignment"
+            seen = words & ~masks.words if config.masking == "paired" else words
             exclude = partial(self.exclude, batch, clusters, config)
-            aligned = self.alignment(views.image, views.text.hidden, views.words, exclude)
+            aligned = self.alignment(views.image, views.text.hidden, seen, exclude)
             terms |= aligned.terms
         weights = {
             "loss/image": config.image_weight,
@@ -223,30 +264,23 @@ class MPMA(Method, PrototypeUser):
         """The temperature's parameter."""
         return {name for name, _ in self.named_parameters() if name.startswith("alignment.temperature.")}
 
-    def _encode(self, batch: Batch, masks: PairMasks) -> EncodedViews:
-        words = is_word(batch.text)
-        paired = self.config.masking == "paired"
-        masked_image = masked_text = image = text = None
-        if paired or self.decoder is not None:
-            masked_image = self.image_encoder(batch.image, visible=masks.patches.visible)
-        if paired or self.fusion is not None:
-            masked_text = self.text_encoder(batch.text, hidden=masks.words)
-        if paired:
-            return EncodedViews(masked_image, masked_text, masked_image, masked_text, words & ~masks.words)
-        if self.alignment is not None or self.fusion is not None:
-            image = self.image_encoder(batch.image)
-        if self.alignment is not None or (self.decoder is not None and self.decoder.reads_report):
-            text = self.text_encoder(batch.text)
-        return EncodedViews(masked_image, masked_text, image, text, words)
+    @property
+    def _calibrates_now(self) -> bool:
+        due = (self.step + 1) % self.config.calibration_steps == 0
+        return self.training and due and self.alignment is not None and self.alignment.calibrates
 
     @torch.no_grad()
-    def _calibrate(self, alignment: GlobalLocalAlignment, batch: Batch) -> None:
-        """Move the heads' running averages by a pass over whole pairs, as evaluation sees them."""
+    def _whole_pair(self, batch: Batch) -> WholePair:
+        """Whole pairs, as evaluation sees them."""
         self.image_encoder.eval(), self.text_encoder.eval()
-        alignment.calibrate(
-            self.image_encoder(batch.image), self.text_encoder(batch.text).hidden, is_word(batch.text)
-        )
+        pair = WholePair(self.image_encoder(batch.image), self.text_encoder(batch.text))
         self.image_encoder.train(), self.text_encoder.train()
+        return pair
+
+    @torch.no_grad()
+    def _calibrate(self, alignment: GlobalLocalAlignment, pair: WholePair, words: Tensor) -> None:
+        """Move the heads' running averages by a pass over whole pairs."""
+        alignment.calibrate(pair.image, pair.text.hidden, words)
 
     def _image_loss(
         self, decoder: ImageDecoder, batch: Batch, masks: PairMasks, views: EncodedViews
