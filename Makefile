@@ -73,7 +73,7 @@ bench-methods: $(INSTALLED)
 	  test ! -e configs/benchmarks/$$method-compared.yaml || files="$$files configs/benchmarks/$$method-compared.yaml"; \
 	  test $$kind = $$method || files="$$files configs/benchmarks/$$kind.yaml"; \
 	  $(BIN)/medvlp pretrain $$files data.root=$(BENCH)/shards run.dir=$$run train.seed=$$seed $(OPTIONS) --nproc 2 && \
-	  $(BIN)/medvlp evaluate $$run || exit 1; \
+	  $(BIN)/medvlp evaluate $$run evaluation.tasks.retrieval.sentences=true || exit 1; \
 	done; done; done
 	$(BIN)/medvlp compare $(call compared) $(addprefix --against ,$(call compared,-ablation)) --markdown
 	$(BIN)/python tests/benchmarks/studies/cluster_quality.py \

@@ -21,7 +21,7 @@ from medvlp.data.batch import Batch, Text
 from medvlp.data.dataset import EvaluationDataset
 from medvlp.data.fields import FIELDS
 from medvlp.data.loader import evaluation_dataset, evaluation_loader
-from medvlp.data.report import report_text
+from medvlp.data.report import report_sentences, report_text
 from medvlp.data.sample_store import SampleStore
 from medvlp.data.text import Tokenizer
 from medvlp.evaluation.features import Wanted, embed, embed_texts
@@ -213,6 +213,10 @@ class Session:
             np.array(labels, dtype=np.float64).reshape(len(metadata), len(names)),
             arrays,
             [[phrase["text"] for phrase in sample["phrases"]] for sample in metadata],
+            [
+                report_sentences(sample["sections"], config.data.sections, config.data.cleaning)
+                for sample in metadata
+            ],
         )
 
 

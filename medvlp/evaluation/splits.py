@@ -30,6 +30,7 @@ class Split:
         labels: [N, C] stored labels in the order of the index: 1, 0, -1 (uncertain), NaN (unknown).
         arrays: embeddings, features and pixels.
         phrases: texts of each sample's phrases, in stored order.
+        sentences: those of each report, in its order.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Split:
     labels: NDArray[Any]
     arrays: SplitArrays
     phrases: list[list[str]] = field(default_factory=list)
+    sentences: list[list[str]] = field(default_factory=list)
 
     @cached_property
     def ridge(self) -> PixelRidge:

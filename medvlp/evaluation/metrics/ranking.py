@@ -47,6 +47,37 @@ def best_ranks(
     return ranks
 
 
+def average_precision(queries: NDArray[Any], gallery: NDArray[Any], relevant: NDArray[np.bool_]) -> Floats:
+    """[N] average precision of each query: the mean over its relevant candidates of the precision there.
+
+    Candidates of equal similarity all stand at the last of their places.
+
+    Args:
+        queries: [N, D]; gallery: [M, D]; similarity is the inner product.
+        relevant: [N, M] whether a candidate is relevant to a query; every query needs one.
+    """
+    from sklearn.metrics import label_ranking_average_precision_score
+
+    if not relevant.any(axis=1).all():
+        raise ValueError("a query has no relevant candidate in the gallery")
+    found = np.empty(len(queries))
+    for rows, similarity in _blocks(queries, gallery):
+        for row, scores in zip(range(*rows.indices(len(queries))), similarity, strict=True):
+            found[row] = label_ranking_average_precision_score(relevant[[row]], scores[None])
+    return found
+
+
+def chance_average_precision(relevant: NDArray[Any], candidates: int) -> Floats:
+    """Expected average precision of a random order of M candidates, of which [N] counts are relevant.
+
+    With R of them relevant, place k holds a relevant one with R / M, and each place before it does so with
+    q = (R - 1) / (M - 1) then; the mean over k of (1 + (k - 1) q) / k is q + (1 - q) H_M / M.
+    """
+    harmonic = float((1 / np.arange(1, candidates + 1)).sum())
+    others: Floats = (relevant - 1) / max(candidates - 1, 1)
+    return others + (1 - others) * harmonic / candidates
+
+
 def precision_at(queries: NDArray[Any], gallery: NDArray[Any], relevant: NDArray[np.bool_], k: int) -> Floats:
     """[N] share of relevant candidates among each query's K most similar ones.
 

@@ -4,6 +4,8 @@
   the query's own are all correct. `median_rank` is the median rank of the best correct one.
 - `P@K/<finding>`: queries are the samples with the finding; the share of the first K candidates whose own
   labels state it. Candidates without a label for it stand aside. `P@K/macro` is the mean over findings.
+- `image_to_sentence/AP` (key `sentences`): candidates are the distinct sentences of all reports, correct
+  those of the image's own; average precision, mean over images. The same said in other words is wrong.
 
 Intervals resample the queries by patient; the candidates stay as they are. Chance is that of a random order.
 """
@@ -11,17 +13,21 @@ Intervals resample the queries by patient; the candidates stay as they are. Chan
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from medvlp.config import TaskConfig, key
 from medvlp.evaluation.baselines import ReportWords
 from medvlp.evaluation.labels import NotEvaluable, as_notes, not_evaluable
 from medvlp.evaluation.metrics.bootstrap import Estimate, Macro, PatientBootstrap, estimate
 from medvlp.evaluation.metrics.ranking import (
+    average_precision,
     best_ranks,
+    chance_average_precision,
     chance_median_rank,
     chance_miss,
     median_rank,
@@ -53,9 +59,13 @@ DIRECTIONS = ("image_to_text", "text_to_image")
 Floats = NDArray[np.float64]
 
 
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
 def report_groups(reports: Sequence[str]) -> NDArray[np.int64]:
     """[N] numbers that are equal where report texts are equal but for case and white space."""
-    plain = [" ".join(report.lower().split()) for report in reports]
+    plain = [_plain(report) for report in reports]
     return np.unique(np.asarray(plain, dtype=object), return_inverse=True)[1].astype(np.int64)
 
 
@@ -71,19 +81,27 @@ def _remarks(notes: Mapping[str, Any]) -> list[str]:
     return [f"{notes['queries']} queries, {notes['distinct_reports']} distinct reports{left_out}"]
 
 
+@dataclass
+class RetrievalConfig(TaskConfig):
+    sentences: bool = key(False, "also the sentences of an image's own report among those of all reports")
+
+
 @register
 class Retrieval(Task):
     """See the module."""
 
     name = "retrieval"
+    config = RetrievalConfig
+    settings: RetrievalConfig
     summary = "reports from images and images from reports, among all samples of the split"
     reading = Reading(
         names={
             "image_to_text": "image→text",
             "text_to_image": "text→image",
+            "image_to_sentence": "image→sentence",
             "median_rank": "median rank",
         },
-        summary=lambda metric: metric.endswith(("/macro", "/median_rank")) or "/R@" in metric,
+        summary=lambda metric: metric.endswith(("/macro", "/median_rank", "/AP")) or "/R@" in metric,
         whole=frozenset({"median_rank"}),
         remarks=_remarks,
     )
@@ -133,7 +151,36 @@ class Retrieval(Task):
             pixels = split.arrays.pixels[rows]
             result.models["pixels"] = ranker.metrics(words.images(pixels), words.texts(reports))
         result.models["chance"] = ranker.chance()
+        if self.settings.sentences:
+            self._add_sentences(view, split, rows, words, result)
         return result
+
+    def _add_sentences(
+        self, view: View, split: Split, rows: NDArray[np.int64], words: ReportWords | None, result: TaskResult
+    ) -> None:
+        """The metric of sentences for every network that compares embeddings, the pixels and chance."""
+        first: dict[str, str] = {}
+        for row in rows:
+            for sentence in split.sentences[row]:
+                first.setdefault(_plain(sentence), sentence)
+        number = {plain: place for place, plain in enumerate(first)}
+        relevant = np.zeros((len(rows), len(first)), dtype=bool)
+        for place, row in enumerate(rows):
+            relevant[place, [number[_plain(sentence)] for sentence in split.sentences[row]]] = True
+        texts, bootstrap = tuple(first.values()), view.bootstrap(split.patients[rows])
+        sides = {}
+        for model, embedded in view.prompt_embeddings(texts).items():
+            images = split.arrays.models[model].image
+            if embedded is not None and images is not None:
+                sides[model] = images[rows], embedded
+        if words is not None:
+            sides["pixels"] = words.images(split.arrays.pixels[rows]), words.texts(texts)
+        for model, (queries, sentences) in sides.items():
+            found = average_precision(queries, sentences, relevant)
+            result.models[model]["image_to_sentence/AP"] = bootstrap.estimate(partial(_mean, found))
+        by_chance = chance_average_precision(relevant.sum(axis=1), len(texts)).mean()
+        result.models["chance"]["image_to_sentence/AP"] = Estimate(float(by_chance))
+        result.notes["distinct_sentences"] = len(texts)
 
 
 class _Ranker:
