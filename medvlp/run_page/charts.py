@@ -23,6 +23,8 @@ _STYLE: dict[Any, Any] = {
     "text.usetex": False,
     "text.parse_math": False,  # names of a stranger's metrics are words, not formulas
     "font.size": 9,
+    "figure.facecolor": "none",  # the page's own ground, light or dark
+    "axes.facecolor": "none",
     "axes.edgecolor": _INK,
     "axes.labelcolor": _INK,
     "text.color": _INK,

@@ -250,6 +250,7 @@ def test_names_of_strangers_are_text(make: Callable[..., Path], tmp_path: Path) 
     assert evil in page.text
     chart = line_chart(evil, {evil: ([0, 1], [0, 1]), "$x^{": ([0, 1], [1, 0])})
     assert "<script" not in chart
+    assert "#ffffff" not in chart, "its ground is the page's, also in the dark"
     assert "$x^{" in chart
 
 
