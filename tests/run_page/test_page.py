@@ -307,10 +307,12 @@ def test_it_works_in_a_browser(html: Path, run: Path, make: Callable[..., Path],
     assert invoke(run, make("other", 0.5), "--out", both, "--samples", 0).exit_code == 0
     said: list[str] = []
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        # No limits of its own: a busy machine may take minutes, and pytest ends what hangs.
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=0)
         looks: list[tuple[Path, int, Literal["light", "dark"]]] = [(html, 1280, "light"), (both, 390, "dark")]
         for file, width, scheme in looks:
             page = chromium.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+            page.set_default_timeout(0)
             page.on("console", lambda message: said.append(message.text))
             page.on("pageerror", lambda error: said.append(str(error)))
             page.on("request", lambda request: said.append(request.url) if "://" in request.url else None)
