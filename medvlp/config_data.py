@@ -75,6 +75,12 @@ class DataConfig:
     pad_to_max: bool = key(
         False, "pad every batch to max_tokens instead of its longest report (published quirks)"
     )
+    pad_multiple: int | None = key(
+        None,
+        "pad the reports of a batch to a multiple of so many tokens; default: 1, and 32 with train.compile",
+        1,
+        1 << 16,
+    )
     shuffle_block: int = key(
         4096, "samples permuted together; bounds how far a sample can travel", 1, 1 << 40
     )
@@ -84,7 +90,13 @@ class DataConfig:
     tail: Literal["drop", "wrap"] = key(
         "drop", "what happens to the samples that do not fill the last global batch of an epoch"
     )
-    workers: int = key(2, "data-loading processes of each rank; 0 loads in the rank itself", 0, 1024)
+    workers: int | None = key(
+        None,
+        "data-loading processes of each rank; 0 loads in the rank itself; default: 2, beside a GPU all but "
+        "one of the rank's cores, up to 8",
+        0,
+        1024,
+    )
     prefetch: int = key(2, "batches each worker prepares ahead", 1, 1024)
     max_bad_fraction: float = key(0.01, "share of corrupt samples above which the run stops", 0, 1)
     cache_dir: str | None = key(

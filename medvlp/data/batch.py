@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -13,16 +13,17 @@ from torch import Tensor
 class _TensorRecord:
     """Moves every tensor of a dataclass, those in dicts too; other attributes are kept as they are."""
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+    def _map(self, function: Callable[[Any], Any], kind: type = Tensor) -> Self:
+        """The record with `function` of every tensor, or of what else of a `kind` stands in place of one."""
         changes: dict[str, object] = {}
         for item in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, item.name)
-            if isinstance(value, Tensor):
+            if isinstance(value, kind):
                 changes[item.name] = function(value)
             elif isinstance(value, dict):
                 changes[item.name] = {name: function(tensor) for name, tensor in value.items()}
             elif isinstance(value, _TensorRecord):
-                changes[item.name] = value._map(function)
+                changes[item.name] = value._map(function, kind)
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:

@@ -89,7 +89,8 @@ class ImageReportDataset(Dataset[Batch]):
         return DataError(f"{shard.file}: sample {key}: {reason}")
 
     def _text(self, tokens: TokenRows, rows: Positions) -> Text:
-        return self.tokenizer.assemble(tokens, rows, self.config.max_tokens, self.config.pad_to_max)
+        multiple = self.config.pad_multiple or 1
+        return self.tokenizer.assemble(tokens, rows, self.config.max_tokens, self.config.pad_to_max, multiple)
 
     def _batch(
         self,

@@ -7,6 +7,7 @@ import re
 import signal
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -24,15 +25,21 @@ from medvlp.data.dataset import EvaluationDataset, ImageReportDataset, TrainingD
 from medvlp.data.faults import FaultCounter
 from medvlp.data.fields import open_fields
 from medvlp.data.order import Positions, SampleOrder, StudyImages, rank_rows
+from medvlp.data.packing import PackedBatch, pack
 from medvlp.data.rules import told
 from medvlp.data.sample_store import SampleStore
 from medvlp.data.text import Tokenizer
 from medvlp.distributed import uses_cuda
+from medvlp.ranks import detect, threads_of_rank
 from shards.errors import DataError
 from shards.reader import ShardReader
 
 logger = logging.getLogger(__name__)
 
+#: Tokens of whose multiples reports are long where a model is compiled.
+_COMPILED_MULTIPLE = 32
+#: Data workers of a rank, where the config does not say it.
+_FEWEST, _MOST = 2, 8
 #: Seconds to wait for a killed data worker; only one that waits for a dead disk takes longer.
 _KILL_SECONDS = 2.0
 
@@ -103,7 +110,7 @@ class TrainingLoader:
         self.samples = len(sampler.trainable)
         self.steps_per_epoch = sampler.steps_per_epoch
         self.accumulation = sampler.accumulation
-        self._loader = _loader(dataset, sampler, config, workers=config.workers)
+        self._loader = _loader(dataset, sampler, config, workers=data_workers(config))
         self._faults = FaultCounter(config.max_bad_fraction, self.samples, sampler.world_size)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -147,7 +154,7 @@ def build_loader(
         ConfigError: batch and split do not fit, or nothing can be drawn.
         DataError: no such split, too many unreadable samples, or none has what a field needs.
     """
-    data = config.data
+    data = _resolved(config)
     store = SampleStore.open_or_build(reader, data.split, data, tokenizer)
     opened = open_fields(fields, reader, data.split, store, tokenizer, data)
     for name, field in opened.items():
@@ -204,7 +211,7 @@ class EvaluationLoader:
         self.samples = sum(len(chunk) for chunk in chunks)
         self.keeps_empty = keeps_empty
         self._config = config
-        self._loader = _loader(dataset, chunks, config, workers=min(config.workers, len(chunks)))
+        self._loader = _loader(dataset, chunks, config, workers=min(data_workers(config), len(chunks)))
 
     def __len__(self) -> int:
         """Number of batches, if no batch is lost to corrupt samples."""
@@ -252,31 +259,48 @@ def evaluation_dataset(
     config: Config, reader: ShardReader, tokenizer: Tokenizer, split: str, fields: Iterable[str] = ()
 ) -> EvaluationDataset:
     """A split as `evaluation_loader` reads it."""
-    store = SampleStore.open_or_build(reader, split, config.data, tokenizer)
-    opened = open_fields(fields, reader, split, store, tokenizer, config.data)
-    return EvaluationDataset(reader, split, store, tokenizer, config.data, opened)
+    data = _resolved(config)
+    store = SampleStore.open_or_build(reader, split, data, tokenizer)
+    opened = open_fields(fields, reader, split, store, tokenizer, data)
+    return EvaluationDataset(reader, split, store, tokenizer, data, opened)
+
+
+def _resolved(config: Config) -> DataConfig:
+    """The `data` section with the padding of a compiled model: every further length is compiled anew."""
+    multiple = config.data.pad_multiple or (_COMPILED_MULTIPLE if config.train.compile else 1)
+    return replace(config.data, pad_multiple=multiple)
+
+
+def data_workers(config: DataConfig) -> int:
+    """Data-loading processes of this rank."""
+    if config.workers is not None:
+        return config.workers
+    return min(_MOST, max(_FEWEST, threads_of_rank(detect()) - 1)) if uses_cuda() else _FEWEST
 
 
 class LoaderError(DataError):
     """The loader cannot go on: one of its processes died, or an error nobody foresaw arose while it read."""
 
 
-class _ErrorsAsValues(Dataset[Batch | DataError]):
-    """The dataset, returning errors: `DataLoader` would wrap a raised one in the worker's traceback."""
+class _ErrorsAsValues(Dataset[Batch | PackedBatch | DataError]):
+    """The dataset, returning errors: `DataLoader` would wrap a raised one in the worker's traceback.
+
+    Batches of a worker are packed for their way to the rank.
+    """
 
     def __init__(self, dataset: ImageReportDataset) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, request: Any) -> Batch | DataError:
+    def __getitem__(self, request: Any) -> Batch | PackedBatch | DataError:
         try:
-            found: Batch | DataError = self.dataset[request]
+            found: Batch = self.dataset[request]
+            return found if torch.utils.data.get_worker_info() is None else pack(found)
         except DataError as error:
             return error
         except (
             Exception
         ) as error:  # MemoryError at a size that a damaged index claims, a bug, a broken library
             return LoaderError(_unforeseen(error))
-        return found
 
 
 def _unforeseen(error: Exception) -> str:
@@ -308,7 +332,7 @@ def _batches(loader: DataLoader[Any]) -> Iterator[Batch]:
     for batch in batches:
         if isinstance(batch, DataError):
             raise batch
-        yield batch
+        yield batch.unpack() if isinstance(batch, PackedBatch) else batch
 
 
 def worker_death(error: RuntimeError) -> LoaderError | None:

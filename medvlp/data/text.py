@@ -255,7 +255,12 @@ class Tokenizer:
         return self.assemble(self.encode(reports), np.arange(len(reports)), max_tokens, pad_to_max)
 
     def assemble(
-        self, rows: TokenRows, selection: NDArray[np.int64], max_tokens: int, pad_to_max: bool = False
+        self,
+        rows: TokenRows,
+        selection: NDArray[np.int64],
+        max_tokens: int,
+        pad_to_max: bool = False,
+        multiple: int = 1,
     ) -> Text:
         """Lay out stored reports as `Text`: `[CLS]`, at most `max_tokens - 2` tokens, `[SEP]`, padding.
 
@@ -264,6 +269,7 @@ class Tokenizer:
             selection: [B] which reports.
             max_tokens: longest row, with `[CLS]` and `[SEP]`; at least 3.
             pad_to_max: make every row `max_tokens` long instead of as long as the longest one.
+            multiple: make rows a multiple of so many tokens long, or `max_tokens`.
 
         Raises:
             ValueError: `max_tokens` below 3.
@@ -274,7 +280,8 @@ class Tokenizer:
             )
         starts = rows.offsets[selection]
         lengths = np.minimum(rows.offsets[selection + 1] - starts, max_tokens - 2)[:, None]
-        width = max_tokens if pad_to_max else int(lengths.max(initial=0)) + 2
+        longest = int(lengths.max(initial=0)) + 2
+        width = max_tokens if pad_to_max else min(max_tokens, -(-longest // multiple) * multiple)
         column = np.arange(width)[None]
         body = (column >= 1) & (column <= lengths)
         source = (starts[:, None] + column - 1)[body]

@@ -15,8 +15,9 @@ import torch
 
 from medvlp.config import Config, TransformConfig
 from medvlp.config_files import ConfigError
+from medvlp.data import loader as loading
 from medvlp.data.batch import Batch
-from medvlp.data.loader import build_loader, evaluation_loader, kill_workers, worker_death
+from medvlp.data.loader import build_loader, data_workers, evaluation_loader, kill_workers, worker_death
 from medvlp.data.text import Tokenizer
 from medvlp.data.transforms import DRAWS, SampleRandom, evaluation_view, training_view
 from shards.errors import DataError
@@ -249,3 +250,16 @@ def test_a_killed_worker_of_an_evaluation_is_named(make_config: ConfigFactory, t
     assert worker_death(RuntimeError("something else")) is None
     kill_workers()
     assert not set(multiprocessing.active_children()) - others
+
+
+@pytest.mark.parametrize(("cores", "workers"), [(1, 2), (6, 5), (12, 8)])
+def test_beside_a_gpu_a_rank_loads_with_all_but_one_of_its_cores(
+    monkeypatch: pytest.MonkeyPatch, cores: int, workers: int
+) -> None:
+    config = Config().data
+    monkeypatch.setattr(loading, "threads_of_rank", lambda ranks: cores)
+    assert data_workers(config) == 2
+    monkeypatch.setattr(loading, "uses_cuda", lambda: True)
+    assert data_workers(config) == workers
+    config.workers = 3
+    assert data_workers(config) == 3
