@@ -34,6 +34,13 @@ def doctor(
     array: Annotated[
         int | None, typer.Option("--array", min=1, help="tasks of an array that will run")
     ] = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option("--gpus", min=1, help="of the run; default: of the cluster file, job or machine"),
+    ] = None,
+    gpu_memory: Annotated[
+        float | None, typer.Option("--gpu-memory", min=0.1, help="GiB of one; default: as for --gpus")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object for scripts")] = False,
     bad_nodes: Annotated[
         Path | None, typer.Option("--bad-nodes", help="write the names of bad nodes here, one a line")
@@ -56,6 +63,8 @@ def doctor(
         partition=partition,
         time=time,
         array=array,
+        gpus=gpus,
+        gpu_memory=gpu_memory,
     )
     found = results.examine(CHECKS, here)
     if bad_nodes is not None:

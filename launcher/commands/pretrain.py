@@ -174,18 +174,9 @@ def config(
 
 
 def _print_plan(config: Config, gpus: int, memory: float, tflops: float, mfu: float) -> None:
-    from medvlp.data.batch_sizes import divide_batch
-    from medvlp.data.cache import open_reader
-    from medvlp.data.text import Tokenizer
-    from medvlp.training.memory_plan import describe, plan_memory
-    from medvlp.training.schedule import total_steps
+    from medvlp.training.memory_plan import describe, plan_run
 
-    reader = open_reader(config.data)
-    steps_per_epoch = max(1, reader.sample_count(config.data.split) // config.train.global_batch)
-    samples = total_steps(config, steps_per_epoch) * config.train.global_batch
-    tokenizer = Tokenizer.load(config.data.tokenizer, config.data.root)
-    micro_batch = divide_batch(config, gpus).micro_batch
-    found = plan_memory(config, gpus, micro_batch, memory * 2**30, tokenizer)
+    found, samples = plan_run(config, gpus, memory)
     for what, value in describe(found, config, samples, tflops, mfu):
         typer.echo(f"{what:36} {value}")
     if not found.fits:

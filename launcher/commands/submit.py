@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from launcher.command_words import CommandGroup, given_options, options_of_dataclasses, parse, split_arguments
-from shards.errors import UsageError
+from shards.errors import MedvlpError, UsageError
 
 
 class PretrainByDefault(CommandGroup):
@@ -79,6 +79,12 @@ class TrainingJobOptions(DependentJobOptions):
     gpus_per_node: Annotated[
         int | None, typer.Option("--gpus-per-node", min=0, help="GPUs of each node; 0: train on CPUs")
     ] = None
+    gpu_memory: Annotated[
+        float | None,
+        typer.Option(
+            "--gpu-memory", min=0.1, help="GiB of one GPU: a run that will not fit it is refused here"
+        ),
+    ] = None
     exclusive: Annotated[bool, typer.Option("--exclusive", help="whole nodes")] = False
     signal_seconds: Annotated[
         int | None,
@@ -88,7 +94,9 @@ class TrainingJobOptions(DependentJobOptions):
     @property
     def slurm(self) -> dict[str, Any]:
         """As above; without `--exclusive` the site's setting counts."""
-        return super().slurm | {"exclusive": self.exclusive or None}
+        values = super().slurm | {"exclusive": self.exclusive or None}
+        del values["gpu_memory"]
+        return values
 
 
 @app.command()
@@ -146,6 +154,9 @@ def pretrain(
             f"--ranks-per-node {ranks} with --gpus-per-node {gpus}: a rank needs a GPU of its own"
         )
     config = _checked_config(arguments, nodes * ranks, "cuda" if gpus else "cpu")
+    memory = options.gpu_memory or site.sbatch.gpu_memory
+    if gpus and memory is not None:
+        _refuse_what_does_not_fit(config, nodes * ranks, memory)
     run_dir = Path(config.run.dir)
     name = job_name or f"medvlp-{config.run.name or run_dir.name}"
     server = None if serve_prototypes is None else serving_words(run_dir, shlex.split(serve_prototypes))
@@ -186,6 +197,24 @@ def serving_words(folder: Path, options: Sequence[str]) -> list[str]:
 def print_follow_up(run_dir: Path) -> None:
     """The commands that follow a job."""
     typer.echo(f"  medvlp jobs\n  medvlp logs {run_dir} -f\n  medvlp cancel {run_dir}")
+
+
+def _refuse_what_does_not_fit(config: Any, ranks: int, memory: float) -> None:
+    """Plan the run on GPUs of `memory` GiB.
+
+    Raises:
+        ConfigError: it does not fit.
+    """
+    from medvlp.config_files import ConfigError
+    from medvlp.training.memory_plan import plan_run, refusal
+
+    try:
+        plan, _ = plan_run(config, ranks, memory)
+    except MedvlpError as error:  # what the nodes see need not be seen here
+        typer.echo(f"the memory of the GPUs is not planned, because here {error}", err=True)
+        return
+    if (reason := refusal(plan)) is not None:
+        raise ConfigError(f"{reason}. --gpu-memory or the cluster file says what there is")
 
 
 def _checked_config(arguments: list[str], ranks: int, device: str) -> Any:

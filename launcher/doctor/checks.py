@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,6 +79,25 @@ def check_dataset(root: str) -> Iterator[Result]:
     )
 
 
+def check_memory(config: Config, gpus: int, memory: float) -> Result:
+    """Whether a run fits GPUs of `memory` GiB, of which it has `gpus`."""
+    from medvlp.training.memory_plan import GIB, plan_run, refusal
+    from shards.errors import MedvlpError
+
+    try:
+        plan, _ = plan_run(config, gpus, memory)
+    except MedvlpError as error:
+        return warn("GPU memory", f"not planned: {error}", "run the doctor where the dataset is")
+    if (reason := refusal(plan)) is not None:
+        return fail("GPU memory", reason, "medvlp config CONFIG... --plan --gpus N --gpu-memory G")
+    need = plan.total(plan.micro_batch) / GIB
+    return ok(
+        "GPU memory",
+        f"{need:.1f} of {plan.usable / GIB:.1f} GiB on {gpus} GPUs with micro-batches of {plan.micro_batch} "
+        f"(at most {plan.largest})",
+    )
+
+
 _SECONDS = 5.0
 
 
@@ -122,6 +142,7 @@ class Surroundings:
         config: of the run; None without one.
         collective: also run an all-reduce.
         cluster, partition, time, array: of the job that will be submitted; see `medvlp doctor --help`.
+        gpus, gpu_memory: of the run, and GiB of one; None: what the cluster file says, else what is here.
         environment: of this process.
     """
 
@@ -133,12 +154,29 @@ class Surroundings:
     partition: str | None = None
     time: str | None = None
     array: int | None = None
+    gpus: int | None = None
+    gpu_memory: float | None = None
     environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
 
     @property
     def job_nodes(self) -> int:
         """Nodes of the job this is in; 0 outside of one."""
         return inside_job(self.environment)
+
+    @cached_property
+    def planned_gpus(self) -> tuple[int, float] | None:
+        """How many GPUs a run will have, and GiB of one; None: nobody says, or there are none."""
+        import torch
+
+        from launcher.slurm.cluster_config import load_cluster
+
+        site = load_cluster(self.cluster).sbatch
+        here = torch.cuda.device_count() if self.environment.get("DS_ACCELERATOR") != "cpu" else 0
+        memory = self.gpu_memory or site.gpu_memory
+        if memory is None and here:
+            memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+        gpus = self.gpus or max(1, self.job_nodes) * (site.gpus_per_node or here)
+        return None if memory is None or not gpus else (gpus, memory)
 
     @property
     def node(self) -> NodeSurroundings:
@@ -150,6 +188,11 @@ class Surroundings:
         data = DataConfig() if self.config is None else self.config.data
         remote = self.data is not None and is_remote(self.data)
         return NodeSurroundings(cache_folder(data), data.cache_gigabytes, remote)
+
+
+def _memory(here: Surroundings) -> Iterator[Result]:
+    if here.config is not None and here.planned_gpus is not None:
+        yield check_memory(here.config, *here.planned_gpus)
 
 
 def _nodes(here: Surroundings) -> Iterator[Result]:
@@ -189,6 +232,12 @@ CHECKS: tuple[Check[Surroundings], ...] = (
         lambda here: check_dataset(str(here.data)),
         "run medvlp shards verify on it, or name another data.root",
         lambda here: here.data is not None,
+    ),
+    Check(
+        "GPU memory",
+        _memory,
+        "medvlp config CONFIG... --plan says what the run takes",
+        lambda here: here.config is not None,
     ),
     Check(
         "W&B",

@@ -27,6 +27,12 @@ class SbatchDefaults:
     cpus_per_task: int | None = key(None, "CPUs of each node, shared by its ranks", 1, 4096)
     gpus_per_node: int | None = key(None, "GPUs of each node; 0: train on CPUs", 0, 1024)
     gpu_type: str | None = key(None, "type of the GPUs where a cluster has several, such as a100")
+    gpu_memory: float | None = key(
+        None,
+        "GiB of one GPU, such as 80: a run that will not fit is refused before it waits in a queue",
+        0.1,
+        10**5,
+    )
     exclude: str | None = key(None, "nodes never to use")
     signal_seconds: int = key(
         300,

@@ -1,5 +1,8 @@
 """Counting how often each learned prototype is the nearest one, and which to start anew."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -47,6 +50,20 @@ class CountedPrototypes(nn.Module):
         nearest = scores.argmax(-1).flatten()
         weights = torch.ones_like(nearest) if valid is None else valid.flatten()
         self.usage.index_add_(0, nearest, weights.to(self.usage.dtype))
+
+
+@contextmanager
+def uncounted(module: nn.Module) -> Iterator[None]:
+    """Inside, no part of `module` counts the use of its prototypes: passes that are no training."""
+    counted = [part for part in module.modules() if isinstance(part, CountedPrototypes)]
+    uses = [part.usage for part in counted]
+    for part in counted:
+        part.usage = None
+    try:
+        yield
+    finally:
+        for part, usage in zip(counted, uses, strict=True):
+            part.usage = usage
 
 
 def revived_rows(weight: Tensor, usage: Tensor, below: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from medvlp.config import Config
 from medvlp.data.batch import Batch, Text
 from medvlp.methods.base import Progress
-from medvlp.prototypes.usage import CountedPrototypes
+from medvlp.prototypes.usage import uncounted
 from medvlp.runs.randomness import random_state, restore_random_state
 from medvlp.training.device_memory import naming_memory
 from medvlp.training.engine import Engine
@@ -47,24 +47,19 @@ def rehearse_phases(
     first = next(batches)
     batch = _longest(first, config.data.max_tokens).to(engine.device)
     random = random_state()
-    counted = [module for module in engine.objective.modules() if isinstance(module, CountedPrototypes)]
-    uses = [module.usage for module in counted]
-    for module in counted:
-        module.usage = None
     parameters = [p for p in engine.objective.parameters() if p.requires_grad]
     engine.objective.train()
     for phase in np.unique(schedule.phases[later]).tolist():
         begin = int(np.argmax(schedule.phases == phase))
         engine.objective.on_progress(Progress(0, begin, schedule.steps, phase))
         guard.begin()
-        with naming_memory(f"rehearsal of phase {phase + 1}", config, engine.sizes.micro_batch):
+        part = f"rehearsal of phase {phase + 1}"
+        with naming_memory(part, config, engine.sizes.micro_batch), uncounted(engine.objective):
             # Not through DeepSpeed: gradients that are returned start no reduction and stay in no buffer.
             loss = engine.objective(batch, None).loss
             torch.autograd.grad(loss, parameters, allow_unused=True)
         guard.undo()
     restore_random_state(random)
-    for module, usage in zip(counted, uses, strict=True):
-        module.usage = usage
     if engine.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**30
         logger.info("all phases fit the GPU: at most %.1f GiB with reports of full length", peak)

@@ -6,6 +6,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from medvlp.config import Config
 from medvlp.data.batch import Batch, Text
@@ -181,7 +182,8 @@ class PRIOR(Alignment):
             slots = self.config.queries
         else:
             slots = min(self.config.max_sentences, text.sentence_index.shape[1])
-            if not text.sentence_index.is_cuda:  # on a CPU their number is there without waiting
+            # On a CPU their number is there without waiting; a plan on fake tensors is one for GPUs.
+            if not text.sentence_index.is_cuda and not isinstance(text.sentence_index, FakeTensor):
                 slots = max(1, min(slots, int(text.sentence_index.max()) + 1))
         means, valid = sentence_means(features.hidden, text, slots)
         return self.sentence_projection(means, valid), valid
