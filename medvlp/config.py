@@ -205,6 +205,18 @@ class TrainConfig:
         "on GPUs, matrix products of float32 values in TF32 (10 bits of mantissa): of everything with "
         "precision=fp32, of losses and batch norms in 16 bit; false: exact and slower",
     )
+    compile: bool = key(
+        False,
+        "torch.compile for transformer blocks and projection heads, at zero.stage 0 to 2: slow first steps, "
+        "faster later ones; where nothing can be compiled a warning, and training goes on without",
+    )
+    agree_every: int = key(
+        1,
+        "steps between agreements of all ranks on stopping and on new clusters, each a message through all "
+        "of them: 16 or so on hundreds of ranks",
+        1,
+        10**6,
+    )
     rehearse: bool | None = key(
         None,
         "before the first step, one forward and backward pass of every later phase of optimizer.phases, so "
@@ -303,6 +315,13 @@ class CheckpointConfig:
 class MonitorConfig:
     log_every: int = key(
         1, "steps between log lines (metrics.jsonl, console, W&B); metrics are read only then", 1, 10**9
+    )
+    peak_tflops: float | None = key(
+        None,
+        "peak of one GPU in the run's precision, in 10^12 operations a second, of which the metric mfu is a "
+        "share; default: that of the card, where it is known",
+        0.001,
+        10**6,
     )
     progress: bool = key(True, "rich progress bar on rank 0 when the console is a terminal")
     wandb: Literal["auto", "online", "offline", "disabled"] = key(

@@ -12,6 +12,11 @@ def check_combinations(config: Config) -> None:
     """Refuse values that are each valid but cannot stand together."""
     if config.zero.offload_parameters and config.zero.stage != 3:
         raise ConfigError("zero.offload_parameters=true needs zero.stage=3")
+    if config.train.compile and config.zero.stage == 3:
+        raise ConfigError(
+            "train.compile=true needs zero.stage of 0, 1 or 2: stage 3 gathers weights around every module, "
+            "which leaves nothing to compile"
+        )
     if config.zero.offload_optimizer and config.zero.stage == 0:
         raise ConfigError("zero.offload_optimizer=true needs zero.stage of 1, 2 or 3")
     if config.image.pretrained and config.image.weights:

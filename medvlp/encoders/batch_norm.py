@@ -135,6 +135,8 @@ class GlobalBatchNorm(nn.SyncBatchNorm):
         return self
 
 
+# Not compiled: collectives inside a graph have to be torch's own functional ones.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _merge_ranks(count: Tensor, mean: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Statistics of the union of all ranks' rows from each rank's (count, mean [C], centred squares [C])."""
     packed = gather_with_gradient(torch.cat([count[None], mean, squares])[None])

@@ -1,8 +1,29 @@
 """Contrastive loss of paired embeddings and the retrieval accuracy inside a batch."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_read: ContextVar[bool] = ContextVar("read", default=True)
+
+
+@contextmanager
+def accuracies_read(read: bool) -> Iterator[None]:
+    """Inside, whether anybody reads accuracies: they cost a pass over all logits in every step."""
+    before = _read.set(read)
+    try:
+        yield
+    finally:
+        _read.reset(before)
+
+
+def are_accuracies_read() -> bool:
+    """Whether losses return accuracies beside their value, see `accuracies_read`."""
+    return _read.get()
 
 
 def contrastive_logits(local: Tensor, gathered: Tensor, temperature: float | Tensor) -> Tensor:

@@ -3,7 +3,12 @@
 from torch import Tensor
 
 from medvlp import distributed
-from medvlp.losses.contrastive import contrastive_logits, in_batch_accuracy, paired_cross_entropy
+from medvlp.losses.contrastive import (
+    are_accuracies_read,
+    contrastive_logits,
+    in_batch_accuracy,
+    paired_cross_entropy,
+)
 
 
 def instance_contrast(
@@ -24,7 +29,8 @@ def instance_contrast(
 
     Returns:
         The sum of both directions (0-d, mean over this rank's rows), and the in-batch accuracies
-        "retrieval/top1" and "retrieval/top5", means of both directions in [0, 1], among all candidates.
+        "retrieval/top1" and "retrieval/top5", means of both directions in [0, 1], among all candidates
+        ({} where nobody reads them).
     """
     if negatives == "global":
         images = distributed.gather_with_gradient(image)
@@ -37,7 +43,7 @@ def instance_contrast(
     loss = paired_cross_entropy(to_reports, offset, excluded)
     loss = loss + paired_cross_entropy(to_images, offset, excluded)
     accuracies = {}
-    for k in (1, 5):
+    for k in (1, 5) if are_accuracies_read() else ():
         hits = in_batch_accuracy(to_reports, offset, k) + in_batch_accuracy(to_images, offset, k)
         accuracies[f"retrieval/top{k}"] = 0.5 * hits
     return loss, accuracies

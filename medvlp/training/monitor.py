@@ -12,8 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from medvlp import distributed
+from medvlp.data.batch import Batch
+from medvlp.methods.base import StepOutput
 from medvlp.runs.metrics_file import MetricsFile
 from medvlp.training.callbacks import PREFIX, Callback, StepRecord
+from medvlp.training.operations import StepWork
 from medvlp.training.wandb_run import WandbRun
 
 logger = logging.getLogger(__name__)
@@ -24,14 +27,17 @@ GIB = 2**30
 class Monitor(Callback):
     """Reads, reduces and writes the metrics of logged steps.
 
-    Losses, `grad_norm` and `lr` are those of the logged step; `samples_per_second`, `step_seconds` and
-    `data_wait` (share of the time spent waiting for data) cover all steps since the last logged one.
+    Losses, `grad_norm`, `lr` and `tflop` (10^12 operations of the step on all GPUs) are those of the logged
+    step; `samples_per_second`, `step_seconds`, `data_wait` (share of the time spent waiting for data) and
+    `mfu` (share of the GPUs' peak arithmetic) cover all steps since the last logged one. `memory_gib` and
+    `memory_reserved_gib` are the greatest so far of all ranks.
 
     Args:
         path: of `metrics.jsonl`.
         total_steps: steps of the run.
         wandb_run: where rank 0 sends metrics; None on other ranks.
         console: of the progress bar; None for none.
+        work: what `tflop` and `mfu` are counted by; None: they are left out.
 
     Attributes:
         latest: finite metrics of the last logged step, the same on all ranks.
@@ -40,8 +46,16 @@ class Monitor(Callback):
 
     name = "monitor"
 
-    def __init__(self, path: Path, total_steps: int, wandb_run: WandbRun | None, console: Console | None):
+    def __init__(
+        self,
+        path: Path,
+        total_steps: int,
+        wandb_run: WandbRun | None,
+        console: Console | None,
+        work: StepWork | None = None,
+    ):
         self.path = path
+        self.work = work
         self.total_steps = total_steps
         self.wandb_run = wandb_run
         self.extra: dict[str, float] = {}
@@ -55,6 +69,7 @@ class Monitor(Callback):
 
     def _clear(self) -> None:
         self._seconds, self._data_seconds, self._samples = 0.0, 0.0, 0
+        self._step, self._step_flop, self._flop = -1, 0.0, 0.0
 
     def add(self, metrics: dict[str, float]) -> None:
         """Metrics, equal on all ranks, that join the next logged line."""
@@ -67,6 +82,16 @@ class Monitor(Callback):
         if self._progress is not None:
             self._progress.start()
             self._bar = self._progress.add_task("training", total=self.total_steps, completed=step)
+
+    def on_micro_batch(self, batch: Batch, output: StepOutput, step: int) -> None:
+        """Sum up operations, which follow from the shapes."""
+        if self.work is None:
+            return
+        if step != self._step:
+            self._step, self._step_flop = step, 0.0
+        flop = self.work.of(batch, step)
+        self._step_flop += flop
+        self._flop += flop
 
     def on_step(self, record: StepRecord) -> None:
         """Sum up times; at logged steps read, reduce and write."""
@@ -91,9 +116,9 @@ class Monitor(Callback):
         terms = sorted(record.losses)
         read = torch.stack([record.losses[term].float() for term in terms]).tolist()
         count = len(terms)
-        local = [*read, self._seconds, self._data_seconds, float(self.skipped)]
+        local = [*read, self._seconds, self._data_seconds, float(self.skipped), self._step_flop, self._flop]
         means = distributed.mean_over_ranks(local)
-        seconds, data_seconds, skipped = means[count:]
+        seconds, data_seconds, skipped, step_flop, flop = means[count:]
         memory, reserved = distributed.greatest_over_ranks(_memory(record.engine.device))
         values = {
             "loss": means[terms.index("loss")],
@@ -107,6 +132,7 @@ class Monitor(Callback):
             "samples_per_second": self._samples / seconds,
             "step_seconds": seconds * record.samples / self._samples,
             "data_wait": data_seconds / seconds,
+            **self._arithmetic(step_flop, flop / seconds),
             "memory_gib": memory / GIB,
             **({"memory_reserved_gib": reserved / GIB} if record.engine.device.type == "cuda" else {}),
             "skipped_samples": round(skipped * distributed.world_size()),
@@ -118,6 +144,12 @@ class Monitor(Callback):
         finite = {name: self.latest.get(name) for name in values}
         return {"step": record.step, "epoch": record.epoch, **finite}
 
+    def _arithmetic(self, step_flop: float, speed: float) -> dict[str, float]:
+        """Of operations of a rank in the step, and a second of all steps since the last logged one."""
+        if self.work is None:
+            return {}
+        return {"tflop": step_flop * distributed.world_size() / 1e12, "mfu": speed / self.work.peak}
+
     def _write(self, record: StepRecord, metrics: dict[str, float | None]) -> None:
         if self._file is None:
             return
@@ -125,7 +157,7 @@ class Monitor(Callback):
         if self.wandb_run is not None:
             self.wandb_run.log(metrics, record.step)
         logger.info(
-            "step %d/%d epoch %d loss %.4f lr %.2e grad %s %.1f samples/s data wait %.0f%%",
+            "step %d/%d epoch %d loss %.4f lr %.2e grad %s %.1f samples/s data wait %.0f%%%s",
             record.step,
             self.total_steps,
             record.epoch,
@@ -134,6 +166,7 @@ class Monitor(Callback):
             "-" if metrics["grad_norm"] is None else f"{metrics['grad_norm']:.3g}",
             metrics["samples_per_second"],
             100 * (metrics["data_wait"] or 0.0),
+            "" if (mfu := metrics.get("mfu")) is None else f" mfu {100 * mfu:.1f}%",
         )
 
     def on_end(self) -> None:

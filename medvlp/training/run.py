@@ -41,10 +41,12 @@ from medvlp.training.engine import Engine
 from medvlp.training.hangs import Watchdog
 from medvlp.training.interrupts import EXIT_INTERRUPTED, Interrupts
 from medvlp.training.monitor import Monitor, SampleLog
+from medvlp.training.operations import StepWork, step_work
 from medvlp.training.prototype_refresh import PrototypeRefresh
 from medvlp.training.prototype_revival import PrototypeRevival
 from medvlp.training.prototype_start import PrototypeStart, late_start
 from medvlp.training.recipe import Recipe, TrainingSet
+from medvlp.training.regional_compile import compile_regions
 from medvlp.training.rehearsal import rehearse_phases
 from medvlp.training.schedule import Schedule, build_schedule
 from medvlp.training.step_guard import StepGuard
@@ -190,13 +192,16 @@ def _train(
         checkpoint.weights_into(objective)
     else:
         recipe.start(objective, lambda: loader(0))
-    engine = Engine(objective, config, sizes, device)
     data = loader(step)
     schedule = build_schedule(config, data.steps_per_epoch)
+    work = step_work(objective, config, schedule, step, device)
+    if config.train.compile:
+        compile_regions(objective, device)
+    engine = Engine(objective, config, sizes, device)
     guard = StepGuard(objective, config.train.spike_sigma, device)
     callbacks, saving, refresh = _callbacks(
         recipe, learned, engine, guard, schedule, data.steps_per_epoch, loader, checkpoint, console, identity,
-        watchdog,
+        watchdog, work,
     )  # fmt: skip
     seed_rank(config.train.seed, distributed.rank())
     batches: Iterator[Batch] = iter(data)
@@ -210,7 +215,7 @@ def _train(
     describe_run(config, sizes.world_size, identity, tokenizer)
     trainer = Trainer(
         engine, batches, schedule, data.steps_per_epoch, callbacks, guard, watchdog,
-        config.monitor.log_every, step, refresh,
+        config.monitor.log_every, step, refresh, config.train.agree_every,
     )  # fmt: skip
     _note_start(config, checkpoint, step, schedule.steps, taken_up.changes)
     if (line := what_differs(objective, config, sizes)) is not None:
@@ -277,6 +282,7 @@ def _callbacks(
     console: Console | None,
     identity: RunIdentity,
     watchdog: Watchdog,
+    work: StepWork | None,
 ) -> tuple[list[Callback], CheckpointCallback, PrototypeRefresh | None]:
     """All callbacks in the order in which they see a step: check, refresh, validate, log, save."""
     config, objective = recipe.config, engine.objective
@@ -289,7 +295,7 @@ def _callbacks(
             wandb_run.alert("restart", f"the run goes on after step {checkpoint.step}")
     run_id = distributed.broadcast_object(None if wandb_run is None else wandb_run.id)
     bar = console if console is not None and console.is_terminal and distributed.is_main() else None
-    monitor = Monitor(run_dir / "metrics.jsonl", schedule.steps, wandb_run, bar)
+    monitor = Monitor(run_dir / "metrics.jsonl", schedule.steps, wandb_run, bar, work)
     bad_steps = BadSteps(guard, config.train.max_bad_steps, run_dir, monitor.add)
     watchdog.alert = bad_steps.alert = None if wandb_run is None else wandb_run.alert
     callbacks: list[Callback] = [bad_steps]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from medvlp.data.batch import Batch, join
+from medvlp.losses.contrastive import accuracies_read
 from medvlp.methods.base import Progress
 from medvlp.prototypes.table import PrototypeTable
 from medvlp.training.accumulation import exact_passes
@@ -34,6 +35,7 @@ class Trainer:
         log_every: steps between those at which metrics are read.
         step: finished steps.
         refresh: the callback that has the table of the prototype service; None: there is no service.
+        agree_every: steps between agreements of the ranks; the last step has one.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Trainer:
         log_every: int = 1,
         step: int = 0,
         refresh: PrototypeRefresh | None = None,
+        agree_every: int = 1,
     ):
         self.engine = engine
         self.batches = batches
@@ -59,6 +62,7 @@ class Trainer:
         self.log_every = log_every
         self.step = step
         self.refresh = refresh
+        self.agree_every = agree_every
 
     def train(self, interrupts: Interrupts) -> None:
         """Run until the last step, or until the ranks agree on an interrupt."""
@@ -67,10 +71,10 @@ class Trainer:
             for callback in self.callbacks:
                 callback.on_start(self.step)
             while self.step < self.schedule.steps and not any(of.finished for of in self.callbacks):
-                record = self._train_step()
+                with accuracies_read(self._is_logged()):
+                    record = self._train_step()
                 record.finished = self.step == self.schedule.steps
-                self._mark_agreement()
-                stops = reach(interrupts, self.callbacks, self.step, self._mark_agreement)
+                stops = self._agrees() and self._reach(interrupts)
                 record.last = stops or record.finished
                 for callback in self.callbacks:
                     self.watchdog.mark(f"the callback {callback.name!r}", record.step - 1)
@@ -84,13 +88,26 @@ class Trainer:
             for callback in reversed(self.callbacks):
                 callback.on_end()
 
+    def _agrees(self) -> bool:
+        """Whether all ranks speak to each other after the finished step."""
+        return self.step % self.agree_every == 0 or self.step == self.schedule.steps
+
+    def _reach(self, interrupts: Interrupts) -> bool:
+        """Let the ranks agree; whether training stops."""
+        self._mark_agreement()
+        return reach(interrupts, self.callbacks, self.step, self._mark_agreement)
+
     def _mark_agreement(self) -> None:
         self.watchdog.mark("the agreement on going on", self.step - 1)
+
+    def _is_logged(self) -> bool:
+        """Whether the metrics of the next step are read."""
+        return (self.step + 1) % self.log_every == 0 or self.step + 1 == self.schedule.steps
 
     def _train_step(self) -> StepRecord:
         started = time.perf_counter()
         epoch, learning_rate = self.step // self.steps_per_epoch, float(self.schedule.rates[self.step])
-        logged = (self.step + 1) % self.log_every == 0 or self.step + 1 == self.schedule.steps
+        logged = self._is_logged()
         if self.schedule.restarts_at(self.step):
             self.engine.restart_optimizer()
             self.guard.forget()

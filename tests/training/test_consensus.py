@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,7 @@ from medvlp import distributed
 from medvlp.training.consensus import reach
 from medvlp.training.interrupts import Interrupts
 from tests.distributed_pool import Pools
+from tests.training.runs import Overrides, train
 
 
 class Votes:
@@ -61,3 +63,27 @@ def test_a_request_to_stop_ends_the_waiting() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         assert reach(interrupts, [votes])
     assert interrupts.stopped_by == "SIGTERM"
+
+
+def steps_with_agreement(overrides: list[str]) -> list[int]:
+    from medvlp.training import trainer
+
+    module: Any = trainer
+    steps: list[int] = []
+
+    def noting(interrupts: Interrupts, parties: Any, step: int, alive: Any) -> bool:
+        steps.append(step)
+        return reach(interrupts, parties, step, alive)
+
+    before, module.reach = module.reach, noting
+    try:
+        train(overrides)
+    finally:
+        module.reach = before
+    return steps
+
+
+@pytest.mark.dist
+def test_ranks_may_agree_in_some_steps_only(gloo_pool: Pools, overrides: Overrides) -> None:
+    found = gloo_pool(2).run(steps_with_agreement, overrides("train.steps=5", "train.agree_every=2"))
+    assert found == [[2, 4, 5], [2, 4, 5]]

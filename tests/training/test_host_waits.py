@@ -1,10 +1,14 @@
-"""Nothing in a step waits for the GPU: every method's forward pass on fake CUDA tensors, without a GPU."""
+"""Nothing in a step waits for the GPU: forward passes on fake CUDA tensors, and whole steps on the CPU."""
 
 from __future__ import annotations
 
+import itertools
 import traceback
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +17,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import medvlp.methods.place.terms
 import medvlp.methods.prior.terms
+from medvlp import distributed
+from medvlp.data.batch_sizes import divide_batch
+from medvlp.training.bad_steps import BadSteps
+from medvlp.training.callbacks import Callback, StepRecord
+from medvlp.training.engine import Engine
+from medvlp.training.interrupts import Interrupts
+from medvlp.training.monitor import Monitor
+from medvlp.training.schedule import Schedule
+from medvlp.training.step_guard import StepGuard
+from medvlp.training.trainer import Trainer
+from tests.distributed_pool import Pools
 from tests.methods.small import built, names, small_batch, small_config
 
 #: Operations whose result is on the host, or whose shape is known only after the kernel has run.
@@ -41,7 +56,7 @@ def _crosses(args: Any, result: Any) -> bool:
 
 def _place() -> str:
     frames = [frame for frame in traceback.extract_stack() if "/medvlp/" in frame.filename]
-    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "?"
+    return f"{Path(frames[-1].filename).name}:{frames[-1].name}" if frames else "?"
 
 
 def _matched(cost: Tensor, *rest: Any) -> Tensor:
@@ -67,3 +82,60 @@ def test_a_forward_pass_waits_for_nothing(name: str, monkeypatch: pytest.MonkeyP
         with HostWaits() as waits:
             method(given, None)
     assert waits.found == []
+
+
+class Listener(Callback):
+    """Remembers of every step what waited in it, and the terms it had."""
+
+    name = "listener"
+
+    def __init__(self, waits: HostWaits) -> None:
+        self.waits = waits
+        self.steps: list[tuple[set[str], set[str]]] = []
+
+    def on_step(self, record: StepRecord) -> None:
+        self.steps.append((set(self.waits.found), set(record.losses)))
+        self.waits.found.clear()
+
+
+def steps_of(name: str, folder: Path) -> list[tuple[set[str], set[str]]]:
+    """Two steps of which nobody reads the metrics and a logged one, by the trainer on the CPU."""
+    device = distributed.initialize()
+    config = small_config(name)
+    config.precision, config.zero.stage = "bf16", 1
+    method, batch = built(config), small_batch()
+    config.train.global_batch = len(batch.keys)
+    engine = Engine(method, config, divide_batch(config, 1), device)
+    schedule = Schedule(np.full(3, 1e-4), np.zeros(3, dtype=np.int64))
+    guard = StepGuard(method, 8.0, device)
+    with HostWaits() as waits:
+        monitor = Monitor(folder / "metrics.jsonl", 3, None, None)
+        listener = Listener(waits)
+        callbacks = [BadSteps(guard, 3, folder, monitor.add), monitor, listener]
+        idle: Any = SimpleNamespace(**dict.fromkeys(
+            ("mark", "first_step_is_done", "last_step_is_done"), lambda *told: None
+        ))  # fmt: skip
+        trainer = Trainer(engine, itertools.repeat(batch), schedule, 3, callbacks, guard, idle, log_every=3)
+        trainer.train(Interrupts())
+    engine.close()
+    return listener.steps
+
+
+#: Where a step may wait: for the gradient's norm, by which DeepSpeed decides whether it counts, and for the
+#: agreement of the ranks, whose numbers never were on the device (a comprehension, until Python 3.12).
+_ALLOWED = {"engine.py:step", "distributed.py:greatest_integers", "distributed.py:<listcomp>"}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", names())
+def test_a_whole_step_waits_for_the_norm_alone_and_measures_nothing_unasked(
+    name: str, gloo_pool: Pools, tmp_path: Path
+) -> None:
+    [steps] = gloo_pool(1).run(steps_of, name, tmp_path)
+    for waits, terms in steps[:2]:
+        assert {wait.split()[-1] for wait in waits} <= _ALLOWED, waits
+        assert not [term for term in terms if term.startswith("retrieval/")]
+    waits, terms = steps[2]
+    assert any(wait.endswith("engine.py:gradient_norm") for wait in waits)
+    if name != "medslip":  # it embeds no reports
+        assert {"retrieval/top1", "retrieval/top5"} <= terms

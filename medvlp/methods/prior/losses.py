@@ -9,7 +9,12 @@ from torch import Tensor, nn
 
 from medvlp import distributed
 from medvlp.encoders.batch_norm import GlobalBatchNorm
-from medvlp.losses.contrastive import contrastive_logits, in_batch_accuracy, paired_cross_entropy
+from medvlp.losses.contrastive import (
+    are_accuracies_read,
+    contrastive_logits,
+    in_batch_accuracy,
+    paired_cross_entropy,
+)
 from medvlp.losses.normalise import at_least_float32, unit_norm
 from medvlp.methods.base import StepOutput
 from medvlp.methods.prior.attention import AttentionPool, LocalContext, LocalCrossAttention
@@ -171,7 +176,7 @@ class PRIORLosses(nn.Module):
         assert self.scale is not None
         loss, to_reports, to_images, offset = self._contrast(image, report, excluded)
         terms = {"loss/global": loss}
-        for k in (1, 5):
+        for k in (1, 5) if are_accuracies_read() else ():
             hits = in_batch_accuracy(to_reports, offset, k) + in_batch_accuracy(to_images, offset, k)
             terms[f"retrieval/top{k}"] = 0.5 * hits
         terms["temperature/global"] = 1 / self.scale(loss.new_ones(())).detach().squeeze()
