@@ -205,18 +205,8 @@ class TrainConfig:
         "on GPUs, matrix products of float32 values in TF32 (10 bits of mantissa): of everything with "
         "precision=fp32, of losses and batch norms in 16 bit; false: exact and slower",
     )
-    compile: bool = key(
-        False,
-        "torch.compile for transformer blocks and projection heads, at zero.stage 0 to 2: slow first steps, "
-        "faster later ones; where nothing can be compiled a warning, and training goes on without",
-    )
-    agree_every: int = key(
-        1,
-        "steps between agreements of all ranks on stopping and on new clusters, each a message through all "
-        "of them: 16 or so on hundreds of ranks",
-        1,
-        10**6,
-    )
+    compile: bool = key(False, "torch.compile for transformer blocks and projection heads (ZeRO 0 to 2)")
+    agree_every: int = key(1, "steps between agreements of all ranks on stopping and new clusters", 1, 10**6)
     rehearse: bool | None = key(
         None,
         "before the first step, one forward and backward pass of every later phase of optimizer.phases, so "

@@ -5,7 +5,7 @@
 The step is that of MGCA's config (ViT-B/16 at 224 pixels, 12-layer BERT of 768, 112 tokens, embeddings of
 128): forward, backward and AdamW, on random images and reports. Beside it the soft assignment of the same
 batch's images and reports to 500 and to 16,384 clusters, by each kind of balance, and the hard one that
-false-negative masks need. One process, so no collective is in it (tests/benchmarks/prototype_scale.py
+false-negative masks need. One process, so no collective is in it (tests/benchmarks/cluster_scale.py
 calculates those). Exits with 1 if an assignment takes more than 2 % of the step at 500 clusters, or 5 % at
 16,384.
 """
