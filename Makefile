@@ -79,8 +79,8 @@ bench-methods: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/studies/cluster_quality.py \
 	  $(foreach seed,$(SEEDS),$(BENCH)/methods/mgca-$(seed) $(BENCH)/methods/mgca-ablation-$(seed))
 
-# Every downstream task on the networks of bench-methods, which are trained where they are not there. Two methods at a time,
-# one thread each (configs/benchmarks/tasks.yaml); finished units are kept, so a second call goes on.
+# Every downstream task on a network of each method, pre-trained where it is not there. Two methods at a time, one thread
+# each (configs/benchmarks/tasks.yaml says how heads are trained); finished units are kept, so a second call goes on.
 # TASKS="segmentation detection" METHODS="mgca place" choose; STEPS=50 is another length of each training.
 TASKS := zero-shot retrieval linear-probe fine-tuning grounding segmentation detection report vqa
 TRAINED := fine-tuning segmentation detection report vqa
