@@ -55,6 +55,14 @@ class MethodConfig:
         "excluded", "images of one study, which share a report: no negatives of each other, or some"
     )
 
+    loss_memory: float = key(
+        256.0,
+        "MiB of a matrix of similarities or of words that a loss makes at once (some six are held); a larger "
+        "one is made in parts, and again for the backward pass",
+        0.001,
+        1 << 20,
+    )
+
     #: Whether the method embeds reports.
     embeds_reports: ClassVar[bool] = True
     #: Whether it has a loss; without one it can be evaluated, not pre-trained.

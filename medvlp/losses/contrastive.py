@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from medvlp.losses.parts import MEMORY, mean_in_parts
+
 _read: ContextVar[bool] = ContextVar("read", default=True)
 
 
@@ -71,3 +73,32 @@ def in_batch_accuracy(logits: Tensor, offset: int = 0, k: int = 1) -> Tensor:
     own = logits.gather(1, labels[:, None])
     # One pass instead of a sort; a row with NaN counts as a miss.
     return ((~(logits <= own)).sum(1) < k).float().mean()
+
+
+def ranked_contrast(
+    local: Tensor,
+    gathered: Tensor,
+    temperature: float | Tensor,
+    offset: int = 0,
+    excluded: Tensor | None = None,
+    memory: float = MEMORY,
+) -> tuple[Tensor, ...]:
+    """One direction of InfoNCE and its accuracies, in parts of rows if the logits take more than `memory`.
+
+    Args:
+        local, gathered, temperature: see `contrastive_logits`.
+        offset, excluded: see `paired_cross_entropy`.
+        memory: MiB of logits made at once.
+
+    Returns:
+        `paired_cross_entropy`, and, where they are read (`accuracies_read`), `in_batch_accuracy` at 1 and at
+        5, 0-d each.
+    """
+    asked = (1, 5) if are_accuracies_read() else ()  # here: parts run again in the backward pass
+
+    def part(start: int, rows: Tensor, left_out: Tensor | None) -> tuple[Tensor, ...]:
+        logits = contrastive_logits(rows, gathered, temperature)
+        loss = paired_cross_entropy(logits, offset + start, left_out)
+        return loss, *(in_batch_accuracy(logits, offset + start, k) for k in asked)
+
+    return mean_in_parts(part, (local, excluded), len(gathered), memory)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from medvlp.losses.normalise import unit_norm
+from medvlp.losses.parts import MEMORY, mean_in_parts
 
 
 @torch.no_grad()
@@ -58,6 +59,7 @@ def word_loss(
     negatives: Tensor | None = None,
     temperature: float = 0.1,
     attention_temperature: float = 0.1,
+    memory: float = MEMORY,
 ) -> Tensor:
     """Words attend to the patches; each word must find its own context among the words of its report.
 
@@ -67,12 +69,21 @@ def word_loss(
         weights: [B, W] weight of each word, from `clamped_weights`.
         negatives: [B, W] bool, word slots that act as negatives; None: all slots (published code).
         temperature: of the contrast; attention_temperature: of the attention.
+        memory: MiB of a matrix of tokens that is made at once, of as many samples as that takes.
 
     Returns:
         0-d loss. (MGCA section 3.2 without learned projections, as in the published code.)
     """
-    attention = (words @ patches.transpose(1, 2) / attention_temperature).softmax(2)
-    return own_context_loss(words, unit_norm(attention @ patches), weights, negatives, temperature)
+
+    def part(
+        start: int, words: Tensor, patches: Tensor, weights: Tensor, negatives: Tensor | None
+    ) -> tuple[Tensor]:
+        attention = (words @ patches.transpose(1, 2) / attention_temperature).softmax(2)
+        context = unit_norm(attention @ patches)
+        return (own_context_loss(words, context, weights, negatives, temperature),)
+
+    width = words.shape[1] * max(words.shape[1], patches.shape[1])
+    return mean_in_parts(part, (words, patches, weights, negatives), width, memory)[0]
 
 
 def patch_loss(
@@ -83,6 +94,7 @@ def patch_loss(
     normalise_context: bool = True,
     temperature: float = 0.1,
     attention_temperature: float = 0.1,
+    memory: float = MEMORY,
 ) -> Tensor:
     """Patches attend to the words; each patch must find its own context among the patches of its image.
 
@@ -93,18 +105,24 @@ def patch_loss(
         valid: [B, W] bool, words that can be attended to. A sample without any adds 0.
         normalise_context: scale the contexts to length 1 (the published code does so for ResNet only).
         temperature: of the contrast; attention_temperature: of the attention.
+        memory: see `word_loss`.
 
     Returns:
         0-d loss. (MGCA section 3.2.)
     """
-    some = valid.any(1)
-    attended = valid | ~some[:, None]
-    scores = patches @ words.transpose(1, 2) / attention_temperature
-    attention = scores.masked_fill(~attended[:, None, :], -torch.inf).softmax(2)
-    context = attention @ words
-    if normalise_context:
-        context = unit_norm(context)
-    return own_context_loss(patches, context, weights * some[:, None], None, temperature)
+
+    def part(start: int, patches: Tensor, words: Tensor, weights: Tensor, valid: Tensor) -> tuple[Tensor]:
+        some = valid.any(1)
+        attended = valid | ~some[:, None]
+        scores = patches @ words.transpose(1, 2) / attention_temperature
+        attention = scores.masked_fill(~attended[:, None, :], -torch.inf).softmax(2)
+        context = attention @ words
+        if normalise_context:
+            context = unit_norm(context)
+        return (own_context_loss(patches, context, weights * some[:, None], None, temperature),)
+
+    width = patches.shape[1] * max(words.shape[1], patches.shape[1])
+    return mean_in_parts(part, (patches, words, weights, valid), width, memory)[0]
 
 
 def diagonal_contrast(tokens: Tensor, context: Tensor, valid: Tensor | None, temperature: float) -> Tensor:

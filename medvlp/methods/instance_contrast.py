@@ -3,12 +3,8 @@
 from torch import Tensor
 
 from medvlp import distributed
-from medvlp.losses.contrastive import (
-    are_accuracies_read,
-    contrastive_logits,
-    in_batch_accuracy,
-    paired_cross_entropy,
-)
+from medvlp.losses.contrastive import ranked_contrast
+from medvlp.losses.parts import MEMORY
 
 
 def instance_contrast(
@@ -17,6 +13,7 @@ def instance_contrast(
     temperature: float | Tensor,
     negatives: str,
     excluded: Tensor | None = None,
+    memory: float = MEMORY,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """InfoNCE in both directions, with the negatives of all ranks or of this one.
 
@@ -26,6 +23,7 @@ def instance_contrast(
         negatives: "global" or "local".
         excluded: [B, N] bool, samples that are no negatives of each other in either direction, see
             `medvlp.prototypes.false_negatives.Exclusion`; None: all are.
+        memory: MiB of logits that are made at once.
 
     Returns:
         The sum of both directions (0-d, mean over this rank's rows), and the in-batch accuracies
@@ -38,12 +36,7 @@ def instance_contrast(
         offset = distributed.rank() * image.shape[0]
     else:
         images, reports, offset = image, report, 0
-    to_reports = contrastive_logits(image, reports, temperature)
-    to_images = contrastive_logits(report, images, temperature)
-    loss = paired_cross_entropy(to_reports, offset, excluded)
-    loss = loss + paired_cross_entropy(to_images, offset, excluded)
-    accuracies = {}
-    for k in (1, 5) if are_accuracies_read() else ():
-        hits = in_batch_accuracy(to_reports, offset, k) + in_batch_accuracy(to_images, offset, k)
-        accuracies[f"retrieval/top{k}"] = 0.5 * hits
-    return loss, accuracies
+    to_reports = ranked_contrast(image, reports, temperature, offset, excluded, memory)
+    to_images = ranked_contrast(report, images, temperature, offset, excluded, memory)
+    hits = zip(("retrieval/top1", "retrieval/top5"), to_reports[1:], to_images[1:], strict=False)
+    return to_reports[0] + to_images[0], {name: 0.5 * (first + second) for name, first, second in hits}

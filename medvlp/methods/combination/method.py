@@ -29,7 +29,7 @@ class Combination(Alignment):
     """Weighted sum of the losses of MGCA, PRIOR and PLACE, each with heads of its own.
 
     Every term of a part is chosen by the part's own weights: one of weight 0 is neither built nor computed.
-    `negatives`, `same_study` and `batch_norm` of the combination stand above those of its parts.
+    Its `negatives`, `same_study`, `batch_norm` and `loss_memory` stand above those of its parts.
 
     Args:
         config: keys of the method.
@@ -135,7 +135,11 @@ class Combination(Alignment):
 
 def _over_ranks(part: PartConfig, config: CombinationConfig) -> PartConfig:
     return dataclasses.replace(
-        part, negatives=config.negatives, batch_norm=config.batch_norm, same_study=config.same_study
+        part,
+        negatives=config.negatives,
+        batch_norm=config.batch_norm,
+        same_study=config.same_study,
+        loss_memory=config.loss_memory,
     )
 
 

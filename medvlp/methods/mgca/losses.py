@@ -88,7 +88,7 @@ class MGCALosses(nn.Module):
         """Contrastive loss between [B, D] unit-norm images and reports: the sum of both directions."""
         config = self.config
         loss, accuracies = instance_contrast(
-            image, report, config.instance_temperature, config.negatives, excluded
+            image, report, config.instance_temperature, config.negatives, excluded, config.loss_memory
         )
         return {"loss/instance": loss} | accuracies
 
@@ -106,9 +106,10 @@ class MGCALosses(nn.Module):
             patch_weights = clamped_weights(tokens.patch_attention, everywhere, config.weight_quantile)
         temperatures = (config.token_temperature, config.attention_temperature)
         negatives = None if config.padding_negatives else valid
-        word = word_loss(words, patches, word_weights, negatives, *temperatures)
+        memory = config.loss_memory
+        word = word_loss(words, patches, word_weights, negatives, *temperatures, memory)
         patch = patch_loss(
-            patches, words, patch_weights, valid, config.normalise_patch_context, *temperatures
+            patches, words, patch_weights, valid, config.normalise_patch_context, *temperatures, memory
         )
         return {"loss/word": word, "loss/patch": patch}
 

@@ -162,7 +162,10 @@ class GlobalLocalAlignment(nn.Module):
 
     def _global(self, image: Tensor, report: Tensor, excluded: Tensor | None) -> dict[str, Tensor]:
         temperature = self.temperature()
-        loss, accuracies = instance_contrast(image, report, temperature, self.config.negatives, excluded)
+        config = self.config
+        loss, accuracies = instance_contrast(
+            image, report, temperature, config.negatives, excluded, config.loss_memory
+        )
         return {"loss/global": 0.5 * loss, "alignment/temperature": temperature.detach()} | accuracies
 
     def _local(self, patches: Tensor, tokens: Tensor, words: Tensor) -> Tensor:
@@ -171,8 +174,9 @@ class GlobalLocalAlignment(nn.Module):
         temperatures = (config.token_temperature, config.attention_temperature)
         word_weights = words / words.sum(1, keepdim=True).clamp(min=1)
         patch_weights = patches.new_full(patches.shape[:2], 1.0 / patches.shape[1])
-        of_words = word_loss(tokens, patches, word_weights, words, *temperatures)
-        of_patches = patch_loss(patches, tokens, patch_weights, words, True, *temperatures)
+        memory = config.loss_memory
+        of_words = word_loss(tokens, patches, word_weights, words, *temperatures, memory)
+        of_patches = patch_loss(patches, tokens, patch_weights, words, True, *temperatures, memory)
         return 0.5 * (of_words + of_patches)
 
 

@@ -66,7 +66,6 @@ def masked_token_loss(logits: Tensor, tokens: Tensor, hidden: Tensor, count: Ten
 
 
 @torch.no_grad()
-def masked_token_accuracy(logits: Tensor, tokens: Tensor, hidden: Tensor) -> Tensor:
-    """Share of the hidden tokens whose highest logit is their own, in [0, 1]; 0-d; 0 without any."""
-    right = (logits.argmax(2) == tokens) & hidden
-    return right.sum() / hidden.sum().clamp(min=1)
+def right_tokens(logits: Tensor, tokens: Tensor, hidden: Tensor) -> Tensor:
+    """How many hidden tokens have the highest logit; 0-d. Arguments as in `masked_token_loss`."""
+    return ((logits.argmax(2) == tokens) & hidden).sum()

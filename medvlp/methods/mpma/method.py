@@ -19,6 +19,7 @@ from medvlp.data.batch import Batch, Text
 from medvlp.encoders.backbones import EncoderError
 from medvlp.encoders.image import ImageFeatures
 from medvlp.encoders.text import TextFeatures
+from medvlp.losses.parts import parts_of, recomputed
 from medvlp.methods.base import DividedMethod, Progress, StepOutput
 from medvlp.methods.mpma.alignment import Aligned, GlobalLocalAlignment
 from medvlp.methods.mpma.config import MPMAConfig
@@ -27,9 +28,9 @@ from medvlp.methods.mpma.encoders import MaskedImageEncoder, MaskedTextEncoder
 from medvlp.methods.mpma.fusion import MemoryFusion
 from medvlp.methods.mpma.losses import (
     masked_patch_loss,
-    masked_token_accuracy,
     masked_token_loss,
     patch_targets,
+    right_tokens,
 )
 from medvlp.methods.mpma.masking import (
     PATCHES,
@@ -138,6 +139,7 @@ class MPMA(DividedMethod, PrototypeUser):
                 config.memory_highest,
             )
             self.report_head = _report_head(text, config.tie_words)
+            self.vocabulary: int = text.model.get_input_embeddings().num_embeddings
         self.alignment: GlobalLocalAlignment | None = None
         if config.global_weight or config.local_weight:
             self.alignment = GlobalLocalAlignment(config, image.width, image.local_width, text.width)
@@ -306,13 +308,22 @@ class MPMA(DividedMethod, PrototypeUser):
         text = batch.text
         fused = fusion(views.masked_text.hidden, _tokens(views.image), text.attention_mask > 0)
         places, scored = scored_positions(text, masks.words, self.config.text_mask_ratio)
-        logits = self.report_head(fused.gather(1, places[:, :, None].expand(-1, -1, fused.shape[2])))
+        chosen = fused.gather(1, places[:, :, None].expand(-1, -1, fused.shape[2]))
         tokens = text.input_ids.gather(1, places)
         count = distributed.sum_over_ranks(scored.sum().float()) / distributed.world_size()
-        return {
-            "loss/report": masked_token_loss(logits, tokens, scored, count),
-            "report/accuracy": masked_token_accuracy(logits.detach(), tokens, scored),
-        }
+
+        def part(chosen: Tensor, tokens: Tensor, scored: Tensor) -> tuple[Tensor, Tensor]:
+            logits = self.report_head(chosen)
+            loss = masked_token_loss(logits, tokens, scored, count)
+            return loss, right_tokens(logits.detach(), tokens, scored)
+
+        parts = parts_of(len(chosen), places.shape[1] * self.vocabulary, self.config.loss_memory)
+        if len(parts) == 1:
+            loss, right = part(chosen, tokens, scored)
+        else:
+            found = [recomputed(part, chosen[rows], tokens[rows], scored[rows]) for rows in parts]
+            loss, right = (torch.stack(values).sum() for values in zip(*found, strict=True))
+        return {"loss/report": loss, "report/accuracy": right / scored.sum().clamp(min=1)}
 
     def _global_alignment(self) -> GlobalLocalAlignment:
         if self.alignment is None or not self.config.global_weight:

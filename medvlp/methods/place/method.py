@@ -102,7 +102,11 @@ class PLACE(Alignment):
             exclusion = self.exclude_in(pair, clusters, config, report)
         if embeddings is not None:
             both, accuracies = instance_contrast(
-                *embeddings, config.instance_temperature, config.negatives, exclusion.pairs
+                *embeddings,
+                config.instance_temperature,
+                config.negatives,
+                exclusion.pairs,
+                config.loss_memory,
             )
             terms |= {"loss/instance": 0.5 * both} | accuracies | exclusion.metrics
         if self.extractor is not None:

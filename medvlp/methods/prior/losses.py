@@ -9,12 +9,7 @@ from torch import Tensor, nn
 
 from medvlp import distributed
 from medvlp.encoders.batch_norm import GlobalBatchNorm
-from medvlp.losses.contrastive import (
-    are_accuracies_read,
-    contrastive_logits,
-    in_batch_accuracy,
-    paired_cross_entropy,
-)
+from medvlp.losses.contrastive import ranked_contrast
 from medvlp.losses.normalise import at_least_float32, unit_norm
 from medvlp.methods.base import StepOutput
 from medvlp.methods.prior.attention import AttentionPool, LocalContext, LocalCrossAttention
@@ -174,28 +169,23 @@ class PRIORLosses(nn.Module):
     def _global(self, image: Tensor, report: Tensor, excluded: Tensor | None) -> dict[str, Tensor]:
         """Contrast of images and reports, its accuracy inside the batch, and its temperature."""
         assert self.scale is not None
-        loss, to_reports, to_images, offset = self._contrast(image, report, excluded)
-        terms = {"loss/global": loss}
-        for k in (1, 5) if are_accuracies_read() else ():
-            hits = in_batch_accuracy(to_reports, offset, k) + in_batch_accuracy(to_images, offset, k)
-            terms[f"retrieval/top{k}"] = 0.5 * hits
-        terms["temperature/global"] = 1 / self.scale(loss.new_ones(())).detach().squeeze()
+        found = self._contrast(image, report, excluded)
+        terms = dict(zip(("loss/global", "retrieval/top1", "retrieval/top5"), found, strict=False))
+        terms["temperature/global"] = 1 / self.scale(found[0].new_ones(())).detach().squeeze()
         return terms
 
-    def _contrast(
-        self, first: Tensor, second: Tensor, excluded: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Mean of both directions' InfoNCE between [B, E] vectors; with the logits and the first column."""
+    def _contrast(self, first: Tensor, second: Tensor, excluded: Tensor | None) -> list[Tensor]:
+        """Mean of both directions of `ranked_contrast` between [B, E] vectors."""
         assert self.scale is not None
         first, second, offset = unit_norm(first), unit_norm(second), 0
         firsts, seconds = first, second
         if self.config.negatives == "global":
             firsts, seconds = (distributed.gather_with_gradient(value) for value in (first, second))
             offset = distributed.rank() * first.shape[0]
-        to_second = contrastive_logits(self.scale(first), seconds, 1.0)
-        to_first = contrastive_logits(self.scale(second), firsts, 1.0)
-        losses = [paired_cross_entropy(logits, offset, excluded) for logits in (to_second, to_first)]
-        return 0.5 * (losses[0] + losses[1]), to_second, to_first, offset
+        options = 1.0, offset, excluded, self.config.loss_memory
+        to_second = ranked_contrast(self.scale(first), seconds, *options)
+        to_first = ranked_contrast(self.scale(second), firsts, *options)
+        return [0.5 * (a + b) for a, b in zip(to_second, to_first, strict=True)]
 
     def _local(
         self, parts: PRIORParts, sentences: Tensor, context: LocalContext, weights: dict[str, float]

@@ -9,9 +9,9 @@ import torch
 
 from medvlp.methods.mpma.losses import (
     masked_patch_loss,
-    masked_token_accuracy,
     masked_token_loss,
     patch_targets,
+    right_tokens,
 )
 
 
@@ -100,11 +100,11 @@ def test_no_hidden_token_is_no_loss(dtype: torch.dtype) -> None:
     assert loss == 0
     assert loss.dtype == torch.float32
     assert (logits.grad == 0).all()
-    assert masked_token_accuracy(logits, torch.zeros(1, 2, dtype=torch.long), none) == 0
+    assert right_tokens(logits, torch.zeros(1, 2, dtype=torch.long), none) == 0
 
 
 def test_accuracy_counts_hidden_tokens_only() -> None:
     logits = torch.eye(3)[None].repeat(2, 1, 1)
     tokens = torch.tensor([[0, 1, 0], [0, 0, 2]])
     hidden = torch.tensor([[True, True, True], [False, True, False]])
-    assert masked_token_accuracy(logits, tokens, hidden) == 0.5
+    assert right_tokens(logits, tokens, hidden) == 1

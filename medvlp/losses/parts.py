@@ -1,0 +1,52 @@
+"""Means over the rows of large matrices, part by part; the backward pass computes each part again."""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+#: MiB of a matrix that losses make at once, where nothing else is said (`method.loss_memory`).
+MEMORY = 256.0
+
+
+def parts_of(rows: int, width: int, memory: float = MEMORY) -> list[slice]:
+    """Cut rows of `width` float32 numbers into equal parts of at most `memory` MiB, or of a single row."""
+    most = max(1, int(memory * 2**20 / (4 * max(1, width))))
+    number = max(1, -(-rows // most))
+    size = max(1, -(-rows // number))
+    return [slice(start, min(rows, start + size)) for start in range(0, max(1, rows), size)]
+
+
+def recomputed(function: Callable[..., tuple[Tensor, ...]], *arguments: object) -> tuple[Tensor, ...]:
+    """The result of `function`, which draws nothing; the backward pass keeps its arguments alone."""
+    result: tuple[Tensor, ...] = checkpoint(
+        function, *arguments, use_reentrant=False, preserve_rng_state=False
+    )
+    return result
+
+
+def mean_in_parts(
+    function: Callable[..., tuple[Tensor, ...]],
+    rows: Sequence[Tensor | None],
+    width: int,
+    memory: float = MEMORY,
+) -> tuple[Tensor, ...]:
+    """What `function(start, *rows)` gives for all rows, from what it gives for some of them.
+
+    Args:
+        function: means over the rows it gets, the first of which is number `start` of all.
+        rows: tensors of [N, ...] (or None, which stays None).
+        width: float32 numbers that it compares a row with.
+        memory: MiB of a part; a single part is not computed again.
+    """
+    count = next(len(value) for value in rows if value is not None)
+    parts = parts_of(count, width, memory)
+    if len(parts) == 1:
+        return function(0, *rows)
+    total: list[Tensor] = []
+    for where in parts:
+        own = [None if value is None else value[where] for value in rows]
+        share = (where.stop - where.start) / count
+        found = [share * value for value in recomputed(function, where.start, *own)]
+        total = found if not total else [a + b for a, b in zip(total, found, strict=True)]
+    return tuple(total)
