@@ -107,4 +107,4 @@ def test_accuracy_counts_hidden_tokens_only() -> None:
     logits = torch.eye(3)[None].repeat(2, 1, 1)
     tokens = torch.tensor([[0, 1, 0], [0, 0, 2]])
     hidden = torch.tensor([[True, True, True], [False, True, False]])
-    assert right_tokens(logits, tokens, hidden) == 1
+    assert right_tokens(logits, tokens, hidden) == 2
