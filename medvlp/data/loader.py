@@ -360,13 +360,14 @@ def _end(code: int) -> str:
 
 def kill_workers() -> None:
     """End all data workers without asking: they hold nothing, and one that is stopped answers no SIGTERM."""
-    # torch's handler of SIGCHLD would raise about each of them.
+    # torch's handler of SIGCHLD would raise about each of them, wherever this process then is.
     previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for _, worker in _workers:
         worker.kill()
         worker.join(_KILL_SECONDS)
+    if all(worker.exitcode is not None for _, worker in _workers):  # else one ends later
+        signal.signal(signal.SIGCHLD, previous)
     _workers.clear()
-    signal.signal(signal.SIGCHLD, previous)
 
 
 def _loader(

@@ -85,6 +85,7 @@ class ImageEncoder(nn.Module):
             self.shortened = True
             _end_at_stage(backbone, config.local_stage, config.name)
         self.reads_patches = False
+        self._taken: set[tuple[int, ...]] = set()  # an error at a size that once passed has another reason
         # ZeRO-3 gathers a module's own weights (class token, positions) when the module itself is called, so
         # features, local map and pooling must happen in one call of the backbone.
         backbone.local_stage = config.local_stage
@@ -187,16 +188,18 @@ class ImageEncoder(nn.Module):
     def run_backbone(self, image: Tensor, levels: list[int] | None = None) -> tuple[Tensor, ...]:
         """Prepared images -> pooled [B, D], and local tokens [B, P, Dl] or map [B, Dl, h, w]; with `levels`
         the feature maps after these instead."""
+        size = tuple(image.shape[1:])
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.frozen):
             try:
                 features: tuple[Tensor, ...] = self.backbone(image, levels)
             except (AssertionError, RuntimeError, IndexError) as error:
-                if isinstance(error, torch.OutOfMemoryError):
+                if size in self._taken or isinstance(error, torch.OutOfMemoryError):
                     raise
                 raise EncoderError(
-                    f"image.name={self.config.name} cannot take images of {tuple(image.shape[1:])} "
+                    f"image.name={self.config.name} cannot take images of {size} "
                     f"(data.image_size, image.resize_to, image.local_stage): {error}"
                 ) from error
+        self._taken.add(size)
         return features
 
     def _features(self, image: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:

@@ -130,6 +130,11 @@ def _named(error: Exception, rank: int) -> Exception:
     """The error a user can act on, or the one given."""
     if isinstance(error, LoaderError):
         return LoaderError(f"rank {rank}: {error}")
+    if isinstance(error, LostPeerError):
+        return error
+    if isinstance(error.__cause__, RuntimeError):  # an ended process may have been taken for something else
+        named = _named(error.__cause__, rank)
+        return error if named is error.__cause__ else named
     if not isinstance(error, RuntimeError):
         return error
     if distributed.is_lost_peer(error):

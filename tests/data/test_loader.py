@@ -6,6 +6,7 @@ import itertools
 import multiprocessing
 import os
 import pickle
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -20,6 +21,9 @@ from medvlp.data.batch import Batch
 from medvlp.data.loader import build_loader, data_workers, evaluation_loader, kill_workers, worker_death
 from medvlp.data.text import Tokenizer
 from medvlp.data.transforms import DRAWS, SampleRandom, evaluation_view, training_view
+from medvlp.encoders.backbones import EncoderError
+from medvlp.ranks import LostPeerError
+from medvlp.training.run import _named
 from shards.errors import DataError
 from shards.images import decode_image
 from shards.reader import ShardReader
@@ -241,9 +245,13 @@ def test_a_killed_worker_of_an_evaluation_is_named(make_config: ConfigFactory, t
     stream = iter(evaluation_loader(config, ShardReader(config.data.root), tokenizer, "train", 1))
     next(stream)
     victim = max(set(multiprocessing.active_children()) - others, key=lambda child: child.pid or 0)
-    victim.kill()
+
+    def kill_and_wait() -> None:
+        victim.kill()
+        time.sleep(100)  # its end interrupts this; the stream may have enough batches in store
+
     with pytest.raises(RuntimeError) as caught:
-        list(stream)
+        kill_and_wait()
     named = worker_death(caught.value)
     assert named is not None
     assert f"data worker 1 (process {victim.pid}) was killed by SIGKILL" in str(named)
@@ -263,3 +271,19 @@ def test_beside_a_gpu_a_rank_loads_with_all_but_one_of_its_cores(
     assert data_workers(config) == workers
     config.workers = 3
     assert data_workers(config) == 3
+
+
+def test_an_end_that_was_taken_for_something_else_is_named() -> None:
+    """It is raised wherever the process is, also where errors are given other names."""
+    for error in (
+        RuntimeError("DataLoader worker (pid 7) is killed"),
+        RuntimeError("Connection reset by peer"),
+    ):
+        taken = EncoderError("cannot take images")
+        taken.__cause__ = error
+        assert type(_named(taken, 1)) is type(_named(error, 1)) is not EncoderError
+    taken.__cause__ = RuntimeError("sizes do not match")
+    assert _named(taken, 1) is taken
+    missed = LostPeerError("not all ranks met")
+    missed.__cause__ = RuntimeError("Timed out waiting")
+    assert _named(missed, 1) is missed

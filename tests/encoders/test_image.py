@@ -234,6 +234,20 @@ def test_what_does_not_fit_is_named(config: ImageConfig, size: int, message: str
         ImageEncoder(config, size)
 
 
+def test_an_error_at_a_size_that_passed_is_not_blamed_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = ImageEncoder(RESNET, 32)
+    encoder(images())
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("device-side assert")
+
+    monkeypatch.setattr(encoder.backbone, "forward", fail)
+    with pytest.raises(RuntimeError, match=r"^device-side assert$"):
+        encoder(images())
+    with pytest.raises(EncoderError, match="cannot take images"):
+        encoder(images(size=64))
+
+
 def test_wrong_size_at_run_time_and_missing_attention() -> None:
     with pytest.raises(EncoderError, match=r"data\.image_size"):
         ImageEncoder(VIT, 32)(images(size=40))
