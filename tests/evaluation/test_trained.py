@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
 
 from medvlp.config import Config, ConfigError
 from medvlp.data.batch import Batch
@@ -26,6 +27,7 @@ from medvlp.data.text import Tokenizer
 from medvlp.evaluation import task as contract
 from medvlp.evaluation.evaluate import EvaluationOptions, evaluate, quick_tasks
 from medvlp.evaluation.heads.classification import class_entropy, masked_bce
+from medvlp.evaluation.report import scores
 from medvlp.evaluation.splits import stratified_fraction
 from medvlp.evaluation.supervised import (
     Network,
@@ -72,10 +74,13 @@ def run(shards: Path, tmp_path: Path) -> Path:
 
 
 def ask(run: Path, *more: str, task: str = "fine-tuning", train=train_here) -> contract.TaskResult:
+    """Results, notes with what was said, and the kept scores of the last unit."""
     said: list[str] = []
     options = EvaluationOptions(run, tasks=[task], overrides=[*FAST, *more], train=train)
     found = evaluate(options, said.append)
-    return contract.TaskResult(found.results[task], found.notes[task] | {"said": said})
+    units = [scores.read(run, found, task, unit) for unit in found.scores.get(task, {})]
+    notes = found.notes[task] | {"said": said}
+    return contract.TaskResult(found.results[task], notes, units[-1] if units else None)
 
 
 @given(
@@ -201,6 +206,14 @@ def test_what_is_trained_and_chosen_has_not_seen_the_evaluated_split(
     assert read["measure"] == {"test"}
     assert 0 <= result.models["trained"]["auroc@50%/macro"].value <= 1
     assert result.models["chance"]["auroc@50%/macro"].value == 0.5
+    kept = result.scores
+    assert kept is not None
+    assert kept.log_odds == {"trained", "untrained"}
+    for model, of in kept.models.items():
+        for column, name in enumerate(kept.findings):
+            known = ~np.isnan(kept.truth[:, column])
+            area = roc_auc_score(kept.truth[known, column], of[known, column])
+            assert area == pytest.approx(result.models[model][f"auroc@50%/{name}"].value)
 
 
 class Seen(torch.nn.Module):
