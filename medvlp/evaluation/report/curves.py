@@ -34,7 +34,8 @@ class Lines:
 
 def lines_of(scores: Scores) -> list[Lines]:
     """ROC, precision and recall, and of models that say probabilities their calibration."""
-    models = scores.models.items()
+    # One order, and so one colour, in every plot: a file does not keep it.
+    models = sorted(scores.models.items(), key=lambda item: (item[0] != OWN, item[0]))
     rocs = {model: curves.roc(of, scores.truth) for model, of in models}
     recalls = {model: curves.precision_recall(of, scores.truth) for model, of in models}
     calibrated = {}

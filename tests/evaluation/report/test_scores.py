@@ -13,6 +13,7 @@ import xxhash
 from safetensors.numpy import load_file
 
 from medvlp.evaluation.report import scores
+from medvlp.evaluation.report.curves import lines_of
 from medvlp.evaluation.report.results import FOLDER, Evaluation, KeptFile
 from medvlp.evaluation.task import EvaluationError, Scores
 
@@ -89,3 +90,9 @@ def test_rubbish_is_one_line(tmp_path: Path, folder: Path) -> None:
         else:
             assert all(np.isfinite(of).all() and of.shape == (3, 2) for of in found.models.values())
     assert refused > 100
+
+
+def test_a_model_has_the_same_place_in_every_plot() -> None:
+    models = dict.fromkeys(("untrained", "pixels", "trained"), MADE.models["trained"])
+    of = dataclasses.replace(MADE, models=models, truth=np.array([[1, 0], [0, 1], [0, 0]]))
+    assert {tuple(lines.whole) for lines in lines_of(of)[:2]} == {("trained", "pixels", "untrained")}
