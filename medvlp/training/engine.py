@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from medvlp import distributed
 from medvlp.config import Config
+from medvlp.config_files import ConfigError
 from medvlp.data.batch import Batch
 from medvlp.data.batch_sizes import BatchSizes
 from medvlp.methods.base import Objective, StepOutput
@@ -53,12 +54,22 @@ class Engine:
     """
 
     def __init__(self, objective: Objective, config: Config, sizes: BatchSizes, device: torch.device):
-        """Shard and cast the objective; needs the default process group and equal weights on all ranks."""
+        """Shard and cast the objective; needs the default process group and equal weights on all ranks.
+
+        Raises:
+            ConfigError: exact accumulation with an offloaded optimiser.
+        """
         self.objective = objective
         self.device = device
         self.sizes = sizes
         self.zero_stage = config.zero.stage
         self.exact = accumulates_exactly(objective, config, sizes)
+        if self.exact and config.zero.offload_optimizer:
+            raise ConfigError(
+                "zero.offload_optimizer=true with train.accumulate=exact: DeepSpeed hands over the gradients of "
+                "the last backward pass only, which are those of the encoders; set train.accumulate=plain, or "
+                "train.micro_batch so that a step has one micro-batch"
+            )
         self._precision, self._config = config.precision, config
         if device.type == "cuda":
             choose_kernels(config.train.tf32)
@@ -142,6 +153,10 @@ class Engine:
             self.loss_scale.begin()
         with naming_memory("optimiser's step", self._config, self.sizes.micro_batch):
             self._engine.step()
+        if self.exact and self.zero_stage == 3:
+            # DeepSpeed overwrites the gradients of the step before in the first backward pass alone, and adds
+            # to them in the others: those of encoders would add up from step to step.
+            self._optimizer.grad_partitions_flat_buffer.zero_()
         if not self._plain:
             self._norm = self._engine.get_global_grad_norm()
             self.applied = not boundary or self._engine.was_step_applied()

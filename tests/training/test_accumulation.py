@@ -20,6 +20,7 @@ from medvlp.methods.base import DividedMethod, Progress, StepOutput
 from medvlp.prototypes.table import PrototypeTable
 from medvlp.training.accumulation import accumulates_exactly, what_differs
 from medvlp.training.deepspeed_config import check_device, deepspeed_json
+from medvlp.training.engine import Engine
 from medvlp.training.memory_plan import LiveBytes
 from tests.distributed_pool import Pools
 from tests.methods.small import built, names, small_batch, small_config
@@ -60,7 +61,6 @@ def step(
     """Terms of this rank, all gradients (the update of SGD at a rate of 1), and all buffers after a step."""
     from medvlp.data.batch_sizes import divide_batch
     from medvlp.training.accumulation import exact_passes
-    from medvlp.training.engine import Engine
     from medvlp.training.step_guard import StepGuard
 
     config, method = prepared(name, **prepare)
@@ -73,21 +73,24 @@ def step(
     engine = Engine(method, config, sizes, device)
     guard = StepGuard(method, 0.0, device)
     before = engine.full_weights()
-    engine.set_learning_rate(1.0)
-    torch.manual_seed(3)
-    guard.begin()
     # As the loader cuts them: the k-th micro-batch of all ranks is one piece of the global batch.
-    whole = small_batch()
     starts = [(number * ranks + rank) * micro for number in range(sizes.accumulation)]
-    batch = join([rows_of(whole, start, start + micro) for start in starts])
-    if engine.exact:
-        output = exact_passes(engine, batch, None, guard)
-    else:
-        output = engine.forward(batch)
-        engine.backward(output.loss)
-    engine.step()
+    for seed, rate in (1, 0.0), (0, 1.0):  # two steps, so that gradients left by the first would show
+        engine.set_learning_rate(rate)
+        torch.manual_seed(3)
+        guard.begin()
+        whole = small_batch(seed=seed)
+        batch = join([rows_of(whole, start, start + micro) for start in starts])
+        if engine.exact:
+            output = exact_passes(engine, batch, None, guard)
+        else:
+            output = engine.forward(batch)
+            engine.backward(output.loss)
+        engine.step()
+        if rate == 0.0:
+            guard.undo()
     after, buffers = engine.full_weights(), {n: v.clone().numpy() for n, v in engine.buffers().items()}
-    assert engine._engine.micro_steps == sizes.accumulation
+    assert engine._engine.micro_steps == 2 * sizes.accumulation
     engine.close()
     terms = {term: value.item() for term, value in output.named.items()}
     return terms, {n: (before[n] - after[n]).numpy() for n in before if n not in buffers}, buffers
@@ -235,6 +238,13 @@ def test_frozen_encoders_need_no_second_pass(gloo_pool: Pools) -> None:
     assert all((value == 0).all() for name, value in found.items() if "_encoder." in name)
 
 
+def test_an_offloaded_optimizer_is_refused() -> None:
+    config, method = prepared("mgca")
+    config.zero.offload_optimizer = True
+    with pytest.raises(ConfigError, match=r"train\.accumulate=plain"):
+        Engine(method, config, BatchSizes(ROWS, 2, 4, 1), torch.device("cpu"))
+
+
 def test_overlapping_at_stage_one_is_refused() -> None:
     config = Config()
     config.zero.stage, config.train.micro_batch = 1, 8
@@ -270,7 +280,6 @@ def peak(micro: int, rows: int) -> int:
     """Bytes that the passes of a step hold at most beside weights and batch."""
     from medvlp.data.batch_sizes import divide_batch
     from medvlp.training.accumulation import exact_passes
-    from medvlp.training.engine import Engine
     from medvlp.training.step_guard import StepGuard
 
     config = Config()
