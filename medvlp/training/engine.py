@@ -66,9 +66,9 @@ class Engine:
         self.exact = accumulates_exactly(objective, config, sizes)
         if self.exact and config.zero.offload_optimizer:
             raise ConfigError(
-                "zero.offload_optimizer=true with train.accumulate=exact: DeepSpeed hands over the gradients of "
-                "the last backward pass only, which are those of the encoders; set train.accumulate=plain, or "
-                "train.micro_batch so that a step has one micro-batch"
+                "zero.offload_optimizer=true with train.accumulate=exact: DeepSpeed hands over the gradients "
+                "of the last backward pass only, which are those of the encoders; set train.accumulate=plain "
+                "or a train.micro_batch that makes a step of one"
             )
         self._precision, self._config = config.precision, config
         if device.type == "cuda":
