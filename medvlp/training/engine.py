@@ -89,6 +89,7 @@ class Engine:
         self.loss_scale = LossScale(self._optimizer) if config.precision == "fp16" else None
         self._plain, self._clip = is_plain(config), config.train.gradient_clip
         self._norm: Tensor | float | None = None
+        self._boundary_is_said = False
         self.applied = True
 
     def forward(
@@ -112,9 +113,12 @@ class Engine:
     def begin_backward(self, last: bool) -> None:
         """With exact accumulation, before each forward and backward pass: whether the step comes after it."""
         self._engine.set_gradient_accumulation_boundary(last)
+        self._boundary_is_said = True
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of `loss`, averaged over ranks (and over micro-batches, unless exact)."""
+        # Else gradients of single micro-batches are not reduced, and the ranks part without a word.
+        assert not self.exact or self._boundary_is_said, "exact accumulation goes through exact_passes"
         if self.loss_scale is not None and self.zero_stage == 0:
             # DeepSpeed's optimiser divides by the scale at every stage, its `backward` multiplies from 1 on.
             loss = loss.float() * self.loss_scale.value
@@ -145,6 +149,7 @@ class Engine:
         A gradient that is not finite changes neither weights nor optimiser state; `applied` becomes false.
         """
         boundary = self._engine.is_gradient_accumulation_boundary()
+        self._boundary_is_said = False
         if self.exact:  # called once for all micro-batches, which DeepSpeed counts
             self._engine.micro_steps += self.sizes.accumulation - 1
         if self._plain and boundary:

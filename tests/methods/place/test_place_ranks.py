@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from medvlp.config import OptimizerConfig
+from medvlp.data.batch import join
 from medvlp.data.batch_sizes import BatchSizes
 from medvlp.distributed import rank
 from medvlp.methods.base import Progress
+from medvlp.training.accumulation import exact_passes
 from medvlp.training.engine import Engine
+from medvlp.training.step_guard import StepGuard
 from tests.methods.gradients import assert_equal_gradients, averaged_gradients
 from tests.methods.small_mgca import rows_of
 from tests.methods.small_place import report_batch, small_config, small_place
@@ -78,6 +81,7 @@ def train_with_teacher(stage: int, precision: str, steps: int) -> dict[str, Any]
     config.deepspeed = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if stage == 3 else {}
     model = small_place(**options)
     engine = Engine(model, config, BatchSizes(16, 4, 2, 2), torch.device("cpu"))
+    guard = StepGuard(model, 0.0, engine.device)
     name = "alignment.correlation.patches."
     teachers = [dict(model.named_buffers())[f"{name}teacher_weight"].clone()]
     weights = []
@@ -85,10 +89,10 @@ def train_with_teacher(stage: int, precision: str, steps: int) -> dict[str, Any]
         model.on_progress(Progress(step, step, steps))
         weights.append(engine.full_weights().get(f"{name}weight"))
         engine.set_learning_rate(1e-2)
-        for part in range(2):
-            batch = report_batch(REPORTS, seed=10 * step + part)
-            engine.backward(engine.forward(rows_of(batch, rank() * 4, rank() * 4 + 4)).loss)
-            engine.step()
+        parts = [report_batch(REPORTS, seed=10 * step + part) for part in range(2)]
+        guard.begin()
+        exact_passes(engine, join([rows_of(part, rank() * 4, rank() * 4 + 4) for part in parts]), None, guard)
+        engine.step()
         teachers.append(dict(model.named_buffers())[f"{name}teacher_weight"].clone())
     engine.close()
     return {"teachers": teachers, "weights": weights}
