@@ -247,3 +247,18 @@ def test_numbers_and_nothing_stay_what_they_are(tmp_path: Path) -> None:
     read = config_files.load([file], ["train.seed=3", "text.options={hidden_size: 8}"], schemas())
     assert (read.run.name, read.train.steps, read.train.seed) == (None, 10, 3)
     assert read.text.options == {"hidden_size": 8}
+
+
+@pytest.mark.parametrize("kind", ["", "-ablation"])
+@pytest.mark.parametrize("method", ["combination", "medslip", "mgca", "mpma", "place", "prior"])
+def test_the_configs_of_the_comparison_go_on_top_of_each_other(
+    repository: Path, method: str, kind: str
+) -> None:
+    """In the order of `make bench-methods`."""
+    folder = repository / "configs" / "benchmarks"
+    files = [folder / "phantom.yaml", folder / f"{method}.yaml", folder / f"{method}-compared.yaml"]
+    encoder = repository / "configs" / "models" / f"{'vit' if method == 'mpma' else 'resnet'}_phantom.yaml"
+    ablation = [folder / f"{method}-ablation.yaml"] if kind else []
+    chain = [files[0], encoder, *(file for file in files[1:] if file.exists()), *ablation]
+    config = config_files.load(chain, ["data.root=d", "run.dir=r"], schemas(), tasks=task.schemas())
+    assert config.method.name == method
