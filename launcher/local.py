@@ -26,7 +26,7 @@ from launcher.slurm.attempts import note_node_exit
 from medvlp import distributed
 from medvlp.lifetime import die_with
 from medvlp.prototypes.supervisor import WorkerSupervisor
-from medvlp.ranks import FIRST_ERROR, LostPeerError, available_cpus, claim_first_error
+from medvlp.ranks import FIRST_ERROR, LostPeerError, available_cpus, claim_first_error, first_error
 from medvlp.training.hangs import announce_lost
 from medvlp.training.interrupts import EXIT_INTERRUPTED
 from shards.errors import MedvlpError
@@ -63,7 +63,8 @@ def launch(
     # The ranks have said what was wrong; torch would add a line about the exit code to it.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="medvlp-launch-") as folder, ExitStack() as stack:
-        shared = {FIRST_ERROR: str(Path(folder) / "first-error")}
+        claim = Path(folder) / "first-error"
+        shared = {FIRST_ERROR: str(claim)}
         if not node.port:
             _store, node, meeting = meet_here(node)  # which this frame keeps until the ranks have ended
             shared |= meeting
@@ -71,7 +72,7 @@ def launch(
             shared |= stack.enter_context(WorkerSupervisor()).environment
         environments = {rank: rank_environment(rank, ranks, node, has_cuda) | shared for rank in range(ranks)}
         failures = _run_processes(arguments, environments, node, has_cuda)
-    code = _exit_code(failures)
+        code = _exit_code(failures, first_error(claim))
     note_node_exit(node.index, code)
     return code
 
@@ -146,7 +147,8 @@ def announce_death(
             return
 
 
-def _exit_code(failures: list[ProcessFailure]) -> int:
+def _exit_code(failures: list[ProcessFailure], shown: tuple[int, int] | None) -> int:
+    """Of the ranks that failed; `shown`: local rank and code of the one that has shown its error."""
     if not failures:
         return 0
     # A rank that lost another one ends after it, yet may be noticed before it.
@@ -156,6 +158,9 @@ def _exit_code(failures: list[ProcessFailure]) -> int:
     first = min(causes or failures, key=lambda failure: failure.timestamp)
     if first.exitcode > 0:
         return int(first.exitcode)
+    if shown is not None and first.local_rank == shown[0]:
+        # It was still closing when another, which had lost it, had ended and so ended all.
+        return shown[1]
     name = signal.Signals(-first.exitcode).name
     guess = " (out of memory?)" if name == "SIGKILL" else ""
     print(f"error: rank {first.local_rank} was killed by {name}{guess}", file=sys.stderr)
@@ -166,7 +171,7 @@ def may_show_error(error: MedvlpError, environment: Mapping[str, str]) -> bool:
     """Whether this rank is the one to show its error: the first that did not just lose another rank."""
     if FIRST_ERROR in environment and isinstance(error, LostPeerError):
         return False
-    return claim_first_error(environment)
+    return claim_first_error(environment, error.exit_code)
 
 
 def rank_environment(rank: int, ranks: int, node: Node, has_cuda: bool) -> dict[str, str]:

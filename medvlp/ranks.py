@@ -175,14 +175,28 @@ def node_key(ranks: Ranks, environment: Mapping[str, str] = os.environ) -> int:
     return int(environment[name]) if name in environment else ranks.rank - ranks.local_rank
 
 
-def claim_first_error(environment: Mapping[str, str]) -> bool:
-    """Whether this rank is the first of its node to show an error; only one is. True without a launcher."""
+def claim_first_error(environment: Mapping[str, str], code: int) -> bool:
+    """Whether this rank is the first of its node to show an error; only one is. True without a launcher.
+
+    It leaves `code`, with which it will end, to the launcher (see `first_error`).
+    """
     if FIRST_ERROR not in environment:
         return True
     try:
-        Path(environment[FIRST_ERROR]).touch(exist_ok=False)
+        with Path(environment[FIRST_ERROR]).open("x", encoding="utf-8") as claim:
+            rank = environment.get(LAUNCHER_LOCAL_RANK) or environment.get("LOCAL_RANK", "0")
+            claim.write(f"{rank} {code}")
     except FileExistsError:
         return False
     except OSError:  # a full disk must not hide the message about it
         return True
     return True
+
+
+def first_error(file: Path) -> tuple[int, int] | None:
+    """Local rank and exit code of the first to show an error; None: nobody has, or the disk was full."""
+    try:
+        rank, code = file.read_text(encoding="utf-8").split()
+        return int(rank), int(code)
+    except (OSError, ValueError):
+        return None

@@ -160,7 +160,7 @@ class Watchdog:
         """End this process, as another rank did, unless its main thread does so by itself."""
         if self._done.wait(_OWN_SECONDS):
             return
-        if claim_first_error(os.environ):
+        if claim_first_error(os.environ, LostPeerError.exit_code):
             where = _where(self._place)
             print(f"error: rank {self._rank} lost {lost} (it waits in {where})", file=sys.stderr, flush=True)
         _within(_DUMP_SECONDS, lambda: _write_flight_record(self.run_dir))
@@ -197,7 +197,7 @@ class Watchdog:
             time.sleep(_SPEAKER_SECONDS)
         # A rank that was stopped finds the others gone when it is woken to be ended. They have named it, here
         # (first error of this node) or on another node (run folder).
-        elif not self._is_told() and claim_first_error(os.environ):
+        elif not self._is_told() and claim_first_error(os.environ, HangError.exit_code):
             print(f"error: {text}", file=sys.stderr, flush=True)
             _within(
                 _STORE_SECONDS, lambda: EventLog(self.run_dir).note("hang", self._place.step or 0, text=text)

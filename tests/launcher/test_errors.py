@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from launcher import local, main
 from launcher.commands import pretrain
 from medvlp import distributed
 from medvlp.config import Config
-from medvlp.ranks import FIRST_ERROR, LostPeerError
+from medvlp.ranks import FIRST_ERROR, LostPeerError, first_error
 from medvlp.runs.errors import CheckpointError
 from shards.errors import DataError
 from tests.distributed_pool import GlooPool, RankError
@@ -72,9 +73,11 @@ def test_no_arguments_show_the_usage_and_are_a_wrong_command_line(
 
 
 def test_the_first_rank_with_an_error_shows_it(tmp_path: Path) -> None:
-    environment = {FIRST_ERROR: str(tmp_path / "first")}
+    environment = {FIRST_ERROR: str(tmp_path / "first"), "LOCAL_RANK": "1"}
     assert not local.may_show_error(LostPeerError("rank 1 ended"), environment)
+    assert first_error(tmp_path / "first") is None
     assert local.may_show_error(DataError("broken"), environment)
+    assert first_error(tmp_path / "first") == (1, 3)
     assert not local.may_show_error(DataError("also broken"), environment)
     assert local.may_show_error(DataError("no launcher"), {})
     assert local.may_show_error(DataError("x"), {FIRST_ERROR: "/nowhere/first"})
@@ -90,13 +93,52 @@ def test_the_exit_code_is_that_of_the_cause(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lost, cause = (failing(code, time, rank, monkeypatch) for code, time, rank in [(6, 1, 0), (3, 2, 1)])
-    assert local._exit_code([]) == 0
-    assert local._exit_code([lost, cause]) == 3
+    assert local._exit_code([], None) == 0
+    assert local._exit_code([lost, cause], (1, 3)) == 3
     assert capsys.readouterr().err == ""
-    assert local._exit_code([lost]) == 6
+    assert local._exit_code([lost], None) == 6
     assert "lost the connection" in capsys.readouterr().err
-    assert local._exit_code([lost, failing(-9, 2, 1, monkeypatch)]) == 137
-    assert "rank 1 was killed by SIGKILL" in capsys.readouterr().err
+    for shown in (None, (0, 3)):
+        assert local._exit_code([lost, failing(-9, 2, 1, monkeypatch)], shown) == 137
+        assert "rank 1 was killed by SIGKILL" in capsys.readouterr().err
+
+
+#: Rank 1 shows its error and takes long to end; rank 0 loses it and ends first.
+SLOW_END = """
+import os, sys, time
+from pathlib import Path
+from launcher.local import may_show_error
+from shards.errors import DataError
+said = Path(sys.argv[-1])
+if os.environ["RANK"] == "1":
+    assert may_show_error(DataError("broken"), os.environ)
+    print("error: broken", file=sys.stderr, flush=True)
+    said.touch()
+    time.sleep(100)
+while not said.exists():
+    time.sleep(0.05)
+os._exit(6)
+"""
+
+
+@pytest.mark.dist
+def test_a_rank_that_is_ended_while_it_closes_has_the_code_of_its_error(tmp_path: Path) -> None:
+    """Else a broken dataset looks to the job script like a preemption, after which it begins again."""
+    (tmp_path / "slow.py").write_text(SLOW_END)
+    rank = tmp_path / "python"
+    rank.write_text(f'#!/bin/sh\nexec {sys.executable} {tmp_path}/slow.py "$@"\n')
+    rank.chmod(0o755)
+    launch = (
+        "import sys\nfrom launcher import local\n"
+        f"sys.executable = {str(rank)!r}\n"
+        f"sys.exit(local.launch([{str(tmp_path / 'said')!r}], 2, has_cuda=False))\n"
+    )
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
+    ended = subprocess.run(
+        [sys.executable, "-c", launch], env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True
+    )
+    assert ended.returncode == 3, ended.stderr
+    assert ended.stderr.count("error: ") == 1
 
 
 @pytest.mark.parametrize("rank", [0, 1])
