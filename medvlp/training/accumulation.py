@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from medvlp.config import Config
-from medvlp.data.batch import Batch
+from medvlp.data.batch import Batch, join
 from medvlp.data.batch_sizes import BatchSizes
 from medvlp.methods.base import DividedMethod, Method, Objective, StepOutput
 from medvlp.prototypes.table import PrototypeTable
@@ -106,6 +106,23 @@ def exact_passes(
         engine.backward_from([value for value, _ in pairs], [gradient for _, gradient in pairs])
     restore_random_state(drawn)
     return output
+
+
+def whole_loss(engine: Engine, part: Batch) -> tuple[Tensor, list[Tensor]]:
+    """The loss that `exact_passes` takes, of micro-batches like `part`: to try whether it fits the memory.
+
+    Returns:
+        the loss, and the encodings it has a gradient for.
+    """
+    times = engine.sizes.accumulation
+    encodings = _Encodings(times * len(part.keys))
+    with torch.no_grad():
+        encoded = engine.objective(part, encode_only=True)
+    for _ in range(times):
+        encodings.add(encoded)
+    whole, leaves = encodings.joined(differentiable=True)
+    loss: Tensor = engine.objective(join([part] * times), None, whole).loss
+    return loss, [leaf for leaf in leaves if leaf.requires_grad]
 
 
 class _Encodings:

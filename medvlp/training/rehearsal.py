@@ -14,6 +14,7 @@ from medvlp.data.batch import Batch, Text
 from medvlp.methods.base import Progress
 from medvlp.prototypes.usage import uncounted
 from medvlp.runs.randomness import random_state, restore_random_state
+from medvlp.training.accumulation import whole_loss
 from medvlp.training.device_memory import naming_memory
 from medvlp.training.engine import Engine
 from medvlp.training.schedule import Schedule
@@ -58,6 +59,9 @@ def rehearse_phases(
             # Not through DeepSpeed: gradients that are returned start no reduction and stay in no buffer.
             loss = engine.objective(batch, None).loss
             torch.autograd.grad(loss, parameters, allow_unused=True)
+            if engine.exact:  # heads and losses see all micro-batches at once
+                loss, encodings = whole_loss(engine, batch)
+                torch.autograd.grad(loss, [*encodings, *parameters], allow_unused=True)
         guard.undo()
     restore_random_state(random)
     if engine.device.type == "cuda":

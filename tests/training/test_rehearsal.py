@@ -1,6 +1,7 @@
 """Phases that come later are tried at the start, with reports of the greatest length."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from medvlp.training.rehearsal import rehearse_phases
 from medvlp.training.schedule import Schedule
 from medvlp.training.step_guard import StepGuard
 from tests.distributed_pool import Pools
+from tests.methods.small import built, small_batch, small_config
 from tests.training.tiny import TinyMethod, random_batch
 
 pytestmark = pytest.mark.dist
@@ -87,3 +89,32 @@ def test_a_phase_that_does_not_fit_is_named(gloo_pool: Pools) -> None:
     [(_, error, _)] = gloo_pool(1).run(rehearse, 2, 0)
     assert "out of memory in the rehearsal of phase 3" in error
     assert "train.micro_batch" in error
+
+
+def rehearse_micro_batches() -> list[tuple[int, int]]:
+    """Samples and report length of every losses that MGCA took, in a step of two micro-batches."""
+    config = small_config("mgca")
+    config.train.global_batch, config.train.micro_batch, config.train.rehearse = 8, 4, True
+    config.precision, config.zero.stage, config.data.max_tokens = "fp32", 2, 24
+    device = distributed.initialize()
+    method: Any = built(config)
+    engine = Engine(method, config, divide_batch(config, 1), device)
+    seen: list[tuple[int, int]] = []
+    losses = method.losses
+
+    def noting(encodings: Any, batch: Batch, clusters: PrototypeTable | None = None) -> StepOutput:
+        seen.append((len(batch.keys), batch.text.input_ids.shape[1]))
+        output: StepOutput = losses(encodings, batch, clusters)
+        return output
+
+    method.losses = noting
+    batch = small_batch().rows(0, 4)
+    schedule = Schedule(np.ones(2), np.array([0, 1]))
+    rehearse_phases(engine, schedule, StepGuard(method, 0.0, device), iter([batch]), config, 0)
+    assert all(p.grad is None for p in method.parameters())
+    engine.close()
+    return seen
+
+
+def test_heads_and_losses_are_tried_with_all_micro_batches(gloo_pool: Pools) -> None:
+    assert gloo_pool(1).run(rehearse_micro_batches) == [[(4, 24), (8, 24)]]
