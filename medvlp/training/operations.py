@@ -2,7 +2,8 @@
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from medvlp.methods.registry import fields_of
 from medvlp.prototypes.usage import uncounted
 from medvlp.runs.randomness import random_state, restore_random_state
 from medvlp.training.schedule import Schedule
+from shards.errors import MedvlpError
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +119,19 @@ def step_work(
             "no mfu: the peak of %s in %s is not known; monitor.peak_tflops says it", card, config.precision
         )
         return None
+    try:
+        lines = _lines_of_phases(objective, config, schedule, step)
+    except (RuntimeError, MedvlpError) as error:
+        # Fake tensors cannot go through every network; a run does not end for want of a metric.
+        reason = " ".join(str(error).split())[:200]
+        logger.warning("no mfu: the operations of this network cannot be counted (%s)", reason)
+        return None
+    return StepWork(lines, schedule.phases, peak * 1e12)
+
+
+def _lines_of_phases(
+    objective: Objective, config: Config, schedule: Schedule, step: int
+) -> dict[int, tuple[float, float]]:
     longest = config.data.max_tokens
     short = max(1, longest // 2)
     lines: dict[int, tuple[float, float]] = {}
@@ -130,7 +145,7 @@ def step_work(
         )
         token = (many - few) / (longest - short)
         lines[phase] = (many - token * longest, token)
-    return StepWork(lines, schedule.phases, peak * 1e12)
+    return lines
 
 
 def count_operations(objective: Objective, batch: Batch) -> float:
@@ -140,8 +155,7 @@ def count_operations(objective: Objective, batch: Batch) -> float:
         objective: on any device, before DeepSpeed takes it; left as it is.
         batch: on the CPU.
     """
-    random = random_state()
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, uncounted(objective):
+    with _draws_put_back(), FakeTensorMode(allow_non_fake_inputs=True) as mode, uncounted(objective):
         state: dict[str, Tensor] = {
             name: nn.Parameter(_fake(parameter, mode), parameter.requires_grad)
             for name, parameter in objective.named_parameters()
@@ -153,8 +167,16 @@ def count_operations(objective: Objective, batch: Batch) -> float:
             loss = torch.func.functional_call(objective, state, (given, None)).loss
             counted.backward = True
             loss.backward()
-    restore_random_state(random)
     return float(counted.total)
+
+
+@contextmanager
+def _draws_put_back() -> Iterator[None]:
+    random = random_state()
+    try:
+        yield
+    finally:
+        restore_random_state(random)
 
 
 def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:

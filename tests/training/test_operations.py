@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -93,6 +94,20 @@ def test_without_a_known_peak_nothing_is_counted() -> None:
     config = small_config("mgca")
     method = build_method(config, tokenizer().vocab_size)
     assert step_work(method, config, Schedule(np.ones(1), np.zeros(1, dtype=np.int64)), 0, CPU) is None
+
+
+def test_a_network_that_cannot_be_counted_trains_without_mfu(caplog: pytest.LogCaptureFixture) -> None:
+    config = small_config("mgca")
+    config.monitor.peak_tflops = 1.0
+    method = build_method(config, tokenizer().vocab_size)
+    encoder: Any = method.image_encoder
+    encoder.register_forward_pre_hook(lambda _, given: print(float(given[0].float().mean())))
+    drawn = torch.get_rng_state()
+    with caplog.at_level("WARNING", logger="medvlp"):
+        work = step_work(method, config, Schedule(np.ones(1), np.zeros(1, dtype=np.int64)), 0, CPU)
+    assert work is None
+    assert "no mfu: the operations of this network cannot be counted" in caplog.text
+    assert torch.equal(torch.get_rng_state(), drawn)
 
 
 @pytest.mark.dist
