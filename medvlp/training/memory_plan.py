@@ -309,6 +309,10 @@ def describe(
         ("largest micro-batch", str(plan.largest) if plan.largest else "none: not even one sample fits"),
         ("operations of a sample", f"{plan.flops / 1e9:.1f} GFLOP forward and backward"),
     ]
+    accumulation = divide_batch(config, plan.gpus).accumulation
+    if accumulation > 1 and config.train.accumulate == "exact":
+        kept = f"encodings and heads of {accumulation * batch} samples, which train.accumulate=exact keeps"
+        lines.append(("NOT IN THE SUM", kept))
     hours = plan.hours(samples, tflops, mfu)
     lines.append(
         (f"time at {100 * mfu:.0f} % of {tflops:g} TFLOP/s", f"{hours:.1f} h for {samples:,.0f} samples")

@@ -100,6 +100,9 @@ def test_the_command(phantom_data: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "largest micro-batch" in result.output
     assert "for 64 samples" in result.output
+    assert "NOT IN THE SUM" not in result.output
+    result = CliRunner().invoke(app, [*arguments, "train.micro_batch=2", "--gpus", "1"])
+    assert "NOT IN THE SUM" in result.output
     result = CliRunner().invoke(app, [*arguments, "--gpu-memory", "0.2"])
     assert result.exit_code == 2
     assert "DOES NOT FIT" in result.output
