@@ -14,7 +14,7 @@ from torch import Tensor
 from medvlp import distributed
 from medvlp.losses.contrastive import ranked_contrast
 from medvlp.losses.normalise import unit_norm
-from medvlp.losses.parts import parts_of
+from medvlp.losses.parts import mean_in_parts, parts_of
 from medvlp.methods.base import Progress
 from medvlp.methods.place.config import PLACEConfig
 from medvlp.methods.place.losses import Sentences, observation_terms
@@ -30,6 +30,20 @@ def test_parts_cover_all_rows_and_keep_to_the_memory(rows: int, width: int, memo
     assert [row for part in parts for row in range(rows)[part]] == list(range(rows))
     largest = max(part.stop - part.start for part in parts)
     assert largest == 1 or 4 * width * largest <= memory * MIB
+
+
+@given(rows=st.integers(1, 40), per_part=st.integers(1, 40))
+def test_a_short_last_part_counts_by_its_rows(rows: int, per_part: int) -> None:
+    values = torch.arange(rows, dtype=torch.float64).square()
+    starts: list[int] = []
+
+    def mean(start: int, part: Tensor, nothing: None) -> tuple[Tensor, ...]:
+        starts.append(start)
+        return (part.mean(),)
+
+    (first,) = mean_in_parts(mean, (values, None), width=1, memory=per_part * 4 / MIB)
+    torch.testing.assert_close(first, values.mean())
+    assert starts == [part.start for part in parts_of(rows, 1, per_part * 4 / MIB)]
 
 
 def step(name: str, memory: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
