@@ -85,13 +85,11 @@ class Fitted:
     Attributes:
         networks: "trained" and "untrained", each with the weights of its best validation.
         findings: the labels they have learned.
-        selection: their predictions of the selection split.
         chosen: what `TrainedTask.choose` chose there.
     """
 
     networks: dict[str, Network]
     findings: list[str]
-    selection: dict[str, Predictions]
     chosen: Any = None
 
 
@@ -148,14 +146,20 @@ class TrainedTask(Task):
             view: sees the evaluated split; `view.patients("evaluated", sample)` for its `bootstrap`.
             unit: fraction and seed.
             predictions: of the networks "trained" and "untrained".
-            fitted: with `chosen`, and `selection` for what they were chosen on.
+            fitted: with `chosen`.
 
         Returns:
             Plain metrics ("auroc/macro"); the fraction is put in by `measure` ("auroc@10%/macro").
         """
 
-    def choose(self, view: View, unit: Unit, selection: Mapping[str, Predictions]) -> Any:
-        """Thresholds and the like, from the selection split; `view` sees train and selection."""
+    def choose(self, view: View, unit: Unit, networks: Mapping[str, Network]) -> Any:
+        """What `score` needs beside the networks: thresholds, taught baselines; by default nothing.
+
+        Args:
+            view: sees the training and the selection split.
+            unit: fraction and seed.
+            networks: "trained" and "untrained"; `network.predict(view, "selection")` costs a pass over it.
+        """
         return None
 
     def protocol(self, config: Config) -> Mapping[str, Any]:
@@ -205,11 +209,10 @@ class TrainedTask(Task):
         return kept | {"views": values["data"]["transform"], "task": values["evaluation"]["tasks"][self.name]}
 
     def fit(self, view: View, unit: Unit) -> Fitted:
-        """Train both networks and choose on the selection split."""
+        """Train both networks, then choose."""
         networks: dict[str, Network] = {start: view.network(unit, start) for start in STARTS}
-        selection = {name: network.predict(view, "selection") for name, network in networks.items()}
         findings = networks["trained"].task.findings(view.facts.index.label_names)
-        return Fitted(networks, findings, selection, self.choose(view, unit, selection))
+        return Fitted(networks, findings, self.choose(view, unit, networks))
 
     def measure(self, view: View, unit: Unit, fitted: Fitted) -> TaskResult:
         """Score the evaluated split."""

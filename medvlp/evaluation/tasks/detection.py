@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from medvlp.evaluation.box_baselines import Finds
     from medvlp.evaluation.heads.objective import SupervisedObjective
     from medvlp.evaluation.session import View
+    from medvlp.evaluation.supervised import Network
     from medvlp.methods.base import Method
     from medvlp.training.predictions import Predictions
     from medvlp.training.recipe import TrainingSet
@@ -154,15 +155,13 @@ class Detection(TrainedTask):
         found = self._metrics(_scores(names, predictions.arrays["found"], predictions.arrays["held"]), none)
         return {name: value.value for name, value in found.items()}
 
-    def fit(self, view: View, unit: Unit) -> Fitted:
-        """Train both networks and teach the baselines."""
+    def choose(self, view: View, unit: Unit, networks: Mapping[str, Network]) -> Finds:
+        """Teach the baselines."""
         from medvlp.evaluation.box_baselines import taught
 
-        fitted = super().fit(view, unit)
-        network, columns = fitted.networks["trained"], self.columns(view.facts.index.label_names)
+        network, columns = networks["trained"], self.columns(view.facts.index.label_names)
         batches = network.batches(view, "train", network.drawn(view))
-        fitted.chosen = taught(batches, columns, self.settings.smallest)
-        return fitted
+        return taught(batches, columns, self.settings.smallest)
 
     def score(
         self, view: View, unit: Unit, predictions: Mapping[str, Predictions], fitted: Fitted

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from medvlp.evaluation.baselines import FittedRidge
     from medvlp.evaluation.heads.objective import SupervisedObjective
     from medvlp.evaluation.session import View
+    from medvlp.evaluation.supervised import Network
     from medvlp.methods.base import Method
     from medvlp.training.predictions import Predictions
     from medvlp.training.recipe import TrainingSet
@@ -153,7 +154,7 @@ class FineTuning(TrainedTask):
         scores, truth = _scores(predictions)
         return aurocs(scores, truth, names, FEWEST)
 
-    def choose(self, view: View, unit: Unit, selection: Mapping[str, Predictions]) -> Chosen:
+    def choose(self, view: View, unit: Unit, networks: Mapping[str, Network]) -> Chosen:
         """Teach the pixel baseline; of each model the threshold of each finding with the best F1."""
         names = self.findings(view.facts.index.label_names)
         train, chooses = view.split("train"), view.split("selection")
@@ -161,7 +162,10 @@ class FineTuning(TrainedTask):
         assert chooses is not None
         rows = np.flatnonzero(np.isin(train.arrays.sample, view.drawn(unit)))
         ridge = train.ridge.fit(view.truth(train, names)[rows], rows)
-        found = {model: thresholds(*_scores(of), names) for model, of in selection.items()}
+        found = {
+            model: thresholds(*_scores(network.predict(view, "selection")), names)
+            for model, network in networks.items()
+        }
         found["pixels"] = thresholds(ridge.predict(chooses.arrays.pixels), view.truth(chooses, names), names)
         known = view.truth(train, names)[rows]
         missing = not_evaluable(known, names, f"the drawn part of {train.name}", fewest=1)

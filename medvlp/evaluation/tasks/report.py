@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from medvlp.data.sample_store import SampleStore
     from medvlp.evaluation.heads.report import ReportObjective
     from medvlp.evaluation.session import View
+    from medvlp.evaluation.supervised import Network
     from medvlp.methods.base import Method
     from medvlp.training.predictions import Predictions
     from medvlp.training.recipe import TrainingSet
@@ -226,26 +227,21 @@ class Report(TrainedTask):
         counts = bleu_counts([texts[row] for row in rows], references)
         return {"bleu-4": float(corpus_bleu(counts, 4)[0])} if references else {}
 
-    def fit(self, view: View, unit: Unit) -> Fitted:
-        """Train both networks; what the baselines write is taken from the samples these have seen."""
-        from medvlp.evaluation.supervised import Supervised
-
-        fitted = super().fit(view, unit)
-        dataset, split = view.dataset("train"), view.split("train")
+    def choose(self, view: View, unit: Unit, networks: Mapping[str, Network]) -> Baselines:
+        """What the baselines write, from the samples that the networks have seen."""
+        split = view.split("train")
         assert split is not None
-        drawn = Supervised(fitted.networks["trained"].config).samples(dataset.reader, dataset.tokenizer)
-        rows = np.flatnonzero(np.isin(split.arrays.sample, drawn))
+        rows = np.flatnonzero(np.isin(split.arrays.sample, networks["trained"].drawn(view)))
         reports = [" ".join(self.clean(split.reports[row])) for row in rows]
         normal = [text for text, row in zip(reports, rows, strict=True) if _is_normal(split.labels[row])]
         features = np.asarray(split.arrays.models["trained"].features)[rows]
         fallback = " ".join(self.clean(_NORMAL))
-        fitted.chosen = Baselines(
+        return Baselines(
             reports,
             unit_rows(features),
             Counter(normal).most_common(1)[0][0] if normal else fallback,
             split.labels[rows],
         )
-        return fitted
 
     def score(
         self, view: View, unit: Unit, predictions: Mapping[str, Predictions], fitted: Fitted

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from medvlp.evaluation.heads.objective import SupervisedObjective
     from medvlp.evaluation.mask_baselines import Draws, Truth
     from medvlp.evaluation.session import View
+    from medvlp.evaluation.supervised import Network
     from medvlp.methods.base import Method
     from medvlp.training.predictions import Predictions
     from medvlp.training.recipe import TrainingSet
@@ -219,20 +220,20 @@ class Segmentation(TrainedTask):
                 found[f"dice/{name}"] = float(np.mean(sides))
         return found | ({"dice/macro": float(np.mean(list(found.values())))} if found else {})
 
-    def fit(self, view: View, unit: Unit) -> Fitted:
-        """Train both networks and teach the baselines; choose thresholds on the selection split."""
+    def choose(self, view: View, unit: Unit, networks: Mapping[str, Network]) -> Chosen:
+        """Teach the baselines; choose thresholds on the selection split."""
         from medvlp.evaluation.mask_baselines import taught
 
-        fitted = super().fit(view, unit)
-        names = fitted.findings
-        network, selection = fitted.networks["trained"], fitted.selection["trained"].sample
+        network = networks["trained"]
+        names = self.findings(view.facts.index.label_names)
+        selection = {model: of.predict(view, "selection") for model, of in networks.items()}
         truth = partial(self._truth, view.facts.index.label_names)
         draws = taught(lambda: network.batches(view, "train", network.drawn(view)), truth)
-        counts = {model: _counts(of) for model, of in fitted.selection.items()}
-        counts |= _counted(draws, network.batches(view, "selection", selection), truth)
+        counts = {model: _counts(of) for model, of in selection.items()}
+        batches = network.batches(view, "selection", selection["trained"].sample)
+        counts |= _counted(draws, batches, truth)
         chosen = {model: self._thresholds(names, *of) for model, of in counts.items()}
-        fitted.chosen = Chosen(chosen, draws)
-        return fitted
+        return Chosen(chosen, draws)
 
     def score(
         self, view: View, unit: Unit, predictions: Mapping[str, Predictions], fitted: Fitted

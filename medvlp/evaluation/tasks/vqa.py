@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from medvlp.data.sample_store import SampleStore
     from medvlp.evaluation.heads.vqa import QuestionObjective
     from medvlp.evaluation.session import View
+    from medvlp.evaluation.supervised import Network
     from medvlp.methods.base import Method
     from medvlp.training.predictions import Predictions
     from medvlp.training.recipe import TrainingSet
@@ -165,15 +166,12 @@ class VQA(TrainedTask):
         right = (predictions.arrays["answers"] == truth)[truth != 0]
         return {"accuracy": float(right.mean())} if len(right) else {}
 
-    def fit(self, view: View, unit: Unit) -> Fitted:
-        """Train both networks; the baselines learn from the samples these have seen."""
-        from medvlp.evaluation.supervised import Supervised
-
-        fitted = super().fit(view, unit)
-        dataset = view.dataset("train")
-        drawn = Supervised(fitted.networks["trained"].config).samples(dataset.reader, dataset.tokenizer)
+    def choose(self, view: View, unit: Unit, networks: Mapping[str, Network]) -> Baselines:
+        """Teach the baselines with the samples that the networks have seen."""
+        network, dataset = networks["trained"], view.dataset("train")
+        drawn = network.drawn(view)
         learned = [item for of in _questions(dataset.reader, dataset.split, drawn) for item in of]
-        chooser, positions = view.dataset("selection"), fitted.selection["trained"].sample
+        chooser, positions = view.dataset("selection"), network.positions(view, "selection")
         choosing = [item for of in _questions(chooser.reader, chooser.split, positions) for item in of]
         types = {_type(item) for item in learned} | {("", "")}
         majority = {
@@ -184,8 +182,7 @@ class VQA(TrainedTask):
         }
         answers = self._answers(dataset.reader, learned)
         seen = frozenset(_images(dataset.reader, dataset.split, drawn.tolist()))
-        fitted.chosen = Baselines(majority, _question_only(learned, choosing), answers, seen)
-        return fitted
+        return Baselines(majority, _question_only(learned, choosing), answers, seen)
 
     def score(
         self, view: View, unit: Unit, predictions: Mapping[str, Predictions], fitted: Fitted

@@ -90,7 +90,7 @@ def scored(trained: Predictions | None = None, **settings: Any) -> TaskResult:
         "trained": predictions(0, 0.3) if trained is None else trained,
         "untrained": predictions(14, 0.3),
     }
-    fitted = Fitted({"trained": rows}, NAMES, {}, taught(batches(), [0, 1, 2], 2.0))  # type: ignore[dict-item]
+    fitted = Fitted({"trained": rows}, NAMES, taught(batches(), [0, 1, 2], 2.0))  # type: ignore[dict-item]
     return task.score(rows, Unit(1.0, 0), networks, fitted)  # type: ignore[arg-type]
 
 

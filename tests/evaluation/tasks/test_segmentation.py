@@ -88,7 +88,7 @@ def scored(**settings: Any) -> TaskResult:
     networks = {"trained": predictions(0), "untrained": predictions(4)}
     draws = taught(batches, lambda batch: mask_truth(batch, [0, 1, 2], [np.nan] * 3))
     at = {model: dict.fromkeys(NAMES, 25) for model in (*networks, *draws)}
-    fitted = Fitted({"trained": rows}, NAMES, {}, Chosen(at, draws))
+    fitted = Fitted({"trained": rows}, NAMES, Chosen(at, draws))
     return task.score(rows, Unit(1.0, 0), networks, fitted)
 
 
