@@ -38,6 +38,14 @@ class _Source:
 
 
 @dataclasses.dataclass(frozen=True)
+class RunFile:
+    """A YAML file that belongs to a run folder, wherever it lies."""
+
+    path: Path
+    run: Path
+
+
+@dataclasses.dataclass(frozen=True)
 class Layer:
     """Values that stand in no file; `name` is what errors call them."""
 
@@ -45,11 +53,14 @@ class Layer:
     values: Mapping[str, Any]
 
 
+#: What a config is read from.
+File = Path | str | RunFile | Layer
+
+
 def load(
-    files: Sequence[Path | str | Layer],
+    files: Sequence[File],
     overrides: Sequence[str],
     schemas: Mapping[str, type[MethodConfig]],
-    run: Path | None = None,
     unused: Collection[str] = (),
     tasks: Tasks = None,
 ) -> Config:
@@ -58,10 +69,10 @@ def load(
     Values of files in run folders that reach out of them need the user's word (`medvlp.trust`).
 
     Args:
-        files: YAML files and layers of values; later ones win.
+        files: YAML files and layers of values; later ones win. A plain path is looked at for whether it lies
+            in a run folder.
         overrides: `section.key=value` strings; the value is YAML.
         schemas: method name -> its config class (`medvlp.methods.registry.schemas()`).
-        run: the run folder all files belong to; default: looked for, file by file.
         unused: keys of `medvlp.trust.GUARDS` that the caller makes no use of.
         tasks: `medvlp.evaluation.task.schemas()`; None for what reads a run's config and evaluates nothing.
 
@@ -70,7 +81,7 @@ def load(
         ConfigError: unreadable file, unknown key, wrong type, value out of range, missing value, or an
             impossible combination.
     """
-    sources = _sources(files, overrides, run, tasks)
+    sources = _sources(files, overrides, tasks)
     merged = _merged(sources, schemas, tasks)
     absent = missing(merged)
     if absent:
@@ -88,13 +99,13 @@ def load(
 
 
 def merge(
-    files: Sequence[Path | str | Layer],
+    files: Sequence[File],
     overrides: Sequence[str],
     schemas: Mapping[str, type[MethodConfig]],
     tasks: Tasks = None,
 ) -> DictConfig:
     """As `load`, but values may still be missing (`???`); returns the OmegaConf tree in struct mode."""
-    return _merged(_sources(files, overrides, None, tasks), schemas, tasks)
+    return _merged(_sources(files, overrides, tasks), schemas, tasks)
 
 
 def defaults(tasks: Tasks) -> Config:
@@ -104,17 +115,16 @@ def defaults(tasks: Tasks) -> Config:
     )
 
 
-def _sources(
-    files: Sequence[Path | str | Layer], overrides: Sequence[str], run: Path | None, tasks: Tasks
-) -> list[_Source]:
+def _sources(files: Sequence[File], overrides: Sequence[str], tasks: Tasks) -> list[_Source]:
     sources = []
-    for file in files:
-        if isinstance(file, Layer):
-            sources.append(_Source(file.name, cast(dict[str, Any], trust.escaped(file.values)), {}))
+    for given in files:
+        if isinstance(given, Layer):
+            sources.append(_Source(given.name, cast(dict[str, Any], trust.escaped(given.values)), {}))
             continue
-        values, written = _read(Path(file))  # first, for it refuses paths that no file has
-        anchor_files(values, Path(file).parent, defaults(tasks))
-        folder = run or trust.run_folder_of(Path(file))
+        file = given.path if isinstance(given, RunFile) else Path(given)
+        values, written = _read(file)  # first, for it refuses paths that no file has
+        anchor_files(values, file.parent, defaults(tasks))
+        folder = given.run if isinstance(given, RunFile) else trust.run_folder_of(file)
         if folder is not None and (keys := trust.look_ups(values)):
             raise trust.TrustError(
                 f"{file}: {', '.join(keys)} would be looked up (${{...}}), which is not done for files of a "

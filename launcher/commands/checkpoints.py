@@ -122,7 +122,8 @@ def _prune(run: Path, keep_last: int | None) -> None:
     newest = Checkpoint.find(run)
     if newest is None:
         raise CheckpointError(f"{run} has no checkpoint to keep")
-    config = config_files.load([run / CONFIG], [], schemas(), run, unused=trust.KEYS).checkpoint
+    own = config_files.RunFile(run / CONFIG, run)
+    config = config_files.load([own], [], schemas(), unused=trust.KEYS).checkpoint
     if keep_last is not None:
         config.keep_last = keep_last
     # Damaged ones count for nothing; what lies beyond the newest good one is damaged.

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
+from launcher.command_words import split_arguments
 from launcher.commands.pretrain import train_config
 from shards.errors import UsageError
 
@@ -78,8 +79,9 @@ def evaluate(
     source: Annotated[
         Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="run folder or checkpoint folder")
     ],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="over the run's config")
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="CONFIG|KEY=VALUE", help="over the run's config: YAML files, then overrides"),
     ] = None,
     data: Annotated[
         str | None, typer.Option("--data", help="dataset folder or URL; default: the run's own")
@@ -131,16 +133,17 @@ def evaluate(
     def train(config: Config) -> int:
         return train_config(config, nproc, apart=True)
 
-    for text in overrides or []:
-        if "=" not in text:
+    files, overrides = split_arguments(arguments or [])
+    for file in files:
+        if not file.is_file():
             raise UsageError(
-                f"{text!r}: write section.key=value; one run or checkpoint is evaluated at a time"
+                f"{file}: no YAML file and no section.key=value; one run or checkpoint is evaluated at a time"
             )
-    changes = [*(overrides or []), *unit_words(task or (), fraction, seed)]
+    changes = [*overrides, *unit_words(task or (), fraction, seed)]
     changes += [f"evaluation.split={split}"] if split else []
     console = Console(stderr=True)
     asked = EvaluationOptions(
-        source, data, task or (), unit or (), label or (), changes, uncertain, device, fresh, train,  # type: ignore[arg-type]
+        source, data, task or (), unit or (), label or (), files, changes, uncertain, device, fresh, train,  # type: ignore[arg-type]
     )  # fmt: skip
     evaluation = evaluate(
         asked, lambda line: console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)

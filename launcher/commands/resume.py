@@ -44,7 +44,7 @@ def resume(
     own = [str(config), f"run.dir={json.dumps(trust.escaped(str(run.absolute())))}"]
     changes = command_words.parse(submit.app, ["pretrain", *own, *(words or [])])
     files, overrides = split_arguments(changes.values["arguments"])
-    config_files.load(files, overrides, schemas(), run)
+    config_files.load([config_files.RunFile(file, run) for file in files], overrides, schemas())
     values: dict[str, Any] = {}
     earlier = _earlier_submission(run)
     if earlier is not None:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from launcher import command_words
+from launcher.command_words import split_arguments
 from launcher.commands.evaluate import PARTS_FOLDER, Fractions, Seeds, unit_words
 from launcher.commands.submit import JobOptions
 from launcher.run_state import CONFIG, SLURM_FOLDER
@@ -18,7 +19,11 @@ from shards.errors import UsageError
 def evaluate(
     context: typer.Context,
     arguments: Annotated[
-        list[str], typer.Argument(metavar="RUN... [KEY=VALUE]...", help="run folders, then overrides")
+        list[str],
+        typer.Argument(
+            metavar="RUN... [CONFIG|KEY=VALUE]...",
+            help="run folders, then YAML files and overrides over their configs",
+        ),
     ],
     task: Annotated[
         list[str] | None,
@@ -47,8 +52,9 @@ def evaluate(
     from launcher.slurm.command_jobs import CommandJob, after, output_pattern, submit_command
     from launcher.slurm.render import build_request
 
-    overrides = [word for word in arguments if "=" in word and not Path(word).exists()]
-    runs = [Path(word).absolute() for word in arguments if word not in overrides]
+    paths, overrides = split_arguments(arguments)
+    files = [path.absolute() for path in paths if path.is_file()]
+    runs = [path.absolute() for path in paths if not path.is_file()]
     if not runs:
         raise UsageError("name at least one run folder")
     for run in runs:
@@ -56,12 +62,17 @@ def evaluate(
             raise RunFolderError(f"{run} is no run folder, and no run was submitted to it")
     overrides += unit_words(task or (), fraction, seed)
     site, folder, given = load_cluster(options.cluster), runs[0], options.slurm
-    common = [*overrides, *(["--data", data] if data else []), *(["--split", split] if split else [])]
+    common = [
+        *map(str, files),
+        *overrides,
+        *(["--data", data] if data else []),
+        *(["--split", split] if split else []),
+    ]
     common += [] if nproc is None else ["--nproc", str(nproc)]
     commands = [
         ["evaluate", str(run), *common, *words, "--out", str(run / PARTS_FOLDER / f"{name}.json")]
         for run in runs
-        for name, words in _parts(run, overrides, task or ()).items()
+        for name, words in _parts(run, files, overrides, task or ()).items()
     ] or [["evaluate", str(run), *common] for run in runs]
     first = {"gpus_per_node": gpus_per_node} | (after([after_job]) if after_job is not None else {})
     is_array = len(commands) > 1
@@ -89,7 +100,9 @@ def evaluate(
     typer.echo(f"  medvlp logs {summary_id} -f")
 
 
-def _parts(run: Path, overrides: list[str], names: Sequence[str]) -> dict[str, list[str]]:
+def _parts(
+    run: Path, files: Sequence[Path], overrides: Sequence[str], names: Sequence[str]
+) -> dict[str, list[str]]:
     """Name of each part of an evaluation -> the options that ask for it: a task, or one unit of it."""
     from omegaconf import OmegaConf
 
@@ -104,8 +117,8 @@ def _parts(run: Path, overrides: list[str], names: Sequence[str]) -> dict[str, l
     if not names:
         return {}
     # A run that has only been submitted has the config of its job.
-    files = [file for file in (run / CONFIG, run / SLURM_FOLDER / CONFIG) if file.is_file()]
-    tree = config_files.merge(files[:1], overrides, registry.schemas(), schemas())
+    own = [file for file in (run / CONFIG, run / SLURM_FOLDER / CONFIG) if file.is_file()]
+    tree = config_files.merge([*own[:1], *files], overrides, registry.schemas(), schemas())
     parts = {}
     for name in names:
         units = known[name](OmegaConf.to_object(tree.evaluation.tasks[name])).units()

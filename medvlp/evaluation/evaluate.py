@@ -35,7 +35,8 @@ class EvaluationOptions:
         tasks: names of tasks; none: every task the dataset allows.
         units: names of units of the one task named; none: all. The result is then a part, to be joined.
         labels: labels to evaluate; none: all of the dataset.
-        overrides: `section.key=value` over the run's config.
+        files: YAML files over the run's config.
+        overrides: `section.key=value` over both.
         uncertain: what becomes of uncertain labels.
         device: "auto", "cpu" or "cuda".
         fresh: do finished units again.
@@ -47,6 +48,7 @@ class EvaluationOptions:
     tasks: Sequence[str] = ()
     units: Sequence[str] = ()
     labels: Sequence[str] = ()
+    files: Sequence[Path] = ()
     overrides: Sequence[str] = ()
     uncertain: Uncertain = "exclude"
     device: str = "auto"
@@ -150,7 +152,9 @@ def _open(options: EvaluationOptions, say: Callable[[str], None]) -> Session:
     source = saved_run.locate(options.source)
     # A run that stores no tokenizer reads it where its own data are.
     moved = None if source.stored is None else options.data
-    config = saved_run.load_config(source, options.overrides, moved, untrained=True, tasks=schemas())
+    config = saved_run.load_config(
+        source, options.overrides, moved, untrained=True, tasks=schemas(), files=options.files
+    )
     tokenizer = saved_run.load_tokenizer(source, config)
     if options.data is not None:
         config.data.root = options.data

@@ -94,7 +94,8 @@ def _read_objective(place: Path, source: SavedRun, tokenizer: Tokenizer) -> Supe
 
 def _read_export(folder: Path) -> Loaded:
     overrides = ["data.root=unknown"]
-    config = config_files.load([folder / CONFIG], overrides, schemas(), folder, KEYS)
+    own = config_files.RunFile(folder / CONFIG, folder)
+    config = config_files.load([own], overrides, schemas(), KEYS)
     if not (folder / "text").is_dir():
         raise LoadError(
             f"{folder} has no text/, so it holds no tokenizer: load the run it was exported from instead"

@@ -97,6 +97,7 @@ def load_config(
     reads_data: bool = True,
     untrained: bool = False,
     tasks: config_files.Tasks = None,
+    files: Sequence[Path] = (),
 ) -> Config:
     """The run's config with overrides; errors as `medvlp.config_files.load`.
 
@@ -110,6 +111,7 @@ def load_config(
         reads_data: false for a caller that opens no dataset.
         untrained: the network before training is built too, from what training began with.
         tasks: config classes of evaluation tasks, for what evaluates.
+        files: the user's YAML files, over the run's config and below the overrides.
     """
     given = [*overrides, *([] if data is None else [f"data.root={json.dumps(trust.escaped(data))}"])]
     if not reads_data and source.stored is not None and source.stored[0].origin:
@@ -120,7 +122,9 @@ def load_config(
         unused.add("data.tokenizer")
     if not untrained:
         unused |= {"image.pretrained"} | {f"{part}.name" for part in encoders}
-    config = config_files.load([source.run / CONFIG], given, schemas(), source.run, unused, tasks)
+    config = config_files.load(
+        [config_files.RunFile(source.run / CONFIG, source.run), *files], given, schemas(), unused, tasks
+    )
     cache = config.data.cache_dir
     if cache and not any(text.startswith("data.cache_dir=") for text in overrides):
         config.data.cache_dir = cache if trust.is_said("data.cache_dir", cache) else None

@@ -248,7 +248,7 @@ def test_a_damaged_checkpoint_is_not_evaluated(run: Path, shards: Path, medvlp, 
             ["evaluation.tasks.zero-shot.prompts=/nowhere.yaml"],
             "zero-shot.prompts=/nowhere.yaml: cannot be read (No such",
         ),
-        (["configs/demo.yaml"], "write section.key=value"),
+        (["configs/nowhere.yaml"], "configs/nowhere.yaml: no YAML file and no section.key=value"),
         (["--data", "/nowhere"], "/nowhere does not exist"),
         (["--split", "valid", "--task", "linear-probe"], "needs the splits train and valid"),
     ],
@@ -257,6 +257,22 @@ def test_a_wrong_argument_is_named(run: Path, medvlp, arguments: list[str], mess
     result = medvlp("evaluate", run, *arguments)
     assert isinstance(result.exception, MedvlpError)
     assert message in str(result.exception)
+
+
+def test_files_lie_over_the_config_of_the_run_and_below_overrides(
+    run: Path, shards: Path, medvlp, tmp_path: Path
+) -> None:
+    file, out = tmp_path / "settings.yaml", tmp_path / "out.json"
+    file.write_text("evaluation: {seed: 5, bootstrap: 7, tasks: {retrieval: {sentences: true}}}")
+    words = ["--data", shards, "--task", "retrieval", "--out", out, "evaluation.seed=6"]
+    result = medvlp("evaluate", run, file, *words)
+    assert result.exit_code == 0, result.exception
+    found = results.read(out)
+    assert (found.settings["seed"], found.settings["bootstrap"]) == (6, 7)
+    assert found.settings["options"]["retrieval"]["sentences"] is True
+    file.write_text("evaluation: {tasks: {retrieval: {precise: 1}}}")
+    error = medvlp("evaluate", run, file, *words).exception
+    assert f"{file}: unknown key 'evaluation.tasks.retrieval.precise'" in str(error)
 
 
 def test_a_folder_that_is_no_run_is_named(medvlp, tmp_path: Path) -> None:

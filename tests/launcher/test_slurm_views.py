@@ -224,6 +224,12 @@ def test_an_array_of_evaluations_has_a_case_for_each(tmp_path: Path) -> None:
     assert "#SBATCH --dependency=afterok:7\n#SBATCH --array" in result.output
     assert f"3) set -- evaluate {runs[1]} evaluation.seed=3 --task zero-shot --out" in result.output
     assert not (runs[0] / "evaluation-parts").exists()
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("evaluation: {tasks: {fine-tuning: {seeds: [4, 5]}}}")
+    words = [settings, "evaluation.seed=3", "--task", "fine-tuning", "--fraction", "1"]
+    result = medvlp("submit", "evaluate", runs[0], *words, "--dry-run")
+    assert f"evaluate {runs[0]} {settings} evaluation.seed=3" in result.output
+    assert "--unit fraction-1-seed-5 --out" in result.output
     assert isinstance(medvlp("submit", "evaluate", tmp_path / "none").exception, RunFolderError)
     assert isinstance(medvlp("submit", "evaluate", "x=1").exception, UsageError)
 
