@@ -318,7 +318,7 @@ class Network:
             objective,
             lambda batch: (None, objective.predict(batch)),
             dataset,
-            self.positions(view, role),
+            learnable(self.task, dataset.reader, dataset.split, dataset.store),
             self.config.validation.batch,
             view.device,
             self.config.train.seed,
@@ -328,11 +328,6 @@ class Network:
         """A split that this view may see, its images seen as in the training run."""
         of, fields = view.dataset(role), sorted(self.task.fields)
         return evaluation_dataset(self.config, of.reader, of.tokenizer, of.split, fields)
-
-    def positions(self, view: View, role: Role) -> Positions:
-        """The samples of a split that it is measured on."""
-        dataset = self.dataset(view, role)
-        return learnable(self.task, dataset.reader, dataset.split, dataset.store)
 
     def drawn(self, view: View) -> Positions:
         """The samples of the training split that it was taught."""

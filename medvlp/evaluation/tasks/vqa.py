@@ -168,10 +168,13 @@ class VQA(TrainedTask):
 
     def choose(self, view: View, unit: Unit, networks: Mapping[str, Network]) -> Baselines:
         """Teach the baselines with the samples that the networks have seen."""
+        from medvlp.evaluation.supervised import learnable
+
         network, dataset = networks["trained"], view.dataset("train")
         drawn = network.drawn(view)
         learned = [item for of in _questions(dataset.reader, dataset.split, drawn) for item in of]
-        chooser, positions = view.dataset("selection"), network.positions(view, "selection")
+        chooser = view.dataset("selection")
+        positions = learnable(self, chooser.reader, chooser.split, chooser.store)
         choosing = [item for of in _questions(chooser.reader, chooser.split, positions) for item in of]
         types = {_type(item) for item in learned} | {("", "")}
         majority = {
