@@ -47,19 +47,11 @@ def evaluate(
     options: JobOptions,
 ) -> None:
     """Evaluate runs by an array over runs, tasks and their units; a dependent job joins and compares."""
-    from launcher.run_state import is_run_folder
     from launcher.slurm.cluster_config import load_cluster
     from launcher.slurm.command_jobs import CommandJob, after, output_pattern, submit_command
     from launcher.slurm.render import build_request
 
-    paths, overrides = split_arguments(arguments)
-    files = [path.absolute() for path in paths if path.is_file()]
-    runs = [path.absolute() for path in paths if not path.is_file()]
-    if not runs:
-        raise UsageError("name at least one run folder")
-    for run in runs:
-        if not is_run_folder(run):
-            raise RunFolderError(f"{run} is no run folder, and no run was submitted to it")
+    runs, files, overrides = _split(arguments)
     overrides += unit_words(task or (), fraction, seed)
     site, folder, given = load_cluster(options.cluster), runs[0], options.slurm
     common = [
@@ -98,6 +90,21 @@ def evaluate(
     what = f"array {job_id} of {len(commands)} evaluations" if is_array else f"evaluation {job_id}"
     typer.echo(f"submitted {what}, and job {summary_id} that shows the results")
     typer.echo(f"  medvlp logs {summary_id} -f")
+
+
+def _split(arguments: Sequence[str]) -> tuple[list[Path], list[Path], list[str]]:
+    """Run folders, YAML files and overrides."""
+    from launcher.run_state import is_run_folder
+
+    paths, overrides = split_arguments(arguments)
+    files = [path.absolute() for path in paths if path.is_file()]
+    runs = [path.absolute() for path in paths if not path.is_file()]
+    if not runs:
+        raise UsageError("name at least one run folder")
+    for run in runs:
+        if not is_run_folder(run):
+            raise RunFolderError(f"{run} is no run folder, and no run was submitted to it")
+    return runs, files, overrides
 
 
 def _parts(
