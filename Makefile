@@ -82,7 +82,7 @@ bench-methods: $(INSTALLED)
 # Every downstream task on a network of each method, pre-trained where it is not there. Two methods at a time, one thread
 # each (configs/benchmarks/tasks.yaml says how heads are trained); finished units are kept, so a second call goes on.
 # TASKS="segmentation detection" METHODS="mgca place" choose; STEPS=50 is another length of each training.
-TASKS := zero-shot retrieval linear-probe fine-tuning grounding segmentation detection report vqa
+TASKS := zero-shot retrieval masked-words linear-probe fine-tuning grounding segmentation detection report vqa
 TRAINED := fine-tuning segmentation detection report vqa
 TASK_METHODS = $(filter-out infonce combination,$(METHODS))
 SHORT = $(if $(STEPS),$(TRAINED:%=evaluation.tasks.%.training.train.min_steps=$(STEPS)))

@@ -315,6 +315,10 @@ class View:
         """Sentences as the run's tokenizer gives them to a text encoder, each a text of its own."""
         return self._session.tokenised(sentences)
 
+    def decoded(self, ids: Sequence[int]) -> str:
+        """The text of token ids of the run's tokenizer."""
+        return self._session.tokenizer.decode(ids)
+
     def bootstrap(self, patients: NDArray[Any]) -> PatientBootstrap:
         """The resamples of the intervals, for samples of these [N] patients."""
         resamples = PatientBootstrap(patients, self._session.config.evaluation.bootstrap, self.seed)

@@ -161,6 +161,26 @@ class Method(Objective):
         raise NotImplementedError(f"{type(self).__name__} does not fuse image and text")
 
     @property
+    def fills_words(self) -> bool:
+        """Whether `fill_words` works."""
+        return False
+
+    def fill_words(self, image: Tensor, text: Text, hidden: Tensor) -> Tensor:
+        """Fill in hidden words of reports beside their images.
+
+        Args:
+            image: [B, 1, H, W] uint8. text: the B reports, whole. hidden: [B, L] bool, the tokens that the
+                method may not see; neither [CLS], [SEP] nor padding.
+
+        Returns:
+            [B, L] int64: the most probable token at each hidden place, the report's own elsewhere.
+
+        Raises:
+            NotImplementedError: the method fills in no words (`fills_words` is false).
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not fill in words")
+
+    @property
     def grounds(self) -> bool:
         """Whether `ground` works."""
         return False

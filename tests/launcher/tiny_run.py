@@ -62,8 +62,9 @@ def save(config: Config, step: int, seed: int) -> None:
     checkpoint_files.commit(folder, manifest, CheckpointConfig(keep_last=0))
 
 
-def make_run(shards: Path, folder: Path, *overrides: str) -> Path:
-    own = {word.partition("=")[0] for word in overrides}
+def make_run(shards: Path, folder: Path, *overrides: str, without: frozenset[str] = frozenset()) -> Path:
+    """`without` are keys of TINY that the method does not have."""
+    own = {word.partition("=")[0] for word in overrides} | without
     tiny = [word for word in TINY if word.partition("=")[0] not in own]
     words = [f"data.root={shards}", f"run.dir={folder}", *tiny, *overrides]
     config = config_files.load([], words, schemas())

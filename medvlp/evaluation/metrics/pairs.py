@@ -37,6 +37,11 @@ class PairTable:
             for measure, value in values.items():
                 of.setdefault(measure, []).append(value)
 
+    @property
+    def empty(self) -> bool:
+        """Whether there is no pair."""
+        return not self._rows
+
     def few(self) -> dict[str, int]:
         """Findings of fewer than two samples, with the number of these."""
         found: dict[str, set[int]] = {}

@@ -262,6 +262,22 @@ class MPMA(DividedMethod, PrototypeUser):
         fused = self.fusion(self.text_encoder(text).hidden, tokens, text.attention_mask > 0)
         return torch.cat([fused[:, 0], self.image_encoder.summary(features)[image_of]], dim=1)
 
+    @property
+    def fills_words(self) -> bool:
+        return self.fusion is not None
+
+    def fill_words(self, image: Tensor, text: Text, hidden: Tensor) -> Tensor:
+        """As in training, but from the whole image (see `Method.fill_words`)."""
+        if self.fusion is None:
+            raise NotImplementedError("method.report_weight=0: MPMA without reports to fill in")
+        features: ImageFeatures = self.image_encoder(image)
+        report = self.text_encoder(text, hidden=hidden).hidden
+        fused = self.fusion(report, _tokens(features), text.attention_mask > 0)
+        filled = text.input_ids.clone()
+        # Logits over the vocabulary of the hidden places alone.
+        filled[hidden] = self.report_head(fused[hidden]).argmax(dim=1)
+        return filled
+
     def parameters_without_decay(self) -> set[str]:
         """The temperature's parameter."""
         return {name for name, _ in self.named_parameters() if name.startswith("alignment.temperature.")}

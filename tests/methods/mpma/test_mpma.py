@@ -369,3 +369,32 @@ def test_projected_tokens_are_averaged() -> None:
         torch.testing.assert_close(first.encode_image(batch.image), expected)
     with pytest.raises(ConfigError, match=r"method\.summary=mean"):
         small_mpma(project_first=True)
+
+
+def test_words_are_filled_in_from_what_is_seen() -> None:
+    """The report's own tokens elsewhere; at hidden places what image and other words say."""
+    model = small_mpma().eval()
+    batch = small_batch([4, 8, 6])
+    words = is_word(batch.text)
+    hidden = words & (batch.text.word_index % 2 == 1)
+    with torch.no_grad():
+        filled = model.fill_words(batch.image, batch.text, hidden)
+        assert torch.equal(filled[~hidden], batch.text.input_ids[~hidden])
+        other = batch.text.input_ids.clone()
+        other[hidden] = (other[hidden] + 1) % VOCABULARY
+        said = model.fill_words(batch.image, changed(batch, input_ids=other).text, hidden)
+        assert torch.equal(said[hidden], filled[hidden]), "a hidden word is not seen"
+        logits: list[torch.Tensor] = []
+        model.report_head.register_forward_hook(lambda module, inputs, output: logits.append(output))
+        model.fill_words(batch.image, batch.text, hidden)
+        model.fill_words(255 - batch.image, batch.text, hidden)
+    assert not torch.allclose(logits[0], logits[1]), "the image is seen"
+    assert logits[0].shape == (hidden.sum(), VOCABULARY), "no logits but those of hidden places"
+
+
+def test_without_reconstruction_no_words_are_filled_in() -> None:
+    model = small_mpma(report_weight=0.0)
+    assert not model.fills_words
+    batch = small_batch([4, 8])
+    with pytest.raises(NotImplementedError, match="report_weight=0"):
+        model.fill_words(batch.image, batch.text, is_word(batch.text))
