@@ -229,7 +229,8 @@ def _run(task: Task, unit: Unit, stored: StoredUnit, evaluation: Evaluation, ses
     models, drawn = resamples.taken_from(found.models, view.resamples)
     result = UnitResult(models, found.notes, stored.fingerprint)
     if can_write:
-        result.scores, result.resamples = stored.keep(found.scores), resamples.write(drawn, stored.folder)
+        result.scores, result.examples = stored.keep(found)
+        result.resamples = resamples.write(drawn, stored.folder)
     evaluation.units.setdefault(task.name, {})[unit.name] = result
     evaluation.data["splits"] |= session.splits_used()
     if can_write:

@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from medvlp.evaluation.session import Session, View
 
 Start = Literal["trained", "untrained"]
+#: (objective, batch) -> arrays [B, ...] of its samples.
+Look = Callable[[SupervisedObjective, Batch], Mapping[str, Tensor]]
 logger = logging.getLogger(__name__)
 
 #: Sections of a run's config that its network and the reading of images and reports depend on.
@@ -310,15 +312,24 @@ class Network:
         chosen = {name: value for name, value in manifest.metrics.items() if name.startswith(PREFIX)}
         return {"step": manifest.step, "epoch": manifest.epoch, **chosen}
 
-    def predict(self, view: View, role: Role) -> Predictions:
-        """Its predictions of all samples of a split that this view may see; corrupt ones are left out."""
+    def predict(
+        self, view: View, role: Role, positions: Positions | None = None, look: Look | None = None
+    ) -> Predictions:
+        """Its predictions of samples of a split that this view may see; corrupt ones are left out.
+
+        Args:
+            positions: of the samples; None: all that the task can be measured on.
+            look: what is kept of a batch, given the objective; None: `SupervisedObjective.predict`.
+        """
         dataset = self.dataset(view, role)
         objective = self.objective(dataset.reader, dataset.tokenizer).to(view.device)
+        if positions is None:
+            positions = learnable(self.task, dataset.reader, dataset.split, dataset.store)
         return predict(
             objective,
-            lambda batch: (None, objective.predict(batch)),
+            lambda batch: (None, objective.predict(batch) if look is None else look(objective, batch)),
             dataset,
-            learnable(self.task, dataset.reader, dataset.split, dataset.store),
+            positions,
             self.config.validation.batch,
             view.device,
             self.config.train.seed,

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from medvlp.config import TaskConfig
+from medvlp.evaluation.examples import Examples
 from medvlp.evaluation.metrics.bootstrap import Estimate
 from shards.errors import MedvlpError
 
@@ -123,11 +124,13 @@ class TaskResult:
     Attributes:
         models: model -> metrics. notes: for people.
         scores: of the samples, of a unit of a task that classifies; kept beside its result.
+        examples: for people to look at, of a unit of a task that has some; kept beside its result.
     """
 
     models: dict[str, Metrics] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     scores: Scores | None = None
+    examples: Examples | None = None
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,7 @@ class Task(abc.ABC):
         config: class of its keys `evaluation.tasks.<name>.*`.
         unit_keys: keys that only list the units, so that the others stay finished when one is added.
         fits_to_labels: it fits something to the training labels, so "train" cannot be its selection split.
-        keeps_scores: its units have `TaskResult.scores`.
+        keeps_scores: its units have `TaskResult.scores`. keeps_examples: they have `TaskResult.examples`.
         trains: it trains networks, which takes hours: done only where it is asked for by name.
         packages: modules it needs of the extra `evaluate`.
         reading: how its numbers read.
@@ -175,6 +178,7 @@ class Task(abc.ABC):
     unit_keys: ClassVar[frozenset[str]] = frozenset()
     fits_to_labels: ClassVar[bool] = False
     keeps_scores: ClassVar[bool] = False
+    keeps_examples: ClassVar[bool] = False
     trains: ClassVar[bool] = False
     reading: ClassVar[Reading] = Reading()
 

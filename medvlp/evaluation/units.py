@@ -13,10 +13,10 @@ from pathlib import Path
 
 import xxhash
 
-from medvlp.evaluation.report import results, scores
+from medvlp.evaluation.report import examples, results, scores
 from medvlp.evaluation.report.results import FOLDER, Evaluation, UnitResult
 from medvlp.evaluation.session import Session
-from medvlp.evaluation.task import EvaluationError, Scores, Task, Unit
+from medvlp.evaluation.task import EvaluationError, Task, TaskResult, Unit
 from medvlp.runs.identity import DataRecord
 
 RESULT = "result.json"
@@ -104,14 +104,17 @@ class StoredUnit:
             )
         return stored
 
-    def keep(self, kept: Scores | None) -> str:
-        """Write the scores of a unit, before its result; their checksum, "" where there are none.
+    def keep(self, found: TaskResult) -> tuple[str, str]:
+        """Write the scores and examples of a unit, before its result; their checksums, "" for none.
 
         Raises:
             DataError: they cannot be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        return "" if kept is None else scores.write(kept, self.folder)
+        return (
+            "" if found.scores is None else scores.write(found.scores, self.folder),
+            "" if found.examples is None else examples.write(found.examples, self.folder),
+        )
 
     def write(self, evaluation: Evaluation, task: Task, unit: Unit, result: UnitResult) -> None:
         """Write the file of a finished unit; `evaluation` says what it is of.

@@ -77,6 +77,16 @@ class Segmentation(SupervisedObjective):
         truth, known = mask_truth(batch, self.columns, self.uncertain)
         return {"pixels": mask_counts(self._answers(batch)[0].sigmoid(), truth), "known": known}
 
+    def draw(self, batch: Batch, steps: Tensor) -> Mapping[str, Tensor]:
+        """Masks of a few images: `drawn` and `truth` [B, C, H, W] bool.
+
+        Args:
+            steps: [C] a pixel is called above `steps / THRESHOLDS`, as `mask_counts` counts it.
+        """
+        truth, _ = mask_truth(batch, self.columns, self.uncertain)
+        of_pixel = (self._answers(batch)[0].sigmoid() * THRESHOLDS).ceil()
+        return {"drawn": of_pixel > steps.to(of_pixel.device)[:, None, None], "truth": truth}
+
     def train(self, mode: bool = True) -> Segmentation:
         """See `SupervisedObjective.train`."""
         super().train(mode)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from medvlp.evaluation.report.results import Evaluation, KeptFile
+from medvlp.evaluation.report.results import KEPT, Evaluation, KeptFile
 from medvlp.evaluation.task import EvaluationError, TaskResult, tasks
 
 #: Settings by task, which tasks that are in one file only bring along.
@@ -31,10 +31,9 @@ def join(parts: Mapping[Path, Evaluation]) -> Evaluation:
             if task in joined.results and (models or joined.results[task]):
                 raise EvaluationError(f"{file}: {task} is in another file too; delete one of them")
             joined.results[task] = models
-            if task in part.scores:
-                joined.scores[task] = part.scores[task]
-            if task in part.resamples:
-                joined.resamples[task] = part.resamples[task]
+            for kind in KEPT:
+                if task in getattr(part, kind):
+                    getattr(joined, kind)[task] = getattr(part, kind)[task]
         for task, units in part.units.items():
             stored = joined.units.setdefault(task, {})
             if twice := sorted(stored.keys() & units.keys()):
@@ -75,10 +74,10 @@ def complete(evaluation: Evaluation) -> Evaluation:
         parts = {unit: units[unit_name] for unit, unit_name in expected.items()}
         result = task.join({unit: TaskResult(of.models, of.notes) for unit, of in parts.items()})
         evaluation.results[name], evaluation.notes[name] = result.models, result.notes
-        for files, kind in ((evaluation.scores, "scores"), (evaluation.resamples, "resamples")):
+        for kind in KEPT:
             kept = {unit.name: KeptFile(of.fingerprint, getattr(of, kind)) for unit, of in parts.items()}
             if kept := {unit: file for unit, file in kept.items() if file.checksum}:
-                files[name] = kept
+                getattr(evaluation, kind)[name] = kept
     evaluation.units = {}
     return evaluation
 

@@ -16,6 +16,7 @@ notes           task -> what stands beside its numbers: counts of each finding, 
 config          the resolved config of the run, with the overrides of this evaluation
 scores          task -> unit -> {fingerprint, checksum} of the file of its scores (see `scores.py`)
 resamples       the same of the file of its resamples (see `resamples.py`)
+examples        the same of the file of its examples (see `examples.py`)
 units           only in files of single units: task -> unit -> its models, notes and fingerprint
 """
 
@@ -32,6 +33,8 @@ from shards.strict_json import JsonError, parse_json, read_limited, to_record
 SCHEMA_VERSION = 1
 #: Of finished units, in the run folder: `<task>/<unit>-<first 16 digits of its fingerprint>/`.
 FOLDER = "evaluation-units"
+#: Files beside the result of a unit.
+KEPT = ("scores", "resamples", "examples")
 #: Largest `evaluation.json`, in bytes.
 _LIMIT = 1 << 26
 
@@ -50,7 +53,8 @@ class UnitResult:
 
     Attributes:
         models, notes: as of a `TaskResult`. fingerprint: of everything its numbers depend on.
-        scores, resamples: checksums of the files of its scores and resamples; "" if there is none.
+        scores, resamples, examples: checksums of the files of its scores, resamples and examples; "" if
+            there is none.
     """
 
     models: dict[str, Metrics] = field(default_factory=dict)
@@ -58,6 +62,7 @@ class UnitResult:
     fingerprint: str = ""
     scores: str = ""
     resamples: str = ""
+    examples: str = ""
 
 
 @dataclass
@@ -72,6 +77,7 @@ class Evaluation:
     config: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, dict[str, KeptFile]] = field(default_factory=dict)
     resamples: dict[str, dict[str, KeptFile]] = field(default_factory=dict)
+    examples: dict[str, dict[str, KeptFile]] = field(default_factory=dict)
     units: dict[str, dict[str, UnitResult]] = field(default_factory=dict)
 
 
@@ -82,7 +88,7 @@ def write(evaluation: Evaluation, file: Path) -> None:
         DataError: it cannot be written.
     """
     content = _without_nan({"schema_version": SCHEMA_VERSION, **asdict(evaluation)})
-    for section in ("scores", "resamples", "units"):
+    for section in (*KEPT, "units"):
         if not content[section]:
             del content[section]
     atomic_write(file, (json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode())

@@ -22,12 +22,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medvlp.config import key
+from medvlp.evaluation.examples import (
+    MOST,
+    MOST_FOUND,
+    BoxExample,
+    Examples,
+    by_finding,
+    found_boxes,
+    true_boxes,
+)
 from medvlp.evaluation.metrics.bootstrap import Estimate, PatientBootstrap
 from medvlp.evaluation.metrics.detection import BoxScores, Found, Held
 from medvlp.evaluation.task import EvaluationError, Facts, Reading, TaskResult, Unit, register
 from medvlp.evaluation.trained import Fitted, TrainedTask, TrainedTaskConfig
 
 if TYPE_CHECKING:
+    from medvlp.config import Config
     from medvlp.data.sample_store import SampleStore
     from medvlp.evaluation.box_baselines import Finds
     from medvlp.evaluation.heads.objective import SupervisedObjective
@@ -77,6 +87,7 @@ class Detection(TrainedTask):
     packages = ("pycocotools",)
     teaches = "a box of one of the findings, or one that is known to be absent"
     config = DetectionConfig
+    keeps_examples = True
     fields = frozenset({"boxes"})
     chooses = "map_40_75/macro"
     chooses_mode = "max"
@@ -188,6 +199,7 @@ class Detection(TrainedTask):
                 if not count
             ],
         }
+        result.examples = _examples(names, first, fitted.networks["trained"].config)
         return result
 
     def columns(self, label_names: Sequence[str]) -> list[int]:
@@ -209,6 +221,30 @@ def _scores(names: Sequence[str], found: NDArray[Any], held: NDArray[Any]) -> Bo
             Held(there[:, :4], there[:, 4].astype(np.int64), there[:, 5] > 0),
         )
     return table
+
+
+def _examples(names: Sequence[str], predictions: Predictions, config: Config) -> Examples:
+    """Boxes of the trained network and true ones, of images with a box of each finding in turn."""
+    from medvlp.data.transforms import evaluation_crop
+
+    found, held = predictions.arrays["found"], predictions.arrays["held"]
+    certain = (held[:, :, 4] >= 0) & (held[:, :, 5] == 0)
+    shows = np.stack([(certain & (held[:, :, 4] == column)).any(1) for column in range(len(names))], axis=1)
+    rows, side = sorted(row for row, _ in by_finding(shows, MOST)), config.data.image_size
+    return Examples(
+        "The first images with a box of each finding in turn, chosen by what is true, not by what the "
+        f"network says. Of its boxes the {MOST_FOUND} most certain ones are kept.",
+        side,
+        evaluation_crop(config.data.transform),
+        boxes=[
+            BoxExample(
+                int(predictions.sample[row]),
+                found_boxes(names, found[row], side),
+                true_boxes(names, held[row], side),
+            )
+            for row in rows
+        ],
+    )
 
 
 def _drawn(finds: Finds, batches: Any) -> dict[str, NDArray[Any]]:

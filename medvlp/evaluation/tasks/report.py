@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from medvlp.config import Config, ConfigError, key
 from medvlp.data.report import r2gen_words, report_text, scored_words
+from medvlp.evaluation.examples import MOST, Examples, TextExample, evenly
 from medvlp.evaluation.labels import has_chexpert_labels
 from medvlp.evaluation.metrics.bootstrap import Estimate, PatientBootstrap
 from medvlp.evaluation.metrics.clinical import Blank, LabelTable, clinical_efficacy, plain, unstated
@@ -128,6 +129,7 @@ class Report(TrainedTask):
     teaches = "a report"
     config = ReportConfig
     version = 2
+    keeps_examples = True
     reading = Reading(
         names={
             **{f"bleu-{order}": f"BLEU-{order}" for order in (1, 2, 3, 4)},
@@ -266,6 +268,13 @@ class Report(TrainedTask):
         result.notes = {"reports": len(rows), "meteor": self._meteor(result, models, references)}
         self._clinical(result, dataset, sample, models, references, bootstrap)
         _write(view.folder / "reports.csv", _keys(dataset, sample), models["trained"], references)
+        result.examples = Examples(
+            "Evenly spread over the split, whatever the network wrote.",
+            texts=[
+                TextExample(int(sample[row]), models["trained"][row], references[row])
+                for row in evenly(len(rows), MOST)
+            ],
+        )
         return result
 
     def _references(

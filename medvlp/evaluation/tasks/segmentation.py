@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medvlp.config import Config, ConfigError, key
+from medvlp.evaluation.examples import MOST, MOST_ABSENT, Examples, by_finding, mask_example
 from medvlp.evaluation.labels import sides
 from medvlp.evaluation.metrics.bootstrap import Estimate, PatientBootstrap
 from medvlp.evaluation.metrics.segmentation import THRESHOLDS, MaskCounts, best_thresholds, dice
@@ -124,6 +125,7 @@ class Segmentation(TrainedTask):
     teaches = "a mask of one of the findings"
     config = SegmentationConfig
     version = 2
+    keeps_examples = True
     fields = frozenset({"masks"})
     chooses = "dice/macro"
     chooses_mode = "max"
@@ -273,7 +275,41 @@ class Segmentation(TrainedTask):
                 for name, count in empty.few().items()
             ],
         }
+        result.examples = self._examples(view, fitted, first.sample, empty)
         return result
+
+    def _examples(self, view: View, fitted: Fitted, sample: NDArray[np.int64], truth: MaskCounts) -> Examples:
+        """Masks by the trained network beside true ones, of findings in turn; of some absent ones, too."""
+        import torch
+
+        from medvlp.data.transforms import evaluation_crop
+        from medvlp.evaluation.heads import segmentation
+
+        network, names = fitted.networks["trained"], fitted.findings
+        pairs = by_finding(truth.shows, MOST)
+        absent = truth.known & ~truth.shows
+        absent[[row for row, _ in pairs]] = False
+        pairs += by_finding(absent, MOST_ABSENT)
+        steps = torch.tensor([fitted.chosen.thresholds["trained"][name] for name in names])
+
+        def look(objective: SupervisedObjective, batch: Batch) -> Mapping[str, Tensor]:
+            assert isinstance(objective, segmentation.Segmentation)
+            return objective.draw(batch, steps)
+
+        positions = sample[[row for row, _ in pairs]]
+        seen = network.predict(view, "evaluated", positions, look)
+        place = {position: row for row, position in enumerate(seen.sample.tolist())}
+        masks = [seen.arrays[kind].astype(bool) for kind in ("drawn", "truth")]
+        return Examples(
+            "The first images with a mask of each finding in turn, then some that are known not to show one; "
+            "chosen by what is true, not by what the network says.",
+            masks[0].shape[-1],
+            evaluation_crop(network.config.data.transform),
+            masks=[
+                mask_example(position, names[column], *(of[place[position], column] for of in masks))
+                for position, (_, column) in zip(positions.tolist(), pairs, strict=True)
+            ],
+        )
 
     def columns(self, label_names: Sequence[str]) -> list[int]:
         """Of the findings among the dataset's labels."""

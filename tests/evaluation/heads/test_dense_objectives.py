@@ -18,8 +18,10 @@ from medvlp.evaluation.heads import boxes, masks
 from medvlp.evaluation.heads.detection import Detection
 from medvlp.evaluation.heads.pyramids import encoder_of
 from medvlp.evaluation.heads.segmentation import Segmentation
+from medvlp.evaluation.report import examples
 from medvlp.evaluation.supervised import train_here
 from medvlp.evaluation.task import EvaluationError
+from shards.reader import ShardReader
 from tests.launcher.tiny_run import make_run, make_shards
 
 RESNET = ImageConfig(name="resnet10t", options={"channels": [8, 8, 16, 24], "stem_width": 8})
@@ -142,6 +144,18 @@ def test_a_task_on_phantoms_from_end_to_end(run: Path, task: str, models: list[s
         assert 0 <= value.value <= 1
         assert value.low is not None
     assert set(found.notes[task]["training"]) == {"fraction-0.5-seed-0"}
+    kept = examples.read(run, found, task, "fraction-0.5-seed-0")
+    assert (kept.side, kept.crop) == (32, "none")
+    reader = ShardReader(Path(found.data["root"]))
+    for mask in kept.masks:
+        stored = reader.masks("test", mask.sample)[mask.finding]
+        np.testing.assert_array_equal(examples.mask_of(mask.truth, 32), stored)
+    for of in kept.boxes:
+        held = reader.metadata("test", of.sample)["boxes"]
+        places = [(box["label"], box["x"], box["y"]) for box in held]
+        assert of.truth
+        assert {(box.finding, box.left, box.top) for box in of.truth} <= set(places)
+    assert len(kept.masks if task == "segmentation" else kept.boxes) >= 6
     again: list[str] = []
     evaluate(options, again.append)
     assert any("is finished" in line for line in again)

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from medvlp.config import Config
 from medvlp.data.batch import Batch, Text
 from medvlp.evaluation.box_baselines import taught
+from medvlp.evaluation.examples import Box
 from medvlp.evaluation.heads.detection import box_truth, held_rows
 from medvlp.evaluation.metrics.bootstrap import PatientBootstrap
 from medvlp.evaluation.task import EvaluationError, TaskResult, Unit
@@ -60,6 +62,8 @@ class Rows:
     """What `score` asks of a network and of a view: images of the split, patients, resamples."""
 
     facts = SimpleNamespace(roles={"evaluated": "test"}, index=SimpleNamespace(label_names=NAMES))
+    config = Config()
+    config.data.image_size = SIZE
 
     def batches(self, view: Any, role: str, positions: np.ndarray) -> list[Batch]:
         assert (role, len(positions)) == ("evaluated", COUNT)
@@ -126,6 +130,18 @@ def test_networks_stand_beside_boxes_without_a_network() -> None:
     assert result.notes["boxes"] == {"mass": 16, "edema": 0, "scar": 0}
     assert [of["finding"] for of in result.notes["not_evaluable"]] == ["edema", "scar"]
     assert not [name for name in value["trained"] if name.endswith(("edema", "scar"))]
+
+
+def test_examples_hold_found_and_true_boxes_of_images_that_have_some() -> None:
+    found = predictions(14, 0.3)
+    found.arrays["found"][1, 1] = [-5, 0, 70, 20, 1, 0.95]
+    examples = scored(found).examples
+    assert examples is not None
+    assert [of.sample for of in examples.boxes] == [1, 2, 4, 5, 7, 8]
+    first, second = examples.boxes[:2]
+    assert first.truth == [Box("mass", 28, 8, 60, 40)]
+    assert first.found == [Box("edema", 0, 0, 64, 20, 0.95), Box("mass", 42, 8, 64, 40, 0.3)]
+    assert second.found == [Box("mass", 18, 8, 50, 40, 0.9)]
 
 
 def test_published_switches_change_numbers_in_their_direction() -> None:

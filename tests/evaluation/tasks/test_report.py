@@ -27,6 +27,8 @@ from medvlp.evaluation.heads.report import (
     texts_of,
 )
 from medvlp.evaluation.heads.report_decoder import ReportDecoder
+from medvlp.evaluation.report import examples, results
+from medvlp.evaluation.report.joining import complete
 from medvlp.evaluation.report_baselines import Baselines
 from medvlp.evaluation.supervised import Supervised, finetuning_config, train_here
 from medvlp.evaluation.task import TaskResult
@@ -132,6 +134,9 @@ def test_reports_are_not_cut_where_pre_training_cut_them(run: Path, tmp_path: Pa
 
 def test_both_networks_and_the_baselines_are_scored_on_whole_reports(run: Path) -> None:
     found = ask(run)
+    stored = results.read(next(run.glob("evaluation-units/report/*/result.json")))
+    complete(stored)
+    told = examples.read(run, stored, "report", "fraction-1-seed-0").texts
     texts = {"most-frequent", "random", "nearest-image", "normal", "same-findings"}
     models = {"trained", "untrained", "reference"} | texts
     assert set(found.models) == models
@@ -151,6 +156,11 @@ def test_both_networks_and_the_baselines_are_scored_on_whole_reports(run: Path) 
     rows = list(csv.DictReader(next(run.rglob("reports.csv")).open(newline="")))
     keys = [reader.key("test", i) for i in range(reader.sample_count("test"))]
     assert [row["key"] for row in rows] == keys
+    assert len(told) == 6
+    assert (told[0].sample, told[-1].sample) == (0, len(keys) - 1)
+    for example in told:
+        row = rows[example.sample]
+        assert (example.generated, example.reference) == (row["generated"], row["reference"])
     settings = Config().data
     for i in (0, 5):
         report = report_text(reader.metadata("test", i), settings)

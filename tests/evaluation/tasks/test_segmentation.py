@@ -14,10 +14,12 @@ import torch
 from medvlp.config import Config, ConfigError
 from medvlp.data.batch import Batch, Text
 from medvlp.data.fields import Masks
+from medvlp.evaluation.heads import segmentation as heads
 from medvlp.evaluation.heads.segmentation import mask_counts, mask_truth
 from medvlp.evaluation.mask_baselines import taught
 from medvlp.evaluation.metrics.bootstrap import PatientBootstrap
 from medvlp.evaluation.metrics.segmentation import THRESHOLDS, pixel_counts
+from medvlp.evaluation.report.examples import mask_of
 from medvlp.evaluation.task import TaskResult, Unit
 from medvlp.evaluation.tasks.segmentation import Chosen, Segmentation, SegmentationConfig, _counted
 from medvlp.evaluation.trained import Fitted
@@ -53,6 +55,18 @@ def batches() -> list[Batch]:
     return [made(np.arange(start, min(start + 7, COUNT))) for start in range(0, COUNT, 7)]
 
 
+class Drawing(heads.Segmentation):
+    """Draws the truth, moved to the right by 4 pixels, with probability 0.7."""
+
+    def __init__(self) -> None:
+        torch.nn.Module.__init__(self)
+        self.columns, self.uncertain = [0, 1, 2], [np.nan] * 3
+
+    def _answers(self, batch: Batch) -> list[torch.Tensor]:
+        truth, _ = mask_truth(batch, self.columns, self.uncertain)
+        return [(truth.roll(4, 3).float() * 0.7 + 0.1).logit()]
+
+
 class Rows:
     """What `score` asks of a network and of a view: images of the split, patients, resamples."""
 
@@ -60,9 +74,17 @@ class Rows:
         roles={"evaluated": "test", "selection": "valid"}, index=SimpleNamespace(label_names=NAMES)
     )
 
+    config = Config()
+
     def batches(self, view: Any, role: str, positions: np.ndarray) -> list[Batch]:
         assert (role, len(positions)) == ("evaluated", COUNT)
         return batches()
+
+    def predict(self, view: Any, role: str, positions: np.ndarray, look: Any) -> Predictions:
+        assert role == "evaluated"
+        rows = np.sort(positions)
+        found = look(Drawing(), made(rows))
+        return Predictions(rows, {name: of.numpy().astype(np.uint8) for name, of in found.items()})
 
     def patients(self, role: str, sample: np.ndarray) -> np.ndarray:
         return sample // 2
@@ -134,6 +156,21 @@ def test_networks_stand_beside_masks_without_a_network() -> None:
     assert result.notes["counts"]["edema"] == {"positives": 6, "known": 18}
     assert [of["finding"] for of in result.notes["not_evaluable"]] == ["scar"]
     assert result.models["untrained"]["dice_pos/mass"].low is not None
+
+
+def test_examples_are_of_every_finding_and_of_what_is_absent_and_show_what_was_drawn() -> None:
+    examples = scored().examples
+    assert examples is not None
+    assert [(of.sample, of.finding) for of in examples.masks] == [
+        (1, "mass"), (2, "edema"), (4, "mass"), (6, "edema"), (5, "mass"), (10, "edema"),
+        (0, "mass"), (3, "edema"),
+    ]  # fmt: skip
+    assert (examples.side, examples.crop) == (SIZE, "center")
+    for example in examples.masks:
+        truth, _ = mask_truth(made(np.array([example.sample])), [0, 1, 2], [np.nan] * 3)
+        of = truth[0, NAMES.index(example.finding)].numpy()
+        np.testing.assert_array_equal(mask_of(example.truth, SIZE), of)
+        np.testing.assert_array_equal(mask_of(example.predicted, SIZE), np.roll(of, 4, 1))
 
 
 def test_published_switches_change_numbers_in_their_direction() -> None:
