@@ -134,7 +134,7 @@ class Session:
         if task.fits_to_labels and splits not in self._apart:
             check_apart(self.reader, splits, self.config.evaluation.shared_patients, self.say)
             self._apart.add(splits)
-        from medvlp.evaluation.supervised import learnable
+        from medvlp.evaluation.learned_samples import learnable
         from medvlp.evaluation.trained import TrainedTask
 
         if not isinstance(task, TrainedTask):
@@ -291,7 +291,8 @@ class View:
 
     def drawn(self, unit: Unit) -> NDArray[np.int64]:
         """Positions of the samples that a unit of a task that trains learns from, ascending."""
-        from medvlp.evaluation.supervised import draw, unit_config
+        from medvlp.evaluation.learned_samples import draw
+        from medvlp.evaluation.supervised import unit_config
         from medvlp.evaluation.trained import TrainedTask
 
         assert isinstance(self._task, TrainedTask)

@@ -26,7 +26,8 @@ from medvlp.data.order import Positions
 from medvlp.data.sample_store import SampleStore
 from medvlp.data.text import Tokenizer
 from medvlp.evaluation.heads.objective import SupervisedObjective
-from medvlp.evaluation.splits import check_apart, stratified_fraction
+from medvlp.evaluation.learned_samples import draw, learnable
+from medvlp.evaluation.splits import check_apart
 from medvlp.evaluation.task import EvaluationError, Role, Unit, schemas, tasks
 from medvlp.evaluation.trained import DEFAULTS, TrainedTask
 from medvlp.evaluation.while_training import MeasuredPretraining
@@ -166,26 +167,6 @@ class Supervised(Recipe):
         with suppress(MedvlpError):
             said["finetune.run"] = self._source.weights
         return {key: value if isinstance(value, str) else json.dumps(value) for key, value in said.items()}
-
-
-def draw(task: TrainedTask, reader: ShardReader, config: Config, store: SampleStore) -> Positions:
-    """The samples of `finetune.fraction` of the patients that have something to learn, by `train.seed`."""
-    split = config.data.split
-    rows = learnable(task, reader, split, store)
-    if not len(rows):
-        raise EvaluationError(f"{task.name}: no sample of split {split} has {task.teaches}")
-    names = reader.index.label_names
-    columns = [names.index(name) for name in task.findings(names)]
-    patients = np.array([reader.metadata(split, int(row))["patient_id"] for row in rows])
-    labels = store.labels[rows][:, columns]
-    return rows[stratified_fraction(patients, labels, config.finetune.fraction, config.train.seed)]
-
-
-def learnable(task: TrainedTask, reader: ShardReader, split: str, store: SampleStore) -> Positions:
-    """The readable samples of a split that the task can learn from or be measured on."""
-    readable = np.ones(len(store), dtype=bool)
-    readable[store.unreadable] = False
-    return np.flatnonzero(task.learnable(reader, split, store) & readable)
 
 
 def run_config(

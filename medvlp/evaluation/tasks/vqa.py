@@ -168,7 +168,7 @@ class VQA(TrainedTask):
 
     def choose(self, view: View, unit: Unit, networks: Mapping[str, Network]) -> Baselines:
         """Teach the baselines with the samples that the networks have seen."""
-        from medvlp.evaluation.supervised import learnable
+        from medvlp.evaluation.learned_samples import learnable
 
         network, dataset = networks["trained"], view.dataset("train")
         drawn = network.drawn(view)
