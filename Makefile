@@ -56,28 +56,33 @@ checks: $(INSTALLED)
 bench: $(INSTALLED)
 	for benchmark in tests/benchmarks/[a-z]*.py; do $(BIN)/python $$benchmark || exit 1; done
 
-# Every method of COMPARED and its ablation, for each of SEEDS (SEEDS="0 1 2"); finished trainings and evaluations are
-# kept, so it goes on where it was stopped, and calls with other seeds may run at the same time. ENCODER, a file of
-# configs/models, is the image encoder of all; without it MPMA has a ViT and the others a ResNet. $(OPTIONS) go over
-# the configs.
+# Every method of COMPARED and its ablation, for each of SEEDS (SEEDS="0 1 2"). Two runs at a time, one thread each; finished
+# trainings and evaluations are kept, so it goes on where it was stopped. ENCODER, a file of configs/models, is the image
+# encoder of all. $(OPTIONS) go over the configs. The combination has MGCA's ablation: its own would be the same, bit for bit.
 COMPARED := mgca prior mpma medslip place combination
-ENCODER ?=
-compared = $(foreach seed,$(SEEDS),$(COMPARED:%=$(BENCH)/methods/%$(1)-$(seed)))
+ENCODER ?= hybrid_phantom
+ABLATIONS = $(patsubst combination,mgca,$(COMPARED))
+with = $(foreach seed,$(SEEDS),$(COMPARED:%=%-$(seed)))
+without = $(foreach seed,$(SEEDS),$(ABLATIONS:%=%-ablation-$(seed)))
 bench-methods: $(INSTALLED)
 	test -e $(BENCH)/shards/index.json || \
 	  $(BIN)/medvlp shards build phantom --out $(BENCH)/shards --studies 5000 --image-size 128 --seed 2 --workers 2
-	for seed in $(SEEDS); do for method in $(COMPARED); do for kind in $$method $$method-ablation; do \
-	  case $$method in mpma) encoder=$(or $(ENCODER),vit_phantom);; *) encoder=$(or $(ENCODER),resnet_phantom);; esac; \
-	  run=$(BENCH)/methods/$$kind-$$seed; \
-	  files="configs/benchmarks/phantom.yaml configs/models/$$encoder.yaml configs/benchmarks/$$method.yaml"; \
-	  test ! -e configs/benchmarks/$$method-compared.yaml || files="$$files configs/benchmarks/$$method-compared.yaml"; \
-	  test $$kind = $$method || files="$$files configs/benchmarks/$$kind.yaml"; \
-	  $(BIN)/medvlp pretrain $$files data.root=$(BENCH)/shards run.dir=$$run train.seed=$$seed $(OPTIONS) --nproc 2 && \
-	  $(BIN)/medvlp evaluate $$run evaluation.tasks.retrieval.sentences=true || exit 1; \
-	done; done; done
-	$(BIN)/medvlp compare $(call compared) $(addprefix --against ,$(call compared,-ablation)) --markdown
+	$(MAKE) --no-print-directory -j 2 $(addprefix bench-methods-,$(sort $(with) $(without)))
+	$(BIN)/medvlp compare $(addprefix $(BENCH)/methods/,$(with)) \
+	  $(addprefix --against $(BENCH)/methods/,$(without)) --markdown
 	$(BIN)/python tests/benchmarks/studies/cluster_quality.py \
 	  $(foreach seed,$(SEEDS),$(BENCH)/methods/mgca-$(seed) $(BENCH)/methods/mgca-ablation-$(seed))
+
+# $* is METHOD-SEED or METHOD-ablation-SEED.
+bench-methods-%: export OMP_NUM_THREADS = 1
+bench-methods-%: method = $(firstword $(subst -, ,$*))
+bench-methods-%: seed = $(lastword $(subst -, ,$*))
+bench-methods-%:
+	$(BIN)/medvlp pretrain configs/benchmarks/phantom.yaml configs/benchmarks/methods.yaml configs/models/$(ENCODER).yaml \
+	  configs/benchmarks/$(method).yaml $(wildcard configs/benchmarks/$(method)-compared.yaml) \
+	  $(if $(findstring ablation,$*),configs/benchmarks/$(method)-ablation.yaml) \
+	  data.root=$(BENCH)/shards run.dir=$(BENCH)/methods/$* train.seed=$(seed) $(OPTIONS) --nproc 1
+	$(BIN)/medvlp evaluate $(BENCH)/methods/$*
 
 # Every downstream task on a network of each method, pre-trained where it is not there. Two methods at a time, one thread
 # each (configs/benchmarks/tasks.yaml says how heads are trained); finished units are kept, so a second call goes on.

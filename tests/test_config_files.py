@@ -258,9 +258,11 @@ def test_the_configs_of_the_comparison_go_on_top_of_each_other(
 ) -> None:
     """In the order of `make bench-methods`."""
     folder = repository / "configs" / "benchmarks"
-    files = [folder / "phantom.yaml", folder / f"{method}.yaml", folder / f"{method}-compared.yaml"]
-    encoder = repository / "configs" / "models" / f"{'vit' if method == 'mpma' else 'resnet'}_phantom.yaml"
-    ablation = [folder / f"{method}-ablation.yaml"] if kind else []
-    chain = [files[0], encoder, *(file for file in files[1:] if file.exists()), *ablation]
+    encoder = repository / "configs" / "models" / "hybrid_phantom.yaml"
+    chain = [folder / "phantom.yaml", folder / "methods.yaml", encoder, folder / f"{method}.yaml"]
+    chain += [file for file in [folder / f"{method}-compared.yaml"] if file.exists()]
+    if kind:
+        # The combination's would be MGCA's (`test_the_combination_without_all_but_the_instance_loss`).
+        chain += [folder / f"{method}-ablation.yaml"] if method != "combination" else []
     config = config_files.load(chain, ["data.root=d", "run.dir=r"], schemas(), tasks=task.schemas())
     assert config.method.name == method

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -162,3 +163,30 @@ def gradients(ranks: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
 def test_gradient_equals_that_of_one_process(gloo_pool, ranks: int) -> None:
     _, expected = gradients(1)
     assert_equal_gradients(gloo_pool(ranks).run(gradients, ranks), expected)
+
+
+def test_without_all_but_the_instance_loss_it_is_mgca_s_ablation(repository: Path) -> None:
+    """Bit for bit, from the same seed: why `make bench-methods` trains no ablation of the combination."""
+    folder = repository / "configs" / "benchmarks"
+    encoder = repository / "configs" / "models" / "hybrid_phantom.yaml"
+    shared = [folder / "phantom.yaml", folder / "methods.yaml", encoder]
+    words = ["data.root=d", "run.dir=r", f"data.image_size={small_mgca.SIZE}"]
+    less = ["method.place_weight=0", "method.mgca.token_weight=0", "method.mgca.prototype_weight=0"]
+    alone = load([*shared, folder / "mgca.yaml", folder / "mgca-ablation.yaml"], words, schemas())
+    combined = load(
+        [*shared, folder / "combination.yaml"], [*words, *less, "prototypes.init=random"], schemas()
+    )
+    for name in ("data", "image", "text", "train", "optimizer", "prototypes"):
+        assert getattr(alone, name) == getattr(combined, name), name
+    found = []
+    batch = small_mgca.small_batch([3, 5, 2, 4])
+    for config in (alone, combined):
+        torch.manual_seed(3)
+        built = build_method(config, VOCABULARY).train()
+        torch.manual_seed(4)
+        loss = built(batch).loss
+        loss.backward()
+        found.append([loss, *built.parameters(), *(one.grad for one in built.parameters())])
+    assert len(found[0]) == len(found[1])
+    for one, other in zip(*found, strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
