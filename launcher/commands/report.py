@@ -31,28 +31,19 @@ def report(
     Images and report texts stand in it only where the data are phantoms, or with --include-samples: it is
     then as confidential as the data. The page loads nothing and can be mailed.
     """
-    from medvlp.evaluation.report import results
-    from medvlp.run_page.history import read_history
-    from medvlp.run_page.page import RunPart, render
+    from medvlp.run_page.collect import collect
+    from medvlp.run_page.page import render
+    from medvlp.run_page.showable import Asked
     from shards.atomic import atomic_write
 
     console = Console(stderr=True)
+    asked = Asked(samples, data, include_samples)
     parts: list[RunPart] = []
     for run in runs:
-        history = read_history(run)
-        if any(part.history.name == history.name for part in parts):
-            folder = run.resolve()
-            history.name = f"{history.name} ({folder.parent.name}/{folder.name})"
-        evaluated = (run / RESULT_NAME).is_file()
-        part = RunPart(history, results.read(run / RESULT_NAME) if evaluated else None)
-        part.samples, why = _samples(part, run, data, samples, include_samples)
-        if why:
+        part = collect(run, run / RESULT_NAME, asked, {other.history.name for other in parts})
+        for reason in _missing(part):
             console.print(
-                f"{history.name}: no samples: {why}",
-                style="dim",
-                markup=False,
-                highlight=False,
-                soft_wrap=True,
+                f"{part.history.name}: {reason}", style="dim", markup=False, highlight=False, soft_wrap=True
             )
         parts.append(part)
     if len({part.history.name for part in parts}) < len(parts):
@@ -61,25 +52,8 @@ def report(
     typer.echo(str(out))
 
 
-def _samples(part: RunPart, run: Path, data: str | None, count: int, meant: bool):  # type: ignore[no-untyped-def]
-    """(samples to show, why there are none)."""
-    import medvlp
-    from medvlp.run_page.samples import is_phantom, shown_samples
-    from shards.format import is_remote
-
-    if count == 0:
-        return (), ""
-    if part.evaluation is None:
-        return (), "the run was not evaluated"
-    root = data or str(part.evaluation.data.get("root"))
-    if data is None and (is_remote(root) or not Path(root).is_dir()):
-        return (), f"the data are not at {root}; --data says where"
-    dataset = medvlp.open_dataset(root, part.evaluation.data["split"])
-    if dataset.fingerprint != part.evaluation.data["fingerprint"]:
-        return (), f"{root} is not what was evaluated"
-    if not (meant or is_phantom(dataset)):
-        return (), "images and reports of patients stand in the page only with --include-samples"
-    checkpoint = run / "checkpoints" / str(part.evaluation.model.get("checkpoint"))
-    if not checkpoint.is_dir():
-        return (), "the evaluated checkpoint is gone"
-    return shown_samples(medvlp.load(checkpoint), dataset, count), ""
+def _missing(part: RunPart) -> list[str]:
+    """What of a run is not on the page, and why."""
+    lines = [f"no samples: {part.no_samples}"] if part.no_samples else []
+    lines += [f"{task}: {of.remark}" for task, of in part.examples.items() if of.remark]
+    return lines + ([f"clusters: {line}" for line in part.clusters.remarks] if part.clusters else [])

@@ -11,7 +11,7 @@ import numpy as np
 
 from medvlp.evaluation.metrics.clinical import LabelTable, no_finding, plain
 from medvlp.evaluation.task import EvaluationError
-from shards.entities.extractor import extract
+from shards.entities.extractor import StatedWords, extract, stated_words
 from shards.entities.observations import observation_class
 from shards.entities.vocabulary import EXCLUDED, NORMAL_OBSERVATIONS, TAIL
 from shards.strict_json import JsonError, read_limited
@@ -68,6 +68,17 @@ def stated(texts: Sequence[str], names: Sequence[str]) -> LabelTable:
             devices = [other for other in names if plain(other).removesuffix("s") == _DEVICES]
             values[:, column] = no_finding(table, [name, *devices])
     return table
+
+
+def marked(text: str, names: Sequence[str]) -> tuple[str, list[StatedWords]]:
+    """A report in lower case with one space between words, and the words in it that state one of the labels.
+
+    Args:
+        names: those of `labelled`; "No Finding" is stated by no words of its own.
+    """
+    wanted = {one for classes in _classes(names).values() for one in classes}
+    shown, found = stated_words(text)
+    return shown, [of for of in found if wanted & {observation_class(name) for name in of.observations}]
 
 
 def read_labels(path: Path, texts: Mapping[str, str]) -> LabelTable:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from medvlp.evaluation.report.results import Evaluation
 from medvlp.evaluation.task import schemas
 from medvlp.methods.registry import schemas as method_schemas
 from medvlp.run_page.charts import line_chart
+from medvlp.run_page.clusters import AGREEMENT, ClusterPart
 from medvlp.run_page.curves import CurvePart, curve_part
+from medvlp.run_page.examples import ExamplePart
 from medvlp.run_page.history import History, chosen_values, differences, flat, without_places
 from medvlp.run_page.samples import Shown
 from medvlp.run_page.tables import Cell, TableOf
@@ -34,16 +36,25 @@ _GROUPS = {
     "prototypes": ("prototypes/", "clusters/"),
 }
 #: Logged, and of no use as a curve.
-_LEFT_OUT = ("step_seconds", "memory_gib", "checkpoint/")
+_LEFT_OUT = ("step_seconds", "memory_gib", "checkpoint/", *AGREEMENT)
 
 
 @dataclass
 class RunPart:
-    """One run on the page: its folder's facts, its evaluation, and samples where they may be shown."""
+    """One run on the page.
+
+    Attributes:
+        history: its folder's facts. evaluation: None for a run that was not evaluated.
+        samples: test images, where they may be shown; `no_samples`: why there are none.
+        examples: of the tasks that have some, by task. clusters: what its folder has of them.
+    """
 
     history: History
     evaluation: Evaluation | None = None
     samples: Sequence[Shown] = ()
+    no_samples: str = ""
+    examples: Mapping[str, ExamplePart] = field(default_factory=dict)
+    clusters: ClusterPart | None = None
 
 
 def render(parts: Sequence[RunPart]) -> str:
@@ -60,6 +71,10 @@ def render(parts: Sequence[RunPart]) -> str:
         for part in parts
         if part.evaluation is not None
     }
+    results = results_parts(known)
+    for of in results:
+        of.examples = [part.examples[of.task] for part in parts
+                       if part.history.name in of.runs and of.task in part.examples]  # fmt: skip
     if len(histories) > 1:
         changed, caption = differences(histories), "config keys that differ between the runs"
     else:
@@ -70,7 +85,7 @@ def render(parts: Sequence[RunPart]) -> str:
     return environment.get_template("page.html.j2").render(
         parts=parts,
         names=[history.name for history in histories],
-        results=results_parts(known),
+        results=results,
         charts=charts(histories),
         config=TableOf(caption, ["key", *(h.name for h in histories)],
                        [[Cell(key), *(Cell(without_places(str(value))) for value in values)]
@@ -110,11 +125,13 @@ def charts(histories: Sequence[History]) -> list[tuple[str, Markup]]:
 
 @dataclass
 class TaskPart:
-    """One task of runs that were evaluated alike: its tables, and its curves."""
+    """One task of runs that were evaluated alike: its tables, curves and examples."""
 
     task: str
+    runs: list[str]
     tables: list[TableOf]
     curves: CurvePart | None
+    examples: list[ExamplePart] = field(default_factory=list)
 
 
 def results_parts(known: Mapping[str, tuple[Path, Evaluation]]) -> list[TaskPart]:
@@ -124,7 +141,7 @@ def results_parts(known: Mapping[str, tuple[Path, Evaluation]]) -> list[TaskPart
         for task in dict.fromkeys(task for _, evaluation in group.values() for task in evaluation.results):
             having = {name: one for name, one in group.items() if task in one[1].results}
             made = _task_tables({name: one for name, (_, one) in having.items()}, task)
-            found.setdefault(task, []).append(TaskPart(task, made, curve_part(having, task)))
+            found.setdefault(task, []).append(TaskPart(task, list(having), made, curve_part(having, task)))
     return [part for parts in found.values() for part in parts]
 
 

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import base64
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from medvlp.library.dataset import Dataset, Sample
 from medvlp.library.model import Model
+from medvlp.run_page.pictures import data_url
 from shards.errors import UsageError
-from shards.images import encode_jpeg
 
 #: Reports among which the nearest is looked for.
 AMONG = 64
-#: Side of a picture on the page in pixels.
-SIDE = 224
 
 
 @dataclass(frozen=True)
@@ -41,12 +37,6 @@ class Shown:
     nearest: str
     rank: int | None
     among: int
-
-
-def is_phantom(dataset: Dataset) -> bool:
-    """Whether the images are drawn ones, which anybody may see."""
-    source = dataset.arguments.get("source")
-    return isinstance(source, dict) and source.get("name") == "phantom"
 
 
 def shown_samples(model: Model, dataset: Dataset, count: int) -> list[Shown]:
@@ -98,23 +88,9 @@ def _shown(
     overlay = finding = ""
     if model.method.grounds and present:
         finding = present[0]
-        overlay = _picture(model.ground(sample.image, finding).overlay())
+        overlay = data_url(model.ground(sample.image, finding).overlay())
     order = [] if similar is None else np.argsort(-similar, kind="stable").tolist()
     return Shown(
-        sample.key, _picture(sample.image), overlay, finding, present, scores, _read_by(model, sample),
+        sample.key, data_url(sample.image), overlay, finding, present, scores, _read_by(model, sample),
         _read_by(model, read[order[0]]) if order else "", order.index(row) + 1 if order else None, len(read),
     )  # fmt: skip
-
-
-def _picture(pixels: NDArray[np.uint8]) -> str:
-    """A data URL of a small JPEG."""
-    scale = SIDE / max(pixels.shape[:2])
-    size = (max(1, round(pixels.shape[1] * scale)), max(1, round(pixels.shape[0] * scale)))
-    small = np.asarray(
-        cv2.resize(pixels, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
-    )
-    if small.ndim == 2:
-        data = encode_jpeg(small.astype(np.uint8), 85)
-    else:
-        data = cv2.imencode(".jpg", np.ascontiguousarray(small[:, :, ::-1]))[1].tobytes()
-    return "data:image/jpeg;base64," + base64.b64encode(data).decode()

@@ -6,7 +6,7 @@ the subject of the sentence, or the site the observation implies.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -48,6 +48,16 @@ _SIDE_AFTER = re.compile(
 
 
 @dataclass(frozen=True)
+class StatedWords:
+    """Characters `start` to `end` of a text, which state observations: 1 present, 0 absent, -1 uncertain."""
+
+    start: int
+    end: int
+    observations: tuple[str, ...]
+    value: int
+
+
+@dataclass(frozen=True)
 class _Mention:
     """One term in a sentence with what the sentence asserts about it."""
 
@@ -85,19 +95,32 @@ def extract(sections: Mapping[str, str]) -> list[Entity]:
     return list(dict.fromkeys(entity for sentence in sentences for entity in extract_sentence(sentence)))
 
 
+def stated_words(text: str) -> tuple[str, list[StatedWords]]:
+    """A text in lower case with one space between words, and where in it observations are stated.
+
+    Sentences that `statements` puts together anew (rows of tables, answers apart from their question) have
+    entities and no place.
+    """
+    shown, found, begin = _plain(text), list[StatedWords](), 0
+    for statement in statements(text):
+        sentence = _plain(statement)
+        place = shown.find(sentence, begin)
+        if place < 0:
+            continue
+        begin = place + len(sentence)
+        found += [
+            StatedWords(place + mention.start, place + mention.end, tuple(mention.term.observations), value)
+            for mention, value, _ in _stating(sentence, _mentions(sentence))
+        ]
+    return shown, found
+
+
 # Reports share many sentences.
 @lru_cache(maxsize=65536)
 def extract_sentence(sentence: str) -> tuple[Entity, ...]:
     """Entities of one sentence; values are 1 (present), 0 (absent) and -1 (uncertain)."""
-    sentence = " ".join(sentence.lower().split())
-    matches = list(TERM_PATTERN.finditer(sentence))
-    terms = [TERMS[int((match.lastgroup or "t0")[1:])] for match in matches]
-    nouns = [term.kind == "finding" for term in terms]
-    values = assertions(sentence, [match.span() for match in matches], nouns)
-    mentions = [
-        _Mention(match.start(), match.end(), term, value)
-        for match, term, value in zip(matches, terms, values, strict=True)
-    ]
+    sentence = _plain(sentence)
+    mentions = _mentions(sentence)
     # An anatomy inside a term is part of it; but a term without observations may be an anatomy.
     places = [
         place
@@ -106,14 +129,34 @@ def extract_sentence(sentence: str) -> tuple[Entity, ...]:
     ]
     linker = _Linker(sentence, mentions, places)
     entities: list[Entity] = []
+    for mention, value, number in _stating(sentence, mentions):
+        for anatomy in linker.anatomies(number):
+            entities += [Entity(anatomy, name, value) for name in mention.term.observations]
+    return (*entities, *_implied(entities))
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def _mentions(sentence: str) -> list[_Mention]:
+    matches = list(TERM_PATTERN.finditer(sentence))
+    terms = [TERMS[int((match.lastgroup or "t0")[1:])] for match in matches]
+    nouns = [term.kind == "finding" for term in terms]
+    values = assertions(sentence, [match.span() for match in matches], nouns)
+    return [
+        _Mention(match.start(), match.end(), term, value)
+        for match, term, value in zip(matches, terms, values, strict=True)
+    ]
+
+
+def _stating(sentence: str, mentions: Sequence[_Mention]) -> Iterator[tuple[_Mention, int, int]]:
+    """(mention, value, number) of those that state something."""
     for number, mention in enumerate(mentions):
         if mention.value is None or (mention.term.kind == "vague" and mention.value != ABSENT):
             continue
-        if _is_modifier(mention, number, mentions, sentence):
-            continue
-        for anatomy in linker.anatomies(number):
-            entities += [Entity(anatomy, name, mention.value) for name in mention.term.observations]
-    return (*entities, *_implied(entities))
+        if not _is_modifier(mention, number, mentions, sentence):
+            yield mention, mention.value, number
 
 
 def _is_modifier(mention: _Mention, number: int, mentions: Sequence[_Mention], sentence: str) -> bool:

@@ -6,120 +6,32 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import pytest
-from typer.testing import CliRunner, Result
 
-from launcher.main import app
-from medvlp.evaluation.metrics.bootstrap import Estimate
 from medvlp.evaluation.report import results, scores
 from medvlp.evaluation.task import Scores
 from medvlp.run_page import history
 from medvlp.run_page.charts import line_chart
 from medvlp.runs.errors import RunFolderError
-from medvlp.runs.manifest import Manifest
 from shards.errors import UsageError
 from shards.reader import ShardReader
-from tests.export.conftest import data as data
-from tests.export.saved import save_run
+from tests.run_page.made import Page, add_clusters, add_examples, invoke, made_scores
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
-_VOID = {"meta", "img", "br", "path", "use", "rect"}
 #: Attributes with which a page would load something.
 _LOADS = ("src", "href", "xlink:href", "action", "data", "srcset", "poster")
 
 
-class Page(HTMLParser):
-    """Tags, attributes and text of a page; fails where a tag does not close."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in _VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in _VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data + " "
-
-
-def invoke(*words: object) -> Result:
-    return CliRunner().invoke(app, ["report", *(str(word) for word in words)])
-
-
-def made_scores() -> Scores:
-    """Of edema: two present, of which one is called, and two absent, of which none is."""
-    truth = np.array([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0], [0.0, 0.0]])
-    trained = np.array([[2.0, 1.0], [-1.0, 2.0], [-2.0, 3.0], [0.5, 0.0]])
-    models = {"trained": trained, "pixels": trained[::-1].copy()}
-    return Scores(np.arange(4), ["edema", "mass"], truth, models, {"trained": {"edema": 1.0}})
-
-
 @pytest.fixture(scope="module")
-def make(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`make(name, auroc, *overrides)`: a run with metrics, events and an evaluation of the phantoms."""
-
-    def write(name: str, auroc: float, *overrides: str) -> Path:
-        run = tmp_path_factory.mktemp("runs") / name
-        save_run(data, run, *overrides)
-        lines = [{"step": n, "epoch": 0, "loss": 2 / n, "loss/word": 1 / n, "lr": n * 1e-4, "x<y": 1.0}
-                 for n in range(1, 30)]  # fmt: skip
-        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3')
-        events = [
-            {"kind": "start", "step": 0},
-            {"kind": "resume", "step": 12},
-            {"kind": "resume", "step": 20},
-        ]
-        (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-        (run / "environment.json").write_text(
-            json.dumps({"packages": {"torch": "9.9"}, "host": "secret-host"})
-        )
-        manifest = Manifest.read(run / "checkpoints" / "step-00000003")
-        numbers = {
-            "auroc/macro": Estimate(auroc, auroc - 0.1, auroc + 0.1),
-            "auroc/edema": Estimate(0.25, 0.2, 0.3),
-            "auroc/mass": Estimate(0.125, 0.1, 0.2),
-        }
-        evaluation = results.Evaluation(
-            model={"name": name, "run": str(run), "checkpoint": "step-00000003", "step": 3,
-                   "weights": manifest.files["weights.safetensors"]["xxh3_128"]},
-            data={"root": str(data), "name": "phantom", "split": "test",
-                  "fingerprint": ShardReader(data).index.fingerprint},
-            settings={"uncertain": "exclude"},
-            results={"zero-shot": {"trained": numbers, "chance": {"auroc/macro": Estimate(0.5, None, None)}}},
-            notes={"zero-shot": {"threshold_split": "valid"}},
-        )  # fmt: skip
-        folder = run / results.FOLDER / "zero-shot" / f"whole-{'0' * 16}"
-        folder.mkdir(parents=True)
-        kept = results.KeptFile("0" * 32, scores.write(made_scores(), folder))
-        evaluation.scores = {"zero-shot": {"whole": kept}}
-        results.write(evaluation, run / "evaluation.json")
-        return run
-
-    return write
-
-
-@pytest.fixture(scope="module")
-def run(make: Callable[..., Path]) -> Path:
-    return make("first", 0.75)
+def run(make: Callable[..., Path], data: Path) -> Path:
+    made = make("first", 0.75)
+    add_examples(made, data)
+    add_clusters(made)
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +56,8 @@ def test_it_says_what_the_run_is(html: Path) -> None:
         "edema 1 1 0 2 0.500 1.000 1 ", "sensitivity",
     ):  # fmt: skip
         assert told in text, told
-    assert sum(tag == "svg" for tag, _ in page.tags) == 2 + 6, "losses, learning rate, two kinds of curves"
+    drawn = sum(tag == "svg" for tag, _ in page.tags)
+    assert drawn == 2 + 6 + 1, "losses, learning rate, two kinds of curves, NMI"
     assert "secret-host" not in text
     assert len(html.read_bytes()) < 5e6
 

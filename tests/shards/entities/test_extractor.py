@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.entities.extractor import extract, extract_sentence
+from shards.entities.extractor import StatedWords, extract, extract_sentence, stated_words
 from shards.entities.landmarks import landmark
 from shards.entities.observations import observation_class
 
@@ -158,3 +158,14 @@ def test_time_stays_bounded_on_a_sentence_without_end(word: str) -> None:
     start = time.perf_counter()
     extract_sentence("mild " + word * 400 + "effusion")
     assert time.perf_counter() - start < 5
+
+
+def test_the_words_that_state_something_have_their_place() -> None:
+    shown, found = stated_words("No  effusion.\nPossible LEFT edema. Stable mild cardiomegaly.")
+    assert shown == "no effusion. possible left edema. stable mild cardiomegaly."
+    assert [(shown[of.start : of.end], of.value) for of in found] == [
+        ("effusion", 0), ("edema", -1), ("cardiomegaly", 1),
+    ]  # fmt: skip
+    assert found[0] == StatedWords(3, 11, ("effusion",), 0)
+    # A question and its answer are put together anew: there is no place to mark.
+    assert stated_words("Effusion?\nNone.")[1] == []
