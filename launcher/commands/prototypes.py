@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -10,6 +10,11 @@ from rich.console import Console
 from launcher.command_words import CommandGroup
 from launcher.commands import prototype_questions
 from shards.errors import UsageError
+
+if TYPE_CHECKING:
+    from medvlp.config import Config
+    from medvlp.runs.saved_run import SavedRun
+    from medvlp.serving.cluster_report import Members
 
 app = typer.Typer(
     cls=CommandGroup, no_args_is_help=True, help="Clusters of a run for people and mining jobs."
@@ -70,8 +75,42 @@ def gallery(
 
     folder = folder_of(run)
     members = Members.of(Snapshot.read(folder / SNAPSHOT))
-    config = saved_run.load_config(saved_run.locate(run), [], data)
-    typer.echo(str(write_gallery(members, config.data, folder, images, clusters, _say())))
+    source = saved_run.locate(run)
+    config = saved_run.load_config(source, [], data)
+    page = write_gallery(members, config.data, folder, images, clusters, _say())
+    _share(page, members, source, config)
+    typer.echo(str(page))
+
+
+#: Sheets of the largest clusters that are sent to W&B.
+_SHARED = 24
+
+
+def _share(page: Path, members: "Members", source: "SavedRun", config: "Config") -> None:
+    """Add the gallery to the W&B run of the training, where its user shares samples."""
+    from medvlp import trust
+    from medvlp.training.wandb_run import WandbRun, known_id
+
+    key, entity = "monitor.share_samples", config.monitor.entity
+    run_id = source.manifest.wandb_run_id or known_id(source.run)
+    if run_id is None or not (config.monitor.share_samples and trust.is_said(key, True)):
+        return
+    if entity is not None and not trust.is_said("monitor.entity", entity):
+        return
+    import numpy as np
+    from PIL import Image
+
+    sheets = sorted(page.parent.glob("cluster-*.png"), key=lambda path: -members.images[_number(path)])
+    run = WandbRun(config.monitor, source.run, source.name(config), {}, run_id, "gallery")
+    run.images("prototypes/gallery", [
+        (np.asarray(Image.open(sheet)), f"cluster {_number(sheet)}: {members.images[_number(sheet)]} images")
+        for sheet in sheets[:_SHARED]
+    ])  # fmt: skip
+    run.finish()
+
+
+def _number(sheet: Path) -> int:
+    return int(sheet.stem.rpartition("-")[2])
 
 
 @app.command()

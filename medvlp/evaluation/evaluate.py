@@ -10,6 +10,7 @@ from typing import get_args
 
 import torch
 
+from medvlp import trust
 from medvlp.config import Config
 from medvlp.data.cache import open_reader
 from medvlp.evaluation.labels import Uncertain
@@ -144,8 +145,20 @@ def evaluate(options: EvaluationOptions, say: Callable[[str], None]) -> Evaluati
     names = [task.name for task in chosen]
     evaluation.results = {name: evaluation.results[name] for name in names if name in evaluation.results}
     if not options.units:
-        track(evaluation, session.source, session.config)
+        session.config.monitor.share_samples = _shares(options, session)
+        track(evaluation, session.source, session.config, session.reader)
     return evaluation
+
+
+def _shares(options: EvaluationOptions, session: Session) -> bool:
+    """Whether the user has said, now or when the run was started, that images and reports may leave it."""
+    if not session.config.monitor.share_samples:
+        return False
+    key = "monitor.share_samples"
+    if trust.is_said(key, True) or any(word.startswith(f"{key}=") for word in options.overrides):
+        return True
+    session.say(f"no images in W&B: {key} is the run folder's word alone; say {key}=true to share them")
+    return False
 
 
 def _open(options: EvaluationOptions, say: Callable[[str], None]) -> Session:

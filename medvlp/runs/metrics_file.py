@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +55,22 @@ class MetricsFile:
             raise RunFolderError(
                 f"cannot write {self._path}: {error.strerror or error}; mend that, then start again to resume"
             ) from error
+
+
+def last_lines(path: Path, most: int) -> list[dict[str, Any]]:
+    """The last `most` lines of a file, each with its "step"; lines that are none are passed over.
+
+    Raises:
+        RunFolderError: it cannot be read.
+    """
+    found: deque[bytes] = deque(maxlen=most)
+    try:
+        with path.open("rb") as lines:
+            while line := lines.readline(_LONGEST_LINE):
+                found.append(line)
+    except OSError as error:
+        raise RunFolderError(f"cannot read {path}: {error.strerror or error}") from error
+    return [parse_json(line, _LONGEST_LINE) for line in found if _step(line) < math.inf]
 
 
 def _cut(path: Path, step: int) -> None:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from medvlp import distributed
 from medvlp.data.batch import Batch
 from medvlp.methods.base import StepOutput
-from medvlp.runs.metrics_file import MetricsFile
+from medvlp.runs.metrics_file import MetricsFile, last_lines
 from medvlp.training.callbacks import PREFIX, Callback, StepRecord
 from medvlp.training.operations import StepWork
 from medvlp.training.wandb_run import WandbRun
@@ -22,6 +22,8 @@ from medvlp.training.wandb_run import WandbRun
 logger = logging.getLogger(__name__)
 
 GIB = 2**30
+#: Lines before a checkpoint that W&B is told again when a run goes on from it.
+LOGGED_AGAIN = 1000
 
 
 class Monitor(Callback):
@@ -76,9 +78,16 @@ class Monitor(Callback):
         self.extra |= metrics
 
     def on_start(self, step: int) -> None:
-        """Cut lines of steps that will be done again; start the bar."""
+        """Cut lines of steps that will be done again; start the bar.
+
+        W&B writes what it is told every 15 s, so a lost machine takes steps with it that a checkpoint has:
+        the last lines before the checkpoint are logged again, and W&B leaves out the steps that it has.
+        """
         if distributed.is_main():
             self._file = MetricsFile(self.path, step)
+            if self.wandb_run is not None and step > 0:
+                for line in last_lines(self.path, LOGGED_AGAIN):
+                    self.wandb_run.log(line, line["step"])
         if self._progress is not None:
             self._progress.start()
             self._bar = self._progress.add_task("training", total=self.total_steps, completed=step)

@@ -41,6 +41,7 @@ from medvlp.training.engine import Engine
 from medvlp.training.hangs import Watchdog
 from medvlp.training.interrupts import EXIT_INTERRUPTED, Interrupts
 from medvlp.training.monitor import Monitor, SampleLog
+from medvlp.training.node_metrics import NodeMetrics
 from medvlp.training.operations import StepWork, step_work
 from medvlp.training.prototype_refresh import PrototypeRefresh
 from medvlp.training.prototype_revival import PrototypeRevival
@@ -329,6 +330,8 @@ def _callbacks(
             validation.clusters = lambda: refreshing.table
         callbacks.append(validation)
     callbacks.append(monitor)
+    if run_id is not None:
+        callbacks.append(NodeMetrics(wandb_run))
     if config.monitor.log_samples:
         callbacks.append(SampleLog(run_dir / "samples.jsonl", noted))
     saving = CheckpointCallback(

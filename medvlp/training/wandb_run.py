@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import numpy as np
+from numpy.typing import NDArray
+
 from medvlp.config import MonitorConfig
 
 logger = logging.getLogger(__name__)
@@ -43,11 +46,11 @@ def _key_in_netrc() -> bool:
 class WandbRun:
     """One W&B run, continued under the same id after a restart, and by an evaluation.
 
-    Metrics stand over the training step, `step`. After a restart from a checkpoint the steps since then are
-    logged again, with the same values; W&B itself leaves out steps that it has.
+    Metrics stand over the training step, `step`. After a restart from a checkpoint the steps since then, and
+    the last ones before it, are logged again with the same values; W&B itself leaves out steps that it has.
 
-    Report text and images are never sent: only numbers and the config are, and W&B's capture of the console
-    (error messages may name samples) and of code is off.
+    Report text and images are sent with `monitor.share_samples` alone (`images`, `texts`); else only numbers
+    and the config are, and W&B's capture of the console (error messages may name samples) and of code is off.
 
     Attributes:
         id: of the run, also when offline; None when disabled.
@@ -74,7 +77,7 @@ class WandbRun:
             job_type: what W&B groups runs by beside `monitor.group`.
         """
         self._run: Any = None
-        self._alerts = config.alerts
+        self._alerts, self._shares = config.alerts, config.share_samples
         self.id: str | None = None
         mode = resolve_mode(config.wandb)
         if mode == "disabled":
@@ -157,6 +160,21 @@ class WandbRun:
                 self._run.log({name: chart})
 
             self._attempt("add a plot", draw)
+
+    def images(self, name: str, pictures: Sequence[tuple[NDArray[np.uint8], str]]) -> None:
+        """Add pictures [H, W] or [H, W, 3] with captions; nothing without `monitor.share_samples`."""
+        if self._run is not None and self._shares and pictures:
+            import wandb  # see __init__
+
+            def show() -> None:
+                self._run.log({name: [wandb.Image(pixels, caption=said) for pixels, said in pictures]})
+
+            self._attempt("add images", show)
+
+    def texts(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Add a table of what is written in or about samples; nothing without `monitor.share_samples`."""
+        if self._shares:
+            self.table(name, columns, rows)
 
     def alert(self, title: str, text: str) -> None:
         """Have W&B tell the people who watch the run, with `monitor.alerts`; `text` names no sample."""

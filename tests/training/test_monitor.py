@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from medvlp.config import MonitorConfig
-from medvlp.runs.metrics_file import MetricsFile
+from medvlp.runs.errors import RunFolderError
+from medvlp.runs.metrics_file import MetricsFile, last_lines
 from medvlp.training.wandb_run import WandbRun, resolve_mode
 from tests.distributed_pool import Pools
 from tests.training.runs import Overrides, read_metrics, train
@@ -49,6 +50,14 @@ def test_lines_beyond_the_step_and_torn_ones_are_cut(tmp_path: Path) -> None:
     ]
 
 
+def test_the_last_lines_are_read_and_pieces_of_lines_are_not(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n[]\n{"step": 2, "loss": null}\n{"step": 3}\n{"st')
+    assert last_lines(path, 4) == [{"step": 2, "loss": None}, {"step": 3}]
+    with pytest.raises(RunFolderError, match="cannot read"):
+        last_lines(tmp_path / "none", 4)
+
+
 @pytest.mark.dist
 def test_metrics_of_a_run_and_its_offline_wandb_files(
     gloo_pool: Pools, overrides: Overrides, tmp_path: Path
@@ -76,10 +85,13 @@ def test_metrics_of_a_run_and_its_offline_wandb_files(
     assert ids == {json.loads((run / "checkpoints/step-00000002/manifest.json").read_text())["wandb_run_id"]}
     assert found["run"][0]["display_name"] == "a name"
     history = [record["item"] for record in found["history"]]
-    assert [item["step"] for item in history] == [1, 2, 3, 4, 3, 4]
-    assert [item["_step"] for item in history] == [1, 2, 3, 4, 3, 4]
-    for item, line in zip(history, lines, strict=False):
+    assert [item["step"] for item in history] == [1, 2, 3, 4, 1, 2, 3, 4]
+    assert [item["_step"] for item in history] == [1, 2, 3, 4, 1, 2, 3, 4]
+    for item, line in zip(history, [*lines, *lines[:2]], strict=False):
         assert {name: item[name] for name in line} == line
+    for item in history[:4]:
+        assert 0 < item["system/node-0/memory_percent"] <= 100
+        assert 0 <= item["system/node-0/cpu_percent"] <= 100
 
 
 @pytest.mark.dist
