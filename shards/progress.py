@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
@@ -29,28 +30,38 @@ def tracked(
         total: number of all. done: of them, those that an earlier run has done.
         size: how many an item stands for, such as the samples of a batch.
     """
+    with meter(what, total, done) as advance:
+        for item in items:
+            yield item
+            advance(size(item))
+
+
+@contextmanager
+def meter(what: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """For work that is no loop: `advance(count)` tells that so many more are done; see `tracked`."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield from _with_lines(items, what, total, done, size)
+        yield _Lines(what, total, done).advance
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task(what, total=total, completed=done)
-        for item in items:
-            yield item
-            progress.advance(bar, size(item))
+        yield lambda count: progress.advance(bar, count)
 
 
-def _with_lines(
-    items: Iterable[Item], what: str, total: int, done: int, size: Callable[[Item], int]
-) -> Iterator[Item]:
-    started = said = time.monotonic()
-    before = done
-    for item in items:
-        yield item
-        done += size(item)
+class _Lines:
+    """Plain lines, `LOG_SECONDS` apart."""
+
+    def __init__(self, what: str, total: int, done: int) -> None:
+        self._what, self._total, self._before, self._done = what, total, done, done
+        self._started = self._said = time.monotonic()
+
+    def advance(self, count: int) -> None:
+        self._done += count
         moment = time.monotonic()
-        if moment - said >= LOG_SECONDS and done < total:
-            said = moment
-            left = timedelta(seconds=round((moment - started) * (total - done) / (done - before)))
-            print(f"{what}: {done:,} of {total:,}, about {left} left", file=sys.stderr, flush=True)
+        if moment - self._said >= LOG_SECONDS and self._before < self._done < self._total:
+            self._said = moment
+            passed, done = moment - self._started, self._done - self._before
+            left = timedelta(seconds=round(passed * (self._total - self._done) / done))
+            line = f"{self._what}: {self._done:,} of {self._total:,}, about {left} left"
+            print(line, file=sys.stderr, flush=True)

@@ -77,7 +77,7 @@ def gallery(
     members = Members.of(Snapshot.read(folder / SNAPSHOT))
     source = saved_run.locate(run)
     config = saved_run.load_config(source, [], data)
-    page = write_gallery(members, config.data, folder, images, clusters, _say())
+    page = write_gallery(members, config.data, folder, images, clusters)
     _share(page, members, source, config)
     typer.echo(str(page))
 

@@ -45,6 +45,7 @@ from medvlp.training.callbacks import PREFIX
 from medvlp.training.predictions import Predictions, predict
 from medvlp.training.recipe import Recipe, TrainingSet
 from shards.errors import MedvlpError
+from shards.progress import meter
 from shards.reader import ShardReader
 
 if TYPE_CHECKING:
@@ -306,15 +307,15 @@ class Network:
         objective = self.objective(dataset.reader, dataset.tokenizer).to(view.device)
         if positions is None:
             positions = learnable(self.task, dataset.reader, dataset.split, dataset.store)
-        return predict(
-            objective,
-            lambda batch: (None, objective.predict(batch) if look is None else look(objective, batch)),
-            dataset,
-            positions,
-            self.config.validation.batch,
-            view.device,
-            self.config.train.seed,
-        )
+        size = self.config.validation.batch
+        with meter(f"{self.task.name}: predicting {dataset.split}", -(-len(positions) // size)) as advance:
+
+            def examine(batch: Batch) -> tuple[None, Mapping[str, Tensor]]:
+                found = objective.predict(batch) if look is None else look(objective, batch)
+                advance(1)
+                return None, found
+
+            return predict(objective, examine, dataset, positions, size, view.device, self.config.train.seed)
 
     def dataset(self, view: View, role: Role) -> EvaluationDataset:
         """A split that this view may see, its images seen as in the training run."""

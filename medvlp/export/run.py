@@ -15,9 +15,12 @@ from medvlp.export.folder import ExportError, check_free, new_folder
 from medvlp.methods.base import Method
 from medvlp.runs import saved_run
 from medvlp.runs.run_folder import CONFIG
+from shards.progress import meter
 
 #: Everything of the method that is in neither encoder.
 HEADS = "heads.safetensors"
+#: Of an export: the checkpoint is loaded, each encoder is written and read back, the rest is written.
+STEPS = 4
 #: Where the encoders' weights stand in a method's state dict.
 _IMAGE, _TEXT = "image_encoder.backbone.", "text_encoder.model."
 
@@ -53,25 +56,32 @@ def export(
     config = saved_run.load_config(source, [], data, reads_data)
     tokenizer = saved_run.load_tokenizer(source, config)
     facts = facts_of(source, config.data, given=data is not None)
-    say(f"loading {source.checkpoint.name}")
-    method = saved_run.load_method(source, config, tokenizer)
-    image, text = _encoders(method, config.method.name)
-    heads = _heads(method, text is not None)
-    with new_folder(out) as folder:
-        say(f"image/: {config.image.name} for timm")
-        (folder / "image").mkdir()
-        write_image(image, folder / "image")
-        if text is None:
-            say(f"text/ left out: method {config.method.name} has no text encoder of this form")
-        else:
-            say(f"text/: {text.model.config.model_type} for transformers, with its tokenizer")
-            (folder / "text").mkdir()
-            write_text(text, tokenizer, config.data.max_tokens, folder / "text")
-        safetensors.torch.save_file(heads, folder / HEADS)
-        (folder / CONFIG).write_bytes((source.run / CONFIG).read_bytes())
-        origin = {} if source.stored is None else source.stored[0].origin
-        card = Card(source.name(config), config, source.manifest, facts, image, text, heads, results, origin)
-        (folder / "README.md").write_text(model_card(card), encoding="utf-8")
+    with meter(f"exporting {source.checkpoint.name}", STEPS) as advance:
+        say(f"loading {source.checkpoint.name}")
+        method = saved_run.load_method(source, config, tokenizer)
+        image, text = _encoders(method, config.method.name)
+        heads = _heads(method, text is not None)
+        advance(1)
+        with new_folder(out) as folder:
+            say(f"image/: {config.image.name} for timm")
+            (folder / "image").mkdir()
+            write_image(image, folder / "image")
+            advance(1)
+            if text is None:
+                say(f"text/ left out: method {config.method.name} has no text encoder of this form")
+            else:
+                say(f"text/: {text.model.config.model_type} for transformers, with its tokenizer")
+                (folder / "text").mkdir()
+                write_text(text, tokenizer, config.data.max_tokens, folder / "text")
+            advance(1)
+            safetensors.torch.save_file(heads, folder / HEADS)
+            (folder / CONFIG).write_bytes((source.run / CONFIG).read_bytes())
+            origin = {} if source.stored is None else source.stored[0].origin
+            card = Card(
+                source.name(config), config, source.manifest, facts, image, text, heads, results, origin
+            )
+            (folder / "README.md").write_text(model_card(card), encoding="utf-8")
+            advance(1)
     return out
 
 

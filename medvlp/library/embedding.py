@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 
 from medvlp import distributed
 from medvlp.config import Config
+from medvlp.data.batch import Batch
 from medvlp.data.cache import open_reader
 from medvlp.data.loader import evaluation_loader
 from medvlp.data.text import Tokenizer
@@ -24,6 +27,7 @@ from medvlp.ranks import detect
 from medvlp.runs import saved_run
 from shards.atomic import fsync_path
 from shards.errors import DataError
+from shards.progress import meter
 from shards.reader import ShardReader
 
 #: Samples that are embedded, and written, together.
@@ -99,20 +103,38 @@ def _write_part(
         text=method.embeds_reports,
         features=request.features and method.has_image_features,
     )
-    samples = corrupt = number = 0
-    for split in [request.split] if request.split else reader.index.splits:
-        total = reader.sample_count(split)
-        for start in range(0, total, BLOCK):
-            number += 1
-            if number % distributed.world_size() != distributed.rank():
-                continue
-            positions = range(start, min(start + BLOCK, total))
+    blocks, samples, corrupt = _own_blocks(request, reader), 0, 0
+    own = sum(len(positions) for _, _, positions in blocks)
+    # The ranks have equal shares: one bar tells of all.
+    shown = meter("embedding, this rank's share", own) if distributed.is_main() else nullcontext(_unseen)
+    with shown as advance:
+        for number, split, positions in blocks:
             loader = evaluation_loader(config, reader, tokenizer, split, request.batch, positions)
-            arrays = embed({"trained": method}, loader, wanted, device)
+            arrays = embed({"trained": method}, _counted(loader, advance), wanted, device)
             table = _table(reader, split, arrays.sample, arrays.models["trained"], request.features)
             pq.write_table(table, parts / f"{number:08d}.parquet")
             samples, corrupt = samples + len(table), corrupt + len(positions) - len(table)
     return samples, corrupt
+
+
+def _own_blocks(request: Request, reader: ShardReader) -> list[tuple[int, str, range]]:
+    """(number, split, positions) of this rank's blocks."""
+    blocks = []
+    for split in [request.split] if request.split else reader.index.splits:
+        total = reader.sample_count(split)
+        blocks += [(split, range(start, min(start + BLOCK, total))) for start in range(0, total, BLOCK)]
+    ranks, rank = distributed.world_size(), distributed.rank()
+    return [(number, *block) for number, block in enumerate(blocks, start=1) if number % ranks == rank]
+
+
+def _counted(loader: Iterable[Batch], advance: Callable[[int], None]) -> Iterator[Batch]:
+    for batch in loader:
+        yield batch
+        advance(len(batch.sample))
+
+
+def _unseen(count: int) -> None:
+    """Another rank's bar tells how far the work is."""
 
 
 def _table(reader: ShardReader, split: str, positions: Any, arrays: Any, features: bool) -> pa.Table:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
@@ -23,6 +23,7 @@ from medvlp.evaluation.tasks.zero_shot import Ensemble, finding_scores, prompts_
 from medvlp.library.images import ImageLike, Seen, images_of, see, stacked
 from medvlp.library.loading import Loaded, read_model
 from shards.errors import UsageError
+from shards.progress import tracked
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 #: Images of one forward pass.
 BATCH = 32
+#: Images or texts from which on their encoding shows how far it is.
+SHOWN = 256
 
 
 class Neighbour(NamedTuple):
@@ -293,8 +296,11 @@ class Model:
     def _in_batches(self, items: Sequence[Item], forward: Callable[[Sequence[Item]], Tensor]) -> Tensor:
         if not items:
             raise UsageError("nothing was given: give at least one image or text")
+        batches: Iterable[Sequence[Item]] = _batches(items)
+        if len(items) > SHOWN:
+            batches = tracked(batches, "encoding", len(items), size=len)
         with torch.no_grad():
-            return torch.cat([forward(rows).float().cpu() for rows in _batches(items)])
+            return torch.cat([forward(rows).float().cpu() for rows in batches])
 
     def _seen(self, image: ImageLike) -> Seen:
         data = self.config.data

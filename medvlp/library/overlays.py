@@ -9,6 +9,7 @@ import numpy as np
 from medvlp.library.model import Model
 from shards.atomic import atomic_folder
 from shards.errors import DataError
+from shards.progress import tracked
 
 
 def write_overlays(model: Model, images: Sequence[Path], findings: Sequence[str], folder: Path) -> None:
@@ -20,7 +21,7 @@ def write_overlays(model: Model, images: Sequence[Path], findings: Sequence[str]
     """
     try:
         with atomic_folder(folder) as partial:
-            for number, image in enumerate(images):
+            for number, image in enumerate(tracked(images, "drawing maps of images", len(images))):
                 for finding in findings:
                     overlay = model.ground(image, finding).overlay()
                     name = f"{number:04d}-{_plain(image.stem)}-{_plain(finding)}.png"

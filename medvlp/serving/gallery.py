@@ -1,6 +1,5 @@
 """A page for people: the most typical images of every cluster, and which findings they have."""
 
-from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from medvlp.serving.layout import GALLERY, PAGE, PrototypeFilesError
 from shards.atomic import atomic_folder
 from shards.errors import DataError
 from shards.images import decode_image
+from shards.progress import tracked
 from shards.reader import ShardReader
 
 _CELL, _GAP, _TITLE, _FONT = 144, 4, 22, 13
@@ -30,7 +30,6 @@ def write_gallery(
     folder: Path,
     images: int,
     clusters: int,
-    say: Callable[[str], None],
 ) -> Path:
     """Write `gallery/`: one contact sheet (PNG) for each of the largest clusters, and `index.html`.
 
@@ -42,7 +41,6 @@ def write_gallery(
         data: where the images are.
         folder: `RUN/prototypes`.
         images: on a sheet. clusters: most sheets.
-        say: receives one line of progress at a time.
 
     Returns:
         The page.
@@ -65,13 +63,11 @@ def write_gallery(
     try:
         with atomic_folder(final, replace=True) as partial:
             sections = []
-            for done, number in enumerate(chosen):
+            for number in tracked(chosen, "drawing sheets of clusters", len(chosen)):
                 rows = members.rows(number)[:images].tolist()
                 name = f"cluster-{number:05d}.png"
                 _sheet(members, reader, number, rows).save(partial / name, optimize=True)
                 sections.append(_section(members, number, rows, name))
-                if (done + 1) % 100 == 0:
-                    say(f"{done + 1} of {len(chosen)} sheets")
             (partial / PAGE).write_text(_page(members, sections), encoding="utf-8")
     except OSError as error:
         raise PrototypeFilesError(f"{final} cannot be written: {error.strerror or error}") from error

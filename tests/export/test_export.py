@@ -67,6 +67,19 @@ def test_the_code_of_the_card_runs_and_gives_the_features(
     assert "alignment.image_head" in " ".join(names["heads"])
 
 
+def test_an_export_shows_how_far_it_is(
+    run: Path, tmp_path: Path, export: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = export(run, tmp_path / "log").stderr
+    said = [line.partition(":")[0].partition(" ")[0] for line in plain.splitlines()]
+    assert [word for word in said if word in ("loading", "image/", "text/")] == ["loading", "image/", "text/"]
+    assert "\x1b" not in plain
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    shown = export(run, tmp_path / "terminal").stderr
+    assert "exporting step-00000009" in shown
+    assert "4/4" in shown
+
+
 def test_the_card_says_what_was_trained_on_what(run: Path, data: Path, tmp_path: Path, export) -> None:
     assert export(run, tmp_path / "out").exit_code == 0
     card = (tmp_path / "out" / "README.md").read_text()

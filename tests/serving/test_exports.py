@@ -58,7 +58,7 @@ def test_the_gallery_shows_clusters_without_report_text(
     config = DataConfig(root=str(data))
     (tmp_path / "gallery").mkdir()
     (tmp_path / "gallery" / "old.png").touch()
-    page = write_gallery(members, config, tmp_path, 4, 500, lambda line: None)
+    page = write_gallery(members, config, tmp_path, 4, 500)
     text = page.read_text()
     filled = [number for number in range(8) if members.images[number]]
     assert re.findall(r'src="(cluster-\d+\.png)"', text) == [
@@ -78,7 +78,7 @@ def test_the_gallery_shows_clusters_without_report_text(
         metadata = reader.metadata("train", position)
         for private in (metadata["patient_id"], *metadata["sentences"]):
             assert private not in text
-    page = write_gallery(members, config, tmp_path, 1, 1, lambda line: None)
+    page = write_gallery(members, config, tmp_path, 1, 1)
     assert len(list(page.parent.glob("*.png"))) == 1
     assert not list(tmp_path.glob(".*"))
 
@@ -90,7 +90,7 @@ def test_hostile_names_stay_text(snapshot: Snapshot, data: Path, tmp_path: Path)
     labels[:, 0] = 1
     origin = dataclasses.replace(snapshot.origin, label_names=names, run=f"</title>{evil}")
     changed = dataclasses.replace(snapshot, origin=origin, labels=labels)
-    page = write_gallery(Members.of(changed), DataConfig(root=str(data)), tmp_path, 2, 2, lambda line: None)
+    page = write_gallery(Members.of(changed), DataConfig(root=str(data)), tmp_path, 2, 2)
     text = page.read_text()
     assert "<script" not in text
     assert text.count("</title>") == 1
@@ -102,5 +102,5 @@ def test_another_dataset_is_refused(snapshot: Snapshot, data: Path, tmp_path: Pa
     origin = dataclasses.replace(snapshot.origin, data="another")
     members = Members.of(dataclasses.replace(snapshot, origin=origin))
     with pytest.raises(PrototypeFilesError, match="another dataset"):
-        write_gallery(members, DataConfig(root=str(data)), tmp_path, 2, 2, lambda line: None)
+        write_gallery(members, DataConfig(root=str(data)), tmp_path, 2, 2)
     assert not list(tmp_path.iterdir())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from shards import progress
-from shards.progress import tracked
+from shards.progress import meter, tracked
 
 
 def test_short_work_leaves_no_line_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
@@ -33,6 +33,25 @@ def test_a_terminal_gets_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: 
     shown = capsys.readouterr().err
     assert "counting" in shown
     assert "5/5" in shown
+
+
+def test_work_that_is_no_loop_tells_how_far_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 10_000, 40))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
+    with meter("writing", 4) as advance:
+        advance(1)
+        advance(0)
+        advance(3)
+    assert capsys.readouterr().err.splitlines() == [
+        "writing: 1 of 4, about 0:02:00 left",
+        "writing: 1 of 4, about 0:04:00 left",
+    ]
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with meter("writing", 4) as advance:
+        advance(3)
+    assert "3/4" in capsys.readouterr().err
 
 
 def test_an_error_of_the_work_ends_it(capsys: pytest.CaptureFixture[str]) -> None:
