@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,7 +76,7 @@ def exact_passes(
     size = engine.sizes.micro_batch
     micro_batches = [batch.rows(start, start + size) for start in range(0, len(batch.keys), size)]
     states: list[Any] = []
-    encodings = _Encodings(len(batch.keys))
+    encodings = Encodings(len(batch.keys))
     with torch.no_grad():
         for part in micro_batches:
             states.append(random_state())
@@ -115,7 +116,7 @@ def whole_loss(engine: Engine, part: Batch) -> tuple[Tensor, list[Tensor]]:
         the loss, and the encodings it has a gradient for.
     """
     times = engine.sizes.accumulation
-    encodings = _Encodings(times * len(part.keys))
+    encodings = Encodings(times * len(part.keys))
     with torch.no_grad():
         encoded = engine.objective(part, encode_only=True)
     for _ in range(times):
@@ -125,7 +126,16 @@ def whole_loss(engine: Engine, part: Batch) -> tuple[Tensor, list[Tensor]]:
     return loss, [leaf for leaf in leaves if leaf.requires_grad]
 
 
-class _Encodings:
+def weighted_sum(tensors: Sequence[Tensor], gradients: Sequence[Tensor], scale: float) -> Tensor:
+    """A scalar whose backward pass brings each tensor its gradient, divided by `scale`."""
+    products = [
+        (value.float() * (gradient.float() / scale)).sum()
+        for value, gradient in zip(tensors, gradients, strict=True)
+    ]
+    return torch.stack(products).sum()
+
+
+class Encodings:
     """Encodings of the micro-batches of a step, each written to its place in those of the whole batch.
 
     Args:

@@ -39,7 +39,8 @@ def _story(part: str, config: Config, micro_batch: int) -> str:
         used = f" ({(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB in use)"
     remedies = []
     if micro_batch > 1:
-        remedies.append(f"lower train.micro_batch (it is {micro_batch}; a contrast sees one micro-batch)")
+        sees = "" if config.train.accumulate == "exact" else "; a contrast sees one micro-batch"
+        remedies.append(f"lower train.micro_batch (it is {micro_batch}{sees})")
     for name, section in (("image", config.image), ("text", config.text)):
         if not (section.gradient_checkpointing or section.frozen):
             remedies.append(f"set {name}.gradient_checkpointing=true")

@@ -19,7 +19,7 @@ from medvlp.data.batch_sizes import BatchSizes
 from medvlp.methods.base import Objective, StepOutput
 from medvlp.prototypes.table import PrototypeTable
 from medvlp.runs.optimizer_files import OptimizerFiles
-from medvlp.training.accumulation import accumulates_exactly
+from medvlp.training.accumulation import accumulates_exactly, weighted_sum
 from medvlp.training.deepspeed_config import deepspeed_json, is_plain, parameter_groups
 from medvlp.training.device_memory import naming_memory
 from medvlp.training.loss_scale import LossScale
@@ -135,11 +135,7 @@ class Engine:
         # As a scalar, because only such a one takes the whole way of DeepSpeed's reduction at every stage. It
         # is multiplied by the loss scale once more.
         scale = 1.0 if self.loss_scale is None else self.loss_scale.value
-        products = [
-            (value.float() * (gradient.float() / scale)).sum()
-            for value, gradient in zip(tensors, gradients, strict=True)
-        ]
-        self.backward(torch.stack(products).sum())
+        self.backward(weighted_sum(tensors, gradients, scale))
 
     def step(self) -> None:
         """Count one micro-batch; at the last of a global batch clip, update weights, clear gradients.

@@ -1,42 +1,34 @@
 """What a run will take of each GPU's memory, and how long it will last, before it waits in a queue for them.
 
-Weights, gradients and optimiser state follow from the numbers of parameters and the ZeRO stage. What a
-forward pass leaves for the backward pass is counted by running the method on fake tensors, which have shapes
-and no memory; so are its floating-point operations.
+Weights, gradients and optimiser state follow from the numbers of parameters and the ZeRO stage. What
+passes hold besides is found by running them on fake tensors, which have shapes and no memory; so are their
+floating-point operations.
 """
 
-import weakref
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from medvlp.config import Config
-from medvlp.data.batch_sizes import divide_batch
+from medvlp.data.batch_sizes import BatchSizes, divide_batch
 from medvlp.data.cache import open_reader
 from medvlp.data.text import Tokenizer
-from medvlp.methods.base import Method, Progress
+from medvlp.methods.base import Progress
 from medvlp.methods.registry import build_method
+from medvlp.training.deepspeed_config import deepspeed_json
+from medvlp.training.memory_passes import Passes, measure_passes
 from medvlp.training.operations import count_operations, example_batch
 from medvlp.training.schedule import total_steps
 
 GIB = 2**30
 #: Bytes of a CUDA context with the kernels of cuBLAS, cuDNN and NCCL; share that fragments leave unused.
 _CONTEXT, _FRAGMENTS = 1.2 * GIB, 0.05
-#: Micro-batches of the fake passes; memory in between and beyond follows a line through them.
-_SMALL, _LARGE = 4, 8
+#: Samples of the passes whose operations are counted.
+_ROWS = 4
 #: float32 matrices of a row of gathered candidates: logits, softmax and gradient, in two directions.
 _LOGITS = 6
 #: Bytes of a value by precision.
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+#: Values of DeepSpeed's bucket of gradients, and of weights that stage 3 keeps gathered, unless told.
+_BUCKET, _GATHERED = 500_000_000, 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -46,39 +38,71 @@ class MemoryPlan:
     Attributes:
         parameters, trained: of the method.
         weights, optimizer: bytes at the run's ZeRO stage.
-        gradients: of a backward pass; they come while activations go. accumulated: those in float32, which
-            stay from one micro-batch to the next.
-        fixed: context, buckets and what a forward pass takes at any micro-batch.
-        per_sample: bytes that a sample of the micro-batch adds.
+        gathered: weights of other ranks that stage 3 holds from the forward to the backward pass.
+        gradients: of a backward pass; they come while activations go. beside: those that have their place
+            before activations go. earlier: those of the micro-batches before. accumulated: those that are
+            always there, besides.
+        fixed: context, and buckets of gradients on their way.
+        passes: what forward and backward passes hold besides.
         candidates: bytes of a sample with each sample of the other GPUs in a global contrast.
         flops: of a training step, for each sample.
-        gpus: ranks. micro_batch: the run's. usable: bytes of a GPU that may be taken.
+        gpus: ranks. micro_batch: the run's. share: samples of a step on each GPU.
+        exact: whether several micro-batches have one loss.
+        usable: bytes of a GPU that may be taken.
     """
 
     parameters: int
     trained: int
     weights: float
+    gathered: float
     gradients: float
+    beside: float
+    earlier: float
     accumulated: float
     optimizer: float
     fixed: float
-    per_sample: float
+    passes: Passes
     candidates: float
     flops: float
     gpus: int
     micro_batch: int
+    share: int
+    exact: bool
     usable: float
 
     def total(self, micro_batch: int) -> float:
         """Bytes at the peak of a step with this micro-batch."""
-        others = self.candidates * micro_batch**2 * (self.gpus - 1)
-        states = self.weights + self.accumulated + self.optimizer
-        return states + self.fixed + max(self.per_sample * micro_batch + others, self.gradients)
+        several = micro_batch < self.share
+        if several and self.exact:
+            passes = max(self.losses, self.again(micro_batch) + self.earlier)
+        else:
+            passes = self.passes.whole.at(micro_batch) + self.logits(micro_batch) + self.earlier * several
+        return self.states + max(passes + self.beside, self.gradients)
+
+    @property
+    def states(self) -> float:
+        """Bytes that do not depend on the batch."""
+        return self.weights + self.gathered + self.accumulated + self.optimizer + self.fixed
+
+    def logits(self, samples: int) -> float:
+        """Bytes of so many samples contrasted with as many on each other GPU."""
+        return self.candidates * samples**2 * (self.gpus - 1)
+
+    @property
+    def losses(self) -> float:
+        """Bytes of exact accumulation while heads and losses take all micro-batches of a step."""
+        return self.passes.losses + self.logits(self.share)
+
+    def again(self, micro_batch: int) -> float:
+        """Bytes of exact accumulation while the encoders run again."""
+        assert self.passes.encoders is not None
+        return self.passes.kept + self.passes.encoders.at(micro_batch)
 
     @property
     def largest(self) -> int:
         """The largest micro-batch that fits; 0: none does."""
-        low, high = 0, 1
+        whole = self.total(self.share) <= self.usable
+        low, high = (self.share, 2 * self.share) if whole else (0, self.share)
         while self.total(high) <= self.usable:
             low, high = high, 2 * high
         while high - low > 1:
@@ -111,8 +135,8 @@ def plan_run(config: Config, gpus: int, memory: float) -> tuple[MemoryPlan, int]
     steps_per_epoch = max(1, reader.sample_count(config.data.split) // config.train.global_batch)
     samples = total_steps(config, steps_per_epoch) * config.train.global_batch
     tokenizer = Tokenizer.load(config.data.tokenizer, config.data.root)
-    micro_batch = divide_batch(config, gpus).micro_batch
-    return plan_memory(replace(config, image=image), gpus, micro_batch, memory * GIB, tokenizer), samples
+    sizes = divide_batch(config, gpus)
+    return plan_memory(replace(config, image=image), sizes, memory * GIB, tokenizer), samples
 
 
 def refusal(plan: MemoryPlan) -> str | None:
@@ -122,6 +146,12 @@ def refusal(plan: MemoryPlan) -> str | None:
     need, have = plan.total(plan.micro_batch) / GIB, plan.usable / GIB
     if plan.largest:
         remedy = f"set train.micro_batch={plan.largest} or lower (a divisor of the global batch's share)"
+    elif plan.exact and plan.states + plan.beside + plan.again(1) + plan.earlier <= plan.usable:
+        remedy = (
+            f"heads and losses of the {plan.share} samples of a GPU's step take {plan.losses / GIB:.1f} GiB "
+            "at once (train.accumulate=exact): take more GPUs, a smaller train.global_batch, or "
+            "train.accumulate=plain"
+        )
     else:
         remedy = "not even one sample fits: raise zero.stage, take a smaller model or larger GPUs"
     return (
@@ -132,12 +162,12 @@ def refusal(plan: MemoryPlan) -> str | None:
 
 
 def plan_memory(
-    config: Config, gpus: int, micro_batch: int, memory: float, tokenizer: Tokenizer, device: str = "cuda"
+    config: Config, sizes: BatchSizes, memory: float, tokenizer: Tokenizer, device: str = "cuda"
 ) -> MemoryPlan:
     """The plan of a run whose heaviest phase decides.
 
     Args:
-        config: of the run. gpus: ranks. micro_batch: samples of a forward pass.
+        config: of the run. sizes: ranks and micro-batch.
         memory: bytes of a GPU. tokenizer: of the run.
         device: "cuda" (none is needed) or "cpu", which keeps other things for the backward pass.
     """
@@ -148,137 +178,51 @@ def plan_memory(
     # Phases come to use more of a method, never less.
     phases = len(config.optimizer.phases) or 1
     method.on_progress(Progress(0, phases, phases + 1, phases - 1))
-    flops = count_operations(method, example_batch(config, _SMALL, config.data.max_tokens)) / _SMALL
-    small, large = _passes(method, config, torch.device(device))
-    width, stage = _BYTES[config.precision], config.zero.stage
+    flops = count_operations(method, example_batch(config, _ROWS, config.data.max_tokens)) / _ROWS
+    gpus, share = sizes.world_size, sizes.micro_batch * sizes.accumulation
+    passes = measure_passes(method, config, share, device == "cuda")
+    width, stage, half = _BYTES[config.precision], config.zero.stage, config.precision != "fp32"
     over = {
         part: gpus if stage >= first else 1 for part, first in (("states", 1), ("grads", 2), ("weights", 3))
     }
-    # In 16 bit masters, two moments and accumulated gradients are float32; in float32 DeepSpeed keeps masters
-    # too from stage 1 on.
-    states = 4 * (2 + (config.precision != "fp32" or stage > 0)) * trained
+    # In 16 bit masters and two moments are float32; in float32 DeepSpeed keeps masters too from stage 1 on.
+    states = 4 * (2 + (half or stage > 0)) * trained
     if config.optimizer.name == "sgd":
         states -= 4 * trained
-    per_sample = max(0.0, (large - small) / (_LARGE - _SMALL))
+    # Stage 3 has one buffer for them in every precision; in 16 bit the others accumulate in float32.
+    always = half or stage == 3
+    gradients = width * trained / over["grads"]
+    zero = config.deepspeed.get("zero_optimization", {})
     return MemoryPlan(
         parameters=parameters,
         trained=trained,
         weights=width * parameters / over["weights"],
-        gradients=width * trained / over["grads"],
-        accumulated=0.0 if config.precision == "fp32" else 4 * trained / over["states"],
+        gathered=width * min(parameters, zero.get("stage3_max_live_parameters", _GATHERED)) * (stage == 3),
+        gradients=gradients,
+        # Stages 1 and 2 make room for them when the backward pass begins.
+        beside=gradients if stage in (1, 2) else 0.0,
+        earlier=gradients if stage == 0 or not always else 0.0,
+        accumulated=4 * trained / over["grads"] if always else 0.0,
         optimizer=0.0 if config.zero.offload_optimizer else states / over["states"],
-        fixed=max(0.0, small - _SMALL * per_sample) + (_CONTEXT if device == "cuda" else 0.0),
-        per_sample=per_sample,
+        fixed=_CONTEXT + _buckets(config, sizes) if device == "cuda" else 0.0,
+        passes=passes,
         candidates=4.0 * _LOGITS,
         flops=flops,
         gpus=gpus,
-        micro_batch=micro_batch,
+        micro_batch=sizes.micro_batch,
+        share=share,
+        exact=config.train.accumulate == "exact" and passes.encoders is not None,
         usable=memory * (1 - _FRAGMENTS),
     )
 
 
-def _passes(method: Method, config: Config, device: torch.device) -> tuple[float, float]:
-    """Peak bytes beside the weights at `_SMALL` and at `_LARGE` samples."""
-    kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
-    method = method.to(kind)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        _become_fake(method, mode, device)
-        found = []
-        for rows in (_SMALL, _LARGE):
-            batch = example_batch(config, rows, config.data.max_tokens)._map(lambda tensor: tensor.to(device))
-            known = [*method.parameters(), *method.buffers(), *tree_leaves(vars(batch))]
-            with FusedAttention() if device.type == "cuda" else nullcontext(), LiveBytes(known) as live:
-                output = method(batch, None)
-            found.append(float(live.peak))
-            del output
-    return found[0], found[1]
-
-
-def _become_fake(method: Method, mode: FakeTensorMode, device: torch.device) -> None:
-    """Replace every parameter and buffer by one that has a shape and no memory."""
-    for module in method.modules():
-        for name, value in module._parameters.items():
-            if value is not None:
-                moved = mode.from_tensor(value.detach()).to(device)
-                module._parameters[name] = nn.Parameter(moved, value.requires_grad)
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = mode.from_tensor(buffer).to(device)
-
-
-class FusedAttention(TorchFunctionMode):
-    """On fake GPUs, attention by a kernel that keeps no matrix of all pairs of tokens, as real GPUs have it.
-
-    Left to itself torch finds no kernel for a GPU that is not there and plans with the plain products, half
-    as much again for a ViT-B with BERT.
-    """
-
-    def __torch_function__(
-        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if function is F.scaled_dot_product_attention:
-            return _fused_attention(*args, **(kwargs or {}))
-        return function(*args, **(kwargs or {}))
-
-
-def _fused_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    if enable_gqa:
-        groups = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    if attn_mask is not None:
-        attn_mask = attn_mask.to(query.dtype).expand(*query.shape[:-1], key.shape[-2])
-    found: tuple[Tensor, ...] = torch.ops.aten._scaled_dot_product_efficient_attention(
-        query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
-    )
-    return found[0]
-
-
-class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of the tensors that operations make, as long as somebody holds them.
-
-    Args:
-        known: what was there before, of which operations may return views.
-
-    Attributes:
-        live: bytes now. peak: the most there were.
-    """
-
-    def __init__(self, known: Iterable[Any] = ()) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.live = self.peak = 0
-        self._seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet(
-            tensor.untyped_storage() for tensor in known if isinstance(tensor, Tensor)
-        )
-
-    def __torch_dispatch__(
-        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for value in tree_leaves(result):
-            if isinstance(value, Tensor):
-                self._add(value.untyped_storage())
-        return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._seen:
-            return
-        self._seen.add(storage)
-        size = storage.nbytes()
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._drop, size)
-
-    def _drop(self, size: int) -> None:
-        self.live -= size
+def _buckets(config: Config, sizes: BatchSizes) -> float:
+    """Bytes of the buffers in which gradients travel; two where one travels while the other is filled."""
+    zero = deepspeed_json(config, sizes, "cuda")["zero_optimization"]
+    if not zero["stage"] or not zero.get("contiguous_gradients", True):
+        return 0.0
+    number = 2 if zero["stage"] < 3 and zero.get("overlap_comm") else 1
+    return float(number * zero.get("reduce_bucket_size", _BUCKET) * _BYTES[config.precision])
 
 
 def describe(
@@ -289,32 +233,39 @@ def describe(
     def gib(size: float) -> str:
         return f"{size / GIB:.2f} GiB"
 
-    batch = plan.micro_batch
+    batch, share = plan.micro_batch, plan.share
     lines = [
         ("parameters", f"{plan.parameters / 1e6:.1f} M, {plan.trained / 1e6:.1f} M trained"),
         ("weights", gib(plan.weights)),
+        ("weights gathered for the passes", gib(plan.gathered)),
         ("gradients, while activations go", gib(plan.gradients)),
-        ("gradients in float32", gib(plan.accumulated)),
+        ("those with a place of their own", gib(plan.beside + plan.earlier * (batch < share))),
+        ("gradients, always there", gib(plan.accumulated)),
         (f"optimizer (ZeRO {config.zero.stage}, {plan.gpus} GPUs)", gib(plan.optimizer)),
-        ("context, buffers, any batch", gib(plan.fixed)),
-        (
-            f"activations of {batch} samples",
-            f"{gib(plan.per_sample * batch)} ({plan.per_sample / 2**20:.1f} MiB each)",
-        ),
-        ("logits with other GPUs", gib(plan.candidates * batch**2 * (plan.gpus - 1))),
+        ("context and buckets", gib(plan.fixed)),
+    ]
+    if plan.exact and batch < share:
+        each = plan.passes.encoders.per_sample if plan.passes.encoders is not None else 0.0
+        lines += [
+            (f"heads, losses of {share} samples at once", gib(plan.losses)),
+            (f"or then: encoders on {batch} samples", f"{gib(plan.again(batch))} ({each / 2**20:.1f} MiB each"
+             f" and {plan.passes.kept / share / 2**20:.2f} MiB of each of {share})"),
+        ]  # fmt: skip
+    else:
+        each = plan.passes.whole.per_sample
+        lines += [
+            (f"activations of {batch} samples", f"{gib(plan.passes.whole.at(batch))} ({each / 2**20:.1f} MiB "
+             "each)"),
+            ("logits with other GPUs", gib(plan.logits(batch))),
+        ]  # fmt: skip
+    hours = plan.hours(samples, tflops, mfu)
+    return [
+        *lines,
         (
             "sum, of each GPU",
             f"{gib(plan.total(batch))} of {gib(plan.usable)}{'' if plan.fits else ': DOES NOT FIT'}",
         ),
         ("largest micro-batch", str(plan.largest) if plan.largest else "none: not even one sample fits"),
         ("operations of a sample", f"{plan.flops / 1e9:.1f} GFLOP forward and backward"),
+        (f"time at {100 * mfu:.0f} % of {tflops:g} TFLOP/s", f"{hours:.1f} h for {samples:,.0f} samples"),
     ]
-    accumulation = divide_batch(config, plan.gpus).accumulation
-    if accumulation > 1 and config.train.accumulate == "exact":
-        kept = f"encodings and heads of {accumulation * batch} samples, which train.accumulate=exact keeps"
-        lines.append(("NOT IN THE SUM", kept))
-    hours = plan.hours(samples, tflops, mfu)
-    lines.append(
-        (f"time at {100 * mfu:.0f} % of {tflops:g} TFLOP/s", f"{hours:.1f} h for {samples:,.0f} samples")
-    )
-    return lines

@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from medvlp import config_files
+from medvlp.data.batch_sizes import BatchSizes
 from medvlp.methods.registry import schemas
 from medvlp.training.memory_plan import GIB, plan_memory
 from tests.methods.small_medslip import tokenizer
@@ -31,11 +32,12 @@ def main() -> int:
     options = parser.parse_args()
     overrides = ["data.root=x", "run.dir=x", "precision=fp32", "image.pretrained=false", "text.name=null"]
     config = config_files.load([str(CONFIG)], overrides, schemas())
-    plan = plan_memory(config, 1, 1, 80 * GIB, tokenizer(), device="cpu")
-    print(f"{plan.parameters / 1e6:.0f} M parameters, {plan.per_sample / 2**20:.1f} MiB a sample planned")
+    plan = plan_memory(config, BatchSizes(1, 1, 1, 1), 80 * GIB, tokenizer(), device="cpu")
+    each = plan.passes.whole.per_sample / 2**20
+    print(f"{plan.parameters / 1e6:.0f} M parameters, {each:.1f} MiB a sample planned")
     good = True
     for rows in options.rows:
-        planned = plan.total(rows) - plan.weights - plan.optimizer
+        planned = plan.total(rows) - plan.weights - plan.optimizer - plan.beside
         measured = allocated_peak(config, rows)
         good = good and abs(planned / measured - 1) <= FARTHEST
         print(f"{rows} samples: planned {planned / GIB:.3f} GiB, measured {measured / GIB:.3f}: "

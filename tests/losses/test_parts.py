@@ -18,7 +18,7 @@ from medvlp.losses.parts import mean_in_parts, parts_of
 from medvlp.methods.base import Progress
 from medvlp.methods.place.config import PLACEConfig
 from medvlp.methods.place.losses import Sentences, observation_terms
-from medvlp.training.memory_plan import LiveBytes
+from medvlp.training.memory_passes import LiveBytes
 from tests.methods.small import built, names, small_batch, small_config
 
 MIB = 2**20

@@ -21,7 +21,7 @@ from medvlp.prototypes.table import PrototypeTable
 from medvlp.training.accumulation import accumulates_exactly, what_differs
 from medvlp.training.deepspeed_config import check_device, deepspeed_json
 from medvlp.training.engine import Engine
-from medvlp.training.memory_plan import LiveBytes
+from medvlp.training.memory_passes import LiveBytes
 from tests.distributed_pool import Pools
 from tests.methods.small import built, names, small_batch, small_config
 from tests.methods.small_mgca import IMAGES, rows_of
