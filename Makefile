@@ -36,6 +36,7 @@ demo: $(INSTALLED)
 	$(BIN)/medvlp shards view $(DEMO)/shards --out $(DEMO)/samples.png
 	$(BIN)/medvlp pretrain configs/demo.yaml data.root=$(DEMO)/shards run.dir=$(DEMO)/run method.batch_norm=local monitor.log_every=10 --nproc 2
 	$(BIN)/medvlp evaluate $(DEMO)/run --data $(DEMO)/shards --task zero-shot --task retrieval --task linear-probe
+	$(BIN)/medvlp prototypes build $(DEMO)/run --split test
 	$(BIN)/medvlp report $(DEMO)/run --out $(DEMO)/report.html
 
 # Files go to workers whole, in the order of tests/conftest.py: their tests share pools of processes. The tests that need a Slurm share one cluster of

@@ -75,7 +75,13 @@ def _upload(found: Sequence[RunState], dry_run: bool) -> None:
         if run.state == "running":
             typer.echo(f"{run.folder}: still running, left out")
         else:
-            parts += sorted(run.folder.glob("wandb/offline-run-*"))
+            for part in sorted(run.folder.glob("wandb/offline-run-*")):
+                if _is_begun(part):
+                    parts.append(part)
+                else:
+                    typer.echo(
+                        f"{part}: holds nothing (its machine was lost before W&B had written), left out"
+                    )
     if not parts:
         typer.echo("nothing was logged offline")
         return
@@ -85,6 +91,15 @@ def _upload(found: Sequence[RunState], dry_run: bool) -> None:
         raise UploadError(
             f"wandb sync ended with code {code}; after its message is mended, the same command goes on"
         )
+
+
+#: Of a `.wandb` file: what stands before its first record, in bytes.
+_WANDB_HEADER = 7
+
+
+def _is_begun(part: Path) -> bool:
+    """Whether an offline part has records; one that has not would end the upload of those behind it."""
+    return any(file.stat().st_size > _WANDB_HEADER for file in part.glob("run-*.wandb"))
 
 
 def _row(run: RunState, root: Path) -> tuple[str, ...]:

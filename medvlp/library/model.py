@@ -59,12 +59,21 @@ class Grounding:
 
     @property
     def peak(self) -> tuple[int, int]:
-        """(row, column) of the highest value, in pixels of the image."""
+        """(row, column) of the highest value, in pixels of the image.
+
+        >>> found = model.ground(films[0], "cardiomegaly")
+        >>> bool(found.map[found.peak] == found.map.max())
+        True
+        """
         row, column = np.unravel_index(np.nanargmax(self.map), self.map.shape)
         return int(row), int(column)
 
     def overlay(self) -> NDArray[np.uint8]:
-        """[H, W, 3] RGB: the image, redder where the map is higher."""
+        """[H, W, 3] RGB: the image, redder where the map is higher.
+
+        >>> model.ground(films[0], "cardiomegaly").overlay().shape
+        (32, 32, 3)
+        """
         low, high = np.nanmin(self.map), np.nanmax(self.map)
         share = np.nan_to_num((self.map - low) / max(float(high - low), 1e-12))[..., None]
         gray = np.repeat(self.image[..., None], 3, 2).astype(np.float32)
@@ -100,7 +109,11 @@ class Model:
 
     @property
     def width(self) -> int:
-        """D of the embeddings."""
+        """D of the embeddings.
+
+        >>> model.width
+        8
+        """
         return int(self.encode_image(np.zeros((8, 8), dtype=np.uint8)).shape[1])
 
     def encode_image(self, images: ImageLike | Sequence[ImageLike]) -> Tensor:

@@ -205,6 +205,12 @@ def test_offline_parts_go_to_wandb_in_order_and_without_running_runs(
     said = sync()
     assert "Would sync 2 run(s)" in said
     assert said.index(first.name) < said.index(second.name)
+    killed = tmp_path / "a/wandb/offline-run-20261128_000000-abcd1234"
+    killed.mkdir()
+    (killed / "run-abcd1234.wandb").write_bytes((first / "run-abcd1234.wandb").read_bytes()[:7])
+    said = sync()
+    assert "Would sync 2 run(s)" in said
+    assert f"{killed}: holds nothing" in said.replace("\n", "")
     # W&B marks what it has sent, and passes over it.
     (first / "run-abcd1234.wandb.synced").touch()
     assert "Would sync 1 run(s)" in sync()

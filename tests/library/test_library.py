@@ -37,11 +37,15 @@ def test_the_examples_run(module: Any, run: Path, data: Path, films: list[Path])
     assert not failed
 
 
-def test_every_public_function_of_the_model_has_an_example() -> None:
-    for kind in (medvlp.Model, medvlp.Dataset):
+def test_every_public_function_has_an_example() -> None:
+    for kind in (medvlp.Model, medvlp.Dataset, model.Grounding):
         for name, value in vars(kind).items():
-            if callable(value) and not name.startswith("_"):
+            if (callable(value) or isinstance(value, property)) and not name.startswith("_"):
                 assert ">>>" in (value.__doc__ or ""), f"{kind.__name__}.{name}"
+    functions = [name for name in medvlp.__all__ if not isinstance(getattr(medvlp, name), type)]
+    assert functions == ["load", "open_dataset"]
+    for name in functions:
+        assert ">>>" in getattr(medvlp, name).__doc__, name
 
 
 def test_images_are_seen_as_evaluation_sees_them(run: Path, data: Path) -> None:

@@ -198,6 +198,12 @@ def test_long_curves_are_thinned_and_what_is_no_run_is_refused(tmp_path: Path) -
         history.read_history(tmp_path)
 
 
+def test_the_demo_ends_with_the_path_of_a_page(repository: Path) -> None:
+    lines = (repository / "Makefile").read_text().split("\ndemo:")[1].split("\n\n")[0].splitlines()
+    assert lines[-1].split()[1:3] == ["report", "$(DEMO)/run"]
+    assert any(line.split()[1:3] == ["prototypes", "build"] for line in lines[1:-1]), "its page has clusters"
+
+
 #: Presses the head of the second column of the first folded table twice, and says what stands where.
 _PRESS = """() => {
   const table = document.querySelector("details table"), order = [];
@@ -222,7 +228,9 @@ def test_it_works_in_a_browser(html: Path, run: Path, make: Callable[..., Path],
     with sync_playwright() as playwright:
         # No limits of its own: a busy machine may take minutes, and pytest ends what hangs.
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=0)
-        looks: list[tuple[Path, int, Literal["light", "dark"]]] = [(html, 1280, "light"), (both, 390, "dark")]
+        looks: list[tuple[Path, int, Literal["light", "dark"]]] = [
+            (html, 1280, "light"), (html, 390, "dark"), (both, 390, "light"),
+        ]  # fmt: skip
         for file, width, scheme in looks:
             page = chromium.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
             page.set_default_timeout(0)
