@@ -23,8 +23,9 @@ from medvlp.ranks import Ranks, detect, tell_deepspeed
 #: How long a collective may wait for another rank before the run is declared dead.
 TIMEOUT = timedelta(minutes=30)
 
-# torch 2.14 renamed it and warns about the old name; older versions have only that.
+# torch 2.14 renamed them and warns about the old names; older versions have only those.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def _set_timeout(limit: timedelta, group: Any) -> None:
@@ -252,10 +253,9 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)
-        start = rank() * context.rows
-        return gradient[start : start + context.rows]
+        own = gradient.new_empty((context.rows, *gradient.shape[1:]))
+        _reduce_scatter(own, gradient.contiguous())
+        return own
 
 
 class _ReduceSum(torch.autograd.Function):

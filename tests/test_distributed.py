@@ -17,6 +17,7 @@ from medvlp.config import DataConfig
 from medvlp.data.loader import _loader
 from medvlp.ranks import LAUNCHER_LOCAL_RANK, detect, tell_deepspeed
 from medvlp.runs.randomness import random_state
+from shards.errors import DataError
 
 
 def test_without_a_group_everything_is_the_identity():
@@ -71,6 +72,26 @@ def test_gradients_equal_those_of_one_process(gloo_pool, ranks):
     expected = contrast_gradient(rows)
     found = torch.cat(gloo_pool(ranks).run(contrast_gradient, rows))
     torch.testing.assert_close(found, expected)
+
+
+def backward_with_sums_forbidden(rows: torch.Tensor) -> torch.Tensor:
+    """The gradient that each row gets from all ranks, in a backward pass that must not sum all rows."""
+    share = rows.clone().requires_grad_()
+    everyone = distributed.gather_with_gradient(share)
+    factor = torch.arange(float(len(everyone)))[:, None] * (distributed.rank() + 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed, "all_reduce", None)
+        (everyone * factor).sum().backward()
+    return share.grad
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gathered_rows_send_back_each_rank_its_own(gloo_pool, dtype):
+    rows = torch.ones(2, 3, dtype=dtype)
+    for rank, gradient in enumerate(gloo_pool(3).run(backward_with_sums_forbidden, rows)):
+        expected = torch.tensor([[12.0 * rank], [12.0 * rank + 6]]).expand(2, 3)
+        assert torch.equal(gradient.float(), expected)
 
 
 @pytest.fixture(scope="module")
@@ -210,3 +231,23 @@ def test_a_run_on_the_cpu_beside_a_gpu_leaves_it_alone(monkeypatch):
     assert "cuda" not in random_state()
     loader = _loader([], [], DataConfig(), 0)
     assert not loader.pin_memory
+
+
+class Closed:
+    """A dataset that cannot be pickled."""
+
+    def __init__(self) -> None:
+        self.name = lambda request: f"sample {request[0]}"
+
+    def __getitem__(self, request: list[int]) -> None:
+        raise DataError(self.name(request))
+
+
+def loaded_where_processes_start_by(method: str) -> list[str]:
+    multiprocessing.set_start_method(method, force=True)
+    return [str(error) for error in _loader(Closed(), [[1, 2], [3]], DataConfig(), 1)]
+
+
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_data_workers_are_forks_whatever_python_would_do(fresh, method):
+    assert fresh(loaded_where_processes_start_by, method) == ["sample 1", "sample 3"]

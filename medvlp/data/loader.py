@@ -382,6 +382,7 @@ def _loader(
         prefetch_factor=config.prefetch if workers else None,
         pin_memory=uses_cuda(),  # not where a GPU is only present: pinning makes a CUDA context on it
         worker_init_fn=_start_worker,
+        multiprocessing_context="fork" if workers else None,  # Python 3.14 would start them from pickles
         # An own generator: the loader would otherwise advance the default one, which the checkpoint restores.
         generator=torch.Generator().manual_seed(0),
     )

@@ -134,6 +134,16 @@ def test_two_ranks_with_micro_batches_have_the_gradient_of_one(gloo_pool: Pools,
     assert_same(found, expected, 5e-5)
 
 
+@pytest.mark.dist
+@pytest.mark.parametrize(("name", "stage"), [("mgca", 1), ("mgca", 3), ("place", 2)])
+def test_four_ranks_with_micro_batches_have_the_gradient_of_one(
+    gloo_pool: Pools, name: str, stage: int
+) -> None:
+    _, expected, _ = gloo_pool(1).run(step, name, 0, 8)[0]
+    _, found, _ = gloo_pool(4).run(step, name, stage, 1)[0]
+    assert_same(found, expected, 5e-5)
+
+
 def same_draws(name: str, dropout: float) -> dict[str, np.ndarray]:
     """Gradients of one loss on encodings made in micro-batches of two, all in one graph."""
     _, method = prepared(name, dropout=dropout)
@@ -174,7 +184,7 @@ def rounded(precision: Precision, stage: int, micro: int) -> Any:
 
 @pytest.mark.dist
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", range(4))
 def test_half_precision_has_its_own_gradient_of_eight(
     gloo_pool: Pools, precision: Precision, stage: int
 ) -> None:

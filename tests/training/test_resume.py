@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from tests.distributed_pool import Pools
 from tests.training.runs import Overrides, Precision, read_metrics, train, train_expecting_error
@@ -132,3 +133,38 @@ def test_damaged_checkpoints_are_passed_over_and_another_run_is_refused(
     kind, text, _ = pool.run(train_expecting_error, overrides(*options))[1]
     assert kind == "CheckpointError"
     assert "2 checkpoints and none is good" in text
+
+
+#: A loss of single samples, which plain accumulation does not change.
+PATCHES = [
+    "method.name=mpma", "method.decoder_width=16", "method.decoder_heads=2", "method.decoder_layers=1",
+    "method.global_weight=0", "method.local_weight=0", "method.report_weight=0", "train.accumulate=plain",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("stage", "more"), [(0, PATCHES), (2, PATCHES), (1, []), (3, [])])
+def test_another_number_of_micro_batches_after_an_odd_step_changes_nothing(
+    gloo_pool: Pools, overrides: Overrides, tmp_path: Path, stage: int, more: list[str]
+) -> None:
+    options = [*more, f"zero.stage={stage}", "checkpoint.every_steps=1", "checkpoint.keep_last=9"]
+    of_mgca = ("method.prototypes", "method.head_hidden") if more else ()
+
+    def words(micro: int, run: str) -> list[str]:
+        given = overrides(*options, f"train.micro_batch={micro}", run=run)
+        return [word for word in given if not word.startswith(of_mgca)]
+
+    pool = gloo_pool(2)
+    assert pool.run(train, words(4, "whole")) == [0, 0]
+    killed_after(tmp_path / "whole", tmp_path / "resumed", step=1)
+    assert pool.run(train, words(2, "resumed")) == [0, 0]
+    lines = [read_metrics(tmp_path / run) for run in ("whole", "resumed")]
+    whole, resumed = ([line["loss"] for line in of] for of in lines)
+    assert len(whole) == 4
+    assert resumed == pytest.approx(whole, rel=1e-5)
+    before, expected, found = (
+        load_file(tmp_path / run / "checkpoints" / f"step-{step:08d}" / "weights.safetensors")
+        for run, step in (("whole", 3), ("whole", 4), ("resumed", 4))
+    )
+    moved = sum(float((expected[name] - before[name]).double().square().sum()) for name in expected)
+    apart = sum(float((expected[name] - found[name]).double().square().sum()) for name in expected)
+    assert apart < 1e-4 * moved

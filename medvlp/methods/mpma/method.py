@@ -19,6 +19,7 @@ from medvlp.data.batch import Batch, Text
 from medvlp.encoders.backbones import EncoderError
 from medvlp.encoders.image import ImageFeatures
 from medvlp.encoders.text import TextFeatures
+from medvlp.losses.contrastive import are_accuracies_read
 from medvlp.losses.parts import parts_of, recomputed
 from medvlp.methods.base import DividedMethod, Progress, StepOutput
 from medvlp.methods.mpma.alignment import Aligned, GlobalLocalAlignment
@@ -171,7 +172,8 @@ class MPMA(DividedMethod, PrototypeUser):
         """Losses of a batch: "loss/image", "loss/report", "loss/global", "loss/local".
 
         Terms of weight 0 are left out. Besides the losses: "report/accuracy", share of hidden tokens that
-        are predicted, and the alignment's metrics (see `GlobalLocalAlignment`, `exclude_false_negatives`).
+        are predicted (where it is read, see `accuracies_read`), and the alignment's metrics (see
+        `GlobalLocalAlignment`, `exclude_false_negatives`).
         """
         config, views = self.config, encodings
         masks = self.draw_masks(batch)
@@ -328,18 +330,21 @@ class MPMA(DividedMethod, PrototypeUser):
         tokens = text.input_ids.gather(1, places)
         count = distributed.sum_over_ranks(scored.sum().float()) / distributed.world_size()
 
-        def part(chosen: Tensor, tokens: Tensor, scored: Tensor) -> tuple[Tensor, Tensor]:
+        read = are_accuracies_read()  # here: parts run again in the backward pass
+
+        def part(chosen: Tensor, tokens: Tensor, scored: Tensor) -> tuple[Tensor, ...]:
             logits = self.report_head(chosen)
             loss = masked_token_loss(logits, tokens, scored, count)
-            return loss, right_tokens(logits.detach(), tokens, scored)
+            return (loss, right_tokens(logits.detach(), tokens, scored)) if read else (loss,)
 
         parts = parts_of(len(chosen), places.shape[1] * self.vocabulary, self.config.loss_memory)
         if len(parts) == 1:
-            loss, right = part(chosen, tokens, scored)
+            sums = list(part(chosen, tokens, scored))
         else:
             found = [recomputed(part, chosen[rows], tokens[rows], scored[rows]) for rows in parts]
-            loss, right = (torch.stack(values).sum() for values in zip(*found, strict=True))
-        return {"loss/report": loss, "report/accuracy": right / scored.sum().clamp(min=1)}
+            sums = [torch.stack(values).sum() for values in zip(*found, strict=True)]
+        terms = {"loss/report": sums[0]}
+        return terms | ({"report/accuracy": sums[1] / scored.sum().clamp(min=1)} if read else {})
 
     def _global_alignment(self) -> GlobalLocalAlignment:
         if self.alignment is None or not self.config.global_weight:
