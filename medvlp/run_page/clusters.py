@@ -25,6 +25,8 @@ AGREEMENT = {
     "prototypes/nmi_findings": "NMI with single findings, mean",
     "prototypes/purity": "purity",
 }
+#: Metrics over all clusters that the table calls otherwise than `report.json` does.
+_NAMES = {"nmi": AGREEMENT["prototypes/nmi"], "same_cluster": "image and report in one cluster"}
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,12 @@ def cluster_part(history: History, asked: Asked) -> ClusterPart:
 def _overall(members: Members) -> TableOf:
     origin, said = members.snapshot.origin, overall(members)
     rows = [
-        [Cell(name.replace("_", " ")), Cell(f"{value:.3f}", value)]
+        [Cell(_NAMES.get(name, name.replace("_", " "))), Cell(f"{value:.3f}", value)]
         for name, value in said.items()
         if isinstance(value, float)
     ]
     rows += [
-        [Cell(f"nmi, {finding}"), Cell(f"{value:.3f}", value)]
+        [Cell(f"NMI with {finding}"), Cell(f"{value:.3f}", value)]
         for finding, value in said["nmi_by_finding"].items()
     ]
     caption = (

@@ -124,9 +124,9 @@ def _masks(example: MaskExample, of: Examples, sample: Sample) -> Pictured:
 
 def _boxes(example: BoxExample, of: Examples, sample: Sample) -> Pictured:
     image = seen_image(sample.image, of.side, of.crop, _BOX_SIDE)
-    truth = ", ".join(f"{letter(number)} {box.finding}" for number, box in enumerate(example.truth))
+    truth = ", ".join(f"{box.finding} ({letter(number)})" for number, box in enumerate(example.truth))
     found = ", ".join(
-        f"{number} {box.finding} {box.score or 0:.2f}" for number, box in enumerate(drawn_boxes(example), 1)
+        f"{box.finding} {box.score or 0:.2f} ({number})" for number, box in enumerate(drawn_boxes(example), 1)
     )
     lines = [f"True (solid): {truth}", f"Found (broken): {found or 'none'}"]
     picture = data_url(box_picture(image, example, of.side), _BOX_SIDE)

@@ -53,7 +53,7 @@ def test_examples_stand_under_their_tasks(run: Path, data: Path, tmp_path: Path)
     assert sum("predicted mask" in alt for alt in alts) == 2
     assert sum("True (solid)" in alt for alt in alts) == 1
     for told in (
-        "Dice 0.", "True (solid): a ", "Found (broken): 1 mass 0.75",
+        "Dice 0.", " (a) Found (broken): ", "Found (broken): mass 0.75 (1)",
         "mass: known not to be there; 0.0% of the image called",
         f"The first ones. Of {UNIT}.", "Findings stated as present in both: none",
         "only in the generated report: none", "only in the true report: pleural effusion",
@@ -84,6 +84,7 @@ def test_clusters_have_a_gallery_and_nmi_over_refreshes(run: Path, tmp_path: Pat
     page, text = page_of(run, tmp_path / "a.html")
     assert "clusters and findings, by refresh" in text
     assert "2 clusters (kmeans) of step-00000003" in text
+    assert "NMI with sets of findings 0." in text
     assert 1 <= len(re.findall(r"Cluster \d : \d+ images", text)) <= 2
     small = [attributes for tag, attributes in page.tags if attributes.get("class") == "picture small"]
     assert 2 <= len(small) <= 12
