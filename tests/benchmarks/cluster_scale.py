@@ -176,12 +176,15 @@ def column(ranks: int, constants: Constants, options: argparse.Namespace) -> lis
         f"{logits / 1e6:,.0f} MB",
         f"{milliseconds(gradients)}, behind the backward pass",
         f"{milliseconds(agreement)}, {agreement / step:.0%} of a step",
-        *(f"{seconds:.1f} s = {steps:,} steps" for seconds, steps in zip(refreshes, needed, strict=True)),
+        *(
+            f"{seconds:.2g} s, within {steps:,} step{'s' * (steps > 1)}"
+            for seconds, steps in zip(refreshes, needed, strict=True)
+        ),
         f"{milliseconds(stall)}; {saving:.1f} s to the disk = {math.ceil(saving / step):,} steps",
         f"{restart:.0f} s",
         f"{bandwidth / 1e9:.2f} GB/s, {bandwidth / shared:.0%} of the storage",
         f"{cores:.1f} of a rank, {cores * RANKS_PER_NODE:.0f} of a node",
-        f"{nodes} a node for each epoch" if nodes > 1 else "one copy of the dataset",
+        f"{nodes}: each node reads one an epoch" if nodes > 1 else "one copy of the dataset",
     ]
 
 

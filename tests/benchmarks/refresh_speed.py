@@ -1,10 +1,11 @@
-"""Speed of a refresh beside `faiss.Kmeans` on the same rows with the same number of iterations.
+"""Speed of a refresh beside `faiss.Kmeans` and scikit-learn on the same rows with as many iterations.
 
     python tests/benchmarks/refresh_speed.py [--rows 100000] [--width 128] [--clusters 500] [--rounds 5]
 
 The rival is faiss.Kmeans(spherical=True) on one thread. Against it: our k-means in one worker of one thread
 (with the assignment to the final centroids, which the rival leaves out), a whole refresh in one worker
-(normalising, choosing rows, churn), and k-means in two workers of one thread each with half the rows. All
+(normalising, choosing rows, churn), and k-means in two workers of one thread each with half the rows;
+besides, scikit-learn's KMeans (Lloyd, one thread), whose centroids are means that are not made unit. All
 take turns; each counts with its least wall time, since other work on the machine only adds. Rows are random
 directions, where most rows change their cluster in every iteration. Exits with 1 if one worker is slower
 than 0.9 of the rival, two are slower than 1.4 of it, or an objective is 0.1 % below the rival's.
@@ -58,6 +59,21 @@ def rival(count: int, width: int, clusters: int, threads: int) -> tuple[float, f
     return time.perf_counter() - started, float(kmeans.obj[-1] / count)
 
 
+def scikit_learn(count: int, width: int, clusters: int) -> tuple[float, float]:
+    """Seconds of scikit-learn's KMeans, and the mean cosine of rows with their centroids' directions."""
+    from sklearn.cluster import KMeans
+    from threadpoolctl import threadpool_limits
+
+    rows, start = make_rows(count, width).numpy(), make_start(count, width, clusters).numpy()
+    kmeans = KMeans(clusters, init=start, n_init=1, max_iter=ITERATIONS, tol=0, algorithm="lloyd")
+    started = time.perf_counter()
+    with threadpool_limits(1):
+        kmeans.fit(rows)
+    seconds = time.perf_counter() - started
+    centroids = unit_norm(torch.from_numpy(kmeans.cluster_centers_))[kmeans.labels_]
+    return seconds, float((torch.from_numpy(rows) * centroids).sum(1).mean())
+
+
 def ours(count: int, width: int, clusters: int) -> tuple[float, float]:
     """Seconds and objective of our k-means on this rank's rows."""
     from medvlp.distributed import barrier
@@ -99,6 +115,7 @@ def main() -> int:
     sides: dict[str, tuple[GlooPool, Any, tuple[int, ...]]] = {
         "faiss.Kmeans, 1 thread": (one, rival, (*size, 1)),
         "faiss.Kmeans, 2 threads": (one, rival, (*size, 2)),
+        "scikit-learn, 1 thread": (one, scikit_learn, size),
         "k-means, 1 worker": (one, ours, size),
         "refresh, 1 worker": (one, refresh, size),
         "k-means, 2 workers": (two, ours, size),
