@@ -305,7 +305,8 @@ def test_a_labelled_set_without_reports_is_probed(run: Path, labelled: Path, med
     result = medvlp("evaluate", run, "--data", labelled, "--out", tmp_path / "probe.json", "--label", "sex=M")
     assert result.exit_code == 0, result.exception
     found = results.read(tmp_path / "probe.json")
-    assert set(found.results) == {"linear-probe"}
+    assert {name for name, models in found.results.items() if models} == {"linear-probe"}
+    assert "does not fill in words" in found.notes["masked-words"]["not_available"]
     assert "no prompts" in found.notes["zero-shot"]["left_out"]
     assert "0 samples of test have a report" in found.notes["retrieval"]["left_out"]
     assert found.results["linear-probe"]["pixels"]["auroc@100%/sex=M"].value > 0.95
