@@ -75,6 +75,7 @@ def embed(
     prompts = {sentences: text.to(device) for sentences, text in wanted.prompts.items()}
     parts: dict[str, dict[str | tuple[str, ...], list[NDArray[Any]]]] = {name: {} for name in models}
     samples, pixels = [], []
+    # Slower than training's choice of kernels by trial; the same numbers every time are worth more here.
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
         for batch in batches:
             samples.append(batch.sample.numpy().copy())
