@@ -85,23 +85,32 @@ bench-methods-%:
 	  data.root=$(BENCH)/shards run.dir=$(BENCH)/methods/$* train.seed=$(seed) $(OPTIONS) --nproc 1
 	$(BIN)/medvlp evaluate $(BENCH)/methods/$*
 
-# Every downstream task on a network of each method, pre-trained where it is not there. Two methods at a time, one thread
+# Every downstream task on a network of each method, pre-trained where it is not there. Two trainings at a time, one thread
 # each (configs/benchmarks/tasks.yaml says how heads are trained); finished units are kept, so a second call goes on.
 # TASKS="segmentation detection" METHODS="mgca place" choose; STEPS=50 is another length of each training.
 TASKS := zero-shot retrieval masked-words linear-probe fine-tuning grounding segmentation detection report vqa
 TRAINED := fine-tuning segmentation detection report vqa
 TASK_METHODS = $(filter-out infonce combination,$(METHODS))
 SHORT = $(if $(STEPS),$(TRAINED:%=evaluation.tasks.%.training.train.min_steps=$(STEPS)))
+# First what takes long, each by itself; the last call does the rest and writes all of a method into one file.
+TASKS_ALONE = $(foreach task,$(filter $(TRAINED),$(TASKS)),$(TASK_METHODS:%=bench-task-%@$(task)))
 bench-tasks: $(INSTALLED)
-	test -e $(BENCH)/shards || \
+	test -e $(BENCH)/shards/index.json || \
 	  $(BIN)/medvlp shards build phantom --out $(BENCH)/shards --studies 5000 --image-size 128 --seed 2 --workers 2
-	$(MAKE) --no-print-directory -j 2 $(TASK_METHODS:%=bench-tasks-%)
+	for kind in "$(TASK_METHODS:%=bench-network-%)" "$(TASKS_ALONE)" "$(TASK_METHODS:%=bench-tasks-%)"; do \
+	  test -z "$$kind" || $(MAKE) --no-print-directory -j 2 $$kind || exit 1; done
 	$(BIN)/medvlp compare $(TASK_METHODS:%=$(BENCH)/%/tasks.json) --markdown
 
-bench-tasks-%: export OMP_NUM_THREADS = 1
-bench-tasks-%:
+bench-network-% bench-task-% bench-tasks-%: export OMP_NUM_THREADS = 1
+bench-network-%:
 	$(BIN)/medvlp pretrain configs/benchmarks/phantom.yaml configs/models/$(if $(filter mpma,$*),vit,resnet)_phantom.yaml \
 	  configs/benchmarks/$*.yaml configs/benchmarks/tasks.yaml data.root=$(BENCH)/shards run.dir=$(BENCH)/$* --nproc 1
+
+bench-task-%:
+	$(BIN)/medvlp evaluate $(BENCH)/$(firstword $(subst @, ,$*)) --task $(lastword $(subst @, ,$*)) $(SHORT) --nproc 1 \
+	  --out $(BENCH)/$(subst @,/tasks-,$*).json
+
+bench-tasks-%:
 	$(BIN)/medvlp evaluate $(BENCH)/$* $(TASKS:%=--task %) $(SHORT) --nproc 1 --out $(BENCH)/$*/tasks.json
 
 # SEEDS="0 1 2" trains every kind three times; $(OPTIONS) go over the configs, for instance OPTIONS=train.steps=60.

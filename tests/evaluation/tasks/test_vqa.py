@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sklearn.base import clone
 from torch import nn
 
 from medvlp.config import Config, OptimizerConfig
@@ -217,3 +218,21 @@ def test_a_model_of_questions_alone_stays_at_the_majority_where_questions_tell_n
     )
     assert 0.4 < right < 0.6
     assert _question_only(items[-3:], items) is None
+
+
+def test_questions_asked_often_count_by_their_number() -> None:
+    """As a fit to every single one of them."""
+    rng = np.random.default_rng(1)
+    said = [
+        f"is there {name} in the {side} lung ?" for name in ("edema", "mass") for side in ("left", "right")
+    ]
+    likely = [["yes", "no", "no"], ["yes", "two", "yes"], ["no", "two"], ["two", "no", "no", "no"]]
+    items = [
+        {"question": said[n], "answer": rng.choice(likely[n]), "kind": "closed", "topic": "presence"}
+        for n in rng.integers(0, 4, 300)
+    ]
+    words = _question_only(items, items)
+    assert words is not None
+    plain = clone(words).fit([of["question"] for of in items], [normalised(of["answer"]) for of in items])
+    assert list(words.classes_) == list(plain.classes_) == ["2", "no", "yes"]
+    np.testing.assert_allclose(words.predict_proba(said), plain.predict_proba(said), atol=1e-3)
