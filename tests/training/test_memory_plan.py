@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch._C._profiler import _EventType
 from typer.testing import CliRunner
 
 from launcher.doctor import checks
@@ -37,18 +38,35 @@ def allocated_peak(config: Config, rows: int) -> int:
 
 
 def recorded_peak(run: Callable[[], object]) -> int:
-    """The most bytes that the allocator of the CPU has given out while `run` runs, above those before."""
-    gc.collect()  # what is freed meanwhile would count against it
+    """The most bytes that the allocator of the CPU has given out while `run` runs, and not got back."""
     with torch.profiler.profile(
         profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]
     ) as found:
         run()
-    events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
+    # By address: what an earlier engine of this process gives back meanwhile does not count against it.
+    live: dict[int, int] = {}
+    held = peak = 0
+    for event in sorted(_allocations(found.profiler.kineto_results.experimental_event_tree()), key=_start):
+        size = event.typed[1].alloc_size
+        if size > 0:
+            live[event.typed[1].ptr] = size
+            held += size
+        else:
+            held -= live.pop(event.typed[1].ptr, 0)
+        peak = max(peak, held)
     return peak
+
+
+def _allocations(events: Iterable[Any]) -> Iterator[Any]:
+    for event in events:
+        if event.typed[0] == _EventType.Allocation:
+            yield event
+        yield from _allocations(event.children)
+
+
+def _start(event: Any) -> int:
+    started: int = event.start_time_ns
+    return started
 
 
 def alone(micro_batch: int) -> BatchSizes:
