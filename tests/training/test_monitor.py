@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from medvlp.config import MonitorConfig
@@ -156,6 +157,17 @@ def test_disabled_leaves_nothing(tmp_path: Path) -> None:
     run.finish()
     assert run.id is None
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_pictures_and_texts_are_sent_only_where_samples_are_shared(tmp_path: Path, shares: bool) -> None:
+    """Whoever hands them over."""
+    run = WandbRun(MonitorConfig(wandb="offline", share_samples=shares), tmp_path, "name", {}, None)
+    run.images("pictures", [(np.zeros((8, 8), dtype=np.uint8), "a film")])
+    run.texts("reports", ("generated", "true"), [("clear lungs", "an effusion")])
+    run.finish()
+    assert bool(list(tmp_path.rglob("*.png"))) == shares
+    assert any("an effusion" in file.read_text() for file in tmp_path.rglob("*.table.json")) == shares
 
 
 def test_a_start_before_the_first_checkpoint_continues_the_same_wandb_run(tmp_path: Path) -> None:
