@@ -60,6 +60,9 @@ class TextConfig:
     token_types: bool = key(True, "false: no token-type embedding (published MGCA code)")
     frozen: bool = key(False, "keep the encoder fixed")
     gradient_checkpointing: bool = key(False, "recompute activations in the backward pass to save memory")
+    length_groups: int = key(
+        1, "encode texts in so many groups of similar length, each padded to its own longest only", 1, 1024
+    )
 
 
 @dataclass

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 class _TensorRecord:
     """Moves every tensor of a dataclass, those in dicts too; other attributes are kept as they are."""
 
-    def _map(self, function: Callable[[Any], Any], kind: type = Tensor) -> Self:
+    def _map(self, function: Callable[[Any], Any], kind: type | tuple[type, ...] = Tensor) -> Self:
         """The record with `function` of every tensor, or of what else of a `kind` stands in place of one."""
         changes: dict[str, object] = {}
         for item in dataclasses.fields(self):  # type: ignore[arg-type]
@@ -36,7 +37,7 @@ class _TensorRecord:
 
     def rows(self, start: int, stop: int) -> Self:
         """Samples start to stop - 1 of every tensor (views)."""
-        return self._map(lambda tensor: tensor[start:stop])
+        return self._map(lambda values: values[start:stop], (Tensor, tuple))
 
 
 @dataclass
@@ -50,12 +51,32 @@ class Text(_TensorRecord):
             `[SEP]` is a word of its own, padding is -1.
         sentence_index: [B, L] int64; sentence of each token counted from 0; `[CLS]`, `[SEP]` and
             padding are -1.
+        lengths: B positions that each text needs, a multiple of `data.pad_multiple`: known on the host, so
+            that nothing has to wait for the device to tell them; None: only `attention_mask` says them.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     word_index: Tensor
     sentence_index: Tensor
+    lengths: tuple[int, ...] | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The four tensors by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def groups(self, count: int) -> list[tuple[int, int]]:
+        """Cut the texts, sorted by length, into `count` parts (or as many as texts), equal up to one text.
+
+        Returns:
+            the number of texts of each part, and the positions that its longest needs. Texts whose lengths
+            the host does not know are one part.
+        """
+        rows, width = self.input_ids.shape
+        if self.lengths is None or min(count, rows) < 2:
+            return [(rows, width)]
+        parts = np.array_split(np.sort(self.lengths), min(count, rows))
+        return [(len(part), int(part[-1])) for part in parts]
 
     def padded(self, length: int) -> Self:
         """The same texts, `length` tokens long (on the CPU, where they come from)."""
@@ -65,9 +86,12 @@ class Text(_TensorRecord):
         # Texts of full length show no padding token; which one stands there, no attention reads.
         shown = self.input_ids[self.attention_mask == 0]
         padding = int(shown[0]) if len(shown) else 0
-        fill = {"input_ids": padding, "attention_mask": 0, "word_index": -1, "sentence_index": -1}
         return type(self)(
-            **{name: F.pad(getattr(self, name), (0, more), value=value) for name, value in fill.items()}
+            F.pad(self.input_ids, (0, more), value=padding),
+            F.pad(self.attention_mask, (0, more), value=0),
+            F.pad(self.word_index, (0, more), value=-1),
+            F.pad(self.sentence_index, (0, more), value=-1),
+            self.lengths,
         )
 
 
@@ -111,6 +135,7 @@ def join(batches: Sequence[Batch]) -> Batch:
     """
     length = max(batch.text.input_ids.shape[1] for batch in batches)
     texts = [batch.text.padded(length) for batch in batches]
+    lengths = [text.lengths for text in texts]
     studies = [batch.study for batch in batches if batch.study is not None]
     if len(studies) not in (0, len(batches)):
         raise ValueError("batches with and without studies make no single one")
@@ -120,10 +145,8 @@ def join(batches: Sequence[Batch]) -> Batch:
     return Batch(
         image=torch.cat([batch.image for batch in batches]),
         text=Text(
-            **{
-                item.name: torch.cat([getattr(t, item.name) for t in texts])
-                for item in dataclasses.fields(Text)
-            }
+            **{name: torch.cat([text.tensors()[name] for text in texts]) for name in texts[0].tensors()},
+            lengths=None if None in lengths else tuple(number for known in lengths for number in known or ()),
         ),
         sample=torch.cat([batch.sample for batch in batches]),
         labels=torch.cat([batch.labels for batch in batches]),

@@ -280,8 +280,10 @@ class Tokenizer:
             )
         starts = rows.offsets[selection]
         lengths = np.minimum(rows.offsets[selection + 1] - starts, max_tokens - 2)[:, None]
-        longest = int(lengths.max(initial=0)) + 2
-        width = max_tokens if pad_to_max else min(max_tokens, -(-longest // multiple) * multiple)
+        needed = np.minimum(-(-(lengths[:, 0] + 2) // multiple) * multiple, max_tokens)
+        if pad_to_max:
+            needed[:] = max_tokens
+        width = max_tokens if pad_to_max else int(needed.max(initial=2))
         column = np.arange(width)[None]
         body = (column >= 1) & (column <= lengths)
         source = (starts[:, None] + column - 1)[body]
@@ -301,6 +303,7 @@ class Tokenizer:
             attention_mask=torch.from_numpy(mask.astype(np.int64)),
             word_index=torch.from_numpy(word),
             sentence_index=torch.from_numpy(sentence),
+            lengths=tuple(needed.tolist()),
         )
 
 

@@ -4,6 +4,7 @@ import inspect
 from typing import Any, NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medvlp.config import TextConfig
@@ -69,19 +70,7 @@ class TextEncoder(nn.Module):
         Raises:
             EncoderError: texts longer than the model's positions, or no attention to return.
         """
-        self.check_length(text)
-        if not attention:
-            return TextFeatures(self._hidden(text))
-        last: Any = self._last_attention[0]
-        if last is None:
-            raise EncoderError(f"{self._name()} does not expose its attention")
-        recorded: list[tuple[nn.Module, Tensor]] = []
-        last.recorded = recorded
-        try:
-            hidden = self._hidden(text)
-        finally:
-            last.recorded = None
-        return TextFeatures(hidden, recorded[-1][1].mean(1))
+        return self._features(text, attention=attention)
 
     def check_length(self, text: Text) -> None:
         """Refuse texts longer than the model's positions (`EncoderError`)."""
@@ -97,6 +86,51 @@ class TextEncoder(nn.Module):
         if self.config.frozen:
             self.model.eval()
         return self
+
+    def _features(self, text: Text, embedded: Tensor | None = None, attention: bool = False) -> TextFeatures:
+        """Hidden states in groups of similar length; `embedded` [B, L, E] stands in for tokens' embeddings.
+
+        What comes out at positions that a group left out is zero, as is their attention.
+        """
+        self.check_length(text)
+        groups = text.groups(self.config.length_groups)
+        width = text.input_ids.shape[1]
+        if all(length == width for _, length in groups):
+            return self._encode(text, embedded, attention)
+        # Sorted on the device, cut by what the host knows: equal lengths may fall either way.
+        order = text.attention_mask.sum(dim=1).argsort(stable=True)
+        encoded: list[TextFeatures] = []
+        start = 0
+        for size, length in groups:
+            chosen = order[start : start + size]
+            start += size
+            ids, mask, words, sentences = (
+                value.index_select(0, chosen)[:, :length] for value in text.tensors().values()
+            )
+            part = None if embedded is None else embedded.index_select(0, chosen)[:, :length]
+            encoded.append(self._encode(Text(ids, mask, words, sentences), part, attention))
+        place = order.argsort()
+        hidden = torch.cat([F.pad(part.hidden, (0, 0, 0, width - part.hidden.shape[1])) for part in encoded])
+        rows_of = [part.cls_attention for part in encoded if part.cls_attention is not None]
+        if not rows_of:
+            return TextFeatures(hidden.index_select(0, place))
+        attended = torch.cat([F.pad(part, (0, width - part.shape[1])) for part in rows_of])
+        return TextFeatures(hidden.index_select(0, place), attended.index_select(0, place))
+
+    def _encode(self, text: Text, embedded: Tensor | None, attention: bool) -> TextFeatures:
+        """One pass through the model."""
+        if not attention:
+            return TextFeatures(self._hidden(text, embedded))
+        last: Any = self._last_attention[0]
+        if last is None:
+            raise EncoderError(f"{self._name()} does not expose its attention")
+        recorded: list[tuple[nn.Module, Tensor]] = []
+        last.recorded = recorded
+        try:
+            hidden = self._hidden(text, embedded)
+        finally:
+            last.recorded = None
+        return TextFeatures(hidden, recorded[-1][1].mean(1))
 
     def _hidden(self, text: Text, embedded: Tensor | None = None) -> Tensor:
         """[B, L, D] hidden states; `embedded` [B, L, E] stands in for the tokens' embeddings."""

@@ -84,19 +84,21 @@ class StepWork:
 
     Attributes:
         lines: by optimiser phase: of a sample without a report, and of each token of its padded report.
+        groups: `text.length_groups`, in which reports are padded.
         phases: [steps] phase of every step.
         peak: operations a second of the GPU in the run's precision.
     """
 
     lines: Mapping[int, tuple[float, float]]
+    groups: int
     phases: NDArray[np.int64]
     peak: float
 
     def of(self, batch: Batch, step: int) -> float:
         """Operations of a micro-batch after `step` finished steps."""
-        rows, length = batch.text.input_ids.shape
         base, token = self.lines[int(self.phases[step])]
-        return rows * (base + length * token)
+        tokens = sum(rows * length for rows, length in batch.text.groups(self.groups))
+        return len(batch.keys) * base + tokens * token
 
 
 def step_work(
@@ -126,7 +128,7 @@ def step_work(
         reason = " ".join(str(error).split())[:200]
         logger.warning("no mfu: the operations of this network cannot be counted (%s)", reason)
         return None
-    return StepWork(lines, schedule.phases, peak * 1e12)
+    return StepWork(lines, config.text.length_groups, schedule.phases, peak * 1e12)
 
 
 def _lines_of_phases(
@@ -219,5 +221,5 @@ def example_batch(config: Config, rows: int, length: int) -> Batch:
 
         fields["entities"] = torch.zeros(rows, len(ANATOMIES), len(OBSERVATIONS), dtype=torch.int8)
     image = torch.zeros(rows, 1, size, size, dtype=torch.uint8)
-    text = Text(ids, torch.ones_like(ids), words, sentences)
+    text = Text(ids, torch.ones_like(ids), words, sentences, (length,) * rows)
     return Batch(image, text, torch.arange(rows), torch.zeros(rows, 1), [""] * rows, fields=fields)

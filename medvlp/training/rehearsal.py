@@ -75,4 +75,5 @@ def _longest(batch: Batch, length: int) -> Batch:
     more = length - batch.text.input_ids.shape[1]
     fill = {"input_ids": 0, "attention_mask": 0, "word_index": -1, "sentence_index": -1}
     padded = {name: F.pad(getattr(batch.text, name), (0, more), value=value) for name, value in fill.items()}
-    return dataclasses.replace(batch, text=Text(**padded))
+    lengths = (length,) * len(batch.keys)
+    return dataclasses.replace(batch, text=Text(**padded, lengths=lengths))

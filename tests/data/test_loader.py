@@ -46,8 +46,9 @@ def assert_equal(first: Batch, second: Batch) -> None:
     assert torch.equal(first.image, second.image)
     assert torch.equal(first.sample, second.sample)
     assert torch.equal(first.labels.nan_to_num(9), second.labels.nan_to_num(9))
-    for name in vars(first.text):
-        assert torch.equal(getattr(first.text, name), getattr(second.text, name))
+    assert first.text.lengths == second.text.lengths
+    for name, value in first.text.tensors().items():
+        assert torch.equal(value, second.text.tensors()[name])
 
 
 def assert_concatenate(parts: Iterable[Batch], whole: Batch) -> None:

@@ -23,9 +23,8 @@ def batch(rows: int) -> Batch:
     }
     keys = [f"k{row}" for row in range(rows)]
     labels = torch.full((rows, 2), torch.nan)
-    return Batch(
-        image, Text(ids, ids + 1, ids + 2, ids + 3), torch.arange(rows), labels, keys, 1, ["why"], fields
-    )
+    text = Text(ids, ids + 1, ids + 2, ids + 3, (3,) * rows)
+    return Batch(image, text, torch.arange(rows), labels, keys, 1, ["why"], fields)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 5])

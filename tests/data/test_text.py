@@ -64,7 +64,7 @@ def check_against_loops(tokenizer: Tokenizer, reports: list[list[str]], text: Te
 def test_text_equals_the_token_by_token_reference(tokenizer: Tokenizer, max_tokens: int) -> None:
     text = tokenizer.tokenize(REPORTS, max_tokens)
     check_against_loops(tokenizer, REPORTS, text, max_tokens)
-    assert all(part.dtype == torch.int64 for part in vars(text).values())
+    assert all(part.dtype == torch.int64 for part in text.tensors().values())
 
 
 @settings(deadline=None, max_examples=50)
@@ -89,6 +89,30 @@ def test_pad_to_max_only_adds_padding(tokenizer: Tokenizer) -> None:
     for name, fill in (("input_ids", tokenizer.pad_id), ("attention_mask", 0), ("word_index", -1)):
         assert torch.equal(getattr(padded, name)[:, :width], getattr(short, name))
         assert (getattr(padded, name)[:, width:] == fill).all()
+
+
+def test_lengths_say_how_far_each_text_has_to_be_padded(tokenizer: Tokenizer) -> None:
+    rows, chosen = tokenizer.encode(REPORTS), np.arange(4)
+    text = tokenizer.assemble(rows, chosen, 60)
+    assert text.lengths == tuple(text.attention_mask.sum(1).tolist())
+    rounded = tokenizer.assemble(rows, chosen, 60, multiple=8)
+    assert rounded.lengths == tuple(min(60, -(-length // 8) * 8) for length in text.lengths)
+    assert tokenizer.assemble(rows, chosen, 60, pad_to_max=True).lengths == (60,) * 4
+    assert text.rows(1, 3).lengths == text.lengths[1:3]
+    assert text.padded(60).lengths == text.lengths
+
+
+@settings(deadline=None)
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=12), count=st.integers(1, 14))
+def test_groups_hold_every_text_and_no_more_than_they_need(lengths: list[int], count: int) -> None:
+    ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
+    groups = Text(ids, ids, ids, ids, tuple(lengths)).groups(count)
+    assert len(groups) == min(count, len(lengths))
+    sizes = [size for size, _ in groups]
+    assert sum(sizes) == len(lengths)
+    assert max(sizes) - min(sizes) <= 1
+    ends = np.cumsum(sizes) - 1
+    assert [width for _, width in groups] == np.sort(lengths)[ends].tolist()
 
 
 def test_no_reports_and_too_few_tokens(tokenizer: Tokenizer) -> None:

@@ -97,6 +97,33 @@ def test_real_weights_and_first_layers(minilm: Path) -> None:
         torch.testing.assert_close(three, expected.hidden_states[3], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("attention", [False, True])
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "albert"])
+def test_groups_of_similar_length_change_nothing_but_the_padding(model_type: str, attention: bool) -> None:
+    torch.manual_seed(0)
+    lengths = (9, 3, 7, 3, 5, 2, 9)
+    ids = torch.randint(2, 50, (7, 9))
+    mask = (torch.arange(9) < torch.tensor(lengths)[:, None]).long()
+    text = tokens(ids * mask + (model_type == "roberta") * (1 - mask), mask)  # RoBERTa counts from padding on
+    options = {**SMALL, "max_position_embeddings": 40}
+    encoder = TextEncoder(TextConfig(model_type=model_type, options=options, dropout=0.0), 50).double()
+    seen: list[tuple[int, int]] = []
+    encoder.model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    found = []
+    for encoder.config.length_groups, text.lengths in ((1, lengths), (3, lengths), (9, lengths), (3, None)):
+        encoder.zero_grad()
+        features = encoder(text, attention)
+        hidden = features.hidden * mask[:, :, None]
+        (hidden * torch.arange(1, 8)[:, None, None]).square().sum().backward()
+        gradients = [p.grad.clone() for p in encoder.parameters() if p.grad is not None]
+        found.append((hidden.detach(), gradients, features.cls_attention))
+    assert seen == [(7, 9), (3, 3), (2, 7), (2, 9), *[(1, n) for n in sorted(lengths)], (7, 9)]
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])
+
+
 def test_attention_changes_no_feature_and_no_gradient() -> None:
     torch.manual_seed(0)
     encoder = TextEncoder(TextConfig(options=SMALL, dropout=0.0), 50)

@@ -82,7 +82,7 @@ def small_batch(reports: list[list[int]] | None = None, mentioned: float = 0.05,
 
 def reordered(batch: Batch, order: torch.Tensor) -> Batch:
     """The samples of a batch in another order."""
-    text = type(batch.text)(*(value[order] for value in vars(batch.text).values()))
+    text = type(batch.text)(*(value[order] for value in batch.text.tensors().values()))
     return dataclasses.replace(
         batch,
         image=batch.image[order],

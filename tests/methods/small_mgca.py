@@ -77,7 +77,7 @@ def rows_of(batch: Batch, start: int, stop: int, trim: bool = True) -> Batch:
     length = (
         int(batch.text.attention_mask[start:stop].sum(1).max()) if trim else batch.text.input_ids.shape[1]
     )
-    text = Text(*(getattr(batch.text, item.name)[start:stop, :length] for item in dataclasses.fields(Text)))
+    text = Text(*(value[start:stop, :length] for value in batch.text.tensors().values()))
     return Batch(
         batch.image[start:stop],
         text,

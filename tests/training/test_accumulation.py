@@ -23,7 +23,7 @@ from medvlp.training.deepspeed_config import check_device, deepspeed_json
 from medvlp.training.engine import Engine
 from medvlp.training.memory_passes import LiveBytes
 from tests.distributed_pool import Pools
-from tests.methods.small import built, names, small_batch, small_config
+from tests.methods.small import built, names, reordered, small_batch, small_config
 from tests.methods.small_mgca import IMAGES, rows_of
 from tests.training.runs import Precision
 from tests.training.test_loss_scale import fp16_on_cpu
@@ -34,13 +34,18 @@ ROWS = 8
 
 
 def prepared(
-    name: str, image: str = "vit", dropout: float = 0.0, precision: Precision = "fp32", frozen: bool = False
+    name: str,
+    image: str = "vit",
+    dropout: float = 0.0,
+    precision: Precision = "fp32",
+    frozen: bool = False,
+    groups: int = 1,
 ) -> tuple[Config, DividedMethod]:
     """The config and the method; `dropout` is that of encoders and decoders alike."""
     config = small_config(name)
     for key, value in IMAGES[image].items():
         setattr(config.image, key, value)
-    config.text.dropout = dropout
+    config.text.dropout, config.text.length_groups = dropout, groups
     config.image.frozen = frozen
     config.text.frozen = config.text.frozen or frozen
     if dropout:
@@ -79,8 +84,11 @@ def step(
         engine.set_learning_rate(rate)
         torch.manual_seed(3)
         guard.begin()
-        whole = small_batch(seed=seed)
-        batch = join([rows_of(whole, start, start + micro) for start in starts])
+        whole = reordered(small_batch(seed=seed), torch.arange(ROWS).flip(0))  # longer texts before shorter
+        parts = [rows_of(whole, start, start + micro) for start in starts]
+        for part in parts:
+            part.text.lengths = tuple(part.text.attention_mask.sum(1).tolist())
+        batch = join(parts)
         if engine.exact:
             output = exact_passes(engine, batch, None, guard)
         else:
@@ -125,13 +133,18 @@ def test_micro_batches_of_two_have_the_gradient_of_eight(gloo_pool: Pools, name:
         np.testing.assert_allclose(found_buffers[buffer], value, rtol=1e-5, atol=1e-6, err_msg=buffer)
 
 
+def in_groups(name: str, stage: int, micro: int) -> Any:
+    return step(name, stage, micro, groups=2)
+
+
 @pytest.mark.dist
 @pytest.mark.parametrize("stage", range(4))
 def test_two_ranks_with_micro_batches_have_the_gradient_of_one(gloo_pool: Pools, stage: int) -> None:
     _, expected, _ = gloo_pool(1).run(step, "mgca", 0, 8)[0]
-    _, found, _ = gloo_pool(2).run(step, "mgca", stage, 2)[0]  # rank 0 has the whole weights
-    # Batch norms of the heads merge the statistics of two ranks by another formula.
-    assert_same(found, expected, 5e-5)
+    for run in step, in_groups:
+        _, found, _ = gloo_pool(2).run(run, "mgca", stage, 2)[0]  # rank 0 has the whole weights
+        # Batch norms of the heads merge the statistics of two ranks by another formula.
+        assert_same(found, expected, 5e-5)
 
 
 @pytest.mark.dist

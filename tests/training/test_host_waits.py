@@ -64,11 +64,15 @@ def _matched(cost: Tensor, *rest: Any) -> Tensor:
     return torch.zeros(cost.shape[:2], dtype=torch.int64, device=cost.device)
 
 
+@pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("name", names())
-def test_a_forward_pass_waits_for_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forward_pass_waits_for_nothing(name: str, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for terms in (medvlp.methods.place.terms, medvlp.methods.prior.terms):
         monkeypatch.setattr(terms, "match", _matched)
-    method, batch = built(small_config(name)), small_batch()
+    config, batch = small_config(name), small_batch()
+    config.text.length_groups = groups
+    method = built(config)
+    batch.text.lengths = tuple(batch.text.attention_mask.sum(1).tolist())
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         for module in method.modules():
             for name, value in module._parameters.items():

@@ -11,6 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from medvlp.config import PhaseConfig
+from medvlp.data.batch import join
 from medvlp.methods.registry import build_method
 from medvlp.training.operations import count_operations, example_batch, peak_tflops, step_work
 from medvlp.training.schedule import Schedule
@@ -63,6 +64,18 @@ def test_a_line_through_two_lengths_meets_the_lengths_between() -> None:
     for length in (config.data.max_tokens, config.data.max_tokens * 3 // 4):
         batch = example_batch(config, 6, length)
         assert work.of(batch, 1) == pytest.approx(count_operations(method, batch), rel=0.02)
+
+
+def test_texts_in_groups_count_as_far_as_they_are_padded() -> None:
+    config = small_config("mgca")
+    config.monitor.peak_tflops, config.text.length_groups = 2.0, 2
+    method = build_method(config, tokenizer().vocab_size).train()
+    work = step_work(method, config, Schedule(np.ones(3), np.zeros(3, dtype=np.int64)), 0, CPU)
+    assert work is not None
+    whole, short = (example_batch(config, 4, length) for length in (24, 12))
+    half = join([short, whole])
+    assert work.of(half, 1) == pytest.approx(work.of(short, 1) + work.of(whole, 1))
+    assert work.of(half, 1) < work.of(join([whole, whole]), 1)
 
 
 def test_later_phases_have_operations_of_their_own() -> None:

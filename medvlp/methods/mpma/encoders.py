@@ -186,4 +186,4 @@ class MaskedTextEncoder(TextEncoder):
             return super().forward(text, attention)
         self.check_length(text)
         embedded = self.model.get_input_embeddings()(text.input_ids)
-        return TextFeatures(self._hidden(text, self.mask_embedding(embedded, hidden)))
+        return self._features(text, self.mask_embedding(embedded, hidden))

@@ -184,6 +184,11 @@ def test_hidden_words_enter_as_one_embedding(kind: str, options: dict[str, Any])
     state = {name: value for name, value in masked.state_dict().items() if "mask_embedding" not in name}
     plain.load_state_dict(state)
     torch.testing.assert_close(masked(tokens).hidden, plain(tokens).hidden)
+    grouped = dataclasses.replace(tokens, lengths=(5, 3))
+    masked.config.length_groups = 2
+    torch.testing.assert_close(
+        masked(grouped, hidden=hidden).hidden[valid], masked(tokens, hidden=hidden).hidden[valid]
+    )
     masked(tokens, hidden=hidden).hidden.square().sum().backward()
     assert masked.mask_embedding.weight.grad.abs().sum() > 0
 

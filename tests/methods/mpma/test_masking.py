@@ -119,7 +119,7 @@ def test_mask_does_not_depend_on_padding_or_neighbours() -> None:
 
 def test_words_are_hidden_evenly() -> None:
     text = report([1] * 8, 12)
-    batch = Text(*(value.expand(2000, -1) for value in vars(text).values()))
+    batch = Text(*(value.expand(2000, -1) for value in text.tensors().values()))
     hidden = draw_words(batch, sample_noise(torch.arange(2000), 12, 0, 0, 1), 0.5).float().mean(0)
     assert (hidden[1:9] - 0.5).abs().max() < 4 * math.sqrt(0.25 / 2000)
 

@@ -88,8 +88,8 @@ def test_any_batch_gives_finite_loss_and_gradients(
         assert parameter.grad is not None, name
         # As in MGCA: equal rows leave only rounding to two batch norms, whose gradient can exceed fp16.
         assert parameter.grad.isfinite().all() or dtype == torch.float16, name
-    for name in vars(before.text):
-        assert torch.equal(getattr(before.text, name), getattr(batch.text, name))
+    for name, value in before.text.tensors().items():
+        assert torch.equal(value, batch.text.tensors()[name])
     assert torch.equal(before.image, batch.image)
 
 
@@ -208,7 +208,7 @@ def test_loss_depends_neither_on_padding_nor_on_the_order_of_samples() -> None:
     whole = hard_place(**options)(batch).named
     for name, value in hard_place(**options)(short).named.items():
         torch.testing.assert_close(value, whole[name], msg=name, rtol=1e-4, atol=1e-5)
-    text = type(batch.text)(*(getattr(batch.text, name).flip(0) for name in vars(batch.text)))
+    text = type(batch.text)(*(value.flip(0) for value in batch.text.tensors().values()))
     flipped = type(batch)(batch.image.flip(0), text, batch.sample.flip(0), batch.labels, batch.keys)
     for name, value in hard_place(**options)(flipped).named.items():
         torch.testing.assert_close(value, whole[name], msg=name, rtol=1e-4, atol=1e-5)

@@ -94,7 +94,7 @@ def test_neither_padding_nor_order_of_samples_matters(stage: int) -> None:
     assert short.text.input_ids.shape[1] < 16
     model = small_prior(stage=stage)
     whole = model(batch).named
-    flipped_text = type(batch.text)(*(value.flip(0) for value in vars(batch.text).values()))
+    flipped_text = type(batch.text)(*(value.flip(0) for value in batch.text.tensors().values()))
     flipped = type(batch)(batch.image.flip(0), flipped_text, batch.sample, batch.labels, batch.keys)
     for other in (short, flipped):
         for name, value in model(other).named.items():
@@ -256,7 +256,7 @@ def test_official_scores() -> None:
     changed = prompts.input_ids.clone()
     changed[torch.arange(3), ends] = 7
     assert not torch.allclose(
-        model.score(batch.image, type(prompts)(changed, *list(vars(prompts).values())[1:])), scores
+        model.score(batch.image, type(prompts)(changed, *list(prompts.tensors().values())[1:])), scores
     )
     with pytest.raises(NotImplementedError, match="official_view"):
         model.ground(batch.image, prompts)
