@@ -95,3 +95,11 @@ def test_the_way_to_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     for name, address in own.items():
         assert route_to(address) == Route(address, name)
+
+
+def test_ranks_are_bound_to_the_socket_of_their_gpu_where_torch_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = local._near_their_gpus()["numa_options"]
+    assert options.affinity_mode.value == "node"
+    assert options.should_fall_back_if_binding_fails, "one socket, or a container that hides it, is no error"
+    monkeypatch.setitem(sys.modules, "torch.numa.binding", None)
+    assert local._near_their_gpus() == {}, "torch before 2.9"

@@ -2,15 +2,22 @@
 
 import json
 import logging
+import multiprocessing
+import os
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from launcher.local import free_port
 from medvlp import distributed
+from medvlp.config import Config
+from medvlp.config_files import ConfigError
 from medvlp.runs.events import EventLog
+from medvlp.training import run
 from medvlp.training.hangs import RankStatus, Watchdog, announce_lost, meeting_store
+from medvlp.training.pretrain import Pretraining
 
 
 @pytest.fixture
@@ -151,6 +158,47 @@ def test_a_rank_that_died_ends_the_others(
         "rank 0 lost rank 3 (node 1), which was killed by SIGKILL (it waits in forward and backward of step"
     )
     assert (said in capsys.readouterr().err) == (main_thread == "waits for ever")
+
+
+def rank_that_fails(rank: int, port: int, folder: Path) -> None:
+    """A rank whose run raises, and which then waits for ever to leave its process group, as NCCL may."""
+    place = {
+        "RANK": rank,
+        "WORLD_SIZE": 2,
+        "LOCAL_RANK": rank,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    os.environ.update({name: str(value) for name, value in place.items()})
+    config = Config()
+    config.run.dir, config.train.global_batch, config.precision = str(folder), 2, "fp32"
+
+    def fails(*_: object) -> None:
+        raise ConfigError(f"planned error of rank {rank}")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "_train", fails)
+        patch.setattr(run, "_CLOSING_SECONDS", 0.5)
+        patch.setattr("torch.distributed.destroy_process_group", lambda: threading.Event().wait())
+        run.train(Pretraining(config))
+
+
+def test_an_error_ends_a_rank_that_cannot_leave_its_group(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    port, context = free_port(), multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=rank_that_fails, args=(rank, port, tmp_path / "run")) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    alive = [process.is_alive() for process in ranks]
+    for process in ranks:
+        process.kill()
+    assert alive == [False, False]
+    assert [process.exitcode for process in ranks] == [ConfigError.exit_code] * 2
+    said = capfd.readouterr().err
+    assert all(f"error: planned error of rank {rank}" in said for rank in (0, 1))
 
 
 def test_events_are_lines_of_json_over_all_starts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
