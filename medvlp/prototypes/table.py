@@ -117,6 +117,10 @@ class PrototypeTable:
         running.start(self.log_bias)
         return self._twin(running=running)
 
+    def uncounted(self) -> Self:
+        """The same table with its bias as it stands, for passes that are no training: they move no bias."""
+        return self if self.running is None else self._twin(log_bias=self.running.log_bias, running=None)
+
     def to(self, device: torch.device | str) -> Self:
         """The same table with its tensors on `device`."""
         columns = ("centroids", "counts", "log_bias", "temperatures")

@@ -96,9 +96,11 @@ class Validation(Callback):
 
     def _measure(self, step: int) -> Mapping[str, float]:
         arrays_of = self.recipe.examination(self.engine.objective, self.learned)
+        table = self.clusters()
+        clusters = None if table is None else table.uncounted()
 
         def examine(batch: Batch) -> tuple[StepOutput, Mapping[str, Tensor]]:
-            return self.engine.forward(batch, self.clusters()), arrays_of(batch)
+            return self.engine.forward(batch, clusters), arrays_of(batch)
 
         config = self.recipe.config
         predictions = predict(

@@ -61,6 +61,17 @@ def test_a_run_with_validations_has_the_weights_of_one_without(overrides: Overri
     assert read_metrics(tmp_path / "with")[-1]["valid/seconds"] > 0
 
 
+def test_clusters_are_balanced_by_what_is_trained_alone(overrides: Overrides, tmp_path: Path) -> None:
+    """`prototypes.balance: bias` follows the usage of clusters; that of validations is none of it."""
+    words = ["method.prototype_source=clusters", "prototypes.refresh_steps=1", "prototypes.balance=bias"]
+    assert train(overrides(*words, run="without")) == 0
+    assert train(overrides(*words, *EVERY_TWO, run="with")) == 0
+    first, second = weights(tmp_path / "without"), weights(tmp_path / "with")
+    for name, value in first.items():
+        np.testing.assert_array_equal(value, second[name], err_msg=name)
+    assert "valid/loss/prototype" in validations(tmp_path / "with")[0], "or no cluster was asked for"
+
+
 def test_training_ends_without_a_better_validation_and_stays_ended(
     overrides: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
