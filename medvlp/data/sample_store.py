@@ -33,7 +33,7 @@ from shards.remote import RemoteError
 logger = logging.getLogger(__name__)
 
 #: Raise when the stored arrays or the way to compute them change.
-_VERSION = 4
+_VERSION = 5
 #: Samples held at once; each may have `METADATA_LIMIT` bytes.
 _CHUNK = 512
 
@@ -47,8 +47,8 @@ class SampleStore:
         labels: float32 [N, C] in the order of the index's label names: 1, 0, -1, NaN (unknown).
         entities: the anatomy-observation matrices of all samples.
         unreadable: int64, positions of samples whose metadata could not be read; they have no text.
-        studies: int64 [N], position of the first sample of the same study in the split; an unreadable sample
-            is a study of its own.
+        studies: int64 [N], position of the first sample of the same study in the split (ids of studies may be
+            numbers of a patient's visits); an unreadable sample is a study of its own.
         excluded: uint8 [N], which rule of `medvlp.data.rules` keeps a sample from being trained on; 0: none.
     """
 
@@ -251,7 +251,7 @@ def _build(reader: ShardReader, split: str, config: DataConfig, tokenizer: Token
     labels: list[NDArray[np.float32]] = []
     entities: list[list[Triple]] = []
     unreadable: list[int] = []
-    first: dict[str, int] = {}
+    first: dict[tuple[str, str], int] = {}
     studies: list[int] = []
     excluded: list[int] = []
     position = 0
@@ -264,7 +264,7 @@ def _build(reader: ShardReader, split: str, config: DataConfig, tokenizer: Token
             entities.append(sample["entities"] if sample else [])
             if sample is None:
                 unreadable.append(position)
-            studies.append(position if sample is None else first.setdefault(sample["study_id"], position))
+            studies.append(position if sample is None else first.setdefault(_study(sample), position))
             values = [sample["labels"].get(name) if sample else None for name in names]
             labels.append(np.array([np.nan if value is None else value for value in values], np.float32))
             position += 1
@@ -285,6 +285,10 @@ def _build(reader: ShardReader, split: str, config: DataConfig, tokenizer: Token
     }
     origin = {"split": split, "tokenizer": tokenizer.fingerprint, "dataset": reader.index.fingerprint}
     return save(arrays, metadata={**origin, "checksum": checksum(arrays)})
+
+
+def _study(sample: Mapping[str, Any]) -> tuple[str, str]:
+    return sample["patient_id"], sample["study_id"]
 
 
 #: Array of a store -> its type and dimensions.

@@ -85,17 +85,36 @@ def test_a_rule_that_leaves_nothing_is_refused_by_name(
         build_loader(make_config(**keys), ShardReader(dataset), tokenizer, 0, 1, 16)
 
 
-def join_studies(root: Path, positions: list[int]) -> None:
-    """Give samples of the train split the study of the first of them."""
+def join_studies(root: Path, positions: list[int], patients: bool = True) -> None:
+    """Give samples of the train split the study of the first of them, and its patient if asked."""
     reader = ShardReader(root)
-    ids = [reader.metadata("train", i)["study_id"] for i in positions]
-    for position, study in zip(positions[1:], ids[1:], strict=True):
+    first, *others = (reader.metadata("train", i) for i in positions)
+    for position, metadata in zip(positions[1:], others, strict=True):
         tar = root / reader.locate("train", position)[0].file
-        before, after = (f'"study_id":"{name}"'.encode() for name in (study, ids[0]))
         data = tar.read_bytes()
-        assert len(before) == len(after)
-        assert data.count(before) == 1
-        tar.write_bytes(data.replace(before, after))
+        end = data.index(f'"study_id":"{metadata["study_id"]}"'.encode())
+        for name in ("study_id", "patient_id") if patients else ("study_id",):
+            before, after = (f'"{name}":"{of[name]}"'.encode() for of in (metadata, first))
+            assert len(before) == len(after)
+            # Both stand in one sample, the patient first.
+            start = data.rindex(before, 0, end + len(before))
+            data = data[:start] + after + data[start + len(before) :]
+        tar.write_bytes(data)
+
+
+def test_equal_study_ids_of_different_patients_are_different_studies(
+    own_dataset: Path, make_config: ConfigFactory, tokenizer: Tokenizer
+) -> None:
+    """Tables number the visits of each patient: study 1 of one is not study 1 of another."""
+    group = [3, 20, 41]
+    join_studies(own_dataset, group, patients=False)
+    config = make_config(root=str(own_dataset), images_per_study="one", tail="wrap")
+    reader = ShardReader(own_dataset)
+    assert len({reader.metadata("train", i)["study_id"] for i in group}) == 1
+    assert len({reader.metadata("train", i)["patient_id"] for i in group}) == len(group)
+    assert build_loader(config, reader, tokenizer, 0, 1, 16).samples == reader.sample_count("train")
+    store = SampleStore.open_or_build(reader, "train", config.data, tokenizer)
+    assert store.studies[group].tolist() == group, "each may be a negative of the others"
 
 
 def test_images_of_one_study_are_known_and_one_of_them_can_be_drawn(
