@@ -206,8 +206,16 @@ def _auto(values: _Values, counts: _Counts, header: Any) -> _Values:
         if counts[inside].sum() >= LEAST_INSIDE * counts.sum():
             return _windowed(values, center, width, text_of(header, "VOILUTFunction"))
     if header.BitsStored <= 8:
-        return _stretched(values, *_modality(np.array([0, 255]), header))
+        return _stretched(values, *_held(header))
     return _by_percentiles(values, _without_padding(values, counts, header))
+
+
+def _held(header: Any) -> tuple[float, float]:
+    """Least and greatest value that the stored bits can hold; the slope of a rescale may be negative."""
+    count, signed = 1 << header.BitsStored, header.PixelRepresentation == 1
+    first = -count // 2 if signed else 0
+    values = _modality(np.arange(first, first + count), header)
+    return float(values.min()), float(values.max())
 
 
 def _windowed(values: _Values, center: float, width: float, function: str) -> _Values:
@@ -222,9 +230,10 @@ def _windowed(values: _Values, center: float, width: float, function: str) -> _V
 
 def _by_percentiles(values: _Values, counts: _Counts) -> _Values:
     """`WINDOW_PERCENTILES` of the pixels become black and white, as in `shards.images`."""
-    ranks = np.cumsum(counts)
+    rising = np.argsort(values, kind="stable")  # a rescale may fall
+    ranks = np.cumsum(counts[rising])
     low, high = (
-        float(values[np.searchsorted(ranks, share / 100 * (ranks[-1] - 1), side="right")])
+        float(values[rising][np.searchsorted(ranks, share / 100 * (ranks[-1] - 1), side="right")])
         for share in WINDOW_PERCENTILES
     )
     if high <= low:

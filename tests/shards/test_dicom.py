@@ -91,6 +91,25 @@ def test_eight_bits_without_a_window_stay_as_they_are() -> None:
     np.testing.assert_array_equal(read(dicom.write(film)), film)
 
 
+def test_a_falling_rescale_of_eight_bits_turns_the_film_over() -> None:
+    film = (RAMP >> 4).astype(np.uint8)
+    np.testing.assert_array_equal(read(dicom.write(film, RescaleSlope=-1, RescaleIntercept=255)), 255 - film)
+
+
+def test_a_falling_rescale_leaves_outliers_out_as_well() -> None:
+    film = RAMP.copy()
+    film[0, 0] = 65535
+    plain, falling = (read(dicom.write(film, RescaleSlope=slope, RescaleIntercept=0)) for slope in (1, -1))
+    close(falling, 255.0 - plain)
+
+
+@pytest.mark.parametrize(("kind", "bits"), [(np.int8, 8), (np.uint8, 6), (np.uint8, 1)])
+def test_eight_bits_or_fewer_show_all_that_they_can_hold(kind: type, bits: int) -> None:
+    least = -128 if kind is np.int8 else 0
+    film = (least + (RAMP >> (12 - bits)).astype(np.int16)).astype(kind)
+    close(read(dicom.write(film, bits=bits)), (film.astype(float) - least) * 255 / (2**bits - 1))
+
+
 @pytest.mark.parametrize("window", ["auto", "max"])
 def test_monochrome1_is_inverted_after_the_window(window: Any) -> None:
     plain = dicom.write(RAMP, bits=12, WindowCenter=1500, WindowWidth=800)
