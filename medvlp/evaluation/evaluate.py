@@ -21,6 +21,7 @@ from medvlp.evaluation.report.tracking import track
 from medvlp.evaluation.session import Session
 from medvlp.evaluation.supervised import train_here
 from medvlp.evaluation.task import EvaluationError, Task, Unit, schemas, tasks
+from medvlp.evaluation.trained import TrainedTask, with_labels_of
 from medvlp.evaluation.units import StoredUnit, files_of
 from medvlp.runs import saved_run
 from shards.errors import UsageError
@@ -104,7 +105,7 @@ def evaluate(options: EvaluationOptions, say: Callable[[str], None]) -> Evaluati
     options.check()
     session = _open(options, say)
     wanted = options.tasks or quick_tasks()
-    chosen = [tasks()[name](session.config.evaluation.tasks[name]) for name in wanted]
+    chosen = [_task(name, options, session.config) for name in wanted]
     evaluation = _empty(options, session, chosen)
     jobs: list[tuple[Task, dict[Unit, StoredUnit]]] = []
     for task in chosen:
@@ -148,6 +149,15 @@ def evaluate(options: EvaluationOptions, say: Callable[[str], None]) -> Evaluati
         session.config.monitor.share_samples = _shares(options, session)
         track(evaluation, session.source, session.config, session.reader)
     return evaluation
+
+
+def _task(name: str, options: EvaluationOptions, config: Config) -> Task:
+    """A task with its settings; of one that trains, what the evaluation says of labels is put into them."""
+    task, settings = tasks()[name], config.evaluation.tasks[name]
+    if issubclass(task, TrainedTask):
+        settings = with_labels_of(name, settings, options.labels, options.uncertain, config.evaluation.blank)
+        config.evaluation.tasks[name] = settings
+    return task(settings)
 
 
 def _shares(options: EvaluationOptions, session: Session) -> bool:

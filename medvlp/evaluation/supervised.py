@@ -352,14 +352,11 @@ class Network:
 def unit_config(session: Session, task: TrainedTask, unit: Unit, start: Start, run: Path) -> Config:
     """The config of a training run of a unit, in the folder `run`."""
     roles, shared = session.facts(task).roles, session.config.evaluation.shared_patients
-    settings = {"labels": task.settings.labels or session.findings, "uncertain": session.uncertain}
-    if hasattr(task.settings, "blank"):
-        settings["blank"] = session.config.evaluation.blank
     given = {
         "run": {"dir": str(run), "name": f"{task.name}-{unit.name}-{start}"},
         "data": {"split": roles["train"]},
         "validation": {"split": roles["selection"]},
-        "evaluation": {"shared_patients": shared, "tasks": {task.name: settings}},
+        "evaluation": {"shared_patients": shared},
     }
     layers = [_machine(session.config), Layer("the evaluation", given)]
     return run_config(session.source, session.config, task, unit, start, layers)

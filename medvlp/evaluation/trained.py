@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from medvlp.config import Config, ConfigError, TaskConfig, key
 from medvlp.evaluation.metrics.bootstrap import Estimate
 from medvlp.evaluation.task import EvaluationError, Facts, Needs, Role, Task, TaskResult, Unit
+from shards.errors import UsageError
 
 if TYPE_CHECKING:
     from medvlp.data.sample_store import SampleStore
@@ -74,8 +75,40 @@ class TrainedTaskConfig(TaskConfig):
     def check(self, config: Config) -> None:
         for name in ("fractions", "seeds"):
             values = getattr(self, name)
-            if len(set(values)) < len(values):
+            # Metrics are named after a share with six digits.
+            names = {f"{value:g}" if name == "fractions" else value for value in values}
+            if len(names) < len(values):
                 raise ConfigError(f"{name}={values} of a task: one of them stands twice; remove it")
+
+
+def with_labels_of(
+    name: str, settings: TrainedTaskConfig, labels: Sequence[str], uncertain: str, blank: str
+) -> TrainedTaskConfig:
+    """The settings of a task with what an evaluation says of labels, which holds for all its tasks.
+
+    Args:
+        name, settings: of the task.
+        labels, uncertain, blank: `--label`, `--uncertain` and `evaluation.blank`.
+
+    Raises:
+        UsageError: the task's own keys say something else.
+    """
+    changed: dict[str, Any] = {}
+    for item, said, value, default in (
+        ("labels", "--label", list(labels), []),
+        ("uncertain", "--uncertain", uncertain, "exclude"),
+        ("blank", "evaluation.blank", blank, "auto"),
+    ):
+        own = getattr(settings, item, value)
+        if value == default or own == value:
+            continue
+        if own != default:
+            raise UsageError(
+                f"evaluation.tasks.{name}.{item}={own} and {said} ({value}) do not agree: leave one of them "
+                "out"
+            )
+        changed[item] = value
+    return replace(settings, **changed)
 
 
 @dataclass

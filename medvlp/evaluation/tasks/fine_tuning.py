@@ -9,13 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medvlp.config import Config, key
-from medvlp.evaluation.labels import FEWEST, NotEvaluable, as_notes, blank_side, not_evaluable, sides
+from medvlp.evaluation.labels import (
+    FEWEST,
+    NotEvaluable,
+    as_notes,
+    binary,
+    blank_side,
+    not_evaluable,
+    sides,
+)
 from medvlp.evaluation.metrics.classification import aurocs, chance, score_classes, score_findings, thresholds
 from medvlp.evaluation.task import Reading, Scores, TaskResult, Unit, register
 from medvlp.evaluation.trained import Fitted, TrainedTask, TrainedTaskConfig
@@ -25,6 +34,7 @@ if TYPE_CHECKING:
     from medvlp.evaluation.baselines import FittedRidge
     from medvlp.evaluation.heads.objective import SupervisedObjective
     from medvlp.evaluation.session import View
+    from medvlp.evaluation.splits import Split
     from medvlp.evaluation.supervised import Network
     from medvlp.methods.base import Method
     from medvlp.training.predictions import Predictions
@@ -156,18 +166,18 @@ class FineTuning(TrainedTask):
 
     def choose(self, view: View, unit: Unit, networks: Mapping[str, Network]) -> Chosen:
         """Teach the pixel baseline; of each model the threshold of each finding with the best F1."""
-        names = self.findings(view.facts.index.label_names)
+        names, truth = self.findings(view.facts.index.label_names), partial(self._truth, view)
         train, chooses = view.split("train"), view.split("selection")
         assert train is not None
         assert chooses is not None
         rows = np.flatnonzero(np.isin(train.arrays.sample, view.drawn(unit)))
-        ridge = train.ridge.fit(view.truth(train, names)[rows], rows)
+        known = truth(train)[rows]
+        ridge = train.ridge.fit(known, rows)
         found = {
             model: thresholds(*_scores(network.predict(view, "selection")), names)
             for model, network in networks.items()
         }
-        found["pixels"] = thresholds(ridge.predict(chooses.arrays.pixels), view.truth(chooses, names), names)
-        known = view.truth(train, names)[rows]
+        found["pixels"] = thresholds(ridge.predict(chooses.arrays.pixels), truth(chooses), names)
         missing = not_evaluable(known, names, f"the drawn part of {train.name}", fewest=1)
         return Chosen(found, ridge, missing)
 
@@ -202,6 +212,13 @@ class FineTuning(TrainedTask):
             chosen.thresholds, frozenset(predictions), self.settings.kind == "multi_class",
         )  # fmt: skip
         return result
+
+    def _truth(self, view: View, split: Split) -> Floats:
+        """[N, C] labels (1, 0, NaN) of a split, as the networks learn them."""
+        known = view.facts.index.label_names
+        names = self.findings(known)
+        labels = split.labels[:, [known.index(name) for name in names]]
+        return binary(labels, sides(self.settings.uncertain, names), blank_side(self.settings.blank, known))
 
 
 def _is_transformer(name: str) -> bool:
