@@ -59,7 +59,14 @@ class Unit:
     def name(self) -> str:
         """Its name in file names and after `--unit`: "whole", "fraction-0.1", "fraction-0.1-seed-2"."""
         said = {"fraction": self.fraction, "seed": self.seed}
-        return "-".join(f"{name}-{value:g}" for name, value in said.items() if value is not None) or "whole"
+        parts = [f"{name}-{_exactly(value)}" for name, value in said.items() if value is not None]
+        return "-".join(parts) or "whole"
+
+
+def _exactly(value: float) -> str:
+    """A number as short as tells it from every other one: a seed of a date has eight digits."""
+    short = f"{value:g}"
+    return short if float(short) == value and "+" not in short else repr(value)
 
 
 @dataclass(frozen=True)

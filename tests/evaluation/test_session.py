@@ -121,3 +121,6 @@ def test_units_have_names_for_files_and_options() -> None:
     assert Unit(0.01).name == "fraction-0.01"
     assert Unit(1.0, 3).name == "fraction-1-seed-3"
     assert Unit(seed=0).name == "seed-0"
+    # A seed of a date: no other one may be taken for it.
+    assert Unit(1.0, 20260101).name == "fraction-1-seed-20260101"
+    assert [Unit(seed=seed).name for seed in (10**6, 2**32 - 1)] == ["seed-1000000", "seed-4294967295"]

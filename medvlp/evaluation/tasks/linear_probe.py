@@ -141,7 +141,7 @@ class LinearProbeConfig(TaskConfig):
     )
 
     def check(self, config: Config) -> None:
-        if len(set(self.fractions)) < len(self.fractions):
+        if len({share(fraction) for fraction in self.fractions}) < len(self.fractions):
             where = f"evaluation.tasks.{LinearProbe.name}.fractions"
             raise ConfigError(f"{where}={self.fractions}: one of them stands twice; remove it")
 
