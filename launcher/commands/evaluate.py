@@ -288,7 +288,6 @@ def _print_tables(evaluations: dict[str, Evaluation], findings: bool, markdown: 
         for grid in (comparison.grid(evaluations, task), single if findings else single.by_finding()):
             if grid is not None and grid.metrics:
                 console.print(tables.console_table(grid, f"{task}: {title}"))
-        # All evaluations are of the same data, so what one cannot say about it none can.
-        for line in tables.remarks(task, first.notes[task]) + comparison.unavailable(evaluations, task):
+        for line in tables.lines_under(evaluations, task):
             typer.echo(f" {line}")
         typer.echo()

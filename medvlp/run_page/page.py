@@ -146,16 +146,14 @@ def results_parts(known: Mapping[str, tuple[Path, Evaluation]]) -> list[TaskPart
 
 
 def _alike(known: Mapping[str, tuple[Path, Evaluation]]) -> list[dict[str, tuple[Path, Evaluation]]]:
-    groups: dict[tuple[str, ...], dict[str, tuple[Path, Evaluation]]] = {}
+    groups: dict[str, dict[str, tuple[Path, Evaluation]]] = {}
     for name, (run, one) in known.items():
-        of = (one.data["fingerprint"], one.data["split"], one.settings["uncertain"])
-        groups.setdefault(of, {})[name] = run, one
+        groups.setdefault(comparison.truth_of(one), {})[name] = run, one
     return list(groups.values())
 
 
 def _task_tables(evaluations: Mapping[str, Evaluation], task: str) -> list[TableOf]:
     whole, single = comparison.grid(evaluations, task), comparison.grid(evaluations, task, findings=True)
-    notes = next(iter(evaluations.values())).notes[task]
     caption = f"{task}: {tables.caption(evaluations)}"
     made = []
     for grid, folded in ((whole, ""), (single.by_finding() or single, "single findings")):
@@ -175,7 +173,7 @@ def _task_tables(evaluations: Mapping[str, Evaluation], task: str) -> list[Table
             rows.append(cells)
         header = ["metric", *(tables.model_name(model) for model in grid.cells)]
         made.append(TableOf(f"{caption}, {folded}" if folded else caption, header, rows, folded=folded))
-    remarks = tables.remarks(task, notes) + comparison.unavailable(evaluations, task)
+    remarks = tables.lines_under(evaluations, task)
     if not made:
         made.append(TableOf(caption, [], []))
     made[0].remarks = [without_places(line) for line in remarks]

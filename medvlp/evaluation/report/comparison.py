@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -16,6 +17,14 @@ def reading_of(task: str) -> Reading:
     """How a task's numbers read; those of a task that is not registered here, under their stored names."""
     known = tasks().get(task)
     return known.reading if known else Reading()
+
+
+def truth_of(evaluation: Evaluation) -> str:
+    """What numbers are measured against: equal for evaluations that may stand in one table."""
+    data, settings = evaluation.data, evaluation.settings
+    labels = sorted(settings.get("labels", []))
+    said = [data["fingerprint"], data["split"], settings["uncertain"], settings.get("blank"), labels]
+    return json.dumps(said)
 
 
 @dataclass
@@ -50,11 +59,10 @@ def grid(evaluations: Mapping[str, Evaluation], task: str, findings: bool = Fals
     first = next(iter(evaluations.values()))
     cells: dict[str, Metrics] = {}
     for name, evaluation in evaluations.items():
-        same = all(evaluation.data[key] == first.data[key] for key in ("fingerprint", "split"))
-        if not same or evaluation.settings["uncertain"] != first.settings["uncertain"]:
+        if truth_of(evaluation) != truth_of(first):
             raise EvaluationError(
-                f"{name}: another dataset, split or treatment of uncertain labels than the first evaluation; "
-                "evaluate all of them alike"
+                f"{name}: another dataset, split, choice of labels or treatment of uncertain and unknown "
+                "labels than the first evaluation; evaluate all of them alike"
             )
         if task not in evaluation.results:
             raise EvaluationError(
@@ -76,3 +84,20 @@ def unavailable(evaluations: Mapping[str, Evaluation], task: str) -> list[str]:
     """What cannot be said about single models: "TASK of NAME: not available: the method ..."."""
     reasons = {name: evaluation.notes[task].get("not_available") for name, evaluation in evaluations.items()}
     return [f"{task} of {name}: not available: {reason}" for name, reason in reasons.items() if reason]
+
+
+def unlike(evaluations: Mapping[str, Evaluation], task: str) -> list[str]:
+    """Where a task had other settings than in the first evaluation, whose remarks are shown."""
+    first, *others = evaluations
+    lines = []
+    for name in others:
+        one, two = (_options(evaluations[of], task) for of in (first, name))
+        if keys := sorted(key for key in one.keys() | two.keys() if one.get(key) != two.get(key)):
+            lines.append(f"{task} of {name}: with another {', '.join(keys)} than {first}")
+    return lines
+
+
+def _options(evaluation: Evaluation, task: str) -> dict[str, object]:
+    """The keys of a task; of those that name a file its content."""
+    options, files = (evaluation.settings.get(kind, {}).get(task, {}) for kind in ("options", "files"))
+    return {**options, **files}

@@ -121,7 +121,7 @@ def _check_alike(first: Measured, other: Measured, task: str) -> None:
             raise EvaluationError(
                 f"{item.run}: task {task} has not been evaluated (medvlp evaluate ... --task {task})"
             )
-    for section, keys in (("data", ("fingerprint", "split")), ("settings", ("uncertain", "labels"))):
+    for section, keys in (("data", ("fingerprint", "split")), ("settings", ("uncertain", "blank", "labels"))):
         for key in keys:
             if getattr(first.evaluation, section).get(key) != getattr(other.evaluation, section).get(key):
                 raise EvaluationError(f"{other.run}: has another {section}.{key} than {first.run}")

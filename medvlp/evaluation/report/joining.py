@@ -26,6 +26,7 @@ def join(parts: Mapping[Path, Evaluation]) -> Evaluation:
     )
     for file, part in parts.items():
         _check_same(files[0], first, file, part)
+        _check_same_options(joined, file, part)
         for task, models in part.results.items():
             # Every unit of a task that the method cannot do says so.
             if task in joined.results and (models or joined.results[task]):
@@ -94,13 +95,17 @@ def _check_same(first_file: Path, first: Evaluation, file: Path, part: Evaluatio
     ):
         if one != other:
             raise EvaluationError(f"{file}: has another {what} than {first_file}; evaluate the task again")
+
+
+def _check_same_options(joined: Evaluation, file: Path, part: Evaluation) -> None:
+    """The units of a task are evaluated alike, whichever of the files they are in."""
     for of_tasks in sorted(_OF_TASKS):
-        ours, theirs = first.settings.get(of_tasks, {}), part.settings.get(of_tasks, {})
-        for task in set(first.settings["tasks"]) & set(part.settings["tasks"]):
+        ours, theirs = joined.settings.get(of_tasks, {}), part.settings.get(of_tasks, {})
+        for task in set(joined.settings["tasks"]) & set(part.settings["tasks"]):
             if ours.get(task, {}) != theirs.get(task, {}):
                 what = "settings" if of_tasks == "options" else "contents of the files of the settings"
                 raise EvaluationError(
-                    f"{file}: has other {what} of {task} than {first_file}; evaluate it again"
+                    f"{file}: has other {what} of {task} than a file before it; evaluate it again"
                 )
 
 

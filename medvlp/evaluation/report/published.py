@@ -11,6 +11,7 @@ from typing import Literal
 from medvlp.config import key
 from medvlp.config_files import load_schema
 from medvlp.evaluation.metrics.bootstrap import Estimate
+from medvlp.evaluation.metrics.clinical import plain
 from medvlp.evaluation.report.results import Evaluation
 
 Evidence = Literal["paper", "requoted", "memory"]
@@ -30,11 +31,21 @@ class PublishedResult:
     task: str = key("", "task, as in evaluation.json")
     protocol: str = key("", "protocol of the task (`evaluation.tasks.<task>.protocol`)")
     metric: str = key("", "metric, as in evaluation.json")
+    findings: list[str] = key([], "that a mean (macro) is over; none: over all that the dataset has")
     values: dict[str, float] = key({}, "share of the training labels, or all -> value in the unit of ours")
     evidence: Evidence = key("memory", "where the value was read")
     source: str | None = key(None, "who requotes it")
     test_images: int | None = key(None, "of the published test set", 1, 10**9)
     note: str | None = key(None, "what else has to be known")
+
+    def other_findings(self, metric: str, trained: Mapping[str, Estimate]) -> list[str]:
+        """The findings whose mean a run's `metric` is, where they are not those of the published one."""
+        head, _, last = metric.rpartition("/")
+        if last != "macro" or not self.findings:
+            return []
+        own = [name.removeprefix(f"{head}/") for name in trained if name.startswith(f"{head}/")]
+        own = [name for name in own if name != last]
+        return [] if {plain(name) for name in own} == {plain(name) for name in self.findings} else own
 
     @property
     def said_by(self) -> str:
@@ -111,6 +122,12 @@ def _add(
         for metric, value in row.metrics()
         if metric in trained and not math.isnan(trained[metric].value)
     ]
+    for metric, *_ in values:
+        if other := row.other_findings(metric, trained):
+            return (
+                f"{row.method} reports the mean over {', '.join(row.findings)}, this run that over "
+                f"{', '.join(other)} (medvlp evaluate --label)"
+            )
     found.rows += [(row.task, metric, own, value, row.said_by) for metric, own, value in values]
     if values and row.note:
         return f"{row.method}: {row.note}"

@@ -129,6 +129,13 @@ def _check_names(evaluation: Evaluation) -> None:
         for name in names:
             if not isinstance(values.get(name), str) or not values[name].isprintable():
                 raise JsonError(f"{section}.{name} is no text")
+    labels = evaluation.settings.get("labels", [])
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise JsonError("settings.labels are no texts")
+    for name in ("options", "files"):
+        of_tasks = evaluation.settings.get(name, {})
+        if not isinstance(of_tasks, dict) or not all(isinstance(of, dict) for of in of_tasks.values()):
+            raise JsonError(f"settings.{name} are not of tasks")
     if not evaluation.results.keys() <= evaluation.notes.keys():
         raise JsonError("a task has results and no notes")
 

@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from medvlp.evaluation.metrics.bootstrap import Estimate
-from medvlp.evaluation.report.comparison import Grid, grid, reading_of, unavailable
+from medvlp.evaluation.report.comparison import Grid, grid, reading_of, unavailable, unlike
 from medvlp.evaluation.report.differences import Row
 from medvlp.evaluation.report.results import Evaluation
 from medvlp.evaluation.task import Reading
@@ -101,10 +101,18 @@ def markdown_section(evaluations: Mapping[str, Evaluation], task: str, findings:
     """One task as Markdown: its tables (also of single findings) and the remarks under them."""
     grids = [grid(evaluations, task)] + ([grid(evaluations, task, findings=True)] if findings else [])
     tables = [f"{task}: {caption(evaluations)}\n\n{markdown_table(of)}" for of in grids if of.metrics]
-    # All evaluations are of the same data, so what one cannot say about it none can.
-    notes = next(iter(evaluations.values())).notes[task]
-    lines = remarks(task, notes) + unavailable(evaluations, task)
+    lines = lines_under(evaluations, task)
     return "\n".join([*tables, *(f"- {line}" for line in lines)]) + "\n"
+
+
+def lines_under(evaluations: Mapping[str, Evaluation], task: str) -> list[str]:
+    """What stands under the tables of a task.
+
+    All evaluations are of the same data, so what one cannot say about it none can; where one was measured
+    otherwise, a line says so.
+    """
+    notes = next(iter(evaluations.values())).notes[task]
+    return remarks(task, notes) + unavailable(evaluations, task) + unlike(evaluations, task)
 
 
 def cell(estimate: Estimate | None, metric: str, reading: Reading) -> str:

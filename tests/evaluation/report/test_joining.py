@@ -83,8 +83,9 @@ def test_a_missing_a_double_and_a_strange_unit_are_refused() -> None:
         join({Path("a"): probe(0.1)})
     with pytest.raises(EvaluationError, match=r"unit fraction-0\.1 is in another file too"):
         join({Path("a"): probe(0.1), Path("b"): probe(0.1)})
-    with pytest.raises(EvaluationError, match="b: has other settings of linear-probe than a"):
-        join({Path("a"): probe(0.1), Path("b"): probe(1.0, (1.0,))})
+    for before in ({}, {Path("0"): part("retrieval")}):
+        with pytest.raises(EvaluationError, match="b: has other settings of linear-probe than a file before"):
+            join({**before, Path("a"): probe(0.1), Path("b"): probe(1.0, (1.0,))})
     first, second = probe(0.1), probe(1.0)
     first.settings["files"], second.settings["files"] = ({"linear-probe": {"prompts": x}} for x in ("a", "b"))
     with pytest.raises(EvaluationError, match="b: has other contents of the files of the settings of linear"):

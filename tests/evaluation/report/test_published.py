@@ -45,6 +45,20 @@ def test_a_number_stands_beside_the_one_at_the_same_share_of_labels() -> None:
     assert compared.remarks == ["fine-tuning: M: own lists"]
 
 
+def with_findings(*names: str) -> Evaluation:
+    made = evaluation()
+    made.results["fine-tuning"]["trained"] |= {f"auroc@1%/{name}": Estimate(0.8) for name in names}
+    return made
+
+
+def test_a_mean_stands_beside_one_over_the_same_findings() -> None:
+    published = row(findings=["Edema", "Pleural_Effusion"])
+    assert compare(with_findings("pleural effusion", "edema"), [published], from_memory=False).rows
+    # RSNA holds "Normal" beside "Pneumonia", CheXpert nine labels beside the five of its competition.
+    several = [item for item in read(FILE) if item.dataset in ("rsna", "chexpert") and "auroc" in item.metric]
+    assert all(item.findings for item in several)
+
+
 @pytest.mark.parametrize(
     ("run", "published", "reason"),
     [
@@ -54,6 +68,11 @@ def test_a_number_stands_beside_the_one_at_the_same_share_of_labels() -> None:
         (evaluation(source="siim"), row(), "nothing published is known of siim"),
         (evaluation(source=None), row(), "nothing published is known of a dataset of unknown source"),
         (evaluation(), row(task="zero-shot"), "nothing published is known of rsna"),
+        (
+            with_findings("Pneumonia", "Normal"),
+            row(findings=["Pneumonia"]),
+            "M reports the mean over Pneumonia, this run that over Pneumonia, Normal",
+        ),
         (evaluation(), row(metric="f1/macro"), "M reports f1/macro, this run does not"),
         (
             evaluation(),

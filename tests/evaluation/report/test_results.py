@@ -121,10 +121,34 @@ def test_a_baseline_with_other_numbers_gets_a_row_of_its_own() -> None:
     assert grid.cells["pixels"]["auroc/macro"].value == 0.62
 
 
-@pytest.mark.parametrize("other", [make(0.9, fingerprint="def"), make(0.9, uncertain="positive")])
+def with_settings(**settings: object) -> Evaluation:
+    made = make(0.9)
+    made.settings |= settings
+    return made
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        make(0.9, fingerprint="def"),
+        make(0.9, uncertain="positive"),
+        with_settings(labels=["edema"]),
+        with_settings(blank="negative"),
+    ],
+)
 def test_results_of_different_data_do_not_stand_in_one_table(other: Evaluation) -> None:
     with pytest.raises(EvaluationError, match="second: another dataset"):
         comparison.grid({"first": make(0.8), "second": other}, "zero-shot")
+
+
+def test_a_task_with_other_settings_is_named_under_the_table() -> None:
+    first = with_settings(options={"zero-shot": {"prompts": "here.yaml", "pool": "mean"}})
+    other = with_settings(options={"zero-shot": {"prompts": "there.yaml", "pool": "max_similarity"}})
+    for one in (first, other):  # the same prompts at another place
+        one.settings["files"] = {"zero-shot": {"prompts": "checksum"}}
+    section = tables.markdown_section({"first": first, "second": other}, "zero-shot")
+    assert "- zero-shot of second: with another pool than first\n" in section
+    assert "another" not in tables.markdown_section({"first": first, "second": first}, "zero-shot")
 
 
 def test_a_task_that_was_not_evaluated_is_named() -> None:
