@@ -19,6 +19,8 @@ from shards.progress import meter
 
 #: Everything of the method that is in neither encoder.
 HEADS = "heads.safetensors"
+#: In its header: side of the square that images are fitted into before the view of the network is cut.
+STORED_SIDE = "stored_side"
 #: Of an export: the checkpoint is loaded, each encoder is written and read back, the rest is written.
 STEPS = 4
 #: Where the encoders' weights stand in a method's state dict.
@@ -74,7 +76,8 @@ def export(
                 (folder / "text").mkdir()
                 write_text(text, tokenizer, config.data.max_tokens, folder / "text")
             advance(1)
-            safetensors.torch.save_file(heads, folder / HEADS)
+            said = {STORED_SIDE: str(saved_run.stored_side(source, config))}
+            safetensors.torch.save_file(heads, folder / HEADS, said)
             (folder / CONFIG).write_bytes((source.run / CONFIG).read_bytes())
             origin = {} if source.stored is None else source.stored[0].origin
             card = Card(

@@ -2,11 +2,12 @@
 
 import json
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from medvlp import config_files
@@ -27,6 +28,8 @@ from shards.errors import MedvlpError
 logger = logging.getLogger(__name__)
 
 HEADS = "heads.safetensors"
+#: In the header of that file: side of the square images are fitted into before the view is cut.
+STORED_SIDE = "stored_side"
 #: Of an export: folder -> where its weights stand in the method.
 PARTS = {"image": "image_encoder.backbone.", "text": "text_encoder.model."}
 
@@ -75,10 +78,8 @@ def read_model(place: Path) -> Loaded:
     else:
         objective = _read_objective(place, source, tokenizer)
         method = objective.method
-    record = None if source.stored is None else source.stored[0].trained_on(source.manifest.identity)
-    stored = config.data.image_size if record is None else record.image_size
-    size = max(stored, config.data.image_size)
-    return Loaded(source.name(config), config, tokenizer, method, size, objective)
+    stored = saved_run.stored_side(source, config)
+    return Loaded(source.name(config), config, tokenizer, method, stored, objective)
 
 
 def _read_objective(place: Path, source: SavedRun, tokenizer: Tokenizer) -> SupervisedObjective:
@@ -121,9 +122,22 @@ def _read_export(folder: Path) -> Loaded:
         what = f"{missing[0]} is missing" if missing else f"{extra[0]} is too much"
         raise LoadError(f"{folder} does not fit its {CONFIG}: {what}; export the run again")
     method.load_state_dict({name: weights[name] for name in expected}, strict=True)
-    return Loaded(
-        config.run.name or folder.resolve().name, config, tokenizer, method.eval(), config.data.image_size
-    )
+    return Loaded(config.run.name or folder.resolve().name, config, tokenizer, method.eval(), _stored(folder))
+
+
+def _stored(folder: Path) -> int:
+    """The side that `saved_run.stored_side` said of the run."""
+    try:
+        with safe_open(folder / HEADS, "pt") as file:
+            said = (file.metadata() or {}).get(STORED_SIDE, "")
+    except (OSError, SafetensorError) as error:
+        raise LoadError(f"{folder} cannot be read as an export ({error}); export the run again") from error
+    if not re.fullmatch("[1-9][0-9]{0,3}", said):
+        raise LoadError(
+            f"{folder / HEADS} does not say which part of an image the network sees (an export of an earlier "
+            "version): export the run again"
+        )
+    return int(said)
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:

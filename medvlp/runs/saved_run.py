@@ -186,6 +186,15 @@ def check_data(
     say(told)
 
 
+def stored_side(source: SavedRun, config: Config) -> int:
+    """Side in pixels of the square that an image is fitted into before the view of the network is cut.
+
+    That of the dataset the weights have learned from; of weights without one (imported) that of the view.
+    """
+    record = None if source.stored is None else source.stored[0].trained_on(source.manifest.identity)
+    return max(config.data.image_size, 0 if record is None else record.image_size)
+
+
 def load_method(source: SavedRun, config: Config, tokenizer: Tokenizer) -> Method:
     """The trained method on the CPU in evaluation mode, with the weights of the checkpoint.
 

@@ -5,18 +5,27 @@ from __future__ import annotations
 import doctest
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+from typer.testing import CliRunner
 
 import medvlp
+from launcher.main import app
+from medvlp.data.text import Tokenizer
 from medvlp.evaluation import session as evaluation_session
 from medvlp.library import dataset, images, model
+from medvlp.library.loading import LoadError
 from medvlp.runs import saved_run
+from medvlp.runs.identity import DataRecord, RunIdentity
+from medvlp.runs.manifest import Manifest
 from shards.errors import DataError, UsageError
+from shards.format import Index
 from tests.export.saved import save_run
 
 
@@ -78,11 +87,31 @@ def test_an_export_gives_what_its_run_gives(run: Path, exported: Path, films: li
     torch.testing.assert_close(one.encode_text(texts), other.encode_text(texts))
 
 
+def test_an_export_sees_the_part_of_an_image_that_its_run_sees(
+    data: Path, tmp_path: Path, films: list[Path]
+) -> None:
+    """Datasets are stored larger than the view, which is the middle of them."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    save_run(data, run)
+    tokenizer = Tokenizer.load(None, str(data))
+    record = replace(DataRecord.of(Index.load(str(data)), "train"), image_size=48)
+    identity = RunIdentity(tokenizer.content, tokenizer.special, None, (record,))
+    identity.write(run, tokenizer)
+    (folder,) = (run / "checkpoints").iterdir()
+    manifest = replace(Manifest.read(folder), identity=identity.summary())
+    (folder / "manifest.json").write_text(manifest.to_json())
+    assert CliRunner().invoke(app, ["export", str(run), "--out", str(out)]).exit_code == 0
+    one, other = medvlp.load(run, "cpu"), medvlp.load(out, "cpu")
+    assert one._seen(films[0]).where.width == 32  # of 48
+    assert np.array_equal(one._seen(films[0]).view, other._seen(films[0]).view)
+    torch.testing.assert_close(one.encode_image(films), other.encode_image(films))
+    heads = out / "heads.safetensors"
+    safetensors.torch.save_file(safetensors.torch.load_file(heads), heads)
+    with pytest.raises(LoadError, match=r"does not say which part of an image .*: export the run again"):
+        medvlp.load(out, "cpu")
+
+
 def test_published_quirks_of_the_text_encoder_survive_an_export(data: Path, tmp_path: Path) -> None:
-    from typer.testing import CliRunner
-
-    from launcher.main import app
-
     save_run(data, tmp_path / "run", "text.positions=false", "text.token_types=false", "text.layers=1")
     words = ["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
     assert CliRunner().invoke(app, words).exit_code == 0
