@@ -210,11 +210,18 @@ def _written(out: Path, shard: Shard) -> Shard:
 
 def _summary(out: Path, shards: list[Shard], label_names: list[str], known: _Known) -> AnnotationSummary:
     samples = annotated = unmatched = 0
+    patients: dict[str, str] = {}
     for shard in shards:
         for _, _, metadata in scan_shard(out, shard, label_names, METADATA_EXTENSION):
             samples += 1
             annotated += bool(metadata["entities"])
-            unmatched += known is not None and metadata["study_id"] not in known
+            study, patient = metadata["study_id"], metadata["patient_id"]
+            unmatched += known is not None and study not in known
+            if known is not None and study in known and patients.setdefault(study, patient) != patient:
+                raise DataError(
+                    "studies of several patients have one study id, by which the reports of RadGraph are "
+                    "found: build the dataset with ids of studies that no two patients share"
+                )
     return AnnotationSummary(samples, annotated, unmatched)
 
 

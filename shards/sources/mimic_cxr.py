@@ -16,6 +16,7 @@ from shards.archives.records import Join, Record
 from shards.archives.source import ArchiveOptions, ArchiveSource, Facts, Identity
 from shards.entities.radgraph import stream_radgraph
 from shards.errors import DataError
+from shards.format import hash_file
 from shards.sources.base import option
 from shards.sources.registry import register
 from shards.study import Entity, LabelValue, Study
@@ -101,6 +102,7 @@ class MimicSource(ArchiveSource):
         keys |= self._join_labels(join)
         if self.options.radgraph is not None:
             join.add("entities", _Graphs(self.options.radgraph), key="study", unique=True)
+            self.texts.hashes["--radgraph"] = hash_file(self.options.radgraph)
             keys["entities"] = "study_id"
         if self.options.ms_cxr is not None:
             boxes = mimic.ms_cxr_table(self.open(self.options.ms_cxr, mimic.MS_CXR_ORIGIN))

@@ -145,6 +145,24 @@ def test_radgraph_reports_are_found_by_study(plain: Path, tmp_path: Path) -> Non
         run("annotate", plain, "--out", tmp_path / "none", "--radgraph", path, "--workers", 1)
 
 
+def test_radgraph_refuses_studies_that_patients_share(
+    table: list[object], tmp_path: Path, map_file: Callable[..., Path]
+) -> None:
+    """Visit 1 of a patient is not visit 1 of another, and the file of RadGraph knows one "1" only."""
+    csv = tmp_path / "pairs.csv"
+    csv.write_text(
+        "".join(f"{line},{'visit' if i == 0 else 1}\n" for i, line in enumerate(csv.read_text().splitlines()))
+    )
+    table[table.index("--map") + 1] = map_file("study_id: visit\n")
+    run(*table, "--out", tmp_path / "visits")
+    path = tmp_path / "radgraph.json"
+    node = {"tokens": "effusion", "label": "OBS-DA", "start_ix": 1, "end_ix": 1, "relations": []}
+    path.write_text(json.dumps({"1": {"text": "No effusion .", "entities": {"1": node}}}))
+    with pytest.raises(DataError, match="several patients have one study id"):
+        run("annotate", tmp_path / "visits", "--out", tmp_path / "out", "--radgraph", path, "--workers", 1)
+    assert not (tmp_path / "out" / "index.json").exists()
+
+
 def test_wrong_uses_are_one_clear_error(plain: Path, phantom_dataset: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(DataError, match="has entities already"):

@@ -247,6 +247,16 @@ def test_radgraph_gives_entities_by_study(archive: Archive, tmp_path: Path) -> N
         opened(archive, radgraph=file)
 
 
+def test_a_build_with_another_radgraph_file_is_another_build(archive: Archive, tmp_path: Path) -> None:
+    file = tmp_path / "MIMIC-CXR_graphs.json"
+    arguments = []
+    for observation in ("edema", "clear", "edema"):
+        file.write_text(json.dumps({"p10/p10000001/s50000001.txt": graph(observation)}))
+        arguments.append(opened(archive, radgraph=file).arguments)
+    assert arguments[0] == arguments[2]
+    assert arguments[0] != arguments[1]
+
+
 def test_lists_name_patients_studies_and_images_in_any_form(archive: Archive, tmp_path: Path) -> None:
     out = tmp_path / "out.txt"
     out.write_text(f"p10000001\ns50000002\n50913680\n{fixture.path(4)}\n")
