@@ -3,17 +3,19 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from medvlp import distributed
 from medvlp.config import Config
+from medvlp.config_files import ConfigError
 from medvlp.data.batch import Batch
 from medvlp.data.loader import evaluation_dataset
 from medvlp.methods.base import StepOutput
 from medvlp.prototypes.table import PrototypeTable
+from medvlp.runs.errors import AgreedError
 from medvlp.training.callbacks import PREFIX, Callback, StepRecord
 from medvlp.training.engine import Engine
 from medvlp.training.predictions import predict
@@ -83,7 +85,8 @@ class Validation(Callback):
         if not (record.step % self.every == 0 or record.finished):
             return
         started = time.monotonic()
-        found = self._measure(record.step)
+        measured = self._measure(record.step)
+        found = {name: value for name, value in measured.items() if math.isfinite(value)}
         seconds = distributed.greatest_over_ranks([time.monotonic() - started])[0]
         record.logged = True
         if distributed.is_main():
@@ -92,7 +95,7 @@ class Validation(Callback):
             told = ", ".join(f"{name} {found[name]:.4g}" for name in short)
             logger.info("validation after step %d: %s (%.1f s)", record.step, told, seconds)
         self.log({PREFIX + name: value for name, value in found.items()} | {PREFIX + "seconds": seconds})
-        self._judge(record, found)
+        self._judge(record, found, measured)
 
     def _measure(self, step: int) -> Mapping[str, float]:
         arrays_of = self.recipe.examination(self.engine.objective, self.learned)
@@ -117,22 +120,34 @@ class Validation(Callback):
         if distributed.is_main():  # once: a library's sums may differ between machines
             measured = self.recipe.measure(predictions, self.learned)
             metrics = {name: float(value) for name, value in measured.items()}
-        found = predictions.losses | distributed.broadcast_object(metrics)
-        return {name: value for name, value in found.items() if math.isfinite(value)}
+        return predictions.losses | dict(distributed.broadcast_object(metrics))
 
-    def _judge(self, record: StepRecord, found: Mapping[str, float]) -> None:
-        best = self.recipe.config.checkpoint.keep_best
+    def _judge(self, record: StepRecord, found: Mapping[str, float], measured: Collection[str]) -> None:
+        """Save where it is better; end the training where nothing has been for long.
+
+        Raises:
+            AgreedError: patience would wait for what is not `measured`, and end the training for nothing.
+        """
+        config = self.recipe.config
+        best = config.checkpoint.keep_best
         if best is None or not best.startswith(PREFIX):
             return
-        sign = 1.0 if self.recipe.config.checkpoint.best_mode == "max" else -1.0
-        value = found.get(best.removeprefix(PREFIX))
+        sign = 1.0 if config.checkpoint.best_mode == "max" else -1.0
+        name = best.removeprefix(PREFIX)
+        value = found.get(name)
         if value is not None and (self._best is None or sign * value > sign * self._best):
             self._best, self._without = value, 0
             record.save = True
-            return
-        self._without += 1
-        if self.finished:
-            record.last = True
+        elif name in measured:
+            self._without += 1
+            record.last = record.last or self.finished
+        elif config.train.patience is not None and not (record.finished or config.optimizer.phases):
+            raise AgreedError(  # not where a later phase may measure it, nor before the last checkpoint
+                f"checkpoint.keep_best={best} is nothing that validations on {config.validation.split} "
+                f"measure, and train.patience={config.train.patience} would end the training for want of it: "
+                f"name one of {', '.join(PREFIX + given for given in sorted(measured))}",
+                ConfigError.exit_code,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Best value so far, and validations since."""

@@ -16,6 +16,7 @@ from medvlp.data.cache import open_reader
 from medvlp.data.loader import evaluation_dataset
 from medvlp.data.text import Tokenizer
 from medvlp.methods.registry import build_method
+from medvlp.runs.errors import AgreedError
 from medvlp.runs.manifest import Manifest, step_folders
 from medvlp.runs.randomness import seed_weights
 from medvlp.training.predictions import predict
@@ -59,6 +60,18 @@ def test_a_run_with_validations_has_the_weights_of_one_without(overrides: Overri
     assert [line["step"] for line in found] == [2, 4]
     assert "valid/loss/instance" in found[0]
     assert read_metrics(tmp_path / "with")[-1]["valid/seconds"] > 0
+
+
+def test_patience_with_a_metric_that_no_validation_measures_is_refused(overrides: Overrides) -> None:
+    words = [
+        "train.steps=8",
+        "validation.every_steps=1",
+        "checkpoint.keep_best=valid/los",
+        "train.patience=2",
+    ]
+    with pytest.raises(AgreedError, match=r"keep_best=valid/los .* name one of valid/loss, ") as raised:
+        train(overrides(*words))
+    assert raised.value.exit_code == 2
 
 
 def test_clusters_are_balanced_by_what_is_trained_alone(overrides: Overrides, tmp_path: Path) -> None:
