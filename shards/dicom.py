@@ -185,9 +185,11 @@ def _look_up(values: _Values, item: Any) -> _Values:
     again at 0 in a table of 8 bits.
     """
     entries, first, bits = (int(number) for number in item.LUTDescriptor)
-    data = item["LUTData"].value
-    table = np.frombuffer(data, dtype="<u2") if isinstance(data, bytes) else np.asarray(data)
-    entries = min(entries or 65536, len(table))
+    data, entries = item["LUTData"].value, entries or 65536
+    table = np.frombuffer(data, dtype="<u2") if isinstance(data, bytes) else np.asarray(data).astype("<u2")
+    if bits <= 8 and 2 * len(table) <= entries + 1:  # the standard's way; many store 16 bits for each entry
+        table = table.view(np.uint8)
+    entries = min(entries, len(table))
     if first > 32767 and values.min() < 0:
         first -= 65536  # signed, but read as unsigned
     places = np.clip(np.rint(values).astype(np.int64) - first, 0, entries - 1)

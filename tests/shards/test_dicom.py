@@ -91,6 +91,14 @@ def test_eight_bits_without_a_window_stay_as_they_are() -> None:
     np.testing.assert_array_equal(read(dicom.write(film)), film)
 
 
+@pytest.mark.parametrize("stored", [np.uint8, np.uint16], ids=["one byte", "two bytes"])
+def test_a_table_of_eight_bits_has_one_byte_an_entry_or_two(stored: type) -> None:
+    entries = np.linspace(255, 0, 4096).round().astype(stored)
+    item = dicom.table(entries, 0, 8)
+    item["LUTData"].value = entries.astype(np.dtype(stored).newbyteorder("<")).tobytes()
+    close(read(dicom.write(RAMP, bits=12, VOILUTSequence=[item])), entries[RAMP].astype(float))
+
+
 def test_a_falling_rescale_of_eight_bits_turns_the_film_over() -> None:
     film = (RAMP >> 4).astype(np.uint8)
     np.testing.assert_array_equal(read(dicom.write(film, RescaleSlope=-1, RescaleIntercept=255)), 255 - film)
