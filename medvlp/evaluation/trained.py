@@ -264,6 +264,8 @@ class TrainedTask(Task):
     def join(self, parts: Mapping[Unit, TaskResult]) -> TaskResult:
         """Fractions beside each other; of several seeds the mean, with its standard deviation beside it."""
         joined = TaskResult(notes=next(iter(parts.values())).notes | {"training": {}})
+        if listed := _not_evaluable(parts):
+            joined.notes["not_evaluable"] = listed
         values: dict[tuple[str, str], list[Estimate]] = {}
         for part in parts.values():
             joined.notes["training"] |= part.notes["training"]
@@ -277,6 +279,18 @@ class TrainedTask(Task):
                 kind, at, rest = name.partition("@")
                 of[f"{kind}-sd{at}{rest}"] = Estimate(stdev(item.value for item in found))
         return joined
+
+
+def _not_evaluable(parts: Mapping[Unit, TaskResult]) -> list[dict[str, str]]:
+    """The findings that have no number in some unit, and why; the units, where others have one."""
+    units: dict[tuple[str, str], list[str]] = {}
+    for unit, part in parts.items():
+        for item in part.notes.get("not_evaluable", []):
+            units.setdefault((item["finding"], item["reason"]), []).append(unit.name)
+    return [
+        {"finding": finding, "reason": reason if len(of) == len(parts) else f"{reason} ({', '.join(of)})"}
+        for (finding, reason), of in units.items()
+    ]
 
 
 def _mean(found: Sequence[Estimate]) -> Estimate:

@@ -41,7 +41,7 @@ from medvlp.evaluation.task import EvaluationError
 from medvlp.evaluation.tasks.fine_tuning import FineTuning, FineTuningConfig
 from medvlp.evaluation.trained import TrainedTask
 from medvlp.runs import saved_run
-from shards.errors import MedvlpError, UsageError
+from shards.errors import MedvlpError
 from shards.reader import ShardReader
 from shards.sources.phantom import PhantomSource
 from shards.study import Study
@@ -365,29 +365,3 @@ def test_what_has_places_is_not_rotated_as_in_pre_training(task: type[TrainedTas
     """PRIOR's and MeDSLIP's configs rotate images, which boxes and masks cannot follow."""
     transform = task.protocols[protocol]["data"]["transform"]
     assert (transform["rotate"], transform["rand_augment"]) == (0, 0)
-
-
-def test_what_the_evaluation_says_of_labels_is_what_the_networks_learn(run: Path) -> None:
-    trainings: list[Config] = []
-
-    def stopped(config: Config) -> int:
-        trainings.append(config)
-        return 75
-
-    def asked(*words: str, **options: Any) -> FineTuningConfig:
-        everything = EvaluationOptions(
-            run, tasks=["fine-tuning"], overrides=[*FAST, *words], train=stopped, **options
-        )
-        with pytest.raises(TrainingStoppedError):
-            evaluate(everything, lambda line: None)
-        settings: FineTuningConfig = trainings[-1].evaluation.tasks["fine-tuning"]
-        return settings
-
-    learned = asked("evaluation.blank=negative", labels=["edema", "mass"], uncertain="positive")
-    assert (learned.labels, learned.uncertain, learned.blank) == (["edema", "mass"], "positive", "negative")
-    own = asked("evaluation.tasks.fine-tuning.uncertain=negative")
-    assert (own.labels, own.uncertain, own.blank) == ([], "negative", "auto")
-    # Other labels are another training, in a folder of its own.
-    assert trainings[0].run.dir != trainings[1].run.dir
-    with pytest.raises(UsageError, match=r"uncertain=negative and --uncertain \(positive\) do not agree"):
-        asked("evaluation.tasks.fine-tuning.uncertain=negative", uncertain="positive")
