@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from medvlp.data.batch import Batch, Text
-from medvlp.evaluation.labels import FEWEST, binary
+from medvlp.evaluation.labels import FEWEST, binary, blank_side
 from medvlp.evaluation.metrics.classification import aurocs
 from medvlp.evaluation.metrics.ranking import best_ranks, median_rank, recall_at
 from medvlp.evaluation.tasks.retrieval import RECALL_AT
@@ -74,7 +74,9 @@ class MeasuredPretraining(Pretraining):
                 found[f"{direction}/median_rank"] = float(median_rank(ranks, weights)[0])
         if "scores" in arrays:
             names = list(self._ensemble(data).rows)
-            areas = aurocs(arrays["scores"].astype(np.float64), binary(arrays["labels"]), names, FEWEST)
+            blank = blank_side(self.config.evaluation.blank, data.reader.index.label_names)
+            truth = binary(arrays["labels"], blank=blank)
+            areas = aurocs(arrays["scores"].astype(np.float64), truth, names, FEWEST)
             found |= {f"zero_shot/{name}": area for name, area in areas.items()}
         return found
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from medvlp.config import Config
 from medvlp.data.cache import open_reader
 from medvlp.data.loader import evaluation_dataset
 from medvlp.evaluation.evaluate import EvaluationOptions, evaluate
 from medvlp.evaluation.task import schemas
 from medvlp.evaluation.while_training import MeasuredPretraining
 from medvlp.runs import saved_run
-from medvlp.training.predictions import predict
+from medvlp.training.predictions import Predictions, predict
 from medvlp.training.recipe import TrainingSet
 from tests.launcher.tiny_run import make_run, make_shards
 
@@ -46,3 +49,19 @@ def test_validation_metrics_are_those_of_the_tasks(tmp_path: Path) -> None:
         of = zero_shot if name.startswith("zero_shot/") else retrieval
         assert value == pytest.approx(of[name.removeprefix("zero_shot/")].value, abs=1e-6), name
     assert {"image_to_text/R@5", "text_to_image/median_rank", "zero_shot/auroc/macro"} <= metrics.keys()
+
+
+def test_labels_that_nobody_gave_count_as_in_evaluation() -> None:
+    """CheXpert's labels say nothing of what a report does not mention, which is absent then."""
+    names = ["No Finding", "Edema", "Pleural Other", "Support Devices"]
+    scores = np.array([[0.9], [0.8], [0.7], [0.6], [0.85]]).repeat(4, axis=1)
+    labels = np.array([[1.0], [1.0], [0.0], [0.0], [np.nan]]).repeat(4, axis=1)
+    arrays = {"scores": scores, "labels": labels}
+    found = {}
+    for known in (names, ["Edema", "Mass", "Nodule", "Fracture"]):
+        index = SimpleNamespace(label_names=known)
+        data: Any = SimpleNamespace(reader=SimpleNamespace(index=index))
+        predictions = Predictions(np.arange(5), arrays)
+        found[known[0]] = MeasuredPretraining(Config()).measure(predictions, data)["zero_shot/auroc/macro"]
+    assert found["No Finding"] == pytest.approx(5 / 6)
+    assert found["Edema"] == 1.0
