@@ -1,6 +1,6 @@
 """Labels as the metrics need them: which samples count for a finding, and which findings can be evaluated."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -95,6 +95,12 @@ def not_evaluable(
             found = f"{count.positives} positives and {count.negatives} negatives in {split}"
             listed.append(NotEvaluable(name, f"{found}, needs {fewest} of each"))
     return listed
+
+
+def no_threshold(names: Sequence[str], chosen: Mapping[str, float], split: str) -> list[NotEvaluable]:
+    """Of `names` those without a threshold, which `split` was to choose: only their F1 and accuracy miss."""
+    reason = f"F1 and accuracy: no positives in {split} to choose a threshold by"
+    return [NotEvaluable(name, reason) for name in names if name not in chosen]
 
 
 def as_notes(truth: Floats, names: Sequence[str], listed: Sequence[NotEvaluable]) -> dict[str, object]:

@@ -22,6 +22,7 @@ from medvlp.evaluation.labels import (
     as_notes,
     binary,
     blank_side,
+    no_threshold,
     not_evaluable,
     sides,
 )
@@ -189,9 +190,11 @@ class FineTuning(TrainedTask):
         first, chosen = predictions["trained"], fitted.chosen
         truth = _scores(first)[1]
         listed = not_evaluable(truth, findings, split) + chosen.missing
-        result = TaskResult(notes=as_notes(truth, findings, listed))
+        result = TaskResult()
         out = {item.finding for item in listed}
         kept = [name for name in findings if name not in out]
+        unchosen = no_threshold(kept, chosen.thresholds["trained"], view.facts.roles["selection"])
+        result.notes = as_notes(truth, findings, listed + unchosen)
         if not kept:
             return result
         columns = [findings.index(name) for name in kept]

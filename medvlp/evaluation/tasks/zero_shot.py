@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from medvlp.config import TaskConfig, key
 from medvlp.evaluation import prompts as prompt_files
-from medvlp.evaluation.labels import NotEvaluable, as_notes, not_evaluable
+from medvlp.evaluation.labels import NotEvaluable, as_notes, no_threshold, not_evaluable
 from medvlp.evaluation.metrics.bootstrap import Estimate
 from medvlp.evaluation.metrics.classification import chance, score_classes, score_findings, thresholds
 from medvlp.evaluation.prompts import PromptBook, Prompts
@@ -254,6 +254,8 @@ class ZeroShot(Task):
             reasons = "; ".join(f"{item.finding}: {item.reason}" for item in listed)
             raise EvaluationError(f"{self.name}: no finding can be evaluated ({reasons})")
         scores = self._scores(view, split, names, fitted.ridge)
+        if fitted.thresholds and self.settings.threshold_source == "selection":
+            listed += no_threshold(names, fitted.thresholds["trained"], view.facts.roles["selection"])
         result = TaskResult(notes=as_notes(truth, findings, listed))
         result.notes |= {
             "threshold_split": view.facts.roles.get(self.settings.threshold_source),

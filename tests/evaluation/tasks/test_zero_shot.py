@@ -87,6 +87,19 @@ def test_the_threshold_does_not_look_at_the_evaluated_split(splits: dict[str, Sp
     assert before == after
 
 
+def test_a_finding_without_a_threshold_is_listed(splits: dict[str, Split]) -> None:
+    """The macro value of F1 is over the others."""
+    splits["valid"].labels[:, 0] = 0
+    result = run(splits)
+    assert "auroc/edema" in result.models["trained"]
+    assert "f1/edema" not in result.models["trained"]
+    reason = "F1 and accuracy: no positives in valid to choose a threshold by"
+    assert result.notes["not_evaluable"] == [{"finding": "edema", "reason": reason}]
+    seen = run(splits, settings={"threshold_source": "evaluated"})
+    assert "f1/edema" in seen.models["trained"]
+    assert not seen.notes["not_evaluable"]
+
+
 def test_a_threshold_of_the_evaluated_split_raises_f1_and_a_strict_one_lowers_accuracy(
     splits: dict[str, Split],
 ) -> None:
