@@ -287,7 +287,7 @@ class Model:
         """
         if isinstance(query, Tensor) and query.is_floating_point():
             wanted = query.reshape(-1)
-        elif isinstance(query, str) and not Path(query).is_file():
+        elif isinstance(query, str) and not _is_file(query):
             wanted = self.encode_text(query, clean=False)[0]
         else:
             wanted = self.encode_image(query)[0]
@@ -328,6 +328,14 @@ class Model:
 def _batches(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
     for start in range(0, len(items), BATCH):
         yield items[start : start + BATCH]
+
+
+def _is_file(text: str) -> bool:
+    """Whether a text names a file; a report is longer than any name."""
+    try:
+        return Path(text).is_file()
+    except OSError:
+        return False
 
 
 def _names(images: Sequence[ImageLike]) -> list[str]:

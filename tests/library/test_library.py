@@ -111,6 +111,13 @@ def test_an_export_sees_the_part_of_an_image_that_its_run_sees(
         medvlp.load(out, "cpu")
 
 
+def test_a_query_may_be_as_long_as_a_report(run: Path) -> None:
+    loaded = medvlp.load(run, "cpu")
+    words = "the heart is enlarged and there is no pleural effusion " * 9
+    texts = loaded.encode_text([words, "no"], clean=False)
+    assert loaded.nearest(words, texts, 1)[0].position == 0
+
+
 def test_published_quirks_of_the_text_encoder_survive_an_export(data: Path, tmp_path: Path) -> None:
     save_run(data, tmp_path / "run", "text.positions=false", "text.token_types=false", "text.layers=1")
     words = ["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
