@@ -37,9 +37,11 @@ STARTS: tuple[Literal["trained", "untrained"], ...] = ("trained", "untrained")
 
 #: Config of the training runs of every task, below its protocol.
 DEFAULTS: dict[str, Any] = {
-    # The rules by which reports are chosen for pre-training are not those of labels.
+    # The rules by which reports are chosen for pre-training are not those of labels; and a pre-training may
+    # flip because its entities change sides with the image, which no question, answer or report does.
     "data": {
         "split": "train",
+        "transform": {"flip": 0.0},
         "tail": "wrap",
         "views": [],
         "min_sentences": 1,

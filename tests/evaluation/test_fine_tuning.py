@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, recall_score
@@ -66,6 +68,29 @@ def test_what_the_user_says_stands_above_the_protocol(run: Path) -> None:
     config, _ = made(run, protocol("benchx"), "optimizer.lr=0.5", "train.steps=7")
     assert (config.optimizer.lr, config.optimizer.name, config.train.steps) == (0.5, "sgd", 7)
     assert (config.checkpoint.keep_best, config.checkpoint.best_mode) == ("valid/auroc/macro", "max")
+
+
+@pytest.mark.parametrize(
+    ("task", "words", "flip"),
+    [
+        ("vqa", [], 0.0),
+        ("report", [], 0.0),
+        ("fine-tuning", [], 0.0),
+        ("fine-tuning", [protocol("mrm")], 0.5),
+        ("fine-tuning", ["evaluation.tasks.fine-tuning.training={data: {transform: {flip: 0.25}}}"], 0.25),
+    ],
+)
+def test_images_are_not_flipped_because_the_pre_training_flipped_them(
+    run: Path, tmp_path: Path, task: str, words: list[str], flip: float
+) -> None:
+    """MeDSLIP's entities change sides with the image; questions, answers and reports do not."""
+    flipped = shutil.copytree(run, tmp_path / "flipped")
+    settings = yaml.safe_load((flipped / "config.yaml").read_text())
+    settings["data"]["transform"] |= {"flip": 0.5, "scale_min": 0.75}
+    (flipped / "config.yaml").write_text(yaml.safe_dump(settings))
+    config = finetuning_config(flipped, task, 1.0, 0, False, [], [f"run.dir={tmp_path / 'tuned'}", *words])
+    assert config.data.transform.flip == flip
+    assert config.data.transform.scale_min == 0.75, "what moves no side is taken over"
 
 
 def test_rates_fall_from_head_to_the_first_layer(run: Path) -> None:
