@@ -58,10 +58,10 @@ bench: $(INSTALLED)
 	for benchmark in tests/benchmarks/[a-z]*.py; do $(BIN)/python $$benchmark || exit 1; done
 
 # Every method of COMPARED and its ablation, for each of SEEDS (SEEDS="0 1 2"). Two runs at a time, one thread each; finished
-# trainings and evaluations are kept, so it goes on where it was stopped. ENCODER, a file of configs/models, is the image
-# encoder of all. $(OPTIONS) go over the configs. The combination has MGCA's ablation: its own would be the same, bit for bit.
+# trainings and evaluations are kept, so it goes on where it was stopped. $(OPTIONS) go over the configs. MPMA needs patches
+# that it can hide. The combination has MGCA's ablation: its own would be the same, bit for bit.
 COMPARED := mgca prior mpma medslip place combination
-ENCODER ?= hybrid_phantom
+ENCODER = $(if $(filter mpma,$(method)),hybrid_phantom,resnet_phantom)
 ABLATIONS = $(patsubst combination,mgca,$(COMPARED))
 with = $(foreach seed,$(SEEDS),$(COMPARED:%=%-$(seed)))
 without = $(foreach seed,$(SEEDS),$(ABLATIONS:%=%-ablation-$(seed)))

@@ -258,7 +258,7 @@ def test_the_configs_of_the_comparison_go_on_top_of_each_other(
 ) -> None:
     """In the order of `make bench-methods`."""
     folder = repository / "configs" / "benchmarks"
-    encoder = repository / "configs" / "models" / "hybrid_phantom.yaml"
+    encoder = repository / "configs" / "models" / f"{'hybrid' if method == 'mpma' else 'resnet'}_phantom.yaml"
     chain = [folder / "phantom.yaml", folder / "methods.yaml", encoder, folder / f"{method}.yaml"]
     chain += [file for file in [folder / f"{method}-compared.yaml"] if file.exists()]
     if kind:

@@ -168,7 +168,7 @@ def test_gradient_equals_that_of_one_process(gloo_pool, ranks: int) -> None:
 def test_without_all_but_the_instance_loss_it_is_mgca_s_ablation(repository: Path) -> None:
     """Bit for bit, from the same seed: why `make bench-methods` trains no ablation of the combination."""
     folder = repository / "configs" / "benchmarks"
-    encoder = repository / "configs" / "models" / "hybrid_phantom.yaml"
+    encoder = repository / "configs" / "models" / "resnet_phantom.yaml"
     shared = [folder / "phantom.yaml", folder / "methods.yaml", encoder]
     words = ["data.root=d", "run.dir=r", f"data.image_size={small_mgca.SIZE}"]
     less = ["method.place_weight=0", "method.mgca.token_weight=0", "method.mgca.prototype_weight=0"]
