@@ -7,10 +7,9 @@ from itertools import chain
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from medvlp.config import Config
-from medvlp.data.batch import Batch, Text
+from medvlp.data.batch import Batch
 from medvlp.methods.base import Progress
 from medvlp.prototypes.usage import uncounted
 from medvlp.runs.randomness import random_state, restore_random_state
@@ -72,8 +71,6 @@ def rehearse_phases(
 
 def _longest(batch: Batch, length: int) -> Batch:
     """The batch with its reports padded to `length` tokens, the most that a report may have."""
-    more = length - batch.text.input_ids.shape[1]
-    fill = {"input_ids": 0, "attention_mask": 0, "word_index": -1, "sentence_index": -1}
-    padded = {name: F.pad(getattr(batch.text, name), (0, more), value=value) for name, value in fill.items()}
-    lengths = (length,) * len(batch.keys)
-    return dataclasses.replace(batch, text=Text(**padded, lengths=lengths))
+    # Padding counts as if it were read, so that no group of `text.length_groups` is shorter.
+    text = dataclasses.replace(batch.text.padded(length), lengths=(length,) * len(batch.keys))
+    return dataclasses.replace(batch, text=text)
