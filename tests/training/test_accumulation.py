@@ -60,6 +60,11 @@ def prepared(
     return config, method.train()
 
 
+def samples(seed: int = 0) -> Batch:
+    """All samples of a step, longer texts before shorter ones, so that sorting them moves them."""
+    return reordered(small_batch(seed=seed), torch.arange(ROWS).flip(0))
+
+
 def step(
     name: str, stage: int, micro: int, options: dict[str, Any] | None = None, **prepare: Any
 ) -> tuple[dict[str, float], dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -84,7 +89,7 @@ def step(
         engine.set_learning_rate(rate)
         torch.manual_seed(3)
         guard.begin()
-        whole = reordered(small_batch(seed=seed), torch.arange(ROWS).flip(0))  # longer texts before shorter
+        whole = samples(seed)
         parts = [rows_of(whole, start, start + micro) for start in starts]
         for part in parts:
             part.text.lengths = tuple(part.text.attention_mask.sum(1).tolist())
@@ -160,7 +165,7 @@ def test_four_ranks_with_micro_batches_have_the_gradient_of_one(
 def same_draws(name: str, dropout: float) -> dict[str, np.ndarray]:
     """Gradients of one loss on encodings made in micro-batches of two, all in one graph."""
     _, method = prepared(name, dropout=dropout)
-    batch = join([rows_of(small_batch(), 0, ROWS)])
+    batch = join([rows_of(samples(), 0, ROWS)])
     method.on_progress(Progress(1, 1, 4))
     torch.manual_seed(3)
     parts = [tree_flatten(method.encode(batch.rows(start, start + 2))) for start in range(0, ROWS, 2)]
@@ -228,7 +233,7 @@ def test_batch_norms_of_a_backbone_are_named_and_move_once_a_micro_batch(gloo_po
     assert "(2 of 8 samples)" in line
     _, _, buffers = gloo_pool(1).run(convolutional, 2)[0]
     with torch.no_grad():
-        batch = join([rows_of(small_batch(), 0, ROWS)])
+        batch = join([rows_of(samples(), 0, ROWS)])
         for start in range(0, ROWS, 2):
             method.encode(batch.rows(start, start + 2))
     for name, value in method.encoders[0].named_buffers():
