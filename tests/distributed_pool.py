@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import os
 import pickle
 import socket
@@ -10,17 +11,22 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch.distributed as dist
-import torch.multiprocessing
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Seconds the other ranks get to end after one has failed; they usually wait in a collective for ever.
 GRACE = 5.0
+#: Importing these takes ten seconds of a core: what a process that trains needs.
+IMPORTED = ["medvlp.methods.registry", "medvlp.training.pretrain", "medvlp.evaluation.task", "faiss"]
+_ON_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+_ENVIRONMENT = dict(os.environ) | _ON_CPU
 
 
 class RankError(RuntimeError):
@@ -38,9 +44,21 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _serve(rank: int, world_size: int, port: int, connection: Connection) -> None:
+def imported() -> ForkServerContext:
+    """Start method whose processes are forked from one that has imported `IMPORTED`, once for all tests.
+
+    They have the environment in which this module was imported, on the CPU; what a test sets they do not see.
+    """
+    multiprocessing.set_forkserver_preload(IMPORTED)
+    with mock.patch.dict(os.environ, _ENVIRONMENT, clear=True):
+        forkserver.ensure_running()
+    return multiprocessing.get_context("forkserver")
+
+
+def _serve(rank: int, environment: dict[str, str], port: int, connection: Connection) -> None:
     sys.path.insert(0, str(ROOT))
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    world_size = int(environment["WORLD_SIZE"])
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     while True:
@@ -57,7 +75,7 @@ def _serve(rank: int, world_size: int, port: int, connection: Connection) -> Non
 
 
 class GlooPool:
-    """`world_size` spawned processes with one default gloo group, kept between calls of `run`.
+    """`world_size` processes with one default gloo group, kept between calls of `run`.
 
     The functions given to `run` are module-level functions of test files (they travel by name) and must
     leave the default group alive. A pool whose ranks no longer agree is replaced at the next `run`.
@@ -68,7 +86,8 @@ class GlooPool:
 
         Args:
             world_size: number of processes. timeout: in seconds; bounds every `run`.
-            environment: of the processes, over what keeps them on the CPU.
+            environment: of the processes, over what keeps them on the CPU. With it they are spawned: modules
+                may read it when they are imported.
         """
         self.world_size = world_size
         self.environment = environment or {}
@@ -82,21 +101,17 @@ class GlooPool:
         atexit.register(self.close)
         # The ranks meet in this process: no file, whose size a test may limit, and no port to guess.
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        context = torch.multiprocessing.get_context("spawn")
         environment = {
-            "DS_ACCELERATOR": "cpu",
-            "CUDA_VISIBLE_DEVICES": "",
-            "OMP_NUM_THREADS": "1",
             "WORLD_SIZE": str(self.world_size),
             "LOCAL_WORLD_SIZE": str(self.world_size),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(free_port()),
         } | dict(self.environment)
-        # Spawned children inherit the environment; OpenMP reads it before any of our code runs there.
-        with mock.patch.dict(os.environ, environment):
+        context = multiprocessing.get_context("spawn") if self.environment else imported()
+        with mock.patch.dict(os.environ, _ON_CPU | environment):
             for rank in range(self.world_size):
                 ours, theirs = context.Pipe()
-                arguments = (rank, self.world_size, self._store.port, theirs)
+                arguments = (rank, environment, self._store.port, theirs)
                 process = context.Process(target=_serve, args=arguments, daemon=False)
                 process.start()
                 theirs.close()

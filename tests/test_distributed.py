@@ -18,6 +18,7 @@ from medvlp.data.loader import _loader
 from medvlp.ranks import LAUNCHER_LOCAL_RANK, detect, tell_deepspeed
 from medvlp.runs.randomness import random_state
 from shards.errors import DataError
+from tests.distributed_pool import imported
 
 
 def test_without_a_group_everything_is_the_identity():
@@ -100,7 +101,7 @@ def fresh() -> Iterator[Callable]:
 
     Here an earlier test may have trained, and the group of one process that DeepSpeed then has stays.
     """
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=imported()) as pool:
         yield lambda function, *args: pool.submit(function, *args).result(100)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -19,7 +18,7 @@ from medvlp.training.monitor import Monitor
 from medvlp.training.predictions import Predictions
 from medvlp.training.run import train
 from shards.sources.phantom import PhantomSource
-from tests.distributed_pool import Pools
+from tests.distributed_pool import Pools, imported
 from tests.launcher.tiny_run import build, make_run
 from tests.training.test_resume import comparable, killed_after, weights
 
@@ -142,10 +141,7 @@ def test_sigkill_costs_the_steps_since_the_last_checkpoint_and_changes_nothing(
     source: Path, tmp_path: Path, task: str
 ) -> None:
     words = ["train.steps=4", "zero.stage=0", "image.options={drop_path_rate: 0.2}"]
-    # Its server imports this module once for all tasks.
-    forked = multiprocessing.get_context("forkserver")
-    forked.set_forkserver_preload([__name__])
-    process = forked.Process(
+    process = imported().Process(
         target=finetune_until_killed, args=(str(source), str(tmp_path / "killed"), task, words)
     )
     process.start()
