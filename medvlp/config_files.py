@@ -195,12 +195,13 @@ def _one_line(error: BaseException) -> str:
 
 
 def _merge_sources(tree: Any, sources: Sequence[_Source]) -> DictConfig:
+    """The tree with all values in it; it is changed."""
     for source in sources:
         name, values = source.name, source.values
         _check_keys(values, tree, name, prefix="")
         keep_texts(values, source.written, tree)
         try:
-            tree = OmegaConf.merge(tree, values)
+            tree.merge_with(values)  # `OmegaConf.merge` would copy the whole tree for each override
         except (OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
             key = getattr(error, "full_key", None) or "a section"
             raise ConfigError(f"{name}: {key}: {_one_line(error)}") from error
