@@ -153,21 +153,20 @@ class Supervised(Recipe):
         return {"run": self._source.weights} if self.config.finetune.start == "trained" else {}
 
     def lesson(self) -> Mapping[str, str]:
-        """Task, draw and settings; the pre-training's weights as far as they are still at hand."""
+        """Also task, draw and settings; the pre-training's weights as far as they are still at hand."""
         config, settings = self.config, dataclasses.asdict(self.task.settings)
         said = {
             "task": config.task,
             "finetune.start": config.finetune.start,
             "finetune.fraction": config.finetune.fraction,
-            "train.seed": config.train.seed,
-            "data.split": config.data.split,
         }
         # How long and how fast it learns may change, as in pre-training; units are other runs.
         kept = settings.keys() - self.task.unit_keys - {"training"}
         said |= {f"evaluation.tasks.{config.task}.{key}": settings[key] for key in sorted(kept)}
         with suppress(MedvlpError):
             said["finetune.run"] = self._source.weights
-        return {key: value if isinstance(value, str) else json.dumps(value) for key, value in said.items()}
+        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in said.items()}
+        return {**super().lesson(), **texts}
 
 
 def run_config(

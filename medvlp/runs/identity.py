@@ -131,8 +131,8 @@ class RunIdentity:
         start: "text", "image" and "run" -> hash of the weights that training began with: published ones, or
             those of another run (`train.start`).
         origin: of imported weights: where they come from (`medvlp.published`); {} of trained ones.
-        lesson: what is learned of the dataset, by config key (a fine-tuning's task, fraction, seed, ...); {}:
-            what the method learns.
+        lesson: what is learned of the dataset, by config key (the order of samples; a fine-tuning's task,
+            fraction, ...); {} of versions that did not store it.
     """
 
     tokenizer: str
@@ -163,7 +163,10 @@ class RunIdentity:
         changed = [f"{key} was {self.lesson[key]} and is {value}" for key, value in now.items()
                    if self.lesson.get(key, value) != value]  # fmt: skip
         if changed:
-            raise IdentityError(f"{run} learns something else: {'; '.join(changed)}. Choose a new run.dir")
+            raise IdentityError(
+                f"{run} learns something else: {'; '.join(changed)}. Use the old values, or choose a new "
+                f"run.dir (train.start={run} begins with its weights)"
+            )
 
     def trained_on(self, summary: Mapping[str, str]) -> DataRecord | None:
         """The dataset of the checkpoint whose manifest holds `summary`; None: imported weights."""

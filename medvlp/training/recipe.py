@@ -1,6 +1,7 @@
 """What a run trains: the one thing that pre-training and the training of a downstream task do not share."""
 
 import abc
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -16,6 +17,12 @@ from medvlp.data.text import Tokenizer
 from medvlp.methods.base import Objective
 from medvlp.training.predictions import Predictions
 from shards.reader import ShardReader
+
+#: Keys of `data` that say which samples are drawn and in which order they come.
+_ORDER = (
+    "split", "shuffle_block", "partitions", "tail", "images_per_study", "views", "sections", "cleaning",
+    "min_sentences", "min_tokens",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -90,5 +97,10 @@ class Recipe(abc.ABC):
         return {}
 
     def lesson(self) -> Mapping[str, str]:
-        """What is learned beside what the method says, by config key: a run folder is of one lesson."""
-        return {}
+        """What is learned beside what the method says, by config key: a run folder is of one lesson.
+
+        By default what the order of samples follows from: in another one some come twice and others never.
+        """
+        data = {f"data.{name}": getattr(self.config.data, name) for name in _ORDER}
+        values = {"train.seed": self.config.train.seed, **data}
+        return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}

@@ -111,6 +111,29 @@ def test_another_dataset_at_the_same_place_is_refused_until_the_user_allows_it(
     assert [record["from_step"] for record in stored["data"]] == [0, 2]
 
 
+@pytest.mark.parametrize(
+    ("change", "then"),
+    [
+        ("train.seed=7", "0"),
+        ("data.split=test", "train"),
+        ("data.shuffle_block=8", "4096"),
+        ("data.tail=wrap", "drop"),
+        ("data.min_tokens=3", "1"),
+    ],
+)
+def test_a_run_does_not_go_on_in_another_order_of_samples(
+    trained: Callable[..., Any], tmp_path: Path, change: str, then: str
+) -> None:
+    assert trained() == 0
+    before = (tmp_path / "run" / "config.yaml").read_bytes()
+    _, message, code = trained("train.steps=3", "data.allow_changed=true", change, expect_error=True)
+    key, value = change.split("=")
+    assert code == 4
+    assert f"{key} was {then} and is {value}. Use the old values" in message
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+    assert trained("train.steps=3") == 0
+
+
 def test_another_vocabulary_of_the_same_size_is_refused(
     trained: Callable[..., Any], data: Path, tmp_path: Path
 ) -> None:
