@@ -33,6 +33,8 @@ from shards.errors import MedvlpError
 
 #: Signals the ranks act on (they save a checkpoint and stop).
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+#: Those that torch takes too; they keep their meaning, so that `nohup` keeps a run.
+_LEFT_ALONE = (signal.SIGHUP, signal.SIGQUIT)
 #: Seconds between two looks at whether a rank has died.
 _LOOK_SECONDS = 0.5
 #: Tells a rank which process it must not outlive.
@@ -80,6 +82,7 @@ def launch(
 def _run_processes(
     arguments: Sequence[str], environments: dict[int, dict[str, str]], node: Node, has_cuda: bool
 ) -> list[ProcessFailure]:
+    before = {number: signal.getsignal(number) for number in (*FORWARDED, *_LEFT_ALONE)}
     context: Any = start_processes(
         name="medvlp",
         entrypoint=sys.executable,
@@ -104,13 +107,16 @@ def _run_processes(
                 continue
 
     # start_processes has put its own handlers, which kill the ranks after half a minute.
-    for number in FORWARDED:
-        signal.signal(number, forward)
+    for number, handler in before.items():
+        signal.signal(number, forward if number in FORWARDED else handler)
     try:
         result = context.wait(period=0.1)
     finally:
         ended.set()
         context.close()
+        # An evaluation goes on after its trainings: it must end at the next signal.
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return [] if result is None else list(result.failures.values())
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import psutil
 import pytest
@@ -62,6 +64,39 @@ def test_no_rank_has_died_when_all_end_well() -> None:
     thread.join(60)
     assert not thread.is_alive()
     assert lost_rank(store) == ""
+
+
+def test_signals_are_the_ranks_as_long_as_there_are_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation that has trained hears Slurm's warning again, and `nohup` keeps a launcher too."""
+    numbers = (*local.FORWARDED, signal.SIGHUP, signal.SIGQUIT)
+    during: dict[int, Any] = {}
+    start = local.start_processes
+
+    def watched(**given: Any) -> Any:
+        context = start(**given)
+        wait = context.wait
+        context.wait = lambda period: (
+            during.update({number: signal.getsignal(number) for number in numbers}) or wait(period=period)
+        )
+        return context
+
+    monkeypatch.setattr(local, "start_processes", watched)
+    before = {number: signal.getsignal(number) for number in numbers}
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert local.launch(["--help"], 1, has_cuda=False) == 0
+        assert during[signal.SIGHUP] == signal.SIG_IGN
+        assert during[signal.SIGQUIT] == before[signal.SIGQUIT]
+        forwarded = {during[number] for number in local.FORWARDED}
+        assert len(forwarded) == 1
+        assert not forwarded & set(before.values())
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert {number: signal.getsignal(number) for number in local.FORWARDED} == {
+            number: before[number] for number in local.FORWARDED
+        }
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_settings_of_the_allocator_are_the_users_if_there_are_any() -> None:
