@@ -50,6 +50,8 @@ def checkpoints(
         raise RunFolderError(f"{run} is no run folder: it has no folder checkpoints/")
     if keep_last is not None and not prune:
         raise UsageError("--keep-last says what --prune keeps; give both")
+    if step is not None and universal is None and plain is None:
+        raise UsageError("--step says what is converted: give --to-universal or --to-safetensors too")
     if prune:
         _prune(run, keep_last)
     if universal is not None or plain is not None:
@@ -112,6 +114,23 @@ def _row(manifest: Manifest) -> tuple[str, ...]:
 
 
 def _prune(run: Path, keep_last: int | None) -> None:
+    """Hold the run meanwhile: what a training finishes after the look at its newest would be deleted."""
+    from launcher.slurm.slurm_commands import job_is_over
+    from medvlp.runs.errors import RunFolderError
+    from medvlp.runs.run_lock import RunLock, this_process
+
+    lock = RunLock(run, this_process(None), job_is_over, key="RUN")
+    try:
+        lock.acquire()
+        try:
+            _delete(run, keep_last)
+        finally:
+            lock.release()
+    except OSError as error:
+        raise RunFolderError(f"{run} cannot be pruned: {error.filename}: {error.strerror}") from error
+
+
+def _delete(run: Path, keep_last: int | None) -> None:
     from medvlp import config_files, trust
     from medvlp.methods.registry import schemas
     from medvlp.runs.checkpoint import Checkpoint

@@ -1,6 +1,7 @@
 """Other forms of a checkpoint: plain safetensors, and DeepSpeed's universal checkpoint as it loads it."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from typer.testing import CliRunner
 
 from launcher.main import app
 from medvlp.runs.conversion import to_safetensors, to_universal
-from medvlp.runs.errors import CheckpointError
+from medvlp.runs.errors import CheckpointError, RunFolderError
+from medvlp.runs.run_lock import RunLock, this_process
 from tests.runs.test_checkpoint import flip, save
 from tests.training.saving import start, tiny_config, train_and_save, train_steps
 
@@ -97,3 +99,20 @@ def test_the_command_prunes_what_the_config_does_not_keep(tmp_path):
     assert [path.name for path in sorted((tmp_path / "checkpoints").glob("step-*"))] == ["step-00000003"]
     assert json.loads((tmp_path / "checkpoints/step-00000003/manifest.json").read_text())["step"] == 3
     assert command(tmp_path, "--keep-last", 1).exception.exit_code == 2
+    assert command(tmp_path, "--step", 3).exception.exit_code == 2
+
+
+def test_a_run_that_trains_is_not_pruned(tmp_path):
+    """It may finish a checkpoint at any moment, which would count as one beyond the newest good one."""
+    for step in (1, 2):
+        save(tmp_path, step)
+    (tmp_path / "config.yaml").write_text("run: {dir: here}\ndata: {root: there}\n")
+    training = RunLock(tmp_path, this_process(None))
+    training.acquire()
+    refused = command(tmp_path, "--prune", "--keep-last", 1)
+    assert isinstance(refused.exception, RunFolderError)
+    assert f"RUN={tmp_path} is being written by process {os.getpid()}" in str(refused.exception)
+    assert len(list((tmp_path / "checkpoints").glob("step-*"))) == 2
+    training.release()
+    assert command(tmp_path, "--prune", "--keep-last", 1).exit_code == 0
+    assert command(tmp_path, "--prune", "--keep-last", 1).exit_code == 0, "the lock was given back"
