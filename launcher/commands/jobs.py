@@ -44,8 +44,7 @@ def jobs(
 ) -> None:
     """List jobs of `medvlp submit`: state, step, speed, loss, time left, restarts, nodes, run folder."""
     if run is not None:
-        folder, _ = find(str(run))
-        found = list(jobs_of(folder))
+        found = list(jobs_of(find(str(run)).folder))
     else:
         found = list(current_jobs(None if everybody else getpass.getuser()))
     rows = [_values(job) for job in found]
@@ -131,20 +130,24 @@ def logs(
     ] = None,
     lines: Annotated[int, typer.Option("-n", "--lines", min=0, help="of the end of each file")] = 40,
 ) -> None:
-    """Show the end of the output of a run's newest job, or of one job; of an array, of each task."""
-    from launcher.slurm import logs as log_reader
-    from launcher.slurm import run_jobs, slurm_commands
+    """Show the end of the output of a run's newest job, or of one job; of an array, of each task.
 
-    folder, job_id = find(target)
-    if follow and job_id is None:
-        job_id = run_jobs.newest_submission(folder)
+    Of one task as well: 24_3.
+    """
+    from launcher.slurm import logs as log_reader
+    from launcher.slurm import run_jobs
+
+    named = find(target)
+    if follow and named.job is None:
+        named = named._replace(job=run_jobs.newest_submission(named.folder))
+    folder, job_id, task = named
 
     def is_over() -> bool:
-        return not run_jobs.unfinished(slurm_commands.list_jobs([job_id] if job_id is not None else []))
+        return not run_jobs.unfinished(named.jobs())
 
     if follow and job_id is not None:
-        log_reader.wait_for_output(folder, job_id, is_over, lambda line: typer.echo(line, err=True))
-    files = log_reader.log_files(folder, job_id)
+        log_reader.wait_for_output(folder, job_id, is_over, lambda line: typer.echo(line, err=True), task)
+    files = log_reader.log_files(folder, job_id, task)
     position = 0
     for path in files:
         if len(files) > 1:
@@ -164,16 +167,19 @@ def cancel(
         float, typer.Option("--timeout", min=0, help="seconds to wait for the checkpoint and the end")
     ] = 600.0,
 ) -> None:
-    """End the jobs of a run; it can be resumed. Jobs that wait or do not train are ended at once."""
+    """End the jobs of a run, or one job or task (24_3); it can be resumed.
+
+    Jobs that wait or do not train are ended at once.
+    """
     from launcher.slurm.cancelling import cancel_jobs, jobs_to_cancel
 
-    folder, job_id = find(target)
-    jobs = jobs_to_cancel(folder, job_id)
+    named = find(target)
+    folder, jobs = named.folder, jobs_to_cancel(named)
     if not jobs:
         typer.echo(f"no job of {folder} waits or runs")
         return
-    for ended in cancel_jobs(folder, jobs, now, timeout, lambda line: typer.echo(line, err=True)):
-        what = f"job {submitted_id(ended.job)} ended"
+    for ended in cancel_jobs(named, jobs, now, timeout, lambda line: typer.echo(line, err=True)):
+        what = f"job {named.label if named.task is not None else submitted_id(ended.job)} ended"
         if not ended.asked:
             typer.echo(f"{what} ({ended.job.state.lower()} before)")
         elif ended.step is None:

@@ -10,7 +10,15 @@ from pathlib import Path
 from launcher.run_state import read_run
 from launcher.slurm import slurm_commands
 from launcher.slurm.attempts import request_cancel
-from launcher.slurm.run_jobs import TRAINING, folder_of, kind_of, submissions, submitted_id, unfinished
+from launcher.slurm.run_jobs import (
+    TRAINING,
+    Target,
+    folder_of,
+    kind_of,
+    submissions,
+    submitted_id,
+    unfinished,
+)
 from launcher.slurm.slurm_commands import Job, SlurmError
 
 _POLL_SECONDS = 1.0
@@ -48,20 +56,21 @@ class Cancelled:
     step: int | None
 
 
-def jobs_to_cancel(folder: Path, job_id: int | None) -> list[Job]:
-    """Jobs of a folder that are not over, or only the one named; those that wait come first.
+def jobs_to_cancel(target: Target) -> list[Job]:
+    """Jobs of a folder that are not over, or only the one (or the task) named; those that wait come first.
 
     A task stands for its whole array, the first component for a heterogeneous job.
 
     Raises:
         NotOfThisRunError: a job that the folder names is another user's, or works for another folder.
     """
-    ids = [int(line["job_id"]) for line in submissions(folder)]
-    jobs = unfinished(slurm_commands.list_jobs([job_id] if job_id is not None else ids)) if ids else []
+    ids = [int(line["job_id"]) for line in submissions(target.folder)]
+    named = target.jobs() if target.job is not None else slurm_commands.list_jobs(ids) if ids else []
+    jobs = unfinished(named)
     order = sorted(jobs, key=lambda job: (job.state in _STARTED, -job.het_job_offset, -job.id))
     chosen = list({submitted_id(job): job for job in order}.values())
     for job in chosen:
-        _check_belongs(job, folder)
+        _check_belongs(job, target.folder)
     return chosen
 
 
@@ -83,12 +92,12 @@ def _check_belongs(job: Job, folder: Path) -> None:
 
 
 def cancel_jobs(
-    folder: Path, jobs: list[Job], at_once: bool, seconds: float, say: Callable[[str], None]
+    target: Target, jobs: list[Job], at_once: bool, seconds: float, say: Callable[[str], None]
 ) -> list[Cancelled]:
     """End jobs: one that trains saves a checkpoint first, others are ended at once.
 
     Args:
-        folder: the run folder.
+        target: the run folder, and the task where only that is meant.
         jobs: of `jobs_to_cancel`.
         at_once: do not ask for a checkpoint.
         seconds: how long to wait for a job that was asked.
@@ -98,9 +107,9 @@ def cancel_jobs(
         StillRunningError: it was not over in time.
         SlurmError: Slurm refused.
     """
-    done, asked = [], []
+    folder, done, asked = target.folder, [], []
     for job in jobs:
-        label = str(submitted_id(job))
+        label = str(submitted_id(job)) if target.task is None else target.label
         trains = kind_of(folder, submitted_id(job)) == TRAINING and job.state in _STARTED
         if at_once or not trains:
             slurm_commands.cancel(label)

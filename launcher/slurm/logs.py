@@ -12,7 +12,7 @@ from shards.errors import MedvlpError
 _POLL_SECONDS = 0.5
 #: How often Slurm is asked whether the job is over.
 _ASK_SECONDS = 3.0
-_FILE = re.compile(r"job-(\d+)(?:[_+]\d+)?\.out")
+_FILE = re.compile(r"job-(\d+)(?:[_+](\d+))?\.out")
 _RANK = re.compile(r"(?:\d\d:\d\d:\d\d )?rank (\d+)\b")
 
 
@@ -22,41 +22,50 @@ class LogError(MedvlpError):
     exit_code = 4
 
 
-def log_files(folder: Path, job_id: int | None) -> list[Path]:
+def log_files(folder: Path, job_id: int | None, task: int | None = None) -> list[Path]:
     """Output files of a job, or of the newest one that has any: one, or one for each task of an array.
+
+    Args:
+        task: only this one of the array.
 
     Raises:
         LogError: nothing has been written yet.
     """
-    found = _outputs(folder)
+    found = _outputs(folder, task)
     chosen = job_id if job_id is not None else max(found, default=None)
     if chosen is None or chosen not in found:
-        which = "no job has" if chosen is None else f"job {chosen} has not"
+        of_array = "" if task is None else f"_{task}"
+        which = "no job has" if chosen is None else f"job {chosen}{of_array} has not"
         raise LogError(f"{which} written to {folder / SLURM_FOLDER} yet; see `medvlp jobs {folder}`")
     return sorted(found[chosen], key=lambda path: (len(path.name), path.name))
 
 
-def _outputs(folder: Path) -> dict[int, list[Path]]:
-    """Job (or array) id -> its output files."""
+def _outputs(folder: Path, task: int | None) -> dict[int, list[Path]]:
+    """Job (or array) id -> its output files, or only those of a task."""
     found: dict[int, list[Path]] = {}
     for path in (folder / SLURM_FOLDER).glob("job-*.out"):
         match = _FILE.fullmatch(path.name)
-        if match:
+        if match and (task is None or match[2] == str(task)):
             found.setdefault(int(match[1]), []).append(path)
     return found
 
 
 def wait_for_output(
-    folder: Path, job_id: int, is_over: Callable[[], bool], say: Callable[[str], None]
+    folder: Path,
+    job_id: int,
+    is_over: Callable[[], bool],
+    say: Callable[[str], None],
+    task: int | None = None,
 ) -> None:
     """Wait until a job has begun to write, or is over without having done so.
 
     Args:
+        task: only this one of the array counts.
         is_over: asks Slurm whether the job has ended for good.
         say: receives one line if there is something to wait for.
     """
     said = False
-    while job_id not in _outputs(folder) and not is_over():
+    while job_id not in _outputs(folder, task) and not is_over():
         if not said:
             say(f"job {job_id} has not started yet (medvlp jobs); Ctrl-C ends this waiting, not the job")
         said = True

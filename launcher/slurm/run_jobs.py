@@ -1,9 +1,10 @@
 """Which Slurm jobs belong to which run folder, and what `medvlp jobs` shows of them."""
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from launcher.json_lines import newest_first
 from launcher.run_state import CONFIG, SLURM_FOLDER, SUBMISSIONS, RunState, is_run_folder, read_run
@@ -162,28 +163,62 @@ def state_of(folder: Path) -> RunState | None:
         return None
 
 
-def find(target: str) -> tuple[Path, int | None]:
-    """The folder, and the job if one was named, that a user means by a run folder or a job id.
+class Target(NamedTuple):
+    """What a user means by a run folder or a job id.
+
+    Attributes:
+        folder: that the jobs work for.
+        job: id that sbatch printed, where one was named.
+        task: of this array, where one was named.
+    """
+
+    folder: Path
+    job: int | None = None
+    task: int | None = None
+
+    @property
+    def label(self) -> str:
+        """The job as squeue writes it."""
+        return f"{self.job}" if self.task is None else f"{self.job}_{self.task}"
+
+    def jobs(self) -> list[Job]:
+        """Those of the named job (or task) that the controller knows; none where only a folder was named."""
+        found = [] if self.job is None else slurm_commands.list_jobs([self.job])
+        return [job for job in found if self.task is None or _has_task(job, self.task)]
+
+
+def _has_task(job: Job, task: int) -> bool:
+    """Whether a job is this task of its array, or stands for several that wait, with it among them."""
+    if job.array_task_id is not None:
+        return job.array_task_id == task
+    waiting = re.findall(r"(\d+)(?:-(\d+))?", job.array_tasks.partition("%")[0])
+    # Slurm cuts a long list short.
+    return "..." in job.array_tasks or any(int(low) <= task <= int(high or low) for low, high in waiting)
+
+
+def find(text: str) -> Target:
+    """The folder, and the job or task of an array if one was named, that a user means.
 
     Raises:
         UnknownJobError: neither, or a job that is not of `medvlp submit`.
         UsageError: a folder nothing was submitted for.
     """
-    if Path(target).is_dir():
-        folder = Path(target)
+    if Path(text).is_dir():
+        folder = Path(text)
         if not is_run_folder(folder) and not (folder / SLURM_FOLDER / SUBMISSIONS).is_file():
-            raise UsageError(f"{target} is no run folder, and no job was submitted for it")
-        return folder, None
-    number = target.partition("_")[0]
-    if not number.isdecimal():
-        raise UnknownJobError(f"{target} is neither a run folder nor a job id")
-    for job in slurm_commands.list_jobs([int(number)]):
+            raise UsageError(f"{text} is no run folder, and no job was submitted for it")
+        return Target(folder)
+    named = re.fullmatch(r"([0-9]+)(?:_([0-9]+))?", text)
+    if named is None:
+        raise UnknownJobError(f"{text} is neither a run folder nor the id of a job (12) or of a task (24_3)")
+    target = Target(Path(), int(named[1]), None if named[2] is None else int(named[2]))
+    for job in target.jobs():
         folder_found = folder_of(job)
         if folder_found is None:
-            raise UnknownJobError(f"job {target} ({job.name}) was not started by `medvlp submit`")
-        return folder_found, int(number)
+            raise UnknownJobError(f"job {text} ({job.name}) was not started by `medvlp submit`")
+        return target._replace(folder=folder_found)
     raise UnknownJobError(
-        f"Slurm does not know job {target} (any more): name its run folder instead; `medvlp runs` lists them"
+        f"Slurm does not know job {text} (any more): name its run folder instead; `medvlp runs` lists them"
     )
 
 

@@ -128,9 +128,31 @@ def test_an_array_and_a_job_of_two_components_are_cancelled_once(
         replace(ours, id=40, state="COMPLETED"),
     ]
     monkeypatch.setattr(slurm_commands, "list_jobs", lambda ids=None, user=None: jobs)
-    chosen = cancelling.jobs_to_cancel(run, None)
+    chosen = cancelling.jobs_to_cancel(run_jobs.Target(run))
     assert [run_jobs.submitted_id(job) for job in chosen] == [9, 30]
     assert chosen[1].het_job_offset == 0
+
+
+@pytest.mark.parametrize("named", ["9", "9_1", "9_5"])
+def test_a_task_of_an_array_is_meant_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str
+) -> None:
+    run = submitted(tmp_path / "run", {"job_id": 9, "kind": "evaluate"})
+    tasks = [replace(own_job(run), id=9 + task, array_job_id=9, array_task_id=task) for task in range(2)]
+    waiting = replace(own_job(run), id=12, state="PENDING", array_job_id=9, array_tasks="3,5-6%2")
+    cancelled: list[str] = []
+    monkeypatch.setattr(slurm_commands, "list_jobs", lambda ids=None, user=None: [*tasks, waiting])
+    monkeypatch.setattr(slurm_commands, "cancel", lambda job_id, *more: cancelled.append(job_id))
+    for task in range(7):
+        (run / f"slurm/job-9_{task}.out").write_text(f"task {task}\n")
+    result = medvlp("cancel", named)
+    assert result.exit_code == 0, result.exception
+    assert cancelled == [named]
+    assert f"job {named} ended" in result.output
+    shown = medvlp("logs", named).output.splitlines()
+    assert ("task 0" in shown, "task 1" in shown) == (named == "9", named in ("9", "9_1"))
+    with pytest.raises(run_jobs.UnknownJobError, match="does not know job 9_4"):
+        run_jobs.find("9_4")
 
 
 @pytest.mark.parametrize(
@@ -162,11 +184,12 @@ def test_a_job_that_only_the_folder_claims_is_not_cancelled(
 def test_targets_that_are_none_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slurm_commands, "list_jobs", lambda ids=None, user=None: [])
     for target, error in [
-        (str(tmp_path), UsageError), ("nowhere", run_jobs.UnknownJobError), ("77", run_jobs.UnknownJobError)
+        (str(tmp_path), UsageError), ("nowhere", run_jobs.UnknownJobError), ("77", run_jobs.UnknownJobError),
+        ("77_[1-3]", run_jobs.UnknownJobError),
     ]:  # fmt: skip
         with pytest.raises(error):
             run_jobs.find(target)
-    assert run_jobs.find(str(submitted(tmp_path / "run"))) == (tmp_path / "run", None)
+    assert run_jobs.find(str(submitted(tmp_path / "run"))) == (tmp_path / "run", None, None)
 
 
 def test_a_command_line_is_understood_and_written_again() -> None:
