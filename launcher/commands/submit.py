@@ -164,6 +164,7 @@ def pretrain(
         build_request(site, job_log(run_dir), name, nodes, options.slurm),
         site,
         run_dir,
+        to_yaml(config),
         ranks,
         site.sbatch.max_requeues if max_requeues is None else max_requeues,
         preflight,
@@ -174,7 +175,7 @@ def pretrain(
         typer.echo(job.script(), nl=False)
         return
     words = ["submit", "pretrain", *arguments, *given_options(context)]
-    job_id = submit_pretrain(job, to_yaml(config), words)
+    job_id = submit_pretrain(job, words)
     trust.remember_config(config)
     trust.remember("submission", words)
     typer.echo(f"submitted job {job_id}: {nodes} x {ranks} ranks; run folder {run_dir}")

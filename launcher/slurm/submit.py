@@ -9,6 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from launcher.json_lines import newest_first
 from launcher.run_state import SLURM_FOLDER, SUBMISSIONS
 from launcher.slurm import slurm_commands
@@ -18,7 +20,7 @@ from launcher.slurm.render import SlurmRequest, directives, in_container, progra
 from shards.atomic import atomic_write
 from shards.errors import DataError, MedvlpError, UsageError
 
-#: Below RUN/slurm: the script, and the config as it was at the submission.
+#: Below RUN/slurm: the script, and the config of the newest submission, with which a resume goes on.
 SCRIPT, CONFIG = "job.sbatch", "config.yaml"
 
 #: How long before the time limit ranks that still save are ended, at most.
@@ -39,6 +41,7 @@ class PretrainJob:
         request: what is asked of Slurm.
         site: the cluster's settings.
         run_dir: absolute path of the run folder.
+        config: the resolved config as YAML.
         ranks_per_node: processes of each node.
         max_requeues: how often the job may be requeued.
         preflight: look at every node before the ranks start.
@@ -50,11 +53,21 @@ class PretrainJob:
     request: SlurmRequest
     site: ClusterConfig
     run_dir: Path
+    config: str
     ranks_per_node: int
     max_requeues: int
     preflight: bool = False
     beside: Beside | None = None
     said: Sequence[str] = ()
+
+    @property
+    def config_file(self) -> Path:
+        """The copy of the config that the job reads at every start.
+
+        It is named by its content: a later submission, or one that Slurm refuses, changes no job that waits,
+        runs or is requeued.
+        """
+        return self.run_dir / SLURM_FOLDER / f"config-{xxhash.xxh3_64_hexdigest(self.config.encode())}.yaml"
 
     def script(self) -> str:
         """The text of the batch script."""
@@ -69,7 +82,7 @@ class PretrainJob:
             site=self.site,
             folders=folders,
             run_dir=self.run_dir,
-            arguments=[self.run_dir / SLURM_FOLDER / CONFIG, *self.said],
+            arguments=[self.config_file, *self.said],
             program=program(self.site),
             container_srun=srun_options,
             container_words=words,
@@ -109,12 +122,10 @@ def job_log(run_dir: Path) -> Path:
     return run_dir / SLURM_FOLDER / "job-%j.out"
 
 
-def submit_pretrain(job: PretrainJob, config_text: str, arguments: Sequence[str]) -> int:
+def submit_pretrain(job: PretrainJob, arguments: Sequence[str]) -> int:
     """Write the script and the config into the run folder, submit, and note it; the job id.
 
     Args:
-        config_text: the resolved config as YAML; the job reads this copy, so that an edited config file
-            changes no run that waits in the queue or is requeued.
         arguments: the command line, for the record.
 
     Raises:
@@ -124,9 +135,10 @@ def submit_pretrain(job: PretrainJob, config_text: str, arguments: Sequence[str]
     refuse_second_job(job.run_dir, job.request.dependency)
     folder = job.run_dir / SLURM_FOLDER
     script = write_job_file(folder / SCRIPT, job.script())
-    write_job_file(folder / CONFIG, config_text)
+    write_job_file(job.config_file, job.config)
     job_id = slurm_commands.submit(script)
     note_submission(job.run_dir, job_id, "pretrain", arguments, ranks=job.request.nodes * job.ranks_per_node)
+    write_job_file(folder / CONFIG, job.config)
     return job_id
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from launcher import command_words
@@ -20,7 +21,7 @@ from launcher.number_text import bytes_text, duration_text, number_text
 from launcher.slurm import cancelling, logs, run_jobs, slurm_commands
 from launcher.slurm.cluster_config import ClusterConfig
 from launcher.slurm.heterogeneous import prototype_server
-from launcher.slurm.slurm_commands import Job
+from launcher.slurm.slurm_commands import Job, SlurmError
 from medvlp import trust
 from medvlp.runs.errors import RunFolderError
 from shards.errors import UsageError
@@ -294,6 +295,36 @@ def test_a_resume_stands_on_the_newest_submission(tmp_path: Path, monkeypatch: p
     assert "#SBATCH --time=30\n" in result.output
     assert "afterok" not in result.output
     assert isinstance(medvlp("resume", tmp_path / "none").exception, RunFolderError)
+
+
+def test_a_job_keeps_its_config_whatever_is_submitted_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, scripts = tmp_path / "run", []
+    answers = iter([7, SlurmError("sbatch: invalid partition"), 8])
+
+    def sbatch(script: Path) -> int:
+        scripts.append(script.read_text())
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def steps(script: str) -> int:
+        """`train.steps` of the config that a job reads."""
+        (file,) = {word for word in script.split() if word.endswith(".yaml")}
+        return int(yaml.safe_load(Path(file).read_text())["train"]["steps"])
+
+    monkeypatch.setattr(slurm_commands, "submit", sbatch)
+    words = ["submit", "data.root=/d", f"run.dir={run}", "train.global_batch=8", "--gpus-per-node", "0",
+             "precision=fp32"]  # fmt: skip
+    assert medvlp(*words, "train.steps=1").exit_code == 0
+    refused = medvlp(*words, "train.steps=2", "--dependency", "afterany:7")
+    assert isinstance(refused.exception, SlurmError)
+    assert yaml.safe_load((run / "slurm/config.yaml").read_text())["train"]["steps"] == 1
+    assert medvlp(*words, "train.steps=3", "--dependency", "afterany:7").exit_code == 0
+    assert yaml.safe_load((run / "slurm/config.yaml").read_text())["train"]["steps"] == 3
+    assert [steps(script) for script in scripts] == [1, 2, 3]
 
 
 def test_figures_are_short() -> None:

@@ -156,7 +156,9 @@ def test_the_command_line_stands_above_the_site_and_extra_options_add_up() -> No
 
 def hostile_job(site: ClusterConfig) -> PretrainJob:
     run_dir = Path('/runs/it\'s $(touch gone) `x`; "y"')
-    return PretrainJob(SlurmRequest("a", Path("/out")), site, run_dir, ranks_per_node=2, max_requeues=3)
+    return PretrainJob(
+        SlurmRequest("a", Path("/out")), site, run_dir, "a: 1", ranks_per_node=2, max_requeues=3
+    )
 
 
 @pytest.mark.parametrize("kind", ["none", "apptainer", "pyxis"])
@@ -175,7 +177,7 @@ def test_a_script_holds_names_as_they_are(kind: Literal["none", "apptainer", "py
     assert bash(f'{export}; printf %s "$NAME"', HOME="/home/me") == "it's /home/me; $(no)"
     step = script.partition("--ntasks-per-node=1 ")[2].partition(" &\n")[0].replace("\\\n", " ")
     words = shlex.split(step)
-    assert str(job.run_dir / "slurm/config.yaml") in words
+    assert str(job.config_file) in words
     assert words[-2:] == ["--nproc", "2"]
     if kind == "apptainer":
         assert words[words.index("apptainer") :][:5] == [
