@@ -1,6 +1,7 @@
 """The only file that runs Slurm's programs (sbatch, squeue, sacct, scontrol, scancel); typed answers."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -129,13 +130,36 @@ def run_command(arguments: Sequence[str], environment: Mapping[str, str] | None 
     return finished.stdout
 
 
+#: How sbatch's variables call an option, where that is not SBATCH_<OPTION>.
+_VARIABLES = {
+    "time": ("TIMELIMIT",),
+    "array": ("ARRAY_INX",),
+    "mem": ("MEM_PER_NODE", "MEM_PER_CPU", "MEM_PER_GPU"),
+    "requeue": ("REQUEUE", "NO_REQUEUE"),
+    "no-requeue": ("REQUEUE", "NO_REQUEUE"),
+}
+
+
+def submission_environment(script: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment without the variables that sbatch would follow in place of what a script asks for.
+
+    A user's SBATCH_PARTITION stands above `#SBATCH --partition`; it holds where the script names none.
+    """
+    asked = re.findall(r"^#SBATCH --([a-z-]+)", script, re.MULTILINE)
+    names = [name for option in asked for name in _VARIABLES.get(option, (option.upper().replace("-", "_"),))]
+    taken = {f"SBATCH_{name}" for name in [*names, "WAIT"]}  # WAIT: it would answer at the job's end
+    return {name: value for name, value in environment.items() if name not in taken}
+
+
 def submit(script: Path, arguments: Sequence[str] = ()) -> int:
-    """`sbatch ARGUMENTS SCRIPT`; the job's id.
+    """`sbatch ARGUMENTS SCRIPT`; the job's id. What the script asks for stands above the environment.
 
     Raises:
         SlurmError: the script was refused.
     """
-    answer = run_command(["sbatch", "--parsable", *arguments, str(script)]).strip().splitlines()[-1]
+    environment = submission_environment(script.read_text(encoding="utf-8"), os.environ)
+    command = ["sbatch", "--parsable", *arguments, str(script)]
+    answer = run_command(command, environment).strip().splitlines()[-1]
     match = re.match(r"\d+", answer)  # on a multi-cluster installation the cluster's name follows
     if match is None:
         raise SlurmError(f"sbatch answered {answer!r} instead of a job id")

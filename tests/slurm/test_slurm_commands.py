@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+from pathlib import Path
+
 import pytest
 
 from launcher.slurm import slurm_commands
@@ -59,6 +62,37 @@ def test_without_slurm_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(SlurmError, match="sbatch is not installed here: run this on a login node"):
         slurm_commands.run_command(["sbatch", "--version"])
     assert slurm_commands.node_address("node1") is None
+
+
+def test_a_script_stands_above_the_variables_of_sbatch() -> None:
+    script = "#SBATCH --time=5\n#SBATCH --gpus-per-node=2\n#SBATCH --requeue\n#SBATCH hetjob\nexport --x\n"
+    said = {
+        "SBATCH_TIMELIMIT": "1",
+        "SBATCH_GPUS_PER_NODE": "1",
+        "SBATCH_NO_REQUEUE": "1",
+        "SBATCH_WAIT": "1",
+    }
+    kept = {"SBATCH_ACCOUNT": "a", "SBATCH_X": "1", "HOME": "/h"}
+    assert slurm_commands.submission_environment(script, said | kept) == kept
+
+
+@pytest.mark.slurm
+def test_a_job_is_what_its_script_says(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("PARTITION", "high"), ("TIMELIMIT", "1"), ("NO_REQUEUE", "1"), ("QOS", "normal")):
+        monkeypatch.setenv(f"SBATCH_{name}", value)
+    options = ("partition=low", "time=7", "requeue", "hold", "output=/dev/null")
+    script = tmp_path / "job.sbatch"
+    script.write_text("\n".join(["#!/bin/bash", *(f"#SBATCH --{option}" for option in options), "true\n"]))
+    job_id = slurm_commands.submit(script)
+    try:
+        job = cluster.job(job_id)
+        assert (job.partition, job.time_limit_minutes) == ("low", 7)
+        shown = subprocess.check_output(["scontrol", "show", "job", str(job_id)], text=True)
+        assert "Requeue=1" in shown
+    finally:
+        slurm_commands.cancel(str(job_id))
 
 
 @pytest.mark.slurm
