@@ -45,6 +45,7 @@ class Card:
         image, text: the encoders; text is None where the method trains none of its own.
         heads: name -> tensor of everything else.
         results: the run's evaluation, or None.
+        stored: side of the square that images are fitted into before the view of the network is cut.
         origin: of imported weights, where they come from (`RunIdentity.origin`); {} of trained ones.
     """
 
@@ -56,6 +57,7 @@ class Card:
     text: TextEncoder | None
     heads: Mapping[str, Tensor]
     results: Results | None
+    stored: int
     origin: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -155,9 +157,9 @@ def _preprocessing(card: Card) -> str:
         else "the center is cut out (a smaller image is resized)"
     )
     channels = f", repeated to {config.image.in_channels} channels" if config.image.in_channels > 1 else ""
-    stored = f", stored fitted into a square of {card.data.data.image_size} pixels" if card.data.data else ""
+    stored = card.data.data.image_size if card.data.data else card.stored
     lines = [
-        f"- Images: 8-bit gray{stored}; of that "
+        f"- Images: 8-bit gray, stored fitted into a square of {stored} pixels; of that "
         f"{crop} to {side}×{side}. Divided by 255, minus {config.image.mean}, divided by "
         f"{config.image.std}{channels}.",
     ]

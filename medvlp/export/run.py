@@ -14,13 +14,12 @@ from medvlp.export.encoders import write_image, write_text
 from medvlp.export.folder import ExportError, check_free, new_folder
 from medvlp.methods.base import Method
 from medvlp.runs import saved_run
+from medvlp.runs.identity import STORED_SIDE
 from medvlp.runs.run_folder import CONFIG
 from shards.progress import meter
 
-#: Everything of the method that is in neither encoder.
+#: Everything of the method that is in neither encoder; `STORED_SIDE` stands in its header.
 HEADS = "heads.safetensors"
-#: In its header: side of the square that images are fitted into before the view of the network is cut.
-STORED_SIDE = "stored_side"
 #: Of an export: the checkpoint is loaded, each encoder is written and read back, the rest is written.
 STEPS = 4
 #: Where the encoders' weights stand in a method's state dict.
@@ -76,12 +75,21 @@ def export(
                 (folder / "text").mkdir()
                 write_text(text, tokenizer, config.data.max_tokens, folder / "text")
             advance(1)
-            said = {STORED_SIDE: str(saved_run.stored_side(source, config))}
-            safetensors.torch.save_file(heads, folder / HEADS, said)
+            stored = saved_run.stored_side(source, config)
+            safetensors.torch.save_file(heads, folder / HEADS, {STORED_SIDE: str(stored)})
             (folder / CONFIG).write_bytes((source.run / CONFIG).read_bytes())
             origin = {} if source.stored is None else source.stored[0].origin
             card = Card(
-                source.name(config), config, source.manifest, facts, image, text, heads, results, origin
+                source.name(config),
+                config,
+                source.manifest,
+                facts,
+                image,
+                text,
+                heads,
+                results,
+                stored,
+                origin,
             )
             (folder / "README.md").write_text(model_card(card), encoding="utf-8")
             advance(1)

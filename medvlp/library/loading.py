@@ -20,6 +20,7 @@ from medvlp.evaluation.supervised import Network, task_of
 from medvlp.methods.base import Method
 from medvlp.methods.registry import build_method, schemas
 from medvlp.runs import saved_run
+from medvlp.runs.identity import STORED_SIDE
 from medvlp.runs.run_folder import CONFIG
 from medvlp.runs.saved_run import SavedRun
 from medvlp.trust import KEYS
@@ -28,8 +29,6 @@ from shards.errors import MedvlpError
 logger = logging.getLogger(__name__)
 
 HEADS = "heads.safetensors"
-#: In the header of that file: side of the square images are fitted into before the view is cut.
-STORED_SIDE = "stored_side"
 #: Of an export: folder -> where its weights stand in the method.
 PARTS = {"image": "image_encoder.backbone.", "text": "text_encoder.model."}
 

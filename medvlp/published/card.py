@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from medvlp.config import Config
 from medvlp.published.recipe import Origin
+from medvlp.runs.identity import STORED_SIDE
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Card:
             "file": self.file,
             "sha256": self.sha256,
             "licence": self.origin.licence,
+            **({} if self.origin.stored_side is None else {STORED_SIDE: str(self.origin.stored_side)}),
             **self.more,
         }
 
@@ -97,8 +99,10 @@ def _preprocessing(card: Card, config: Config) -> str:
     lines = []
     if getattr(config.method, "side", "image") == "image":
         side, image = config.data.image_size, config.image
+        stored = card.origin.stored_side
+        cut = f"fitted into {stored} x {stored}, of which evaluation sees the middle, " if stored else ""
         lines.append(
-            f"- Images: {side} x {side}, scaled to [0, 1], minus {image.mean}, divided by {image.std}, "
+            f"- Images: {cut}{side} x {side}, scaled to [0, 1], minus {image.mean}, divided by {image.std}, "
             f"{image.in_channels} channel(s)"
             + (f", then enlarged to {image.resize_to}" if image.resize_to is not None else "")
         )

@@ -58,7 +58,8 @@ def recipe(keys: Collection[str]) -> Recipe:
         "data": {
             "image_size": 224,
             "transform": {
-                "crop": "random", "scale_min": 0.45, "flip": 0.5, "flip_entities": "keep", "brightness": 0.36,
+                "crop": "area", "area_min": 0.2, "interpolation": "bicubic", "evaluation": "whole",
+                "flip": 0.5, "flip_entities": "keep", "rand_augment": 2, "rand_augment_level": 7,
             },
             "max_tokens": 128,
         },

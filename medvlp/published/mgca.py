@@ -90,5 +90,6 @@ def recipe(keys: Collection[str]) -> Recipe:
             "(configs/methods/mgca-official.yaml lists them): every token is at position 0, words take the "
             "next token's attention.",
         ],
+        stored_side=256,
     )
     return Recipe(values, _RULES, origin, _UNUSED)

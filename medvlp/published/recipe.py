@@ -18,6 +18,8 @@ class Origin:
         title: of the model. paper, code: references. weights: where the file is published.
         licence: what is known of the terms. data: what the weights were trained on.
         text: how reports and prompts have to be written. remarks: more lines.
+        stored_side: side of the square that images are fitted into before the published evaluation cuts its
+            view; None: it cuts none.
     """
 
     title: str
@@ -28,6 +30,7 @@ class Origin:
     data: str
     text: str
     remarks: Sequence[str] = ()
+    stored_side: int | None = None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,12 +12,21 @@ from medvlp import config_files, trust
 from medvlp.config import Config
 from medvlp.config_files import ConfigError
 from medvlp.data.text import Tokenizer
+from medvlp.data.transforms import evaluation_crop
 from medvlp.methods.base import Method
 from medvlp.methods.registry import build_method, schemas
 from medvlp.runs.checkpoint import Checkpoint
 from medvlp.runs.encoder_records import described
 from medvlp.runs.errors import RunFolderError
-from medvlp.runs.identity import DataRecord, IdentityError, RunIdentity, check_tokenizer, unchecked
+from medvlp.runs.identity import (
+    IDENTITY,
+    STORED_SIDE,
+    DataRecord,
+    IdentityError,
+    RunIdentity,
+    check_tokenizer,
+    unchecked,
+)
 from medvlp.runs.manifest import MANIFEST, WEIGHTS, Manifest
 from medvlp.runs.run_folder import CONFIG
 from shards.format import Index
@@ -176,6 +186,16 @@ def check_data(
     then = identity.trained_on(source.manifest.identity)
     if then is None:
         say(f"{source.run} was imported: whether its weights have seen {config.data.root} is not known here")
+        side = stored_side(source, config)
+        if (
+            evaluation_crop(config.data.transform) == "center"
+            and STORED_SIDE in identity.origin
+            and index.image_size != side
+        ):
+            say(
+                f"its published evaluation sees the middle {config.data.image_size} of {side} pixels, and "
+                f"{config.data.root} stores {index.image_size}: build it with --image-size {side} to compare"
+            )
         return
     changes = then.differences(DataRecord.of(index, config.data.split))
     if not changes:
@@ -189,10 +209,24 @@ def check_data(
 def stored_side(source: SavedRun, config: Config) -> int:
     """Side in pixels of the square that an image is fitted into before the view of the network is cut.
 
-    That of the dataset the weights have learned from; of weights without one (imported) that of the view.
+    That of the dataset the weights have learned from; of imported weights that of the published evaluation,
+    or where it cuts no view that of the view.
+
+    Raises:
+        IdentityError: what is stored of imported weights is no side.
     """
-    record = None if source.stored is None else source.stored[0].trained_on(source.manifest.identity)
-    return max(config.data.image_size, 0 if record is None else record.image_size)
+    if source.stored is None:
+        return config.data.image_size
+    identity = source.stored[0]
+    record = identity.trained_on(source.manifest.identity)
+    if record is not None:
+        return max(config.data.image_size, record.image_size)
+    said = str(identity.origin.get(STORED_SIDE, config.data.image_size))
+    if not re.fullmatch("[1-9][0-9]{0,3}", said):
+        raise IdentityError(
+            f"{source.run}: {STORED_SIDE} of its {IDENTITY} is no side in pixels: import again"
+        )
+    return max(config.data.image_size, int(said))
 
 
 def load_method(source: SavedRun, config: Config, tokenizer: Tokenizer) -> Method:
