@@ -31,17 +31,46 @@ _ORIENTATION = 274
 _LUMINANCE = np.array((0.299, 0.587, 0.114), dtype=np.float32)
 
 
-def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, placed: bool = False) -> NDArray[np.uint8]:
     """Decode a JPEG, PNG or TIFF file to grayscale pixels uint8 [height, width].
 
     Colour becomes luminance, transparency is dropped, of a multi-page TIFF the first page is read. Images of
     more than 8 bits a channel, of any layout, are windowed by `window_to_8_bit`. The image is turned as its
     EXIF orientation (or TIFF's own) says.
 
+    Args:
+        data: the file. max_pixels: of an image that is decoded.
+        placed: boxes or masks are drawn in the image, so it may not be turned (`refuse_turned`).
+
     Raises:
-        DataError: empty, truncated or unknown data, a layout that is not read, or more than `max_pixels`
-            pixels.
+        DataError: empty, truncated or unknown data, a layout that is not read, more than `max_pixels`
+            pixels, or a turned image that may not be.
     """
+    pixels, orientation = decode_turned(data, max_pixels)
+    if placed:
+        refuse_turned(orientation)
+    return pixels
+
+
+def refuse_turned(orientation: int) -> None:
+    """Refuse the places in an image that its EXIF orientation (see `decode_turned`) turns or mirrors.
+
+    Some programs draw on the stored pixels and some on the shown ones, and no file says which: turning the
+    places with the image is wrong for the ones, leaving them for the others.
+
+    Raises:
+        DataError: it turns it.
+    """
+    if orientation != 1:
+        raise DataError(
+            f"EXIF orientation {orientation} turns the image, and boxes or masks may be drawn on the stored "
+            "pixels or on the turned ones: turn the pixels themselves where they are drawn on what viewers "
+            "show (mogrify -auto-orient), else remove the tag (exiftool -Orientation=)"
+        )
+
+
+def decode_turned(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[NDArray[np.uint8], int]:
+    """The pixels of `decode_image`, and the orientation (1 to 8) by which they were turned; 1: not."""
     if not data:
         raise DataError("image file is empty")
     try:
@@ -133,7 +162,7 @@ def encode_png(image: NDArray[np.uint8] | NDArray[np.uint16]) -> bytes:
     return data.tobytes()
 
 
-def _decode_jpeg(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
+def _decode_jpeg(data: bytes, max_pixels: int) -> tuple[NDArray[np.uint8], int]:
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
         _check_pixels(height, width, max_pixels)
@@ -145,10 +174,10 @@ def _decode_jpeg(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
     # Stored shards are read here too: PIL opens only files that hold the tag's block.
     if b"Exif\0" in data or b"tiff:Orientation" in data:
         return _oriented(pixels, _orientation(Image.open(io.BytesIO(data), formats=["JPEG"])))
-    return pixels
+    return pixels, 1
 
 
-def _decode_png(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
+def _decode_png(data: bytes, max_pixels: int) -> tuple[NDArray[np.uint8], int]:
     pixels, orientation = _opened(data, max_pixels, "PNG")
     depth, colour = data[24], data[25]
     if depth == 16 and colour != 0:  # PIL keeps the high bytes of colour and of gray with alpha only
@@ -159,7 +188,7 @@ def _decode_png(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
     return _oriented(pixels, orientation)
 
 
-def _decode_tiff(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
+def _decode_tiff(data: bytes, max_pixels: int) -> tuple[NDArray[np.uint8], int]:
     """By PIL; layouts that PIL cuts to 8 bits or does not know by tifffile."""
     page = _first_page(data)
     height, width = int(page.imagelength), int(page.imagewidth)
@@ -168,10 +197,12 @@ def _decode_tiff(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
     if depth == 8 and kind == _SIGNED:
         raise DataError("TIFF of signed 8-bit pixels is not read; convert it to unsigned")
     deep = depth > 8 and (page.samplesperpixel > 1 or depth == 64 or (depth, kind) == (16, _FLOAT))
-    if not deep:
-        return _oriented(*_opened(data, max_pixels, "TIFF"))
     tag = page.tags.get(_ORIENTATION)
-    return _oriented(_deep_tiff(data, page), int(tag.value) if tag else 1)
+    orientation = tag.value if tag is not None and isinstance(tag.value, int) else 1
+    if not deep:
+        pixels, left = _opened(data, max_pixels, "TIFF")  # PIL turns TIFFs itself
+        return _oriented(pixels, left)[0], orientation if 1 <= orientation <= 8 else 1
+    return _oriented(_deep_tiff(data, page), orientation)
 
 
 def _first_page(data: bytes) -> tifffile.TiffPage:
@@ -248,15 +279,16 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) else 1
 
 
-def _oriented(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
-    """Turned and mirrored as EXIF's value 1 to 8 says; any other value says nothing."""
+def _oriented(pixels: NDArray[np.uint8], orientation: int) -> tuple[NDArray[np.uint8], int]:
+    """Turned and mirrored as EXIF's value 1 to 8 says, and that value; any other counts as 1."""
+    orientation = orientation if 1 <= orientation <= 8 else 1
     if 5 <= orientation <= 8:
         pixels = pixels.T
     if orientation in (3, 4, 7, 8):
         pixels = pixels[::-1]
     if orientation in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]
-    return np.ascontiguousarray(pixels)
+    return np.ascontiguousarray(pixels), orientation
 
 
 def _check_pixels(height: int, width: int, most: int) -> None:

@@ -18,7 +18,7 @@ from shards.format import (
     Shard,
     hash_file,
 )
-from shards.images import decode_image
+from shards.images import decode_turned
 from shards.masks import read_masks
 from shards.metadata import METADATA_LIMIT, metadata_problems
 from shards.progress import tracked
@@ -155,9 +155,11 @@ def _sample_problems(key: str, contents: dict[str, bytes], index: Index, report:
 
 def _image_problems(key: str, data: bytes, size: int, report: ShardReport) -> list[str]:
     try:
-        image = decode_image(data)
+        image, orientation = decode_turned(data)
     except DataError as error:
         return [str(error)]
+    if orientation != 1:
+        return [f"EXIF orientation {orientation} turns the image, which training reads as it is stored"]
     report.pixels.setdefault(pixel_hash(image), key)
     height, width = image.shape
     return [] if (height, width) == (size, size) else [f"image is {width} x {height}, not {size} x {size}"]

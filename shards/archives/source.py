@@ -175,14 +175,17 @@ class ArchiveSource(Source):
         self._joins.append(Join())
         return self._joins[-1]
 
-    def image(self, *paths: str) -> NDArray[np.uint8]:
+    def image(self, *paths: str, placed: bool = False) -> NDArray[np.uint8]:
         """Pixels of an image of the archive, uint8 [height, width]; the first of `paths` that is there.
 
+        Args:
+            placed: boxes or masks are drawn in it.
+
         Raises:
-            DataError: it is missing or broken.
+            DataError: it is missing or broken, or `placed` and turned by its file.
         """
         path = next((path for path in paths[:-1] if self.files.find(path) is not None), paths[-1])
-        return decode_image(self.files.read(path))
+        return decode_image(self.files.read(path), placed=placed)
 
     # What a build asks for.
 

@@ -144,7 +144,9 @@ class MimicSource(ArchiveSource):
         """The image with report, labels, and what the joined sets say."""
         subject, study, dicom = record["subject_id"], record["study_id"], record["dicom_id"]
         sections = {} if self.options.no_reports else self._sections(subject, study)
-        image = self.image(mimic.image_path(subject, study, dicom))
+        phrases = record.joined.get("phrases", [])
+        placed = bool(phrases) or self._regions is not None
+        image = self.image(mimic.image_path(subject, study, dicom), placed=placed)
         regions = []
         if self._regions is not None:
             original = (record.number("Rows"), record.number("Columns"))
@@ -168,7 +170,7 @@ class MimicSource(ArchiveSource):
                     for entity in json.loads(row["entities"])
                 ],
                 anatomy=regions,
-                phrases=mimic.phrases(record.joined.get("phrases", []), image.shape),
+                phrases=mimic.phrases(phrases, image.shape),
             )
         ]
 

@@ -78,7 +78,8 @@ class MsCxrSource(ArchiveSource):
     def studies(self, record: Record) -> list[Study]:
         """The image with its phrases and boxes."""
         subject, study, dicom = mimic.ms_cxr_place(record)
-        image = decode_image(self._images.files.read(mimic.image_path(subject, study, dicom)))
+        data = self._images.files.read(mimic.image_path(subject, study, dicom))
+        image = decode_image(data, placed=True)
         phrases = mimic.phrases(record.joined["boxes"], image.shape)
         boxes = [box for phrase in phrases for box in phrase.boxes]
         unknown = {box.label for box in boxes} - set(CATEGORIES)

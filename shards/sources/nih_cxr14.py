@@ -89,7 +89,7 @@ class NihSource(ArchiveSource):
 
     def studies(self, record: Record) -> list[Study]:
         """The film with labels, boxes, sex and age."""
-        image = self.image(f"images/{record['Image Index']}")
+        image = self.image(f"images/{record['Image Index']}", placed=bool(record.joined["boxes"]))
         age = record["Patient Age"].removesuffix("Y")  # "058Y" in the first release
         height, width = image.shape
         scale = (width / _SIDE, height / _SIDE)

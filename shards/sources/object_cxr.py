@@ -114,8 +114,8 @@ class ObjectCxrSource(ArchiveSource):
         """A film of that part only: the parts may have films of the same name."""
         path = f"{part}/{name}"
         if self.files.find(path) is None and part in self._zips:
-            return decode_image(self._zips[part].read(name))
-        return self.image(path)
+            return decode_image(self._zips[part].read(name), placed=True)
+        return self.image(path, placed=True)
 
     def _part_zips(self) -> dict[str, ArchiveFiles]:
         """Zips of the parts, which hold films without a folder in some copies."""

@@ -146,7 +146,7 @@ class SiimSource(ArchiveSource):
     def _png_study(self, record: Record) -> Study:
         """Film and mask have one name, which holds the label and is therefore not kept."""
         name = record.text("new_filename")
-        image, mask = (self.image(f"{folder}/{name}") for folder in ("png_images", "png_masks"))
+        image, mask = (self.image(f"{folder}/{name}", placed=True) for folder in ("png_images", "png_masks"))
         if image.shape != mask.shape:
             raise record.error("film and mask are not of one size")
         inside = (mask > _HALF).astype(np.uint8)

@@ -95,7 +95,7 @@ class SlakeSource(ArchiveSource):
             Study(
                 study_id=_folder(name),
                 patient_id=_folder(name),
-                image=self.image(f"Slake1.0/imgs/{name}", f"imgs/{name}"),
+                image=self.image(f"Slake1.0/imgs/{name}", f"imgs/{name}", placed=bool(findings or organs)),
                 boxes=findings,
                 anatomy=organs,
                 questions=[

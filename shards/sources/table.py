@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from shards.archives.id_lists import UserLists
 from shards.errors import DataError
 from shards.format import hash_file
-from shards.images import decode_image
+from shards.images import decode_turned, refuse_turned
 from shards.sources.base import Json, RejectedRecord, Source, option
 from shards.sources.image_paths import ImagePaths
 from shards.sources.registry import register
@@ -30,7 +30,7 @@ from shards.text.sections import plain_text, split_sections
 from shards.text.sentences import split_sentences
 
 #: Changes when the same table and map give other samples, so that an old build is not gone on with.
-_READING = 2
+_READING = 3
 #: Labels of boxes become label names of the dataset.
 _MOST_BOX_LABELS = 256
 _LABEL_VALUES: dict[str, LabelValue] = {
@@ -160,8 +160,13 @@ class TableSource(Source):
         sections = self._sections(row)
         if self._map.has_text and not sections:
             raise RejectedRecord("missing report")
-        image = self._image(row[self._map.image])
+        image, orientation = self._image(row[self._map.image])
         targets = self._targets.read(rows, row[self._map.image], image.shape)
+        if targets.have_places:
+            try:
+                refuse_turned(orientation)
+            except DataError as error:
+                raise RejectedRecord(str(error)) from error
         return Study(
             study_id=self._optional(row, self._map.study_id) or row[self._map.id or self._map.image],
             patient_id=row[self._map.patient_id],
@@ -219,9 +224,9 @@ class TableSource(Source):
         }
         return sections | {name: text for name, text in columns.items() if text}
 
-    def _image(self, name: str) -> NDArray[np.uint8]:
+    def _image(self, name: str) -> tuple[NDArray[np.uint8], int]:
         try:
-            return decode_image(self._paths.find(name).read_bytes())
+            return decode_turned(self._paths.find(name).read_bytes())
         except OSError as error:
             raise RejectedRecord(f"image file cannot be read: {error.strerror}") from error
         except DataError as error:

@@ -40,6 +40,11 @@ class Targets:
     questions: list[Question] = field(default_factory=list)
     lists: list[str] = field(default_factory=list)
 
+    @property
+    def have_places(self) -> bool:
+        """Whether any says where in the image something lies."""
+        return bool(self.boxes or self.anatomy or self.masks or any(one.boxes for one in self.phrases))
+
 
 class TargetReader:
     """Reads targets by the rules of a map.

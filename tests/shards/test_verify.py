@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from shards.format import Index, fingerprint, hash_file
 from shards.images import encode_jpeg
@@ -104,6 +106,18 @@ def test_missing_unlisted_and_swapped_files_are_found(dataset: Path) -> None:
         "test-000000.tar: missing",
         "tokenizer.json: content differs from its hash in the index",
     }
+
+
+def test_an_image_that_its_file_turns_is_found(dataset: Path) -> None:
+    def turn(samples: list[Sample]) -> list[Sample]:
+        exif, file = Image.Exif(), io.BytesIO()
+        exif[274] = 6
+        Image.new("L", (64, 64)).save(file, "JPEG", exif=exif)
+        return [Sample(samples[0].key, samples[0].members | {"jpg": file.getvalue()}), *samples[1:]]
+
+    replace_shard(dataset, turn)
+    (problem,) = verify(dataset)
+    assert "EXIF orientation 6 turns the image, which training reads as it is stored" in problem
 
 
 def test_bad_samples_are_named_by_key(dataset: Path) -> None:

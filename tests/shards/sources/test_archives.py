@@ -16,6 +16,7 @@ import webdataset
 from typer.testing import CliRunner
 
 from launcher.main import app
+from shards import images
 from shards.archives.source import ArchiveOptions, ArchiveSource
 from shards.errors import DataError
 from shards.reader import ShardReader
@@ -74,6 +75,30 @@ def ids(source: ArchiveSource) -> list[tuple[str, str]]:
     """Patient and prescribed split of every record that is not rejected at sight."""
     kept = [i for i in range(len(source)) if not source.split_key(i).startswith("row ")]
     return [(source.split_key(i), source.prescribed_split(i) or "") for i in kept]
+
+
+def test_no_image_that_its_file_turns_has_places(
+    name: str, archive: Archive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether boxes and masks were drawn on it before or after that turn cannot be known."""
+    decode = images.decode_turned
+    monkeypatch.setattr(images, "decode_turned", lambda *words: (decode(*words)[0], 6))
+    source = open_archive(name, archive)
+    if any(source.files.names(".dcm")) or any(source.files.names(".dicom")):
+        pytest.skip("DICOM files have no such orientation")
+    for i in range(len(source)):
+        try:
+            studies = source.load(i)
+        except RejectedRecord:
+            continue
+        for study in studies:
+            places = (
+                study.boxes,
+                study.anatomy,
+                study.masks,
+                [box for of in study.phrases for box in of.boxes],
+            )
+            assert not any(places), f"record {i}"
 
 
 @pytest.fixture
