@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from medvlp.data.batch import Batch
+from medvlp.evaluation.task import EvaluationError
 
 Floats = NDArray[np.float64]
 Pixels = NDArray[np.bool_]
@@ -95,3 +96,18 @@ def upsampled(grid: Tensor, size: int, mode: str, smoothing: float) -> Floats:
     options: dict[str, Any] = {"mode": mode} | ({"align_corners": False} if mode == "bilinear" else {})
     whole: Floats = F.interpolate(grid[None, None].double(), size=(size, size), **options)[0, 0].numpy()
     return whole
+
+
+def highest(model: str, *maps: Tensor) -> float:
+    """The largest value of all maps of a batch, by which they are divided.
+
+    Raises:
+        EvaluationError: it is not above 0: dividing would turn the maps over, or make no numbers of them.
+    """
+    found: float = max(of.max().item() for of in maps)
+    if found <= 0:
+        raise EvaluationError(
+            f"grounding: no map of the {model} network in a batch has a value above 0, by which "
+            "scale=batch_max divides: set evaluation.tasks.grounding.scale=image"
+        )
+    return found

@@ -348,35 +348,37 @@ class Grounding(Task):
 
     def _show_findings(self, view: View, model: str, batch: Batch, pairs: Sequence[Pair]) -> None:
         """The maps of findings: mean over a finding's prompts."""
-        prompts = self._prompts(view.facts)
-        wanted = sorted({pair.place.finding or "" for pair in pairs})
+        from medvlp.evaluation.places import highest  # here: it imports torch
+
+        prompts, wanted = self._prompts(view.facts), sorted({pair.place.finding or "" for pair in pairs})
         sentences = [sentence for name in wanted for sentence in prompts[name]]
         # The batch's maximum is one over all its images, those without the finding too.
         whole = self.settings.scale == "batch_max"
         images = list(range(len(batch.image))) if whole else sorted({pair.image for pair in pairs})
         maps = _maps(view, model, batch.image[images], sentences)
-        means, start = {}, 0
+        means, start = dict[str, Any](), 0
         for name in wanted:
             end = start + len(prompts[name])
-            means[name], start = maps[:, start:end].mean(1), end
+            of, start = maps[:, start:end].mean(1), end
+            means[name] = of / highest(model, of) if whole else of
         for pair in pairs:
-            of = means[pair.place.finding or ""]
-            pair.grids[model] = (of / of.max() if whole else of)[images.index(pair.image)]
+            pair.grids[model] = means[pair.place.finding or ""][images.index(pair.image)]
 
     def _show_phrases(self, view: View, model: str, batch: Batch, pairs: Sequence[Pair]) -> None:
         """The maps of phrases."""
+        from medvlp.evaluation.places import highest  # as above
+
         images = sorted({pair.image for pair in pairs})
-        for start in range(0, len(images), _TOGETHER):
-            some = images[start : start + _TOGETHER]
+        for some in (images[start : start + _TOGETHER] for start in range(0, len(images), _TOGETHER)):
             of = [pair for pair in pairs if pair.image in some]
             sentences = list(dict.fromkeys(pair.place.phrase for pair in of))
             maps = _maps(view, model, batch.image[some], sentences)
             for pair in of:
                 pair.grids[model] = maps[some.index(pair.image), sentences.index(pair.place.phrase)]
         if self.settings.scale == "batch_max":
-            highest = max(pair.grids[model].max().item() for pair in pairs)
+            divisor = highest(model, *(pair.grids[model] for pair in pairs))
             for pair in pairs:
-                pair.grids[model] = pair.grids[model] / highest
+                pair.grids[model] = pair.grids[model] / divisor
 
 
 def _maps(view: View, model: str, image: Tensor, sentences: Sequence[str]) -> Tensor:

@@ -284,6 +284,19 @@ class TestQuirks:
             found.append(run(tmp_path, session, scale="batch_max", threshold=0.5).models["trained"])
         assert found[0]["iou/boxes/macro"].value > found[1]["iou/boxes/macro"].value + 0.1
 
+    @pytest.mark.parametrize("truth", ["boxes", "phrases"])
+    @pytest.mark.parametrize("worth", [-1.0, 0.0])
+    def test_a_batch_maximum_that_is_not_above_0_is_refused(
+        self, truth: str, worth: float, tmp_path: Path
+    ) -> None:
+        """Divided by it, the lowest places would have become the highest, or no numbers."""
+        session = Placed()
+        session.networks["trained"] = Below(worth)
+        with pytest.raises(
+            EvaluationError, match=r"trained network.*scale=batch_max divides: set evaluation"
+        ):
+            run(tmp_path, session, scale="batch_max", truth=truth, threshold=0.5)
+
     def test_the_sign_of_contrast(self, tmp_path: Path) -> None:
         session = Placed()
         session.networks["trained"] = Sees(-1.0)
@@ -306,6 +319,14 @@ class Uneven(Sees):
     def ground(self, image: Tensor, prompts: Text) -> Tensor:
         share = (image > 0).float().mean((1, 2, 3))
         return super().ground(image, prompts) * (share / 0.2 + 0.01)[:, None, None, None]
+
+
+class Below(Sees):
+    """`worth` and less everywhere, highest where the finding is."""
+
+    def ground(self, image: Tensor, prompts: Text) -> Tensor:
+        seen = torch.nn.functional.avg_pool2d(image.float(), SIZE // GRID) - image.max()
+        return self.worth + self.worth * -seen.expand(-1, len(prompts.input_ids), -1, -1)
 
 
 def test_places_of_a_batch_are_those_stored(tmp_path: Path) -> None:
