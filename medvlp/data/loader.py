@@ -199,6 +199,7 @@ class EvaluationLoader:
     Args:
         dataset: the split. chunks: positions of each batch. config: the `data` section.
         keeps_empty: also yield a batch whose samples are all corrupt, without samples.
+        faults: counts the corrupt samples of a whole of which this is a part; None: this is the whole.
     """
 
     def __init__(
@@ -207,10 +208,10 @@ class EvaluationLoader:
         chunks: list[list[int]],
         config: DataConfig,
         keeps_empty: bool = False,
+        faults: FaultCounter | None = None,
     ) -> None:
         self.samples = sum(len(chunk) for chunk in chunks)
-        self.keeps_empty = keeps_empty
-        self._config = config
+        self.keeps_empty, self._config, self._whole = keeps_empty, config, faults
         self._loader = _loader(dataset, chunks, config, workers=min(data_workers(config), len(chunks)))
 
     def __len__(self) -> int:
@@ -223,7 +224,7 @@ class EvaluationLoader:
         Raises:
             DataError: too many corrupt samples.
         """
-        faults = FaultCounter(self._config.max_bad_fraction, self.samples, world_size=1)
+        faults = self._whole or FaultCounter(self._config.max_bad_fraction, self.samples, world_size=1)
         for batch in _batches(self._loader):
             faults.count(batch)
             if batch.keys or self.keeps_empty:
@@ -297,9 +298,8 @@ class _ErrorsAsValues(Dataset[Batch | PackedBatch | DataError]):
             return found if torch.utils.data.get_worker_info() is None else pack(found)
         except DataError as error:
             return error
-        except (
-            Exception
-        ) as error:  # MemoryError at a size that a damaged index claims, a bug, a broken library
+        except Exception as error:
+            # MemoryError at a size that a damaged index claims, a bug, a broken library.
             return LoaderError(_unforeseen(error))
 
 

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from medvlp import distributed
 from medvlp.config import Config
 from medvlp.data.batch import Batch
 from medvlp.data.cache import open_reader
-from medvlp.data.loader import evaluation_loader
+from medvlp.data.faults import FaultCounter
+from medvlp.data.loader import EvaluationLoader, evaluation_dataset
 from medvlp.data.text import Tokenizer
 from medvlp.evaluation.features import Wanted, embed
 from medvlp.methods.base import Method
@@ -49,10 +51,11 @@ class Request:
 def embed_dataset(request: Request) -> None:
     """Embed this rank's share; all ranks call this together. Rank 0 writes the file, at once or not at all.
 
-    A sample that cannot be read is left out and counted in the file's metadata (`medvlp.corrupt`).
+    A sample that cannot be read is left out and counted in the file's metadata (`medvlp.corrupt`). Whether
+    they are too many (`data.max_bad_fraction`) is judged of all samples, not of a block.
 
     Raises:
-        MedvlpError: run or data cannot be read, or the file cannot be written.
+        MedvlpError: run or data cannot be read, too many samples are corrupt, or the file cannot be written.
     """
     device, parts = distributed.initialize(detect()), None
     try:
@@ -105,12 +108,22 @@ def _write_part(
     )
     blocks, samples, corrupt = _own_blocks(request, reader), 0, 0
     own = sum(len(positions) for _, _, positions in blocks)
+    whole = sum(reader.sample_count(split) for split in _splits(request, reader))
+    faults = FaultCounter(config.data.max_bad_fraction, whole, distributed.world_size())
     # The ranks have equal shares: one bar tells of all.
     shown = meter("embedding, this rank's share", own) if distributed.is_main() else nullcontext(_unseen)
     with shown as advance:
         for number, split, positions in blocks:
-            loader = evaluation_loader(config, reader, tokenizer, split, request.batch, positions)
-            arrays = embed({"trained": method}, _counted(loader, advance), wanted, device)
+            dataset = evaluation_dataset(config, reader, tokenizer, split)
+            chunks = [list(positions[start : start + request.batch])
+                      for start in range(0, len(positions), request.batch)]  # fmt: skip
+            loader = EvaluationLoader(dataset, chunks, config.data, faults=faults)
+            batches = _counted(loader, advance)
+            first = next(batches, None)
+            if first is None:  # all of a small last block
+                corrupt += len(positions)
+                continue
+            arrays = embed({"trained": method}, chain([first], batches), wanted, device)
             table = _table(reader, split, arrays.sample, arrays.models["trained"], request.features)
             pq.write_table(table, parts / f"{number:08d}.parquet")
             samples, corrupt = samples + len(table), corrupt + len(positions) - len(table)
@@ -120,11 +133,15 @@ def _write_part(
 def _own_blocks(request: Request, reader: ShardReader) -> list[tuple[int, str, range]]:
     """(number, split, positions) of this rank's blocks."""
     blocks = []
-    for split in [request.split] if request.split else reader.index.splits:
+    for split in _splits(request, reader):
         total = reader.sample_count(split)
         blocks += [(split, range(start, min(start + BLOCK, total))) for start in range(0, total, BLOCK)]
     ranks, rank = distributed.world_size(), distributed.rank()
     return [(number, *block) for number, block in enumerate(blocks, start=1) if number % ranks == rank]
+
+
+def _splits(request: Request, reader: ShardReader) -> list[str]:
+    return [request.split] if request.split else list(reader.index.splits)
 
 
 def _counted(loader: Iterable[Batch], advance: Callable[[int], None]) -> Iterator[Batch]:
@@ -166,7 +183,7 @@ def _join(parts: Path, out: Path, facts: dict[str, str], samples: int) -> None:
     """Put the parts together in order under the final name; `samples`: what the ranks say they wrote."""
     files = sorted(parts.glob("*.parquet"))
     if not files:
-        raise DataError(f"{out}: the split holds no sample")
+        raise DataError(f"{out}: the split holds no readable sample")
     temporary = parts / "whole"
     try:
         schema = pq.read_schema(files[0]).with_metadata(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,8 @@ import medvlp
 from launcher.main import app
 from medvlp.library import embedding
 from shards.errors import DataError, UsageError
+from shards.reader import ShardReader
+from tests.export.saved import save_run
 
 
 def invoke(*words: object) -> Result:
@@ -73,6 +77,38 @@ def test_a_part_that_is_lost_is_no_shorter_file(
     assert isinstance(result.exception, DataError)
     assert "samples of 24: something else changed it" in str(result.exception)
     assert not list(tmp_path.iterdir())
+
+
+def damaged(data: Path, out: Path, places: Sequence[int]) -> Path:
+    """The dataset with other bytes where the images of some of all samples begin."""
+    shutil.copytree(data, out)
+    reader = ShardReader(out)
+    all_of = [(split, i) for split in reader.index.splits for i in range(reader.sample_count(split))]
+    for split, i in (all_of[place] for place in places):
+        shard, _, members = reader._members(split, i)
+        with (out / shard.file).open("r+b") as tar:
+            tar.seek(members["jpg"][0])
+            tar.write(bytes(100))
+    return out
+
+
+def test_corrupt_samples_are_too_many_by_their_share_of_the_whole(
+    run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block of one corrupt sample was judged by itself, and one of a few gave an error of its own."""
+    monkeypatch.setattr(embedding, "BLOCK", 2)
+    save_run(data, tmp_path / "run", "data.max_bad_fraction=0.15", "data.allow_changed=true")
+    some = damaged(data, tmp_path / "some", [0, 1, 4])
+    out = tmp_path / "some.parquet"
+    result = invoke("embed", tmp_path / "run", "--data", some, "--out", out, "--nproc", 1)
+    assert result.exit_code == 0, result.exception
+    keys = medvlp.open_dataset(data).to_pandas()["key"].tolist()
+    assert pq.read_table(out)["key"].to_pylist() == [keys[n] for n in range(24) if n not in (0, 1, 4)]
+    assert pq.read_schema(out).metadata[b"medvlp.corrupt"] == b"3"
+    many = damaged(data, tmp_path / "many", [0, 5, 10, 23])
+    result = invoke("embed", tmp_path / "run", "--data", many, "--out", out, "--nproc", 1)
+    assert isinstance(result.exception, DataError)
+    assert str(result.exception).startswith("4 of 20 samples read by this rank are corrupt")
 
 
 def part(run: Path, data: Path, out: Path) -> None:
