@@ -102,6 +102,8 @@ def _command(name: str, entry: registry.Entry) -> Any:
     """The command `medvlp shards build NAME`, with the source's options before the shared ones."""
 
     def build(*, source: Any, settings: Any) -> None:
+        if settings.hash_key is not None and not settings.hash_ids:
+            raise UsageError("--hash-key without --hash-ids: ids would be stored as they are; give both")
         # Of the registered class, not of the one that typer reads: worker processes have to unpickle it.
         given = {field.name: getattr(source, field.name) for field in dataclasses.fields(entry.options)}
         _build(entry.open(entry.options(**given), settings.image_size), settings)

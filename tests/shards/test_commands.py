@@ -123,6 +123,7 @@ def test_leaking_source_is_warned_about_when_built(
         (["--part", "3/2"], "--part"),
         (["--part", "x"], "--part"),
         (["--split", "train=2"], "--split"),
+        (["--hash-key", "key"], "--hash-key without --hash-ids"),
     ],
 )
 def test_wrong_option_is_one_clear_error(arguments: list[str], message: str, tmp_path: Path) -> None:
