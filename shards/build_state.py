@@ -118,10 +118,11 @@ class BuildPlan:
                 f"{out} holds shards of format version {version}, this program writes {FORMAT_VERSION}; "
                 "choose another --out"
             )
-        if existing != self.arguments:
+        # As text, because equal dicts may differ in their order, by which patients and labels are numbered.
+        if json.dumps(existing) != json.dumps(self.arguments):
+            difference = _difference(existing, self.arguments) or "in another order"
             raise DataError(
-                f"{out} was built with other arguments ({_difference(existing, self.arguments)}); "
-                "choose another --out or delete it"
+                f"{out} was built with other arguments ({difference}); choose another --out or delete it"
             )
         try:
             (out / STATE_FOLDER).mkdir(parents=True, exist_ok=True)
@@ -195,12 +196,13 @@ def _state_path(out: Path, file: str) -> Path:
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """The first argument that differs, by its dotted name."""
+    """The first argument that differs, by its dotted name; "" where the order alone does."""
     for name in sorted(old.keys() | new.keys()):
         before, after = old.get(name), new.get(name)
-        if before == after:
+        if json.dumps(before) == json.dumps(after):
             continue
         if isinstance(before, dict) and isinstance(after, dict):
-            return f"{name}.{_difference(before, after)}"
+            inner = _difference(before, after)
+            return f"{name}.{inner}" if inner else f"{name}: in another order"
         return f"{name}: {json.dumps(before)} then, {json.dumps(after)} now"
-    return "nothing"
+    return ""

@@ -130,6 +130,16 @@ def test_other_arguments_are_refused_and_named(phantom_dataset: Path) -> None:
     assert folder_bytes(phantom_dataset) == before
 
 
+def test_the_same_shares_in_another_order_are_other_arguments(tmp_path: Path) -> None:
+    """They give patients other splits: parts of both made a dataset whose patients are in two."""
+    one, other = (replace(OPTIONS, fractions=parse_fractions(f"{a}=0.5,{b}=0.5")) for a, b in (
+        ("train", "test"), ("test", "train"),
+    ))  # fmt: skip
+    build_shards(SOURCE, tmp_path, one, 1, Part(0, 2))
+    with pytest.raises(DataError, match=r"other arguments \(split: in another order\)"):
+        build_shards(SOURCE, tmp_path, other, 1, Part(1, 2))
+
+
 def test_rejected_records_are_listed_and_leave_their_shard_shorter(tmp_path: Path) -> None:
     plan = plan_shards(SOURCE, OPTIONS.fractions, OPTIONS.split_seed, 10)
     (tmp_path / plan[1].file).write_bytes(b"left by an older build")
