@@ -14,7 +14,7 @@ from typing import Literal
 from shards.build_state import BuildPlan, Rejection, ShardState, restore_states
 from shards.entities import extractor
 from shards.errors import DataError
-from shards.format import FORMAT_VERSION, Shard, hash_file, index_file_name, sample_key
+from shards.format import FORMAT_VERSION, Shard, hash_file, index_file_name, name_problem, sample_key
 from shards.identifiers import hash_identifiers, key_fingerprint
 from shards.plan import Part, PlannedShard, plan_shards
 from shards.progress import tracked
@@ -91,13 +91,14 @@ def build_shards(
     """Build the shards of `part` that are not finished yet; `shards.merge.merge` completes the dataset.
 
     Raises:
-        DataError: `out` cannot be written or holds another dataset, there is no such tokenizer,
-            or the rules cannot read the reports' language.
+        DataError: `out` cannot be written or holds another dataset, there is no such tokenizer, a name cannot
+            be stored, or the rules cannot read the reports' language.
     """
     if options.entities == "rules":
         extractor.check_language(source.arguments)
     if options.tokenizer is not None:
         load_tokenizer(options.tokenizer)  # a wrong name must fail now, not after hours of building
+    _check_names(options.name or source.name, source.label_names)
     plan = plan_shards(source, options.fractions, options.split_seed, options.records_per_shard)
     BuildPlan(
         name=options.name or source.name,
@@ -120,6 +121,15 @@ def build_shards(
     built = run_tasks(_build_shard, (source, out, options), missing, workers)
     for _ in tracked(built, "building shards", len(mine), len(mine) - len(missing)):
         pass
+
+
+def _check_names(name: str, labels: list[str]) -> None:
+    """Refuse names with which the finished dataset could not be read."""
+    named = [("the name of the dataset", name)]
+    named += [(f"label {number} of {len(labels)}", label) for number, label in enumerate(labels, start=1)]
+    for what, text in named:
+        if problem := name_problem(text):
+            raise DataError(f"{what} {problem}: mend it where the source has it, and build again")
 
 
 def _is_finished(out: Path, planned: PlannedShard) -> bool:
@@ -167,7 +177,8 @@ def _samples(
             rejected.append(Rejection(record, rejection.reason, rejection.line))
             continue
         except OSError as error:  # told apart from errors of writing the shard
-            raise DataError(f"cannot read record {record} of source {source.name!r}: {error}") from error
+            reason = error.strerror or type(error).__name__  # its text may hold a path that names a patient
+            raise DataError(f"cannot read record {record} of source {source.name!r}: {reason}") from error
         except Exception as error:
             error.add_note(f"at record {record} of source {source.name!r}, for {planned.file}")
             raise

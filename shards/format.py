@@ -40,6 +40,8 @@ MAX_IMAGE_SIZE = 8192
 #: A member of a tar takes a block of 512 bytes for its name and at least one for its content.
 MIN_MEMBER_BYTES = 1024
 
+#: Of a dataset or label, in characters.
+_LONGEST_NAME = 200
 _SPLIT_NAME = re.compile(r"[a-z][a-z0-9_]{0,99}")
 _HASH = re.compile(r"[a-z0-9]{1,20}:[0-9a-f]{16,128}")
 
@@ -159,8 +161,8 @@ class Index:
         if not 1 <= self.image_size <= MAX_IMAGE_SIZE:
             raise JsonError(f"image_size is not in 1..{MAX_IMAGE_SIZE}")
         for text in (self.name, self.tool, *self.label_names):
-            if not text.isprintable() or len(text) > 200:
-                raise JsonError("a name is longer than 200 characters or not printable")
+            if problem := name_problem(text):
+                raise JsonError(f"a name {problem}")
         if len(set(self.label_names)) < len(self.label_names):
             raise JsonError("two labels have the same name")
         for text in (self.fingerprint, self.tokenizer or self.fingerprint):
@@ -205,6 +207,14 @@ class Index:
             raise DataError(f"cannot read {where}: {error.strerror}") from error
         except JsonError as error:
             raise DataError(f"cannot read {where}: {error}") from error
+
+
+def name_problem(text: str) -> str:
+    """Why a text can be no name of a dataset or label, without any of it; "" where it can."""
+    if len(text) > _LONGEST_NAME:
+        return f"is longer than {_LONGEST_NAME} characters"
+    strange = next((sign for sign in text if not sign.isprintable()), "")
+    return f"holds U+{ord(strange):04X}, which cannot be printed" if strange else ""
 
 
 def is_remote(root: str | Path) -> bool:

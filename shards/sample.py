@@ -13,7 +13,7 @@ from shards.errors import DataError
 from shards.format import MASKS_EXTENSION, METADATA_EXTENSION
 from shards.images import encode_jpeg, encode_png, fit_square, fit_square_mask
 from shards.masks import encode_masks
-from shards.metadata import metadata_bytes, metadata_problems, to_metadata
+from shards.metadata import METADATA_LIMIT, metadata_bytes, metadata_problems, to_metadata
 from shards.sources.base import RejectedRecord
 from shards.study import Box, Study
 from shards.writer import Sample
@@ -43,7 +43,7 @@ def to_sample(study: Study, key: str, stored: StoredImage, notes: Counter[str] |
         notes: counts the boxes that are cut and left out, where given.
 
     Raises:
-        RejectedRecord: the text cannot be stored as UTF-8, or the masks have too many pixels.
+        RejectedRecord: the text cannot be stored as UTF-8 or is too long, or the masks have too many pixels.
         ValueError: the source gives what no sample may hold.
     """
     image, scale, left, top = fit_square(study.image, stored.size)
@@ -70,6 +70,10 @@ def to_sample(study: Study, key: str, stored: StoredImage, notes: Counter[str] |
         members[METADATA_EXTENSION] = metadata_bytes(metadata)
     except UnicodeEncodeError:
         raise RejectedRecord("text holds characters that are not Unicode") from None
+    if (size := len(members[METADATA_EXTENSION])) > METADATA_LIMIT:
+        raise RejectedRecord(
+            f"text and targets take {size:,} bytes, more than the {METADATA_LIMIT:,} of a sample"
+        )
     if study.masks:
         masks = [_fit_mask(name, mask, study.image.shape, stored.size) for name, mask in study.masks.items()]
         try:

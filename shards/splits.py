@@ -18,7 +18,7 @@ _ALIASES = {
     "validate": "valid",
     "validation": "valid",
 }
-_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,99}")
 
 
 def parse_fractions(text: str) -> dict[str, float]:

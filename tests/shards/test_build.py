@@ -140,6 +140,33 @@ def test_the_same_shares_in_another_order_are_other_arguments(tmp_path: Path) ->
         build_shards(SOURCE, tmp_path, other, 1, Part(1, 2))
 
 
+@pytest.mark.parametrize(
+    ("name", "labels", "message"),
+    [
+        ("phantom", ["mass", "no\u00a0dule"], r"label 2 of 2 holds U\+00A0, which cannot be printed"),
+        ("phantom", ["x" * 201], "label 1 of 1 is longer than 200 characters"),
+        ("a\nname", [], r"the name of the dataset holds U\+000A"),
+    ],
+)
+def test_names_that_no_reader_would_take_are_refused_before_building(
+    name: str, labels: list[str], message: str, tmp_path: Path
+) -> None:
+    source = PhantomSource(40, 64, 0)
+    source.label_names = labels
+    with pytest.raises(DataError, match=message):
+        build_shards(source, tmp_path / "out", replace(OPTIONS, name=name), 1, Part(0, 1))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_error_of_the_disk_names_no_path(tmp_path: Path) -> None:
+    class Lost(PhantomSource):
+        def load(self, i: int) -> list[Study]:
+            raise OSError(5, "Input/output error", "/data/DOE^JANE/1.png")
+
+    with pytest.raises(DataError, match=r"cannot read record 0 of source 'phantom': Input/output error$"):
+        build(Lost(40, 64, 0), tmp_path / "out", OPTIONS)
+
+
 def test_rejected_records_are_listed_and_leave_their_shard_shorter(tmp_path: Path) -> None:
     plan = plan_shards(SOURCE, OPTIONS.fractions, OPTIONS.split_seed, 10)
     (tmp_path / plan[1].file).write_bytes(b"left by an older build")

@@ -123,7 +123,7 @@ def test_missing_folder_and_unfinished_build_are_told_apart(tmp_path: Path) -> N
         ({"image_size": True}, "is not of type int"),
         ({"label_names": ["edema", "edema"]}, "same name"),
         ({"label_names": [["edema"]]}, "is not of type str"),
-        ({"name": "\x1b[2J"}, "not printable"),
+        ({"name": "\x1b[2J"}, r"U\+001B, which cannot be printed"),
         ({"fingerprint": "../x"}, "hash"),
         ({"splits": []}, "is not of type dict"),
     ],

@@ -87,6 +87,14 @@ def test_masks_of_too_many_pixels_are_a_rejected_record(monkeypatch: pytest.Monk
         stored(replace(STUDY, masks=masks))
 
 
+def test_more_text_than_readers_take_is_a_rejected_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was stored, and the end of the build then failed at its own sample."""
+    monkeypatch.setattr("shards.sample.METADATA_LIMIT", 2000)
+    stored(replace(STUDY, extra={"note": "x" * 100}))
+    with pytest.raises(RejectedRecord, match="more than the 2,000 of a sample"):
+        stored(replace(STUDY, extra={"note": "x" * 2000}))
+
+
 class OneStudy(Source):
     name, label_names, arguments = "one", ["mass"], {}
 
