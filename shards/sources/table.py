@@ -299,8 +299,9 @@ class _Survey:
         self, table_map: TableMap, labels: dict[str, LabelRule], paths: ImagePaths, targets: TargetReader
     ) -> None:
         self._targets = targets
-        self._has_boxes = table_map.targets.boxes is not None
         self._box_labels: set[str] = set()
+        self._farthest = 0.0
+        self._image = table_map.image
         self._identifier = table_map.id or table_map.image
         self._is_path = table_map.id is None
         self._paths = paths
@@ -318,18 +319,18 @@ class _Survey:
             if isinstance(row, Row):
                 identifier = row[self._identifier]
                 self._count(row)
-                if self._has_boxes:
-                    self._box_labels |= self._targets.box_labels(row)
-                    if len(self._box_labels) > _MOST_BOX_LABELS:
-                        raise DataError(
-                            f"line {row.line}: boxes have more than {_MOST_BOX_LABELS} different labels; "
-                            "does the map name the column of their labels?"
-                        )
+                self._see_places(row)
             # A row without an identifier is rejected for that, and is no duplicate of another such row.
             key = f"={self._paths.identity(identifier) if self._is_path else identifier}"
             key = key if identifier else f"{number}"
             self._digests += hashlib.blake2b(key.encode(), digest_size=16).digest()
             yield row
+        self._targets.have_seen()
+        if self._box_labels and self._farthest <= 1:
+            raise DataError(
+                "all boxes lie within the first pixel of their images: the map's boxes are in pixels of the "
+                "image file, not shares of its sides"
+            )
 
     def duplicates(self) -> set[int]:
         """Rows whose identifier an earlier row has."""
@@ -362,6 +363,17 @@ class _Survey:
                 line += f"; {count:,} rows hold it in other upper and lower case"
             lines.append(line)
         return lines
+
+    def _see_places(self, row: Row) -> None:
+        self._targets.see(row[self._image])
+        for box in self._targets.boxes_of(row):
+            self._box_labels.add(box.label)
+            self._farthest = max(self._farthest, box.x + box.width, box.y + box.height)
+        if len(self._box_labels) > _MOST_BOX_LABELS:
+            raise DataError(
+                f"line {row.line}: boxes have more than {_MOST_BOX_LABELS} different labels; "
+                "does the map name the column of their labels?"
+            )
 
     def _count(self, row: Row) -> None:
         for name, rule in self._rules.items():

@@ -1,5 +1,6 @@
 """Boxes, masks, phrases, questions and lists of an image, from the rows of a table that are about it."""
 
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -59,13 +60,34 @@ class TargetReader:
         self._paths = paths
         #: What was done to read masks -> how often.
         self.notes: Counter[str] = Counter()
+        # Of each row and rule of a file 32 bytes for image and file; then the files of several images.
+        self._pairs = bytearray()
+        self._shared: frozenset[bytes] = frozenset()
 
-    def box_labels(self, row: Row) -> set[str]:
-        """Labels of the boxes of findings of a row; none where they cannot be read."""
+    def boxes_of(self, row: Row) -> list[Box]:
+        """Boxes of findings of a row; none where they cannot be read."""
         try:
-            return {box.label for box in self._boxes(self._rules.boxes, "boxes", row)}
+            return self._boxes(self._rules.boxes, "boxes", row)
         except RejectedRecord:
-            return set()
+            return []
+
+    def see(self, name: str) -> None:
+        """Take in the path of an image before any is read: `{stem}` may give several the file of one."""
+        for rule in self._rules.masks.values():
+            if rule.file is not None and PurePosixPath(name).name:
+                self._pairs += self._digest(name) + self._digest(_file_of(rule.file, name))
+
+    def have_seen(self) -> None:
+        """All images have been taken in."""
+        if not self._pairs:
+            return
+        pairs = np.unique(np.frombuffer(bytes(self._pairs), "V32")).view("V16")[1::2]
+        files, images = np.unique(pairs, return_counts=True)
+        self._shared = frozenset(digest.tobytes() for digest in files[images > 1])
+        self._pairs = bytearray()
+
+    def _digest(self, path: str) -> bytes:
+        return hashlib.blake2b(self._paths.identity(path).encode(), digest_size=16).digest()
 
     def read(self, rows: Sequence[Row], name: str, shape: tuple[int, int]) -> Targets:
         """The targets of an image.
@@ -182,10 +204,14 @@ class TargetReader:
             if not given:
                 return None
         else:
-            image = PurePosixPath(name.replace("\\", "/"))
-            given = rule.file.replace("{path}", str(image.with_suffix(""))).replace("{stem}", image.stem)
+            given = _file_of(rule.file, name)
         path = self._paths.seek(given)
         if path is not None:
+            if rule.file is not None and self._digest(given) in self._shared:
+                raise DataError(
+                    f"file: {rule.file} names one file for several images; put {{path}} in it, or name the "
+                    "files in a column (png)"
+                )
             return read_mask_image(path.read_bytes())
         if rule.file is None:
             raise DataError("the file does not exist")
@@ -203,6 +229,12 @@ class TargetReader:
         self.notes["masks were scaled to the size of their image"] += 1
         scaled = cv2.resize(mask, (image_width, image_height), interpolation=cv2.INTER_NEAREST)
         return np.asarray(scaled, dtype=np.uint8)
+
+
+def _file_of(pattern: str, name: str) -> str:
+    """Path of the mask of an image by `MaskRule.file`."""
+    image = PurePosixPath(name.replace("\\", "/"))
+    return pattern.replace("{path}", str(image.with_suffix(""))).replace("{stem}", image.stem)
 
 
 def _runs(text: str, rule: MaskRule, shape: tuple[int, int]) -> NDArray[np.uint8] | None:

@@ -92,48 +92,6 @@ def test_one_box_a_row_and_images_without(opened: Opener) -> None:
     assert [loaded(source, i).labels for i in (0, 1)] == [{"mass": 1}, {"mass": None}]
 
 
-@pytest.mark.parametrize(
-    ("more", "cells"),
-    [
-        (BOXES, box()),
-        ("anatomy: {x: x, y: y, width: w, height: h, label: what}\n", box()),
-        ("masks: {Mass: {rle: rle, kind: absolute}}\n", {"rle": ABSOLUTE}),
-        (
-            "phrases: said\n",
-            {"said": '[{"text": "a", "boxes": [{"x": 1, "y": 2, "width": 3, "height": 4}]}]'},
-        ),
-    ],
-)
-@pytest.mark.parametrize("kind", ["jpg", "tif"])
-def test_places_in_an_image_that_its_file_turns_are_rejected(
-    more: str, cells: dict[str, Any], kind: str, opened: Opener, tmp_path: Path
-) -> None:
-    """They were stored beside the turned image as they stood, whatever they had been drawn on."""
-    exif = Image.Exif()
-    exif[274] = 3
-    plain = np.full((HEIGHT, WIDTH), 90, np.uint8)
-    Image.fromarray(plain).save(tmp_path / "images" / f"turned.{kind}", exif=exif)
-    exif[274] = 1
-    Image.fromarray(plain).save(tmp_path / "images" / f"upright.{kind}", exif=exif)
-    rows = [cells | {"image": f"{name}.{kind}"} for name in ("turned", "upright")]
-    source = opened(rows, more)
-    with pytest.raises(
-        RejectedRecord, match="EXIF orientation 3 turns the image, and boxes or masks"
-    ) as caught:
-        source.load(0)
-    assert caught.value.line == 2
-    assert loaded(source, 1).image.shape == (HEIGHT, WIDTH)
-
-
-def test_an_image_that_its_file_turns_is_taken_without_places(opened: Opener, tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[274] = 6
-    stored = Image.fromarray(np.full((HEIGHT, WIDTH), 90, np.uint8))
-    stored.save(tmp_path / "images" / "turned.jpg", exif=exif)
-    source = opened([box(image="turned.jpg", x="", y="", w="", h="", what="")], BOXES)
-    assert loaded(source).image.shape == (WIDTH, HEIGHT)
-
-
 def test_corners_in_place_of_sizes_and_one_finding_for_all(opened: Opener) -> None:
     more = "boxes: {x: x, y: y, right: r, bottom: b, finding: nodule}\nlabels: [mass]\n"
     source = opened([{"x": 1, "y": 2, "r": 4.5, "b": 7, "mass": 0}], more)
