@@ -170,7 +170,7 @@ def _samples(
     for record in planned.records:
         try:
             samples = [
-                _sample(study, sample_key(record, image), planned.split, source.label_names, options, notes)
+                _sample(study, sample_key(record, image), planned.split, source, options, notes)
                 for image, study in enumerate(source.load(record))
             ]
         except RejectedRecord as rejection:
@@ -186,14 +186,16 @@ def _samples(
 
 
 def _sample(
-    study: Study, key: str, split: str, label_names: list[str], options: BuildOptions, notes: Counter[str]
+    study: Study, key: str, split: str, source: Source, options: BuildOptions, notes: Counter[str]
 ) -> Sample:
     if study.split not in (None, split):
         raise ValueError(f"the source loads a sample of split {study.split!r} that it planned for {split!r}")
-    if not study.masks.keys() <= set(label_names):
+    if not study.masks.keys() <= set(source.label_names):
         raise ValueError("the source loads a mask of a finding that is not among its label names")
     if options.entities == "rules":
         study = replace(study, entities=extractor.extract(study.sections))
     if options.hash_key is not None:
-        study = hash_identifiers(study, options.hash_key)
+        for name in sorted(study.extra.keys() & set(source.identifying)):
+            notes[f"values of extra.{name} were left out, since they tell whose it is (--hash-ids)"] += 1
+        study = hash_identifiers(study, options.hash_key, source.identifying)
     return to_sample(study, key, options.image, notes)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,12 +42,18 @@ def key_fingerprint(key: bytes) -> str:
     return hashlib.blake2b(b"medvlp", key=key, digest_size=8, person=b"fingerprint").hexdigest()
 
 
-def hash_identifiers(study: Study, key: bytes) -> Study:
-    """The study with its patient and study id replaced by keyed hashes of 24 hexadecimal digits."""
+def hash_identifiers(study: Study, key: bytes, identifying: Collection[str] = ()) -> Study:
+    """The study with its patient and study id replaced by keyed hashes of 24 hexadecimal digits.
+
+    Args:
+        study: as its source gives it. key: the secret.
+        identifying: fields of its `extra` that tell patient or study too, which are left out.
+    """
     return replace(
         study,
         patient_id=_hash(study.patient_id, key, b"patient"),
         study_id=_hash(study.study_id, key, b"study"),
+        extra={name: value for name, value in study.extra.items() if name not in identifying},
     )
 
 

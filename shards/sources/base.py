@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import MISSING, dataclass, field
 from typing import Any, ClassVar
 
@@ -71,11 +72,13 @@ class Source(ABC):
         label_names: the findings whose labels a sample may have, in the order of the index.
         arguments: everything beside the records themselves that the bytes of the dataset depend on, as the
             index records it: no path, no secret.
+        identifying: fields of `Study.extra` that tell the patient or study; left out where ids are hashed.
         generated: whether its reports are made up by a program, so that no word in them is anybody's.
     """
 
     name: ClassVar[str]
     generated: ClassVar[bool] = False
+    identifying: Collection[str] = ()
     label_names: list[str]
     arguments: dict[str, Json]
 

@@ -45,6 +45,8 @@ class RocoSource(ArchiveSource):
         origin="https://github.com/razorx89/roco-dataset (its scripts/fetch.py gets the images)",
     )
     options: RocoOptions
+    reading = 2
+    identifying = ("article",)
 
     def prepare(self) -> None:
         """Published numbers; there are no labels."""

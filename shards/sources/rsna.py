@@ -49,6 +49,8 @@ class RsnaSource(ArchiveSource):
         origin="https://www.kaggle.com/c/rsna-pneumonia-detection-challenge/data",
     )
     options: RsnaOptions
+    reading = 2
+    identifying = ("nih_image",)
 
     def prepare(self) -> None:
         """Labels, published numbers, and the patients where they are known."""

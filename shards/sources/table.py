@@ -77,6 +77,7 @@ class TableSource(Source):
         self._paths = ImagePaths(images)
         self._map = read_map(map_file)
         self._labels = label_rules(self._map)
+        self.identifying = set(self._map.extra) & set(self._map.identifiers)
         self._targets = TargetReader(self._map.targets, self._paths)
         mapped = {key: value for key, value in asdict(self._map).items() if value not in (None, [])}
         with open_bytes(self._table):  # a clear error before the hash, which knows no kinds of files

@@ -110,11 +110,17 @@ class TableMap:
         return [self.patient_id, *([self.group] if self.group else [])]
 
     @property
+    def identifiers(self) -> list[str]:
+        """The columns that say whose a row is and what it is called."""
+        names = (self.image, self.patient_id, self.id, self.study_id, self.group)
+        return [name for name in names if name is not None]
+
+    @property
     def image_columns(self) -> list[str]:
         """Mapped columns that say of a whole image what they say."""
-        single = (self.image, self.patient_id, self.id, self.study_id, self.group, self.split, self.view)
         rules = label_rules(self)
-        names = [*single, self.license, self.report, *self.section_columns.values()]
+        names = [*self.identifiers, self.split, self.view, self.license, self.report]
+        names += self.section_columns.values()
         names += [rule.column for rule in rules.values()] + self.extra
         names += self.targets.list_columns
         return [name for name in names if name is not None]

@@ -267,6 +267,23 @@ def test_hashed_ids_are_keyed_and_hide_the_ids(
         build(source, roots["one"], BuildOptions(image=StoredImage(size=32), hash_key=b"y" * 16))
 
 
+def test_columns_of_ids_are_not_kept_beside_hashed_ones(
+    tmp_path: Path, image_folder: Path, rows: Rows, map_file: MapWriter
+) -> None:
+    more = "extra: [patient, image, license]\nlicense: license\n"
+    for row in rows:
+        row["license"] = "CC0"
+    source = TableSource(write_csv(tmp_path / "t.csv", rows), image_folder, map_file(more))
+    plain, hashed = tmp_path / "plain", tmp_path / "hashed"
+    build(source, plain, BuildOptions(image=StoredImage(size=32)))
+    assert samples(plain)["00000000-0"]["extra"].keys() == {"patient", "image", "license"}
+    summary = build(source, hashed, BuildOptions(image=StoredImage(size=32), hash_key=b"x" * 16))
+    assert {frozenset(sample["extra"]) for sample in samples(hashed).values()} == {frozenset({"license"})}
+    assert [line.partition(" were left out")[0] for line in summary.remarks] == [
+        "values of extra.image", "values of extra.patient",
+    ]  # fmt: skip
+
+
 def test_hash_key_comes_from_file_or_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MEDVLP_HASH_KEY", raising=False)
     with pytest.raises(DataError, match="MEDVLP_HASH_KEY"):

@@ -19,6 +19,8 @@ from launcher.main import app
 from shards import images
 from shards.archives.source import ArchiveOptions, ArchiveSource
 from shards.errors import DataError
+from shards.identifiers import hash_identifiers
+from shards.metadata import to_metadata
 from shards.reader import ShardReader
 from shards.sample import StoredImage, to_sample
 from shards.sources.base import PublishedCount, RejectedRecord
@@ -99,6 +101,23 @@ def test_no_image_that_its_file_turns_has_places(
                 [box for of in study.phrases for box in of.boxes],
             )
             assert not any(places), f"record {i}"
+
+
+def test_hashed_ids_stand_nowhere_else_in_a_sample(name: str, archive: Archive) -> None:
+    source = open_archive(name, archive)
+    for i in range(len(source)):
+        try:
+            studies = source.load(i)
+        except RejectedRecord:
+            continue
+        for study in studies:
+            hashed = to_metadata(hash_identifiers(study, b"k" * 16, source.identifying))
+            kept = json.dumps(
+                {field: hashed[field] for field in ("patient_id", "study_id", "extra", "lists")}
+            )
+            # Shorter ones stand in anything.
+            for told in {text for text in (study.patient_id, study.study_id) if len(text) > 4}:
+                assert told not in kept, f"record {i}"
 
 
 @pytest.fixture
