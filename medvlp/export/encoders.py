@@ -49,12 +49,16 @@ def input_side(encoder: ImageEncoder) -> int:
     return encoder.config.resize_to or encoder.image_size
 
 
-def write_image(encoder: ImageEncoder, folder: Path) -> None:
+def write_image(encoder: ImageEncoder, folder: Path, seen: float = 1.0) -> None:
     """Write the backbone so that `timm.create_model("local-dir:FOLDER", pretrained=True)` is that backbone.
 
     `GlobalBatchNorm` has the parameter names of timm's own batch norms, so the state dict needs no renaming.
     What `ImageEncoder` does around the backbone (normalising, repeating the gray channel, upsampling) is in
     `pretrained_cfg` as far as timm has words for it, and in the model card.
+
+    Args:
+        encoder: the image encoder. folder: an existing one.
+        seen: share of the side of a square image, about its middle, that evaluation sees.
 
     Raises:
         ExportError: a shortened backbone, options that cannot be written, or what was written gives other
@@ -72,7 +76,7 @@ def write_image(encoder: ImageEncoder, folder: Path) -> None:
         "mean": _per_channel(config.mean, config.in_channels),
         "std": _per_channel(config.std, config.in_channels),
         "interpolation": "bilinear",
-        "crop_pct": 1.0,
+        "crop_pct": seen,
         "crop_mode": "center",
     }
     try:

@@ -6,6 +6,7 @@ from pathlib import Path
 import safetensors.torch
 from torch import Tensor
 
+from medvlp.data.transforms import evaluation_crop
 from medvlp.encoders.image import ImageEncoder
 from medvlp.encoders.text import TextEncoder
 from medvlp.export.card import Card, Results, model_card
@@ -66,7 +67,9 @@ def export(
         with new_folder(out) as folder:
             say(f"image/: {config.image.name} for timm")
             (folder / "image").mkdir()
-            write_image(image, folder / "image")
+            stored = saved_run.stored_side(source, config)
+            is_cut = evaluation_crop(config.data.transform) == "center"
+            write_image(image, folder / "image", config.data.image_size / stored if is_cut else 1.0)
             advance(1)
             if text is None:
                 say(f"text/ left out: method {config.method.name} has no text encoder of this form")
@@ -75,7 +78,6 @@ def export(
                 (folder / "text").mkdir()
                 write_text(text, tokenizer, config.data.max_tokens, folder / "text")
             advance(1)
-            stored = saved_run.stored_side(source, config)
             safetensors.torch.save_file(heads, folder / HEADS, {STORED_SIDE: str(stored)})
             (folder / CONFIG).write_bytes((source.run / CONFIG).read_bytes())
             origin = {} if source.stored is None else source.stored[0].origin

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -103,6 +104,10 @@ def test_an_export_sees_the_part_of_an_image_that_its_run_sees(
     assert CliRunner().invoke(app, ["export", str(run), "--out", str(out)]).exit_code == 0
     one, other = medvlp.load(run, "cpu"), medvlp.load(out, "cpu")
     assert one._seen(films[0]).where.width == 32  # of 48
+    described = json.loads((out / "image" / "config.json").read_text())
+    assert described["pretrained_cfg"]["crop_pct"] == pytest.approx(32 / 48), (
+        "as timm's transform of evaluation"
+    )
     assert np.array_equal(one._seen(films[0]).view, other._seen(films[0]).view)
     torch.testing.assert_close(one.encode_image(films), other.encode_image(films))
     heads = out / "heads.safetensors"
