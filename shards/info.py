@@ -79,7 +79,8 @@ def describe(reader: ShardReader) -> Group:
 
 def _split_table(reader: ShardReader, counts: dict[str, SplitCounts]) -> Table:
     index = reader.index
-    table = Table(title=f"{index.name}: {index.image_size} px, {index.fingerprint}", title_justify="left")
+    title = f"{escape(index.name)}: {index.image_size} px, {index.fingerprint}"
+    table = Table(title=title, title_justify="left")
     table.add_column("split")
     for heading in ("samples", "studies", "patients", "shards", "MB"):
         table.add_column(heading, justify="right")
@@ -90,7 +91,7 @@ def _split_table(reader: ShardReader, counts: dict[str, SplitCounts]) -> Table:
         numbers = (totals.samples, totals.studies, totals.patients, totals.shards)
         megabytes = f"{totals.bytes / 1e6:,.1f}"
         licenses = ", ".join(f"{name} {count}" for name, count in counts[split].licenses.most_common())
-        table.add_row(split, *(f"{n:,}" for n in numbers), megabytes, views, licenses)
+        table.add_row(split, *(f"{n:,}" for n in numbers), megabytes, escape(views), escape(licenses))
     return table
 
 
@@ -136,7 +137,7 @@ def _label_table(counts: dict[str, SplitCounts], label_names: list[str]) -> Tabl
         for count in counts.values():
             values = count.labels[name]
             cells.append(" / ".join(f"{values[value]:,}" for value in (1, 0, -1, None)))
-        table.add_row(name, *cells)
+        table.add_row(escape(name), *cells)
     return table
 
 

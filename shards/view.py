@@ -118,7 +118,7 @@ def _write_labels(
     """Labels above what they name, none of which hides another."""
     taken: list[tuple[float, float, float]] = []
     for box, colour in sorted(named, key=lambda item: (item[0]["y"], item[0]["x"])):
-        label = box["label"]
+        label = " ".join(box["label"].split())  # a line break has no length
         length = draw.textlength(label, font=font)
         left = max(0.0, min(box["x"] * scale + 3, _CELL - length))
         top = max(0.0, box["y"] * scale - _LINE)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from shards.errors import UsageError
@@ -126,7 +127,7 @@ def _summary(cluster: ClusterSummary, findings: int) -> tuple[str, ...]:
         str(cluster.reports),
         "" if cluster.similarity is None else f"{cluster.similarity:.3f}",
         "" if cluster.purity is None else f"{cluster.purity:.2f}",
-        ", ".join(f"{label.name} {label.share:.0%}" for label in cluster.labels[:findings]),
+        escape(", ".join(f"{label.name} {label.share:.0%}" for label in cluster.labels[:findings])),
     )
 
 

@@ -173,3 +173,18 @@ def test_real_pairs_through_the_documented_map(shared: Path, repository: Path, t
     licences = {reader.metadata("train", i)["license"] for i in range(166)}
     assert "CC BY-NC-SA" in licences
     assert "" not in licences
+
+
+def test_info_shows_names_in_brackets_as_they_are(
+    tmp_path: Path, image_folder: Path, rows: Rows, map_file: Callable[..., Path]
+) -> None:
+    """They were taken for markup: left out, or an error."""
+    for row in rows:
+        row["view"] = "[PA]"
+    labels = (
+        "labels: {'[/mass]': {column: patient, equals: p0}, 'nodule [left]': {column: patient, equals: p1}}"
+    )
+    table = ("--table", write_csv(tmp_path / "t.csv", rows), "--images", image_folder)
+    run("build", "table", *table, "--map", map_file(f"view: view\n{labels}\n"), "--out", tmp_path / "out")
+    shown = run("info", tmp_path / "out").stdout
+    assert all(name in shown for name in ("[PA]", "[/mass]", "nodule [left]"))

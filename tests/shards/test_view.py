@@ -88,3 +88,10 @@ def test_everything_with_a_place_is_drawn_there_and_the_rest_is_written() -> Non
 def _colours_of(picture: Image.Image) -> list[tuple[int, int, int]]:
     pixels = {colour for _, colour in picture.getcolors(1 << 16) or []}
     return [colour for colour in _BOX_COLOURS if colour in pixels]
+
+
+def test_a_label_of_several_lines_is_written_in_one() -> None:
+    """As a quoted cell of a table may hold it."""
+    heart = {"label": "heart\nborder", "x": 1, "y": 2, "width": 3, "height": 4}
+    image = encode_jpeg(np.zeros((8, 8), np.uint8))
+    assert _cell("0-0", image, metadata(anatomy=[heart]), {}, FONT).width == _CELL

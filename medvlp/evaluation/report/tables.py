@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from medvlp.evaluation.metrics.bootstrap import Estimate
@@ -29,14 +30,15 @@ def console_table(of: Grid, title: str) -> Table:
     """
     prefix = f"{of.reading.by_finding}/"
     single = all(metric.startswith(prefix) and not of.reading.summary(metric) for metric in of.metrics)
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     header = f"{label(prefix[:-1], of.reading)} by finding" if single else "metric"
     table.add_column(header, no_wrap=True)
     for model in of.cells:
-        table.add_column(_NAMES.get(model, model), justify="right")
+        table.add_column(escape(_NAMES.get(model, model)), justify="right")
     for metric in of.metrics:
         name = label(metric.removeprefix(prefix) if single else metric, of.reading)
-        table.add_row(name, *(cell(metrics.get(metric), metric, of.reading) for metrics in of.cells.values()))
+        cells = (cell(metrics.get(metric), metric, of.reading) for metrics in of.cells.values())
+        table.add_row(escape(name), *cells)
     return table
 
 
@@ -69,9 +71,10 @@ def published_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Tab
 
 def rows_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> Table:
     """A rich table of texts."""
-    table = Table(*header, title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    names = map(escape, header)
+    table = Table(*names, title=escape(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     return table
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import random
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from medvlp.evaluation.metrics.bootstrap import Estimate
 from medvlp.evaluation.report import comparison, results, tables
@@ -226,3 +228,13 @@ def test_rubbish_in_the_file_is_one_line_without_its_text(tmp_path: Path) -> Non
     os.truncate(file, 2**33)
     with pytest.raises(EvaluationError, match="more than the limit"):
         results.read(file)
+
+
+@pytest.mark.parametrize("name", ["mass [left]", "[bold]"])
+def test_what_stands_in_brackets_is_shown_as_it_is(name: str) -> None:
+    """It was taken for markup: left out, or an error."""
+    found = comparison.Grid("zero-shot", [name], {name: {name: Estimate(0.5)}})
+    for table in (tables.console_table(found, name), tables.rows_table([name], [[name]], name)):
+        console = Console(record=True, width=200, file=io.StringIO())
+        console.print(table)
+        assert console.export_text().count(name) == 3
