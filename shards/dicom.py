@@ -161,12 +161,14 @@ def _shown(stored: NDArray[Any], header: Any, window: Window) -> NDArray[np.uint
 
 def _gray(stored: NDArray[Any], header: Any, photometric: str) -> NDArray[np.uint8]:
     """Luminance of a colour image; pydicom has made RGB of its YBR already."""
+    bits = int(header.BitsStored)
     if photometric == "PALETTE COLOR":
         stored = apply_color_lut(stored, header)[..., :3]
+        bits = 8 * stored.dtype.itemsize  # of the entries of its tables
     if stored.ndim != 3 or stored.shape[2] < 3:
         raise DataError(f"DICOM image of photometric interpretation {photometric or '(none)'} is not read")
     if stored.dtype != np.uint8:
-        stored = (stored >> max(0, stored.dtype.itemsize * 8 - 8)).astype(np.uint8)
+        stored = (stored >> max(0, bits - 8)).astype(np.uint8)
     return np.asarray(cv2.cvtColor(np.ascontiguousarray(stored[..., :3]), cv2.COLOR_RGB2GRAY), dtype=np.uint8)
 
 

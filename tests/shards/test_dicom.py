@@ -211,6 +211,9 @@ def test_colour_becomes_luminance() -> None:
     colour = np.stack([shades, shades // 2 + 60, 200 - shades // 2], axis=2)
     luminance = colour @ np.array([0.299, 0.587, 0.114])
     close(read(dicom.write(colour)), luminance)
+    for bits in (10, 12, 16):  # of 16 that are allocated; the upper ones are empty
+        deep = colour.astype(np.uint16) << (bits - 8)
+        close(read(dicom.write(deep, bits=bits)), luminance)
     ycc = cv2.cvtColor(colour, cv2.COLOR_RGB2YCrCb)[..., [0, 2, 1]]
     close(read(dicom.write(ycc, PhotometricInterpretation="YBR_FULL")), luminance, 3)
 
