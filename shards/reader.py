@@ -31,6 +31,8 @@ from shards.strict_json import JsonError, open_regular, read_limited
 _MAX_OPEN_FILES = 64
 #: Largest file of an image or of masks of a sample, in bytes.
 IMAGE_LIMIT = 1 << 28
+#: What may lie between members of a sample that are read together, in bytes: another member, their headers.
+_GAPS = 2 * IMAGE_LIMIT
 
 
 class ShardReader:
@@ -174,6 +176,8 @@ class ShardReader:
             _check_length(shard, key, extension, size)
         start = min(offset for offset, _ in spans.values())
         end = max(offset + size for offset, size in spans.values())
+        if end - start > sum(size for _, size in spans.values()) + _GAPS:
+            raise DataError(f"{shard.file}: the members of sample {key} lie far apart; rebuild the dataset")
         try:
             data = os.pread(self._descriptor(shard.file), end - start, start)
         except OSError as error:

@@ -9,6 +9,7 @@ import os
 import pickle
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,10 @@ import webdataset
 from PIL import Image
 
 from shards.errors import DataError
+from shards.format import Index, fingerprint, hash_bytes
 from shards.images import decode_image
 from shards.reader import ShardReader
+from shards.shard_index import ShardIndex
 from shards.sources.phantom import PhantomSource
 
 
@@ -146,3 +149,20 @@ def test_remote_root_needs_a_way_to_fetch(phantom_dataset: Path) -> None:
         ShardReader(root)
     reader = ShardReader(root, fetch=lambda file: phantom_dataset / file)
     assert read_all(reader) == read_all(ShardReader(phantom_dataset))
+
+
+def test_members_far_apart_are_refused_before_memory_is_taken(phantom_dataset: Path, tmp_path: Path) -> None:
+    """A sparse file of any size takes no room on disk, and a read from one end to the other all of it."""
+    root = Path(shutil.copytree(phantom_dataset, tmp_path / "far"))
+    index = Index.load(root)
+    shard, far = index.split_shards("train")[0], 1 << 32
+    os.truncate(root / shard.file, far + 1024)
+    members = {"jpg": (512, 100), "json": (far, 100)}
+    data = ShardIndex.from_members([("0-0", members)]).to_bytes()
+    (root / shard.index_file).write_bytes(data)
+    shards = [replace(shard, samples=1, bytes=far + 1024, index_hash=hash_bytes(data))]
+    totals = {"train": replace(index.splits["train"], samples=1)}
+    changed = replace(index, shards=shards, splits=totals, fingerprint=fingerprint(shards))
+    reader = ShardReader(root, index=changed)
+    with pytest.raises(DataError, match="the members of sample 0-0 lie far apart"):
+        reader.read("train", 0)
