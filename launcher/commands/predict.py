@@ -44,7 +44,7 @@ def predict(
         raise UsageError(
             "no finding is named: --findings effusion,pneumothorax, or --prompts FILE with findings"
         )
-    if overlays is not None and overlays.exists() and any(overlays.iterdir()):
+    if overlays is not None and overlays.exists() and not (overlays.is_dir() and not any(overlays.iterdir())):
         raise UsageError(f"--overlays {overlays} is not an empty folder: choose another, or remove it first")
     model = medvlp.load(run, None if device == "auto" else device)
     table = model.zero_shot(images, names, prompts)

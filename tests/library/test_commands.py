@@ -37,6 +37,8 @@ def test_predict_writes_a_table_and_overlays(run: Path, films: list[Path], tmp_p
     ]  # fmt: skip
     assert isinstance(invoke("predict", run, *films, *words).exception, UsageError)
     assert isinstance(invoke("predict", run, *films, "--out", out).exception, UsageError)
+    taken = invoke("predict", run, *films, "--findings", "edema", "--out", out, "--overlays", films[0])
+    assert "is not an empty folder" in str(taken.exception)
 
 
 def check(file: Path, run: Path, data: Path) -> None:
