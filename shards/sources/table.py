@@ -18,6 +18,7 @@ from shards.images import decode_turned, refuse_turned
 from shards.sources.base import Json, RejectedRecord, Source, option
 from shards.sources.image_paths import ImagePaths
 from shards.sources.registry import register
+from shards.sources.table_exclude import LeftOut
 from shards.sources.table_map import LabelRule, TableMap, label_rules, read_map
 from shards.sources.table_targets import TargetReader, Targets
 from shards.splits import normalise_split
@@ -90,7 +91,7 @@ class TableSource(Source):
         lists = UserLists([], exclude, str.strip)
         if exclude:
             self.arguments["exclude"] = lists.hashes["exclude"]
-        left_out = _LeftOut(self._map, lists)
+        left_out = LeftOut(self._map, lists)
         survey = _Survey(self._map, self._labels, self._paths, self._targets)
         rows = left_out.pass_on(read_rows(self._table, self._map.columns, self._map.format))
         self._rows = RowStore(survey.pass_on(rows), self._map.columns)
@@ -264,33 +265,6 @@ class _Groups:
     def __getitem__(self, i: int) -> list[int]:
         rows: list[int] = self._rows[self._ends[i - 1] if i else 0 : self._ends[i]].tolist()
         return rows
-
-
-class _LeftOut:
-    """Leaves out the rows that the user's files of ids name."""
-
-    def __init__(self, table_map: TableMap, lists: UserLists) -> None:
-        names = (table_map.patient_id, table_map.study_id, table_map.id, table_map.image)
-        self._columns = [name for name in names if name is not None]
-        self._lists = lists
-        self._count = 0
-
-    def pass_on(self, rows: Iterator[Row | BadRow]) -> Iterator[Row | BadRow]:
-        """The rows that stay, and those that cannot be read."""
-        for row in rows:
-            if isinstance(row, Row) and self._lists.excludes(*(row[name] for name in self._columns)):
-                self._count += 1
-            else:
-                yield row
-
-    def remarks(self) -> list[str]:
-        """What was left out.
-
-        Raises:
-            DataError: none of a file's ids is in the table.
-        """
-        lines = [f"{self._count:,} rows left out by --exclude"] if self._count else []
-        return lines + self._lists.check()
 
 
 class _Survey:
