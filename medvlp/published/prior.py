@@ -56,6 +56,7 @@ _UNUSED = {
     r"global_text_projection\..+": "built and never called in the published code",
     rf"{_DECODER}\.embeddings\.word_embeddings\.weight": "the decoder reads queries, not words",
 }
+_TRANSFORM = {"crop": "none", "flip": 0.5}
 _IMAGE = {"name": "resnet50", "in_channels": 1, "mean": 0.4755, "std": 0.3011}
 _LICENCE = (
     "The repository's LICENSE file was not at hand: look there before you pass these weights on. They were "
@@ -84,7 +85,11 @@ def image_recipe() -> Recipe:
         data=_DATA,
         text="none: the file holds no text encoder",
     )
-    values = {"image": _IMAGE, "method": {"name": "backbone", "side": "image"}, "data": {"image_size": 224}}
+    values = {
+        "image": _IMAGE,
+        "method": {"name": "backbone", "side": "image"},
+        "data": {"image_size": 224, "transform": _TRANSFORM},
+    }
     return Recipe(values, (Rule(r"image_encoder\.backbone\.(.+)", [r"\1"]),), origin)
 
 
@@ -95,7 +100,7 @@ def recipe(keys: Collection[str]) -> Recipe:
     values = {
         "data": {
             "image_size": 224,
-            "transform": {"crop": "none", "flip": 0.5},
+            "transform": _TRANSFORM,
             "sections": ["impression", "findings"],
             "shuffle_sentences": True,
             "max_tokens": 256,

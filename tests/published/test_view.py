@@ -73,7 +73,7 @@ def test_the_side_is_part_of_what_a_checkpoint_belongs_to(run: Path) -> None:
         medvlp.load(run, "cpu")
 
 
-@pytest.mark.parametrize("recipe", [prior.recipe([]), medslip.recipe([])])
+@pytest.mark.parametrize("recipe", [prior.recipe([]), prior.image_recipe(), medslip.recipe([])])
 def test_prior_and_medslip_see_the_whole_image(recipe: prior.Recipe, tmp_path: Path) -> None:
     config: Config = config_of(recipe.values, tmp_path)
     assert evaluation_crop(config.data.transform) == "none"
