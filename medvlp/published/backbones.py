@@ -1,5 +1,7 @@
 """An image backbone of timm or a text model of transformers alone, as a run for probes and as a start."""
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +42,12 @@ def import_timm(named: str, out: Path, say: Say) -> Path:
     channels, height, width = facts["input_size"]
     if height != width:
         raise PublishedFileError(f"{named} takes images of {width} x {height}; only squares are read here")
+    stored = _stored_side(facts, height)
     values = {
-        "data": {"image_size": height},
+        "data": {
+            "image_size": height,
+            "transform": {"evaluation": "whole" if stored is None else "center"},
+        },
         "image": {
             "name": name,
             "pretrained": True,
@@ -56,7 +62,8 @@ def import_timm(named: str, out: Path, say: Say) -> Path:
     method = build_method(config, tokenizer.vocab_size).eval()
     licence = facts.get("license") or "not stored with the weights: look where they are published"
     card = Card(
-        _origin(facts.get("architecture") or named, named, licence, "none: there is no text encoder"), named
+        _origin(facts.get("architecture") or named, named, licence, "none: there is no text encoder", stored),
+        named,
     )
     return write_run(out, config, method, tokenizer, card)
 
@@ -91,8 +98,16 @@ def import_huggingface(named: str, out: Path, say: Say) -> Path:
     return write_run(out, config, method, tokenizer, card)
 
 
-def _origin(title: str, named: str, licence: str, text: str) -> Origin:
-    return Origin(title, "", "", named, f"Licence: {licence}.", _UNKNOWN_DATA, text)
+def _origin(title: str, named: str, licence: str, text: str, stored: int | None = None) -> Origin:
+    return Origin(title, "", "", named, f"Licence: {licence}.", _UNKNOWN_DATA, text, stored_side=stored)
+
+
+def _stored_side(facts: Mapping[str, Any], side: int) -> int | None:
+    """Side of the square of which timm's evaluation cuts the middle; None where it sees the whole image."""
+    share = facts.get("crop_pct") or 1.0
+    if facts.get("crop_mode", "center") != "center" or not 0.1 <= share < 1:
+        return None
+    return math.floor(side / share + 1e-6)  # as timm does; the share may be a rounded quotient
 
 
 def _timm_name(named: str) -> str:

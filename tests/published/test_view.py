@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
+from timm.models import save_for_hf
 
 import medvlp
 from medvlp.config import Config
@@ -16,6 +19,7 @@ from medvlp.data.transforms import evaluation_crop
 from medvlp.library.images import see
 from medvlp.methods.registry import build_method
 from medvlp.published import medslip, mgca, prior
+from medvlp.published.backbones import import_timm
 from medvlp.published.card import Card
 from medvlp.published.run import config_of, no_words
 from medvlp.published.run_files import write_run
@@ -79,3 +83,26 @@ def test_prior_and_medslip_see_the_whole_image(recipe: prior.Recipe, tmp_path: P
     assert evaluation_crop(config.data.transform) == "none"
     seen = see(IMAGE, 256, config.data.image_size, evaluation_crop(config.data.transform))
     assert (seen.where.left, seen.where.top, seen.where.width) == (0, 0, 256)
+
+
+@pytest.mark.parametrize(
+    ("facts", "stored", "seen"),
+    [
+        ({"crop_pct": 0.5}, 64, 32),
+        ({"crop_pct": 32 / 48}, 48, 32),
+        ({"crop_pct": 1.0}, 32, 32),
+        ({"crop_pct": 0.5, "crop_mode": "squash"}, 32, 32),
+    ],
+)
+def test_a_backbone_of_timm_sees_what_timm_evaluates(
+    facts: dict[str, Any], stored: int, seen: int, tmp_path: Path
+) -> None:
+    backbone = timm.create_model("resnet10t", in_chans=1, num_classes=0)
+    described = {"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,), "crop_mode": "center"} | facts
+    save_for_hf(backbone, str(tmp_path / "timm"), safe_serialization=True, data_config=described)
+    run = import_timm(str(tmp_path / "timm"), tmp_path / "run", print)
+    model = medvlp.load(run, "cpu")
+    where = model._seen(IMAGE).where
+    assert (model._stored, where.width) == (stored, seen)
+    larger = see(IMAGE, 256, 32, evaluation_crop(model.config.data.transform))
+    assert larger.where.width == (32 if stored > 32 else 256), "of a dataset the middle, or all"
