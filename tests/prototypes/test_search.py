@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -196,3 +200,22 @@ def test_the_drivers_tool_is_asked_about_the_gpu_that_is_meant(
     assert (tmp_path / "asked").read_text().split() == ["--id=GPU-bb", "--id=3"]
     tool.write_text("#!/bin/sh\nexit 6\n")
     assert module._state(0) == (None, "")
+
+
+def test_the_extra_gpu_brings_the_libraries_that_its_readme_names(repository: Path) -> None:
+    """A wheel for another CUDA is to be noticed: README and pyproject.toml say which torch it fits."""
+    extras = tomllib.loads((repository / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (wanted,) = extras["gpu"]
+    resolve = ["install", "--dry-run", "--ignore-installed", "--no-deps", "--report", "-", wanted]
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "--quiet", *resolve], capture_output=True, text=True, timeout=200
+    )
+    if done.returncode:
+        pytest.skip(f"needs an index of packages: pip cannot resolve {wanted}")
+    (found,) = json.loads(done.stdout)["install"]
+    requires = {name.split("<")[0].split(">")[0] for name in found["metadata"]["requires_dist"]}
+    libraries = {name for name in requires if name.startswith("nvidia-")}
+    assert libraries
+    assert all(name.endswith("-cu12") for name in libraries)
+    readme = (repository / "medvlp" / "prototypes" / "README.md").read_text()
+    assert [name for name in libraries if f"`{name}`" not in readme] == []
