@@ -10,7 +10,7 @@ METHODS := infonce mgca prior mpma medslip place combination
 PROTOTYPES := none learned clusters masks
 SEEDS ?= 0
 
-.PHONY: help demo test checks bench bench-methods bench-tasks bench-prototypes drill gpu gpu-prepare clean
+.PHONY: help demo test checks bench bench-methods bench-mpma bench-tasks bench-prototypes bench-shards drill gpu gpu-prepare clean
 
 help:
 	@echo "make demo    phantom studies -> shards -> 2-rank ZeRO-2 pre-training -> evaluation -> page, all in $(DEMO)"
@@ -18,6 +18,7 @@ help:
 	@echo "make checks  format, lint, types, import arrows, sizes, config reference"
 	@echo "make bench   benchmarks: ratios against named rivals"
 	@echo "make bench-methods  every method beside its ablation: the same phantoms, budget and seeds, and the differences"
+	@echo "make bench-mpma  MPMA and its ablations, trained until it reads hidden words"
 	@echo "make bench-tasks  every downstream task on a network of each method, one table"
 	@echo "make bench-prototypes  MGCA without prototypes, with learned ones, with clusters, with masks; one table"
 	@echo "make drill   kill, starve and damage runs; every one must come back as if nothing had happened"
@@ -61,29 +62,43 @@ bench: $(INSTALLED)
 # trainings and evaluations are kept, so it goes on where it was stopped. $(OPTIONS) go over the configs. MPMA needs patches
 # that it can hide. The combination has MGCA's ablation: its own would be the same, bit for bit.
 COMPARED := mgca prior mpma medslip place combination
+RUNS = $(BENCH)/methods
 ENCODER = $(if $(filter mpma,$(method)),hybrid_phantom,resnet_phantom)
 ABLATIONS = $(patsubst combination,mgca,$(COMPARED))
 with = $(foreach seed,$(SEEDS),$(COMPARED:%=%-$(seed)))
 without = $(foreach seed,$(SEEDS),$(ABLATIONS:%=%-ablation-$(seed)))
-bench-methods: $(INSTALLED)
+bench-methods: $(INSTALLED) bench-shards
+	$(MAKE) --no-print-directory -j 2 $(addprefix bench-methods-,$(sort $(with) $(without)))
+	$(BIN)/medvlp compare $(addprefix $(RUNS)/,$(with)) \
+	  $(addprefix --against $(RUNS)/,$(without)) --markdown
+	$(BIN)/python tests/benchmarks/studies/cluster_quality.py \
+	  $(foreach seed,$(SEEDS),$(RUNS)/mgca-$(seed) $(RUNS)/mgca-ablation-$(seed))
+
+# MPMA and what is left of it without one of its parts, trained until it reads hidden words.
+PARTS := mpma-ablation mpma-no-alignment mpma-no-memory mpma-separate
+bench-mpma: RUNS = $(BENCH)/mpma
+bench-mpma: $(INSTALLED) bench-shards
+	$(MAKE) --no-print-directory -j 2 RUNS=$(RUNS) \
+	  OPTIONS="train.steps=1600 optimizer.text_lr_scale=1 $(OPTIONS)" \
+	  $(foreach seed,$(SEEDS),$(patsubst %,bench-methods-%-$(seed),mpma $(PARTS)))
+	for part in $(PARTS); do $(BIN)/medvlp compare $(SEEDS:%=$(RUNS)/mpma-%) \
+	  $(foreach seed,$(SEEDS),--against $(RUNS)/$$part-$(seed)) --markdown || exit 1; done
+
+bench-shards: $(INSTALLED)
 	test -e $(BENCH)/shards/index.json || \
 	  $(BIN)/medvlp shards build phantom --out $(BENCH)/shards --studies 5000 --image-size 128 --seed 2 --workers 2
-	$(MAKE) --no-print-directory -j 2 $(addprefix bench-methods-,$(sort $(with) $(without)))
-	$(BIN)/medvlp compare $(addprefix $(BENCH)/methods/,$(with)) \
-	  $(addprefix --against $(BENCH)/methods/,$(without)) --markdown
-	$(BIN)/python tests/benchmarks/studies/cluster_quality.py \
-	  $(foreach seed,$(SEEDS),$(BENCH)/methods/mgca-$(seed) $(BENCH)/methods/mgca-ablation-$(seed))
 
-# $* is METHOD-SEED or METHOD-ablation-SEED.
+# $* is METHOD-SEED or METHOD-PART-SEED.
 bench-methods-%: export OMP_NUM_THREADS = 1
 bench-methods-%: method = $(firstword $(subst -, ,$*))
 bench-methods-%: seed = $(lastword $(subst -, ,$*))
+bench-methods-%: kind = $(patsubst %-$(seed),%,$*)
 bench-methods-%:
 	$(BIN)/medvlp pretrain configs/benchmarks/phantom.yaml configs/benchmarks/methods.yaml configs/models/$(ENCODER).yaml \
 	  configs/benchmarks/$(method).yaml $(wildcard configs/benchmarks/$(method)-compared.yaml) \
-	  $(if $(findstring ablation,$*),configs/benchmarks/$(method)-ablation.yaml) \
-	  data.root=$(BENCH)/shards run.dir=$(BENCH)/methods/$* train.seed=$(seed) $(OPTIONS) --nproc 1
-	$(BIN)/medvlp evaluate $(BENCH)/methods/$*
+	  $(if $(filter-out $(method),$(kind)),configs/benchmarks/$(kind).yaml) \
+	  data.root=$(BENCH)/shards run.dir=$(RUNS)/$* train.seed=$(seed) $(OPTIONS) --nproc 1
+	$(BIN)/medvlp evaluate $(RUNS)/$*
 
 # Every downstream task on a network of each method, pre-trained where it is not there. Two trainings at a time, one thread
 # each (configs/benchmarks/tasks.yaml says how heads are trained); finished units are kept, so a second call goes on.
@@ -94,9 +109,7 @@ TASK_METHODS = $(filter-out infonce combination,$(METHODS))
 SHORT = $(if $(STEPS),$(TRAINED:%=evaluation.tasks.%.training.train.min_steps=$(STEPS)))
 # First what takes long, each by itself; the last call does the rest and writes all of a method into one file.
 TASKS_ALONE = $(foreach task,$(filter $(TRAINED),$(TASKS)),$(TASK_METHODS:%=bench-task-%@$(task)))
-bench-tasks: $(INSTALLED)
-	test -e $(BENCH)/shards/index.json || \
-	  $(BIN)/medvlp shards build phantom --out $(BENCH)/shards --studies 5000 --image-size 128 --seed 2 --workers 2
+bench-tasks: $(INSTALLED) bench-shards
 	for kind in "$(TASK_METHODS:%=bench-network-%)" "$(TASKS_ALONE)" "$(TASK_METHODS:%=bench-tasks-%)"; do \
 	  test -z "$$kind" || $(MAKE) --no-print-directory -j 2 $$kind || exit 1; done
 	$(BIN)/medvlp compare $(TASK_METHODS:%=$(BENCH)/%/tasks.json) --markdown
@@ -115,9 +128,7 @@ bench-tasks-%:
 
 # SEEDS="0 1 2" trains every kind three times; $(OPTIONS) go over the configs, for instance OPTIONS=train.steps=60.
 STUDY = $(foreach seed,$(SEEDS),$(PROTOTYPES:%=$(BENCH)/prototypes-%-$(seed)))
-bench-prototypes: $(INSTALLED)
-	test -e $(BENCH)/shards || \
-	  $(BIN)/medvlp shards build phantom --out $(BENCH)/shards --studies 5000 --image-size 128 --seed 2 --workers 2
+bench-prototypes: $(INSTALLED) bench-shards
 	for seed in $(SEEDS); do for kind in $(PROTOTYPES); do \
 	  run=prototypes-$$kind-$$seed; \
 	  $(BIN)/medvlp pretrain configs/benchmarks/phantom.yaml configs/models/resnet_phantom.yaml configs/benchmarks/mgca.yaml \

@@ -251,8 +251,14 @@ def test_numbers_and_nothing_stay_what_they_are(tmp_path: Path) -> None:
     assert read.text.options == {"hidden_size": 8}
 
 
-@pytest.mark.parametrize("kind", ["", "-ablation"])
-@pytest.mark.parametrize("method", ["combination", "medslip", "mgca", "mpma", "place", "prior"])
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [
+        *((method, "") for method in ("combination", "medslip", "mgca", "mpma", "place", "prior")),
+        *((method, "-ablation") for method in ("medslip", "mgca", "mpma", "place", "prior")),
+        *(("mpma", part) for part in ("-no-alignment", "-no-memory", "-separate")),
+    ],
+)
 def test_the_configs_of_the_comparison_go_on_top_of_each_other(
     repository: Path, method: str, kind: str
 ) -> None:
@@ -262,7 +268,6 @@ def test_the_configs_of_the_comparison_go_on_top_of_each_other(
     chain = [folder / "phantom.yaml", folder / "methods.yaml", encoder, folder / f"{method}.yaml"]
     chain += [file for file in [folder / f"{method}-compared.yaml"] if file.exists()]
     if kind:
-        # The combination's would be MGCA's (`test_the_combination_without_all_but_the_instance_loss`).
-        chain += [folder / f"{method}-ablation.yaml"] if method != "combination" else []
+        chain.append(folder / f"{method}{kind}.yaml")
     config = config_files.load(chain, ["data.root=d", "run.dir=r"], schemas(), tasks=task.schemas())
     assert config.method.name == method
