@@ -221,8 +221,16 @@ def _print_differences(sources: Sequence[Path], against: Sequence[Path], markdow
     pairs = [(measured(ours), measured(theirs)) for ours, theirs in zip(sources, against, strict=True)]
     groups = differences.groups(pairs)
     first = pairs[0][0].evaluation
-    for task in first.results:
-        found = {names: differences.rows(group, task) for names, group in groups.items()}
+    for task in dict.fromkeys(task for pair in pairs for of in pair for task in of.evaluation.results):
+        found = {}
+        for names, group in groups.items():
+            lacking = [of.run for pair in group for of in pair if task not in of.evaluation.results]
+            for run in lacking:
+                typer.echo(f"- {task} of {run}: {_not_evaluated(task)}")
+            if not lacking:
+                found[names] = differences.rows(group, task)
+        if not found:
+            continue
         header, *rows = tables.difference_rows(found, comparison.reading_of(task))
         title = f"{task}: {first.data['name']}, split {first.data['split']}, with − without"
         if markdown:
@@ -239,6 +247,10 @@ def _print_differences(sources: Sequence[Path], against: Sequence[Path], markdow
         "- *: the 95 % interval, by patient and seed, excludes 0. One seed claims nothing: its interval is "
         "by patient alone. Of metrics that do not differ, about one in twenty gets a star."
     )
+
+
+def _not_evaluated(task: str) -> str:
+    return f"not evaluated (medvlp evaluate ... --task {task})"
 
 
 def _print_published(
@@ -276,18 +288,19 @@ def _join_parts(run: Path) -> None:
 def _print_tables(evaluations: dict[str, Evaluation], findings: bool, markdown: bool = False) -> None:
     from medvlp.evaluation.report import comparison, tables
 
-    first = next(iter(evaluations.values()))
-    if markdown:
-        for task in first.results:
-            typer.echo(tables.markdown_section(evaluations, task, findings))
-        return
     title = tables.caption(evaluations)
     console = _console()
-    for task in first.results:
-        single = comparison.grid(evaluations, task, findings=True)
-        for grid in (comparison.grid(evaluations, task), single if findings else single.by_finding()):
+    for task, having in comparison.by_task(evaluations).items():
+        without = [f"{task} of {name}: {_not_evaluated(task)}" for name in evaluations if name not in having]
+        if markdown:
+            typer.echo(
+                tables.markdown_section(having, task, findings) + "".join(f"- {of}\n" for of in without)
+            )
+            continue
+        single = comparison.grid(having, task, findings=True)
+        for grid in (comparison.grid(having, task), single if findings else single.by_finding()):
             if grid is not None and grid.metrics:
                 console.print(tables.console_table(grid, f"{task}: {title}"))
-        for line in tables.lines_under(evaluations, task):
+        for line in [*tables.lines_under(having, task), *without]:
             typer.echo(f" {line}")
         typer.echo()

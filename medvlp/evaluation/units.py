@@ -14,14 +14,12 @@ from pathlib import Path
 import xxhash
 
 from medvlp.evaluation.report import examples, results, scores
-from medvlp.evaluation.report.results import FOLDER, Evaluation, UnitResult
+from medvlp.evaluation.report.results import FOLDER, NETWORKS, PLACES, Evaluation, UnitResult
 from medvlp.evaluation.session import Session
 from medvlp.evaluation.task import EvaluationError, Task, TaskResult, Unit
 from medvlp.runs.identity import DataRecord
 
 RESULT = "result.json"
-#: Keys of `data` that change where and how fast it is read, not what.
-_PLACES = ("root", "tokenizer", "cache_dir", "cache_gigabytes", "workers", "prefetch", "allow_changed")
 
 
 def fingerprint(session: Session, task: Task, unit: Unit) -> str:
@@ -44,9 +42,9 @@ def fingerprint(session: Session, task: Task, unit: Unit) -> str:
         "findings": session.findings,
         "uncertain": session.uncertain,
         "device": session.device.type,
-        "networks": [config[name] for name in ("image", "text", "method", "prototypes")],
+        "networks": [config[name] for name in NETWORKS],
         "seed": config["train"]["seed"],
-        "data": {name: value for name, value in config["data"].items() if name not in _PLACES},
+        "data": {name: value for name, value in config["data"].items() if name not in PLACES},
     }
     return xxhash.xxh3_128_hexdigest(json.dumps(decides, sort_keys=True).encode())
 

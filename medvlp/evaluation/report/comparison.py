@@ -27,6 +27,31 @@ def truth_of(evaluation: Evaluation) -> str:
     return json.dumps(said)
 
 
+def check_alike(evaluations: Mapping[str, Evaluation]) -> None:
+    """See to it that evaluations may stand in one table.
+
+    Raises:
+        EvaluationError: they are not of the same split of the same data.
+    """
+    first = next(iter(evaluations.values()))
+    for name, evaluation in evaluations.items():
+        if truth_of(evaluation) != truth_of(first):
+            raise EvaluationError(
+                f"{name}: another dataset, split, choice of labels or treatment of uncertain and unknown "
+                "labels than the first evaluation; evaluate all of them alike"
+            )
+
+
+def by_task(evaluations: Mapping[str, Evaluation]) -> dict[str, dict[str, Evaluation]]:
+    """Every task that one of the evaluations has -> those that have it; errors as `check_alike`."""
+    check_alike(evaluations)
+    found = dict.fromkeys(task for evaluation in evaluations.values() for task in evaluation.results)
+    return {
+        task: {name: evaluation for name, evaluation in evaluations.items() if task in evaluation.results}
+        for task in found
+    }
+
+
 @dataclass
 class Grid:
     """One task's numbers: `cells[model][metric]`, in the order to be shown; `reading` says how they read."""
@@ -56,14 +81,9 @@ def grid(evaluations: Mapping[str, Evaluation], task: str, findings: bool = Fals
     Raises:
         EvaluationError: an evaluation has no such task, or they are not of the same split of the same data.
     """
-    first = next(iter(evaluations.values()))
+    check_alike(evaluations)
     cells: dict[str, Metrics] = {}
     for name, evaluation in evaluations.items():
-        if truth_of(evaluation) != truth_of(first):
-            raise EvaluationError(
-                f"{name}: another dataset, split, choice of labels or treatment of uncertain and unknown "
-                "labels than the first evaluation; evaluate all of them alike"
-            )
         if task not in evaluation.results:
             raise EvaluationError(
                 f"{name}: task {task} has not been evaluated (medvlp evaluate ... --task {task})"

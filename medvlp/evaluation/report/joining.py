@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from medvlp.evaluation.report.results import KEPT, Evaluation, KeptFile
+from medvlp.evaluation.report.differences import different_keys
+from medvlp.evaluation.report.results import KEPT, NETWORKS, PLACES, Evaluation, KeptFile
 from medvlp.evaluation.task import EvaluationError, TaskResult, tasks
 
 #: Settings by task, which tasks that are in one file only bring along.
@@ -95,6 +96,21 @@ def _check_same(first_file: Path, first: Evaluation, file: Path, part: Evaluatio
     ):
         if one != other:
             raise EvaluationError(f"{file}: has another {what} than {first_file}; evaluate the task again")
+    decisive = [key for key in different_keys(first, part) if _decides(*key.partition(".")[::2])]
+    if decisive:
+        raise EvaluationError(
+            f"{file}: was evaluated with another {', '.join(decisive)} than {first_file}; evaluate the task "
+            "again"
+        )
+
+
+def _decides(section: str, key: str) -> bool:
+    """Whether a key of the run's config, which an evaluation may override, changes what is measured."""
+    return (
+        section in NETWORKS
+        or (section == "data" and key not in PLACES)
+        or (section, key) == ("train", "seed")
+    )
 
 
 def _check_same_options(joined: Evaluation, file: Path, part: Evaluation) -> None:

@@ -33,6 +33,10 @@ from shards.strict_json import JsonError, parse_json, read_limited, to_record
 SCHEMA_VERSION = 1
 #: Of finished units, in the run folder: `<task>/<unit>-<first 16 digits of its fingerprint>/`.
 FOLDER = "evaluation-units"
+#: Sections of a run's config that make the networks.
+NETWORKS = ("image", "text", "method", "prototypes")
+#: Keys of its section `data` that change where and how fast it is read, not what.
+PLACES = ("root", "tokenizer", "cache_dir", "cache_gigabytes", "workers", "prefetch", "allow_changed")
 #: Files beside the result of a unit.
 KEPT = ("scores", "resamples", "examples")
 #: Largest `evaluation.json`, in bytes.

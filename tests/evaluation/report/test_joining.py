@@ -36,6 +36,8 @@ def test_tasks_notes_and_splits_are_put_together() -> None:
     assert joined.data["splits"] == {"test": {"samples": 3}, "valid": {"samples": 3}}
     assert joined.model == first.model
     assert first.settings["tasks"] == ["zero-shot"]
+    elsewhere = part("retrieval", config={"data": {"workers": 0}, "train": {"steps": 4, "threads": 1}})
+    assert join({Path("a.json"): first, Path("b.json"): elsewhere}).results == joined.results
 
 
 @pytest.mark.parametrize(
@@ -44,6 +46,8 @@ def test_tasks_notes_and_splits_are_put_together() -> None:
         (part("retrieval", model={"checkpoint": "step-00000008"}), "another checkpoint than a.json"),
         (part("retrieval", data={"fingerprint": "y"}), "another data than a.json"),
         (part("retrieval", settings={"seed": 1}), "another settings than a.json"),
+        (part("retrieval", config={"data": {"image_size": 64}}), "another data.image_size than a.json"),
+        (part("retrieval", config={"train": {"seed": 1}}), "another train.seed than a.json"),
         (part("zero-shot"), "zero-shot is in another file too"),
     ],
 )
