@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typer.core import TyperCommand
 
 from launcher.command_words import split_arguments
 from launcher.commands.pretrain import train_config
+from launcher.run_state import CONFIG
 from shards.errors import UsageError
 
 if TYPE_CHECKING:
@@ -139,6 +141,11 @@ def evaluate(
             raise UsageError(
                 f"{file}: no YAML file and no section.key=value; one run or checkpoint is evaluated at a time"
             )
+    run = saved_run.run_of(source)
+    target = out or run / RESULT_NAME
+    is_written = out is not None or (not unit and (run / CONFIG).is_file())
+    if is_written and not os.access(target.parent, os.W_OK):
+        raise UsageError(f"{target} cannot be written: name another file with --out")
     changes = [*overrides, *unit_words(task or (), fraction, seed)]
     changes += [f"evaluation.split={split}"] if split else []
     console = Console(stderr=True)
@@ -150,7 +157,6 @@ def evaluate(
     )
     if unit and out is None:
         return
-    target = out or saved_run.locate(source).run / RESULT_NAME
     results.write(evaluation, target)
     _print_tables({evaluation.model["name"]: evaluation}, findings)
     typer.echo(str(target))

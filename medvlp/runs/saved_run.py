@@ -70,6 +70,11 @@ class SavedRun:
         return config.run.name or self.run.resolve().name
 
 
+def run_of(path: Path) -> Path:
+    """The run folder that a run or checkpoint folder belongs to, whatever it holds."""
+    return path if (path / CONFIG).is_file() else path.resolve().parent.parent
+
+
 def locate(path: Path) -> SavedRun:
     """Find the run and checkpoint that a path means, and verify its checksums.
 
@@ -90,7 +95,7 @@ def locate(path: Path) -> SavedRun:
         raise RunFolderError(
             f"{path}: neither a run folder (with {CONFIG}) nor a checkpoint folder (with {MANIFEST})"
         )
-    run = path.resolve().parent.parent
+    run = run_of(path)
     if not (run / CONFIG).is_file():
         raise RunFolderError(f"{path}: no {CONFIG} in {run}; a checkpoint is read inside its run folder")
     return SavedRun(run, Checkpoint.open(path, [WEIGHTS]))
