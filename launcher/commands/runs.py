@@ -38,15 +38,20 @@ def runs(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="with --sync: only say what would go")] = False,
 ) -> None:
     """List runs: method, state, step, best metric, newest checkpoint, W&B run, size."""
-    from launcher.slurm.run_jobs import jobs_by_folder, unfinished
+    from launcher.slurm.run_jobs import jobs_by_folder, trains, unfinished
 
     if not folder.is_dir():
         raise RunFolderError(f"{folder} is no folder; name the one that holds your runs")
     jobs = jobs_by_folder()
     found = []
     for path in find_runs(folder):
-        states = {job.state for job in unfinished((jobs or {}).get(path.resolve(), []))}
-        run = read_run(path, bool(states - {"PENDING"}) or None, sizes)
+        try:
+            of_run = [job for job in (jobs or {}).get(path.resolve(), []) if trains(job, path)]
+            states = {job.state for job in unfinished(of_run)}
+            run = read_run(path, bool(states - {"PENDING"}) or None, sizes)
+        except OSError as error:  # somebody else's
+            typer.echo(f"{path}: left out, {error.filename} cannot be read: {error.strerror}", err=True)
+            continue
         found.append(replace(run, state="queued", reason="") if states == {"PENDING"} else run)
     if sync:
         _upload(found, dry_run)

@@ -1,7 +1,7 @@
 """Which Slurm jobs belong to which run folder, and what `medvlp jobs` shows of them."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,6 +70,11 @@ def folder_of(job: Job) -> Path | None:
         return folder if (folder / SLURM_FOLDER / SUBMISSIONS).is_file() else None
     except PermissionError:  # somebody else's
         return None
+
+
+def trains(job: Job, folder: Path) -> bool:
+    """Whether a job of a folder trains its run: others evaluate or serve it."""
+    return not job.het_job_offset and kind_of(folder, submitted_id(job)) == TRAINING
 
 
 def jobs_by_folder() -> dict[Path, list[Job]] | None:
@@ -148,9 +153,21 @@ def jobs_of(folder: Path) -> Iterator[RunJob]:
         for job in current:
             shown = BESIDE if job.het_job_offset else kind
             yield RunJob(submitted_id(job), label_of(job), shown, folder, job, [], run)
-        if not current:
-            past = slurm_commands.past_runs(int(line["job_id"]))
-            yield RunJob(int(line["job_id"]), str(line["job_id"]), kind, folder, None, past, run)
+        for label, past in _forgotten(int(line["job_id"]), current, line.get("tasks")).items():
+            shown = kind if label.partition("+")[2] in ("", "0") else BESIDE
+            yield RunJob(int(line["job_id"]), label, shown, folder, None, past, run)
+
+
+def _forgotten(job_id: int, current: Sequence[Job], tasks: Any) -> dict[str, list[PastRun]]:
+    """By label the runs of what the controller has forgotten of a job: all, or finished tasks of an array."""
+    if current and not tasks:
+        return {}
+    known = {label_of(job) for job in current}
+    found: dict[str, list[PastRun]] = {}
+    for past in slurm_commands.past_runs(job_id):
+        if past.job_id not in known and not (current and past.state == "PENDING"):
+            found.setdefault(past.job_id, []).append(past)
+    return found if found or current else {str(job_id): []}
 
 
 def state_of(folder: Path) -> RunState | None:

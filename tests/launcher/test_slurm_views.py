@@ -14,16 +14,18 @@ import yaml
 from typer.testing import CliRunner
 
 from launcher import command_words
+from launcher.commands import runs, submit
 from launcher.commands import shards as shards_command
-from launcher.commands import submit
 from launcher.main import app
 from launcher.number_text import bytes_text, duration_text, number_text
+from launcher.run_state import RunState, read_run
 from launcher.slurm import cancelling, logs, run_jobs, slurm_commands
 from launcher.slurm.cluster_config import ClusterConfig
 from launcher.slurm.heterogeneous import prototype_server
-from launcher.slurm.slurm_commands import Job, SlurmError
+from launcher.slurm.slurm_commands import Job, PastRun, SlurmError
 from medvlp import trust
 from medvlp.runs.errors import RunFolderError
+from medvlp.runs.events import EventLog
 from shards.errors import UsageError
 
 JOB = Job(
@@ -115,6 +117,83 @@ def test_jobs_belong_to_the_folder_their_output_goes_to(
     assert run_jobs.jobs_by_folder() == {run: [ours]}
     monkeypatch.setattr(slurm_commands, "is_installed", lambda: False)
     assert run_jobs.jobs_by_folder() is None
+
+
+def test_what_slurm_has_forgotten_of_an_array_is_shown_task_by_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last task's state was taken for the array's, and the other tasks for restarts of it."""
+    run = submitted(
+        tmp_path / "run",
+        {"job_id": 9, "kind": "evaluate", "tasks": 3},
+        {"job_id": 20, "kind": "evaluate", "tasks": 3},
+        {"job_id": 30, "kind": "pretrain"},
+        {"job_id": 40, "kind": "pretrain"},
+    )
+
+    def past(label: str, state: str) -> PastRun:
+        return PastRun(label, "x", state, 0, "n1", "", "")
+
+    records = {
+        9: [past("9_0", "FAILED"), past("9_1", "COMPLETED"), past("9_2", "COMPLETED")],
+        20: [past("20_0", "FAILED"), past("20_1", "RUNNING"), past("20_[2]", "PENDING")],
+        30: [past("30+0", "NODE_FAIL"), past("30+1", "NODE_FAIL"), past("30+0", "FAILED")],
+        40: [],
+    }
+    known = [
+        replace(own_job(run), id=21, array_job_id=20, array_task_id=1),
+        replace(own_job(run), id=20, state="PENDING", array_job_id=20, array_tasks="2"),
+    ]
+    monkeypatch.setattr(slurm_commands, "list_jobs", lambda ids=None, user=None: known)
+    monkeypatch.setattr(slurm_commands, "past_runs", records.__getitem__)
+    rows = json.loads(medvlp("jobs", run, "--json").output)
+    assert [(row["job"], row["kind"], row["state"], row["restarts"]) for row in rows] == [
+        ("9_0", "evaluate", "FAILED", 0),
+        ("9_1", "evaluate", "COMPLETED", 0),
+        ("9_2", "evaluate", "COMPLETED", 0),
+        ("20_1", "evaluate", "RUNNING", 0),
+        ("20_[2]", "evaluate", "PENDING", 0),
+        ("20_0", "evaluate", "FAILED", 0),
+        ("30+0", "pretrain", "FAILED", 1),
+        ("30+1", "beside", "NODE_FAIL", 0),
+        ("40", "pretrain", "UNKNOWN", 0),
+    ]
+
+
+def test_a_run_runs_while_it_is_trained_not_while_it_is_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = submitted(
+        tmp_path / "run", {"job_id": 12, "kind": "prototypes"}, {"job_id": 13, "kind": "pretrain"}
+    )
+    (run / "config.yaml").write_text("")
+    EventLog(run).note("finish", 10)
+    monkeypatch.setattr(slurm_commands, "is_installed", lambda: True)
+    for job, state in (
+        (own_job(run), "finished"),
+        (replace(own_job(run), state="PENDING"), "finished"),
+        (replace(own_job(run), id=13), "running"),
+        (replace(own_job(run), id=13, state="PENDING"), "queued"),
+    ):
+        monkeypatch.setattr(slurm_commands, "list_jobs", lambda ids=None, user=None, of=job: [of])
+        (row,) = json.loads(medvlp("runs", tmp_path, "--json").output)
+        assert row["state"] == state
+
+
+def test_a_run_of_somebody_else_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("mine", "theirs"):
+        (submitted(tmp_path / name) / "config.yaml").write_text("")
+
+    def read(path: Path, *more: object) -> RunState:
+        if path.name == "theirs":
+            raise PermissionError(13, "Permission denied", str(path / "config.yaml"))
+        return read_run(path)
+
+    monkeypatch.setattr(runs, "read_run", read)
+    result = medvlp("runs", tmp_path)
+    assert result.exit_code == 0, result.exception
+    assert "mine" in result.output
+    assert f"left out, {tmp_path}/theirs/config.yaml cannot be read: Permission denied" in result.output
 
 
 def test_an_array_and_a_job_of_two_components_are_cancelled_once(
