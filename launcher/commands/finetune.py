@@ -21,9 +21,14 @@ def finetune(
     ] = None,
     task: Annotated[str | None, typer.Option("--task", help="the same as task=NAME")] = None,
     fraction: Annotated[
-        float, typer.Option("--fraction", min=1e-6, max=1, help="share of the training patients")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="of draw, head and order")] = 0,
+        float | None,
+        typer.Option(
+            "--fraction", min=1e-6, max=1, help="share of the training patients: finetune.fraction, else all"
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, help="of draw, head and order: train.seed, else 0")
+    ] = None,
     untrained: Annotated[
         bool, typer.Option("--untrained", help="the baseline: begin with the weights before the pre-training")
     ] = False,
@@ -50,6 +55,13 @@ def finetune(
     if len(set(named)) != 1:
         raise UsageError("name the task that is trained: task=NAME (medvlp evaluate --help lists them)")
     overrides = [word for word in overrides if not word.startswith("task=")]
+    for option, key, is_given in (
+        ("--fraction", "finetune.fraction", fraction is not None),
+        ("--seed", "train.seed", seed is not None),
+        ("--untrained", "finetune.start", untrained),
+    ):
+        if is_given and any(word.startswith(f"{key}=") for word in overrides):
+            raise UsageError(f"{option} and {key} say the same: leave one of them out")
     config = finetuning_config(run, named[0], fraction, seed, untrained, files, overrides)
     if show:
         typer.echo(config_files.to_yaml(config), nl=False)

@@ -221,8 +221,8 @@ def run_config(
 def finetuning_config(
     run: Path,
     name: str,
-    fraction: float,
-    seed: int,
+    fraction: float | None,
+    seed: int | None,
     untrained: bool,
     files: Sequence[Path | str],
     overrides: Sequence[str],
@@ -232,8 +232,8 @@ def finetuning_config(
     Args:
         run: run or checkpoint folder of the pre-training.
         name: of the task.
-        fraction, seed: of the patients, and of draw, head and order.
-        untrained: begin with the weights before the pre-training.
+        fraction, seed: of the patients, and of draw, head and order; None: as files and overrides say.
+        untrained: begin with the weights before the pre-training, whatever these say.
         files, overrides: the user's; they say `run.dir`.
 
     Raises:
@@ -241,15 +241,18 @@ def finetuning_config(
         ConfigError: see `config_files.load`; `run.dir` is missing.
     """
     source = saved_run.locate(run)
-    start: Start = "untrained" if untrained else "trained"
+    asked = config_files.merge(files, overrides, registry.schemas(), schemas())
+    start: Start = "untrained" if untrained else asked.finetune.start
     data = [word for word in overrides if word.startswith("data.")]
-    base = saved_run.load_config(source, data, untrained=untrained, tasks=schemas())
+    base = saved_run.load_config(source, data, untrained=start == "untrained", tasks=schemas())
     if name not in schemas():
         raise EvaluationError(f"task={name}: there are {', '.join(schemas())}")
-    asked = config_files.merge(files, overrides, registry.schemas(), schemas())
     base.evaluation.tasks[name] = OmegaConf.to_object(asked.evaluation.tasks[name])
     base.task = name
-    unit, layers = Unit(fraction, seed), [_machine(base), *files]
+    unit = Unit(
+        asked.finetune.fraction if fraction is None else fraction, asked.train.seed if seed is None else seed
+    )
+    layers = [_machine(base), *files]
     return run_config(source, base, task_of(base), unit, start, layers, overrides)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner, Result
 
 from launcher.commands import evaluate as command
@@ -70,6 +71,28 @@ def test_the_config_can_be_printed_for_submit(
     assert again.exit_code == 0, again.output
     assert "task: fine-tuning" in shown.stdout
     assert "seed: 4" in shown.stdout
+
+
+def test_what_a_file_says_counts_where_no_option_does(
+    run: Path, medvlp: Callable[..., Result], tmp_path: Path
+) -> None:
+    """The defaults of the options stood above the file: all patients were taught, whatever it said."""
+    file = tmp_path / "asked.yaml"
+    file.write_text("train: {seed: 5}\nfinetune: {fraction: 0.25, start: untrained}\n")
+    words = ("finetune", run, file, "--task", "fine-tuning", f"run.dir={tmp_path / 'tuned'}", "--print")
+
+    def shown(*more: str) -> tuple[object, ...]:
+        config = yaml.safe_load(medvlp(*words, *more).stdout)
+        tuned = config["finetune"]
+        return config["train"]["seed"], tuned["fraction"], tuned["start"]
+
+    assert shown() == (5, 0.25, "untrained")
+    assert shown("--seed", "4", "--fraction", "0.5") == (4, 0.5, "untrained")
+    assert shown("train.seed=6", "finetune.start=trained") == (6, 0.25, "trained")
+    for option, key in (("--seed=1", "train.seed=2"), ("--untrained", "finetune.start=trained")):
+        error = medvlp(*words, option, key).exception
+        assert isinstance(error, UsageError)
+        assert "leave one of them out" in str(error)
 
 
 def test_what_cannot_be_trained_is_named(run: Path, medvlp: Callable[..., Result], tmp_path: Path) -> None:
