@@ -48,8 +48,9 @@ def evaluate(
 ) -> None:
     """Evaluate runs by an array over runs, tasks and their units; a dependent job joins and compares."""
     from launcher.slurm.cluster_config import load_cluster
-    from launcher.slurm.command_jobs import CommandJob, after, output_pattern, submit_command
+    from launcher.slurm.command_jobs import CommandJob, after, submit_command
     from launcher.slurm.render import build_request
+    from launcher.slurm.submit import job_log
 
     runs, files, overrides = _split(arguments)
     overrides += unit_words(task or (), fraction, seed)
@@ -69,7 +70,7 @@ def evaluate(
     first = {"gpus_per_node": gpus_per_node} | (after([after_job]) if after_job is not None else {})
     is_array = len(commands) > 1
     request = build_request(
-        site, output_pattern(folder, is_array), f"medvlp-evaluate-{folder.name}", 1, given | first
+        site, job_log(folder, is_array), f"medvlp-evaluate-{folder.name}", 1, given | first
     )
     job = CommandJob("evaluate", folder, request, site, commands, goes_on=True)
     if options.dry_run:
@@ -83,7 +84,7 @@ def evaluate(
     job_id = submit_command(job, ["submit", "evaluate", *arguments, *command_words.given_options(context)])
     summary = ["compare", *map(str, runs), *(["--join"] if task else [])]
     summary_request = build_request(
-        site, output_pattern(folder, False), f"medvlp-compare-{folder.name}", 1,
+        site, job_log(folder), f"medvlp-compare-{folder.name}", 1,
         given | {"gpus_per_node": 0} | after([job_id]),
     )  # fmt: skip
     summary_id = submit_command(CommandJob("compare", folder, summary_request, site, [summary]), summary)

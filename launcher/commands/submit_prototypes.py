@@ -30,15 +30,16 @@ def prototypes(
     """
     from launcher.run_state import is_run_folder
     from launcher.slurm.cluster_config import load_cluster
-    from launcher.slurm.command_jobs import CommandJob, output_pattern, submit_command
+    from launcher.slurm.command_jobs import CommandJob, submit_command
     from launcher.slurm.render import build_request
+    from launcher.slurm.submit import job_log
 
     folder = run.absolute()
     if not is_run_folder(folder):
         raise RunFolderError(f"{run} is no run folder, and no run was submitted to it")
     command = serving_words(folder, words or [])
     given, site = options.slurm | {"gpus_per_node": 0}, load_cluster(options.cluster)
-    request = build_request(site, output_pattern(folder, False), f"medvlp-serve-{folder.name}", 1, given)
+    request = build_request(site, job_log(folder), f"medvlp-serve-{folder.name}", 1, given)
     job = CommandJob("prototypes", folder, request, site, [command])
     if options.dry_run:
         typer.echo(job.script(), nl=False)

@@ -33,8 +33,9 @@ def shards(
     same command again: what is finished stays.
     """
     from launcher.slurm.cluster_config import load_cluster
-    from launcher.slurm.command_jobs import CommandJob, after, output_pattern, submit_command
+    from launcher.slurm.command_jobs import CommandJob, after, submit_command
     from launcher.slurm.render import build_request
+    from launcher.slurm.submit import job_log
 
     build = command_words.parse(shards_command.app, words)
     if "out" not in build.values:
@@ -48,7 +49,7 @@ def shards(
         if options.cpus_per_task and "workers" not in build.given
         else []
     )
-    request = build_request(site, output_pattern(folder, True), f"medvlp-shards-{folder.name}", 1, given)
+    request = build_request(site, job_log(folder, True), f"medvlp-shards-{folder.name}", 1, given)
     array = CommandJob("shards", folder, request, site, [["shards", *words, *workers]], parts, at_once)
     if options.dry_run:
         typer.echo(array.script(), nl=False)
@@ -56,7 +57,7 @@ def shards(
     array_id = submit_command(array, ["submit", "shards", *words, *command_words.given_options(context)])
     merging = ["shards", "merge", str(folder), "--max-rejected", str(build.values["max_rejected"])]
     merge_request = build_request(
-        site, output_pattern(folder, False), f"medvlp-merge-{folder.name}", 1, given | after([array_id])
+        site, job_log(folder), f"medvlp-merge-{folder.name}", 1, given | after([array_id])
     )
     merge_id = submit_command(CommandJob("merge", folder, merge_request, site, [merging]), merging)
     typer.echo(f"submitted array {array_id} of {parts} parts, and job {merge_id} that merges them: {folder}")

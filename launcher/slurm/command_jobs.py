@@ -68,11 +68,6 @@ class CommandJob:
         )
 
 
-def output_pattern(folder: Path, is_array: bool) -> Path:
-    """Where sbatch writes the output: `%j` is the job's id, `%A_%a` the array's and the task's."""
-    return folder / SLURM_FOLDER / ("job-%A_%a.out" if is_array else "job-%j.out")
-
-
 def submit_command(job: CommandJob, arguments: Sequence[str]) -> int:
     """Write the script, submit and note it; the id of the job or array.
 

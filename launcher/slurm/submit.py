@@ -115,11 +115,17 @@ def job_folders(site: ClusterConfig) -> dict[str, str]:
     return {name: place for name, place in places.items() if place}
 
 
-def job_log(run_dir: Path) -> Path:
-    """Where the output of a run's jobs goes, as sbatch writes it: %j is the job's id."""
-    if "%" in str(run_dir):
-        raise UsageError(f"run.dir={run_dir}: sbatch takes % for a pattern: rename the folder")
-    return run_dir / SLURM_FOLDER / "job-%j.out"
+def job_log(folder: Path, is_array: bool = False) -> Path:
+    """Where the output of a folder's jobs goes, as sbatch writes it.
+
+    `%j` is the job's id, `%A_%a` the array's and the task's.
+
+    Raises:
+        UsageError: the folder's name would be a pattern too.
+    """
+    if "%" in str(folder):
+        raise UsageError(f"{folder}: sbatch takes % for a pattern: rename the folder")
+    return folder / SLURM_FOLDER / ("job-%A_%a.out" if is_array else "job-%j.out")
 
 
 def submit_pretrain(job: PretrainJob, arguments: Sequence[str]) -> int:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from launcher.main import app
 from launcher.slurm.cluster_config import ClusterConfig, Container, load_cluster
+from launcher.slurm.command_jobs import CommandJob
 from launcher.slurm.render import (
     SlurmRequest,
     TemplateError,
@@ -243,6 +244,36 @@ def test_a_template_without_a_value_is_an_error() -> None:
     assert (template_folder() / "pretrain.sbatch.j2").is_file()
 
 
-def test_a_run_folder_that_sbatch_would_read_as_a_pattern_is_refused() -> None:
+@pytest.mark.parametrize("is_array", [False, True])
+def test_a_folder_that_sbatch_would_read_as_a_pattern_is_refused(is_array: bool) -> None:
     with pytest.raises(UsageError, match="pattern"):
-        job_log(Path("/runs/100%j"))
+        job_log(Path("/runs/100%j"), is_array)
+
+
+def scripts(site: ClusterConfig, **asked: Any) -> list[str]:
+    """Of a training and of a command, which ask for the same."""
+    request = SlurmRequest("a", Path("/out"), **asked)
+    return [
+        PretrainJob(request, site, Path("/run"), "a: 1", ranks_per_node=1, max_requeues=3).script(),
+        CommandJob("evaluate", Path("/run"), request, site, [["evaluate", "/run"]]).script(),
+    ]
+
+
+def test_a_job_computes_on_what_it_asked_for() -> None:
+    """DS_ACCELERATOR=cpu of a login shell kept the ranks of a job from its GPUs."""
+    for script in scripts(ClusterConfig()):
+        assert "\nexport DS_ACCELERATOR=cpu\n" in script
+    for script in scripts(ClusterConfig(), gpus_per_node=1):
+        assert "\nunset DS_ACCELERATOR" in script
+    for script in scripts(ClusterConfig(environment={"DS_ACCELERATOR": "cuda"}), gpus_per_node=1):
+        assert "\nexport DS_ACCELERATOR=cuda\n" in script
+        assert "unset" not in script
+
+
+def test_a_task_is_bound_only_to_cpus_that_it_asked_for() -> None:
+    """Else one on a whole node is bound to a single core."""
+    for script in scripts(ClusterConfig(), exclusive=True):
+        assert "--cpu-bind=none" in script
+        assert "--cpu-bind=cores" not in script
+    for script in scripts(ClusterConfig(), cpus_per_task=4):
+        assert "--cpus-per-task=4 --cpu-bind=cores" in script
