@@ -119,6 +119,23 @@ def test_what_needs_no_data_goes_on_with_a_strangers_run(
     assert not (tmp_path / "cache").exists()
 
 
+def test_trainings_of_tasks_take_nothing_over_on_a_strangers_word(
+    stranger: Callable[..., Path], tmp_path: Path
+) -> None:
+    """They use their machine and report as the pre-training did."""
+    said = {key: REACHING[key] for key in ("deepspeed", "monitor.entity", "monitor.share_samples")}
+    folder = stranger(said)
+    finetune = ("finetune", folder, "task=fine-tuning", f"run.dir={tmp_path / 'tuned'}", "--print")
+    for words in (finetune, ("evaluate", folder, "--task", "fine-tuning")):
+        result = command(*words)
+        assert isinstance(result.exception, TrustError), result.output
+        assert all(key in str(result.exception) for key in said)
+    words = [f"{key}={json.dumps(value)}" for key, value in said.items()]
+    result = command(*finetune, *words)
+    assert result.exit_code == 0, result.exception
+    assert yaml.safe_load(result.stdout)["monitor"]["entity"] == "somebody"
+
+
 def test_nothing_is_looked_up_for_a_strangers_config(
     stranger: Callable[..., Path], data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,8 +213,10 @@ def test_a_job_script_repeats_the_users_word(tmp_path: Path) -> None:
     (line,) = [line for line in result.output.splitlines() if "pretrain /" in line]
     given = shlex.split(line.split(" pretrain ")[1].split(" --nproc")[0])
     config = config_files.load([], words, schemas())
-    (run / "slurm").mkdir(parents=True)
-    (run / "slurm" / "config.yaml").write_text(config_files.to_yaml(config))
+    copy = Path(given[0])
+    assert copy.parent == run / "slurm"
+    copy.parent.mkdir(parents=True)
+    copy.write_text(config_files.to_yaml(config))
     (run / "slurm" / "job.sbatch").touch()
     assert config_files.load([given[0]], given[1:], schemas()) == config
     with pytest.raises(TrustError):

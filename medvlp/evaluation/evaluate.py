@@ -175,8 +175,9 @@ def _open(options: EvaluationOptions, say: Callable[[str], None]) -> Session:
     source = saved_run.locate(options.source)
     # A run that stores no tokenizer reads it where its own data are.
     moved = None if source.stored is None else options.data
+    trains = any(tasks()[name].trains for name in options.tasks)
     config = saved_run.load_config(
-        source, options.overrides, moved, untrained=True, tasks=schemas(), files=options.files
+        source, options.overrides, moved, untrained=True, tasks=schemas(), files=options.files, trains=trains
     )
     tokenizer = saved_run.load_tokenizer(source, config)
     if options.data is not None:

@@ -16,7 +16,7 @@ import numpy as np
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from medvlp import config_files, distributed
+from medvlp import config_files, distributed, trust
 from medvlp.config import Config
 from medvlp.config_files import Layer
 from medvlp.data.batch import Batch
@@ -243,8 +243,8 @@ def finetuning_config(
     source = saved_run.locate(run)
     asked = config_files.merge(files, overrides, registry.schemas(), schemas())
     start: Start = "untrained" if untrained else asked.finetune.start
-    data = [word for word in overrides if word.startswith("data.")]
-    base = saved_run.load_config(source, data, untrained=start == "untrained", tasks=schemas())
+    said = [word for word in overrides if word.startswith("data.") or word.partition("=")[0] in trust.KEYS]
+    base = saved_run.load_config(source, said, untrained=start == "untrained", tasks=schemas(), trains=True)
     if name not in schemas():
         raise EvaluationError(f"task={name}: there are {', '.join(schemas())}")
     base.evaluation.tasks[name] = OmegaConf.to_object(asked.evaluation.tasks[name])

@@ -102,7 +102,7 @@ def locate(path: Path) -> SavedRun:
 
 
 #: Keys that only a training makes use of.
-_OF_TRAINING = frozenset({"deepspeed", "monitor.entity", "monitor.share_samples", "run.dir"})
+_OF_TRAINING = frozenset({"deepspeed", "monitor.entity", "monitor.share_samples"})
 
 
 def load_config(
@@ -113,6 +113,7 @@ def load_config(
     untrained: bool = False,
     tasks: config_files.Tasks = None,
     files: Sequence[Path] = (),
+    trains: bool = False,
 ) -> Config:
     """The run's config with overrides; errors as `medvlp.config_files.load`.
 
@@ -127,11 +128,14 @@ def load_config(
         untrained: the network before training is built too, from what training began with.
         tasks: config classes of evaluation tasks, for what evaluates.
         files: the user's YAML files, over the run's config and below the overrides.
+        trains: a training is made of it, with the run's way to use a machine and to report.
     """
     given = [*overrides, *([] if data is None else [f"data.root={json.dumps(trust.escaped(data))}"])]
     if not reads_data and source.stored is not None and source.stored[0].origin:
         given.insert(0, "data.root=unknown")  # imported weights have no dataset, and nobody asks for it here
-    unused = set(_OF_TRAINING | {"data.cache_dir"} | (set() if reads_data else {"data.root"}))
+    unused = {"run.dir", "data.cache_dir"} | (set() if reads_data else {"data.root"})
+    if not trains:
+        unused |= _OF_TRAINING
     encoders = source.stored[0].encoders if source.stored is not None else {}
     if source.stored is not None:
         unused.add("data.tokenizer")
