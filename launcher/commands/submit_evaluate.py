@@ -78,6 +78,8 @@ def evaluate(
         return
     # What earlier arrays left has been joined, or is of no use.
     for run in runs if task else []:
+        _refuse_second_array(run)
+    for run in runs if task else []:
         (run / PARTS_FOLDER).mkdir(exist_ok=True)
         for stale in (run / PARTS_FOLDER).glob("*.json"):
             stale.unlink()
@@ -91,6 +93,23 @@ def evaluate(
     what = f"array {job_id} of {len(commands)} evaluations" if is_array else f"evaluation {job_id}"
     typer.echo(f"submitted {what}, and job {summary_id} that shows the results")
     typer.echo(f"  medvlp logs {summary_id} -f")
+
+
+def _refuse_second_array(run: Path) -> None:
+    """The parts of two evaluations of a run lie in one folder, of which each joins all.
+
+    Raises:
+        SubmitError: one waits or runs.
+    """
+    from launcher.slurm.submit import SubmitError, unfinished_job
+
+    alive = unfinished_job(run, ("evaluate", "compare"))
+    if alive is not None:
+        job_id = alive.array_job_id or alive.id
+        raise SubmitError(
+            f"job {job_id} ({alive.name}), an evaluation of {run}, is {alive.state.lower()}: wait for its "
+            f"end, or medvlp cancel {job_id}"
+        )
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[Path], list[Path], list[str]]:

@@ -169,18 +169,20 @@ def refuse_second_job(run_dir: Path, dependency: str | None = None) -> None:
     Raises:
         SubmitError: a job of this run waits or runs, and no dependency says which comes first.
     """
-    if dependency is not None:
-        return
-    lines = newest_first(run_dir / SLURM_FOLDER / SUBMISSIONS)
-    known = {int(line["job_id"]) for line in lines if line.get("kind") == "pretrain"}
-    alive = (
-        [job for job in slurm_commands.list_jobs() if job.id in known and not job.is_over] if known else []
-    )
-    if alive:
+    alive = unfinished_job(run_dir, ("pretrain",)) if dependency is None else None
+    if alive is not None:
         raise SubmitError(
-            f"job {alive[0].id} of {run_dir} is {alive[0].state.lower()}: cancel it first "
-            f"(medvlp cancel {run_dir}), or give --dependency afterany:{alive[0].id}"
+            f"job {alive.id} of {run_dir} is {alive.state.lower()}: cancel it first "
+            f"(medvlp cancel {run_dir}), or give --dependency afterany:{alive.id}"
         )
+
+
+def unfinished_job(folder: Path, kinds: Sequence[str]) -> slurm_commands.Job | None:
+    """A job of these kinds that was submitted for a folder and waits or runs; None without one."""
+    lines = newest_first(folder / SLURM_FOLDER / SUBMISSIONS)
+    known = [int(line["job_id"]) for line in lines if line.get("kind") in kinds]
+    jobs = slurm_commands.list_jobs(known) if known else []
+    return next((job for job in jobs if not job.is_over), None)
 
 
 def note_submission(run_dir: Path, job_id: int, kind: str, arguments: Sequence[str], **more: Any) -> None:

@@ -23,6 +23,7 @@ from launcher.slurm import cancelling, logs, run_jobs, slurm_commands
 from launcher.slurm.cluster_config import ClusterConfig
 from launcher.slurm.heterogeneous import prototype_server
 from launcher.slurm.slurm_commands import Job, PastRun, SlurmError
+from launcher.slurm.submit import SubmitError
 from medvlp import trust
 from medvlp.runs.errors import RunFolderError
 from medvlp.runs.events import EventLog
@@ -335,6 +336,27 @@ def test_an_array_of_evaluations_has_a_case_for_each(tmp_path: Path) -> None:
     assert "--unit fraction-1-seed-5 --out" in result.output
     assert isinstance(medvlp("submit", "evaluate", tmp_path / "none").exception, RunFolderError)
     assert isinstance(medvlp("submit", "evaluate", "x=1").exception, UsageError)
+
+
+def test_a_second_evaluation_takes_no_parts_from_one_that_is_not_joined_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = submitted(tmp_path / "run", {"job_id": 9, "kind": "evaluate"}, {"job_id": 12, "kind": "compare"})
+    (run / "config.yaml").write_text("")
+    (run / "evaluation-parts").mkdir()
+    (run / "evaluation-parts/retrieval.json").write_text("{}")
+    words = ["submit", "evaluate", run, "--task", "zero-shot"]
+    waiting = replace(own_job(run), state="PENDING", array_job_id=9, name="medvlp-evaluate-run")
+    for job, named in ((waiting, "job 9"), (own_job(run), "job 12")):
+        monkeypatch.setattr(slurm_commands, "list_jobs", lambda ids=None, user=None, of=job: [of])
+        refused = medvlp(*words).exception
+        assert isinstance(refused, SubmitError)
+        assert named in str(refused)
+        assert (run / "evaluation-parts/retrieval.json").exists()
+    monkeypatch.setattr(slurm_commands, "list_jobs", lambda ids=None, user=None: [])
+    monkeypatch.setattr(slurm_commands, "submit", lambda script: 20)
+    assert medvlp(*words).exit_code == 0
+    assert not (run / "evaluation-parts/retrieval.json").exists()
 
 
 def test_a_second_component_asks_for_itself(tmp_path: Path) -> None:
