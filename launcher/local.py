@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from packaging.version import Version
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std, start_processes
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -29,7 +30,7 @@ from medvlp.prototypes.supervisor import WorkerSupervisor
 from medvlp.ranks import FIRST_ERROR, LostPeerError, available_cpus, claim_first_error, first_error
 from medvlp.training.hangs import announce_lost
 from medvlp.training.interrupts import EXIT_INTERRUPTED
-from shards.errors import MedvlpError
+from shards.errors import MedvlpError, UsageError
 
 #: Signals the ranks act on (they save a checkpoint and stop).
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -39,6 +40,25 @@ _LEFT_ALONE = (signal.SIGHUP, signal.SIGQUIT)
 _LOOK_SECONDS = 0.5
 #: Tells a rank which process it must not outlive.
 PARENT = "MEDVLP_LAUNCHER_PID"
+
+
+def ranks_here(nproc: int | None) -> tuple[int, bool]:
+    """Ranks of this machine, and whether they compute on GPUs.
+
+    Args:
+        nproc: as asked for; None: one a GPU, else one.
+
+    Raises:
+        UsageError: more than there are GPUs, of which NCCL takes one for each rank.
+    """
+    has_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    gpus = torch.cuda.device_count() if has_cuda else 0
+    if nproc is not None and 0 < gpus < nproc:
+        raise UsageError(
+            f"--nproc {nproc}: this machine has {gpus} GPUs, and a rank needs one of its own; with "
+            "DS_ACCELERATOR=cpu ranks compute on CPUs"
+        )
+    return nproc or gpus or 1, has_cuda
 
 
 def launch(

@@ -75,12 +75,9 @@ def embed(
     place = detect()
     if place.launcher != "none":
         raise typer.Exit(_embed_rank(run, data, out, split, features, batch))
-    import torch
-
     from launcher import local
 
-    has_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    ranks = nproc or (torch.cuda.device_count() if has_cuda else 1)
+    ranks, has_cuda = local.ranks_here(nproc)
     if ranks == 1:
         os.environ |= local.library_environment(1, has_cuda, os.environ)
         code = _embed_rank(run, data, out, split, features, batch)

@@ -92,16 +92,13 @@ def _train(
     config: Config, command: list[str], nproc: int | None, node: Node, fresh: bool, apart: bool = False
 ) -> int:
     """Train as the only rank, or start ranks that run `medvlp COMMAND`; the exit code."""
-    import torch
-
     from launcher import local
     from medvlp.data.batch_sizes import divide_batch
     from medvlp.prototypes.supervisor import uses_workers
     from medvlp.runs.run_lock import release_after
     from medvlp.training.deepspeed_config import check_device
 
-    has_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    ranks = nproc or (torch.cuda.device_count() if has_cuda else 1)
+    ranks, has_cuda = local.ranks_here(nproc)
     divide_batch(config, node.count * ranks)
     check_device(config, "cuda" if has_cuda else "cpu")
     if ranks == node.count == 1 and NODE_LAUNCH not in os.environ and not apart:

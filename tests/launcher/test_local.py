@@ -12,11 +12,13 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from launcher import local
 from launcher.placement import Node, Route, route_to
 from medvlp import distributed
 from medvlp.training.hangs import lost_rank
+from shards.errors import UsageError
 
 
 @pytest.mark.parametrize(
@@ -97,6 +99,17 @@ def test_signals_are_the_ranks_as_long_as_there_are_ranks(monkeypatch: pytest.Mo
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_every_rank_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert [local.ranks_here(asked) for asked in (None, 1, 4)] == [(4, True), (1, True), (4, True)]
+    with pytest.raises(UsageError, match="--nproc 8: this machine has 4 GPUs"):
+        local.ranks_here(8)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert [local.ranks_here(asked) for asked in (None, 8)] == [(1, False), (8, False)]
 
 
 def test_settings_of_the_allocator_are_the_users_if_there_are_any() -> None:
