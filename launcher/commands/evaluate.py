@@ -130,7 +130,6 @@ def evaluate(
     """Evaluate a run and write evaluation.json: every number with a 95 % interval, beside its baselines."""
     from medvlp.evaluation.evaluate import EvaluationOptions, evaluate
     from medvlp.evaluation.report import results
-    from medvlp.runs import saved_run
 
     def train(config: Config) -> int:
         return train_config(config, nproc, apart=True)
@@ -141,11 +140,7 @@ def evaluate(
             raise UsageError(
                 f"{file}: no YAML file and no section.key=value; one run or checkpoint is evaluated at a time"
             )
-    run = saved_run.run_of(source)
-    target = out or run / RESULT_NAME
-    is_written = out is not None or (not unit and (run / CONFIG).is_file())
-    if is_written and not os.access(target.parent, os.W_OK):
-        raise UsageError(f"{target} cannot be written: name another file with --out")
+    target = _target(source, out, is_part=bool(unit))
     changes = [*overrides, *unit_words(task or (), fraction, seed)]
     changes += [f"evaluation.split={split}"] if split else []
     console = Console(stderr=True)
@@ -160,6 +155,22 @@ def evaluate(
     results.write(evaluation, target)
     _print_tables({evaluation.model["name"]: evaluation}, findings)
     typer.echo(str(target))
+
+
+def _target(source: Path, out: Path | None, is_part: bool) -> Path:
+    """Where the result goes; of a part only where the user says.
+
+    Raises:
+        UsageError: it cannot be written there, which is better known before hours of work.
+    """
+    from medvlp.runs import saved_run
+
+    run = saved_run.run_of(source)
+    target = out or run / RESULT_NAME
+    is_written = out is not None or (not is_part and (run / CONFIG).is_file())
+    if is_written and not os.access(target.parent, os.W_OK):
+        raise UsageError(f"{target} cannot be written: name another file with --out")
+    return target
 
 
 def compare(

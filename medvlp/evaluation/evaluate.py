@@ -120,6 +120,7 @@ def evaluate(options: EvaluationOptions, say: Callable[[str], None]) -> Evaluati
             continue
         try:
             if todo:
+                _check_writable(task, session)
                 session.check(task)
         except EvaluationError as error:
             _leave_out(evaluation, task, error, options, say)
@@ -241,6 +242,14 @@ def _unfinished(
         evaluation.units.setdefault(task.name, {})[unit.name] = found.units[task.name][unit.name]
         evaluation.data["splits"] |= found.data["splits"]
     return todo
+
+
+def _check_writable(task: Task, session: Session) -> None:
+    if task.trains and not os.access(session.source.run, os.W_OK):
+        raise EvaluationError(
+            f"{task.name}: it trains networks inside {session.source.run}, which cannot be written: evaluate "
+            "a copy of the run folder"
+        )
 
 
 def _run(task: Task, unit: Unit, stored: StoredUnit, evaluation: Evaluation, session: Session) -> None:

@@ -6,7 +6,6 @@ a `View` that hands out only the splits this step may see.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -128,7 +127,7 @@ class Session:
 
         Raises:
             EvaluationError: a package is missing; splits share patients that it learns from; one of them has
-                nothing to learn from, to choose by, or to measure on; it trains in a read-only run folder.
+                nothing to learn from, to choose by, or to measure on.
         """
         task.check_packages()
         splits = tuple(sorted(self.facts(task).roles.values()))
@@ -140,11 +139,6 @@ class Session:
 
         if not isinstance(task, TrainedTask):
             return
-        if not os.access(self.source.run, os.W_OK):
-            raise EvaluationError(
-                f"{task.name}: it trains networks inside {self.source.run}, which cannot be written: "
-                "evaluate a copy of the run folder"
-            )
         for split in splits:
             store = SampleStore.open_or_build(self.reader, split, self.config.data, self.tokenizer)
             if not len(learnable(task, self.reader, split, store)):
