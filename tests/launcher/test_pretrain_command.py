@@ -96,17 +96,6 @@ def test_two_ranks_are_stopped_resumed_and_leave_a_whole_run_folder(data, tmp_pa
     assert "pretrain" in told["command"]
 
 
-def test_a_killed_launcher_takes_its_ranks_with_it(data, tmp_path):
-    run = tmp_path / "run"
-    process = start(*arguments(data, run, "train.steps=400", "--nproc", "2"))
-    wait_for_steps(run, 1, process)
-    process.kill()
-    process.communicate(timeout=60)
-    size = (run / "metrics.jsonl").stat().st_size
-    time.sleep(1.5)
-    assert (run / "metrics.jsonl").stat().st_size == size
-
-
 @pytest.mark.parametrize(
     ("more", "message"),
     [

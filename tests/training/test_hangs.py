@@ -2,7 +2,6 @@
 
 import json
 import logging
-import multiprocessing
 import os
 import threading
 import time
@@ -18,6 +17,7 @@ from medvlp.runs.events import EventLog
 from medvlp.training import run
 from medvlp.training.hangs import RankStatus, Watchdog, announce_lost, meeting_store
 from medvlp.training.pretrain import Pretraining
+from tests.distributed_pool import imported
 
 
 @pytest.fixture
@@ -170,6 +170,7 @@ def rank_that_fails(rank: int, port: int, folder: Path) -> None:
         "MASTER_PORT": port,
     }
     os.environ.update({name: str(value) for name, value in place.items()})
+    os.dup2(os.open(folder.with_name(f"said-{rank}"), os.O_WRONLY | os.O_CREAT), 2)
     config = Config()
     config.run.dir, config.train.global_batch, config.precision = str(folder), 2, "fp32"
 
@@ -183,10 +184,8 @@ def rank_that_fails(rank: int, port: int, folder: Path) -> None:
         run.train(Pretraining(config))
 
 
-def test_an_error_ends_a_rank_that_cannot_leave_its_group(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    port, context = free_port(), multiprocessing.get_context("spawn")
+def test_an_error_ends_a_rank_that_cannot_leave_its_group(tmp_path: Path) -> None:
+    port, context = free_port(), imported()
     ranks = [context.Process(target=rank_that_fails, args=(rank, port, tmp_path / "run")) for rank in (0, 1)]
     for process in ranks:
         process.start()
@@ -197,8 +196,8 @@ def test_an_error_ends_a_rank_that_cannot_leave_its_group(
         process.kill()
     assert alive == [False, False]
     assert [process.exitcode for process in ranks] == [ConfigError.exit_code] * 2
-    said = capfd.readouterr().err
-    assert all(f"error: planned error of rank {rank}" in said for rank in (0, 1))
+    for rank in (0, 1):
+        assert f"error: planned error of rank {rank}" in (tmp_path / f"said-{rank}").read_text()
 
 
 def test_events_are_lines_of_json_over_all_starts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
