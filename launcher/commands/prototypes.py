@@ -27,7 +27,10 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="run folder")]
 Data = Annotated[str | None, typer.Option("--data", help="dataset folder or URL; default: the run's own")]
 Split = Annotated[str | None, typer.Option("--split", help="split to embed; default: the one trained on")]
 Limit = Annotated[
-    int, typer.Option("--limit", min=0, help="samples to embed, evenly spread over the split; 0: all")
+    int | None,
+    typer.Option(
+        "--limit", min=0, help="samples to embed, evenly spread over the split; 0: all; default: 20000"
+    ),
 ]
 Clusters = Annotated[
     int | None,
@@ -45,7 +48,7 @@ def build(
     ],
     data: Data = None,
     split: Split = None,
-    limit: Limit = 20_000,
+    limit: Limit = None,
     clusters: Clusters = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FOLDER", help="default: RUN/prototypes")
@@ -158,13 +161,14 @@ def serve(
     poll: Annotated[float, typer.Option("--poll", min=0.1, help="seconds between two looks at the run")] = 10,
     data: Data = None,
     split: Split = None,
-    limit: Limit = 20_000,
+    limit: Limit = None,
     clusters: Clusters = None,
     device: Device = "auto",
 ) -> None:
     """Answer questions about a run's clusters over gRPC until SIGTERM or Ctrl-C; read-only, with a token.
 
-    RUN/prototypes is built first where it does not exist.
+    RUN/prototypes is built first where it does not exist. What is there must be what --data, --split, --limit
+    and --clusters ask for where they are given; --follow builds it anew where it is not.
     """
     from medvlp.serving.build import SnapshotOptions
     from medvlp.serving.limits import Limits

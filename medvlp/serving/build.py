@@ -44,7 +44,7 @@ class SnapshotOptions:
         source: run folder or checkpoint folder.
         data: dataset folder or URL; None: the run's own.
         split: which split; None: the one the run trains on.
-        limit: samples to embed, spread evenly over the split; 0: all of it.
+        limit: samples to embed, spread evenly over the split; 0: all of it; None: `DEFAULT_LIMIT`.
         clusters: cluster anew into so many; None: the run's own clusters where it has some.
         out: folder to write to; None: `RUN/prototypes`.
         device: "auto", "cpu" or "cuda".
@@ -54,7 +54,7 @@ class SnapshotOptions:
     source: Path
     data: str | None = None
     split: str | None = None
-    limit: int = DEFAULT_LIMIT
+    limit: int | None = None
     clusters: int | None = None
     out: Path | None = None
     device: str = "auto"
@@ -111,7 +111,8 @@ def make_snapshot(model: RunModel, options: SnapshotOptions, say: Callable[[str]
     store = SampleStore.open_or_build(reader, split, config.data, model.tokenizer)
     # The rules of training speak of the views and reports it had, not of another dataset's.
     mask = store.trainable() if options.data is None else store.has_text()
-    chosen = _spread(np.flatnonzero(mask), options.limit)
+    limit = DEFAULT_LIMIT if options.limit is None else options.limit
+    chosen = _spread(np.flatnonzero(mask), limit)
     say(f"embedding {len(chosen)} of {len(store)} samples of {split} on {model.device.type}")
     loader = evaluation_loader(config, reader, model.tokenizer, split, BATCH, chosen.tolist())
     embeddings: dict[str, list[Tensor]] = {}
@@ -144,6 +145,7 @@ def make_snapshot(model: RunModel, options: SnapshotOptions, say: Callable[[str]
             label_names=list(reader.index.label_names),
             stored_size=reader.index.image_size,
             weights=model.source.weights,
+            limit=limit,
         ),
     )
 

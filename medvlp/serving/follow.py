@@ -6,8 +6,10 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from medvlp.data.cache import open_reader
 from medvlp.runs import saved_run
 from medvlp.runs.manifest import MANIFEST, step_folders
+from medvlp.runs.saved_run import SavedRun
 from medvlp.serving.answers import Answers
 from medvlp.serving.build import SnapshotOptions, make_snapshot, store
 from medvlp.serving.layout import SNAPSHOT, PrototypeFilesError, folder_of
@@ -45,13 +47,18 @@ class Source:
         """Answers from the stored snapshot, which is made first where there is none.
 
         Raises:
-            MedvlpError: it cannot be read, or cannot be made.
+            MedvlpError: it cannot be read, is not what the options ask for, or cannot be made.
         """
         if not (self.folder / SNAPSHOT).is_file():
             return self.build()
         newest, self._seen = self._newest_step(), self._signature()
         snapshot = Snapshot.read(self.folder / SNAPSHOT)
         source = checkpoint_of(self.run, snapshot.origin)
+        if differences := self._differences(snapshot, source):
+            raise PrototypeFilesError(
+                f"{self.folder / SNAPSHOT} holds {'; '.join(differences)}: build it anew with these options "
+                f"(medvlp prototypes build {self.run}), or serve without them"
+            )
         model = RunModel(source, self._device, reads_data=False)
         return self._answers(snapshot, model, newest)
 
@@ -85,12 +92,34 @@ class Source:
                 self._problem = str(error)
         return None
 
+    def _differences(self, snapshot: Snapshot, source: SavedRun) -> list[str]:
+        """In what a stored snapshot is not what the options ask for; what they leave open may be anything.
+
+        Raises:
+            MedvlpError: the dataset that they name cannot be read.
+        """
+        asked, origin = self._options, snapshot.origin
+        clusters, samples = len(snapshot.table.centroids), len(snapshot.sample)
+        found = []
+        if asked.split not in (None, origin.split):
+            found.append(f"split {origin.split}, not {asked.split}")
+        if asked.clusters is not None and (origin.source, clusters) != ("kmeans", asked.clusters):
+            found.append(f"{clusters} clusters ({origin.source}), not {asked.clusters} by k-means")
+        if asked.limit not in (None, origin.limit, samples):
+            found.append(f"{samples} samples, not those of --limit {asked.limit}")
+        if asked.data is not None:
+            config = saved_run.load_config(source, [], asked.data)
+            if open_reader(config.data).index.fingerprint != origin.data:
+                found.append(f"samples of another dataset than {asked.data}")
+        return found
+
     def _load_or_build(self) -> Answers:
         """The stored snapshot where it is of the newest checkpoint, else a new one; errors as `build`."""
         if (self.folder / SNAPSHOT).is_file():
             stored = Snapshot.read(self.folder / SNAPSHOT)
             if stored.origin.step >= self._newest_step():
-                with suppress(PrototypeFilesError):  # of a checkpoint that has been replaced
+                # Of a checkpoint that has been replaced, or made with other options.
+                with suppress(PrototypeFilesError):
                     return self.load()
         return self.build()
 

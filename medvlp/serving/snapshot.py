@@ -41,6 +41,7 @@ class Origin:
         data: fingerprint of the dataset. split: which split. label_names: its findings.
         stored_size: side of the dataset's square images in pixels.
         weights: checksum of the checkpoint's weights; "" in files of versions that stored none.
+        limit: most samples that were asked for, 0: all; None in files of versions that did not store it.
     """
 
     source: Source
@@ -52,6 +53,7 @@ class Origin:
     label_names: list[str]
     stored_size: int
     weights: str = ""
+    limit: int | None = None
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,14 @@ from medvlp.runs.errors import RunFolderError
 from medvlp.serving.answers import Answers
 from medvlp.serving.build import SnapshotOptions, build
 from medvlp.serving.follow import Source
-from medvlp.serving.layout import SNAPSHOT, folder_of
+from medvlp.serving.layout import SNAPSHOT, PrototypeFilesError, folder_of
 from medvlp.serving.limits import Limits
 from medvlp.serving.snapshot import Snapshot
+from shards.build import BuildOptions, build_shards
+from shards.merge import merge
+from shards.plan import Part
+from shards.sample import StoredImage
+from shards.sources.phantom import PhantomSource
 from tests.serving.runs import save_run
 
 
@@ -44,7 +49,7 @@ def test_every_new_checkpoint_is_followed(data: Path, tmp_path: Path) -> None:
     shutil.rmtree(run / "checkpoints" / "step-00000001")
     assert step(followed.newer()) == 4
     assert followed.newer() is None
-    build(SnapshotOptions(run, clusters=2, workers=0), lambda line: None)
+    build(SnapshotOptions(run, limit=6, clusters=2, workers=0), lambda line: None)
     found = followed.newer()
     assert step(found) == 4
     assert len(found.snapshot.table.centroids) == 2, "somebody has built anew"
@@ -82,3 +87,31 @@ def test_without_following_the_stored_prototypes_are_taken(data: Path, tmp_path:
     assert (folder_of(run) / SNAPSHOT).is_file(), "built where there was nothing"
     save_run(data, run, step=2)
     assert step(source(run).load()) == 1
+
+
+def test_stored_prototypes_of_other_options_are_not_served_as_those_asked_for(
+    run: Path, data: Path, tmp_path: Path
+) -> None:
+    """The stored ones: the 8 learned prototypes, and 20 samples of train."""
+    stored = (folder_of(run) / SNAPSHOT).read_bytes()
+    other = tmp_path / "other"
+    build_shards(
+        PhantomSource(12, image_size=40, seed=2), other, BuildOptions(image=StoredImage(40)), 1, Part(0, 1)
+    )
+    merge(other)
+    for options, told in (
+        (SnapshotOptions(run, split="test"), "holds split train, not test: build it anew with these options"),
+        (SnapshotOptions(run, clusters=8), r"8 clusters \(learned\), not 8 by k-means"),
+        (SnapshotOptions(run, limit=10), "20 samples, not those of --limit 10"),
+        (SnapshotOptions(run, data=str(other)), "samples of another dataset than"),
+    ):
+        with pytest.raises(PrototypeFilesError, match=told):
+            Source(run, options, Limits(), lambda line: None).load()
+    same = SnapshotOptions(run, str(data), "train", limit=20)
+    assert step(Source(run, same, Limits(), lambda line: None).load()) == 3
+    assert (folder_of(run) / SNAPSHOT).read_bytes() == stored
+    follower = Source(run, SnapshotOptions(run, split="test", limit=4), Limits(), lambda line: None)
+    answers = follower.newer()
+    assert answers is not None
+    assert (answers.snapshot.origin.split, len(answers.snapshot.sample)) == ("test", 4)
+    assert follower.newer() is None
