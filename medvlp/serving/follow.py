@@ -20,6 +20,9 @@ from shards.errors import MedvlpError
 
 logger = logging.getLogger(__name__)
 
+#: In place of a checkpoint where there is none.
+_NONE = (-1, 0, 0)
+
 
 class Source:
     """Reads and makes snapshots of a run.
@@ -40,7 +43,7 @@ class Source:
         self._options = replace(options, source=run, out=None, workers=0)
         self._device = choose_device(options.device)
         self._seen: tuple[int, int] | None = None
-        self._newest = -1
+        self._newest = _NONE
         self._problem = ""
 
     def load(self) -> Answers:
@@ -51,15 +54,17 @@ class Source:
         """
         if not (self.folder / SNAPSHOT).is_file():
             return self.build()
-        newest, self._seen = self._newest_step(), self._signature()
+        newest, signature = self._newest_checkpoint(), self._signature()
         snapshot = Snapshot.read(self.folder / SNAPSHOT)
         source = checkpoint_of(self.run, snapshot.origin)
         if differences := self._differences(snapshot, source):
+            self._seen = signature  # another look at the same file would find the same
             raise PrototypeFilesError(
                 f"{self.folder / SNAPSHOT} holds {'; '.join(differences)}: build it anew with these options "
                 f"(medvlp prototypes build {self.run}), or serve without them"
             )
         model = RunModel(source, self._device, reads_data=False)
+        self._seen = signature  # only now: what could not be read is to be tried again
         return self._answers(snapshot, model, newest)
 
     def build(self) -> Answers:
@@ -68,7 +73,7 @@ class Source:
         Raises:
             MedvlpError: as `medvlp.serving.build.build`.
         """
-        newest = self._newest_step()
+        newest = self._newest_checkpoint()
         model = RunModel(saved_run.locate(self.run), self._device, self._options.data)
         snapshot = make_snapshot(model, self._options, self.say)
         store(snapshot, self.folder)
@@ -78,15 +83,19 @@ class Source:
     def newer(self) -> Answers | None:
         """Answers from something newer than the last, or None: a new checkpoint, or a file built by others.
 
-        Raises no MedvlpError: what cannot be read now (a checkpoint that is being deleted, a run that has not
-        begun) is logged once and tried again at the next call.
+        A checkpoint is new also where its step is not: a run that has fallen back comes to the same steps
+        again, with other weights.
+
+        Raises no MedvlpError and no OSError: what cannot be read now (a checkpoint that is being deleted, a
+        run that has not begun, a file server that does not answer) is logged once and tried again at the next
+        call.
         """
         try:
-            if self._newest_step() > self._newest:
+            if self._newest_checkpoint() not in (_NONE, self._newest):
                 return self._load_or_build()
             if self._seen is not None and self._signature() not in (None, self._seen):
                 return self.load()
-        except MedvlpError as error:
+        except (MedvlpError, OSError) as error:
             if str(error) != self._problem:
                 logger.warning("not followed yet: %s", error)
                 self._problem = str(error)
@@ -117,21 +126,24 @@ class Source:
         """The stored snapshot where it is of the newest checkpoint, else a new one; errors as `build`."""
         if (self.folder / SNAPSHOT).is_file():
             stored = Snapshot.read(self.folder / SNAPSHOT)
-            if stored.origin.step >= self._newest_step():
+            if stored.origin.step >= self._newest_checkpoint()[0]:
                 # Of a checkpoint that has been replaced, or made with other options.
                 with suppress(PrototypeFilesError):
                     return self.load()
         return self.build()
 
-    def _answers(self, snapshot: Snapshot, model: RunModel, newest: int) -> Answers:
+    def _answers(self, snapshot: Snapshot, model: RunModel, newest: tuple[int, int, int]) -> Answers:
         # Not the snapshot's own step: the newest checkpoint may be a damaged one that was passed over.
         self._newest, self._problem = newest, ""
         return Answers(snapshot, lambda: model, self.limits)
 
-    def _newest_step(self) -> int:
-        """Steps of the newest finished checkpoint, damaged or not; -1 without any."""
-        found = step_folders(self.run / "checkpoints")
-        return next((step for step, folder in reversed(found) if (folder / MANIFEST).is_file()), -1)
+    def _newest_checkpoint(self) -> tuple[int, int, int]:
+        """Steps of the newest finished checkpoint, damaged or not, and which file its manifest is."""
+        for step, folder in reversed(step_folders(self.run / "checkpoints")):
+            with suppress(FileNotFoundError):
+                status = (folder / MANIFEST).stat()
+                return step, status.st_mtime_ns, status.st_ino
+        return _NONE
 
     def _signature(self) -> tuple[int, int] | None:
         try:

@@ -16,11 +16,14 @@ from medvlp.runs.state_files import StateFile
 from tests.training.runs import TINY
 
 
-def save_run(data: Path, run: Path, *overrides: str, step: int = 3) -> None:
-    """Write `config.yaml` and a checkpoint; a learned table of 8 prototypes is among the weights."""
+def save_run(data: Path, run: Path, *overrides: str, step: int = 3, seed: int | None = None) -> None:
+    """Write `config.yaml` and a checkpoint; a learned table of 8 prototypes is among the weights.
+
+    Where no seed of the weights is given it is the step.
+    """
     given = [*TINY, f"data.root={data}", f"run.dir={run}", "run.name=tiny", *overrides]
     config = config_files.load([], given, schemas())
-    torch.manual_seed(step)
+    torch.manual_seed(step if seed is None else seed)
     method = build_method(config, Tokenizer.load(None, data).vocab_size)
     folder = checkpoint_files.partial_folder(run / "checkpoints", step)
     weights = {name: value.contiguous() for name, value in method.state_dict().items()}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -14,6 +16,7 @@ from medvlp.serving.build import SnapshotOptions, build
 from medvlp.serving.follow import Source
 from medvlp.serving.layout import SNAPSHOT, PrototypeFilesError, folder_of
 from medvlp.serving.limits import Limits
+from medvlp.serving.run_model import checkpoint_of
 from medvlp.serving.snapshot import Snapshot
 from shards.build import BuildOptions, build_shards
 from shards.merge import merge
@@ -115,3 +118,34 @@ def test_stored_prototypes_of_other_options_are_not_served_as_those_asked_for(
     assert answers is not None
     assert (answers.snapshot.origin.split, len(answers.snapshot.sample)) == ("test", 4)
     assert follower.newer() is None
+
+
+def test_a_run_that_has_fallen_back_is_followed_to_its_new_weights(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    save_run(data, run, step=1)
+    save_run(data, run, step=2)
+    followed = source(run)
+    before = followed.newer()
+    assert step(before) == 2
+    shutil.rmtree(run / "checkpoints" / "step-00000002")
+    save_run(data, run, step=2, seed=9)
+    found = followed.newer()
+    assert step(found) == 2
+    assert found.snapshot.origin.weights == checkpoint_of(run, found.snapshot.origin).weights
+    assert found.snapshot.origin.weights != before.snapshot.origin.weights
+    assert followed.newer() is None
+
+
+@pytest.mark.parametrize("error", [PrototypeFilesError("torn"), OSError(errno.ESTALE, "stale")])
+def test_what_could_not_be_read_is_tried_again(
+    run: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    followed = Source(run, SnapshotOptions(run, device="cpu"), Limits(), lambda line: None)
+    assert step(followed.newer()) == 3
+    build(SnapshotOptions(run, limit=4, workers=0), lambda line: None)
+    with monkeypatch.context() as patched:
+        patched.setattr(Snapshot, "read", Mock(side_effect=error))
+        assert followed.newer() is None
+    answers = followed.newer()
+    assert answers is not None
+    assert len(answers.snapshot.sample) == 4
