@@ -1,7 +1,8 @@
 """From a run to `RUN/prototypes/`: embed samples of the shards, choose the clusters, describe them."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,25 +79,43 @@ def build(options: SnapshotOptions, say: Callable[[str], None]) -> Path:
     device = choose_device(options.device)
     source = saved_run.locate(options.source)
     folder = options.out or folder_of(source.run)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = RunLock(folder, this_process(None), key="--out")
-        lock.acquire()
-    except OSError as error:
-        raise PrototypeFilesError(
-            f"{folder} cannot be written ({error.strerror}); give another --out"
-        ) from error
-    try:
+    with sole_builder(folder, "--out"):
         say(f"loading {source.checkpoint.name}")
         model = RunModel(source, device, options.data)
         store(make_snapshot(model, options, say), folder)
-    finally:
-        lock.release()
     return folder
 
 
+@contextmanager
+def sole_builder(folder: Path, key: str) -> Iterator[None]:
+    """Make a folder and hold its lock.
+
+    The two files of two builds could else be mixed, and each deletes what the other is writing.
+
+    Args:
+        folder: for `store`.
+        key: the option or argument that names it, for messages.
+
+    Raises:
+        PrototypeFilesError: it cannot be written.
+        RunFolderError: another build holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = RunLock(folder, this_process(None), key=key)
+        lock.acquire()
+    except OSError as error:
+        raise PrototypeFilesError(
+            f"{folder} cannot be written ({error.strerror}); give another {key}"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def store(snapshot: Snapshot, folder: Path) -> None:
-    """Write a snapshot with its report; errors as `medvlp.serving.snapshot.write`."""
+    """Write a snapshot with its report, as `sole_builder`; errors as `medvlp.serving.snapshot.write`."""
     snapshots.write(snapshot, report_of(Members.of(snapshot)), folder)
 
 

@@ -11,7 +11,7 @@ from medvlp.runs import saved_run
 from medvlp.runs.manifest import MANIFEST, step_folders
 from medvlp.runs.saved_run import SavedRun
 from medvlp.serving.answers import Answers
-from medvlp.serving.build import SnapshotOptions, make_snapshot, store
+from medvlp.serving.build import SnapshotOptions, make_snapshot, sole_builder, store
 from medvlp.serving.layout import SNAPSHOT, PrototypeFilesError, folder_of
 from medvlp.serving.limits import Limits
 from medvlp.serving.run_model import RunModel, checkpoint_of, choose_device
@@ -74,10 +74,12 @@ class Source:
             MedvlpError: as `medvlp.serving.build.build`.
         """
         newest = self._newest_checkpoint()
-        model = RunModel(saved_run.locate(self.run), self._device, self._options.data)
-        snapshot = make_snapshot(model, self._options, self.say)
-        store(snapshot, self.folder)
-        self._seen = self._signature()
+        source = saved_run.locate(self.run)
+        with sole_builder(self.folder, "RUN"):
+            model = RunModel(source, self._device, self._options.data)
+            snapshot = make_snapshot(model, self._options, self.say)
+            store(snapshot, self.folder)
+            self._seen = self._signature()
         return self._answers(snapshot, model, newest)
 
     def newer(self) -> Answers | None:

@@ -11,6 +11,7 @@ from unittest.mock import Mock
 import pytest
 
 from medvlp.runs.errors import RunFolderError
+from medvlp.runs.run_lock import LOCK, RunLock, this_process
 from medvlp.serving.answers import Answers
 from medvlp.serving.build import SnapshotOptions, build
 from medvlp.serving.follow import Source
@@ -149,3 +150,18 @@ def test_what_could_not_be_read_is_tried_again(
     answers = followed.newer()
     assert answers is not None
     assert len(answers.snapshot.sample) == 4
+
+
+def test_a_server_does_not_build_beside_another_build(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    save_run(data, run, step=1)
+    folder_of(run).mkdir()
+    other = RunLock(folder_of(run), this_process(None))
+    other.acquire()
+    followed = source(run)
+    with pytest.raises(RunFolderError, match="is being written by process"):
+        followed.build()
+    assert followed.newer() is None
+    assert [path.name for path in folder_of(run).iterdir()] == [LOCK]
+    other.release()
+    assert step(followed.newer()) == 1
