@@ -72,7 +72,7 @@ def checkpoints(
 
 def _list(run: Path, verify: bool) -> list[str]:
     """Print the table; returns what is wrong, if it was looked for."""
-    from medvlp.runs.errors import CheckpointError
+    from medvlp.runs.errors import CheckpointError, UnreadableError
     from medvlp.runs.manifest import Manifest, step_folders
 
     table = Table(title=f"checkpoints of {run}")
@@ -80,17 +80,19 @@ def _list(run: Path, verify: bool) -> list[str]:
         table.add_column(column, justify="left" if column in ("created", "state") else "right")
     problems = []
     for step, folder in step_folders(run / "checkpoints"):
+        row, problem, fault = (str(step), *[""] * 6), None, "damaged"
         try:
             manifest = Manifest.read(folder)
+            row = _row(manifest)
+            problem = manifest.problem(folder, list(manifest.files)) if verify else _missing(manifest, folder)
+        except (UnreadableError, OSError) as error:
+            problem, fault = str(error), "unreadable"
         except CheckpointError as error:
-            problems.append(str(error))
-            table.add_row(str(step), "", "", "", "", "", "", f"damaged: {error}")
-            continue
-        problem = manifest.problem(folder, list(manifest.files)) if verify else _missing(manifest, folder)
+            problem = str(error)
         if problem:
             problems.append(problem)
         good = "verified" if verify else "complete"
-        table.add_row(*_row(manifest), f"damaged: {problem}" if problem else good)
+        table.add_row(*row, f"{fault}: {problem}" if problem else good)
     Console(soft_wrap=False).print(table)
     return problems if verify else []
 

@@ -279,7 +279,7 @@ class Network:
         """The best checkpoint of a finished run, by its validations.
 
         Raises:
-            CheckpointError: there is none with a validation, or it is damaged.
+            CheckpointError: there is none with a validation, or it is damaged, or one cannot be read now.
         """
         folders = [folder for _, folder in step_folders(Path(config.run.dir) / "checkpoints")]
         best = best_of(folders, config.checkpoint)

@@ -13,7 +13,7 @@ from torch import nn
 from medvlp import distributed
 from medvlp.config import Config
 from medvlp.data.batch_sizes import BatchSizes
-from medvlp.runs.errors import CheckpointError
+from medvlp.runs.errors import CheckpointError, UnreadableError
 from medvlp.runs.manifest import FORMAT, WEIGHTS, Manifest, rank_file, step_folders
 from medvlp.runs.optimizer_files import OptimizerFiles
 from medvlp.runs.randomness import restore_random_state, seed_rank
@@ -40,7 +40,8 @@ class Checkpoint:
         its share of the files, and all get the same answer.
 
         Raises:
-            CheckpointError: there are checkpoints and none of them is good.
+            CheckpointError: there are checkpoints and none of them is good, or a newer one cannot be read
+                now: passed over, it would be deleted as one that the run fell back behind.
         """
         checkpoints = Path(run_dir) / "checkpoints"
         names: list[str] = distributed.broadcast_object([path.name for _, path in step_folders(checkpoints)])
@@ -61,15 +62,28 @@ class Checkpoint:
 
     @classmethod
     def _verify_together(cls, folder: Path) -> tuple[Self | None, str | None]:
-        """The checkpoint where no rank finds fault with its share of the files, else the first fault."""
-        manifest = None
+        """The checkpoint where no rank finds fault with its share of the files, else the first fault.
+
+        Raises:
+            CheckpointError: no rank has found a fault, and one cannot read its share now.
+        """
+        manifest = problem = refusal = None
         try:
             manifest = Manifest.read(folder)
             share = list(manifest.files)[distributed.rank() :: distributed.world_size()]
             problem = manifest.problem(folder, share)
+        except UnreadableError as error:
+            refusal = str(error)
         except CheckpointError as error:
             problem = str(error)
-        problem = next((found for found in distributed.gather_objects(problem) if found), None)
+        of_ranks = distributed.gather_objects((problem, refusal))
+        problem = next((found for found, _ in of_ranks if found), None)
+        refusal = next((found for _, found in of_ranks if found), None)
+        if refusal and not problem:
+            raise CheckpointError(
+                f"whether {folder} is good cannot be told: {refusal}. Start again when it can be read, or "
+                "move this folder away to go on from an older checkpoint; nothing was changed"
+            )
         return (None, problem) if manifest is None or problem else (cls(folder, manifest), None)
 
     @classmethod
@@ -77,7 +91,8 @@ class Checkpoint:
         """One checkpoint, after a look at the files `names` of it (all by default). Needs no other rank.
 
         Raises:
-            CheckpointError: no manifest, or not one of ours; a file is not in it, missing or damaged.
+            CheckpointError: no manifest, or not one of ours; a file is not in it, missing, damaged or cannot
+                be read now.
         """
         manifest = Manifest.read(folder)
         names = list(manifest.files) if names is None else names

@@ -4,6 +4,7 @@ A reader sees either a whole checkpoint or none. Nothing here talks to other ran
 does.
 """
 
+import logging
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -12,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from medvlp.config import CheckpointConfig
+from medvlp.runs.errors import UnreadableError
 from medvlp.runs.manifest import MANIFEST, Manifest, step_folder
-from medvlp.runs.retention import prune, remove
+from medvlp.runs.retention import drop_beyond, drop_surplus, remove
 from medvlp.runs.state_files import StateFile
 from shards.atomic import fsync_path
+
+logger = logging.getLogger(__name__)
 
 #: File with the name of the newest checkpoint's folder, for people and scripts (resuming does not trust it).
 LATEST = "latest"
@@ -61,7 +65,7 @@ def write(
 def commit(folder: Path, manifest: Manifest, config: CheckpointConfig) -> Path:
     """Close a written checkpoint with its manifest, give it its name, point `latest` at it, delete old ones.
 
-    Can be called again after an error.
+    Can be called again after an error. Old ones stay until a later call where the best cannot be told now.
 
     Args:
         folder: from `partial_folder`, with all ranks' files.
@@ -84,7 +88,11 @@ def commit(folder: Path, manifest: Manifest, config: CheckpointConfig) -> Path:
     _write_text(checkpoints / f".{LATEST}.partial", final.name + "\n")
     (checkpoints / f".{LATEST}.partial").replace(checkpoints / LATEST)
     fsync_path(checkpoints)
-    prune(checkpoints, manifest.step, config)
+    drop_beyond(checkpoints, manifest.step)
+    try:
+        drop_surplus(checkpoints, config)
+    except UnreadableError as error:
+        logger.warning("old checkpoints stay until the next one is saved: %s", error)
     return final
 
 

@@ -23,6 +23,10 @@ class CheckpointError(AgreedError):
     exit_code = 4
 
 
+class UnreadableError(CheckpointError):
+    """A file of a checkpoint cannot be read now, which says nothing about what it holds."""
+
+
 class RunFolderError(AgreedError):
     """The run folder cannot be made or used."""
 

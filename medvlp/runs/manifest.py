@@ -15,7 +15,7 @@ from typing import Any
 
 import xxhash
 
-from medvlp.runs.errors import CheckpointError
+from medvlp.runs.errors import CheckpointError, UnreadableError
 from shards.strict_json import JsonError, parse_json, read_limited, to_record
 
 MANIFEST = "manifest.json"
@@ -28,6 +28,8 @@ FOLDER_PATTERN = re.compile(r"step-([0-9]{8,15})")
 _LIMIT = 1 << 26
 #: A relative path of plain names.
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
+#: What the disk says of a file that is not there. After any other refusal the file may be whole.
+_ABSENT = (FileNotFoundError, NotADirectoryError)
 
 
 @dataclass
@@ -81,17 +83,20 @@ class Manifest:
 
         Raises:
             CheckpointError: no manifest, or not one of ours.
+            UnreadableError: the disk refused to show it.
         """
         path = folder / MANIFEST
         try:
             data = read_limited(path, _LIMIT)
             manifest = to_record(parse_json(data, _LIMIT), cls)
             manifest._check_values(folder)
-        except FileNotFoundError:
+        except _ABSENT:
             raise CheckpointError(
                 f"{path} is missing: the checkpoint was never finished or is being deleted"
             ) from None
-        except (OSError, JsonError) as error:
+        except OSError as error:
+            raise UnreadableError(f"{path} cannot be read now ({error.strerror or error})") from error
+        except JsonError as error:
             raise CheckpointError(f"{path} cannot be read as a manifest ({error})") from error
         if (manifest.checksum or manifest.format >= FORMAT) and manifest.to_json().encode() != data:
             raise CheckpointError(f"{path} is damaged: it is not as it was written")
@@ -122,7 +127,11 @@ class Manifest:
             raise JsonError("a text cannot be printed")
 
     def problem(self, folder: Path, names: Sequence[str]) -> str | None:
-        """What is wrong with these files, or None when sizes and checksums are right."""
+        """What is wrong with these files, or None when sizes and checksums are right.
+
+        Raises:
+            UnreadableError: the disk refused to show one that is there.
+        """
         from medvlp.runs.state_files import checksum
 
         for name in names:
@@ -132,8 +141,10 @@ class Manifest:
                     return f"{path} has {path.stat().st_size} bytes, its manifest says {entry['bytes']}"
                 if checksum(path) != entry["xxh3_128"]:
                     return f"{path} is damaged: its checksum differs from the manifest's"
-            except OSError as error:
+            except _ABSENT as error:
                 return f"{path} cannot be read ({error.strerror})"
+            except OSError as error:
+                raise UnreadableError(f"{path} cannot be read now ({error.strerror or error})") from error
         return None
 
 

@@ -4,39 +4,49 @@ import shutil
 from pathlib import Path
 
 from medvlp.config import CheckpointConfig
-from medvlp.runs.errors import CheckpointError
+from medvlp.runs.errors import CheckpointError, UnreadableError
 from medvlp.runs.manifest import MANIFEST, Manifest, step_folders
 
 
 def prune(checkpoints: Path, step: int, config: CheckpointConfig) -> list[Path]:
     """Delete what the config does not keep, and checkpoints beyond `step`.
 
-    A run that fell back behind damaged checkpoints has left those beyond.
-
     Returns:
         The deleted folders.
 
     Raises:
         OSError: one cannot be deleted.
+        UnreadableError: which one is best cannot be told now; only those beyond `step` are deleted.
     """
-    gone = doomed(checkpoints, step, config)
+    return drop_beyond(checkpoints, step) + drop_surplus(checkpoints, config)
+
+
+def drop_beyond(checkpoints: Path, step: int) -> list[Path]:
+    """Delete what a run has left that fell back behind damaged checkpoints; otherwise as `prune`."""
+    gone = [path for number, path in step_folders(checkpoints) if number > step]
     for folder in gone:
         remove(folder)
     return gone
 
 
-def doomed(checkpoints: Path, step: int, config: CheckpointConfig) -> list[Path]:
-    """What `prune` would delete: all but the newest, the multiples of `keep_every`, and the best."""
+def drop_surplus(checkpoints: Path, config: CheckpointConfig) -> list[Path]:
+    """Delete all but the newest, the multiples of `keep_every` and the best; otherwise as `prune`."""
     folders = step_folders(checkpoints)
-    past = [(number, path) for number, path in folders if number <= step]
-    kept = {path for _, path in (past[-config.keep_last :] if config.keep_last else past)}
-    kept |= {path for number, path in past if config.keep_every and number % config.keep_every == 0}
-    best = best_of([path for _, path in past], config)
-    return [path for _, path in folders if path not in kept and path != best]
+    kept = {path for _, path in (folders[-config.keep_last :] if config.keep_last else folders)}
+    kept |= {path for number, path in folders if config.keep_every and number % config.keep_every == 0}
+    best = best_of([path for _, path in folders], config)
+    gone = [path for _, path in folders if path not in kept and path != best]
+    for folder in gone:
+        remove(folder)
+    return gone
 
 
 def best_of(folders: list[Path], config: CheckpointConfig) -> Path | None:
-    """The folder with the best value of `keep_best`, the newest of equals; None where none has a value."""
+    """The folder with the best value of `keep_best`, the newest of equals; None where none has a value.
+
+    Raises:
+        UnreadableError: a manifest cannot be read now, so its checkpoint may be the best.
+    """
     if config.keep_best is None:
         return None
     sign = 1.0 if config.best_mode == "max" else -1.0
@@ -44,6 +54,8 @@ def best_of(folders: list[Path], config: CheckpointConfig) -> Path | None:
     for folder in folders:
         try:
             value = Manifest.read(folder).metrics.get(config.keep_best)
+        except UnreadableError:
+            raise
         except CheckpointError:  # not whole: nothing to keep it for
             continue
         if value is not None:

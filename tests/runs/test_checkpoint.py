@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 
 from medvlp.config import CheckpointConfig, Config
 from medvlp.data.batch_sizes import divide_batch
-from medvlp.runs import checkpoint_files
+from medvlp.runs import checkpoint_files, state_files
+from medvlp.runs import manifest as manifest_module
 from medvlp.runs.checkpoint import Checkpoint
 from medvlp.runs.checkpoint_writer import CheckpointWriter
-from medvlp.runs.errors import CheckpointError
-from medvlp.runs.manifest import FORMAT, Manifest, step_folder
+from medvlp.runs.errors import CheckpointError, UnreadableError
+from medvlp.runs.manifest import FORMAT, MANIFEST, Manifest, step_folder
+from medvlp.runs.retention import prune
 from medvlp.runs.state_files import StateFile, read_state
 from tests.training.tiny import TinyMethod
 
@@ -172,13 +174,75 @@ def test_what_is_kept(tmp_path_factory, steps, last, every):
         folder = run / "checkpoints" / step_folder(step)
         folder.mkdir(parents=True)
         (folder / "manifest.json").write_text("{}")
-    checkpoint_files.prune(
-        run / "checkpoints", max(steps), CheckpointConfig(keep_last=last, keep_every=every)
-    )
+    prune(run / "checkpoints", max(steps), CheckpointConfig(keep_last=last, keep_every=every))
     kept = {int(path.name[5:]) for path in (run / "checkpoints").iterdir()}
     newest = set(sorted(steps)[-last:]) if last else steps
     assert kept == newest | {step for step in steps if every and step % every == 0}
     shutil.rmtree(run)
+
+
+def refuse_manifest(monkeypatch, folder: Path) -> None:
+    """The disk does not show this folder's manifest."""
+    read = manifest_module.read_limited
+
+    def refused(path, most):
+        if path == folder / MANIFEST:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(path, most)
+
+    monkeypatch.setattr(manifest_module, "read_limited", refused)
+
+
+def refuse_content(monkeypatch, folder: Path) -> None:
+    """The disk does not show this folder's files."""
+    original = state_files.checksum
+
+    def refused(path):
+        if folder in path.parents:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return original(path)
+
+    monkeypatch.setattr(state_files, "checksum", refused)
+
+
+@pytest.mark.parametrize("refuse", [refuse_manifest, refuse_content])
+def test_one_that_cannot_be_read_now_is_not_taken_for_damaged(tmp_path, monkeypatch, refuse):
+    """Passed over, it would be deleted at the first save."""
+    old, new = save(tmp_path, 5), save(tmp_path, 10)
+    with monkeypatch.context() as patch:
+        refuse(patch, new)
+        with pytest.raises(
+            CheckpointError, match=r"step-00000010 is good cannot be told: .*cannot be read now"
+        ):
+            Checkpoint.find(tmp_path)
+        with pytest.raises(UnreadableError):
+            Checkpoint.open(new)
+        assert Checkpoint.open(old).step == 5
+    assert Checkpoint.find(tmp_path).folder == new
+
+
+def test_nothing_is_deleted_while_the_best_cannot_be_told(tmp_path, monkeypatch, caplog):
+    config = CheckpointConfig(keep_last=1, keep_best="auroc", best_mode="max")
+
+    def save_scored(step: int, value: float) -> Path:
+        folder = checkpoint_files.partial_folder(tmp_path / "checkpoints", step)
+        whole = manifest(step, auroc=value)
+        whole.files = checkpoint_files.write(folder, state(tmp_path / "checkpoints", step))
+        return checkpoint_files.commit(folder, whole, config)
+
+    best, second = save_scored(1, 0.9), save_scored(2, 0.5)
+    with monkeypatch.context() as patch:
+        refuse_manifest(patch, best)
+        with caplog.at_level("WARNING", logger="medvlp"):
+            third = save_scored(3, 0.6)
+        assert "old checkpoints stay" in caplog.text
+        with pytest.raises(UnreadableError):
+            prune(tmp_path / "checkpoints", 3, config)
+        assert best.exists()
+        assert second.exists()
+    assert prune(tmp_path / "checkpoints", 3, config) == [second]
+    assert best.exists()
+    assert third.exists()
 
 
 @pytest.mark.parametrize(("mode", "best"), [("min", 5), ("max", 3)])

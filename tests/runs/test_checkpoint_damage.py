@@ -1,11 +1,14 @@
 """Every file of a real checkpoint in turn cut, flipped and deleted: named, passed over, never loaded."""
 
+import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from medvlp import distributed
+from medvlp.runs import state_files
 from medvlp.runs.checkpoint import Checkpoint
 from medvlp.runs.errors import CheckpointError
 from tests.training.saving import tiny_config, train_and_save
@@ -55,3 +58,34 @@ def test_every_file_in_turn(run_of_two, tmp_path, caplog, damage):
         shutil.rmtree(run / "checkpoints/step-00000001")
         with pytest.raises(CheckpointError, match="none is good"):
             Checkpoint.find(run)
+
+
+def find_with_a_stale_handle(run: str, name: str) -> str:
+    """What a start says where the last rank cannot read the files of one checkpoint."""
+    distributed.initialize()
+    original = state_files.checksum
+
+    def refused(path):
+        if name in path.parts and distributed.rank() == 1:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return original(path)
+
+    state_files.checksum = refused
+    try:
+        return Checkpoint.find(run).name
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        state_files.checksum = original
+
+
+@pytest.mark.dist
+def test_a_refusal_to_one_rank_stops_all_and_damage_is_still_passed_over(gloo_pool, run_of_two, tmp_path):
+    shutil.copytree(run_of_two / "checkpoints", tmp_path / "checkpoints")
+    newest = tmp_path / "checkpoints/step-00000002"
+    said = gloo_pool(2).run(find_with_a_stale_handle, str(tmp_path), newest.name)
+    assert said[0] == said[1]
+    assert f"whether {newest} is good cannot be told" in said[0]
+    assert "cannot be read now (Stale file handle)" in said[0]
+    cut(newest / "manifest.json")
+    assert gloo_pool(2).run(find_with_a_stale_handle, str(tmp_path), newest.name) == ["step-00000001"] * 2

@@ -12,7 +12,7 @@ from launcher.main import app
 from medvlp.runs.conversion import to_safetensors, to_universal
 from medvlp.runs.errors import CheckpointError, RunFolderError
 from medvlp.runs.run_lock import RunLock, this_process
-from tests.runs.test_checkpoint import flip, save
+from tests.runs.test_checkpoint import flip, refuse_content, save
 from tests.training.saving import start, tiny_config, train_and_save, train_steps
 
 pytestmark = pytest.mark.dist
@@ -87,6 +87,17 @@ def test_the_command_lists_verifies_and_converts(gloo_pool, tmp_path):
     assert "rank-00000.pt is damaged" in str(failed.exception)
     assert command(tmp_path, "--step", 7, "--to-safetensors", tmp_path / "x").exception.exit_code == 4
     assert command(tmp_path / "plain").exception.exit_code == 4
+
+
+def test_the_command_tells_what_cannot_be_read_from_what_is_damaged(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    refuse_content(monkeypatch, save(tmp_path, 1))
+    flip(save(tmp_path, 2))
+    failed = command(tmp_path, "--verify")
+    assert failed.exception.exit_code == 4
+    assert "2 of the checkpoints" in str(failed.exception)
+    assert "unreadable: " in failed.output
+    assert "damaged: " in failed.output
 
 
 def test_the_command_prunes_what_the_config_does_not_keep(tmp_path):
