@@ -121,7 +121,7 @@ class TokenCheck(_Interceptor):
 
 
 class StreamLimit(_Interceptor):
-    """Lets only a few calls with streams of requests (reflection) run at a time: each holds a thread."""
+    """Lets only a few calls with streams (reflection, watching health) run at a time: each holds a thread."""
 
     def __init__(self, most: int) -> None:
         self._free = threading.BoundedSemaphore(most)
@@ -130,23 +130,29 @@ class StreamLimit(_Interceptor):
         self, continuation: Callable[[Any], Any], handler_call_details: Any
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         handler: grpc.RpcMethodHandler[Any, Any] | None = continuation(handler_call_details)
-        if handler is None or not handler.request_streaming or handler.stream_stream is None:
+        if handler is None or not handler.response_streaming:
             return handler
-        stream = handler.stream_stream
+        stream: Any = handler.stream_stream or handler.unary_stream
 
-        def limited(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
+        def limited(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
             if not self._free.acquire(blocking=False):
                 context.abort(
                     grpc.StatusCode.RESOURCE_EXHAUSTED, "too many streams are open: close one, or try later"
                 )
             try:
-                yield from stream(requests, context)
+                answers = stream(request, context)
+                # Watching health is told of the end of a call only where the call has not ended by now.
+                if context.is_active():
+                    yield from answers
             finally:
                 self._free.release()
 
-        return grpc.stream_stream_rpc_method_handler(
-            limited, handler.request_deserializer, handler.response_serializer
+        make = (
+            grpc.stream_stream_rpc_method_handler
+            if handler.request_streaming
+            else grpc.unary_stream_rpc_method_handler
         )
+        return make(limited, handler.request_deserializer, handler.response_serializer)
 
 
 def _ending(end: Callable[[grpc.ServicerContext], None]) -> grpc.RpcMethodHandler[Any, Any]:

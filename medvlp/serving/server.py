@@ -24,7 +24,7 @@ from shards.atomic import atomic_write
 from shards.errors import UsageError
 from shards.strict_json import JsonError, parse_json, read_limited
 
-#: Calls that are worked on at a time, and streams of requests (reflection) among them.
+#: Calls that are worked on at a time, and streams (reflection, watching health) among them.
 _THREADS, STREAMS = 16, 4
 #: Seconds that calls in flight get when the server ends.
 _GRACE = 5.0

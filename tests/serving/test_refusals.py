@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import socket
@@ -16,6 +17,7 @@ import grpc
 import numpy as np
 import pytest
 import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -275,6 +277,34 @@ def test_open_streams_leave_threads_for_others(start: Callable[..., PrototypeSer
             assert list(found) == []
         again = [stream(iter([reflection_pb2.ServerReflectionRequest(list_services="")])) for _ in range(3)]
         assert [len(list(found)) for found in again] == [1, 1, 1]
+
+
+def test_watchers_of_health_leave_threads_for_others(start: Callable[..., PrototypeServer]) -> None:
+    server = start()
+    with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+
+        def watch() -> Any:
+            return stub.Watch(health_pb2.HealthCheckRequest(), metadata=metadata(TOKEN), timeout=PATIENCE)
+
+        watches = [watch() for _ in range(STREAMS)]
+        assert all(next(found).status == health_pb2.HealthCheckResponse.SERVING for found in watches)
+        surplus = [watch() for _ in range(16)]  # as many as there are threads
+        with PrototypeClient(Connection(f"127.0.0.1:{server.port}", TOKEN), timeout=20) as client:
+            assert client.table().clusters == 8
+        for found in surplus:
+            with pytest.raises(grpc.RpcError) as refused:
+                next(found)
+            assert refused.value.code() is Code.RESOURCE_EXHAUSTED
+        for found in watches:
+            found.cancel()
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            with contextlib.suppress(grpc.RpcError):
+                assert next(watch()).status == health_pb2.HealthCheckResponse.SERVING
+                break
+        else:
+            pytest.fail("watchers that have gone make no room")
 
 
 def test_connections_are_bounded(start: Callable[..., PrototypeServer]) -> None:
