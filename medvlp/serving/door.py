@@ -5,6 +5,7 @@ process's: a thread looks at them and shuts those that must go, which gRPC takes
 """
 
 import ipaddress
+import logging
 import math
 import socket
 import threading
@@ -16,6 +17,8 @@ import grpc
 import psutil
 
 from medvlp.serving.limits import Limits, RateLimit, peer_address
+
+logger = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 0.5
 
@@ -94,19 +97,28 @@ class Door:
                 self._reading.pop(context, None)
 
     def _watch(self, port: int) -> None:
-        process = psutil.Process()
+        process, problem = psutil.Process(), ""
         while not self._closing.wait(_LOOK_SECONDS):
             now = time.monotonic()
             with self._lock:
                 late = [context for context, until in self._reading.items() if now > until]
             for context in late:
                 context.cancel()  # type: ignore[no-untyped-call]
-            found = {}
-            for connection in process.net_connections("tcp"):
-                if connection.status == psutil.CONN_ESTABLISHED and connection.laddr.port == port:
-                    found[_peer(*connection.raddr[:2])] = connection.fd
-            for peer in self._to_close(list(found), now):
-                _shut(found[peer], port, peer)
+            try:
+                self._send_away(process, port, now)
+                problem = ""
+            except (OSError, psutil.Error) as error:  # no file descriptor is free now, for one
+                if str(error) != problem:
+                    logger.warning("the connections to port %d cannot be looked at yet: %s", port, error)
+                    problem = str(error)
+
+    def _send_away(self, process: psutil.Process, port: int, now: float) -> None:
+        found = {}
+        for connection in process.net_connections("tcp"):
+            if connection.status == psutil.CONN_ESTABLISHED and connection.laddr.port == port:
+                found[_peer(*connection.raddr[:2])] = connection.fd
+        for peer in self._to_close(list(found), now):
+            _shut(found[peer], port, peer)
 
     def _to_close(self, peers: list[str], now: float) -> list[str]:
         """Which of the open connections must go."""

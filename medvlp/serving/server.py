@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ _THREADS, STREAMS = 16, 4
 #: Seconds that calls in flight get when the server ends.
 _GRACE = 5.0
 _KEEPALIVE = 60.0
+#: Files that the process opens beside its connections, at most.
+_OTHER_FILES = 512
 
 
 @dataclass(frozen=True)
@@ -65,10 +68,12 @@ class PrototypeServer:
         limits: of requests and connections.
 
     Raises:
-        UsageError: the address is in use or not of this machine, or a TLS file cannot be used.
+        UsageError: the address is in use or not of this machine, a TLS file cannot be used, or the process
+            may not open so many connections.
     """
 
     def __init__(self, address: Address, token: str, limits: Limits) -> None:
+        _allow_files(limits.connections + _OTHER_FILES)
         self.address, self.limits = address, limits
         self.servicer = Servicer(limits)
         self._health = health.HealthServicer()
@@ -173,6 +178,19 @@ def _options(limits: Limits) -> list[tuple[str, int]]:
         ("grpc.keepalive_time_ms", int(1000 * _KEEPALIVE)),
         ("grpc.keepalive_timeout_ms", int(1000 * limits.handshake_seconds)),
     ]
+
+
+def _allow_files(count: int) -> None:
+    """Let this process open so many files: many shells start it with 1024, which the connections use up."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= count:
+        return
+    if hard != resource.RLIM_INFINITY and hard < count:
+        raise UsageError(
+            f"--max-connections {count - _OTHER_FILES} needs {count} open files, and this process may open "
+            f"{hard}: raise that (ulimit -Hn), or give a smaller --max-connections"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 
 
 def _credentials(address: Address) -> grpc.ServerCredentials | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import resource
 import socket
 import threading
 import time
@@ -10,6 +12,7 @@ from collections.abc import Callable, Iterator
 
 import grpc
 import numpy as np
+import psutil
 import pytest
 
 from medvlp.serving.access import metadata
@@ -17,6 +20,7 @@ from medvlp.serving.limits import Limits
 from medvlp.serving.server import Address, PrototypeServer
 from medvlp.serving.servicer import SERVICE
 from medvlp.serving.wire import prototypes_pb2 as wire
+from shards.errors import UsageError
 from tests.serving.conftest import TOKEN, is_closed
 
 Start = Callable[..., PrototypeServer]
@@ -182,3 +186,33 @@ def test_strangers_are_sent_away_on_every_kind_of_address(start: Start) -> None:
             assert ask(channel)[0] is Code.OK
             assert len(server._door._known) == 1
         time.sleep(1)
+
+
+def test_strangers_go_also_after_a_look_that_failed(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    look, failures = psutil.Process.net_connections, [OSError(errno.EMFILE, "too many open files")]
+
+    def fail_once(process: psutil.Process, kind: str) -> object:
+        if failures:
+            raise failures.pop()
+        return look(process, kind)
+
+    monkeypatch.setattr(psutil.Process, "net_connections", fail_once)
+    server = start(Limits(handshake_seconds=1))
+    with holding(server, 1, HELLO) as (stranger,):
+        assert is_closed(stranger, 20)
+    assert not failures
+
+
+def test_as_many_files_may_be_opened_as_connections_need(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, pair: allowed.append(pair))
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (1024, 4096))
+    start(Limits(connections=1024))
+    assert allowed == [(1536, 4096)]
+    with pytest.raises(UsageError, match="needs 4512 open files, and this process may open 4096"):
+        start(Limits(connections=4000))
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (4096, 4096))
+    start(Limits(connections=1024))
+    assert len(allowed) == 1
