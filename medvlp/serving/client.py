@@ -41,6 +41,9 @@ TIMEOUT = 60.0
 #: Largest `server.json`, in bytes.
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
+#: gRPC would follow http_proxy to 127.0.0.1 too, and the proxy could read token and reports.
+_NO_PROXY = [("grpc.enable_http_proxy", 0)]
+
 Known = TypeVar("Known", bound=Answer)
 
 
@@ -103,13 +106,13 @@ class PrototypeClient:
         self.connection, self.timeout = connection, timeout
         self._metadata = metadata(connection.token)
         if connection.authority is None:
-            self._channel = grpc.insecure_channel(connection.address)
+            self._channel = grpc.insecure_channel(connection.address, _NO_PROXY)
         else:
             try:
                 trusted = grpc.ssl_channel_credentials(connection.authority.read_bytes())
             except OSError as error:
                 raise RemoteError(f"{connection.authority} cannot be read: {error.strerror}") from error
-            self._channel = grpc.secure_channel(connection.address, trusted)
+            self._channel = grpc.secure_channel(connection.address, trusted, _NO_PROXY)
         self._stub = PrototypesStub(self._channel)  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> Self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -214,3 +215,17 @@ def test_only_its_own_address_is_forgotten(
     server.describe(tmp_path, tmp_path)
     server.forget(tmp_path)
     assert not file.exists()
+
+
+def test_no_proxy_is_asked(start: Callable[..., PrototypeServer], monkeypatch: pytest.MonkeyPatch) -> None:
+    server = start()
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        for name in ("no_grpc_proxy", "no_proxy", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        for name in ("grpc_proxy", "http_proxy", "https_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        with PrototypeClient(Connection(f"127.0.0.1:{server.port}", TOKEN), timeout=20) as client:
+            assert client.table().clusters == 8
+        proxy.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            proxy.accept()
