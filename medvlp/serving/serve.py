@@ -68,7 +68,7 @@ def serve(options: ServeOptions, say: Callable[[str], None]) -> None:
             server.start()
             server.describe(folder, options.run)
             protection = "TLS" if options.address.tls else "no TLS"
-            say(f"serving {options.run} at {options.address.advertised}:{server.port} ({protection})")
+            say(f"serving {options.run} at {options.address.advertised(server.port)} ({protection})")
             while True:
                 if options.follow and (answers := source.newer()) is not None:
                     server.publish(answers)

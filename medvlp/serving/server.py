@@ -53,10 +53,10 @@ class Address:
         """Whether the server speaks TLS."""
         return self.tls_certificate is not None
 
-    @property
-    def advertised(self) -> str:
-        """The host that clients should connect to."""
-        return socket.getfqdn() if self.host in ("0.0.0.0", "::") else self.host
+    def advertised(self, port: int) -> str:
+        """The "HOST:PORT" that clients should connect to."""
+        host = socket.getfqdn() if self.host in ("0.0.0.0", "::") else self.host
+        return _joined(host, port)
 
 
 class PrototypeServer:
@@ -90,10 +90,9 @@ class PrototypeServer:
         names = (SERVICE.full_name, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         self._serving(False)
-        host = f"[{address.host}]" if ":" in address.host else address.host
+        where = _joined(address.host, address.port)
         try:
             credentials = _credentials(address)
-            where = f"{host}:{address.port}"
             self.port: int = (
                 self._server.add_insecure_port(where)
                 if credentials is None
@@ -101,7 +100,7 @@ class PrototypeServer:
             )
         except (RuntimeError, ValueError) as error:
             raise UsageError(
-                f"cannot listen on {host}:{address.port}: it is in use or not of this machine (or the TLS "
+                f"cannot listen on {where}: it is in use or not of this machine (or the TLS "
                 f"files do not fit together); give another --host or --port ({error})"
             ) from error
 
@@ -129,7 +128,7 @@ class PrototypeServer:
             PrototypeFilesError: the folder cannot be made.
         """
         answers = self.servicer.answers
-        address = f"{self.address.advertised}:{self.port}"
+        address = self.address.advertised(self.port)
         trust.remember(SERVER, address)
         content = {
             "address": address,
@@ -163,6 +162,11 @@ class PrototypeServer:
         status = health_pb2.HealthCheckResponse
         for name in ("", SERVICE.full_name):
             self._health.set(name, status.SERVING if yes else status.NOT_SERVING)
+
+
+def _joined(host: str, port: int) -> str:
+    """As gRPC reads it: an address of IPv6, which has colons of its own, in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _options(limits: Limits) -> list[tuple[str, int]]:

@@ -17,9 +17,10 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from medvlp.serving.access import metadata
 from medvlp.serving.answers import Answers
-from medvlp.serving.client import Connection, PrototypeClient, RemoteError
+from medvlp.serving.client import Connection, PrototypeClient, RemoteError, connection_of
 from medvlp.serving.cluster_report import Members
-from medvlp.serving.layout import ADDRESS
+from medvlp.serving.layout import ADDRESS, folder_of
+from medvlp.serving.layout import TOKEN as TOKEN_FILE
 from medvlp.serving.limits import Limits
 from medvlp.serving.offline import RunFiles
 from medvlp.serving.run_model import RunModel
@@ -229,3 +230,17 @@ def test_no_proxy_is_asked(start: Callable[..., PrototypeServer], monkeypatch: p
         proxy.settimeout(0.2)
         with pytest.raises(TimeoutError):
             proxy.accept()
+
+
+def test_a_server_of_ipv6_is_found(start: Callable[..., PrototypeServer], tmp_path: Path) -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("needs ::1")
+    server = start(address=Address(host="::1"))
+    server.describe(folder_of(tmp_path), tmp_path)
+    (folder_of(tmp_path) / TOKEN_FILE).write_text(TOKEN)
+    (folder_of(tmp_path) / TOKEN_FILE).chmod(0o600)
+    with PrototypeClient(connection_of(tmp_path), timeout=20) as client:
+        assert client.connection.address == f"[::1]:{server.port}"
+        assert client.table().clusters == 8
