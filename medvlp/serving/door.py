@@ -39,7 +39,8 @@ class Door:
         self.limits = limits
         self._guesses = RateLimit(limits.wrong_tokens_a_minute / 60, burst=limits.wrong_tokens)
         self._lock = threading.Lock()
-        self._known: set[str] = set()
+        #: Peers that have shown the token -> when they did.
+        self._known: dict[str, float] = {}
         self._seen: dict[str, float] = {}
         self._reading: dict[grpc.ServicerContext, float] = {}
         self._closing = threading.Event()
@@ -68,7 +69,7 @@ class Door:
                 return
         self._refuse_guesser(context)
         with self._lock:
-            self._known.add(peer)
+            self._known[peer] = time.monotonic()
 
     def refuse(self, context: grpc.ServicerContext, reason: str, guess: bool) -> None:
         """End a call without the right token."""
@@ -121,10 +122,13 @@ class Door:
             _shut(found[peer], port, peer)
 
     def _to_close(self, peers: list[str], now: float) -> list[str]:
-        """Which of the open connections must go."""
+        """Which of the open connections must go; `now` is before they were looked at."""
         with self._lock:
             self._seen = {peer: self._seen.get(peer, now) for peer in peers}
-            self._known &= self._seen.keys()
+            # A connection that came while they were looked at may be missing among them.
+            self._known = {
+                peer: since for peer, since in self._known.items() if peer in self._seen or since >= now
+            }
             known = set(self._known)
         oldest_first = sorted(peers, key=self._seen.__getitem__)
         gone = [

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from unittest.mock import Mock
 
 import grpc
 import numpy as np
@@ -16,6 +17,7 @@ import psutil
 import pytest
 
 from medvlp.serving.access import metadata
+from medvlp.serving.door import Door
 from medvlp.serving.limits import Limits
 from medvlp.serving.server import Address, PrototypeServer
 from medvlp.serving.servicer import SERVICE
@@ -216,3 +218,14 @@ def test_as_many_files_may_be_opened_as_connections_need(
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (4096, 4096))
     start(Limits(connections=1024))
     assert len(allowed) == 1
+
+
+def test_who_is_admitted_during_a_look_is_not_forgotten() -> None:
+    door, peer = Door(Limits()), "ipv4:127.0.0.1:41822"
+    now = time.monotonic()
+    door.admit(Mock(peer=lambda: peer))
+    assert door._to_close([], now) == [], "it came too late to be seen"
+    assert door._to_close([peer], now + 0.5) == []
+    assert door._to_close([peer], now + 11) == []
+    assert door._to_close([], now + 12) == []
+    assert not door._known, "it has gone"
