@@ -65,7 +65,8 @@ def write(
 def commit(folder: Path, manifest: Manifest, config: CheckpointConfig) -> Path:
     """Close a written checkpoint with its manifest, give it its name, point `latest` at it, delete old ones.
 
-    Can be called again after an error. Old ones stay until a later call where the best cannot be told now.
+    Can be called again after an error. An old one that the config does not keep may stay, with a warning:
+    the disk refuses to delete it, or to tell the best now.
 
     Args:
         folder: from `partial_folder`, with all ranks' files.
@@ -73,7 +74,7 @@ def commit(folder: Path, manifest: Manifest, config: CheckpointConfig) -> Path:
         config: says which checkpoints are kept.
 
     Raises:
-        OSError: the disk refused a step of it.
+        OSError: the disk refused a step of it, or to delete a checkpoint beyond this one.
     """
     checkpoints = folder.parent
     final = checkpoints / step_folder(manifest.step)
@@ -91,8 +92,8 @@ def commit(folder: Path, manifest: Manifest, config: CheckpointConfig) -> Path:
     drop_beyond(checkpoints, manifest.step)
     try:
         drop_surplus(checkpoints, config)
-    except UnreadableError as error:
-        logger.warning("old checkpoints stay until the next one is saved: %s", error)
+    except (OSError, UnreadableError) as error:
+        logger.warning("old checkpoints stay, which is tried again at the next one: %s", error)
     return final
 
 

@@ -25,19 +25,32 @@ def drop_beyond(checkpoints: Path, step: int) -> list[Path]:
     """Delete what a run has left that fell back behind damaged checkpoints; otherwise as `prune`."""
     gone = [path for number, path in step_folders(checkpoints) if number > step]
     for folder in gone:
-        remove(folder)
+        try:
+            remove(folder)
+        except OSError as error:
+            reason = f"{folder} cannot be deleted, and a later start could go on from it ({error.strerror})"
+            raise OSError(error.errno, reason, error.filename) from error
     return gone
 
 
 def drop_surplus(checkpoints: Path, config: CheckpointConfig) -> list[Path]:
-    """Delete all but the newest, the multiples of `keep_every` and the best; otherwise as `prune`."""
+    """Delete all but the newest, the multiples of `keep_every` and the best; otherwise as `prune`.
+
+    One that cannot be deleted does not save the others.
+    """
     folders = step_folders(checkpoints)
     kept = {path for _, path in (folders[-config.keep_last :] if config.keep_last else folders)}
     kept |= {path for number, path in folders if config.keep_every and number % config.keep_every == 0}
     best = best_of([path for _, path in folders], config)
     gone = [path for _, path in folders if path not in kept and path != best]
+    refusals = []
     for folder in gone:
-        remove(folder)
+        try:
+            remove(folder)
+        except OSError as error:
+            refusals.append(error)
+    if refusals:
+        raise refusals[0]
     return gone
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from medvlp.config import CheckpointConfig, Config
 from medvlp.data.batch_sizes import divide_batch
-from medvlp.runs import checkpoint_files, state_files
+from medvlp.runs import checkpoint_files, retention, state_files
 from medvlp.runs import manifest as manifest_module
 from medvlp.runs.checkpoint import Checkpoint
 from medvlp.runs.checkpoint_writer import CheckpointWriter
@@ -256,6 +256,41 @@ def test_the_best_is_kept(tmp_path, mode, best):
         checkpoint_files.commit(folder, whole, config)
     kept = {int(path.name[5:]) for path in (tmp_path / "checkpoints").glob("step-*")}
     assert kept == {7, best}
+
+
+def refuse_to_delete(monkeypatch, folder: Path) -> None:
+    original = retention.remove
+
+    def refused(doomed):
+        if doomed == folder:
+            raise OSError(errno.EACCES, "Permission denied", str(doomed))
+        original(doomed)
+
+    monkeypatch.setattr(retention, "remove", refused)
+
+
+def test_an_old_one_that_cannot_be_deleted_is_named_and_ends_no_training(tmp_path, monkeypatch, caplog):
+    stuck, other = save(tmp_path, 5), save(tmp_path, 10)
+    refuse_to_delete(monkeypatch, stuck)
+    writer = CheckpointWriter(tmp_path / "checkpoints", CheckpointConfig(retries=0, keep_last=1))
+    writer.start(state(writer.checkpoints, 15), manifest(15))
+    with caplog.at_level("WARNING", logger="medvlp"):
+        writer.wait()
+    assert f"Permission denied: '{stuck}'" in caplog.text
+    assert Checkpoint.find(tmp_path).step == 15
+    assert stuck.exists()
+    assert not other.exists()
+    with pytest.raises(OSError, match="Permission denied"):  # of the command: who asks for it is told
+        prune(writer.checkpoints, 15, writer.config)
+
+
+def test_one_beyond_the_saved_step_must_go(tmp_path, monkeypatch):
+    save(tmp_path, 5)
+    refuse_to_delete(monkeypatch, save(tmp_path, 20))
+    writer = CheckpointWriter(tmp_path / "checkpoints", CheckpointConfig(retries=0))
+    writer.start(state(writer.checkpoints, 10), manifest(10))
+    with pytest.raises(CheckpointError, match=r"step-00000020 cannot be deleted, and a later start could"):
+        writer.wait()
 
 
 def test_a_commit_that_was_cut_off_can_be_repeated(tmp_path, monkeypatch):
