@@ -245,13 +245,15 @@ class AsynchronousService(PrototypeService):
     def state_dict(self) -> dict[str, Any]:
         """The table and its age. A request on its way is forgotten; the ring refills."""
         table = None if self.table is None else self.table.state_dict()
-        return {"table": table, "swapped": self._swapped}
+        return {"table": table, "swapped": self._swapped, "step": self._step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a stored table, also of a synchronous service; before the first request."""
         table = state["table"]
         self.table = None if table is None else PrototypeTable.from_state_dict(table)
         self._swapped = state.get("swapped")
+        # Older states lack the step, a synchronous service's lack both: the age begins anew.
+        self._step = state.get("step", self._swapped or 0)
         if self.table is not None and self._first:
             put_table(self._board, self.table)
 

@@ -201,7 +201,7 @@ def test_a_checkpoint_has_the_table_and_forgets_the_request(board) -> None:
     for step in range(6, 11):
         end_step(service, step)
     state = service.state_dict()
-    assert sorted(state) == ["swapped", "table"]
+    assert sorted(state) == ["step", "swapped", "table"]
     other, other_path = build(board)
     other.load_state_dict(state)
     assert other.table.fingerprint == service.table.fingerprint
@@ -210,6 +210,19 @@ def test_a_checkpoint_has_the_table_and_forgets_the_request(board) -> None:
         end_step(other, step)
     assert other.metrics()["prototypes/staleness"] == 9
     assert other_path.requests()[0] == [15]
+
+
+def test_stale_clusters_are_stale_from_the_first_step_of_a_resumed_run(board) -> None:
+    """The ranks may first agree many steps later."""
+    service, _ = build(board, stale="drop_loss")
+    service.load_state_dict({"table": table(3).state_dict(), "swapped": 100})  # of a version without the step
+    assert service.staleness == 0
+    end_step(service, 113)
+    assert service.usable_table is None
+    resumed, _ = build(board, stale="drop_loss")
+    resumed.load_state_dict(service.state_dict())
+    assert resumed.staleness == 13
+    assert resumed.usable_table is None
 
 
 def two_nodes(outcomes: list[tuple[int, int, int]], paths: list[str]) -> list[tuple[int, int, int]]:
