@@ -8,6 +8,7 @@ import json
 import pickle
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from shards.reader import ShardReader
 from shards.sample import StoredImage, to_sample
 from shards.sources.base import PublishedCount, RejectedRecord
 from shards.sources.registry import sources
+from shards.study import Study
 from shards.verify import verify
 from tests.fixtures.archive import Archive
 
@@ -73,6 +75,13 @@ def outcome(source: ArchiveSource) -> tuple[list[dict[str, bytes]], set[tuple[st
     return samples, rejected
 
 
+def studies_of(source: ArchiveSource) -> Iterator[tuple[int, Study]]:
+    """Every study with the number of its record; rejected ones are left out."""
+    for i in range(len(source)):
+        with suppress(RejectedRecord):
+            yield from ((i, study) for study in source.load(i))
+
+
 def ids(source: ArchiveSource) -> list[tuple[str, str]]:
     """Patient and prescribed split of every record that is not rejected at sight."""
     kept = [i for i in range(len(source)) if not source.split_key(i).startswith("row ")]
@@ -88,36 +97,24 @@ def test_no_image_that_its_file_turns_has_places(
     source = open_archive(name, archive)
     if any(source.files.names(".dcm")) or any(source.files.names(".dicom")):
         pytest.skip("DICOM files have no such orientation")
-    for i in range(len(source)):
-        try:
-            studies = source.load(i)
-        except RejectedRecord:
-            continue
-        for study in studies:
-            places = (
-                study.boxes,
-                study.anatomy,
-                study.masks,
-                [box for of in study.phrases for box in of.boxes],
-            )
-            assert not any(places), f"record {i}"
+    for i, study in studies_of(source):
+        places = (
+            study.boxes,
+            study.anatomy,
+            study.masks,
+            [box for of in study.phrases for box in of.boxes],
+        )
+        assert not any(places), f"record {i}"
 
 
 def test_hashed_ids_stand_nowhere_else_in_a_sample(name: str, archive: Archive) -> None:
     source = open_archive(name, archive)
-    for i in range(len(source)):
-        try:
-            studies = source.load(i)
-        except RejectedRecord:
-            continue
-        for study in studies:
-            hashed = to_metadata(hash_identifiers(study, b"k" * 16, source.identifying))
-            kept = json.dumps(
-                {field: hashed[field] for field in ("patient_id", "study_id", "extra", "lists")}
-            )
-            # Shorter ones stand in anything.
-            for told in {text for text in (study.patient_id, study.study_id) if len(text) > 4}:
-                assert told not in kept, f"record {i}"
+    for i, study in studies_of(source):
+        hashed = to_metadata(hash_identifiers(study, b"k" * 16, source.identifying))
+        kept = json.dumps({field: hashed[field] for field in ("patient_id", "study_id", "extra", "lists")})
+        # Shorter ones stand in anything.
+        for told in {text for text in (study.patient_id, study.study_id) if len(text) > 4}:
+            assert told not in kept, f"record {i}"
 
 
 @pytest.fixture
