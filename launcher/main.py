@@ -100,8 +100,8 @@ def _known(error: MedvlpError | RuntimeError) -> MedvlpError | None:
     """An error meant for the user, or what `DataLoader` says of a dead worker in words only."""
     if isinstance(error, MedvlpError):
         return error
-    loader = sys.modules.get("medvlp.data.loader")  # its import takes seconds
-    return None if loader is None else loader.worker_death(error)
+    workers = sys.modules.get("medvlp.data.workers")  # its import takes seconds
+    return None if workers is None else workers.worker_death(error)
 
 
 if __name__ == "__main__":

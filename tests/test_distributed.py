@@ -14,7 +14,7 @@ import torch
 
 from medvlp import distributed
 from medvlp.config import DataConfig
-from medvlp.data.loader import _loader
+from medvlp.data.workers import WorkerLoader
 from medvlp.ranks import LAUNCHER_LOCAL_RANK, detect, tell_deepspeed
 from medvlp.runs.randomness import random_state
 from shards.errors import DataError
@@ -230,8 +230,7 @@ def test_a_run_on_the_cpu_beside_a_gpu_leaves_it_alone(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: pytest.fail("this makes a CUDA context"))
     assert "cuda" not in random_state()
-    loader = _loader([], [], DataConfig(), 0)
-    assert not loader.pin_memory
+    assert not WorkerLoader([], [], DataConfig(), 0, 1)._loader.pin_memory
 
 
 class Closed:
@@ -246,7 +245,12 @@ class Closed:
 
 def loaded_where_processes_start_by(method: str) -> list[str]:
     multiprocessing.set_start_method(method, force=True)
-    return [str(error) for error in _loader(Closed(), [[1, 2], [3]], DataConfig(), 1)]
+    errors = []
+    for request in ([1, 2], [3]):
+        with pytest.raises(DataError) as raised:
+            list(WorkerLoader(Closed(), [request], DataConfig(), 1, 2))
+        errors.append(str(raised.value))
+    return errors
 
 
 @pytest.mark.parametrize("method", ["forkserver", "spawn"])

@@ -86,12 +86,12 @@ def _shared_memory(folder: Path) -> Result:
     except OSError as error:
         return fail(
             "shared memory", f"{folder}: {error.strerror}",
-            "data workers need it: mount a tmpfs there, or run with data.workers=0",
+            "locks of data workers, and NCCL, are there: mount a tmpfs, or run with data.workers=0",
         )  # fmt: skip
     if free < ENOUGH_SHARED_MEMORY:
         return warn(
             "shared memory", f"{folder} has {free / GIB:.2f} GiB free",
-            "enlarge it (in docker: --ipc=host or --shm-size), or lower data.workers and data.prefetch",
+            "enlarge it (in docker: --ipc=host or --shm-size): NCCL needs it between the GPUs of a node",
         )  # fmt: skip
     return ok("shared memory", f"{folder} has {free / GIB:.1f} GiB free")
 

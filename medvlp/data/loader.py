@@ -1,34 +1,24 @@
-"""Loaders: which rows a rank reads at which step, and worker processes."""
+"""Loaders: which rows a rank reads at which step."""
 
 import logging
-import multiprocessing
-import os
-import re
-import signal
-import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from multiprocessing.process import BaseProcess
-from pathlib import Path
-from typing import Any
 
-import cv2
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Sampler
 
 from medvlp.config import Config, DataConfig
 from medvlp.config_files import ConfigError
 from medvlp.data.augment import moves_freely
 from medvlp.data.batch import Batch
-from medvlp.data.dataset import EvaluationDataset, ImageReportDataset, TrainingDataset
+from medvlp.data.dataset import EvaluationDataset, TrainingDataset
 from medvlp.data.faults import FaultCounter
 from medvlp.data.fields import open_fields
 from medvlp.data.order import Positions, SampleOrder, StudyImages, rank_rows
-from medvlp.data.packing import PackedBatch, pack
 from medvlp.data.rules import told
 from medvlp.data.sample_store import SampleStore
 from medvlp.data.text import Tokenizer
+from medvlp.data.workers import WorkerLoader
 from medvlp.distributed import uses_cuda
 from medvlp.ranks import detect, threads_of_rank
 from shards.errors import DataError
@@ -40,8 +30,6 @@ logger = logging.getLogger(__name__)
 _COMPILED_MULTIPLE = 32
 #: Data workers of a rank, where the config does not say it.
 _FEWEST, _MOST = 2, 8
-#: Seconds to wait for a killed data worker; only one that waits for a dead disk takes longer.
-_KILL_SECONDS = 2.0
 
 
 class MicroBatchSampler(Sampler[tuple[int, Positions]]):
@@ -110,7 +98,8 @@ class TrainingLoader:
         self.samples = len(sampler.trainable)
         self.steps_per_epoch = sampler.steps_per_epoch
         self.accumulation = sampler.accumulation
-        self._loader = _loader(dataset, sampler, config, workers=data_workers(config))
+        rows = sampler.batch // (sampler.accumulation * sampler.world_size)
+        self._loader = WorkerLoader(dataset, sampler, config, data_workers(config), rows)
         self._faults = FaultCounter(config.max_bad_fraction, self.samples, sampler.world_size)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -119,7 +108,7 @@ class TrainingLoader:
         Raises:
             DataError: too many corrupt samples.
         """
-        for batch in _batches(self._loader):
+        for batch in self._loader:
             self._faults.count(batch)
             yield batch
 
@@ -212,7 +201,8 @@ class EvaluationLoader:
     ) -> None:
         self.samples = sum(len(chunk) for chunk in chunks)
         self.keeps_empty, self._config, self._whole = keeps_empty, config, faults
-        self._loader = _loader(dataset, chunks, config, workers=min(data_workers(config), len(chunks)))
+        workers, rows = min(data_workers(config), len(chunks)), max(map(len, chunks), default=0)
+        self._loader = WorkerLoader(dataset, chunks, config, workers, rows)
 
     def __len__(self) -> int:
         """Number of batches, if no batch is lost to corrupt samples."""
@@ -225,7 +215,7 @@ class EvaluationLoader:
             DataError: too many corrupt samples.
         """
         faults = self._whole or FaultCounter(self._config.max_bad_fraction, self.samples, world_size=1)
-        for batch in _batches(self._loader):
+        for batch in self._loader:
             faults.count(batch)
             if batch.keys or self.keeps_empty:
                 yield batch
@@ -277,124 +267,3 @@ def data_workers(config: DataConfig) -> int:
     if config.workers is not None:
         return config.workers
     return min(_MOST, max(_FEWEST, threads_of_rank(detect()) - 1)) if uses_cuda() else _FEWEST
-
-
-class LoaderError(DataError):
-    """The loader cannot go on: one of its processes died, or an error nobody foresaw arose while it read."""
-
-
-class _ErrorsAsValues(Dataset[Batch | PackedBatch | DataError]):
-    """The dataset, returning errors: `DataLoader` would wrap a raised one in the worker's traceback.
-
-    Batches of a worker are packed for their way to the rank.
-    """
-
-    def __init__(self, dataset: ImageReportDataset) -> None:
-        self.dataset = dataset
-
-    def __getitem__(self, request: Any) -> Batch | PackedBatch | DataError:
-        try:
-            found: Batch = self.dataset[request]
-            return found if torch.utils.data.get_worker_info() is None else pack(found)
-        except DataError as error:
-            return error
-        except Exception as error:
-            # MemoryError at a size that a damaged index claims, a bug, a broken library.
-            return LoaderError(_unforeseen(error))
-
-
-def _unforeseen(error: Exception) -> str:
-    """What a user can report of it: kind and place, not its text, which may be a report's."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if "/medvlp/" in frame.filename or "/shards/" in frame.filename]
-    place = (own or frames)[-1]
-    cause = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
-    worker = torch.utils.data.get_worker_info()
-    who = "reading samples" if worker is None else f"data worker {worker.id} (process {os.getpid()})"
-    return (
-        f"{who} failed: {cause} in {Path(place.filename).name}:{place.lineno} ({place.name}); the "
-        "dataset may be damaged (run medvlp shards verify), or the machine out of memory (lower data.workers)"
-    )
-
-
-#: Of all loaders that run, with their number in their loader; the process objects keep how they ended.
-_workers: list[tuple[int, BaseProcess]] = []
-
-
-def _batches(loader: DataLoader[Any]) -> Iterator[Batch]:
-    """The loader's batches; returned errors are raised."""
-    before = set(multiprocessing.active_children())
-    batches = iter(loader)
-    started = [child for child in multiprocessing.active_children() if child not in before]
-    started.sort(key=lambda child: [int(number) for number in re.findall(r"\d+", child.name)])
-    _workers[:] = [(number, worker) for number, worker in _workers if worker.exitcode is None]
-    _workers.extend(enumerate(started))
-    for batch in batches:
-        if isinstance(batch, DataError):
-            raise batch
-        yield batch.unpack() if isinstance(batch, PackedBatch) else batch
-
-
-def worker_death(error: RuntimeError) -> LoaderError | None:
-    """What `DataLoader` says only in words, and at any moment (it listens to SIGCHLD): a worker ended.
-
-    Returns:
-        the error that names the worker and its signal; None if `error` is another.
-    """
-    if "DataLoader worker" not in str(error):  # torch has no class for it
-        return None
-    ends = [
-        f"data worker {number} (process {worker.pid}) {_end(worker.exitcode)}"
-        for number, worker in _workers
-        if worker.exitcode
-    ]
-    return LoaderError(
-        f"{' and '.join(ends) or 'a data worker ended'}. The system kills one when memory is short: lower "
-        "data.workers, data.prefetch or the batch, and start again to resume"
-    )
-
-
-def _end(code: int) -> str:
-    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-
-
-def kill_workers() -> None:
-    """End all data workers without asking: they hold nothing, and one that is stopped answers no SIGTERM."""
-    # torch's handler of SIGCHLD would raise about each of them, wherever this process then is.
-    previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for _, worker in _workers:
-        worker.kill()
-        worker.join(_KILL_SECONDS)
-    if all(worker.exitcode is not None for _, worker in _workers):  # else one ends later
-        signal.signal(signal.SIGCHLD, previous)
-    _workers.clear()
-
-
-def _loader(
-    dataset: ImageReportDataset, requests: Sampler[Any] | list[list[int]], config: DataConfig, workers: int
-) -> DataLoader[Any]:
-    """PyTorch's loader where each request is a whole batch."""
-    return DataLoader(
-        _ErrorsAsValues(dataset),
-        batch_size=None,
-        sampler=requests,
-        num_workers=workers,
-        prefetch_factor=config.prefetch if workers else None,
-        pin_memory=uses_cuda(),  # not where a GPU is only present: pinning makes a CUDA context on it
-        worker_init_fn=_start_worker,
-        multiprocessing_context="fork" if workers else None,  # Python 3.14 would start them from pickles
-        # An own generator: the loader would otherwise advance the default one, which the checkpoint restores.
-        generator=torch.Generator().manual_seed(0),
-    )
-
-
-def _start_worker(worker: int) -> None:
-    cv2.setNumThreads(0)
-    _workers.clear()  # its siblings are not its children
-    # Signals for the rank's process group (torchrun's SIGTERM, Ctrl-C) are the rank's to act on: it saves and
-    # ends its workers. Those of its parent, and the loss of it, still end a worker.
-    os.setpgid(0, 0)
-    # Slurm's warning goes to every process of a step, whatever its group; the rank hears its own.
-    signal.set_wakeup_fd(-1)
-    for number in (signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)

@@ -15,7 +15,8 @@ from medvlp import distributed
 from medvlp.config import Config
 from medvlp.data.batch import Batch
 from medvlp.data.batch_sizes import BatchSizes, divide_batch
-from medvlp.data.loader import LoaderError, TrainingLoader, build_loader, kill_workers, worker_death
+from medvlp.data.loader import TrainingLoader, build_loader
+from medvlp.data.workers import LoaderError, kill_workers, worker_death
 from medvlp.lifetime import end_within
 from medvlp.methods.base import Method, Objective
 from medvlp.prototypes.anchors import AnchorEncoder

@@ -18,9 +18,10 @@ from medvlp.config import Config, TransformConfig
 from medvlp.config_files import ConfigError
 from medvlp.data import loader as loading
 from medvlp.data.batch import Batch
-from medvlp.data.loader import build_loader, data_workers, evaluation_loader, kill_workers, worker_death
+from medvlp.data.loader import build_loader, data_workers, evaluation_loader
 from medvlp.data.text import Tokenizer
 from medvlp.data.transforms import DRAWS, SampleRandom, evaluation_view, training_view
+from medvlp.data.workers import kill_workers, worker_death
 from medvlp.encoders.backbones import EncoderError
 from medvlp.ranks import LostPeerError
 from medvlp.training.run import _named
@@ -215,10 +216,21 @@ def test_workers_keep_out_of_the_signals_of_their_rank(
     assert not any(worker.is_alive() for worker in workers)
 
 
+def test_iterations_of_one_loader_may_overlap(make_config: ConfigFactory, tokenizer: Tokenizer) -> None:
+    reader = ShardReader(make_config().data.root)
+    alone = list(evaluation_loader(make_config(), reader, tokenizer, "train", 3))
+    loader = evaluation_loader(make_config(workers=2), reader, tokenizer, "train", 3)
+    pairs = list(zip(loader, loader, strict=True))  # two iterators, each with workers of its own
+    assert len(pairs) == len(alone) > 9
+    for expected, found in zip(alone, pairs, strict=True):
+        assert_equal(found[0], expected)
+        assert_equal(found[1], expected)
+
+
 def test_datasets_travel_to_spawned_workers(make_config: ConfigFactory, tokenizer: Tokenizer) -> None:
     config = make_config()
     loader = build_loader(config, ShardReader(config.data.root), tokenizer, 0, 1, 16)
-    dataset = loader._loader.dataset.dataset
+    dataset = loader._loader._dataset.dataset
     copy = pickle.loads(pickle.dumps(dataset))
     request = (3, np.arange(6))
     assert_equal(copy[request], dataset[request])

@@ -1,15 +1,16 @@
-"""A batch in one block is the batch."""
+"""A batch in memory that processes share is the batch."""
 
 from __future__ import annotations
 
 import dataclasses
 import pickle
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from medvlp.data.batch import Batch, Text
-from medvlp.data.packing import PackedBatch, pack
+from medvlp.data.packing import PackedBatch, Slots
 
 
 def batch(rows: int) -> Batch:
@@ -27,22 +28,58 @@ def batch(rows: int) -> Batch:
     return Batch(image, text, torch.arange(rows), labels, keys, 1, ["why"], fields)
 
 
-@pytest.mark.parametrize("rows", [0, 1, 5])
-def test_a_packed_batch_unpacks_to_the_same(rows: int) -> None:
-    given = batch(rows)
-    packed = pack(given)
-    assert packed.block.is_shared()
-    found = packed.unpack()
+@pytest.fixture
+def slots() -> Iterator[Slots]:
+    """Two of one worker, with room for five rows."""
+    slots = Slots(workers=1, ahead=1, size=1200)
+    yield slots
+    slots.close()
+
+
+def sent(packed: PackedBatch) -> PackedBatch:
+    """As the rank receives it."""
+    received: PackedBatch = pickle.loads(pickle.dumps(packed))
+    return received
+
+
+def assert_same(found: Batch, given: Batch) -> None:
     expected, seen = dataclasses.asdict(given), dataclasses.asdict(found)
     for name in ("keys", "skipped", "faults", "study"):
         assert seen.pop(name) == expected.pop(name)
     torch.testing.assert_close(seen, expected, rtol=0, atol=0, equal_nan=True)
-    assert found.image.untyped_storage().data_ptr() == packed.block.untyped_storage().data_ptr()
 
 
-def test_one_tensor_travels() -> None:
-    """What the shell holds are plain values: it pickles without a storage."""
-    shell = pack(batch(3)).shell
-    assert not [value for value in vars(shell).values() if isinstance(value, torch.Tensor)]
-    again = PackedBatch(pickle.loads(pickle.dumps(shell)), pack(batch(3)).block).unpack()
-    assert torch.equal(again.text.sentence_index, batch(3).text.sentence_index)
+@pytest.mark.parametrize("rows", [0, 1, 5])
+def test_a_packed_batch_unpacks_to_the_same(slots: Slots, rows: int) -> None:
+    assert_same(sent(slots.pack(batch(rows), worker=0)).unpack(), batch(rows))
+
+
+def test_no_tensor_travels(slots: Slots) -> None:
+    message = len(pickle.dumps(slots.pack(batch(5), worker=0)))
+    assert message < len(pickle.dumps(slots.pack(batch(0), worker=0))) + 100
+
+
+def test_slots_are_filled_again_and_what_was_unpacked_stays(slots: Slots) -> None:
+    found, waiting = [], slots.pack(batch(1), worker=0)
+    for rows in (2, 3, 4, 5):  # one is always asked for in advance
+        following = slots.pack(batch(rows), worker=0)
+        found.append(sent(waiting).unpack())
+        waiting = following
+    for rows, unpacked in enumerate(found, 1):
+        assert_same(unpacked, batch(rows))
+
+
+def test_a_batch_that_was_replaced_before_it_was_read_is_no_other_batch(slots: Slots) -> None:
+    lost = slots.pack(batch(1), worker=0)
+    slots.pack(batch(2), worker=0)
+    slots.pack(batch(3), worker=0)
+    with pytest.raises(RuntimeError, match="worker 0 replaced batch 0 by 2 before it was read"):
+        sent(lost).unpack()
+
+
+def test_a_batch_larger_than_a_slot_travels_by_itself(slots: Slots) -> None:
+    first, large, second = (slots.pack(batch(rows), worker=0) for rows in (1, 50, 2))
+    assert isinstance(large.memory, torch.Tensor)
+    assert large.memory.is_shared()
+    for packed, rows in ((first, 1), (large, 50), (second, 2)):
+        assert_same(packed.unpack(), batch(rows))
