@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 from packaging.version import Version
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std, start_processes
+from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, start_processes
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from launcher.placement import Node, route_to
@@ -84,8 +83,11 @@ def launch(
     node = node or Node()
     # The ranks have said what was wrong; torch would add a line about the exit code to it.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    with tempfile.TemporaryDirectory(prefix="medvlp-launch-") as folder, ExitStack() as stack:
-        claim = Path(folder) / "first-error"
+    with ExitStack() as stack:
+        # In memory: nothing is left behind, however this process ends.
+        descriptor = os.memfd_create("medvlp-first-error")
+        stack.callback(os.close, descriptor)
+        claim = Path(f"/proc/{os.getpid()}/fd/{descriptor}")
         shared = {FIRST_ERROR: str(claim)}
         if not node.port:
             _store, node, meeting = meet_here(node)  # which this frame keeps until the ranks have ended
@@ -99,6 +101,21 @@ def launch(
     return code
 
 
+class _OnScreen(LogsSpecs):
+    """Ranks write where their launcher does; torch's own class makes a folder for logs, and leaves it."""
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        """No file for any rank."""
+        return LogsDest(
+            stdouts=dict.fromkeys(envs, ""), stderrs=dict.fromkeys(envs, ""), error_files=dict.fromkeys(envs, "")
+        )
+
+    @property
+    def root_log_dir(self) -> str:
+        """There is none."""
+        return ""
+
+
 def _run_processes(
     arguments: Sequence[str], environments: dict[int, dict[str, str]], node: Node, has_cuda: bool
 ) -> list[ProcessFailure]:
@@ -108,7 +125,7 @@ def _run_processes(
         entrypoint=sys.executable,
         args=dict.fromkeys(environments, ("-m", "launcher.main", *arguments)),
         envs=environments,
-        logs_specs=DefaultLogsSpecs(redirects=Std.NONE),
+        logs_specs=_OnScreen(),
         **(_near_their_gpus() if has_cuda else {}),
     )
     processes = {

@@ -1,5 +1,6 @@
 """Which rank this process is, as torchrun, deepspeed or srun say it, and who shows an error. No torch."""
 
+import fcntl
 import os
 import re
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from shards.errors import MedvlpError
 NODE_LAUNCH = "MEDVLP_NODE_LAUNCH"
 #: The launcher's LOCAL_RANK, in processes where that had to become the number of the GPU for DeepSpeed.
 LAUNCHER_LOCAL_RANK = "MEDVLP_LAUNCHER_LOCAL_RANK"
-#: Path of the file that the first rank of a node with an error makes; only that rank shows its error.
+#: Path of the file into which the first rank of a node with an error writes; only that rank shows its error.
 FIRST_ERROR = "MEDVLP_FIRST_ERROR"
 
 
@@ -183,18 +184,21 @@ def claim_first_error(environment: Mapping[str, str], code: int) -> bool:
     if FIRST_ERROR not in environment:
         return True
     try:
-        with Path(environment[FIRST_ERROR]).open("x", encoding="utf-8") as claim:
+        with Path(environment[FIRST_ERROR]).open("a+", encoding="utf-8") as claim:
+            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(claim.fileno()).st_size:
+                return False
             rank = environment.get(LAUNCHER_LOCAL_RANK) or environment.get("LOCAL_RANK", "0")
             claim.write(f"{rank} {code}")
-    except FileExistsError:
+    except BlockingIOError:  # another rank is about to write
         return False
-    except OSError:  # a full disk must not hide the message about it
+    except OSError:  # a file that cannot be opened must not hide the message
         return True
     return True
 
 
 def first_error(file: Path) -> tuple[int, int] | None:
-    """Local rank and exit code of the first to show an error; None: nobody has, or the disk was full."""
+    """Local rank and exit code of the first to show an error; None: nobody has."""
     try:
         rank, code = file.read_text(encoding="utf-8").split()
         return int(rank), int(code)

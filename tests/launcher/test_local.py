@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -17,6 +20,7 @@ import torch
 from launcher import local
 from launcher.placement import Node, Route, route_to
 from medvlp import distributed
+from medvlp.ranks import FIRST_ERROR, claim_first_error, first_error
 from medvlp.training.hangs import lost_rank
 from shards.errors import UsageError
 
@@ -99,6 +103,49 @@ def test_signals_are_the_ranks_as_long_as_there_are_ranks(monkeypatch: pytest.Mo
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("command", ["--help", "--no-such-option"])
+def test_a_launch_leaves_nothing_in_the_temporary_folder(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor has it anything there that would stay when it is killed: jobs share the node's /tmp."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    seen: list[list[str]] = []
+    run = local._run_processes
+
+    def looked(*arguments: Any) -> Any:
+        failures = run(*arguments)
+        seen.append([str(path) for path in tmp_path.rglob("*")])
+        return failures
+
+    monkeypatch.setattr(local, "_run_processes", looked)
+    assert (local.launch([command], 2, has_cuda=False) == 0) == (command == "--help")
+    assert seen == [[]]
+
+
+def test_of_ranks_that_fail_at_once_one_shows_its_error(tmp_path: Path) -> None:
+    """The claim is made under a lock, which the one that writes holds for a moment."""
+    file = tmp_path / "first"
+    environment = {FIRST_ERROR: str(file), "LOCAL_RANK": "1"}
+    with file.open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert not claim_first_error(environment, 3)
+    start, claims = threading.Barrier(8), []
+
+    def claim(rank: int) -> None:
+        start.wait()
+        claims.append(claim_first_error(environment | {"LOCAL_RANK": str(rank)}, 10 + rank))
+
+    threads = [threading.Thread(target=claim, args=(rank,)) for rank in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sum(claims) == 1
+    found = first_error(file)
+    assert found is not None
+    assert found[1] == 10 + found[0]
 
 
 def test_every_rank_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,7 +119,7 @@ def test_a_rank_that_wakes_adds_no_error_of_its_own(
     with Watchdog(tmp_path, 1800, 60) as dog:
         dog.alert = lambda title, text: alerts.append(title)
         if "this node" in told:
-            (tmp_path / "first").touch()
+            (tmp_path / "first").write_text("1 7")
         elif "another" in told:
             EventLog(tmp_path).note("hang", 3, text="rank 0 does not answer")
         dog._investigate()
