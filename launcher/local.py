@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -31,12 +32,16 @@ from medvlp.training.hangs import announce_lost
 from medvlp.training.interrupts import EXIT_INTERRUPTED
 from shards.errors import MedvlpError, UsageError
 
+logger = logging.getLogger(__name__)
+
 #: Signals the ranks act on (they save a checkpoint and stop).
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 #: Those that torch takes too; they keep their meaning, so that `nohup` keeps a run.
 _LEFT_ALONE = (signal.SIGHUP, signal.SIGQUIT)
 #: Seconds between two looks at whether a rank has died.
 _LOOK_SECONDS = 0.5
+#: Where Linux tells of the NUMA nodes of a machine: its sockets, or parts of them.
+_NUMA_NODES = Path("/sys/devices/system/node")
 #: Tells a rank which process it must not outlive.
 PARENT = "MEDVLP_LAUNCHER_PID"
 
@@ -107,7 +112,9 @@ class _OnScreen(LogsSpecs):
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
         """No file for any rank."""
         return LogsDest(
-            stdouts=dict.fromkeys(envs, ""), stderrs=dict.fromkeys(envs, ""), error_files=dict.fromkeys(envs, "")
+            stdouts=dict.fromkeys(envs, ""),
+            stderrs=dict.fromkeys(envs, ""),
+            error_files=dict.fromkeys(envs, ""),
         )
 
     @property
@@ -158,12 +165,32 @@ def _run_processes(
 
 
 def _near_their_gpus() -> dict[str, Any]:
-    """Bind each rank to the cores and memory of its GPU's socket, where torch can (from 2.9)."""
+    """Bind each rank to the cores of its GPU's socket, where torch can (from 2.9, with numactl)."""
     try:
         from torch.numa.binding import AffinityMode, NumaOptions
     except ImportError:
         return {}
+    sockets = len(list(_NUMA_NODES.glob("node[0-9]*")))
+    if sockets < 2:
+        return {}
+    if shutil.which("numactl") is None:
+        logger.warning(
+            "ranks run on any core of %d NUMA nodes: numactl, by which torch binds each to its GPU's, is not "
+            "installed",
+            sockets,
+        )
+        return {}
+    logging.getLogger("torch.numa.binding").addFilter(_shorten)
     return {"numa_options": NumaOptions(AffinityMode.NODE, should_fall_back_if_binding_fails=True)}
+
+
+def _shorten(record: logging.LogRecord) -> bool:
+    """One line in place of the two tracebacks with which torch says that a rank could not be bound."""
+    if record.exc_info and record.exc_info[1] is not None:
+        record.msg, record.args = f"a rank runs on any core: {record.exc_info[1]}", ()
+        record.exc_info = record.exc_text = None
+        return True
+    return record.levelno < logging.WARNING
 
 
 def announce_death(

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import torch.numa.binding
 
 from launcher import local
 from launcher.placement import Node, Route, route_to
@@ -192,9 +193,39 @@ def test_the_way_to_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
         assert route_to(address) == Route(address, name)
 
 
-def test_ranks_are_bound_to_the_socket_of_their_gpu_where_torch_can(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def two_sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(2):
+        (tmp_path / f"node{number}").mkdir()
+    (tmp_path / "online").touch()
+    monkeypatch.setattr(local, "_NUMA_NODES", tmp_path)
+    monkeypatch.setattr(local.shutil, "which", {"numactl": "/usr/bin/numactl"}.get)
+
+
+@pytest.mark.usefixtures("two_sockets")
+def test_ranks_are_bound_to_the_socket_of_their_gpu_where_torch_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     options = local._near_their_gpus()["numa_options"]
     assert options.affinity_mode.value == "node"
-    assert options.should_fall_back_if_binding_fails, "one socket, or a container that hides it, is no error"
+    assert options.should_fall_back_if_binding_fails
+    monkeypatch.setattr(local.shutil, "which", {}.get)
+    assert local._near_their_gpus() == {}
+    assert "numactl" in caplog.text
+    caplog.clear()
+    (tmp_path / "node1").rmdir()
+    assert local._near_their_gpus() == {}, "a single socket"
     monkeypatch.setitem(sys.modules, "torch.numa.binding", None)
     assert local._near_their_gpus() == {}, "torch before 2.9"
+    assert not caplog.text
+
+
+@pytest.mark.usefixtures("two_sockets")
+def test_a_rank_that_cannot_be_bound_costs_a_line(caplog: pytest.LogCaptureFixture) -> None:
+    """Torch says it with the traceback, twice, for each rank; here it finds no GPU to ask for its place."""
+    options = local._near_their_gpus()["numa_options"]
+    wrap = torch.numa.binding._maybe_wrap_command_args_with_numa_binding
+    assert wrap(("medvlp",), device_index=0, numa_options=options) == ("medvlp",)
+    [record] = caplog.records
+    assert record.exc_info is None
+    assert record.getMessage().startswith("a rank runs on any core: No accelerator")
