@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -133,15 +134,30 @@ def kernels(place: Place, note: Note) -> None:
         if cuda:
             torch.cuda.synchronize()
         wall = time.perf_counter() - started
+    note("idle_share", max(0.0, 1 - busy_seconds(on_device(profile.events(), cuda)) / wall))
     column = "self_device_time_total" if cuda else "self_cpu_time_total"
-    events = sorted(profile.key_averages(), key=lambda event: getattr(event, column), reverse=True)
-    busy = sum(getattr(event, column) for event in events) / 1e6
-    note("idle_share", max(0.0, 1 - busy / wall))
+    found = on_device(profile.key_averages(), cuda)
+    found.sort(key=lambda event: getattr(event, column), reverse=True)
     note(
         "kernels",
-        [[event.key[:100], getattr(event, column) / 3e3, event.count // 3] for event in events[:20]],
+        [[event.key[:100], getattr(event, column) / 3e3, event.count // 3] for event in found[:20]],
     )
     engine.close()
+
+
+def on_device(events: Iterable[Any], cuda: bool) -> list[Any]:
+    """What a profile says of the device itself: operations of the host bear their kernels' time once more."""
+    kind = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
+    return [event for event in events if event.device_type == kind and not event.is_user_annotation]
+
+
+def busy_seconds(events: Iterable[Any]) -> float:
+    """How long at least one of the events lasted; those of several streams overlap."""
+    total, until = 0.0, -math.inf
+    for start, end in sorted((event.time_range.start, event.time_range.end) for event in events):
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total / 1e6
 
 
 def float32(place: Place, note: Note) -> None:

@@ -7,10 +7,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from tests.cuda.figures import busy_seconds, on_device
 from tests.cuda.place import Place
 from tests.cuda.plan import CHECKS, FIGURES
 from tests.cuda.ranks import compare, on_rank
@@ -45,6 +48,22 @@ def test_two_ranks(gloo_pool: Pools) -> None:
     compare(gloo_pool(2).run(on_rank, "cpu"), noted.__setitem__)
     assert len(noted) == 4
     assert max(noted.values()) < 1e-5
+
+
+def test_kernels_count_once_and_those_of_two_streams_together() -> None:
+    def event(kind: str, start: float, end: float, annotation: bool = False) -> Any:
+        return SimpleNamespace(
+            device_type=getattr(torch.autograd.DeviceType, kind),
+            is_user_annotation=annotation,
+            time_range=SimpleNamespace(start=start, end=end),
+        )
+
+    launch, step = event("CPU", 0, 9e6), event("CUDA", 0, 8e6, annotation=True)
+    kernels = [event("CUDA", 2e6, 4e6), event("CUDA", 1e6, 3e6), event("CUDA", 6e6, 7e6)]
+    assert on_device([launch, step, *kernels], cuda=True) == kernels
+    assert on_device([launch, step, *kernels], cuda=False) == [launch]
+    assert busy_seconds(kernels) == pytest.approx(4.0)
+    assert busy_seconds([]) == 0
 
 
 def test_the_command(phantom_data: Path, tmp_path: Path) -> None:
