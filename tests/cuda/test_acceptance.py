@@ -6,6 +6,8 @@ import importlib
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cuda.figures import busy_seconds, on_device
+from tests.cuda.figures import batches_per_second, busy_seconds, on_device
 from tests.cuda.place import Place
 from tests.cuda.plan import CHECKS, FIGURES
 from tests.cuda.ranks import compare, on_rank
@@ -64,6 +66,19 @@ def test_kernels_count_once_and_those_of_two_streams_together() -> None:
     assert on_device([launch, step, *kernels], cuda=False) == [launch]
     assert busy_seconds(kernels) == pytest.approx(4.0)
     assert busy_seconds([]) == 0
+
+
+def test_batches_that_were_made_before_the_clock_ran_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 0.0
+
+    def fourteen_workers_of_a_second() -> Iterator[int]:
+        nonlocal clock
+        for number in count():
+            clock = float(number // 14 + 1)
+            yield number
+
+    monkeypatch.setattr("tests.cuda.figures.time.perf_counter", lambda: clock)
+    assert batches_per_second(fourteen_workers_of_a_second(), 14) == pytest.approx(14)
 
 
 def test_the_command(phantom_data: Path, tmp_path: Path) -> None:
