@@ -18,6 +18,7 @@ from medvlp.losses.matching import match
 from medvlp.losses.sinkhorn import sinkhorn
 from medvlp.methods.instance_contrast import instance_contrast
 from medvlp.methods.registry import schemas
+from medvlp.training.device_memory import DeviceMemoryError
 from medvlp.training.engine import Engine, choose_kernels
 from tests.cuda.place import Place
 from tests.cuda.runner import Note
@@ -107,10 +108,8 @@ def throughput(place: Place, note: Note) -> None:
     flops = counter.get_total_flops() / sizes[0]
     note("gflop_per_sample", flops / 1e9)
     for rows in sizes:
-        try:
-            batch = random_batch(config, rows, engine.device)
-            found = _measure(lambda batch=batch: _step(engine, batch), place)
-        except torch.OutOfMemoryError:
+        found = _measure_if_it_fits(place, engine, config, rows)
+        if found is None:
             note(f"micro-batch {rows}", "out of memory")
             break
         speed = rows / found.seconds
@@ -119,6 +118,15 @@ def throughput(place: Place, note: Note) -> None:
             found._asdict() | {"samples_per_second": speed, "tflop_per_second": flops * speed / 1e12},
         )
     engine.close()
+
+
+def _measure_if_it_fits(place: Place, engine: Engine, config: Config, rows: int) -> Speed | None:
+    """Of steps of a micro-batch; None where the GPU has too little memory for one."""
+    try:
+        batch = random_batch(config, rows, engine.device)
+        return _measure(lambda: _step(engine, batch), place)
+    except (torch.OutOfMemoryError, DeviceMemoryError):
+        return None
 
 
 def kernels(place: Place, note: Note) -> None:

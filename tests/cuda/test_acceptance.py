@@ -15,6 +15,9 @@ from typing import Any
 import pytest
 import torch
 
+from medvlp.config import Config
+from medvlp.training.device_memory import naming_memory
+from tests.cuda import figures
 from tests.cuda.figures import batches_per_second, busy_seconds, on_device
 from tests.cuda.place import Place
 from tests.cuda.plan import CHECKS, FIGURES
@@ -79,6 +82,19 @@ def test_batches_that_were_made_before_the_clock_ran_do_not_count(monkeypatch: p
 
     monkeypatch.setattr("tests.cuda.figures.time.perf_counter", lambda: clock)
     assert batches_per_second(fourteen_workers_of_a_second(), 14) == pytest.approx(14)
+
+
+def test_a_micro_batch_that_does_not_fit_is_a_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine says it in an error of its own, with the keys that help."""
+
+    def step(*given: Any) -> None:
+        with naming_memory("forward pass", Config(), 512):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(figures, "_step", step)
+    engine: Any = SimpleNamespace(device=torch.device("cpu"))
+    place = Place(True, "", "")
+    assert figures._measure_if_it_fits(place, engine, figures.published(dry=True), 4) is None
 
 
 def test_the_command(phantom_data: Path, tmp_path: Path) -> None:
