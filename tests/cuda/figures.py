@@ -20,7 +20,7 @@ from medvlp.methods.instance_contrast import instance_contrast
 from medvlp.methods.registry import schemas
 from medvlp.training.device_memory import DeviceMemoryError
 from medvlp.training.engine import Engine, choose_kernels
-from tests.cuda.place import Place
+from tests.cuda.place import Place, free_memory
 from tests.cuda.runner import Note
 from tests.methods.small import built, small_config
 
@@ -65,6 +65,7 @@ def random_batch(config: Config, rows: int, device: torch.device) -> Batch:
 
 
 def _engine(place: Place, precision: str, stage: int, rows: int) -> tuple[Engine, Config]:
+    free_memory(place.device)
     config = published(place.dry)
     config.precision, config.zero.stage = precision, stage  # type: ignore[assignment]
     config.train.global_batch = rows
@@ -174,13 +175,19 @@ def float32(place: Place, note: Note) -> None:
     """fp32 with and without TF32."""
     rows = 4 if place.dry else 64
     for tf32 in (False, True):
-        engine, config = _engine(place, "fp32", 0, rows)
-        if not place.dry:
-            choose_kernels(tf32)
-        batch = random_batch(config, rows, engine.device)
-        found = _measure(lambda engine=engine, batch=batch: _step(engine, batch), place)
+        found = _measure_float32(place, rows, tf32)
         note("TF32" if tf32 else "exact", found._asdict() | {"samples_per_second": rows / found.seconds})
-        engine.close()
+
+
+def _measure_float32(place: Place, rows: int, tf32: bool) -> Speed:
+    """By an engine that ends with the call, as its memory must not count for the next one."""
+    engine, config = _engine(place, "fp32", 0, rows)
+    if not place.dry:
+        choose_kernels(tf32)
+    batch = random_batch(config, rows, engine.device)
+    found = _measure(lambda: _step(engine, batch), place)
+    engine.close()
+    return found
 
 
 def loader(place: Place, note: Note) -> None:
@@ -214,7 +221,8 @@ def batches_per_second(batches: Iterator[Any], workers: int) -> float:
 
 
 def losses(place: Place, note: Note) -> None:
-    """Milliseconds forward and backward, and peak memory, of loss heads alone."""
+    """Milliseconds forward and backward of loss heads alone, and the memory they take beside their inputs."""
+    free_memory(place.device)
     device, rows, candidates = place.device, 8 if place.dry else 256, 16 if place.dry else 8192
     generator = torch.Generator().manual_seed(0)
 
@@ -232,8 +240,9 @@ def losses(place: Place, note: Note) -> None:
         "matching (waits for the host)": lambda: match(costs, valid),
     }
     for name, action in actions.items():
+        given = torch.cuda.memory_allocated() >> 20 if device.type == "cuda" else 0
         found = _measure(action, place)
-        note(name, {"milliseconds": 1e3 * found.seconds, "peak_mib": found.allocated})
+        note(name, {"milliseconds": 1e3 * found.seconds, "peak_mib": found.allocated - given})
 
 
 def matrices(place: Place, note: Note) -> None:

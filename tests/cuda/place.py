@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,3 +50,13 @@ class Place:
         from tests.training.runs import TINY
 
         return [*TINY, f"data.root={self.data}", f"run.dir={Path(self.scratch) / run}", *more]
+
+
+def free_memory(device: torch.device) -> None:
+    """Begin anew to count a GPU's memory: engines that have ended are held by cycles, and peaks by CUDA."""
+    gc.collect()
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()

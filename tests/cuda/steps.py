@@ -19,7 +19,7 @@ from medvlp.methods.base import Method, Progress
 from medvlp.training.accumulation import exact_passes
 from medvlp.training.engine import Engine
 from medvlp.training.step_guard import StepGuard
-from tests.cuda.place import Place
+from tests.cuda.place import Place, free_memory
 from tests.cuda.runner import Note
 from tests.methods.small import REPORTS, built, names, small_batch, small_config
 
@@ -140,6 +140,7 @@ def _train(place: Place, note: Note, name: str, precision: str, stage: int) -> l
 
 
 def _engine(place: Place, name: str, precision: str, stage: int) -> tuple[Engine, list[Batch]]:
+    free_memory(place.device)
     config: Config = small_config(name)
     config.precision, config.zero.stage = precision, stage  # type: ignore[assignment]
     config.train.global_batch, config.train.micro_batch = 2 * MICRO_BATCH, MICRO_BATCH

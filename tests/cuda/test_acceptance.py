@@ -6,7 +6,9 @@ import importlib
 import json
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,9 +19,9 @@ import torch
 
 from medvlp.config import Config
 from medvlp.training.device_memory import naming_memory
-from tests.cuda import figures
+from tests.cuda import figures, steps
 from tests.cuda.figures import batches_per_second, busy_seconds, on_device
-from tests.cuda.place import Place
+from tests.cuda.place import Place, free_memory
 from tests.cuda.plan import CHECKS, FIGURES
 from tests.cuda.ranks import compare, on_rank
 from tests.cuda.runner import Check, run_checks
@@ -95,6 +97,42 @@ def test_a_micro_batch_that_does_not_fit_is_a_figure(monkeypatch: pytest.MonkeyP
     engine: Any = SimpleNamespace(device=torch.device("cpu"))
     place = Place(True, "", "")
     assert figures._measure_if_it_fits(place, engine, figures.published(dry=True), 4) is None
+
+
+def is_held() -> bool:
+    """Whether an engine's networks are still there when the next one is made."""
+    place = Place(True, "", "")
+    engine, _ = figures._engine(place, "bf16", 1, 4)
+    networks = weakref.ref(engine.objective)
+    engine.close()
+    del engine
+    free_memory(place.device)
+    return networks() is not None
+
+
+@pytest.mark.dist
+def test_an_engine_does_not_count_for_the_memory_of_the_next(gloo_pool: Pools) -> None:
+    assert gloo_pool(1).run(is_held) == [False]
+
+
+def test_the_memory_of_each_engine_is_counted_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name: called.append(name))
+    free_memory(torch.device("cuda"))
+    assert called == ["empty_cache", "reset_peak_memory_stats"]
+    for module in (figures, steps):
+        monkeypatch.setattr(module, "free_memory", lambda device: called.append("freed"))
+        monkeypatch.setattr(module, "Engine", lambda *given: called.append("made"))
+    monkeypatch.setattr(Place, "join", lambda self: torch.device("cpu"))
+    place: Any = Place(True, "", "")
+    for make in (
+        lambda: figures._engine(place, "bf16", 1, 4), lambda: steps._engine(place, "mgca", "fp32", 0)
+    ):  # fmt: skip
+        called.clear()
+        with suppress(AttributeError):  # it has none of an engine's parts
+            make()
+        assert called == ["freed", "made"]
 
 
 def test_the_command(phantom_data: Path, tmp_path: Path) -> None:
