@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 
+import medvlp
 import medvlp.methods.place.terms
 import medvlp.methods.prior.terms
 from medvlp import distributed
@@ -23,6 +27,8 @@ from tests.cuda.place import Place, free_memory
 from tests.cuda.runner import Note
 from tests.methods.small import REPORTS, built, names, small_batch, small_config
 
+#: What the names of files begin with; a checkout, with all packages inside, may be called medvlp as well.
+OURS, DEEPSPEED = (f"{Path(package.__file__).parent}/" for package in (medvlp, deepspeed))
 #: Samples of a micro-batch; two of them make a step.
 MICRO_BATCH = len(REPORTS)
 #: Steps on one batch, on a dry run, and those of fp16 that may be skipped before them to find the loss scale.
@@ -134,7 +140,7 @@ def _train(place: Place, note: Note, name: str, precision: str, stage: int) -> l
     assert losses[-1] < 0.8 * losses[0], (
         f"{place_name}: the loss went from {losses[0]:.3f} to {losses[-1]:.3f}"
     )
-    ours = [wait for wait in waits if "/medvlp/" in wait]
+    ours = [wait for wait in waits if wait.startswith(OURS)]
     assert not ours, f"{place_name}: a step waits for the device in {ours[0]}"
     return losses
 
@@ -179,15 +185,29 @@ def _noting_waits(device: torch.device, found: list[str] | None) -> Iterator[Non
     for module in terms:
         module.match = waiting
     try:
-        with warnings.catch_warnings(record=True) as caught:
+        with warnings.catch_warnings():
             warnings.simplefilter("always")
+            warnings.showwarning = noting(found)
             torch.cuda.set_sync_debug_mode(1)
             yield
     finally:
         torch.cuda.set_sync_debug_mode(0)
         for module, match in zip(terms, matches, strict=True):
             module.match = match
-    found += [f"{w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
+
+
+def noting(found: list[str]) -> Callable[..., None]:
+    """What Python calls with each warning: adds who waits, by the innermost line of ours or of DeepSpeed."""
+
+    def note(message: Warning | str, *where: Any) -> None:
+        if "called a synchronizing CUDA operation" in str(message):
+            frames = reversed(traceback.extract_stack())
+            places = (f"{frame.filename}:{frame.lineno}" for frame in frames)
+            found.append(
+                next((place for place in places if place.startswith((OURS, DEEPSPEED))), "elsewhere")
+            )
+
+    return note
 
 
 def guard(place: Place, note: Note) -> None:

@@ -6,8 +6,9 @@ import importlib
 import json
 import subprocess
 import sys
+import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -97,6 +98,30 @@ def test_a_micro_batch_that_does_not_fit_is_a_figure(monkeypatch: pytest.MonkeyP
     engine: Any = SimpleNamespace(device=torch.device("cpu"))
     place = Place(True, "", "")
     assert figures._measure_if_it_fits(place, engine, figures.published(dry=True), 4) is None
+
+
+def test_a_wait_is_whose_code_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever library it asked, and wherever the checkout with all installed packages lies."""
+
+    def called_by(file: str, inner: Callable[[], Any] | None = None) -> None:
+        def wait() -> None:
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+
+        exec(compile("inner()", file, "exec"), {"inner": inner or wait})
+
+    found: list[str] = []
+    site = str(Path(steps.OURS).parent / ".venv" / "lib" / "python3" / "site-packages")
+    ours, theirs = f"{steps.OURS}losses/matching.py", f"{steps.DEEPSPEED}runtime/engine.py"
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = steps.noting(found)
+        warnings.warn("Synchronization debug mode does not yet detect all synchronizing ones", stacklevel=1)
+        called_by(ours)
+        called_by(ours, lambda: called_by(f"{site}/torch/functional.py"))
+        called_by(ours, lambda: called_by(theirs, lambda: called_by(f"{site}/torch/functional.py")))
+        called_by(f"{site}/torch/functional.py")
+    assert found == [f"{ours}:1", f"{ours}:1", f"{theirs}:1", "elsewhere"]
+    assert [place.startswith(steps.OURS) for place in found] == [True, True, False, False]
 
 
 def is_held() -> bool:
