@@ -108,7 +108,7 @@ def resume(place: Place, note: Note) -> None:
 
 def _change_devices(place: Place, note: Note, options: list[str]) -> None:
     """Half on the CPU and half here."""
-    steps = [*options, "text.dropout=0", "precision=fp32"]
+    steps = [*options, "text.dropout=0", "precision=fp32", "train.tf32=false"]
     command = [sys.executable, "-m", "launcher.main", "pretrain", *place.overrides("cpu", *steps)]
     subprocess.run(command, check=True, timeout=120, env=os.environ | {"DS_ACCELERATOR": "cpu"})
     whole, run = Path(place.scratch) / "cpu", Path(place.scratch) / "from-cpu"

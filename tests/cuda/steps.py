@@ -21,7 +21,7 @@ from medvlp.data.batch import Batch, join
 from medvlp.data.batch_sizes import divide_batch
 from medvlp.methods.base import Method, Progress
 from medvlp.training.accumulation import exact_passes
-from medvlp.training.engine import Engine
+from medvlp.training.engine import Engine, choose_kernels
 from medvlp.training.step_guard import StepGuard
 from tests.cuda.place import Place, free_memory
 from tests.cuda.runner import Note
@@ -53,7 +53,8 @@ def group(place: Place, note: Note) -> None:
 
 def agreement(place: Place, note: Note) -> None:
     """Every method in float32: terms and gradients are those of the CPU."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    if place.device.type == "cuda":
+        choose_kernels(tf32=False)
     for name in names():
         config, batch = small_config(name), small_batch()
         expected_terms, expected = _gradients(built(config), batch)
@@ -149,6 +150,7 @@ def _engine(place: Place, name: str, precision: str, stage: int) -> tuple[Engine
     free_memory(place.device)
     config: Config = small_config(name)
     config.precision, config.zero.stage = precision, stage  # type: ignore[assignment]
+    config.train.tf32 = precision != "fp32"  # exact, where stages are compared to a thousandth
     config.train.global_batch, config.train.micro_batch = 2 * MICRO_BATCH, MICRO_BATCH
     engine = Engine(built(config), config, divide_batch(config, 1), place.join())
     engine.objective.train()

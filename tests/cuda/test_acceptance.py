@@ -20,7 +20,7 @@ import torch
 
 from medvlp.config import Config
 from medvlp.training.device_memory import naming_memory
-from tests.cuda import figures, steps
+from tests.cuda import figures, runs, steps
 from tests.cuda.figures import batches_per_second, busy_seconds, on_device
 from tests.cuda.place import Place, free_memory
 from tests.cuda.plan import CHECKS, FIGURES
@@ -122,6 +122,25 @@ def test_a_wait_is_whose_code_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> N
         called_by(f"{site}/torch/functional.py")
     assert found == [f"{ours}:1", f"{ours}:1", f"{theirs}:1", "elsewhere"]
     assert [place.startswith(steps.OURS) for place in found] == [True, True, False, False]
+
+
+def test_what_is_compared_in_float32_is_made_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in TF32, the default: its ten bits of mantissa are what a thousandth allows."""
+    made: list[bool] = []
+    monkeypatch.setattr(steps, "Engine", lambda method, config, *rest: made.append(config.train.tf32))
+    monkeypatch.setattr(Place, "join", lambda self: torch.device("cpu"))
+    place = Place(True, "", "")
+    for precision in ("fp32", "bf16"):
+        with suppress(AttributeError):  # it has none of an engine's parts
+            steps._engine(place, "mgca", precision, 0)
+    assert made == [False, True]
+    commands: list[list[str]] = []
+    monkeypatch.setattr(runs.subprocess, "run", lambda command, **options: commands.append(command))
+    monkeypatch.setattr(runs, "train", lambda overrides: commands.append(overrides) or 0)
+    for name in ("_killed", "_compare"):
+        monkeypatch.setattr(runs, name, lambda *given: None)
+    runs._change_devices(place, lambda name, value: None, ["zero.stage=2"])
+    assert [[word for word in words if "tf32" in word] for words in commands] == [["train.tf32=false"]] * 2
 
 
 def is_held() -> bool:
