@@ -13,7 +13,8 @@ from tests.cuda.runner import Note
 
 def environment(place: Place, note: Note) -> None:
     """Versions, and the doctor's look at this machine."""
-    packages = ("torch", "deepspeed", "transformers", "timm", "numpy", "faiss-cpu")
+    packages = ["torch", "deepspeed", "transformers", "timm", "numpy"]
+    packages += metadata.packages_distributions()["faiss"]  # faiss-cpu, or one of those for GPUs
     note("versions", {name: metadata.version(name) for name in packages})
     note("device", torch.cuda.get_device_name() if place.device.type == "cuda" else "cpu")
     found = [f"{result.status}: {result.check}: {result.detail}" for result in check_machine()]

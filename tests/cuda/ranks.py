@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
@@ -14,12 +17,16 @@ from tests.distributed_pool import GlooPool
 
 def two_ranks(place: Place, note: Note) -> None:
     """Batch norm over ranks and the gather with gradient give what one process gives on all rows."""
-    settings = {} if place.dry else {"DS_ACCELERATOR": "cuda", "CUDA_VISIBLE_DEVICES": "0"}
-    pool = GlooPool(2, timeout=60, environment=settings)
+    pool = GlooPool(2, timeout=60, environment={} if place.dry else of_ranks(os.environ))
     try:
         compare(pool.run(on_rank, str(place.device)), note)
     finally:
         pool.close()
+
+
+def of_ranks(environment: Mapping[str, str]) -> dict[str, str]:
+    """What has ranks see the GPUs of this process, which may be given another than the machine's first."""
+    return {"DS_ACCELERATOR": "cuda", "CUDA_VISIBLE_DEVICES": environment.get("CUDA_VISIBLE_DEVICES", "0")}
 
 
 def compare(results: list[dict[str, torch.Tensor]], note: Note) -> None:

@@ -10,6 +10,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from importlib import metadata
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,9 +23,10 @@ from medvlp.config import Config
 from medvlp.training.device_memory import naming_memory
 from tests.cuda import figures, runs, steps
 from tests.cuda.figures import batches_per_second, busy_seconds, on_device
+from tests.cuda.machine import environment
 from tests.cuda.place import Place, free_memory
 from tests.cuda.plan import CHECKS, FIGURES
-from tests.cuda.ranks import compare, on_rank
+from tests.cuda.ranks import compare, of_ranks, on_rank
 from tests.cuda.runner import Check, run_checks
 from tests.distributed_pool import Pools
 
@@ -141,6 +143,24 @@ def test_what_is_compared_in_float32_is_made_in_float32(monkeypatch: pytest.Monk
         monkeypatch.setattr(runs, name, lambda *given: None)
     runs._change_devices(place, lambda name, value: None, ["zero.stage=2"])
     assert [[word for word in words if "tf32" in word] for words in commands] == [["train.tf32=false"]] * 2
+
+
+def test_ranks_share_the_gpu_that_was_given() -> None:
+    assert of_ranks({"CUDA_VISIBLE_DEVICES": "3"})["CUDA_VISIBLE_DEVICES"] == "3"
+    assert of_ranks({})["CUDA_VISIBLE_DEVICES"] == "0"
+
+
+def test_any_faiss_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = metadata.version
+
+    def with_that_for_gpus(name: str) -> str:
+        return "1.15.1" if name == "faiss-gpu" else installed(name.replace("faiss-cpu", "faiss-absent"))
+
+    monkeypatch.setattr(metadata, "version", with_that_for_gpus)
+    monkeypatch.setattr(metadata, "packages_distributions", lambda: {"faiss": ["faiss-gpu"]})
+    noted: dict[str, Any] = {}
+    environment(Place(True, "", ""), noted.__setitem__)
+    assert noted["versions"]["faiss-gpu"] == "1.15.1"
 
 
 def is_held() -> bool:
