@@ -59,7 +59,7 @@ class GlobalBatchNorm(nn.SyncBatchNorm):
         if mask is None and not (use_batch and shared) and input.numel() > input.shape[1]:
             output = self._one_rank(input)
         elif mask is None and use_batch and shared and input.is_cuda:
-            output = super().forward(input)
+            output = self._several_gpus(input)
         else:
             output = self._any_ranks(input, mask, use_batch)
         result: Tensor = self.act(self.drop(output))
@@ -77,6 +77,11 @@ class GlobalBatchNorm(nn.SyncBatchNorm):
         use_batch = self.training or self.running_mean is None
         averages = (self.running_mean, self.running_var)
         return F.batch_norm(input, *averages, weight, bias, use_batch, momentum or 0.0, self.eps)
+
+    # Not compiled: collectives inside a graph have to be torch's own functional ones.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _several_gpus(self, input: Tensor) -> Tensor:
+        return super().forward(input)
 
     def _any_ranks(self, input: Tensor, mask: Tensor | None, use_batch: bool) -> Tensor:
         values = at_least_float32(input)
@@ -135,7 +140,6 @@ class GlobalBatchNorm(nn.SyncBatchNorm):
         return self
 
 
-# Not compiled: collectives inside a graph have to be torch's own functional ones.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _merge_ranks(count: Tensor, mean: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Statistics of the union of all ranks' rows from each rank's (count, mean [C], centred squares [C])."""

@@ -118,3 +118,18 @@ def test_conversion_changes_no_output_and_no_name(name: str) -> None:
     torch.testing.assert_close(model(images), expected_train, rtol=1e-3, atol=1e-4)
     model.load_state_dict(state)
     torch.testing.assert_close(model.eval()(images), expected_eval, rtol=1e-3, atol=1e-4)
+
+
+def test_torchs_layer_for_several_gpus_stays_out_of_compiled_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its collectives are none of those that a graph may hold."""
+    compiling: list[bool] = []
+
+    def forward(self: nn.Module, input: torch.Tensor) -> torch.Tensor:
+        compiling.append(torch.compiler.is_compiling())
+        return input
+
+    monkeypatch.setattr(nn.SyncBatchNorm, "forward", forward)
+    norm, values = GlobalBatchNorm(3), torch.ones(4, 3)
+    compiled = torch.compile(lambda given: norm._several_gpus(given * 2) + 1, backend="eager")
+    assert compiled(values).equal(torch.full((4, 3), 3.0))
+    assert compiling == [False]
