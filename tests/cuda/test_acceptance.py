@@ -56,7 +56,7 @@ def test_checks_and_figures(gloo_pool: Pools, phantom_data: Path, tmp_path: Path
 def test_two_ranks(gloo_pool: Pools) -> None:
     noted: dict[str, Any] = {}
     compare(gloo_pool(2).run(on_rank, "cpu"), noted.__setitem__)
-    assert len(noted) == 4
+    assert len(noted) == 8
     assert max(noted.values()) < 1e-5
 
 
