@@ -163,6 +163,19 @@ def test_any_faiss_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
     assert noted["versions"]["faiss-gpu"] == "1.15.1"
 
 
+def test_a_step_that_overflows_after_a_refused_one_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = iter([False, False, True])
+    engine: Any = SimpleNamespace(applied=False)
+    undone: list[int] = []
+    guard: Any = SimpleNamespace(undo=lambda: undone.append(1))
+    monkeypatch.setattr(steps, "_step", lambda *given: setattr(engine, "applied", next(made)))
+    steps._step_that_counts(engine, guard, [])
+    assert undone == [1, 1]
+    monkeypatch.setattr(steps, "_step", lambda *given: setattr(engine, "applied", False))
+    with pytest.raises(AssertionError, match="none of 14 steps"):
+        steps._step_that_counts(engine, guard, [])
+
+
 def is_held() -> bool:
     """Whether an engine's networks are still there when the next one is made."""
     place = Place(True, "", "")
