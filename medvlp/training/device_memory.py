@@ -32,11 +32,30 @@ def naming_memory(part: str, config: Config, micro_batch: int) -> Iterator[None]
         raise DeviceMemoryError(_story(part, config, micro_batch)) from error
 
 
-def _story(part: str, config: Config, micro_batch: int) -> str:
+@contextmanager
+def naming_validation(config: Config) -> Iterator[None]:
+    """The same in a validation, whose batches have a size of their own and keep nothing for a backward pass.
+
+    Raises:
+        DeviceMemoryError: in place of torch's, and of the engine's.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, DeviceMemoryError) as error:
+        batch = config.validation.batch
+        remedy = f"lower validation.batch (it is {batch})" if batch > 1 else "use a GPU with more memory"
+        raise DeviceMemoryError(f"{_place('validation')}; {remedy}") from error
+
+
+def _place(part: str) -> str:
     used = ""
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         used = f" ({(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB in use)"
+    return f"rank {distributed.rank()}: the GPU is out of memory in the {part}{used}"
+
+
+def _story(part: str, config: Config, micro_batch: int) -> str:
     remedies = []
     if micro_batch > 1:
         sees = "" if config.train.accumulate == "exact" else "; a contrast sees one micro-batch"
@@ -48,7 +67,4 @@ def _story(part: str, config: Config, micro_batch: int) -> str:
         remedies.append("raise zero.stage to 2")
     if config.precision == "fp32":
         remedies.append("set precision=bf16")
-    return (
-        f"rank {distributed.rank()}: the GPU is out of memory in the {part}{used}. "
-        f"{'; '.join(remedies) or 'Use a GPU with more memory'}"
-    )
+    return f"{_place(part)}. {'; '.join(remedies) or 'Use a GPU with more memory'}"

@@ -17,6 +17,7 @@ from medvlp.methods.base import StepOutput
 from medvlp.prototypes.table import PrototypeTable
 from medvlp.runs.errors import AgreedError
 from medvlp.training.callbacks import PREFIX, Callback, StepRecord
+from medvlp.training.device_memory import naming_validation
 from medvlp.training.engine import Engine
 from medvlp.training.predictions import predict
 from medvlp.training.recipe import Recipe, TrainingSet
@@ -98,14 +99,15 @@ class Validation(Callback):
         self._judge(record, found, measured)
 
     def _measure(self, step: int) -> Mapping[str, float]:
+        config = self.recipe.config
         arrays_of = self.recipe.examination(self.engine.objective, self.learned)
         table = self.clusters()
         clusters = None if table is None else table.uncounted()
 
         def examine(batch: Batch) -> tuple[StepOutput, Mapping[str, Tensor]]:
-            return self.engine.forward(batch, clusters), arrays_of(batch)
+            with naming_validation(config):
+                return self.engine.forward(batch, clusters), arrays_of(batch)
 
-        config = self.recipe.config
         predictions = predict(
             self.engine.objective,
             examine,
