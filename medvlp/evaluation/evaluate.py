@@ -13,6 +13,7 @@ import torch
 from medvlp import trust
 from medvlp.config import Config
 from medvlp.data.cache import open_reader
+from medvlp.evaluation.features import exact_kernels
 from medvlp.evaluation.labels import Uncertain
 from medvlp.evaluation.report import resamples
 from medvlp.evaluation.report.joining import complete
@@ -256,9 +257,10 @@ def _run(task: Task, unit: Unit, stored: StoredUnit, evaluation: Evaluation, ses
     """Do one unit and keep its result, in the evaluation and in the run folder."""
     can_write = os.access(session.source.run, os.W_OK)
     folder = stored.folder if can_write else None
-    fitted = task.fit(session.view(task, ("train", "selection"), folder), unit)
-    view = session.view(task, ("evaluated",), folder)
-    found = task.measure(view, unit, fitted)
+    with exact_kernels():
+        fitted = task.fit(session.view(task, ("train", "selection"), folder), unit)
+        view = session.view(task, ("evaluated",), folder)
+        found = task.measure(view, unit, fitted)
     models, drawn = resamples.taken_from(found.models, view.resamples)
     result = UnitResult(models, found.notes, stored.fingerprint)
     if can_write:

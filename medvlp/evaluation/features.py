@@ -1,6 +1,7 @@
 """One pass over a split: what every model makes of the images and reports, and the 32x32 pixels."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +55,18 @@ class SplitArrays:
     models: dict[str, ModelArrays] = field(default_factory=dict)
 
 
+def exact_kernels() -> AbstractContextManager[None]:
+    """Inside, convolutions on a GPU are made in float32 (torch's default is TF32, whatever matrix products
+    are made in) and are the same every time.
+
+    Slower than training's choice of kernels by trial; the numbers of the CPU are worth more in an evaluation.
+    """
+    flags: AbstractContextManager[None] = torch.backends.cudnn.flags(
+        enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+    )
+    return flags
+
+
 @torch.no_grad()
 def embed(
     models: Mapping[str, Method], batches: Iterable[Batch], wanted: Wanted, device: torch.device
@@ -75,8 +88,7 @@ def embed(
     prompts = {sentences: text.to(device) for sentences, text in wanted.prompts.items()}
     parts: dict[str, dict[str | tuple[str, ...], list[NDArray[Any]]]] = {name: {} for name in models}
     samples, pixels = [], []
-    # Slower than training's choice of kernels by trial; the same numbers every time are worth more here.
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+    with exact_kernels():
         for batch in batches:
             samples.append(batch.sample.numpy().copy())
             batch = batch.to(device)

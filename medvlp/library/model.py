@@ -16,7 +16,7 @@ from medvlp.data.batch import Text
 from medvlp.data.report import report_sentences
 from medvlp.data.transforms import evaluation_crop
 from medvlp.evaluation import prompts as prompt_files
-from medvlp.evaluation.features import ModelArrays
+from medvlp.evaluation.features import ModelArrays, exact_kernels
 from medvlp.evaluation.heads.report import ReportObjective
 from medvlp.evaluation.prompts import Prompts
 from medvlp.evaluation.tasks.zero_shot import Ensemble, finding_scores, prompts_of
@@ -245,7 +245,7 @@ class Model:
                 f"the method {self.config.method.name} gives no map of a text as it is configured"
             )
         seen = self._seen(image)
-        with torch.no_grad():
+        with torch.no_grad(), exact_kernels():
             maps = self.method.ground(stacked([seen]).to(self.device), self._tokens([[phrase]]))
         grid = maps[0, 0].float().cpu().numpy()
         return Grounding(seen.pixels, seen.laid_out(grid), phrase)
@@ -267,7 +267,7 @@ class Model:
                 f"{self.name} has not learned to write reports: medvlp finetune RUN task=report "
                 "run.dir=DIR teaches it, then load DIR"
             )
-        with torch.no_grad():
+        with torch.no_grad(), exact_kernels():
             return [
                 text
                 for rows in _batches(images_of(images))
@@ -313,7 +313,7 @@ class Model:
         batches: Iterable[Sequence[Item]] = _batches(items)
         if len(items) > SHOWN:
             batches = tracked(batches, "encoding", len(items), size=len)
-        with torch.no_grad():
+        with torch.no_grad(), exact_kernels():
             return torch.cat([forward(rows).float().cpu() for rows in batches])
 
     def _seen(self, image: ImageLike) -> Seen:

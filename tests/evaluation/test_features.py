@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from medvlp.data.batch import Batch, Text
+from medvlp.evaluation import evaluate
 from medvlp.evaluation.features import Wanted, embed, embed_texts, shrink
 from medvlp.evaluation.task import EvaluationError
 from medvlp.methods.base import Method, StepOutput
@@ -126,6 +131,41 @@ def test_texts_are_embedded_in_batches_without_dropout() -> None:
         embed_texts(method, text, CPU, 2), embed_texts(method, text, CPU, 64), atol=1e-6
     )
     assert method.training
+
+
+def test_convolutions_on_a_gpu_are_made_in_float32() -> None:
+    """Torch's default for them is TF32, with the ten bits of mantissa of float16."""
+    seen: list[tuple[bool, bool, bool]] = []
+
+    class Listening(Linear):
+        def image_features(self, image: Tensor) -> Tensor:
+            cudnn = torch.backends.cudnn
+            seen.append((cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark))
+            return super().image_features(image)
+
+    before = torch.backends.cudnn.allow_tf32
+    embed({"m": Listening()}, make_batches(5), Wanted(features=True), CPU)
+    assert set(seen) == {(False, True, False)}
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
+def test_all_of_a_task_is_made_so(tmp_path: Path) -> None:
+    seen: list[bool] = []
+
+    def look(*given: Any) -> None:
+        seen.append(torch.backends.cudnn.allow_tf32)
+
+    def measure(*given: Any) -> None:
+        look()
+        raise EvaluationError("enough")
+
+    task: Any = SimpleNamespace(fit=look, measure=measure)
+    session: Any = SimpleNamespace(view=lambda *given: None, source=SimpleNamespace(run=tmp_path))
+    stored: Any = SimpleNamespace(folder=tmp_path)
+    nothing: Any = None
+    with pytest.raises(EvaluationError, match="enough"):
+        evaluate._run(task, nothing, stored, nothing, session)
+    assert seen == [False, False]
 
 
 def test_pixels_are_means_over_areas() -> None:

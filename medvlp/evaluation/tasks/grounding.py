@@ -390,7 +390,7 @@ def _maps(view: View, model: str, image: Tensor, sentences: Sequence[str]) -> Te
     import torch
 
     text = view.tokenised(sentences).to(view.device)
-    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+    with torch.no_grad():
         maps = view.models[model].ground(image.to(view.device), text).float().cpu()
     if not maps.isfinite().all():
         raise EvaluationError(

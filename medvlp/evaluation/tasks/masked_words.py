@@ -209,7 +209,7 @@ def _right(view: View, model: str, image: Tensor, text: Text, hidden: Hidden) ->
     import torch
 
     device = view.device
-    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+    with torch.no_grad():
         filled = (
             view.models[model].fill_words(image.to(device), text.to(device), hidden.mask.to(device)).cpu()
         )
