@@ -141,7 +141,19 @@ def diagonal_contrast(tokens: Tensor, context: Tensor, valid: Tensor | None, tem
     if 2 / temperature < limit:
         loss: Tensor = _SharedExponentials.apply(tokens, context, valid, temperature)
         return loss
-    logits = tokens @ context.transpose(1, 2) / temperature
+    return contrast_of_logits(tokens @ context.transpose(1, 2) / temperature, valid)
+
+
+def contrast_of_logits(logits: Tensor, valid: Tensor | None = None) -> Tensor:
+    """As `diagonal_contrast`, from logits of any size: where the host does not know the temperature.
+
+    Args:
+        logits: [B, N, N] of token i (rows) with context j (columns).
+        valid: [B, N] bool, as in `diagonal_contrast`.
+
+    Returns:
+        [B, N]; 0 at what is not valid.
+    """
     if valid is not None:
         pairs = valid[:, :, None] & valid[:, None, :]
         # Every token keeps itself, so that rows of padding are 0 instead of infinite.

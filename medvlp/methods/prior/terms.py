@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from medvlp.losses.cross_attention import own_context_loss
+from medvlp.losses.cross_attention import contrast_of_logits
 from medvlp.losses.matching import match
 from medvlp.losses.normalise import at_least_float32, unit_norm
 
@@ -50,7 +50,8 @@ def sentence_contrast(sentences: Tensor, context: Tensor, valid: Tensor) -> Tens
     """
     weights = valid.to(sentences.dtype)
     weights = weights / weights.sum(1, keepdim=True).clamp(min=1)
-    return own_context_loss(sentences, context, weights, valid, temperature=1.0)
+    losses = contrast_of_logits(sentences @ context.transpose(1, 2), valid)
+    return 0.5 * (weights * losses).sum(1).mean()
 
 
 def reorder(predicted: Tensor, target: Tensor, wrong_permutation: bool = False) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -75,6 +76,25 @@ def test_fp16_gradients_are_finite(stage: int) -> None:
     model(report_batch(REPORTS)).loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("scale", [14.0, 100.0, 1000.0])
+@pytest.mark.parametrize("alike", [1.0, 0.0, -1.0])
+def test_sentences_are_contrasted_at_every_temperature(scale: float, alike: float) -> None:
+    """Published runs start at 0.01 and may come down to 0.001: e^100 and e^-100 have no place in float32."""
+    generator = torch.Generator().manual_seed(0)
+    sentences, others = unit_norm(torch.randn(2, 2, 4, 8, generator=generator))
+    valid = torch.tensor([[True, True, True, False], [True, False, False, False]])
+    context = alike * sentences if alike else others
+    scaled = (scale * sentences).requires_grad_()
+    loss = sentence_contrast(scaled, context, valid)
+    loss.backward()
+    logits = (scale * sentences[0, :3] @ context[0, :3].T).double()
+    both = F.cross_entropy(logits, torch.arange(3)) + F.cross_entropy(logits.T, torch.arange(3))
+    torch.testing.assert_close(loss.double(), both / 4, rtol=1e-5, atol=1e-5)
+    assert scaled.grad is not None
+    assert scaled.grad.isfinite().all()
+    assert not scaled.grad[1].any()
 
 
 def test_reports_of_one_sentence_or_none_add_nothing_to_the_local_losses() -> None:
