@@ -249,6 +249,20 @@ def test_equal_reports_are_no_negatives_without_clusters(name: str) -> None:
     assert output.terms["prototypes/masked"] == pytest.approx(2 / 56)
 
 
+@pytest.mark.parametrize("embeds_with", ["mgca", "prior", "place"])
+def test_equal_reports_are_no_negatives_in_any_part_of_the_combination(embeds_with: str) -> None:
+    config = masked_config("combination", embeds_with=embeds_with)
+    config.prototypes.false_negatives_by = "tokens"
+    batch = labelled_batch("combination")
+    for values in batch.text.tensors().values():
+        values[4] = values[0]
+    masked = built(config)(batch).named
+    config.prototypes.false_negatives = "keep"
+    plain = built(config)(batch).named
+    for term in ("mgca/loss/instance", "prior/loss/global", "place/loss/instance"):
+        assert masked[term] < plain[term], term
+
+
 def test_the_order_of_sentences_does_not_matter() -> None:
     text = labelled_batch("mgca").text
     swapped = dataclasses.replace(text, input_ids=text.input_ids.clone())

@@ -64,8 +64,8 @@ class Combination(Alignment):
         terms: dict[str, Tensor] = {}
         embeddings: dict[str, Tensor] = {}
         parts, user = self._parts(), self.service_user
-        if self._masks:
-            # Its embeddings decide for all parts which samples are no negatives of each other.
+        if user.masks:
+            # It decides for all parts which samples are no negatives of each other.
             parts = dict(sorted(parts.items(), key=lambda item: item[1] is not user))
         exclusion = NOTHING_EXCLUDED
         for name, part in parts.items():
@@ -75,7 +75,7 @@ class Combination(Alignment):
                 terms[term if term.startswith("prototypes/") else f"{name}/{term}"] = value
             if part is user:
                 embeddings, exclusion = own.embeddings, own.exclusion
-                if self._masks:
+                if user.masks:
                     pair = pair._replace(exclusion=exclusion)
         return StepOutput(loss, terms, embeddings, exclusion)
 
@@ -121,10 +121,6 @@ class Combination(Alignment):
         """MGCA where clusters are its prototypes, else the part that embeds: one service has one space."""
         mgca = self._parts().get("mgca")
         return mgca if mgca is not None and mgca.service_size() is not None else self._embedding()
-
-    @property
-    def _masks(self) -> bool:
-        return self.service_user.mask_clusters is not None
 
     def _embedding(self) -> Alignment:
         return self._parts()[self.config.embeds_with]
