@@ -38,7 +38,8 @@ class MeasuredPretraining(Pretraining):
             self.config.data.max_tokens,
             self.config.data.pad_to_max,
         )
-        columns = [data.reader.index.label_names.index(name) for name in ensemble.rows]
+        rows = ensemble.rows if method.scores_prompts else {}
+        columns = [data.reader.index.label_names.index(name) for name in rows]
         directions: list[Tensor] = []
 
         def examine(batch: Batch) -> Mapping[str, Tensor]:
@@ -46,7 +47,9 @@ class MeasuredPretraining(Pretraining):
             if not directions and method.scores_by_embedding and columns:
                 # Once a validation, on every rank at its first batch: ZeRO-3 gathers weights.
                 directions.append(_directions(method.encode_text(tokens.to(device)).float(), ensemble))
-            found = {"image": method.encode_image(batch.image).float()}
+            found: dict[str, Tensor] = {}
+            if method.embeds_images:
+                found |= {"image": method.encode_image(batch.image).float()}
             if method.embeds_reports:
                 found |= {"text": method.encode_text(batch.text).float(), "tokens": self._tokens(batch.text)}
             if columns:

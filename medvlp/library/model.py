@@ -121,14 +121,17 @@ class Model:
         """Images -> [B, D] unit-norm embeddings, in the space of the texts'.
 
         Raises:
-            UsageError: a backbone alone, or an image that is none.
+            UsageError: the method embeds no images, or an image that is none.
             DataError: a file that cannot be read.
 
         >>> model.encode_image(films).shape
         torch.Size([2, 8])
         """
         if not self.method.embeds_images:
-            raise UsageError(f"{self.name} is a backbone alone and embeds no images: use image_features")
+            raise UsageError(
+                f"{self.name} embeds no images (a backbone alone, or no loss shaped embeddings): use "
+                "image_features"
+            )
         return self._of_images(images, self.method.encode_image)
 
     def image_features(self, images: ImageLike | Sequence[ImageLike]) -> Tensor:
@@ -156,9 +159,8 @@ class Model:
         torch.Size([2, 8])
         """
         if not self.method.embeds_reports:
-            raise UsageError(
-                f"the method {self.config.method.name} embeds no reports: use similarity, or zero_shot"
-            )
+            instead = "similarity, or zero_shot" if self.method.scores_prompts else "image_features"
+            raise UsageError(f"the method {self.config.method.name} embeds no reports: use {instead}")
         given = [texts] if isinstance(texts, str) else list(texts)
         data = self.config.data
         reports = [
@@ -181,8 +183,11 @@ class Model:
         >>> model.similarity(films, ["pneumothorax", "no pneumothorax"]).shape
         (2, 2)
         """
-        if not self.method.embeds_images:
-            raise UsageError(f"{self.name} is a backbone alone: it shares no space of images and texts")
+        if not self.method.scores_prompts:
+            raise UsageError(
+                f"{self.name} scores no prompts (a backbone alone, or no loss taught it to): use "
+                "image_features"
+            )
         texts = self._tokens([[text] for text in ([prompts] if isinstance(prompts, str) else prompts)])
         scores = self._of_images(images, lambda views: self.method.score(views, texts))
         found: NDArray[np.float32] = scores.numpy()

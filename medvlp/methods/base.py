@@ -119,13 +119,18 @@ class Method(Objective):
 
     @property
     def embeds_images(self) -> bool:
-        """Whether `encode_image` and `score` work; without them nothing compares images with texts."""
+        """Whether `encode_image` works: whether there is a loss that shapes what it gives."""
         return True
 
     @property
     def embeds_reports(self) -> bool:
         """Whether `encode_text` works; without it there is no retrieval of reports."""
         return True
+
+    @property
+    def scores_prompts(self) -> bool:
+        """Whether `score` works; without it there is no zero-shot."""
+        return self.embeds_images
 
     @property
     def has_image_features(self) -> bool:

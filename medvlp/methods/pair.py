@@ -89,6 +89,11 @@ class Alignment(PrototypeUser, nn.Module, abc.ABC):
         return self.exclude(pair.batch, clusters, config, text)
 
     @property
+    def embeds(self) -> bool:
+        """Whether a loss shapes what `embed_image` and `embed_text` give."""
+        return True
+
+    @property
     def scores_by_embedding(self) -> bool:
         """See `Method.scores_by_embedding`."""
         return True
@@ -132,11 +137,19 @@ class PairMethod(DividedMethod):
         output: StepOutput = self.alignment(EncodedPair(*encodings, batch), clusters)
         return output
 
+    @property
+    def embeds_images(self) -> bool:
+        return self.alignment.embeds
+
+    @property
+    def embeds_reports(self) -> bool:
+        return self.alignment.embeds
+
     def encode_image(self, image: Tensor) -> Tensor:
-        return self.alignment.embed_image(self.image_encoder(image))
+        return self._embedding().embed_image(self.image_encoder(image))
 
     def encode_text(self, text: Text) -> Tensor:
-        return self.alignment.embed_text(self.text_encoder(text), text)
+        return self._embedding().embed_text(self.text_encoder(text), text)
 
     def image_features(self, image: Tensor) -> Tensor:
         return self.image_encoder.summary(self.image_encoder(image))
@@ -146,7 +159,7 @@ class PairMethod(DividedMethod):
         return self.alignment.scores_by_embedding
 
     def score(self, image: Tensor, prompts: Text) -> Tensor:
-        return self.alignment.score(self.image_encoder(image), self.text_encoder(prompts), prompts)
+        return self._embedding().score(self.image_encoder(image), self.text_encoder(prompts), prompts)
 
     @property
     def grounds(self) -> bool:
@@ -170,6 +183,14 @@ class PairMethod(DividedMethod):
     @property
     def service_user(self) -> PrototypeUser:
         return self.alignment.service_user
+
+    def _embedding(self) -> Alignment:
+        if not self.alignment.embeds:
+            name = type(self.alignment).__name__
+            raise NotImplementedError(
+                f"no loss of this {name} shapes embeddings of images and reports: their weights are 0"
+            )
+        return self.alignment
 
 
 ImageType = TypeVar("ImageType", bound=ImageEncoder)

@@ -46,12 +46,13 @@ def shown_samples(model: Model, dataset: Dataset, count: int) -> list[Shown]:
         UsageError: the model compares no images with texts.
     """
     if not model.method.embeds_images:
-        raise UsageError(f"{model.name} is a backbone alone: nothing it says of an image can be shown")
+        raise UsageError(f"{model.name} embeds no images: nothing it says of one can be shown")
     read = [dataset[number] for number in range(min(AMONG, len(dataset)))]
     chosen = sorted(range(len(read)), key=lambda row: 1 not in read[row].labels.values())[:count]
     films = [sample.image for sample in read]
     names = dataset.label_names
-    scores = model.zero_shot([films[row] for row in chosen], names) if names and chosen else None
+    asked = names if model.method.scores_prompts else []
+    scores = model.zero_shot([films[row] for row in chosen], asked) if asked and chosen else None
     similar = None
     reports = [_read_by(model, sample) for sample in read]
     if model.method.embeds_reports and all(report.strip() for report in reports):

@@ -31,6 +31,7 @@ class RunModel:
         reads_data: whether samples of it are read (only the builder does).
 
     Raises:
+        PrototypeFilesError: its method embeds no images.
         MedvlpError: config, tokenizer or weights cannot be read.
     """
 
@@ -41,6 +42,11 @@ class RunModel:
         self.config: Config = saved_run.load_config(source, [], data, reads_data)
         self.tokenizer: Tokenizer = saved_run.load_tokenizer(source, self.config)
         self.method: Method = saved_run.load_method(source, self.config, self.tokenizer).to(device)
+        if not self.method.embeds_images:
+            raise PrototypeFilesError(
+                f"{source.run}: the method {self.config.method.name} embeds no images (no loss shaped "
+                "embeddings), so there is nothing to cluster or to look up"
+            )
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:

@@ -51,6 +51,30 @@ def test_validation_metrics_are_those_of_the_tasks(tmp_path: Path) -> None:
     assert {"image_to_text/R@5", "text_to_image/median_rank", "zero_shot/auroc/macro"} <= metrics.keys()
 
 
+def test_a_run_without_trained_embeddings_is_validated_and_evaluated(tmp_path: Path) -> None:
+    """By its losses and probes: projections that no loss shapes are chance, whatever a table says of them."""
+    data = make_shards(tmp_path / "data")
+    run = make_run(data, tmp_path / "run", "method.instance_weight=0", "method.prototype_weight=0")
+    found = evaluate(
+        EvaluationOptions(run, tasks=["retrieval", "zero-shot"], overrides=["evaluation.split=valid"]),
+        lambda line: None,
+    )
+    for task in ("retrieval", "zero-shot"):
+        assert "not_available" in found.notes[task], task
+    source = saved_run.locate(run)
+    config = saved_run.load_config(source, [], tasks=schemas())
+    tokenizer = saved_run.load_tokenizer(source, config)
+    method, reader = saved_run.load_method(source, config, tokenizer), open_reader(config.data)
+    dataset = evaluation_dataset(config, reader, tokenizer, "valid")
+    recipe, learned = MeasuredPretraining(config), TrainingSet(config, reader, None, tokenizer)
+    examine = recipe.examination(method, learned)
+    positions = np.arange(len(dataset.store))
+    measured = predict(
+        method, lambda batch: (None, examine(batch)), dataset, positions, 7, torch.device("cpu")
+    )
+    assert recipe.measure(measured, learned) == {}
+
+
 def test_labels_that_nobody_gave_count_as_in_evaluation() -> None:
     """CheXpert's labels say nothing of what a report does not mention, which is absent then."""
     names = ["No Finding", "Edema", "Pleural Other", "Support Devices"]

@@ -46,6 +46,11 @@ IMPOSSIBLE = [
     ("prior", ["method.pool_heads=5"], r"method\.pool_heads=5"),
     ("prior", ["method.stage=1", "prototypes.init=kmeans"], r"prototypes\.init=random"),
     ("prior", [MASKS, STAGE_TWO, "method.global_weights=[1, 0, 1]"], r"method\.global_weights"),
+    (
+        "prior",
+        ["method.zero_shot=official", "method.local_text_weights=[0, 0, 0]"],
+        r"method\.zero_shot=official.*method\.local_text_weights",
+    ),
     ("mpma", [f"method.{part}_weight=0" for part in ("image", "report", "global", "local")], "all 0"),
     ("mpma", ["method.temperature=0.7"], r"method\.temperature=0\.7"),
     ("mpma", ["method.decoder_heads=5"], r"method\.decoder_heads=5"),

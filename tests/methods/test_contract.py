@@ -177,6 +177,35 @@ def test_embeddings_and_scores(name: str) -> None:
         torch.testing.assert_close(scores, image @ text.T)
 
 
+#: Losses that shape embeddings, switched off; something else is still trained.
+WITHOUT_EMBEDDINGS: dict[str, dict[str, Any]] = {
+    "mgca": {"instance_weight": 0.0, "prototype_weight": 0.0},
+    "mpma": {"global_weight": 0.0},
+    "place": {"instance_weight": 0.0},
+    "prior": {"global_weights": [0.0, 0.0, 0.0]},
+}
+
+
+@pytest.mark.parametrize("name", [*WITHOUT_EMBEDDINGS, "combination"])
+def test_embeddings_that_no_loss_shapes_are_not_given(name: str) -> None:
+    config = small_config(name, **WITHOUT_EMBEDDINGS.get(name, {}))
+    if name == "combination":
+        config.method.place = dataclasses.replace(config.method.place, instance_weight=0.0)
+        config.method.embeds_with = "place"
+    method, batch = built(config).eval(), small_batch()
+    assert not any((method.embeds_images, method.embeds_reports, method.scores_prompts))
+    asked = (
+        (method.encode_image, (batch.image,)),
+        (method.encode_text, (batch.text,)),
+        (method.score, (batch.image, batch.text)),
+    )
+    with torch.no_grad():
+        for function, given in asked:
+            with pytest.raises(NotImplementedError):
+                function(*given)
+        assert method.image_features(batch.image).isfinite().all()
+
+
 @pytest.mark.parametrize("name", names())
 def test_maps(name: str) -> None:
     method, batch = built(small_config(name)).eval(), small_batch()

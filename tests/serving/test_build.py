@@ -248,6 +248,12 @@ def test_wrong_requests(saved: Path, run: Path, tmp_path: Path) -> None:
         build(SnapshotOptions(saved, limit=8, out=tmp_path / "file" / "out", workers=0), quiet)
 
 
+def test_a_run_whose_embeddings_no_loss_shaped_is_refused(data: Path, tmp_path: Path) -> None:
+    save_run(data, tmp_path / "run", "method.instance_weight=0", "method.prototype_weight=0")
+    with pytest.raises(PrototypeFilesError, match="embeds no images"):
+        RunModel(locate(tmp_path / "run"), torch.device("cpu"))
+
+
 def test_keys_of_any_length_come_back() -> None:
     keys = ["a", "längerer-Schlüssel", "b-0"]
     packed = snapshots.pack_keys(keys)

@@ -221,7 +221,7 @@ class ZeroShot(Task):
         return None
 
     def unavailable_with(self, method: Method) -> str | None:
-        return None if method.embeds_images else "shares no space of images and prompts"
+        return None if method.scores_prompts else "shares no space of images and prompts"
 
     def needs(self, facts: Facts) -> Mapping[Role, Needs]:
         images = Needs(image=True, prompts=tuple(self.ensemble(facts).sentences))

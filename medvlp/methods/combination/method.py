@@ -79,6 +79,10 @@ class Combination(Alignment):
                     pair = pair._replace(exclusion=exclusion)
         return StepOutput(loss, terms, embeddings, exclusion)
 
+    @property
+    def embeds(self) -> bool:
+        return self._embedding().embeds
+
     def embed_image(self, features: ImageFeatures) -> Tensor:
         return self._embedding().embed_image(features)
 

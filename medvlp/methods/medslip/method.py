@@ -129,6 +129,10 @@ class MeDSLIP(DividedMethod, PrototypeUser):
         return False
 
     @property
+    def scores_prompts(self) -> bool:
+        return self.config.existence_weight > 0
+
+    @property
     def scores_by_embedding(self) -> bool:
         return False
 
@@ -164,6 +168,8 @@ class MeDSLIP(DividedMethod, PrototypeUser):
         A prompt asks beside the 75 descriptions, as in training: it attends to them but is seen by nobody, so
         its score depends on no other prompt, and a prompt that repeats a description scores as that one.
         """
+        if not self.scores_prompts:
+            raise NotImplementedError("method.existence_weight=0: MeDSLIP does not learn what is present")
         streams = self._image_streams(image).streams
         return self.objective.probability(self._ask(streams, prompts).features)
 

@@ -93,6 +93,10 @@ class MGCA(Alignment):
         projected = self.word_head(words.features, counted)
         return projected, words.valid, None if attention is None else words.attention
 
+    @property
+    def embeds(self) -> bool:
+        return self.config.embeds
+
     def embed_image(self, features: ImageFeatures) -> Tensor:
         return unit_norm(self.image_head(features.pooled)).float()
 

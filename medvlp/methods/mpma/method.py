@@ -228,6 +228,10 @@ class MPMA(DividedMethod, PrototypeUser):
         return alignment.embed_report(self.text_encoder(text).hidden, is_word(text)).float()
 
     @property
+    def embeds_images(self) -> bool:
+        return self.config.global_weight > 0
+
+    @property
     def embeds_reports(self) -> bool:
         return self.config.global_weight > 0
 

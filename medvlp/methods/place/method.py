@@ -133,6 +133,10 @@ class PLACE(Alignment):
         ]
         return StepOutput(sum(weighted[1:], start=weighted[0]), terms, shared, exclusion)
 
+    @property
+    def embeds(self) -> bool:
+        return self.config.instance_weight > 0
+
     def embed_image(self, features: ImageFeatures) -> Tensor:
         return self._image(features).float()
 
@@ -190,7 +194,7 @@ class PLACE(Alignment):
             self.correlation.new_step()
 
     def embedding_width(self) -> int | None:
-        return self.config.embedding if self.config.instance_weight > 0 else None
+        return self.config.embedding if self.embeds else None
 
     def _image(self, features: ImageFeatures) -> Tensor:
         """[B, D] unit-norm images."""

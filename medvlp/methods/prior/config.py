@@ -173,6 +173,12 @@ class PRIORConfig(MethodConfig):
             raise ConfigError(
                 f"method.decoder_heads={self.decoder_heads} does not divide method.embedding={self.embedding}"
             )
+        if self.zero_shot == "official" and not terms >= {"global", "local_text"}:
+            raise ConfigError(
+                "method.zero_shot=official scores by embeddings and local attention: set "
+                "method.global_weights and method.local_text_weights above 0 in a stage, or "
+                "method.zero_shot=embedding"
+            )
         for stage in self.stages(staged):
             if not self.weights(stage):
                 raise ConfigError(

@@ -25,8 +25,6 @@ from medvlp.methods.registry import register
 from medvlp.prototypes.table import PrototypeTable
 from medvlp.prototypes.user import Embedder
 
-_NO_SHARED_SPACE = "with method.global_weights of 0 PRIOR has no embeddings of images and reports"
-
 
 class PRIOR(Alignment):
     """Images and reports aligned as a whole and sentence by sentence, with a bank of sentence prototypes.
@@ -84,13 +82,16 @@ class PRIOR(Alignment):
         output: StepOutput = self.objective(parts, exclude)
         return output
 
+    @property
+    def embeds(self) -> bool:
+        """Whether a stage contrasts images with reports."""
+        return self.image_pool is not None
+
     def embed_image(self, features: ImageFeatures) -> Tensor:
         return unit_norm(self._image(features)).float()
 
     def embed_text(self, features: TextFeatures, text: Text) -> Tensor:
         sentences, valid = self._mixed_sentences(features, text)
-        if self.objective.report_pool is None:
-            raise NotImplementedError(_NO_SHARED_SPACE)
         return unit_norm(self.objective.report(sentences, valid)).float()
 
     @property
@@ -114,12 +115,17 @@ class PRIOR(Alignment):
 
     @property
     def grounds(self) -> bool:
-        return self.config.local_layout == "correct"
+        """Whether patches have a place, and a stage trains what sentences see of them."""
+        trained = any("local_text" in self.config.weights(stage) for stage in self.stages)
+        return trained and self.config.local_layout == "correct"
 
     def ground(self, image: ImageFeatures, prompts: TextFeatures, text: Text) -> Tensor:
         """[B, N, P] sigmoid attention in [0, 1] of prompts to patches, mean over a prompt's sentences."""
         if not self.grounds:
-            raise NotImplementedError("method.local_layout=official_view leaves patches without a place")
+            raise NotImplementedError(
+                "PRIOR grounds with method.local_text_weights above 0 and without method.local_layout="
+                "official_view, which leaves patches without a place"
+            )
         sentences, valid = self._mixed_sentences(prompts, text)
         flat = sentences.flatten(0, 1)[None], valid.flatten()[None]
         weights = self.objective.cross_attention(self._patches(image), *flat).text_weights.float()
@@ -163,8 +169,7 @@ class PRIOR(Alignment):
         self.objective.temperature = self.config.bank_temperature * factor[self.config.bank_schedule]
 
     def _image(self, features: ImageFeatures) -> Tensor:
-        if self.image_pool is None:
-            raise NotImplementedError(_NO_SHARED_SPACE)
+        assert self.image_pool is not None, "a stage contrasts images with reports"
         projected: Tensor = self.image_projection(self.image_pool(features.local))
         return projected
 

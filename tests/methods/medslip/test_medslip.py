@@ -228,6 +228,17 @@ def test_embeddings_and_features() -> None:
     assert not any("layer4" in name for name, _ in model.named_parameters()), "layer4 would never be trained"
 
 
+@torch.no_grad()
+def test_without_existence_losses_no_prompt_is_scored() -> None:
+    """The logits that score prompts have no other loss; the streams have."""
+    model, batch = small_medslip(existence_weight=0.0).eval(), small_batch(random_matrix(2))
+    assert not model.scores_prompts
+    with pytest.raises(NotImplementedError, match="existence_weight"):
+        model.score(batch.image, batch.text)
+    assert model.embeds_images
+    assert model.ground(batch.image, batch.text).isfinite().all()
+
+
 def test_sine_positions_reach_the_tokens() -> None:
     batch = small_batch(random_matrix(2))
     assert (small_medslip()(batch).loss - small_medslip(positions="sine")(batch).loss).abs() > 1e-4

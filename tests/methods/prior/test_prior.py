@@ -282,6 +282,15 @@ def test_official_scores() -> None:
         model.ground(batch.image, prompts)
 
 
+def test_maps_need_the_attention_that_sentences_train() -> None:
+    batch = report_batch(REPORTS)
+    model = small_prior(local_text_weights=[0.0, 0.0, 0.0])
+    assert not model.grounds
+    with pytest.raises(NotImplementedError, match="local_text_weights"):
+        model.ground(batch.image, batch.text)
+    assert small_prior().grounds
+
+
 def test_reconstruction_at_another_size_is_of_the_same_image() -> None:
     batch = report_batch(REPORTS)
     target = small_prior(reconstruction_size=16).alignment._target(batch.image)
