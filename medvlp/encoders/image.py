@@ -62,7 +62,7 @@ class ImageEncoder(nn.Module):
         image_size: side of the images in pixels, before `config.resize_to`.
         batch_norm: "global" (statistics over all ranks) or "local".
         ends_at_local: remove what comes after `config.local_stage`, for methods that read the local features
-            only; the pooled feature is then that of the same stage.
+            only and so train nothing behind it; the pooled feature is then that of the same stage.
 
     Raises:
         EncoderError: unknown model, wrong options or weights, or an image size the model cannot take.
@@ -80,15 +80,17 @@ class ImageEncoder(nn.Module):
         self.image_size = image_size
         backbone = _create_backbone(config, config.resize_to or image_size)
         _check_patch_size(backbone, config, config.resize_to or image_size)
-        self.shortened = False
-        if ends_at_local and config.local_stage is not None:
-            self.shortened = True
-            _end_at_stage(backbone, config.local_stage, config.name)
+        stages, stage = len(_stages(backbone)), config.local_stage
+        if stage is not None and -stages <= stage < 0:
+            stage += stages  # counted from the start, because the end moves when stages are removed
+        self.shortened = ends_at_local and stage not in (None, stages - 1)
+        if self.shortened:
+            _end_at_stage(backbone, stage, config.name)
         self.reads_patches = False
         self._taken: set[tuple[int, ...]] = set()  # an error at a size that once passed has another reason
         # ZeRO-3 gathers a module's own weights (class token, positions) when the module itself is called, so
         # features, local map and pooling must happen in one call of the backbone.
-        backbone.local_stage = config.local_stage
+        backbone.local_stage = stage
         backbone.forward = MethodType(_pooled_and_local, backbone)
         convert_batch_norms(backbone, synchronise=batch_norm == "global")
         self.backbone: Any = backbone
@@ -234,14 +236,9 @@ class ImageEncoder(nn.Module):
         return True
 
     def _levels(self) -> tuple[Level, ...]:
-        info = getattr(self.backbone, "feature_info", None)
-        info = info if isinstance(info, list) else list(getattr(info, "get_dicts", list)())
-        levels = tuple(Level(item["num_chs"], item["reduction"]) for item in info)
-        if self.shortened:  # the last stage that is left is the local one
-            stage = self.config.local_stage
-            assert stage is not None
-            return levels[: len(levels) + stage + 1 if stage < 0 else stage + 1]
-        return levels
+        levels = tuple(Level(item["num_chs"], item["reduction"]) for item in _stages(self.backbone))
+        # The last stage that is left is the local one.
+        return levels[: self.backbone.local_stage + 1] if self.shortened else levels
 
     @torch.no_grad()
     def _probe(self) -> tuple[int, int, tuple[int, int]]:
@@ -371,7 +368,13 @@ def _check_patch_size(model: Any, config: ImageConfig, size: int) -> None:
         )
 
 
-def _end_at_stage(model: Any, stage: int, name: str) -> None:
+def _stages(model: Any) -> list[dict[str, Any]]:
+    """What timm says of each stage (of each block of a transformer); [] where it says nothing."""
+    info = getattr(model, "feature_info", None)
+    return info if isinstance(info, list) else list(getattr(info, "get_dicts", list)())
+
+
+def _end_at_stage(model: Any, stage: int | None, name: str) -> None:
     """Remove the stages after `stage`, which would neither be used nor trained."""
     pool = getattr(getattr(model, "global_pool", None), "pool_type", None)
     try:

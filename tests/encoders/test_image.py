@@ -20,6 +20,7 @@ from medvlp.encoders.image import ImageEncoder
 VIT = ImageConfig(
     name="vit_tiny_patch16_224", options={"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 )
+VIT4 = dataclasses.replace(VIT, options={**VIT.options, "depth": 4})
 RESNET = ImageConfig(name="resnet10t", options={"channels": [8, 8, 16, 24], "stem_width": 8})
 
 
@@ -305,6 +306,23 @@ def test_a_pyramid_is_made_by_the_same_weights_as_the_features() -> None:
     outer.load_state_dict(vit.state_dict())
     normed = outer.backbone.norm(inner.flatten(2).transpose(1, 2))
     torch.testing.assert_close(normed, outer(images()).local)
+
+
+@pytest.mark.parametrize(("config", "size"), [(VIT4, 32), (RESNET, 64)])
+@pytest.mark.parametrize("removed", [1, 2])
+def test_a_stage_counted_from_the_end_is_the_same_after_the_end_is_removed(
+    config: ImageConfig, size: int, removed: int
+) -> None:
+    ending = dataclasses.replace(config, local_stage=-1 - removed)
+    whole = ImageEncoder(ending, size).eval()
+    short = ImageEncoder(ending, size, ends_at_local=True).eval()
+    own = short.state_dict()
+    short.load_state_dict({name: value for name, value in whole.state_dict().items() if name in own})
+    assert len(own) < len(whole.state_dict())
+    torch.testing.assert_close(short(images(size=size)).local, whole(images(size=size)).local)
+    assert len(short.levels) == len(whole.levels) - removed
+    last = ImageEncoder(dataclasses.replace(config, local_stage=-1), size, ends_at_local=True)
+    assert not last.shortened, "there is nothing to remove"
 
 
 def test_a_shortened_or_frozen_backbone_has_its_pyramid() -> None:
