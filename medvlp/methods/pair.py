@@ -2,6 +2,7 @@
 
 import abc
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 from torch import Tensor, nn
@@ -197,13 +198,21 @@ ImageType = TypeVar("ImageType", bound=ImageEncoder)
 TextType = TypeVar("TextType", bound=TextEncoder)
 
 
-def build_encoders(config: Config, vocab_size: int) -> tuple[ImageEncoder, TextEncoder]:
+def build_encoders(
+    config: Config, vocab_size: int, reads_pooled: bool = True
+) -> tuple[ImageEncoder, TextEncoder]:
     """Image and text encoder as the config describes them.
+
+    Args:
+        config: the whole config. vocab_size: number of tokens of the tokenizer.
+        reads_pooled: whether a loss reads the images' pooled feature; if not, the image encoder ends at
+            `image.local_stage`, because nothing after it would be trained.
 
     Raises:
         EncoderError: one of them cannot be built, or the text model is too short for `data.max_tokens`.
     """
-    return build_encoders_of(ImageEncoder, TextEncoder, config, vocab_size)
+    image_encoder = partial(ImageEncoder, ends_at_local=not reads_pooled)
+    return build_encoders_of(image_encoder, TextEncoder, config, vocab_size)
 
 
 def build_encoders_of(

@@ -12,6 +12,7 @@ import torch
 
 from medvlp.config_files import ConfigError
 from medvlp.methods.base import Method, Progress, StepOutput
+from tests.methods import small_mgca
 from tests.methods.gradients import assert_equal_gradients, averaged_gradients
 from tests.methods.small import REPORTS, built, names, reordered, small_batch, small_config
 
@@ -204,6 +205,24 @@ def test_embeddings_that_no_loss_shapes_are_not_given(name: str) -> None:
             with pytest.raises(NotImplementedError):
                 function(*given)
         assert method.image_features(batch.image).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["mgca", "place", "prior", "combination"])
+def test_the_backbone_ends_where_losses_end_to_read_it(name: str) -> None:
+    """The pooled feature of later stages would be untrained, and stand for images in every probe."""
+    config = small_config(name, **{} if name == "prior" else WITHOUT_EMBEDDINGS.get(name, {}))
+    if name == "combination":
+        config.method.mgca_weight, config.method.embeds_with = 0.0, "prior"
+        config.method.place = dataclasses.replace(config.method.place, instance_weight=0.0)
+    config.image = dataclasses.replace(config.image, **small_mgca.IMAGES["resnet"])
+    method, batch = built(config), small_batch()
+    method(batch).loss.backward()
+    for parameter, value in method.image_encoder.named_parameters():
+        assert value.grad is not None, f"{parameter} is not trained"
+    method.eval()
+    with torch.no_grad():
+        local = method.image_encoder(batch.image).local
+        torch.testing.assert_close(method.image_features(batch.image), local.mean(1))
 
 
 @pytest.mark.parametrize("name", names())

@@ -36,6 +36,11 @@ class CombinationConfig(MethodConfig):
         parts: dict[str, MethodConfig] = {"mgca": self.mgca, "prior": self.prior, "place": self.place}
         return parts[self.embeds_with]
 
+    @property
+    def reads_pooled(self) -> bool:
+        """Whether a part with a weight reads the images' pooled feature."""
+        return any(part in self.weights and getattr(self, part).embeds for part in ("mgca", "place"))
+
     def check(self, config: Config) -> None:
         if self.embeds_with not in self.weights:
             raise ConfigError(

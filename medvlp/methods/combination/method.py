@@ -50,7 +50,7 @@ class Combination(Alignment):
             self.parts["prior"] = PRIOR(_over_ranks(config.prior, config), image, text, staged)
         if "place" in self.weights:
             self.parts["place"] = PLACE(_over_ranks(config.place, config), image, text)
-        self.reads_pooled = any(part.reads_pooled for part in self._parts().values())
+        self.reads_pooled = config.reads_pooled
         self.image_attention = any(part.image_attention for part in self._parts().values())
         self.text_attention = any(part.text_attention for part in self._parts().values())
 
@@ -147,5 +147,5 @@ def _over_ranks(part: PartConfig, config: CombinationConfig) -> PartConfig:
 def build(config: Config, vocab_size: int) -> PairMethod:
     """The combination as the config describes it (see `medvlp.methods.registry.build_method`)."""
     method: CombinationConfig = config.method  # type: ignore[assignment]
-    image, text = build_encoders(config, vocab_size)
+    image, text = build_encoders(config, vocab_size, method.reads_pooled)
     return PairMethod(image, text, Combination(method, image, text, staged=bool(config.optimizer.phases)))

@@ -155,5 +155,5 @@ def _wants_attention(name: str, choice: str, available: bool) -> bool:
 def build(config: Config, vocab_size: int) -> PairMethod:
     """MGCA as the config describes it (see `medvlp.methods.registry.build_method`)."""
     method: MGCAConfig = config.method  # type: ignore[assignment]
-    image, text = build_encoders(config, vocab_size)
+    image, text = build_encoders(config, vocab_size, reads_pooled=method.embeds)
     return PairMethod(image, text, MGCA(method, image, text))

@@ -75,6 +75,11 @@ class PLACEConfig(MethodConfig):
         "map of a prompt: attention of its best observation, or patch similarity (needs token_weight)",
     )
 
+    @property
+    def embeds(self) -> bool:
+        """Whether a loss shapes the embeddings of images and reports."""
+        return self.instance_weight > 0
+
     def check(self, config: Config) -> None:
         self.check_terms()
         super().check(config)
@@ -95,4 +100,4 @@ class PLACEConfig(MethodConfig):
             raise ConfigError("method.grounding=patch needs method.token_weight above 0")
 
     def embedding_need(self, config: Config) -> str | None:
-        return None if self.instance_weight > 0 else "method.instance_weight above 0"
+        return None if self.embeds else "method.instance_weight above 0"

@@ -47,7 +47,7 @@ class PLACE(Alignment):
     def __init__(self, config: PLACEConfig, image: ImageEncoder, text: TextEncoder) -> None:
         super().__init__()
         self.config = config
-        self.reads_pooled = config.instance_weight > 0
+        self.reads_pooled = config.embeds
         self.soft = config.matching == "soft" or config.soft_epochs > 0
         synchronise = config.batch_norm == "global"
         sizes = (config.head_hidden, config.embedding, synchronise)
@@ -135,7 +135,7 @@ class PLACE(Alignment):
 
     @property
     def embeds(self) -> bool:
-        return self.config.instance_weight > 0
+        return self.config.embeds
 
     def embed_image(self, features: ImageFeatures) -> Tensor:
         return self._image(features).float()
@@ -250,5 +250,5 @@ class PLACE(Alignment):
 def build(config: Config, vocab_size: int) -> PairMethod:
     """PLACE as the config describes it (see `medvlp.methods.registry.build_method`)."""
     method: PLACEConfig = config.method  # type: ignore[assignment]
-    image, text = build_encoders(config, vocab_size)
+    image, text = build_encoders(config, vocab_size, reads_pooled=method.embeds)
     return PairMethod(image, text, PLACE(method, image, text))

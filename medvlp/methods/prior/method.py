@@ -227,5 +227,5 @@ def _follow_reached(module: nn.Module, incompatible: object) -> None:
 def build(config: Config, vocab_size: int) -> PairMethod:
     """PRIOR as the config describes it (see `medvlp.methods.registry.build_method`)."""
     method: PRIORConfig = config.method  # type: ignore[assignment]
-    image, text = build_encoders(config, vocab_size)
+    image, text = build_encoders(config, vocab_size, reads_pooled=PRIOR.reads_pooled)
     return PairMethod(image, text, PRIOR(method, image, text, staged=bool(config.optimizer.phases)))
