@@ -53,6 +53,8 @@ IMPOSSIBLE = [
     ),
     ("mpma", [f"method.{part}_weight=0" for part in ("image", "report", "global", "local")], "all 0"),
     ("mpma", ["method.temperature=0.7"], r"method\.temperature=0\.7"),
+    ("mpma", ["method.image_mask_ratio=0"], r"method\.image_mask_ratio=0.*method\.image_weight=0"),
+    ("mpma", ["method.text_mask_ratio=0"], r"method\.text_mask_ratio=0.*method\.report_weight=0"),
     ("mpma", ["method.decoder_heads=5"], r"method\.decoder_heads=5"),
     ("mpma", [MASKS, "method.global_weight=0"], r"method\.global_weight"),
     ("medslip", [], r"text\.frozen=true"),

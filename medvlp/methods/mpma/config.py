@@ -80,6 +80,12 @@ class MPMAConfig(MethodConfig):
     def check(self, config: Config) -> None:
         if not (self.image_weight or self.report_weight or self.global_weight or self.local_weight):
             raise ConfigError("method.image_weight, report_weight, global_weight and local_weight are all 0")
+        for weight, ratio in (("image_weight", "image_mask_ratio"), ("report_weight", "text_mask_ratio")):
+            if getattr(self, weight) and not getattr(self, ratio):
+                raise ConfigError(
+                    f"method.{ratio}=0 hides nothing, so nothing is left to reconstruct: set it above 0, or "
+                    f"method.{weight}=0"
+                )
         if not self.temperature_min < self.temperature < self.temperature_max:
             raise ConfigError(
                 f"method.temperature={self.temperature} must lie between method.temperature_min="

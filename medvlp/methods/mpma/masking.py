@@ -46,15 +46,19 @@ def sample_noise(sample: Tensor, count: int, seed: int, step: int, stream: int) 
     return mix(start[:, None] + counter)
 
 
+def visible_patches(patches: int, ratio: float) -> int:
+    """Patches that stay visible where a share `ratio` in [0, 1) is hidden: whole ones, and at least one."""
+    return min(patches, max(1, round(patches * (1 - ratio))))
+
+
 def draw_patches(noise: Tensor, ratio: float) -> PatchMask:
     """Hide the given share of patches: those with the highest noise.
 
     Args:
         noise: [B, P] numbers.
-        ratio: share of hidden patches in [0, 1); rounded to whole patches, and one always stays visible.
+        ratio: share of hidden patches, see `visible_patches`.
     """
-    patches = noise.shape[1]
-    visible = min(patches, max(1, round(patches * (1 - ratio))))
+    visible = visible_patches(noise.shape[1], ratio)
     order = noise.argsort(dim=1)
     return PatchMask(order[:, :visible].sort(dim=1).values, order[:, visible:].sort(dim=1).values)
 

@@ -42,6 +42,7 @@ from medvlp.methods.mpma.masking import (
     is_word,
     sample_noise,
     scored_positions,
+    visible_patches,
 )
 from medvlp.methods.pair import build_encoders_of
 from medvlp.methods.registry import register
@@ -105,7 +106,8 @@ class MPMA(DividedMethod, PrototypeUser):
         seed: of the masks.
 
     Raises:
-        EncoderError: widths and heads that do not fit, or a word embedding that cannot be tied.
+        EncoderError: widths and heads that do not fit, a word embedding that cannot be tied, or no patch that
+            would be hidden.
     """
 
     def __init__(
@@ -117,6 +119,9 @@ class MPMA(DividedMethod, PrototypeUser):
         image.reads_patches = config.summary == "mean" or config.global_weight == 0
         self.decoder: ImageDecoder | None = None
         if config.image_weight:
+            ratio, patches = config.image_mask_ratio, image.grid[0] * image.grid[1]
+            if visible_patches(patches, ratio) == patches:
+                raise EncoderError(f"method.image_mask_ratio={ratio} hides none of {patches} patches")
             self.decoder = ImageDecoder(
                 image.local_width,
                 image.grid,

@@ -43,7 +43,7 @@ def changed(batch: Batch, **text: torch.Tensor) -> Batch:
     words=st.lists(st.sampled_from([-1, 0, 1, 2, 5, 10]), min_size=1, max_size=4),
     ablation=st.sampled_from(ABLATIONS),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    ratio=st.sampled_from([0.0, 0.5, 0.99]),
+    ratio=st.sampled_from([0.1, 0.5, 0.99]),
 )
 def test_any_batch_gives_finite_loss_and_gradients(
     words: list[int], ablation: dict[str, Any], dtype: torch.dtype, ratio: float

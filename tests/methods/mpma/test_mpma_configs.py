@@ -48,6 +48,7 @@ def test_small_models_run() -> None:
     [
         ("resnet18", "method.fusion_heads=2", "resnet18"),
         ("vit_cpu", "method.fusion_heads=12", "fusion_heads=12"),
+        ("vit_cpu", "method.image_mask_ratio=0.01", r"image_mask_ratio=0\.01 hides none of \d+ patches"),
     ],
 )
 def test_models_that_do_not_fit_say_so(image: str, override: str, message: str) -> None:
