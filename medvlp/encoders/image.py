@@ -16,10 +16,11 @@ from medvlp.encoders.backbones import EncoderError, plain_options, read_weights,
 from medvlp.encoders.batch_norm import convert_batch_norms
 from medvlp.hub import hub_reason, quiet_hub
 
-#: Arguments of timm.create_model that bring weights or architectures from elsewhere.
-_OTHER_SOURCES = frozenset({
-    "cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay",
-})  # fmt: skip
+#: Arguments of timm.create_model that are refused, and why.
+_REFUSED = dict.fromkeys(
+    ("cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"),
+    "weights come from image.weights or image.pretrained, where they are looked at and recorded",
+) | {"patch_drop_rate": "the patches that are left form no grid (MPMA hides them: method.image_mask_ratio)"}
 
 
 class ImageFeatures(NamedTuple):
@@ -314,11 +315,8 @@ def _create_backbone(config: ImageConfig, size: int) -> Any:
     if not timm.is_model(config.name.split(".")[0]) and ":" not in config.name:
         raise EncoderError(unknown_model(config.name))
     options = {"num_classes": 0, "in_chans": config.in_channels, **plain_options(config.options)}
-    if elsewhere := sorted(_OTHER_SOURCES & options.keys()):
-        raise EncoderError(
-            f"image.options.{elsewhere[0]}: weights come from image.weights or image.pretrained, where they "
-            "are looked at and recorded"
-        )
+    if refused := sorted(_REFUSED.keys() & options.keys()):
+        raise EncoderError(f"image.options.{refused[0]}: {_REFUSED[refused[0]]}")
     options["pretrained"] = config.pretrained
     weights = read_weights(config.weights) if config.weights is not None else None
     if weights is not None:

@@ -228,6 +228,7 @@ def test_bad_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (dataclasses.replace(RESNET, options={"colour": 1}), 32, "colour"),
         (dataclasses.replace(RESNET, local_stage=9), 32, "local_stage"),
         (VIT, 36, "patches of 8 pixels"),
+        (dataclasses.replace(VIT, options={**VIT.options, "patch_drop_rate": 0.75}), 32, "form no grid"),
     ],
 )
 def test_what_does_not_fit_is_named(config: ImageConfig, size: int, message: str) -> None:
