@@ -102,7 +102,10 @@ def create_text_model(config: TextConfig, vocab_size: int) -> PreTrainedModel:
     if not config.token_types:
         _remove_token_types(model)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+        try:
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+        except ValueError as error:
+            raise EncoderError(f"text.gradient_checkpointing=true: {where} does not support it") from error
     return model
 
 

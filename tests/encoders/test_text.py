@@ -227,6 +227,11 @@ def test_state_dict_names_each_weight_once() -> None:
         (TextConfig(model_type="no-such-model"), 50, "no-such-model"),
         (TextConfig(name="/no/such/folder"), 50, "/no/such/folder"),
         (TextConfig(model_type="t5"), 50, "no text encoder"),
+        (
+            TextConfig(model_type="mpnet", options=SMALL, gradient_checkpointing=True),
+            50,
+            r"text\.gradient_checkpointing=true: text\.model_type=mpnet",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(config: TextConfig, vocab_size: int, message: str) -> None:
