@@ -87,6 +87,8 @@ class ImageEncoder(nn.Module):
         self.shortened = ends_at_local and stage not in (None, stages - 1)
         if self.shortened:
             _end_at_stage(backbone, stage, config.name)
+        if ends_at_local and getattr(backbone, "global_pool", None) == "map":
+            backbone.reset_classifier(0, "avg")  # an attention pool comes after the local features, too
         self.reads_patches = False
         self._taken: set[tuple[int, ...]] = set()  # an error at a size that once passed has another reason
         # ZeRO-3 gathers a module's own weights (class token, positions) when the module itself is called, so

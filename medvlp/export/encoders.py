@@ -92,7 +92,11 @@ def write_image(encoder: ImageEncoder, folder: Path, seen: float = 1.0) -> None:
     described = json.loads(file.read_text(encoding="utf-8"))
     for key in _OF_OTHER_WEIGHTS:
         described["pretrained_cfg"].pop(key, None)
-    if encoder.summarises_patches:
+    backbone: Any = encoder.backbone
+    if encoder.summarises_patches or (
+        getattr(backbone, "global_pool", None) == "avg"
+        and isinstance(getattr(backbone, "fc_norm", None), nn.Identity)
+    ):
         # The norm stays before the mean: timm's own choice for this pooling would move it behind.
         described.setdefault("model_args", {}).update(global_pool="avg", fc_norm=False)
         described["global_pool"] = "avg"

@@ -179,3 +179,16 @@ def test_a_transformer_whose_patches_are_trained_is_exported_with_their_mean(tmp
         features = method.image_features(image)
         torch.testing.assert_close(plain(method.image_encoder.prepare(image)), features)
         assert not torch.allclose(method.image_encoder(image).pooled, features)
+
+
+def test_an_attention_pool_that_no_loss_reads_is_not_exported(tmp_path: Path) -> None:
+    options = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    config = ImageConfig(name="vit_base_patch16_siglip_224", options=options)
+    encoder = ImageEncoder(config, 32, ends_at_local=True).eval()
+    write_image(encoder, tmp_path)
+    plain = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    image = torch.randint(0, 256, (2, 1, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        features = encoder(image)
+        torch.testing.assert_close(features.pooled, features.local.mean(1))
+        torch.testing.assert_close(plain(encoder.prepare(image)), features.pooled)

@@ -207,14 +207,21 @@ def test_embeddings_that_no_loss_shapes_are_not_given(name: str) -> None:
         assert method.image_features(batch.image).isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["mgca", "place", "prior", "combination"])
-def test_the_backbone_ends_where_losses_end_to_read_it(name: str) -> None:
+SIGLIP = {
+    "name": "vit_base_patch16_siglip_224",
+    "options": {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2},
+}
+
+
+@pytest.mark.parametrize("name", ["mgca", "place", "prior", "combination", "medslip"])
+@pytest.mark.parametrize("image", [small_mgca.IMAGES["resnet"], SIGLIP], ids=["resnet", "attention pool"])
+def test_the_backbone_ends_where_losses_end_to_read_it(name: str, image: dict[str, Any]) -> None:
     """The pooled feature of later stages would be untrained, and stand for images in every probe."""
-    config = small_config(name, **{} if name == "prior" else WITHOUT_EMBEDDINGS.get(name, {}))
+    config = small_config(name, **({} if name == "prior" else WITHOUT_EMBEDDINGS.get(name, {})))
     if name == "combination":
         config.method.mgca_weight, config.method.embeds_with = 0.0, "prior"
         config.method.place = dataclasses.replace(config.method.place, instance_weight=0.0)
-    config.image = dataclasses.replace(config.image, **small_mgca.IMAGES["resnet"])
+    config.image = dataclasses.replace(config.image, **image)
     method, batch = built(config), small_batch()
     method(batch).loss.backward()
     for parameter, value in method.image_encoder.named_parameters():
