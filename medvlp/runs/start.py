@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
-from torch import Tensor
+from torch import Tensor, nn
 
 from medvlp.config import Config
 from medvlp.data.text import Tokenizer
@@ -75,6 +76,7 @@ class Start:
             wanted = {key: value for key, value in method.state_dict().items() if key.startswith(prefix)}
             if not weights or not wanted:
                 continue
+            weights = _read_by(method.get_submodule(prefix.partition(".")[0]), prefix, weights, wanted.keys())
             for key in sorted(weights.keys() | wanted.keys()):
                 shapes = [tuple(of[key].shape) if key in of else None for of in (weights, wanted)]
                 if shapes[0] != shapes[1]:
@@ -100,6 +102,19 @@ class Start:
                 return {name: file.get_tensor(name) for name in names}
         except (OSError, safetensors.SafetensorError) as error:
             raise CheckpointError(f"{path} cannot be read ({error})") from error
+
+
+def _read_by(
+    encoder: nn.Module, prefix: str, weights: dict[str, Tensor], wanted: Collection[str]
+) -> dict[str, Tensor]:
+    """Weights without those of later stages and of a pool that an image encoder has removed.
+
+    They come from a method that reads them, or from a whole backbone; this one reads patches only.
+    """
+    if not getattr(encoder, "reads_patches", False):
+        return weights
+    removed = prefix if getattr(encoder, "shortened", False) else f"{prefix}attn_pool."
+    return {key: value for key, value in weights.items() if key in wanted or not key.startswith(removed)}
 
 
 def begin_again(method: Method, config: Config, identity: RunIdentity | None) -> None:

@@ -116,6 +116,27 @@ def test_encoders_start_a_method_and_others_are_named(
         start.weights_into(build_method(other, 300), other)
 
 
+@pytest.mark.parametrize("image", ["test_resnet", "test_vit3"])
+def test_a_whole_backbone_starts_one_that_ends_where_losses_end_to_read_it(
+    image: str, data: Path, tmp_path: Path
+) -> None:
+    """A later stage, or an attention pool, stays behind; anything else that is missing is another encoder."""
+    words = [f"image.name={image}", *(["image.local_stage=1"] if image == "test_resnet" else [])]
+    whole = save_run(data, tmp_path / "run", *words)
+    shared = [word for word in TINY if not word.startswith("method.")]
+    reads_patches = ["method.name=place", "method.instance_weight=0", "method.decoder_width=12"]
+    other = [f"data.root={data}", "run.dir=x", f"train.start={tmp_path / 'run'}"]
+    config = config_files.load([], [*shared, *other, *words, *reads_patches], schemas())
+    words_known = whole.text_encoder.model.get_input_embeddings().num_embeddings
+    start, method = Start.of(config), build_method(config, words_known)
+    assert start is not None
+    start.weights_into(method, config)
+    given, taken = (of.image_encoder.backbone.state_dict() for of in (whole, method))
+    assert taken.keys() < given.keys()
+    for name, value in taken.items():
+        assert torch.equal(given[name], value), name
+
+
 def untrained_head(run: Path, data: Path, folder: Path) -> torch.nn.Module:
     """The network of a fine-tuning's baseline before its first step."""
     words = [f"run.dir={folder / 'head'}"]
