@@ -28,7 +28,7 @@ from medvlp.methods.base import Method
 from medvlp.ranks import detect
 from medvlp.runs import saved_run
 from shards.atomic import fsync_path
-from shards.errors import DataError
+from shards.errors import DataError, UsageError
 from shards.progress import meter
 from shards.reader import ShardReader
 
@@ -55,7 +55,8 @@ def embed_dataset(request: Request) -> None:
     they are too many (`data.max_bad_fraction`) is judged of all samples, not of a block.
 
     Raises:
-        MedvlpError: run or data cannot be read, too many samples are corrupt, or the file cannot be written.
+        MedvlpError: run or data cannot be read, nothing would be written, too many samples are corrupt, or
+            the file cannot be written.
     """
     device, parts = distributed.initialize(detect()), None
     try:
@@ -106,6 +107,12 @@ def _write_part(
         text=method.embeds_reports,
         features=request.features and method.has_image_features,
     )
+    if not (wanted.image or wanted.text or wanted.features):
+        instead = "give --features" if method.has_image_features else "nothing can be written"
+        raise UsageError(
+            f"{request.run} embeds neither images nor reports (a backbone alone, or no loss shaped "
+            f"embeddings): {instead}"
+        )
     blocks, samples, corrupt = _own_blocks(request, reader), 0, 0
     own = sum(len(positions) for _, _, positions in blocks)
     whole = sum(reader.sample_count(split) for split in _splits(request, reader))

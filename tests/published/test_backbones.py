@@ -21,6 +21,7 @@ from medvlp.runs.errors import CheckpointError
 from medvlp.runs.identity import IdentityError
 from medvlp.runs.start import Start, begin_again
 from medvlp.training.recipe import TrainingSet
+from shards.errors import UsageError
 from shards.reader import ShardReader
 from tests.export.saved import TINY, save_run
 from tests.training.runs import TINY as TRAINED
@@ -84,6 +85,9 @@ def test_what_a_backbone_cannot_do_is_said(runs: dict[str, Path], data: Path) ->
     result = invoke("pretrain", runs["image"] / "config.yaml", f"data.root={data}", "run.dir=x")
     assert isinstance(result.exception, ConfigError)
     assert "has no loss" in str(result.exception)
+    result = invoke("embed", runs["image"], "--data", data, "--out", data / "x.parquet", "--nproc", 1)
+    assert isinstance(result.exception, UsageError)
+    assert "--features" in str(result.exception)
     with pytest.raises(NotImplementedError, match="embeds no images"):
         loaded(runs["image"]).encode_image(torch.zeros(1, 1, 32, 32, dtype=torch.uint8))
 
