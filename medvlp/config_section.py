@@ -114,6 +114,13 @@ class MethodConfig:
         """
         return "a method that has them"
 
+    def loss_changes(self, config: Config) -> str | None:
+        """Why the loss is not the same sum of terms throughout a training; None: it is.
+
+        Then its values early and late say nothing of which checkpoint is better.
+        """
+        return None
+
     def service_clusters(self, config: Config) -> int | None:
         """Number of clusters of the prototype service that the method uses; None: it uses none."""
         return config.prototypes.clusters if config.prototypes.masks_by_clusters else None

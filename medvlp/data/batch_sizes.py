@@ -20,12 +20,20 @@ def divide_batch(config: Config, world_size: int) -> BatchSizes:
     """Divide `train.global_batch` over ranks and accumulation steps.
 
     Raises:
-        ConfigError: it does not divide; names values that would. Or the method has no loss to train on.
+        ConfigError: it does not divide; names values that would. Or the method has no loss to train on, or
+            none that `checkpoint.keep_best` could compare.
     """
     if not config.method.trains:
         raise ConfigError(
             f"method.name={config.method.name} has no loss: choose a method to train, and begin with these "
             "weights by train.start=RUN"
+        )
+    best = config.checkpoint.keep_best
+    if config.task is None and best in ("loss", "valid/loss") and (why := config.method.loss_changes(config)):
+        raise ConfigError(
+            f"checkpoint.keep_best={best} would take the checkpoint before the loss grows by design: {why}. "
+            "Name a metric that means the same throughout, as valid/image_to_text/R@5 with "
+            "checkpoint.best_mode=max"
         )
     batch, micro = config.train.global_batch, config.train.micro_batch
     if batch % world_size:

@@ -1,12 +1,18 @@
 """Dividing the global batch."""
 
+from contextlib import nullcontext
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medvlp import config_files
 from medvlp.config import Config
 from medvlp.config_files import ConfigError
 from medvlp.data.batch_sizes import divide_batch
+from medvlp.methods.registry import schemas
+
+PHASES = "optimizer.phases=[{epochs: 1, lr: 1e-3}, {epochs: 1, lr: 1e-3}]"
 
 
 def config(global_batch, micro_batch=None):
@@ -35,3 +41,26 @@ def test_the_parts_make_the_whole(ranks, accumulation, micro):
 def test_what_does_not_divide_is_refused_with_what_would(batch, micro, ranks, message):
     with pytest.raises(ConfigError, match=message):
         divide_batch(config(batch, micro), ranks)
+
+
+@pytest.mark.parametrize(
+    ("keys", "why"),
+    [
+        (["method.name=prior", PHASES], "weights of PRIOR's terms"),
+        (["method.prototype_source=clusters"], r"method\.prototype_source=clusters"),
+        (
+            ["method.name=combination", "method.mgca.prototype_source=clusters", "method.prior_weight=0"],
+            r"method\.mgca\.prototype_source=clusters",
+        ),
+        (["method.name=prior"], None),
+        (["method.name=prior", PHASES, "checkpoint.keep_best=valid/loss/global"], None),
+        ([], None),
+    ],
+)
+def test_checkpoints_are_not_compared_by_a_loss_that_changes(keys, why):
+    words = ["data.root=/d", "run.dir=/r", "validation.every_epochs=1", "checkpoint.keep_best=valid/loss"]
+    given = config_files.load([], [*words, *keys], schemas())
+    with nullcontext() if why is None else pytest.raises(ConfigError, match=rf"keep_best=valid/loss.*{why}"):
+        divide_batch(given, 1)
+    given.task = "fine-tuning"
+    assert divide_batch(given, 1).world_size == 1, "a task's loss is its own"

@@ -64,6 +64,13 @@ class CombinationConfig(MethodConfig):
             )
         super().check(config)
 
+    def loss_changes(self, config: Config) -> str | None:
+        for name in self.weights:
+            part: MethodConfig = getattr(self, name)
+            if why := part.loss_changes(config):
+                return why.replace("method.", f"method.{name}.")
+        return None
+
     def embedding_need(self, config: Config) -> str | None:
         need = self.clustered.embedding_need(config)
         return None if need is None else need.replace("method.", f"method.{self.clustered.name}.")

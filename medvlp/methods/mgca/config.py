@@ -85,5 +85,10 @@ class MGCAConfig(MethodConfig):
     def embedding_need(self, config: Config) -> str | None:
         return None if self.embeds else "method.instance_weight or method.prototype_weight above 0"
 
+    def loss_changes(self, config: Config) -> str | None:
+        if not self.clusters_are_prototypes:
+            return None
+        return "method.prototype_source=clusters adds the prototype loss at the first refresh"
+
     def service_clusters(self, config: Config) -> int | None:
         return self.prototypes if self.clusters_are_prototypes else super().service_clusters(config)

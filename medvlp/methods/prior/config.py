@@ -185,6 +185,12 @@ class PRIORConfig(MethodConfig):
                     f"every method.*_weights is 0 in stage {stage}, which leaves no loss to train on"
                 )
 
+    def loss_changes(self, config: Config) -> str | None:
+        stages = self.stages(bool(config.optimizer.phases))
+        if all(self.weights(stage) == self.weights(stages[0]) for stage in stages):
+            return None
+        return "the weights of PRIOR's terms change with the stages (optimizer.phases)"
+
     def embedding_need(self, config: Config) -> str | None:
         embeds = self.embeds(self.stages(bool(config.optimizer.phases)))
         return None if embeds else "method.global_weights above 0 in every stage"
