@@ -40,11 +40,13 @@ class Alignment(PrototypeUser, nn.Module, abc.ABC):
     Attributes:
         image_attention, text_attention: whether `forward` needs the encoders' attention maps.
         reads_pooled: whether a loss reads the images' pooled feature; if not, only their patches are trained.
+        shapes_embeddings: config keys of the losses that shape embeddings of images and reports.
     """
 
     image_attention: bool = False
     text_attention: bool = False
     reads_pooled: bool = True
+    shapes_embeddings: str = "the losses on whole samples"
 
     @abc.abstractmethod
     def forward(self, pair: EncodedPair, clusters: PrototypeTable | None = None) -> StepOutput:
@@ -187,9 +189,9 @@ class PairMethod(DividedMethod):
 
     def _embedding(self) -> Alignment:
         if not self.alignment.embeds:
-            name = type(self.alignment).__name__
             raise NotImplementedError(
-                f"no loss of this {name} shapes embeddings of images and reports: their weights are 0"
+                f"with {self.alignment.shapes_embeddings} of 0 no loss shapes embeddings of images and "
+                "reports"
             )
         return self.alignment
 

@@ -51,6 +51,7 @@ class Combination(Alignment):
         if "place" in self.weights:
             self.parts["place"] = PLACE(_over_ranks(config.place, config), image, text)
         self.reads_pooled = config.reads_pooled
+        self.shapes_embeddings = f"{config.embeds_with}'s {self._embedding().shapes_embeddings}"
         self.image_attention = any(part.image_attention for part in self._parts().values())
         self.text_attention = any(part.text_attention for part in self._parts().values())
 

@@ -34,6 +34,8 @@ class MGCA(Alignment):
         EncoderError: attention weights are asked for and a backbone has none.
     """
 
+    shapes_embeddings = "method.instance_weight and method.prototype_weight"
+
     def __init__(self, config: MGCAConfig, image: ImageEncoder, text: TextEncoder) -> None:
         super().__init__()
         self.config = config

@@ -44,6 +44,8 @@ class PLACE(Alignment):
         image: image backbone; text: text backbone (only their sizes are read).
     """
 
+    shapes_embeddings = "method.instance_weight"
+
     def __init__(self, config: PLACEConfig, image: ImageEncoder, text: TextEncoder) -> None:
         super().__init__()
         self.config = config

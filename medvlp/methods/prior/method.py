@@ -40,6 +40,7 @@ class PRIOR(Alignment):
 
     reached: Tensor
     reads_pooled = False
+    shapes_embeddings = "method.global_weights"
 
     def __init__(
         self, config: PRIORConfig, image: ImageEncoder, text: TextEncoder, staged: bool = False
