@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from packaging.version import Version
 from torch import Tensor
 
 from medvlp.ranks import Ranks, detect, tell_deepspeed
@@ -23,6 +24,7 @@ from medvlp.ranks import Ranks, detect, tell_deepspeed
 #: How long a collective may wait for another rank before the run is declared dead.
 TIMEOUT = timedelta(minutes=30)
 
+_TORCH = Version(torch.__version__).release
 # torch 2.14 renamed them and warns about the old names; older versions have only those.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -78,7 +80,8 @@ def initialize(ranks: Ranks | None = None, timeout: timedelta = TIMEOUT) -> torc
                 rank=ranks.rank,
                 world_size=ranks.world_size,
                 timeout=timeout,
-                device_id=device if device.type == "cuda" else None,
+                # In torch 2.7.0 NCCL's collectives hang at random with it (its issue 153960).
+                device_id=device if device.type == "cuda" and _TORCH != (2, 7, 0) else None,
             )
         _owns_default_group = True
     if _bookkeeping is None:

@@ -15,7 +15,7 @@ import torch
 from medvlp import distributed
 from medvlp.config import DataConfig
 from medvlp.data.workers import WorkerLoader
-from medvlp.ranks import LAUNCHER_LOCAL_RANK, detect, tell_deepspeed
+from medvlp.ranks import LAUNCHER_LOCAL_RANK, Ranks, detect, tell_deepspeed
 from medvlp.runs.randomness import random_state
 from shards.errors import DataError
 from tests.distributed_pool import imported
@@ -190,6 +190,29 @@ def limits_of_nccl() -> list[timedelta]:
 
 def test_nccl_leaves_the_watchdog_time_to_speak(fresh):
     assert fresh(limits_of_nccl) == [timedelta(seconds=125)]
+
+
+def device_bound_by(release: tuple[int, int, int]) -> str:
+    found: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "_TORCH", release)
+        patch.setattr(distributed, "uses_cuda", lambda: True)
+        patch.setattr(torch.cuda, "device_count", lambda: 2)
+        patch.setattr(torch.cuda, "set_device", lambda device: None)
+        patch.setattr(distributed.dist, "new_group", lambda **named: None)
+        patch.setattr(
+            distributed.dist,
+            "init_process_group",
+            lambda kind, **named: found.append(f"{named['device_id']}"),
+        )
+        distributed.initialize(Ranks("torchrun", 1, 2, 1, 2, "127.0.0.1", 1))
+    return found[0]
+
+
+def test_nccl_is_told_its_gpu_where_that_does_not_hang(fresh):
+    assert fresh(device_bound_by, (2, 6, 0)) == "cuda:1"
+    assert fresh(device_bound_by, (2, 7, 0)) == "None"
+    assert fresh(device_bound_by, (2, 7, 1)) == "cuda:1"
 
 
 def record_of_nccl(folder: Path) -> bool:
