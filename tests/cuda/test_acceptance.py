@@ -29,6 +29,7 @@ from tests.cuda.plan import CHECKS, FIGURES
 from tests.cuda.ranks import compare, of_ranks, on_rank
 from tests.cuda.runner import Check, run_checks
 from tests.distributed_pool import Pools
+from tests.methods.small import built, small_batch, small_config
 
 #: Tested apart from the rest: they start processes of their own.
 APART = ("two ranks", "worker")
@@ -161,6 +162,25 @@ def test_any_faiss_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
     noted: dict[str, Any] = {}
     environment(Place(True, "", ""), noted.__setitem__)
     assert noted["versions"]["faiss-gpu"] == "1.15.1"
+
+
+def of_other_rounding() -> list[float]:
+    """Gradients of a method whose weights differ in their last bits, and of one with a wrong bias."""
+    config, batch = small_config("mgca"), small_batch()
+    _, expected = steps._gradients(built(config), batch)
+    rounded, wrong = built(config), built(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in rounded.parameters():
+            weight.mul_(1 + 1e-7 * torch.randn(weight.shape, generator=generator))
+        wrong.get_parameter("alignment.image_head.linear1.weight")[0] *= 1.1
+    return [steps.gradients_apart(steps._gradients(other, batch)[1], expected) for other in (rounded, wrong)]
+
+
+def test_gradients_that_are_zero_but_for_rounding_are_not_compared_by_it() -> None:
+    rounded, wrong = of_other_rounding()
+    assert rounded < 3e-4
+    assert wrong > 1e-2
 
 
 def test_a_loss_that_jumps_has_fallen_all_the_same() -> None:
