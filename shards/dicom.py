@@ -8,7 +8,6 @@ occurs (65,536 at the most) and then looked up for the pixels.
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import cv2
@@ -66,11 +65,11 @@ class Radiograph(DicomHeader):
     scale: tuple[float, float]
 
 
-def read_dicom(data: bytes | Path, window: Window = "auto", max_pixels: int = MAX_PIXELS) -> Radiograph:
+def read_dicom(data: bytes, window: Window = "auto", max_pixels: int = MAX_PIXELS) -> Radiograph:
     """Read the one image of a DICOM file.
 
     Args:
-        data: the file, or its bytes.
+        data: the file.
         window: see `Window`.
         max_pixels: larger images are refused before memory is taken.
 
@@ -85,8 +84,8 @@ def read_dicom(data: bytes | Path, window: Window = "auto", max_pixels: int = MA
         return _read(data, window, max_pixels)
 
 
-def _read(data: bytes | Path, window: Window, max_pixels: int) -> Radiograph:
-    header = _read_header(data.read_bytes() if isinstance(data, Path) else data)
+def _read(data: bytes, window: Window, max_pixels: int) -> Radiograph:
+    header = _read_header(data)
     _check(header, max_pixels)
     stored = _shown(_decode(header), header, window)
     pixels = _with_square_pixels(stored, header)

@@ -37,6 +37,8 @@ INDEX_MASK_EXTENSION = "mask.png"
 INDEX_LIMIT = 1 << 26
 #: Largest side of a stored image.
 MAX_IMAGE_SIZE = 8192
+#: Largest file of an image or of masks, in bytes: one that is read, and one that is stored.
+IMAGE_LIMIT = 1 << 28
 #: A member of a tar takes a block of 512 bytes for its name and at least one for its content.
 MIN_MEMBER_BYTES = 1024
 

@@ -2,6 +2,7 @@
 
 import io
 import warnings
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -12,6 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from shards.errors import DataError
+from shards.format import IMAGE_LIMIT
+from shards.strict_json import JsonError, read_limited
 
 #: Largest image that is decoded; a header that promises more is refused before any pixel is allocated.
 MAX_PIXELS = 8192 * 8192
@@ -29,6 +32,19 @@ _SIGNED, _FLOAT = 2, 3
 _ORIENTATION = 274
 #: Weights of red, green and blue in luminance (ITU-R BT.601, as JPEG and PIL have it).
 _LUMINANCE = np.array((0.299, 0.587, 0.114), dtype=np.float32)
+
+
+def read_image_file(path: Path) -> bytes:
+    """Content of a file that `decode_image`, `shards.masks` or `shards.dicom` reads.
+
+    Raises:
+        OSError: it cannot be read.
+        DataError: a pipe, socket, device or folder, or more than `IMAGE_LIMIT` bytes.
+    """
+    try:
+        return read_limited(path, IMAGE_LIMIT)
+    except JsonError as error:
+        raise DataError(f"file: {error}") from error
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, placed: bool = False) -> NDArray[np.uint8]:

@@ -17,6 +17,7 @@ from shards.errors import DataError
 from shards.format import (
     FORMAT_VERSION,
     IMAGE_EXTENSIONS,
+    IMAGE_LIMIT,
     METADATA_EXTENSION,
     Index,
     Shard,
@@ -29,8 +30,6 @@ from shards.shard_index import SHARD_INDEX_LIMIT, ShardIndex, map_shard_index
 from shards.strict_json import JsonError, open_regular, read_limited
 
 _MAX_OPEN_FILES = 64
-#: Largest file of an image or of masks of a sample, in bytes.
-IMAGE_LIMIT = 1 << 28
 #: What may lie between members of a sample that are read together, in bytes: another member, their headers.
 _GAPS = 2 * IMAGE_LIMIT
 

@@ -12,6 +12,7 @@ from shards.errors import DataError
 from shards.fingerprints import pixel_hash
 from shards.format import (
     IMAGE_EXTENSIONS,
+    IMAGE_LIMIT,
     METADATA_EXTENSION,
     TOKENIZER_NAME,
     Index,
@@ -22,7 +23,6 @@ from shards.images import decode_turned
 from shards.masks import read_masks
 from shards.metadata import METADATA_LIMIT, metadata_problems
 from shards.progress import tracked
-from shards.reader import IMAGE_LIMIT
 from shards.shard_index import SHARD_INDEX_LIMIT, ShardIndex
 from shards.strict_json import JsonError, parse_json, read_limited
 from shards.workers import run_tasks

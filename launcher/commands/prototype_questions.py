@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from shards.errors import UsageError
+from shards.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from medvlp.serving.client import PrototypeClient
@@ -50,10 +50,14 @@ def nearest(
         raise UsageError("give either --text or --image")
     file = b""
     if image is not None:
+        from shards.images import read_image_file  # brings decoders
+
         try:
-            file = image.read_bytes()
+            file = read_image_file(image)
         except OSError as error:
             raise UsageError(f"--image {image}: {error.strerror}") from error
+        except DataError as error:
+            raise UsageError(f"--image {image}: {error}") from error
     with _ask(run, server, token_file, tls_ca, offline) as asked:
         reply = (
             asked.nearest_text([text], clusters, samples)

@@ -14,7 +14,7 @@ from torch import Tensor
 from medvlp.data.transforms import View, evaluation_view
 from shards.dicom import read_dicom
 from shards.errors import DataError, UsageError
-from shards.images import decode_image, fit_square, square_geometry
+from shards.images import decode_image, fit_square, read_image_file, square_geometry
 
 Pixels = NDArray[np.uint8]
 #: One image: a path, an array [H, W] or [H, W, 3], or a tensor [H, W] or [1, H, W]; uint8.
@@ -88,13 +88,12 @@ def stacked(seen: Sequence[Seen]) -> Tensor:
 
 def _read(path: Path) -> Pixels:
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); give the path of an image") from error
-    try:
+        data = read_image_file(path)
         if data[_DICOM_AT : _DICOM_AT + 4] == _DICOM:
             return np.asarray(read_dicom(data).pixels, dtype=np.uint8)
         return decode_image(data)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); give the path of an image") from error
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
 

@@ -13,9 +13,7 @@ from typing import BinaryIO, Literal
 
 from shards.archives.zips import MOST_TOPS, ZipIndex, ZipMember
 from shards.errors import DataError
-
-#: Largest image file, in bytes; as what a stored sample may take.
-IMAGE_LIMIT = 1 << 28
+from shards.format import IMAGE_LIMIT
 
 _GZIP = ".gz"
 _PACKED = (".tar", ".tar.gz", ".tgz", ".rar", ".7z")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from shards.archives.id_lists import UserLists
 from shards.errors import DataError
 from shards.format import hash_file
-from shards.images import decode_turned, refuse_turned
+from shards.images import decode_turned, read_image_file, refuse_turned
 from shards.sources.base import Json, RejectedRecord, Source, option
 from shards.sources.image_paths import ImagePaths
 from shards.sources.registry import register
@@ -228,7 +228,7 @@ class TableSource(Source):
 
     def _image(self, name: str) -> tuple[NDArray[np.uint8], int]:
         try:
-            return decode_turned(self._paths.find(name).read_bytes())
+            return decode_turned(read_image_file(self._paths.find(name)))
         except OSError as error:
             raise RejectedRecord(f"image file cannot be read: {error.strerror}") from error
         except DataError as error:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import DataError
+from shards.images import read_image_file
 from shards.masks import decode_runs, read_mask_image
 from shards.metadata import LIST_NAME, METADATA_LIMIT
 from shards.sources.base import RejectedRecord
@@ -212,7 +213,7 @@ class TargetReader:
                     f"file: {rule.file} names one file for several images; put {{path}} in it, or name the "
                     "files in a column (png)"
                 )
-            return read_mask_image(path.read_bytes())
+            return read_mask_image(read_image_file(path))
         if rule.file is None:
             raise DataError("the file does not exist")
         self.notes[f"images have no file of the mask of {finding!r}"] += 1

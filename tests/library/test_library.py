@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -26,7 +27,7 @@ from medvlp.runs import saved_run
 from medvlp.runs.identity import DataRecord, RunIdentity
 from medvlp.runs.manifest import Manifest
 from shards.errors import DataError, UsageError
-from shards.format import Index
+from shards.format import IMAGE_LIMIT, Index
 from tests.export.saved import save_run
 
 
@@ -188,9 +189,11 @@ def test_what_is_no_image_is_refused(image: Any, told: str, run: Path) -> None:
 def test_files_are_named(run: Path, tmp_path: Path) -> None:
     loaded = medvlp.load(run, "cpu")
     (tmp_path / "film.png").write_bytes(b"no image")
-    for path in (tmp_path / "film.png", tmp_path / "gone.png"):
-        with pytest.raises(DataError, match=path.name):
-            loaded.encode_image(path)
+    (tmp_path / "huge.png").touch()
+    os.truncate(tmp_path / "huge.png", IMAGE_LIMIT + 1)
+    for name, reason in (("film", "image"), ("gone", "cannot be read"), ("huge", "more than the limit")):
+        with pytest.raises(DataError, match=rf"{name}\.png: .*{reason}"):
+            loaded.encode_image(tmp_path / f"{name}.png")
 
 
 def test_a_dataset_as_table_and_by_number(data: Path) -> None:

@@ -278,9 +278,8 @@ def test_a_missing_decoder_names_the_package(tmp_path: Path) -> None:
     program = (
         "import sys\n"
         "for name in ('libjpeg', 'openjpeg', 'pylibjpeg', 'gdcm', 'jpeg_ls'): sys.modules[name] = None\n"
-        "from pathlib import Path\n"
         "from shards.dicom import read_dicom\n"
-        "try: read_dicom(Path(sys.argv[1]))\n"
+        "try: read_dicom(open(sys.argv[1], 'rb').read())\n"
         "except Exception as error: print(type(error).__name__, error)\n"
     )
     done = subprocess.run(
@@ -333,7 +332,7 @@ def test_a_real_15_bit_film_agrees_with_an_independent_reader(shared: Path, tmp_
         check=True, capture_output=True, timeout=60,
     )  # fmt: skip
     theirs = cv2.imread(str(tmp_path / "film.pgm"), cv2.IMREAD_UNCHANGED)
-    found = read_dicom(film)
+    found = read_dicom(film.read_bytes())
     assert found.view == "PA"
     close(found.pixels, theirs.astype(float))
 
@@ -341,6 +340,6 @@ def test_a_real_15_bit_film_agrees_with_an_independent_reader(shared: Path, tmp_
 @pytest.mark.shared
 def test_a_real_jpeg_compressed_film_is_read(shared: Path) -> None:
     (film,) = (shared / "data" / "dicom").glob("xrv_*.dcm")
-    found = read_dicom(film)
+    found = read_dicom(film.read_bytes())
     assert found.pixels.shape == (1024, 1024)
     assert found.pixels[:50].mean() < found.pixels[900:, 400:600].mean(), "air dark, abdomen bright"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from shards.errors import DataError
+from shards.format import IMAGE_LIMIT
 from shards.images import (
     MAX_PIXELS,
     decode_image,
@@ -22,6 +24,7 @@ from shards.images import (
     encode_png,
     fit_square,
     fit_square_mask,
+    read_image_file,
     window_to_8_bit,
 )
 
@@ -40,6 +43,22 @@ def tiff(pixels: np.ndarray, **options: object) -> bytes:
     buffer = io.BytesIO()
     tifffile.imwrite(buffer, pixels, **options)
     return buffer.getvalue()
+
+
+def test_files_that_are_too_large_or_none_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "film.png").write_bytes(b"film")
+    assert read_image_file(tmp_path / "film.png") == b"film"
+    os.truncate(tmp_path / "film.png", IMAGE_LIMIT + 1)
+    os.mkfifo(tmp_path / "pipe.png")
+    for name, reason in (
+        ("film.png", f"file: {IMAGE_LIMIT + 1} bytes, more than the limit of {IMAGE_LIMIT}"),
+        ("pipe.png", "file: not a regular file"),
+        (".", "file: not a regular file"),
+    ):
+        with pytest.raises(DataError, match=f"^{reason}$"):
+            read_image_file(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        read_image_file(tmp_path / "gone.png")
 
 
 def test_fit_square_equals_mgca_golden(golden_dir: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from PIL import Image
 
 from shards.build import BuildOptions
 from shards.errors import DataError
+from shards.format import IMAGE_LIMIT
 from shards.masks import encode_runs
 from shards.reader import ShardReader
 from shards.sample import StoredImage
@@ -287,6 +289,7 @@ def test_a_mask_is_scaled_to_an_image_of_its_proportions_only(opened: Opener, tm
         (b"no PNG", "no PNG or a broken one"),
         (SHAPE * 100 + np.eye(HEIGHT, WIDTH, dtype=np.uint8), "more than two values"),
         (SHAPE[:4] * 255, "is 6 x 4 pixels"),
+        (IMAGE_LIMIT + 1, "bytes, more than the limit"),
     ],
 )
 def test_a_bad_mask_file_rejects_the_record(
@@ -295,6 +298,9 @@ def test_a_bad_mask_file_rejects_the_record(
     path = tmp_path / "images" / "m.png"
     if isinstance(content, bytes):
         path.write_bytes(content)
+    elif isinstance(content, int):
+        path.touch()
+        os.truncate(path, content)
     elif content is not None:
         save(path, content)
     with pytest.raises(RejectedRecord, match=f"mask of 'mass': .*{reason}"):

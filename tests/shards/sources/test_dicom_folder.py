@@ -211,6 +211,6 @@ def test_the_real_files(shared: Path) -> None:
         ("PA", (1024, 1024), "M", 62),
     ]
     assert len({study.patient_id for study in studies}) == 2
-    films = [read_dicom(path) for path in sorted((shared / "data" / "dicom").glob("*.dcm"))]
+    films = [read_dicom(path.read_bytes()) for path in sorted((shared / "data" / "dicom").glob("*.dcm"))]
     for study, film_ in zip(studies, films, strict=True):
         assert (study.image == film_.pixels).all()
