@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from typer.testing import CliRunner
 from launcher.main import app
 from shards.build import BuildOptions
 from shards.errors import DataError
-from shards.format import IMAGE_LIMIT
 from shards.identifiers import read_key
 from shards.images import encode_jpeg, encode_png, window_to_8_bit
 from shards.reader import ShardReader
@@ -65,17 +63,6 @@ def test_every_kind_of_table_gives_the_same_samples(
     build(TableSource(table, image_folder, map_file()), tmp_path / "out")
     assert samples(tmp_path / "out") == samples(tmp_path / "expected")
     assert len(samples(tmp_path / "out")) == 12
-
-
-def test_a_huge_image_file_is_rejected_unread(
-    tmp_path: Path, image_folder: Path, rows: Rows, map_file: MapWriter
-) -> None:
-    os.truncate(image_folder / "3.jpg", IMAGE_LIMIT + 1)  # takes no room on the disk
-    table = write_csv(tmp_path / "pairs.csv", rows)
-    build(TableSource(table, image_folder, map_file()), tmp_path / "out")
-    assert rejections(tmp_path / "out") == {
-        3: f"file: {IMAGE_LIMIT + 1} bytes, more than the limit of {IMAGE_LIMIT}"
-    }
 
 
 def test_every_kind_of_bad_row_is_rejected_with_its_reason(

@@ -1,7 +1,8 @@
-"""Images that their files turn, masks by a rule, and boxes that are no pixels: what may not be stored."""
+"""Images that a file turns or that are too large, masks by a rule, boxes that are no pixels: not stored."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from shards.errors import DataError
+from shards.format import IMAGE_LIMIT
 from shards.sources.base import RejectedRecord
 from tests.shards.test_table_targets import (
     ABSOLUTE,
@@ -23,6 +25,14 @@ from tests.shards.test_table_targets import (
     save,
 )
 from tests.shards.test_table_targets import opened as opened
+
+
+def test_a_huge_image_file_is_rejected_unread(opened: Opener, tmp_path: Path) -> None:
+    os.truncate(tmp_path / "images" / "b.png", IMAGE_LIMIT + 1)  # takes no room on the disk
+    source = opened([{}, {"image": "b.png"}], "")
+    assert loaded(source, 0).image is not None
+    with pytest.raises(RejectedRecord, match=r"^file: \d+ bytes, more than the limit of"):
+        source.load(1)
 
 
 @pytest.mark.parametrize(
