@@ -36,8 +36,11 @@ class WorkerLoader:
     """The batches of a dataset, one for each request.
 
     Args:
-        dataset: what reads a request. requests: one for each batch. config: the `data` section.
+        requests: one for each batch. config: the `data` section.
         workers: processes that read; 0: this one does. rows: samples of the largest batch.
+
+    Attributes:
+        dataset: what reads a request.
     """
 
     def __init__(
@@ -50,9 +53,10 @@ class WorkerLoader:
     ) -> None:
         # What a batch seldom exceeds: images, texts, and some fields of an image's size.
         self._slot_size = (1 << 20) + rows * (4 * config.image_size**2 + 64 * config.max_tokens + 4096)
-        self._dataset = _ErrorsAsValues(dataset)
+        self.dataset = dataset
+        self._packing = _ErrorsAsValues(dataset)
         self._loader: DataLoader[Any] = DataLoader(
-            self._dataset,
+            self._packing,
             batch_size=None,
             sampler=requests,
             num_workers=workers,
@@ -74,7 +78,7 @@ class WorkerLoader:
         Raises:
             DataError: what the dataset raised, or `LoaderError` for an error nobody foresaw.
         """
-        slots = self._dataset.slots = self._slots()
+        slots = self._packing.slots = self._slots()
         before = set(multiprocessing.active_children())
         batches = iter(self._loader)
         started = [child for child in multiprocessing.active_children() if child not in before]

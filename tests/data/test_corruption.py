@@ -173,7 +173,7 @@ def test_an_image_larger_than_the_index_says_is_refused(
     bomb = cv2.imencode(".jpg", np.zeros((4000, 4000), np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 1])[1].tobytes()
     config = make_config(root=str(own_dataset))
     loader = build_loader(config, ShardReader(own_dataset), tokenizer, 0, 1, 16)
-    dataset = loader._loader.dataset.dataset
+    dataset = loader._loader.dataset
     dataset.reader.image = lambda split, position: bomb
     with pytest.raises(DataError, match="its image cannot be decoded"):
         dataset.decode(0)

@@ -230,7 +230,7 @@ def test_iterations_of_one_loader_may_overlap(make_config: ConfigFactory, tokeni
 def test_datasets_travel_to_spawned_workers(make_config: ConfigFactory, tokenizer: Tokenizer) -> None:
     config = make_config()
     loader = build_loader(config, ShardReader(config.data.root), tokenizer, 0, 1, 16)
-    dataset = loader._loader._dataset.dataset
+    dataset = loader._loader.dataset
     copy = pickle.loads(pickle.dumps(dataset))
     request = (3, np.arange(6))
     assert_equal(copy[request], dataset[request])
