@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 
 from medvlp.data.batch import Batch
+from shards.errors import DataError
 
 #: Bytes at whose multiples tensors begin, as kernels like it.
 _ALIGNMENT = 64
+#: Linux: memory is counted when it is written, not when it is mapped (`mmap` has no name for it before 3.12).
+_NO_RESERVE = 0x4000
 
 
 class _Place(NamedTuple):
@@ -94,11 +97,21 @@ class Slots:
             workers: number of processes.
             ahead: batches that are asked of a worker while one of its batches is not yet taken.
             size: bytes of the largest batch that should go into a slot; larger ones travel by themselves.
+
+        Raises:
+            DataError: the system does not give the memory (a limit of the process, `ulimit -v`).
         """
         self.number = next(_numbers)
         self.size = _aligned(size)
         # Anonymous, so it is no file in /dev/shm, whose size containers bound.
-        memory = mmap.mmap(-1, workers * (ahead + 1) * (_ALIGNMENT + self.size))
+        total = workers * (ahead + 1) * (_ALIGNMENT + self.size)
+        try:
+            memory = mmap.mmap(-1, total, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | _NO_RESERVE)
+        except OSError as error:
+            raise DataError(
+                f"{total / 2**30:.1f} GiB of addresses for the batches of {workers} data workers: "
+                f"{error.strerror}; lower data.workers, data.prefetch or the batch, or raise ulimit -v"
+            ) from error
         self._memory = torch.frombuffer(memory, dtype=torch.uint8).view(workers, ahead + 1, -1)
         self._packed = 0
         _all_slots[self.number] = self

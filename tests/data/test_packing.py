@@ -11,6 +11,7 @@ import torch
 
 from medvlp.data.batch import Batch, Text
 from medvlp.data.packing import PackedBatch, Slots
+from shards.errors import DataError
 
 
 def batch(rows: int) -> Batch:
@@ -75,6 +76,14 @@ def test_a_batch_that_was_replaced_before_it_was_read_is_no_other_batch(slots: S
     slots.pack(batch(3), worker=0)
     with pytest.raises(RuntimeError, match="worker 0 replaced batch 0 by 2 before it was read"):
         sent(lost).unpack()
+
+
+def test_room_that_is_not_used_takes_no_memory() -> None:
+    slots = Slots(workers=1, ahead=1, size=1 << 40)  # more than any machine that runs tests has
+    assert_same(sent(slots.pack(batch(5), worker=0)).unpack(), batch(5))
+    slots.close()
+    with pytest.raises(DataError, match=r"131072\.0 GiB of addresses .*: Cannot allocate memory; lower data"):
+        Slots(workers=1, ahead=0, size=1 << 47)
 
 
 def test_a_batch_larger_than_a_slot_travels_by_itself(slots: Slots) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,12 +23,8 @@ from medvlp.training.recipe import TrainingSet
 from tests.launcher.tiny_run import make_run, make_shards
 
 
-def test_validation_metrics_are_those_of_the_tasks(tmp_path: Path) -> None:
-    run = make_run(make_shards(tmp_path / "data"), tmp_path / "run")
-    words = ["evaluation.split=valid", "evaluation.bootstrap=2"]
-    expected = evaluate(
-        EvaluationOptions(run, tasks=["retrieval", "zero-shot"], overrides=words), lambda line: None
-    )
+def validated(run: Path) -> Mapping[str, float]:
+    """What a training would measure with the weights of a run."""
     source = saved_run.locate(run)
     config = saved_run.load_config(source, [], tasks=schemas())
     tokenizer = saved_run.load_tokenizer(source, config)
@@ -35,15 +32,18 @@ def test_validation_metrics_are_those_of_the_tasks(tmp_path: Path) -> None:
     dataset = evaluation_dataset(config, reader, tokenizer, "valid")
     recipe, learned = MeasuredPretraining(config), TrainingSet(config, reader, None, tokenizer)
     examine = recipe.examination(method, learned)
-    found = predict(
-        method,
-        lambda batch: (None, examine(batch)),
-        dataset,
-        np.arange(len(dataset.store)),
-        7,
-        torch.device("cpu"),
+    positions = np.arange(len(dataset.store))
+    found = predict(method, lambda batch: (None, examine(batch)), dataset, positions, 7, torch.device("cpu"))
+    return recipe.measure(found, learned)
+
+
+def test_validation_metrics_are_those_of_the_tasks(tmp_path: Path) -> None:
+    run = make_run(make_shards(tmp_path / "data"), tmp_path / "run")
+    words = ["evaluation.split=valid", "evaluation.bootstrap=2"]
+    expected = evaluate(
+        EvaluationOptions(run, tasks=["retrieval", "zero-shot"], overrides=words), lambda line: None
     )
-    metrics = recipe.measure(found, learned)
+    metrics = validated(run)
     retrieval, zero_shot = (expected.results[name]["trained"] for name in ("retrieval", "zero-shot"))
     for name, value in metrics.items():
         of = zero_shot if name.startswith("zero_shot/") else retrieval
@@ -61,18 +61,7 @@ def test_a_run_without_trained_embeddings_is_validated_and_evaluated(tmp_path: P
     )
     for task in ("retrieval", "zero-shot"):
         assert "not_available" in found.notes[task], task
-    source = saved_run.locate(run)
-    config = saved_run.load_config(source, [], tasks=schemas())
-    tokenizer = saved_run.load_tokenizer(source, config)
-    method, reader = saved_run.load_method(source, config, tokenizer), open_reader(config.data)
-    dataset = evaluation_dataset(config, reader, tokenizer, "valid")
-    recipe, learned = MeasuredPretraining(config), TrainingSet(config, reader, None, tokenizer)
-    examine = recipe.examination(method, learned)
-    positions = np.arange(len(dataset.store))
-    measured = predict(
-        method, lambda batch: (None, examine(batch)), dataset, positions, 7, torch.device("cpu")
-    )
-    assert recipe.measure(measured, learned) == {}
+    assert validated(run) == {}
 
 
 def test_labels_that_nobody_gave_count_as_in_evaluation() -> None:
