@@ -5,11 +5,12 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from launcher.json_lines import newest, newest_first
-from medvlp.runs.errors import CheckpointError
+from medvlp.runs.errors import CheckpointError, UnreadableError
 from medvlp.runs.events import EVENTS
 from medvlp.runs.manifest import Manifest, step_folders
 from shards.strict_json import read_limited
@@ -201,19 +202,29 @@ def _state(
     kind = boundary.get("kind")
     if job_runs:
         return "running", ""
+    newest_attempt = attempts[0] if attempts else {}
+    code = newest_attempt.get("exit_code")
+    failure = ""
+    if isinstance(code, int) and code != 0:
+        failure = str(newest_attempt.get("reason") or meaning(code))
+    if failure and kind in ("finish", "interrupt") and _began_after(newest_attempt, boundary):
+        return "failed", failure  # started again, it ended before its first event
     if kind == "finish":
         return "finished", ""
     if kind == "interrupt":
         return "interrupted", str(boundary.get("by") or "")
-    newest_attempt = attempts[0] if attempts else {}
-    code = newest_attempt.get("exit_code")
     if kind is None and code is None:
         return "new", ""
     if job_runs is None and updated is not None and time.time() - updated < silence_limit:
         return "running", ""
-    if isinstance(code, int) and code != 0:
-        return "failed", str(newest_attempt.get("reason") or meaning(code))
-    return "failed", "ended without a word (killed, or its machine is gone)"
+    return "failed", failure or "ended without a word (killed, or its machine is gone)"
+
+
+def _began_after(attempt: dict[str, Any], event: dict[str, Any]) -> bool:
+    try:
+        return datetime.fromisoformat(attempt["started"]) > datetime.fromisoformat(event["time"])
+    except (KeyError, TypeError, ValueError):  # of another version, or without a time zone
+        return False
 
 
 def _last_boundary(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -229,10 +240,12 @@ def _last_boundary(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _checkpoints(folder: Path) -> Iterator[CheckpointFacts]:
-    """Finished checkpoints, oldest first; a damaged or vanishing one is passed over."""
+    """Finished checkpoints, oldest first; a damaged or vanishing one is passed over, see `read_run`."""
     for step, path in step_folders(folder / "checkpoints"):
         try:
             manifest = Manifest.read(path)
+        except UnreadableError as error:
+            raise error.__cause__ or error from None
         except CheckpointError:
             continue
         size = sum(int(entry["bytes"]) for entry in manifest.files.values())

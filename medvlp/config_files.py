@@ -201,12 +201,24 @@ def _merge_sources(tree: Any, sources: Sequence[_Source]) -> DictConfig:
         _check_keys(values, tree, name, prefix="")
         keep_texts(values, source.written, tree)
         try:
+            _empty(values, tree)
             tree.merge_with(values)  # `OmegaConf.merge` would copy the whole tree for each override
         except (OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
             key = getattr(error, "full_key", None) or "a section"
             raise ConfigError(f"{name}: {key}: {_one_line(error)}") from error
     OmegaConf.set_struct(tree, True)
     return cast(DictConfig, tree)
+
+
+def _empty(values: Mapping[str, Any], tree: DictConfig) -> None:
+    """Take away what a mapping of free keys holds (`image.options`) where a source says `{}`: merging never
+    removes a key, and the options of one network are not those of another."""
+    for key, value in values.items():
+        node = tree._get_node(key)
+        if _is_section(node) and isinstance(value, Mapping):
+            _empty(value, cast(DictConfig, node))
+        elif isinstance(node, DictConfig) and value == {}:
+            tree[key] = {}
 
 
 def missing(tree: DictConfig) -> list[str]:

@@ -61,6 +61,24 @@ def test_files_beside_a_config_file_are_found_from_anywhere(tmp_path: Path) -> N
     assert config.image.weights == "elsewhere.pth"
 
 
+def test_nothing_takes_the_options_of_earlier_files_away(tmp_path: Path) -> None:
+    """Merged, the options of one network would be given to another."""
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text(
+        "image: {name: resnet18, options: {stem_type: deep, layers: [1, 1]}}\ntext: {dropout: 0.2}\n"
+    )
+    second.write_text("image: {options: {}}\ntext: {}\n")
+    words = ["image.options.depth=2"]
+    for files, more, expected in (
+        ([first], words, {"stem_type": "deep", "layers": [1, 1], "depth": 2}),
+        ([first, second], words, {"depth": 2}),
+        ([first], ["image.options={}", *words], {"depth": 2}),
+    ):
+        config = config_files.load(files, [*COMPLETE, *more], SCHEMAS)
+        assert config.image.options == expected
+        assert (config.image.name, config.text.dropout) == ("resnet18", 0.2), "a section has keys of its own"
+
+
 def test_the_method_brings_its_own_keys() -> None:
     config = load("method.name=other", "method.temperature=0.5")
     assert isinstance(config.method, OtherConfig)

@@ -121,7 +121,12 @@ class Supervised(Recipe):
 
     def build(self, data: TrainingSet) -> SupervisedObjective:
         """See `Recipe.build`."""
-        return self.task.objective(registry.build_method(data.config, data.tokenizer.vocab_size), data)
+        # A method may have other parts in each phase of its own training, and all of them are in the weights.
+        phases = saved_run.load_config(self._source, [], reads_data=False).optimizer.phases
+        config = dataclasses.replace(
+            data.config, optimizer=dataclasses.replace(data.config.optimizer, phases=phases)
+        )
+        return self.task.objective(registry.build_method(config, data.tokenizer.vocab_size), data)
 
     def start(self, objective: Objective, batches: Callable[[], TrainingLoader]) -> None:
         """Take over the weights of the pre-training, or those it began with itself (`train.start`)."""

@@ -44,7 +44,12 @@ class Checkpoint:
                 now: passed over, it would be deleted as one that the run fell back behind.
         """
         checkpoints = Path(run_dir) / "checkpoints"
-        names: list[str] = distributed.broadcast_object([path.name for _, path in step_folders(checkpoints)])
+        names, refusal = distributed.broadcast_object(_names(checkpoints) if distributed.is_main() else None)
+        if refusal:
+            raise CheckpointError(
+                f"{checkpoints} cannot be read now ({refusal}), so whether the run has a checkpoint cannot "
+                "be told. Start again when it can be read; nothing was changed"
+            )
         problems = []
         for name in reversed(names):
             found, problem = cls._verify_together(checkpoints / name)
@@ -210,6 +215,14 @@ class Checkpoint:
             restore_random_state(self.state_for(rank)["random"])
         else:
             seed_rank(seed, rank, self.step)
+
+
+def _names(checkpoints: Path) -> tuple[list[str], str | None]:
+    """Names of checkpoints, oldest first; and why they cannot be listed."""
+    try:
+        return [path.name for _, path in step_folders(checkpoints)], None
+    except OSError as error:
+        return [], error.strerror or str(error)
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

@@ -12,7 +12,7 @@ from medvlp.runs.manifest import MANIFEST, step_folders
 from medvlp.runs.saved_run import SavedRun
 from medvlp.serving.answers import Answers
 from medvlp.serving.build import SnapshotOptions, make_snapshot, sole_builder, store
-from medvlp.serving.layout import SNAPSHOT, PrototypeFilesError, folder_of
+from medvlp.serving.layout import SNAPSHOT, DamagedFileError, PrototypeFilesError, folder_of
 from medvlp.serving.limits import Limits
 from medvlp.serving.run_model import RunModel, checkpoint_of, choose_device
 from medvlp.serving.snapshot import Snapshot
@@ -127,11 +127,12 @@ class Source:
     def _load_or_build(self) -> Answers:
         """The stored snapshot where it is of the newest checkpoint, else a new one; errors as `build`."""
         if (self.folder / SNAPSHOT).is_file():
-            stored = Snapshot.read(self.folder / SNAPSHOT)
-            if stored.origin.step >= self._newest_checkpoint()[0]:
-                # Of a checkpoint that has been replaced, or made with other options.
-                with suppress(PrototypeFilesError):
-                    return self.load()
+            # Damaged, of a checkpoint that has been replaced, or made with other options: it is made anew.
+            with suppress(DamagedFileError):
+                stored = Snapshot.read(self.folder / SNAPSHOT)
+                if stored.origin.step >= self._newest_checkpoint()[0]:
+                    with suppress(PrototypeFilesError):
+                        return self.load()
         return self.build()
 
     def _answers(self, snapshot: Snapshot, model: RunModel, newest: tuple[int, int, int]) -> Answers:

@@ -24,6 +24,10 @@ class PrototypeFilesError(MedvlpError):
     exit_code = 4
 
 
+class DamagedFileError(PrototypeFilesError):
+    """A file is there, was read, and is not as this version writes it: it can only be made anew."""
+
+
 def folder_of(run: Path) -> Path:
     """`RUN/prototypes`."""
     return run / FOLDER

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from medvlp.losses.normalise import unit_norm
 from medvlp.prototypes.table import PrototypeTable
-from medvlp.serving.layout import REPORT, SNAPSHOT, PrototypeFilesError
+from medvlp.serving.layout import REPORT, SNAPSHOT, DamagedFileError, PrototypeFilesError
 from shards.atomic import atomic_write, remove_leftovers
 from shards.strict_json import parse_json
 
@@ -119,7 +119,8 @@ class Snapshot:
         """Map and check a file.
 
         Raises:
-            PrototypeFilesError: missing, damaged, or of another format; says what to do.
+            DamagedFileError: damaged, or of another format; says what to do.
+            PrototypeFilesError: missing, or it cannot be read now.
         """
         try:
             with safetensors.safe_open(path, framework="pt") as file:
@@ -130,12 +131,14 @@ class Snapshot:
             raise PrototypeFilesError(
                 f"{path} does not exist; make it with: medvlp prototypes build RUN"
             ) from None
-        except (OSError, safetensors.SafetensorError, KeyError, ValueError) as error:
-            raise _unusable(path, str(error)) from error
+        except OSError as error:
+            raise PrototypeFilesError(f"{path} cannot be read now ({error.strerror or error})") from error
+        except (safetensors.SafetensorError, KeyError, ValueError) as error:
+            raise _damaged(path, error) from error
         try:
             return cls._from_parts(description, tensors)
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
-            raise _unusable(path, str(error)) from error
+            raise _damaged(path, error) from error
 
     @classmethod
     def _from_parts(cls, description: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
@@ -195,8 +198,8 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _unusable(path: Path, reason: str) -> PrototypeFilesError:
-    return PrototypeFilesError(f"{path} cannot be used ({reason}); make it anew: medvlp prototypes build RUN")
+def _damaged(path: Path, reason: Exception) -> DamagedFileError:
+    return DamagedFileError(f"{path} cannot be used ({reason}); make it anew: medvlp prototypes build RUN")
 
 
 def export_index(snapshot: Snapshot, path: Path, samples: str | None = None) -> int:

@@ -99,6 +99,7 @@ def _zero(config: Config, device_type: str) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": config.zero.stage}
     if device_type == "cuda" and config.zero.stage in (1, 2):
         # DeepSpeed's bucket of 5e8 holds all gradients of our models: nothing would travel during backward.
+        # (In bf16 at stage 1 DeepSpeed takes another optimiser, which reduces after it and passes this over.)
         zero |= {"overlap_comm": True, "reduce_bucket_size": 25_000_000, "allgather_bucket_size": 200_000_000}
     if config.zero.stage == 1 and _may_be_exact(config):
         # Overlapping, stage 1 reduces the parameters whose hooks fire in the last backward pass and leaves

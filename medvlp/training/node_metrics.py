@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
 import psutil
+import torch
 
 from medvlp import distributed
 from medvlp.ranks import detect, node_key
@@ -21,7 +23,8 @@ MIB = 2**20
 
 class NodeMetrics(Callback):
     """Sends `system/node-<n>/...` of every node with each logged step: how busy processors are and how full
-    the memory is in percent, MiB a second over the network, and of the GPUs the mean of both shares.
+    the memory is in percent, MiB a second over the network, and the mean of both shares over the GPUs that
+    its ranks compute on: the others may be another job's.
 
     W&B itself watches only the machine of rank 0; its own curves stay beside these.
 
@@ -38,9 +41,9 @@ class NodeMetrics(Callback):
 
     def on_start(self, step: int) -> None:
         """Agree on which rank watches each node, the first on it; all ranks call this together."""
-        nodes = distributed.gather_objects(self._node)
-        if nodes.index(self._node) == distributed.rank():
-            self._watch = _Watch()
+        ranks = distributed.gather_objects((self._node, _own_gpu()))
+        if [node for node, _ in ranks].index(self._node) == distributed.rank():
+            self._watch = _Watch([gpu for node, gpu in ranks if node == self._node and gpu is not None])
 
     def on_step(self, record: StepRecord) -> None:
         """At logged steps, look and send; all ranks call this together."""
@@ -59,10 +62,14 @@ class NodeMetrics(Callback):
 
 
 class _Watch:
-    """Looks at this machine. What it does not tell is left out: no metric is worth the training run."""
+    """Looks at this machine. What it does not tell is left out: no metric is worth the training run.
 
-    def __init__(self) -> None:
-        self._gpus = _gpus()
+    Args:
+        gpus: UUIDs of those to look at.
+    """
+
+    def __init__(self, gpus: Sequence[str] = ()) -> None:
+        self._gpus = _handles(gpus)
         psutil.cpu_percent()  # the first call only begins to count
         self._seconds, self._bytes = time.monotonic(), _network()
 
@@ -100,14 +107,23 @@ def _network() -> int | None:
     return None if counters is None else counters.bytes_sent + counters.bytes_recv
 
 
-def _gpus() -> list[Any]:
-    """NVML's handles of this node's GPUs; none without NVIDIA's driver or the package nvidia-ml-py."""
+def _own_gpu() -> str | None:
+    """UUID of the GPU that this rank computes on, as NVML writes it; None on a CPU."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return None
+    return f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
+
+
+def _handles(gpus: Sequence[str]) -> list[Any]:
+    """NVML's handles of GPUs; none without NVIDIA's driver or the package nvidia-ml-py."""
+    if not gpus:
+        return []
     try:
         import pynvml
     except ImportError:
         return []
     try:
         pynvml.nvmlInit()
-        return [pynvml.nvmlDeviceGetHandleByIndex(number) for number in range(pynvml.nvmlDeviceGetCount())]
+        return [pynvml.nvmlDeviceGetHandleByUUID(gpu) for gpu in gpus]
     except pynvml.NVMLError:
         return []

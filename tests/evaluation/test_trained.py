@@ -251,6 +251,24 @@ def test_a_network_is_measured_in_the_views_of_its_own_training(
     assert np.allclose(batch.image.float().mean(dim=(1, 2, 3)), expected["network"][:4])
 
 
+def test_a_network_has_the_parts_of_all_phases_it_was_trained_in(shards: Path, tmp_path: Path) -> None:
+    """PRIOR's stage 1 alone has no bank and no decoders; the three phases together have them."""
+    phases = "optimizer.phases=[{epochs: 1, lr: 1e-4}, {epochs: 1, lr: 1e-4}, {epochs: 1, lr: 1e-4}]"
+    words = [
+        "method.name=prior", "method.stage=1", "prototypes.init=random", "method.prototypes=8",
+        "method.decoder_heads=2", "method.decoder_layers=1", "method.decoder_hidden=16",
+        "method.image_decoder_width=16", phases,
+    ]  # fmt: skip
+    run = make_run(shards, tmp_path / "staged", *words, without=frozenset({"method.head_hidden"}))
+    config = finetuning_config(
+        run, "fine-tuning", 1.0, 0, False, [], [f"run.dir={tmp_path / 'tuned'}", "train.steps=1", *FAST[1:4]]
+    )
+    assert train_here(config) == 0
+    best = Network.of(config)
+    reader = open_reader(config.data)
+    assert best.objective(reader, saved_run.load_tokenizer(best.saved, config)).method is not None
+
+
 class Bare(PhantomSource):
     """Images with labels that nobody gave, and nothing else."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 
 from launcher.main import app
 from launcher.run_state import find_runs, read_run
+from medvlp.runs import manifest
 from medvlp.runs.events import EventLog
 from medvlp.runs.manifest import MANIFEST, Manifest, step_folder
 from tests.shards.hostile import mutate_json, to_bytes
@@ -109,6 +111,40 @@ def test_the_end_of_a_run_is_named(
         os.utime(tmp_path / "a" / name, (long_ago, long_ago))
     run = read_run(tmp_path / "a", job_runs)
     assert (run.state, run.reason) == (state, reason)
+
+
+@pytest.mark.parametrize("event", ["finish", "interrupt"])
+def test_a_later_attempt_that_failed_before_its_first_event_is_told(event: str, tmp_path: Path) -> None:
+    events = write_run(tmp_path / "a", [10], {})
+    events.note("start", 0, steps=10, ranks=2)
+    add_attempt(tmp_path / "a", job_id=3, started="2020-01-01T00:00:00+00:00", exit_code=4)
+    events.note(event, 10, by=None)
+    before = read_run(tmp_path / "a").state
+    assert before == {"finish": "finished", "interrupt": "interrupted"}[event]
+    add_attempt(tmp_path / "a", job_id=4, started="2120-01-01T00:00:00+00:00", exit_code=None)
+    assert read_run(tmp_path / "a").state == before
+    add_attempt(tmp_path / "a", job_id=5, started="2120-01-01T00:00:00+00:00", exit_code=2)
+    run = read_run(tmp_path / "a")
+    assert (run.state, run.reason) == ("failed", "wrong command line or config")
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path / "a", [10], {10: 0.5, 20: 0.6})
+    read = manifest.read_limited
+
+    def stale(path: Path, most: int) -> bytes:
+        if step_folder(20) in str(path):
+            raise OSError(errno.ESTALE, "Stale file handle", str(path))
+        return read(path, most)
+
+    monkeypatch.setattr(manifest, "read_limited", stale)
+    with pytest.raises(OSError, match="Stale file handle"):
+        read_run(tmp_path / "a")
+    result = CliRunner().invoke(app, ["runs", str(tmp_path)])
+    assert "manifest.json cannot be read: Stale file handle" in result.stderr
+    assert result.exit_code == 0
 
 
 def test_a_resumed_run_is_not_judged_by_its_earlier_end(tmp_path: Path) -> None:

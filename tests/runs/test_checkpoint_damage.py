@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from medvlp import distributed
-from medvlp.runs import state_files
+from medvlp.runs import checkpoint, state_files
 from medvlp.runs.checkpoint import Checkpoint
 from medvlp.runs.errors import CheckpointError
 from tests.training.saving import tiny_config, train_and_save
@@ -77,6 +77,32 @@ def find_with_a_stale_handle(run: str, name: str) -> str:
         return str(error)
     finally:
         state_files.checksum = original
+
+
+def find_in_a_folder_that_rank_0_cannot_list(run: str) -> str:
+    """What a start says where the first rank cannot list the checkpoints."""
+    distributed.initialize()
+    original = checkpoint.step_folders
+
+    def refused(folder):
+        if distributed.is_main():
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return original(folder)
+
+    checkpoint.step_folders = refused
+    try:
+        return Checkpoint.find(run).name
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        checkpoint.step_folders = original
+
+
+@pytest.mark.dist
+def test_a_folder_that_cannot_be_listed_stops_all(gloo_pool, run_of_two):
+    said = gloo_pool(2).run(find_in_a_folder_that_rank_0_cannot_list, str(run_of_two))
+    assert said[0] == said[1]
+    assert "checkpoints cannot be read now (Permission denied)" in said[0]
 
 
 @pytest.mark.dist

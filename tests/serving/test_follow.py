@@ -152,6 +152,17 @@ def test_what_could_not_be_read_is_tried_again(
     assert len(answers.snapshot.sample) == 4
 
 
+def test_damaged_prototypes_are_built_anew(run: Path) -> None:
+    stored = folder_of(run) / SNAPSHOT
+    whole = stored.read_bytes()
+    stored.write_bytes(whole[:-1])
+    assert (
+        step(Source(run, SnapshotOptions(run, limit=4, device="cpu"), Limits(), lambda line: None).newer())
+        == 3
+    )
+    assert len(Snapshot.read(stored).sample) == 4
+
+
 def test_a_server_does_not_build_beside_another_build(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     save_run(data, run, step=1)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from medvlp import distributed
 from medvlp.training import node_metrics
@@ -26,8 +27,8 @@ class Told:
 def test_the_first_rank_of_each_node_tells_and_only_at_logged_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     told: Any = Told()
     callback = NodeMetrics(told)
-    nodes = [0, 0, 2, 2]
-    monkeypatch.setattr(distributed, "gather_objects", lambda value: nodes)
+    ranks = [(0, None), (0, None), (2, None), (2, None)]
+    monkeypatch.setattr(distributed, "gather_objects", lambda value: ranks)
     monkeypatch.setattr(distributed, "rank", lambda: 0)
     callback.on_start(0)
     other = NodeMetrics(None)
@@ -53,17 +54,16 @@ def test_gpus_that_do_not_say_how_busy_they_are_end_no_training(
     class SilentError(Exception):
         """As NVML's error of a GPU in parts."""
 
-    busy = [20, 60]
+    busy = [99, 20, 60]
     nvml = SimpleNamespace(
         NVMLError=SilentError,
         nvmlInit=lambda: None,
-        nvmlDeviceGetCount=lambda: 2,
-        nvmlDeviceGetHandleByIndex=lambda number: number,
+        nvmlDeviceGetHandleByUUID=["GPU-other's", "GPU-a", "GPU-b"].index,
         nvmlDeviceGetUtilizationRates=lambda gpu: SimpleNamespace(gpu=busy[gpu]),
-        nvmlDeviceGetMemoryInfo=lambda gpu: SimpleNamespace(used=gpu + 1, total=4),
+        nvmlDeviceGetMemoryInfo=lambda gpu: SimpleNamespace(used=gpu, total=4),
     )
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
-    watch = node_metrics._Watch()
+    watch = node_metrics._Watch(["GPU-a", "GPU-b"])
     found = watch.look()
     assert (found["gpu_percent"], found["gpu_memory_percent"]) == (40, 37.5)
     busy.clear()
@@ -75,6 +75,15 @@ def test_gpus_that_do_not_say_how_busy_they_are_end_no_training(
     assert "gpu_percent" not in watch.look()
     assert "gpu_percent" not in watch.look()
     assert caplog.text.count("do not say how busy") == 1
+
+
+def test_a_rank_names_its_gpu_as_nvml_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert node_metrics._own_gpu() is None
+    gpus = {3: SimpleNamespace(uuid="4a6c-00")}
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", gpus.__getitem__)
+    assert node_metrics._own_gpu() == "GPU-4a6c-00"
 
 
 def test_a_machine_that_counts_no_network_is_watched_without(monkeypatch: pytest.MonkeyPatch) -> None:
