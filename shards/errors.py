@@ -22,6 +22,21 @@ class DataError(MedvlpError):
     exit_code = 3
 
 
+class NotFiniteError(MedvlpError, ValueError):
+    """Numbers of a network that are NaN or infinite, of which nothing can be measured.
+
+    Args:
+        what: which numbers.
+    """
+
+    exit_code = 3
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what} are NaN or infinite: if training has diverged, evaluate an earlier checkpoint"
+        )
+
+
 def nearest(name: str, names: Collection[str]) -> str:
     """ ", did you mean 'x'?" for the most similar of `names`, or all of them where none is similar."""
     matches = difflib.get_close_matches(name, names, n=1)

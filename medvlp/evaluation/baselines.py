@@ -24,6 +24,8 @@ ALPHAS = tuple(10.0**power for power in range(7))
 TOGETHER = 0.9
 #: Most frequent words and word pairs of the training reports that the TF-IDF vectors hold.
 VOCABULARY = 2048
+#: Most training reports that the pixels are taught with: their vectors, and RidgeCV's copies, lie in memory.
+MOST_REPORTS = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,10 @@ class PixelRidge:
     def fit(self, targets: Floats, rows: NDArray[np.int64] | None = None) -> FittedRidge:
         """Fit [n, C] targets (NaN: unknown) of the n `rows` of the split (default: all N of them)."""
         rows = np.arange(len(self._inputs)) if rows is None else rows
-        key = hashlib.sha256(rows.tobytes() + targets.tobytes() + str(targets.shape).encode()).hexdigest()
+        digest = hashlib.sha256(str(targets.shape).encode())
+        for array in (rows, targets):
+            digest.update(np.ascontiguousarray(array).data)
+        key = digest.hexdigest()
         if key not in self._fitted:
             self._fitted[key] = FittedRidge(self._scaler, *_ridge(self._inputs[rows], targets))
         return self._fitted[key]

@@ -25,7 +25,7 @@ from medvlp.evaluation.task import EvaluationError, Task, Unit, schemas, tasks
 from medvlp.evaluation.trained import TrainedTask, with_labels_of
 from medvlp.evaluation.units import StoredUnit, files_of
 from medvlp.runs import saved_run
-from shards.errors import UsageError
+from shards.errors import MedvlpError, NotFiniteError, UsageError
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def evaluate(options: EvaluationOptions, say: Callable[[str], None]) -> Evaluati
     options.check()
     session = _open(options, say)
     wanted = options.tasks or quick_tasks()
-    chosen = [_task(name, options, session.config) for name in wanted]
+    chosen = [_task(name, options, session.config, say) for name in wanted]
     evaluation = _empty(options, session, chosen)
     jobs: list[tuple[Task, dict[Unit, StoredUnit]]] = []
     for task in chosen:
@@ -135,7 +135,7 @@ def evaluate(options: EvaluationOptions, say: Callable[[str], None]) -> Evaluati
         try:
             for unit, stored in todo.items():
                 _run(task, unit, stored, evaluation, session)
-        except EvaluationError as error:
+        except (EvaluationError, NotFiniteError) as error:
             _leave_out(evaluation, task, error, options, say)
             continue
         say(f"{task.name}: done in {time.monotonic() - start:.0f} s")
@@ -153,12 +153,14 @@ def evaluate(options: EvaluationOptions, say: Callable[[str], None]) -> Evaluati
     return evaluation
 
 
-def _task(name: str, options: EvaluationOptions, config: Config) -> Task:
+def _task(name: str, options: EvaluationOptions, config: Config, say: Callable[[str], None]) -> Task:
     """A task with its settings; of one that trains, what the evaluation says of labels is put into them."""
     task, settings = tasks()[name], config.evaluation.tasks[name]
     if issubclass(task, TrainedTask):
         settings = with_labels_of(name, settings, options.labels, options.uncertain, config.evaluation.blank)
         config.evaluation.tasks[name] = settings
+    elif task.hedged and options.uncertain != "exclude":
+        say(f"{name}: {task.hedged}, whatever --uncertain says")
     return task(settings)
 
 
@@ -279,7 +281,7 @@ def _run(task: Task, unit: Unit, stored: StoredUnit, evaluation: Evaluation, ses
 def _leave_out(
     evaluation: Evaluation,
     task: Task,
-    error: EvaluationError,
+    error: MedvlpError,
     options: EvaluationOptions,
     say: Callable[[str], None],
 ) -> None:

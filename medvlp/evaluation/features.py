@@ -1,4 +1,5 @@
-"""One pass over a split: what every model makes of the images and reports, and the 32x32 pixels."""
+"""The networks that are evaluated, and one pass over a split: what each makes of images and reports, and the
+32x32 pixels."""
 
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -10,9 +11,18 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
+from medvlp.config import Config
 from medvlp.data.batch import Batch, Text
+from medvlp.data.text import Tokenizer
 from medvlp.evaluation.task import EvaluationError
 from medvlp.methods.base import Method
+from medvlp.methods.registry import build_method
+from medvlp.runs import saved_run
+from medvlp.runs.encoder_records import check_start
+from medvlp.runs.randomness import random_state, restore_random_state, seed_weights
+from medvlp.runs.saved_run import SavedRun
+from medvlp.runs.start import begin_again
+from shards.errors import NotFiniteError
 
 #: Side of the images of the pixel baseline.
 PIXELS = 32
@@ -80,7 +90,8 @@ def embed(
         device: where the models are.
 
     Raises:
-        EvaluationError: the loader yields no batch, or a model gives values that are not finite.
+        EvaluationError: the loader yields no batch.
+        NotFiniteError: a model gives values that are not finite.
     """
     training = {name: method.training for name, method in models.items()}
     for method in models.values():
@@ -106,10 +117,7 @@ def embed(
         for key, array in joined.items():
             if not np.isfinite(array).all():
                 what = key if isinstance(key, str) else "scores of prompts"
-                raise EvaluationError(
-                    f"the {name} network gives NaN or infinite values ({what}): if training has diverged, "
-                    "evaluate an earlier checkpoint"
-                )
+                raise NotFiniteError(f"{what} of the {name} network")
         found = {key: array for key, array in joined.items() if isinstance(key, str)}
         scores = {key: array for key, array in joined.items() if isinstance(key, tuple)}
         arrays[name] = ModelArrays(**found, scores=scores)
@@ -154,3 +162,25 @@ def _rows(text: Text, rows: slice) -> Text:
     return Text(
         text.input_ids[rows], text.attention_mask[rows], text.word_index[rows], text.sentence_index[rows]
     )
+
+
+def load_models(
+    source: SavedRun, config: Config, tokenizer: Tokenizer, device: torch.device
+) -> dict[str, Method]:
+    """The trained network and the same one as it was before the first step (same config, same seed).
+
+    Parts that the config starts from published weights have them in the untrained network too.
+
+    Raises:
+        IdentityError: those are not the weights the run was started from.
+    """
+    before = random_state()
+    trained = saved_run.load_method(source, config, tokenizer)
+    seed_weights(config.train.seed)
+    untrained = build_method(config, tokenizer.vocab_size)
+    identity = None if source.stored is None else source.stored[0]
+    check_start(untrained, config, identity)
+    untrained.prepare(tokenizer)
+    begin_again(untrained, config, identity)
+    restore_random_state(before)
+    return {"trained": trained.to(device), "untrained": untrained.to(device).eval()}

@@ -126,6 +126,11 @@ class PromptBook:
         return sorted(set(self.findings) - {normalise(label) for label in labels})
 
 
+def is_normal_label(label: str) -> bool:
+    """Whether a label says that an image shows no finding ("No Finding", "normal")."""
+    return _NORMAL_LABEL.fullmatch(normalise(label)) is not None
+
+
 def normalise(label: str) -> str:
     """A label's name as words: "Pleural_Thickening" and "PleuralThickening" -> "pleural thickening"."""
     words = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", label)

@@ -6,7 +6,7 @@ a `View` that hands out only the splits this step may see.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from medvlp.data.loader import evaluation_dataset, evaluation_loader
 from medvlp.data.report import report_sentences, report_text
 from medvlp.data.sample_store import SampleStore
 from medvlp.data.text import Tokenizer
-from medvlp.evaluation.features import Wanted, embed, embed_texts
+from medvlp.evaluation.features import Wanted, embed, embed_texts, load_models
 from medvlp.evaluation.labels import (
     Floats,
     Uncertain,
@@ -38,12 +38,7 @@ from medvlp.evaluation.metrics.bootstrap import PatientBootstrap
 from medvlp.evaluation.splits import Split, check_apart, chosen_labels, selection_split
 from medvlp.evaluation.task import EvaluationError, Facts, Needs, Role, Task, Unit
 from medvlp.methods.base import Method
-from medvlp.methods.registry import build_method
-from medvlp.runs import saved_run
-from medvlp.runs.encoder_records import check_start
-from medvlp.runs.randomness import random_state, restore_random_state, seed_weights
 from medvlp.runs.saved_run import SavedRun
-from medvlp.runs.start import begin_again
 from shards.progress import tracked
 from shards.reader import ShardReader
 
@@ -78,6 +73,7 @@ class Session:
     _splits: dict[str, Split] = field(default_factory=dict)
     _prompts: dict[tuple[str, ...], dict[str, NDArray[Any] | None]] = field(default_factory=dict)
     _apart: set[tuple[str, ...]] = field(default_factory=set)
+    _stores: dict[str, SampleStore] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check that there are such a split and such labels.
@@ -165,15 +161,23 @@ class Session:
         return self._prompts[sentences]
 
     def splits_used(self) -> dict[str, dict[str, int]]:
-        """Samples, patients and corrupt samples of each split that has been read."""
-        return {
-            name: {
-                "samples": len(split.patients),
-                "patients": len(np.unique(split.patients)),
-                "corrupt": self.reader.sample_count(name) - len(split.patients),
-            }
-            for name, split in self._splits.items()
-        }
+        """Samples, patients and corrupt samples of each split that has been read, embedded or by datasets."""
+        found = {}
+        for name in self._splits.keys() | self._stores.keys():
+            samples, totals = self.reader.sample_count(name), self.reader.index.splits[name]
+            if name in self._splits:
+                patients = self._splits[name].patients
+                read, known = len(patients), len(np.unique(patients))
+            else:
+                read, known = samples - len(self._stores[name].unreadable), totals.patients
+            found[name] = {"samples": read, "patients": known, "corrupt": samples - read}
+        return found
+
+    def dataset(self, name: str, fields: Collection[str]) -> EvaluationDataset:
+        """A split as tasks read it that embed nothing, with these batch fields."""
+        dataset = evaluation_dataset(self.config, self.reader, self.tokenizer, name, sorted(fields))
+        self._stores[name] = dataset.store
+        return dataset
 
     def tokenised(self, sentences: Sequence[str]) -> Text:
         """See `View.tokenised`."""
@@ -268,8 +272,7 @@ class View:
         """
         if (name := self._name(role)) is None:
             raise EvaluationError(f"{self._task.name}: the dataset has no split for {role!r}")
-        session, fields = self._session, self._task.needs(self.facts)[role].fields
-        return evaluation_dataset(session.config, session.reader, session.tokenizer, name, sorted(fields))
+        return self._session.dataset(name, self._task.needs(self.facts)[role].fields)
 
     def patients(self, role: Role, sample: NDArray[np.int64]) -> NDArray[Any]:
         """[N] patients of samples [N] of a split; errors as `dataset`."""
@@ -376,25 +379,3 @@ class View:
                 f"task {self._task.name} reads the split {role} without having said that it needs it"
             )
         return self.facts.roles.get(role)
-
-
-def load_models(
-    source: SavedRun, config: Config, tokenizer: Tokenizer, device: torch.device
-) -> dict[str, Method]:
-    """The trained network and the same one as it was before the first step (same config, same seed).
-
-    Parts that the config starts from published weights have them in the untrained network too.
-
-    Raises:
-        IdentityError: those are not the weights the run was started from.
-    """
-    before = random_state()
-    trained = saved_run.load_method(source, config, tokenizer)
-    seed_weights(config.train.seed)
-    untrained = build_method(config, tokenizer.vocab_size)
-    identity = None if source.stored is None else source.stored[0]
-    check_start(untrained, config, identity)
-    untrained.prepare(tokenizer)
-    begin_again(untrained, config, identity)
-    restore_random_state(before)
-    return {"trained": trained.to(device), "untrained": untrained.to(device).eval()}

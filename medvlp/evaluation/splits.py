@@ -108,6 +108,8 @@ def chosen_labels(label_names: Sequence[str], chosen: Sequence[str]) -> list[str
     for name in chosen:
         if name not in label_names:
             raise UsageError(f"--label {name!r}: the dataset has {', '.join(label_names) or 'no labels'}")
+        if chosen.count(name) > 1:
+            raise UsageError(f"--label {name!r} stands twice, and would weigh twice: leave one out")
     return list(chosen or label_names)
 
 

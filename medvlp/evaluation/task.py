@@ -167,6 +167,8 @@ class Task(abc.ABC):
     Attributes:
         name: in options, config keys and results.
         summary: one line for `medvlp evaluate --help`.
+        hedged: what becomes of uncertain labels whatever `--uncertain` says; "": what that says.
+        own_files: keys of files that were made of this run's own output, so that every run has others.
         version: raised when the same settings give other numbers than before, so that units are done again.
         config: class of its keys `evaluation.tasks.<name>.*`.
         unit_keys: keys that only list the units, so that the others stay finished when one is added.
@@ -181,6 +183,8 @@ class Task(abc.ABC):
     summary: ClassVar[str]
     packages: ClassVar[tuple[str, ...]] = ()
     version: ClassVar[int] = 1
+    hedged: ClassVar[str] = ""
+    own_files: ClassVar[frozenset[str]] = frozenset()
     config: ClassVar[type[TaskConfig]] = TaskConfig
     unit_keys: ClassVar[frozenset[str]] = frozenset()
     fits_to_labels: ClassVar[bool] = False

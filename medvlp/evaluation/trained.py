@@ -75,7 +75,7 @@ class TrainedTaskConfig(TaskConfig):
     )
 
     def check(self, config: Config) -> None:
-        for name in ("fractions", "seeds"):
+        for name in ("fractions", "seeds", "labels"):
             values = getattr(self, name)
             # Metrics are named after a share with six digits.
             names = {f"{value:g}" if name == "fractions" else value for value in values}
@@ -155,6 +155,11 @@ class TrainedTask(Task):
             raise ConfigError(
                 f"evaluation.tasks.{self.name}.protocol={settings.protocol}: there are "
                 f"{', '.join(self.protocols)}"
+            )
+        if self.hedged and settings.uncertain != "exclude":
+            raise UsageError(
+                f"{self.name}: --uncertain or evaluation.tasks.{self.name}.uncertain={settings.uncertain} "
+                f"would change nothing: {self.hedged}; leave it out"
             )
 
     @abc.abstractmethod

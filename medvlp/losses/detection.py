@@ -100,7 +100,12 @@ def grid_targets(
 
 
 def detection_loss(
-    output: Tensor, boxes: Tensor, anchors: Tensor, image_size: int, hedged: Tensor | None = None
+    output: Tensor,
+    boxes: Tensor,
+    anchors: Tensor,
+    image_size: int,
+    hedged: Tensor | None = None,
+    anywhere: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """YOLOv3 loss of one scale as MGCA's detection uses it.
 
@@ -112,6 +117,8 @@ def detection_loss(
         boxes, hedged: [B, N, 5] and [B, N] as in `grid_targets`.
         anchors: [A, 2] in pixels of the input image.
         image_size: side of the input image in pixels.
+        anywhere: [B, C] bool, classes that may be anywhere in an image: no cell of it is background (an
+            object has no class), and no cell learns that its object is not of them.
 
     Returns:
         0-d tensors "x", "y", "w", "h", "object", "class" and the weighted sum "loss".
@@ -121,7 +128,10 @@ def detection_loss(
     cells = anchors.to(values) / values.new_tensor([image_size / columns, image_size / rows])
     classes = values.shape[-1] - 5
     targets = grid_targets(boxes.to(values), cells, (rows, columns), classes, hedged=hedged)
-    present, background = targets.present, targets.background
+    present, background, known = targets.present, targets.background, targets.present[..., None]
+    if anywhere is not None:
+        background = background * ~anywhere.any(1)[:, None, None, None]
+        known = known * (~anywhere[:, None, None, None] | (targets.classes > 0))
     probability = values.sigmoid()
 
     def cross_entropy(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
@@ -134,7 +144,7 @@ def detection_loss(
         "h": F.mse_loss(values[..., 3] * present, targets.log_size[..., 1] * present),
         "object": cross_entropy(probability[..., 4], present, present)
         + 0.5 * cross_entropy(probability[..., 4], torch.zeros_like(present), background),
-        "class": cross_entropy(probability[..., 5:], targets.classes, present[..., None]),
+        "class": cross_entropy(probability[..., 5:], targets.classes, known),
     }
     box = terms["x"] + terms["y"] + terms["w"] + terms["h"]
     return {"loss": 2.5 * box + terms["object"] + terms["class"]} | terms

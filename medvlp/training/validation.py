@@ -21,6 +21,7 @@ from medvlp.training.device_memory import naming_validation
 from medvlp.training.engine import Engine
 from medvlp.training.predictions import predict
 from medvlp.training.recipe import Recipe, TrainingSet
+from shards.errors import NotFiniteError
 
 logger = logging.getLogger(__name__)
 
@@ -120,8 +121,13 @@ class Validation(Callback):
         )
         metrics: dict[str, float] = {}
         if distributed.is_main():  # once: a library's sums may differ between machines
-            measured = self.recipe.measure(predictions, self.learned)
-            metrics = {name: float(value) for name, value in measured.items()}
+            try:
+                measured = self.recipe.measure(predictions, self.learned)
+                metrics = {name: float(value) for name, value in measured.items()}
+            except NotFiniteError as error:  # as a bad step: the training may find back
+                logger.warning("the validation after step %d has losses alone: %s", step, error)
+                best = (config.checkpoint.keep_best or "").removeprefix(PREFIX)
+                metrics = {} if best in predictions.losses else {best: math.nan}  # measured, and no better
         return predictions.losses | dict(distributed.broadcast_object(metrics))
 
     def _judge(self, record: StepRecord, found: Mapping[str, float], measured: Collection[str]) -> None:

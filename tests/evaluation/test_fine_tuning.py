@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, recall_score
 
 from medvlp.config import OptimizerConfig
+from medvlp.evaluation.heads.classification import Classification
 from medvlp.evaluation.heads.objective import SupervisedObjective
+from medvlp.evaluation.labels import NotEvaluable
 from medvlp.evaluation.metrics.bootstrap import PatientBootstrap
 from medvlp.evaluation.metrics.classification import score_classes
 from medvlp.evaluation.supervised import finetuning_config, recipe_of
-from medvlp.evaluation.tasks.fine_tuning import FineTuning
+from medvlp.evaluation.task import Unit
+from medvlp.evaluation.tasks.fine_tuning import Chosen, FineTuning, FineTuningConfig
+from medvlp.evaluation.trained import Fitted
 from medvlp.training.deepspeed_config import parameter_groups
+from medvlp.training.predictions import Predictions
 from medvlp.training.recipe import TrainingSet
 from tests.launcher.tiny_run import make_run, make_shards
 
@@ -105,6 +113,67 @@ def test_rates_fall_from_head_to_the_first_layer(run: Path) -> None:
     assert rates[f"{backbone}.norm.weight"] == rates[f"{backbone}.blocks.2.attn.qkv.weight"] == 0.5
     assert rates[f"{backbone}.blocks.0.attn.qkv.weight"] == 0.125
     assert rates[f"{backbone}.patch_embed.proj.weight"] == rates[f"{backbone}.cls_token"] == 0.0625
+
+
+class Shifted(torch.nn.Module):
+    """Logits [B, 3], and a constant of each image in all of them."""
+
+    def __init__(self, logits: torch.Tensor, shift: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(logits + shift[:, None])
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.weight
+
+
+class Features(torch.nn.Module):
+    """In place of a method."""
+
+    def image_features(self, image: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(image), 1)
+
+
+def test_images_are_ranked_by_what_is_said_of_a_class_not_by_a_constant_of_the_image() -> None:
+    logits = torch.randn(5, 3)
+    batch: Any = SimpleNamespace(image=torch.zeros(5), labels=torch.zeros(5, 3))
+    given: Any = {"columns": [0, 1, 2], "uncertain": [float("nan")] * 3}
+    for kind, same in (("multi_class", True), ("multi_label", False)):
+        plain, shifted = (
+            Classification(Features(), Shifted(logits, shift), kind=kind, **given).predict(batch)["scores"]
+            for shift in (torch.zeros(5), torch.arange(5.0))
+        )
+        assert torch.allclose(plain, shifted, atol=1e-5) == same
+    assert torch.allclose(plain, logits)
+
+
+def test_a_class_without_a_number_of_its_own_competes_and_its_images_count() -> None:
+    """Of class c the drawn patients hold nothing; the network calls nothing else."""
+    rng = np.random.default_rng(0)
+    truth = np.eye(3)[rng.integers(0, 3, 90)]
+    logits = 2.0 * truth + 0.1 * rng.normal(size=truth.shape)
+    logits[:, 2] = 5.0
+    pixels = SimpleNamespace(
+        patients=np.arange(90), arrays=SimpleNamespace(sample=np.arange(90), pixels=np.zeros((90, 1)))
+    )
+    facts = SimpleNamespace(roles={"evaluated": "test", "selection": "valid"})
+    view: Any = SimpleNamespace(
+        facts=facts, split=lambda role: pixels, bootstrap=lambda of: PatientBootstrap(of, 5, 0)
+    )
+    names = ["a", "b", "c"]
+    ridge = SimpleNamespace(predict=lambda pixels: np.zeros((len(pixels), 3)))
+    at = {model: dict.fromkeys(names, 0.0) for model in ("trained", "untrained", "pixels")}
+    chosen = Chosen(at, ridge, [NotEvaluable("c", "the drawn part of train holds none")])  # type: ignore[arg-type]
+    seen = Predictions(np.arange(90), {"scores": logits, "labels": truth})
+    fitted = Fitted({}, names, chosen)
+    for kind, accuracy in (("multi_class", (truth[:, 2] == 1).mean()), ("multi_label", None)):
+        task = FineTuning(FineTuningConfig(kind=kind))
+        found = task.score(view, Unit(1.0, 0), {"trained": seen, "untrained": seen}, fitted)
+        assert "auroc/c" not in found.models["trained"]
+        assert found.models["trained"]["auroc/a"].value == 1.0
+        if accuracy is not None:
+            assert found.models["trained"]["class_accuracy/macro"].value == pytest.approx(accuracy)
+        assert found.scores is not None
+        assert list(found.scores.findings) == (names if kind == "multi_class" else ["a", "b"])
 
 
 @settings(max_examples=30, deadline=None)

@@ -69,6 +69,8 @@ def test_unknown_labels_are_refused() -> None:
     for names, message in ((["a", "b"], "the dataset has a, b"), ([], "the dataset has no labels")):
         with pytest.raises(UsageError, match=message):
             chosen_labels(names, ["edema"])
+    with pytest.raises(UsageError, match="--label 'a' stands twice, and would weigh twice"):
+        chosen_labels(["a", "b"], ["a", "b", "a"])
 
 
 def test_equal_reports_share_a_group_whatever_their_spacing_and_case() -> None:

@@ -9,9 +9,10 @@ import pytest
 
 from medvlp.config import Config
 from medvlp.evaluation import task as contract
-from medvlp.evaluation.evaluate import EvaluationOptions, evaluate
+from medvlp.evaluation.evaluate import EvaluationOptions, _task, evaluate
 from medvlp.evaluation.supervised import TrainingStoppedError
 from medvlp.evaluation.tasks.fine_tuning import FineTuning, FineTuningConfig
+from medvlp.evaluation.trained import TrainedTask
 from shards.errors import UsageError
 from tests.launcher.tiny_run import make_run, make_shards
 
@@ -43,6 +44,24 @@ def test_what_the_evaluation_says_of_labels_is_what_the_networks_learn(tmp_path:
     assert trainings[0].run.dir != trainings[1].run.dir
     with pytest.raises(UsageError, match=r"uncertain=negative and --uncertain \(positive\) do not agree"):
         asked("evaluation.tasks.fine-tuning.uncertain=negative", uncertain="positive")
+
+
+@pytest.mark.parametrize("name", [name for name, task in contract.tasks().items() if task.hedged])
+def test_what_would_change_nothing_is_refused_or_said(name: str) -> None:
+    task, said = contract.tasks()[name], list[str]()
+    config = Config()
+    config.evaluation.tasks[name] = task.config()
+    for options in (EvaluationOptions(Path()), EvaluationOptions(Path(), uncertain="positive")):
+        config.evaluation.tasks[name] = task.config()
+        if options.uncertain == "exclude" or not issubclass(task, TrainedTask):
+            assert isinstance(_task(name, options, config, said.append), task)
+        else:
+            with pytest.raises(
+                UsageError, match=f"{name}: --uncertain .* would change nothing: {task.hedged}"
+            ):
+                _task(name, options, config, said.append)
+    expected = [] if issubclass(task, TrainedTask) else [f"{name}: {task.hedged}, whatever --uncertain says"]
+    assert said == expected
 
 
 def test_a_finding_without_a_number_in_some_units_is_listed_with_them() -> None:

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import medvlp
 from launcher.main import app
 from medvlp.data.text import Tokenizer
-from medvlp.evaluation import session as evaluation_session
+from medvlp.evaluation.features import load_models
 from medvlp.library import dataset, images, model
 from medvlp.library.loading import LoadError
 from medvlp.runs import saved_run
@@ -69,7 +69,7 @@ def test_images_are_seen_as_evaluation_sees_them(run: Path, data: Path) -> None:
     from medvlp.data.loader import evaluation_loader
 
     batch = next(iter(evaluation_loader(config, open_reader(config.data), tokenizer, "test", 4)))
-    expected = evaluation_session.load_models(source, config, tokenizer, torch.device("cpu"))["trained"]
+    expected = load_models(source, config, tokenizer, torch.device("cpu"))["trained"]
     with torch.no_grad():
         wanted = expected.encode_image(batch.image)
         texts = expected.encode_text(batch.text)

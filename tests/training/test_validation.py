@@ -21,6 +21,7 @@ from medvlp.runs.manifest import Manifest, step_folders
 from medvlp.runs.randomness import seed_weights
 from medvlp.training.predictions import predict
 from medvlp.training.pretrain import Pretraining
+from shards.errors import NotFiniteError
 from tests.distributed_pool import Pools
 from tests.training.runs import Overrides, load_config, read_metrics, train
 
@@ -72,6 +73,27 @@ def test_patience_with_a_metric_that_no_validation_measures_is_refused(overrides
     with pytest.raises(AgreedError, match=r"keep_best=valid/los .* name one of valid/loss, ") as raised:
         train(overrides(*words))
     assert raised.value.exit_code == 2
+
+
+@pytest.mark.parametrize("best", ["valid/loss", "valid/image_to_text/R@5"])
+def test_a_validation_of_which_nothing_can_be_measured_ends_no_training(
+    overrides: Overrides,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    best: str,
+) -> None:
+    def refuse(self: Pretraining, *given: Any) -> dict[str, float]:
+        raise NotFiniteError("embeddings")
+
+    monkeypatch.setattr(Pretraining, "measure", refuse)
+    words = [*EVERY_TWO, f"checkpoint.keep_best={best}", "train.patience=2", "train.steps=6"]
+    assert train(overrides(*words)) == 0
+    said = capsys.readouterr().err
+    assert "the validation after step 2 has losses alone: embeddings are NaN or infinite" in said
+    found = validations(tmp_path / "run")
+    assert [line["step"] for line in found] == ([2, 4, 6] if best == "valid/loss" else [2, 4])
+    assert not any("R@5" in name for line in found for name in line)
 
 
 def test_clusters_are_balanced_by_what_is_trained_alone(overrides: Overrides, tmp_path: Path) -> None:

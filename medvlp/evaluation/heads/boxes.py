@@ -32,6 +32,8 @@ Maps = tuple[Tensor, ...]
 
 #: Detections of an image that are kept, the most certain ones.
 MOST = 100
+#: A logit whose probability is 1e-13.
+_SURELY_NOT = -30.0
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,22 @@ class Suppression:
 
 @dataclass(frozen=True)
 class Boxes:
-    """The boxes of an image: [m, 4] (left, top, right, bottom in pixels), [m] classes from 0, [m] hedged."""
+    """The boxes of an image.
+
+    Attributes:
+        boxes: [m, 4] (left, top, right, bottom in pixels). classes: [m] from 0. hedged: [m] bool.
+        anywhere: [C] bool, classes that may be anywhere in the image; None: none.
+    """
 
     boxes: Tensor
     classes: Tensor
     hedged: Tensor
+    anywhere: Tensor | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a class may be anywhere in the image."""
+        return self.anywhere is not None and bool(self.anywhere.any())
 
 
 class BoxHead(nn.Module, abc.ABC):
@@ -73,7 +86,8 @@ class BoxHead(nn.Module, abc.ABC):
 
         Args:
             maps: what `look` saw. size: side of the images in pixels.
-            truth: of each image; hedged boxes are neither learned nor background.
+            truth: of each image; hedged boxes are neither learned nor background, and of a class that may be
+                anywhere in an image nothing there is background.
             suppression: of detections.
 
         Returns:
@@ -107,7 +121,7 @@ class YOLOHead(BoxHead):
             )
         self.read = [found[8], found[16], found[32]]
         shallow, middle, deep = (encoder.levels[number].width for number in self.read)
-        outputs = 3 * (5 + classes)
+        self.classes, outputs = classes, 3 * (5 + classes)
         self.stems = nn.ModuleList([_stem(deep, 512), _stem(256 + middle, 256), _stem(128 + shallow, 128)])
         self.outs = nn.ModuleList([
             nn.Sequential(_cbl(width, 2 * width, 3), nn.Conv2d(2 * width, outputs, 1))
@@ -139,9 +153,10 @@ class YOLOHead(BoxHead):
             )
             return [torch.cat([of[:, :5], of[:, 6:]], 1)[:MOST] for of in kept]
         boxes, hedged = _relative(truth, size)
+        anywhere = _anywhere(truth, self.classes)
         terms: dict[str, Tensor] = {}
         for out, of in zip(outputs, anchors, strict=True):
-            for name, value in detection_loss(out, boxes, of, size, hedged).items():
+            for name, value in detection_loss(out, boxes, of, size, hedged, anywhere).items():
                 terms[name] = terms.get(name, torch.zeros_like(value)) + value
         return {"yolo": terms["loss"]}
 
@@ -221,7 +236,12 @@ class RetinaNetHead(TorchvisionHead):
     def _losses(
         self, outputs: dict[str, Tensor], anchors: list[Tensor], truth: list[Boxes]
     ) -> dict[str, Tensor]:
-        """As `RetinaNet.compute_loss`, but anchors that match a hedged box are left out."""
+        """As `RetinaNet.compute_loss`, but anchors that match a hedged box are left out, and all of a class
+        that may be anywhere."""
+        anywhere = _anywhere(truth, outputs["cls_logits"].shape[2])
+        # So sure of the background that the focal loss has neither value nor gradient there.
+        logits = outputs["cls_logits"].masked_fill(anywhere[:, None], _SURELY_NOT)
+        outputs = outputs | {"cls_logits": logits}
         matched = []
         for of, held in zip(anchors, truth, strict=True):
             if not len(held.boxes):
@@ -236,7 +256,10 @@ class RetinaNetHead(TorchvisionHead):
 
 
 class FasterRCNNHead(TorchvisionHead):
-    """torchvision's Faster R-CNN: anchors of 4 times the stride, three shapes; float32 only."""
+    """torchvision's Faster R-CNN: anchors of 4 times the stride, three shapes; float32 only.
+
+    Its background is that of all classes, so it learns nothing from an image in which one may be anywhere.
+    """
 
     def __init__(self, encoder: ImageEncoder, classes: int, channels: int = 128) -> None:
         super().__init__(encoder, channels)
@@ -256,6 +279,12 @@ class FasterRCNNHead(TorchvisionHead):
         """See `BoxHead`."""
         if maps[0].dtype != torch.float32:
             raise EvaluationError("head faster-rcnn computes boxes in float32 only: set precision=fp32")
+        weight = 1.0
+        if truth is not None:
+            kept = [i for i, held in enumerate(truth) if not held.is_open]
+            if not kept:  # every weight has a gradient in each step, here of 0
+                weight, kept = 0.0, list(range(len(truth)))
+            maps, truth = tuple(of[kept] for of in maps), [truth[i] for i in kept]
         levels = self.levels(maps)
         images = _images(maps[0], size)
         # Class 0 is the background; the sampler leaves out what matches a box of class -1.
@@ -268,8 +297,7 @@ class FasterRCNNHead(TorchvisionHead):
         proposals, losses = self.net.rpn(images, levels, targets)
         found, further = self.net.roi_heads(levels, proposals, images.image_sizes, targets)
         if truth is not None:
-            terms: dict[str, Tensor] = losses | further
-            return terms
+            return {name: weight * value for name, value in (losses | further).items()}
         return [_stacked(of, 1) for of in found]
 
 
@@ -345,6 +373,12 @@ def _relative(truth: list[Boxes], size: int) -> tuple[Tensor, Tensor]:
         boxes[i, : len(corners)] = torch.cat([of.classes[:, None], middle, sides], dim=1)
         hedged[i, : len(corners)] = of.hedged
     return boxes, hedged
+
+
+def _anywhere(truth: list[Boxes], classes: int) -> Tensor:
+    """[B, C] bool: classes that may be anywhere in an image."""
+    none = torch.zeros(classes, dtype=torch.bool, device=truth[0].boxes.device)
+    return torch.stack([none if held.anywhere is None else held.anywhere for held in truth])
 
 
 def _images(like: Tensor, size: int) -> ImageList:

@@ -65,8 +65,13 @@ class Classification(SupervisedObjective):
         return StepOutput(loss, {})
 
     def predict(self, batch: Batch) -> Mapping[str, Tensor]:
-        """`scores` [B, C]: logits; `labels` [B, C]: 1, 0, NaN where nothing is known."""
-        return {"scores": self._logits(batch), "labels": self._labels(batch)}
+        """`scores` [B, C]: logits, of exclusive classes logs of probabilities; `labels` [B, C]: 1, 0, NaN
+        where nothing is known."""
+        scores = self._logits(batch)
+        if self.kind == "multi_class":
+            # A constant of the image, which no class gains by, would rank images by one class.
+            scores = scores.log_softmax(1)
+        return {"scores": scores, "labels": self._labels(batch)}
 
     def _labels(self, batch: Batch) -> Tensor:
         labels = batch.labels[:, self.columns]

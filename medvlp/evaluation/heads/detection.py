@@ -48,7 +48,7 @@ class Detection(SupervisedObjective):
 
     def forward(self, batch: Batch, clusters: PrototypeTable | None = None) -> StepOutput:
         """See `Objective.forward`."""
-        terms = self._call(batch, box_truth(batch, self.columns, self.smallest))
+        terms = self._call(batch, box_truth(batch, self.columns, self.smallest, as_boxes=False))
         assert isinstance(terms, dict)
         total = torch.stack(list(terms.values())).sum()
         return StepOutput(total, {f"loss/{name}": value for name, value in terms.items()})
@@ -76,15 +76,15 @@ class Detection(SupervisedObjective):
         return answer
 
 
-def box_truth(batch: Batch, columns: list[int], smallest: float) -> list[Boxes]:
+def box_truth(batch: Batch, columns: list[int], smallest: float, as_boxes: bool = True) -> list[Boxes]:
     """What each image of a batch holds of C findings.
 
-    Hedged are the boxes of uncertain findings (label -1), those with a side below `smallest` pixels, and, as
-    a box over the whole image, a finding without a box that is not known to be absent (label 1, -1 or
-    unknown): it may be anywhere.
+    Hedged are the boxes of uncertain findings (label -1) and those with a side below `smallest` pixels. A
+    finding without a box that is not known to be absent (label 1, -1 or unknown) may be anywhere.
 
     Args:
         batch: with the field "boxes". columns: of the findings among the dataset's labels.
+        as_boxes: what may be anywhere is a hedged box over the whole image too, as scoring reads it.
     """
     number = torch.full((batch.labels.shape[1] + 1,), -1, device=batch.labels.device)
     number[torch.tensor(columns)] = torch.arange(len(columns), device=number.device)
@@ -96,12 +96,13 @@ def box_truth(batch: Batch, columns: list[int], smallest: float) -> list[Boxes]:
         small = ((rows[:, 2:] - rows[:, :2]) < smallest).any(1)
         anywhere = labels != 0
         anywhere[kinds] = False
-        places = anywhere.nonzero()[:, 0]
+        places = anywhere.nonzero()[:, 0] if as_boxes else kinds.new_empty(0)
         truth.append(
             Boxes(
                 torch.cat([rows, whole.expand(len(places), 4)]),
                 torch.cat([kinds, places]),
                 torch.cat([small | (labels[kinds] == -1), torch.ones_like(places, dtype=torch.bool)]),
+                anywhere,
             )
         )
     return truth

@@ -129,14 +129,12 @@ def mask_counts(probability: Tensor, truth: Tensor) -> Tensor:
         probability: [B, C, H, W] in [0, 1]. truth: [B, C, H, W] bool.
 
     Returns:
-        [B, C, T, 3] int32.
-
-    Raises:
-        ValueError: a probability outside [0, 1], or NaN.
+        [B, C, T, 3] int32; all -1 of a mask with a probability outside [0, 1], or NaN: one rank alone must
+        not stop where the others go on.
     """
     steps = (probability.float() * THRESHOLDS).ceil()
-    if not ((steps >= 0) & (steps <= THRESHOLDS)).all():
-        raise ValueError("a probability outside [0, 1]: the network gives NaN or infinite values")
+    possible = ((steps >= 0) & (steps <= THRESHOLDS)).flatten(2).all(2)
+    steps = torch.where(possible[:, :, None, None], steps, 0.0)
     # A value of step k lies above the thresholds 0 .. k - 1: sums of a histogram from its upper end.
     images = truth.shape[0] * truth.shape[1]
     bins = THRESHOLDS + 1
@@ -149,4 +147,5 @@ def mask_counts(probability: Tensor, truth: Tensor) -> Tensor:
         above.append(histogram.flip(1).cumsum(1).flip(1)[:, 1:])
     called, both = above
     counts = torch.stack([called, inside.sum(1)[:, None].expand_as(called), both], dim=2)
-    return counts.reshape(*truth.shape[:2], THRESHOLDS, 3).int()
+    counts = counts.reshape(*truth.shape[:2], THRESHOLDS, 3).int()
+    return torch.where(possible[:, :, None, None], counts, -1)

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.errors import NotFiniteError
+
 Floats = NDArray[np.float64]
 
 
@@ -26,7 +28,7 @@ def _group(scores: Floats, truth: NDArray[np.bool_], weights: Floats | None) -> 
     if scores.shape != truth.shape or scores.ndim != 1:
         raise ValueError(f"scores {scores.shape} and truth {truth.shape} must be vectors of one length")
     if not np.isfinite(scores).all():
-        raise ValueError("scores must be finite")
+        raise NotFiniteError("scores")
     if weights is None:
         weights = np.ones((1, len(scores)))
     order = np.argsort(scores, kind="stable")

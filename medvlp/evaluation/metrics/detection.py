@@ -20,8 +20,10 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import sparse
 
 from medvlp.evaluation.metrics.bootstrap import Estimate, Macro, PatientBootstrap, estimate
+from shards.errors import NotFiniteError
 
 Floats = NDArray[np.float64]
 Skipped = Literal["none", "no_prediction_or_no_box"]
@@ -70,13 +72,14 @@ class Ranked:
 
     Attributes:
         image: [K] image of each right one; `worth`: [K] how many boxes it finds.
-        false_before: [N, K] wrong detections in each image before each right one.
+        false_at: [N, K + 1] wrong detections in each image before the first right one, and after each:
+            whole numbers and few of them, for a dense table of a large split has billions of zeros.
         boxes: [N] boxes in each image that are to be found.
     """
 
     image: NDArray[np.int64]
     worth: Floats
-    false_before: Floats
+    false_at: sparse.csr_array
     boxes: Floats
 
     @classmethod
@@ -88,16 +91,17 @@ class Ranked:
         right = worth[order] > 0
         # A false detection stands before all right ones from the next one on.
         following: NDArray[np.int64] = np.cumsum(right) - right
-        before = np.zeros((len(boxes), int(right.sum()) + 1))
         chosen = wrong[order]
-        np.add.at(before, (image[order][chosen], following[chosen]), 1)
-        return cls(image[order][right], worth[order][right], before.cumsum(1)[:, :-1], boxes)
+        ones, places = np.ones(int(chosen.sum())), (image[order][chosen], following[chosen])
+        false_at = sparse.coo_array((ones, places), shape=(len(boxes), int(right.sum()) + 1)).tocsr()
+        return cls(image[order][right], worth[order][right], false_at, boxes)
 
     def sums(self, weights: Floats) -> tuple[Floats, Floats, Floats]:
         """With weights [R, N]: boxes found up to each right detection [R, K], false ones before it [R, K],
         and boxes there are [R]."""
         found = (weights[:, self.image] * self.worth).cumsum(1)
-        return found, weights @ self.false_before, weights @ self.boxes
+        wrong = np.asarray(self.false_at.T @ weights.T).T.cumsum(1)[:, :-1]
+        return found, wrong, weights @ self.boxes
 
 
 def average_precision(ranked: Ranked, weights: Floats) -> Floats:
@@ -138,12 +142,13 @@ class BoxScores:
         """Add an image by the number of its sample in the split.
 
         Raises:
-            ValueError: the image has been added, or a score is not finite.
+            ValueError: the image has been added.
+            NotFiniteError: a score or box is NaN or infinite.
         """
         if row in self._images:
             raise ValueError(f"sample {row} is added twice")
         if not (np.isfinite(found.scores).all() and np.isfinite(found.boxes).all()):
-            raise ValueError(f"a box or score found in sample {row} is not finite")
+            raise NotFiniteError(f"boxes or scores found in sample {row}")
         self._images[row] = found, held
 
     def boxes(self) -> dict[str, int]:

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.errors import NotFiniteError
+
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
@@ -21,7 +23,7 @@ def _blocks(queries: NDArray[Any], gallery: NDArray[Any]) -> Iterator[tuple[slic
         rows = slice(start, min(start + size, len(queries)))
         similarity = queries[rows].astype(np.float64) @ gallery.T
         if not np.isfinite(similarity).all():
-            raise ValueError("similarities are not finite: the embeddings hold NaN or infinite values")
+            raise NotFiniteError("embeddings")
         yield rows, similarity
 
 

@@ -111,13 +111,14 @@ def unlike(evaluations: Mapping[str, Evaluation], task: str) -> list[str]:
     first, *others = evaluations
     lines = []
     for name in others:
-        one, two = (_options(evaluations[of], task) for of in (first, name))
+        one, two = (options_of(evaluations[of], task) for of in (first, name))
         if keys := sorted(key for key in one.keys() | two.keys() if one.get(key) != two.get(key)):
             lines.append(f"{task} of {name}: with another {', '.join(keys)} than {first}")
     return lines
 
 
-def _options(evaluation: Evaluation, task: str) -> dict[str, object]:
-    """The keys of a task; of those that name a file its content."""
+def options_of(evaluation: Evaluation, task: str) -> dict[str, object]:
+    """The keys of a task; of those that name a file its content, and of the run's own files only whether."""
     options, files = (evaluation.settings.get(kind, {}).get(task, {}) for kind in ("options", "files"))
-    return {**options, **files}
+    own = tasks()[task].own_files if task in tasks() else frozenset()
+    return {**options, **files, **{name: options.get(name) is not None for name in own}}

@@ -12,7 +12,7 @@ import numpy as np
 from medvlp.evaluation.metrics.bootstrap import Estimate
 from medvlp.evaluation.metrics.paired import Difference, paired_difference
 from medvlp.evaluation.report import resamples
-from medvlp.evaluation.report.comparison import reading_of
+from medvlp.evaluation.report.comparison import options_of, reading_of
 from medvlp.evaluation.report.results import Evaluation
 from medvlp.evaluation.task import EvaluationError
 
@@ -125,10 +125,11 @@ def _check_alike(first: Measured, other: Measured, task: str) -> None:
         for key in keys:
             if getattr(first.evaluation, section).get(key) != getattr(other.evaluation, section).get(key):
                 raise EvaluationError(f"{other.run}: has another {section}.{key} than {first.run}")
-    for kind in ("options", "files"):
-        one, two = (of.evaluation.settings.get(kind, {}).get(task) for of in (first, other))
-        if one != two:
-            raise EvaluationError(f"{other.run}: {task} was evaluated with other {kind} than {first.run}")
+    one, two = (options_of(of.evaluation, task) for of in (first, other))
+    if others := sorted(name for name in one.keys() | two.keys() if one.get(name) != two.get(name)):
+        raise EvaluationError(
+            f"{other.run}: {task} was evaluated with another {', '.join(others)} than {first.run}"
+        )
 
 
 def different_keys(ours: Evaluation, theirs: Evaluation) -> list[str]:

@@ -83,6 +83,8 @@ class Detection(TrainedTask):
     """See the module."""
 
     name = "detection"
+    version = 2
+    hedged = "boxes of hedged findings are neither missed nor false"
     summary = "boxes of findings by a head on the image encoder, with a part of the training patients"
     packages = ("pycocotools",)
     teaches = "a box of one of the findings, or one that is known to be absent"

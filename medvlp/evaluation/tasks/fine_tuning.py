@@ -83,6 +83,7 @@ class FineTuning(TrainedTask):
     """See the module."""
 
     name = "fine-tuning"
+    version = 2
     summary = "a linear layer on the image encoder, trained with a part of the training labels"
     config = FineTuningConfig
     keeps_scores = True
@@ -203,17 +204,19 @@ class FineTuning(TrainedTask):
         rows = np.searchsorted(pixels.arrays.sample, first.sample)
         scores = {model: _scores(of)[0] for model, of in predictions.items()}
         scores["pixels"] = chosen.ridge.predict(pixels.arrays.pixels[rows])
-        bootstrap, truth = view.bootstrap(pixels.patients[rows]), truth[:, columns]
+        bootstrap, exclusive = view.bootstrap(pixels.patients[rows]), self.settings.kind == "multi_class"
         for model, of in scores.items():
             called = chosen.thresholds[model]
-            result.models[model] = score_findings(of[:, columns], truth, kept, bootstrap, called)
-            if self.settings.kind == "multi_class":
-                result.models[model] |= score_classes(of[:, columns], truth, kept, bootstrap)
-        result.models["chance"] = chance(truth, kept)
+            result.models[model] = score_findings(of[:, columns], truth[:, columns], kept, bootstrap, called)
+            if exclusive:  # a class without a number of its own competes, and its images count
+                result.models[model] |= score_classes(of, truth, findings, bootstrap)
+        result.models["chance"] = chance(truth[:, columns], kept)
+        if not exclusive:
+            findings, truth = kept, truth[:, columns]
+            scores = {model: of[:, columns] for model, of in scores.items()}
         result.scores = Scores(
-            first.sample, kept, truth, {model: of[:, columns] for model, of in scores.items()},
-            chosen.thresholds, frozenset(predictions), self.settings.kind == "multi_class",
-        )  # fmt: skip
+            first.sample, findings, truth, scores, chosen.thresholds, frozenset(predictions), exclusive
+        )
         return result
 
     def _truth(self, view: View, split: Split) -> Floats:

@@ -45,6 +45,7 @@ from medvlp.evaluation.task import (
     Unit,
     register,
 )
+from shards.errors import NotFiniteError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -145,6 +146,7 @@ class Grounding(Task):
     """See the module."""
 
     name = "grounding"
+    hedged = "phrases of hedged findings are left out"
     summary = "maps of findings and phrases against boxes, masks and phrases with boxes"
     config = GroundingConfig
     reading = Reading(
@@ -385,7 +387,7 @@ def _maps(view: View, model: str, image: Tensor, sentences: Sequence[str]) -> Te
     """[B, N, rows, columns] maps of N sentences in B images, on the CPU.
 
     Raises:
-        EvaluationError: they are not finite.
+        NotFiniteError: they are not finite.
     """
     import torch
 
@@ -393,8 +395,5 @@ def _maps(view: View, model: str, image: Tensor, sentences: Sequence[str]) -> Te
     with torch.no_grad():
         maps = view.models[model].ground(image.to(view.device), text).float().cpu()
     if not maps.isfinite().all():
-        raise EvaluationError(
-            f"the {model} network gives NaN or infinite values (maps): if training has diverged, evaluate an "
-            "earlier checkpoint"
-        )
+        raise NotFiniteError(f"maps of the {model} network")
     return maps

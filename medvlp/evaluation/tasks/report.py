@@ -37,7 +37,7 @@ from medvlp.evaluation.metrics.generation import (
     meteor_exact_stem,
     score_texts,
 )
-from medvlp.evaluation.report_baselines import Baselines, unit_rows
+from medvlp.evaluation.report_baselines import Baselines, is_normal, unit_rows
 from medvlp.evaluation.report_labels import KEY, TEXT, labelled, read_labels, stated
 from medvlp.evaluation.task import EvaluationError, Facts, Needs, Reading, Role, TaskResult, Unit, register
 from medvlp.evaluation.trained import Fitted, TrainedTask, TrainedTaskConfig
@@ -114,6 +114,11 @@ class ReportConfig(TrainedTaskConfig):
 
 def _remarks(notes: Mapping[str, Any]) -> list[str]:
     lines = [f"{notes['reports']} reports; METEOR: {notes['meteor']}"] if "reports" in notes else []
+    if "normal" in notes:
+        of = f"the most frequent of {notes['normal']} normal training images"
+        lines.append(
+            f"normal: {of if notes['normal'] else 'a sentence of this program: no image is known to be'}"
+        )
     if notes.get("clinical"):
         lines.append(f"clinical efficacy over {len(notes['clinical'])} findings, by {notes['labeller']}")
     return lines
@@ -124,11 +129,13 @@ class Report(TrainedTask):
     """See the module."""
 
     name = "report"
+    hedged = "clinical efficacy reads evaluation.tasks.report.ce_uncertain"
+    own_files = frozenset({"ce_labels"})
     summary = "reports written by a decoder on the patch tokens"
     packages = ("pycocoevalcap",)
     teaches = "a report"
     config = ReportConfig
-    version = 2
+    version = 3
     keeps_examples = True
     reading = Reading(
         names={
@@ -235,7 +242,10 @@ class Report(TrainedTask):
         assert split is not None
         rows = np.flatnonzero(np.isin(split.arrays.sample, networks["trained"].drawn(view)))
         reports = [" ".join(self.clean(split.reports[row])) for row in rows]
-        normal = [text for text, row in zip(reports, rows, strict=True) if _is_normal(split.labels[row])]
+        names = view.facts.index.label_names
+        normal = [
+            text for text, row in zip(reports, rows, strict=True) if is_normal(split.labels[row], names)
+        ]
         features = np.asarray(split.arrays.models["trained"].features)[rows]
         fallback = " ".join(self.clean(_NORMAL))
         return Baselines(
@@ -243,6 +253,7 @@ class Report(TrainedTask):
             unit_rows(features),
             Counter(normal).most_common(1)[0][0] if normal else fallback,
             split.labels[rows],
+            len(normal),
         )
 
     def score(
@@ -265,7 +276,8 @@ class Report(TrainedTask):
             )
         except MetricMissingError as error:
             raise EvaluationError(f"{self.name}: {error}") from error
-        result.notes = {"reports": len(rows), "meteor": self._meteor(result, models, references)}
+        said = self._meteor(result, models, references)
+        result.notes = {"reports": len(rows), "meteor": said, "normal": fitted.chosen.normals}
         self._clinical(result, dataset, sample, models, references, bootstrap)
         _write(view.folder / "reports.csv", _keys(dataset, sample), models["trained"], references)
         result.examples = Examples(
@@ -363,11 +375,6 @@ def _texts(predictions: Predictions, name: str) -> list[str]:
     from medvlp.evaluation.heads.report import texts_of
 
     return texts_of(predictions.arrays[name])
-
-
-def _is_normal(labels: NDArray[Any]) -> bool:
-    """Whether labels are known and all of them 0."""
-    return bool(len(labels) and (labels == 0).all())
 
 
 def _keys(dataset: EvaluationDataset, sample: NDArray[np.int64]) -> list[str]:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medvlp.config import TaskConfig, key
-from medvlp.evaluation.baselines import ReportWords
+from medvlp.evaluation.baselines import MOST_REPORTS, ReportWords
 from medvlp.evaluation.labels import NotEvaluable, as_notes, not_evaluable
 from medvlp.evaluation.metrics.bootstrap import Estimate, Macro, PatientBootstrap, estimate
 from medvlp.evaluation.metrics.ranking import (
@@ -118,6 +118,8 @@ class Retrieval(Task):
         taught = np.empty(0, dtype=np.int64) if train is None else _with_report(train)
         if train is None or not len(taught):
             return None, "not available: the dataset has no training reports"
+        if len(taught) > MOST_REPORTS:  # evenly spread over the split
+            taught = taught[np.linspace(0, len(taught) - 1, MOST_REPORTS).astype(int)]
         words = ReportWords(train.ridge, taught, [train.reports[row] for row in taught])
         return words, f"ridge regression to TF-IDF, trained on {len(taught)} reports of {train.name}"
 

@@ -29,6 +29,7 @@ from medvlp.evaluation.metrics.bootstrap import Estimate, PatientBootstrap
 from medvlp.evaluation.metrics.segmentation import THRESHOLDS, MaskCounts, best_thresholds, dice
 from medvlp.evaluation.task import EvaluationError, Facts, Reading, TaskResult, Unit, register
 from medvlp.evaluation.trained import Fitted, TrainedTask, TrainedTaskConfig
+from shards.errors import NotFiniteError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -337,8 +338,15 @@ class Segmentation(TrainedTask):
 
 
 def _counts(predictions: Predictions) -> tuple[Counts, Known]:
-    """Pixels [N, C, T, 3] and known [N, C]; booleans travel as bytes."""
-    return predictions.arrays["pixels"].astype(np.int64), predictions.arrays["known"].astype(bool)
+    """Pixels [N, C, T, 3] and known [N, C]; booleans travel as bytes.
+
+    Raises:
+        NotFiniteError: of a mask nothing could be counted (see `mask_counts`).
+    """
+    pixels = predictions.arrays["pixels"].astype(np.int64)
+    if (pixels < 0).any():
+        raise NotFiniteError("masks")
+    return pixels, predictions.arrays["known"].astype(bool)
 
 
 def _counted(draws: Draws, batches: Iterable[Batch], truth: Truth) -> dict[str, tuple[Counts, Known]]:

@@ -102,6 +102,7 @@ class VQA(TrainedTask):
     """See the module."""
 
     name = "vqa"
+    hedged = "answers are no labels"
     version = 2
     summary = "questions about images, answered from a vocabulary of answers"
     teaches = "a question that may be learned from"

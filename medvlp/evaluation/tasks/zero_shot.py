@@ -167,12 +167,14 @@ class Fitted:
     """What was chosen and taught without the evaluated split.
 
     Attributes:
-        names: findings that have prompts and can be evaluated.
+        names: findings that have prompts and can be evaluated. scored: those that have scores: of classes of
+            which each image has one, all.
         thresholds: model -> finding -> score from which on it is called positive.
         ridge: pixel baseline; None where it cannot be taught. pixels: how it was taught, or why it was not.
     """
 
     names: list[str]
+    scored: list[str]
     thresholds: dict[str, dict[str, float]]
     ridge: FittedRidge | None
     pixels: str
@@ -194,6 +196,7 @@ class ZeroShot(Task):
     """See the module."""
 
     name = "zero-shot"
+    version = 2
     summary = "findings by similarity to sentences that state and that deny them"
     config = ZeroShotConfig
     keeps_scores = True
@@ -218,6 +221,12 @@ class ZeroShot(Task):
             return "the dataset has no labels"
         if not set(facts.findings) & self.ensemble(facts).rows.keys():
             return f"no prompts for any of the labels; set evaluation.tasks.{self.name}.prompts=FILE.yaml"
+        without = [name for name in facts.findings if name not in self.ensemble(facts).rows]
+        if without and self.settings.kind == "multi_class":
+            return (
+                f"kind=multi_class compares all classes, and {', '.join(without)} has no prompts: "
+                f"give some in evaluation.tasks.{self.name}.prompts=FILE.yaml, or name the rest with --label"
+            )
         return None
 
     def unavailable_with(self, method: Method) -> str | None:
@@ -233,14 +242,15 @@ class ZeroShot(Task):
             view.say(f"{self.settings.prompts}: {finding!r} is no label of the dataset")
         ensemble = self.ensemble(view.facts)
         names = [name for name in view.facts.findings if name in ensemble.rows and name in view.evaluable]
-        ridge, pixels = self._ridge(view, names)
+        scored = list(view.facts.findings) if self.settings.kind == "multi_class" else names
+        ridge, pixels = self._ridge(view, scored)
         selection = view.split("selection")
         chosen: dict[str, dict[str, float]] = {}
         if selection is not None and names:
-            truth = view.truth(selection, names)
-            for model, scores in self._scores(view, selection, names, ridge).items():
-                chosen[model] = thresholds(scores, truth, names)
-        return Fitted(names, chosen, ridge, pixels)
+            truth, columns = view.truth(selection, names), [scored.index(name) for name in names]
+            for model, scores in self._scores(view, selection, scored, ridge).items():
+                chosen[model] = thresholds(scores[:, columns], truth, names)
+        return Fitted(names, scored, chosen, ridge, pixels)
 
     def measure(self, view: View, unit: Unit, fitted: Fitted) -> TaskResult:
         """Metrics of every network, of the pixel baseline and of chance."""
@@ -253,7 +263,9 @@ class ZeroShot(Task):
         if not names:
             reasons = "; ".join(f"{item.finding}: {item.reason}" for item in listed)
             raise EvaluationError(f"{self.name}: no finding can be evaluated ({reasons})")
-        scores = self._scores(view, split, names, fitted.ridge)
+        every = self._scores(view, split, fitted.scored, fitted.ridge)
+        columns = [fitted.scored.index(name) for name in names]
+        scores = {model: of[:, columns] for model, of in every.items()}
         if fitted.thresholds and self.settings.threshold_source == "selection":
             listed += no_threshold(names, fitted.thresholds["trained"], view.facts.roles["selection"])
         result = TaskResult(notes=as_notes(truth, findings, listed))
@@ -273,13 +285,14 @@ class ZeroShot(Task):
             result.models[model] = score_findings(
                 of, truth, names, bootstrap, chosen.get(model), strict_accuracy=strict
             )
-            if self.settings.kind == "multi_class":
-                compared = _standardised(of) if self.settings.normalise == "over_evaluated" else of
-                result.models[model] |= score_classes(compared, truth, names, bootstrap)
         result.models["chance"] = chance(truth, names)
         result.scores = Scores(split.arrays.sample, names, truth, scores, chosen)
-        if self.settings.kind == "multi_class":
-            result.models["chance"]["balanced_accuracy/macro"] = Estimate(1 / len(names))
+        if self.settings.kind == "multi_class":  # a class without a number of its own competes all the same
+            truth = view.truth(split, fitted.scored)
+            for model, of in every.items():
+                compared = _standardised(of) if self.settings.normalise == "over_evaluated" else of
+                result.models[model] |= score_classes(compared, truth, fitted.scored, bootstrap)
+            result.models["chance"]["balanced_accuracy/macro"] = Estimate(1 / len(fitted.scored))
         return result
 
     def _scores(

@@ -29,7 +29,7 @@ from medvlp.config import Config
 from medvlp.data.batch import Batch
 from medvlp.data.cache import open_reader
 from medvlp.data.loader import build_loader
-from medvlp.evaluation.session import load_models
+from medvlp.evaluation.features import load_models
 from medvlp.methods.base import Method
 from medvlp.methods.registry import fields_of
 from medvlp.prototypes.cluster_metrics import nmi

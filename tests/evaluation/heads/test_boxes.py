@@ -21,6 +21,7 @@ from medvlp.evaluation.heads.boxes import (
     build_head,
 )
 from medvlp.evaluation.task import EvaluationError
+from medvlp.losses.detection import detection_loss
 
 VIT = ImageConfig(
     name="vit_tiny_patch16_224", options={"patch_size": 16, "embed_dim": 16, "depth": 1, "num_heads": 2}
@@ -106,6 +107,58 @@ def test_faster_rcnn_samples_nothing_at_a_hedged_box() -> None:
     assert labels.tolist() == [1, -1, 0]
     _, (labels,) = head.net.roi_heads.assign_targets_to_proposals([near], [HELD.boxes], [target["labels"]])
     assert labels.tolist() == [1, -1, 0]
+
+
+#: Class 0 may be anywhere in the image, of class 1 it holds a box.
+OPEN = dataclasses.replace(boxes([8, 8, 24, 24, 1]), anywhere=torch.tensor([True, False]))
+
+
+def test_retinanet_takes_nothing_for_background_of_a_class_that_may_be_anywhere() -> None:
+    encoder = ImageEncoder(RESNET, SIZE)
+    head: Any = build_head("retinanet", encoder, 2)
+    levels = list(head.levels(head.look(encoder, images(2))).values())
+    anchors = head.net.anchor_generator(_images(levels[0], SIZE), levels)
+    logits = torch.randn(2, len(anchors[0]), 2, requires_grad=True)
+    outputs = {"cls_logits": logits, "bbox_regression": torch.zeros(2, len(anchors[0]), 4)}
+    losses = head._losses(outputs, anchors, [OPEN, boxes([8, 8, 24, 24, 1])])
+    sum(losses.values()).backward()
+    assert not logits.grad[0, :, 0].any()
+    assert logits.grad[0, :, 1].count_nonzero() > 100
+    assert logits.grad[1, :, 0].count_nonzero() > 100
+
+
+def test_yolo_takes_nothing_for_background_where_a_class_may_be_anywhere() -> None:
+    anchors, held = torch.tensor([[16.0, 16.0]]), torch.tensor([[[1, 0.25, 0.25, 0.25, 0.25]]] * 2)
+    output = torch.randn(2, 7, 4, 4, requires_grad=True)
+    anywhere = torch.tensor([[True, False], [False, False]])
+    detection_loss(output, held, anchors, SIZE, None, anywhere)["loss"].backward()
+    confidence = output.grad[:, 4].clone()
+    assert confidence[0, 1, 1] != 0
+    assert confidence[1].count_nonzero() == 16
+    assert confidence[0].count_nonzero() == 1, "only where the box is"
+    assert output.grad[0, 5, 1, 1] == 0
+    assert output.grad[0, 6, 1, 1] != 0
+    assert output.grad[1, 5, 1, 1] != 0
+
+
+def test_faster_rcnn_learns_nothing_from_an_image_in_which_a_class_may_be_anywhere() -> None:
+    torch.manual_seed(0)
+    encoder = ImageEncoder(RESNET, SIZE)
+    head = build_head("faster-rcnn", encoder, 2)
+    maps, closed = head.look(encoder, images(2)), boxes([8, 8, 24, 24, 1])
+
+    def losses(*truth: Boxes) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        found = head(tuple(of[: len(truth)] for of in maps), SIZE, list(truth), Suppression())
+        assert isinstance(found, dict)
+        return found
+
+    alone, beside = losses(closed), losses(closed, OPEN)
+    assert all(torch.allclose(alone[name], beside[name], atol=1e-5) for name in alone)
+    nothing = losses(OPEN, OPEN)
+    sum(nothing.values()).backward()
+    assert all(value == 0 for value in nothing.values())
+    assert all(of.grad is not None and not of.grad.any() for of in head.parameters())
 
 
 def test_retinanet_on_a_frozen_network_finds_a_square() -> None:

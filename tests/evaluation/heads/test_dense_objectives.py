@@ -156,6 +156,12 @@ def test_a_task_on_phantoms_from_end_to_end(run: Path, task: str, models: list[s
         assert of.truth
         assert {(box.finding, box.left, box.top) for box in of.truth} <= set(places)
     assert len(kept.masks if task == "segmentation" else kept.boxes) >= 6
+    # By which `compare --published` finds the rows of this test set.
+    assert found.data["splits"]["test"] == {
+        "samples": reader.sample_count("test"),
+        "patients": reader.index.splits["test"].patients,
+        "corrupt": 0,
+    }
     again: list[str] = []
     evaluate(options, again.append)
     assert any("is finished" in line for line in again)

@@ -20,10 +20,12 @@ from medvlp.evaluation.metrics.detection import (
     BoxScores,
     Found,
     Held,
+    Ranked,
     average_precision,
     coco_evaluation,
     froc_ranking,
 )
+from shards.errors import NotFiniteError
 
 NAMES = ["mass", "nodule"]
 Images = list[tuple[Found, Held]]
@@ -188,7 +190,7 @@ def test_equal_scores_stand_in_the_order_of_the_samples() -> None:
 def test_no_box_is_taken_for_unmatched_and_nan_is_refused() -> None:
     """The first box has a number in pycocotools that is not its "no match"."""
     assert values([(found([BOX], [0.5]), held([BOX]))])["map_50_95/mass"] == 1.0
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(NotFiniteError, match="boxes or scores found in sample 0 are NaN or infinite"):
         table_of([(found([BOX], [float("nan")]), held([BOX]))])
 
 
@@ -232,8 +234,20 @@ def test_froc_counts_an_object_once_and_no_extra_hits() -> None:
     images = [(found([BOX, BOX, OTHER], [0.9, 0.8, 0.7]), held([BOX])), (found([], []), held([OTHER]))]
     ranked = froc_ranking([a for a, _ in images], [b for _, b in images], 0)
     assert ranked.worth.tolist() == [1.0]
-    assert ranked.false_before.tolist() == [[0.0], [0.0]]
+    assert not ranked.false_at.toarray()[:, 0].any()
     assert values(images)["froc/mass"] == pytest.approx(0.5)
+
+
+def test_a_large_split_needs_memory_for_its_false_detections_alone() -> None:
+    """20,000 images with a box each: a table of images and boxes would be 3 GB."""
+    count = 20_000
+    scores, image = np.linspace(1, 0, 2 * count), np.repeat(np.arange(count), 2)
+    worth = np.tile([1.0, 0.0], count)
+    ranked = Ranked.of(scores, image, worth, worth == 0, np.ones(count))
+    assert ranked.false_at.data.nbytes + ranked.false_at.indices.nbytes < 1 << 20
+    found, wrong, boxes = ranked.sums(np.ones((1, count)))
+    np.testing.assert_array_equal(wrong[0], np.arange(count))
+    assert (found[0, -1], boxes[0]) == (count, count)
 
 
 def test_intervals_hold_the_value_and_precision_is_undefined_without_boxes() -> None:

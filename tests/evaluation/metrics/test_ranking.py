@@ -97,7 +97,7 @@ def test_chance_is_what_random_orders_give() -> None:
 
 
 def test_embeddings_that_are_not_finite_are_refused() -> None:
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="embeddings are NaN or infinite"):
         ranking.best_ranks(np.full((2, 2), np.nan), np.ones((2, 2)), np.arange(2), np.arange(2))
 
 

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 from medvlp.evaluation.metrics.bootstrap import Estimate, PatientBootstrap, Resampled, estimate
 from medvlp.evaluation.metrics.paired import paired_difference
 from medvlp.evaluation.report import differences, resamples
+from medvlp.evaluation.report.comparison import options_of
 from medvlp.evaluation.report.differences import Measured
 from medvlp.evaluation.report.results import FOLDER, Evaluation, KeptFile
 from medvlp.evaluation.task import EvaluationError
@@ -107,8 +108,27 @@ def test_what_is_not_alike_is_refused(tmp_path: Path) -> None:
         with pytest.raises(EvaluationError, match=rf"another {section}\.{key}"):
             differences.rows([(ours, changed)], TASK)
     plain.evaluation.settings["options"] = {TASK: {"prompts": "other"}}
-    with pytest.raises(EvaluationError, match="other options"):
+    with pytest.raises(EvaluationError, match="zero-shot was evaluated with another prompts than"):
         differences.rows([(ours, plain)], TASK)
+
+
+def test_files_are_compared_by_their_content_and_not_where_they_lie(tmp_path: Path) -> None:
+    ours, theirs = (measured(tmp_path, name, 0, [1, 2, 3, 4]) for name in ("mgca", "plain"))
+    for item in (ours, theirs):
+        item.evaluation.settings["options"] = {TASK: {"prompts": f"{item.run}/prompts.yaml", "pool": "mean"}}
+        item.evaluation.settings["files"] = {TASK: {"prompts": "0123"}}
+    assert differences.rows([(ours, theirs)], TASK)
+    theirs.evaluation.settings["files"] = {TASK: {"prompts": "4567"}}
+    with pytest.raises(EvaluationError, match="another prompts"):
+        differences.rows([(ours, theirs)], TASK)
+    # Labels that another labeller gave what each run has written are never the same file.
+    for item in (ours, theirs):
+        item.evaluation.settings["options"] = {"report": {"ce_labels": f"{item.run}/labels.csv"}}
+        item.evaluation.settings["files"] = {"report": {"ce_labels": item.run.name}}
+    assert options_of(ours.evaluation, "report") == options_of(theirs.evaluation, "report")
+    theirs.evaluation.settings["options"] = {"report": {"ce_labels": None}}
+    theirs.evaluation.settings["files"] = {"report": {}}
+    assert options_of(ours.evaluation, "report") != options_of(theirs.evaluation, "report")
 
 
 def test_a_method_that_cannot_do_the_task_has_no_row(tmp_path: Path) -> None:

@@ -109,6 +109,10 @@ def test_what_images_hold() -> None:
     assert second.classes.tolist() == [0, 2]
     assert second.hedged.all()
     assert second.boxes.tolist() == [[0, 0, SIZE, SIZE]] * 2
+    assert second.anywhere.tolist() == [True, False, True]
+    learned = box_truth(batch, [0, 1, 2], smallest=2.0, as_boxes=False)
+    assert [len(of.boxes) for of in learned] == [3, 0]
+    assert [of.anywhere.tolist() for of in learned] == [[False] * 3, [True, False, True]]
     only_edema, _ = box_truth(batch, [1], smallest=2.0)
     assert only_edema.classes.tolist() == [0]
     rows = held_rows([first, second])

@@ -18,6 +18,7 @@ from medvlp.data.cache import open_reader
 from medvlp.data.loader import EvaluationLoader, evaluation_dataset
 from medvlp.data.questions import text_code
 from medvlp.data.report import report_text, scored_words
+from medvlp.evaluation import report_baselines
 from medvlp.evaluation.evaluate import EvaluationOptions, evaluate
 from medvlp.evaluation.heads.report import (
     PieceVocabulary,
@@ -29,7 +30,7 @@ from medvlp.evaluation.heads.report import (
 from medvlp.evaluation.heads.report_decoder import ReportDecoder
 from medvlp.evaluation.report import examples, results
 from medvlp.evaluation.report.joining import complete
-from medvlp.evaluation.report_baselines import Baselines
+from medvlp.evaluation.report_baselines import Baselines, is_normal, unit_rows
 from medvlp.evaluation.supervised import Supervised, finetuning_config, train_here
 from medvlp.evaluation.task import TaskResult
 from medvlp.evaluation.tasks.report import ReportConfig
@@ -199,6 +200,44 @@ def test_baselines_write_reports_of_the_training_samples() -> None:
     assert written["most-frequent"] == ["a"] * 3
     assert written["normal"] == ["normal"] * 3
     assert set(written["random"]) <= {"a", "b"}
+
+
+def test_baselines_do_not_depend_on_how_much_is_compared_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.choice([1.0, 0.0, -1.0, np.nan], (40, 3))
+    baselines = Baselines([str(i) for i in range(40)], unit_rows(rng.normal(size=(40, 5))), "", labels)
+    features, truth = rng.normal(size=(9, 5)), rng.choice([1.0, 0.0, np.nan], (9, 3))
+    whole = baselines.written(features, truth, 3)
+    monkeypatch.setattr(report_baselines, "_CELLS", 80)
+    assert baselines.written(features, truth, 3) == whole
+    for row, text in enumerate(whole["same-findings"]):
+        agree = [
+            np.array_equal(a, b, equal_nan=True) for a, b in zip(labels[int(text)], truth[row], strict=True)
+        ]
+        most = max(
+            sum(np.array_equal(a, b, equal_nan=True) for a, b in zip(of, truth[row], strict=True))
+            for of in labels
+        )
+        assert sum(agree) == most
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "normal"),
+    [
+        (["No Finding", "Edema"], [1, np.nan], True),
+        (["No Finding", "Edema"], [1, -1], False),
+        (["No Finding", "Edema"], [np.nan, 0], False),
+        (["normal", "Edema"], [0, 0], False),
+        (["normal", "Edema"], [1, 0], True),
+        (["Mass", "Edema"], [0, 0], True),
+        (["Mass", "Edema"], [0, np.nan], False),
+        (["Mass", "sex=M"], [0, 1], True),
+        (["sex=M"], [0], False),
+        ([], [], False),
+    ],
+)
+def test_what_is_a_normal_image(names: list[str], labels: list[float], normal: bool) -> None:
+    assert is_normal(np.array(labels, dtype=float), names) == normal
 
 
 def test_texts_come_back_from_their_bytes() -> None:

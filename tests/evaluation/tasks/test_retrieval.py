@@ -10,6 +10,7 @@ import pytest
 from medvlp.evaluation.metrics.ranking import average_precision, chance_average_precision
 from medvlp.evaluation.splits import Split
 from medvlp.evaluation.task import EvaluationError
+from medvlp.evaluation.tasks import retrieval
 from medvlp.evaluation.tasks.retrieval import DIRECTIONS, Retrieval, RetrievalConfig
 from tests.evaluation.prepared import Prepared, make_splits
 
@@ -34,6 +35,15 @@ def test_retrieval_beside_its_baselines_and_chance(splits: dict[str, Split]) -> 
     assert (
         result.notes["distinct_reports"] == len(set(splits["test"].reports)) < result.notes["queries"] == 160
     )
+
+
+def test_pixels_are_taught_with_so_many_reports_at_most(
+    splits: dict[str, Split], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retrieval, "MOST_REPORTS", 50)
+    result = Prepared(splits).run(Retrieval(RetrievalConfig()))
+    assert result.notes["pixels"] == "ridge regression to TF-IDF, trained on 50 reports of train"
+    assert "image_to_text/R@10" in result.models["pixels"]
 
 
 def test_retrieval_leaves_out_samples_without_a_report(splits: dict[str, Split]) -> None:

@@ -21,9 +21,10 @@ from medvlp.evaluation.metrics.bootstrap import PatientBootstrap
 from medvlp.evaluation.metrics.segmentation import THRESHOLDS, pixel_counts
 from medvlp.evaluation.report.examples import mask_of
 from medvlp.evaluation.task import TaskResult, Unit
-from medvlp.evaluation.tasks.segmentation import Chosen, Segmentation, SegmentationConfig, _counted
+from medvlp.evaluation.tasks.segmentation import Chosen, Segmentation, SegmentationConfig, _counted, _counts
 from medvlp.evaluation.trained import Fitted
 from medvlp.training.predictions import Predictions
+from shards.errors import NotFiniteError
 
 NAMES = ["mass", "edema", "scar"]
 SIZE, COUNT = 32, 24
@@ -125,8 +126,15 @@ def test_pixels_are_counted_above_every_threshold() -> None:
     for step in range(THRESHOLDS):
         called = probability.double().numpy() > step / THRESHOLDS
         np.testing.assert_array_equal(counts[:, :, step].numpy(), pixel_counts(called, truth.numpy()))
-    with pytest.raises(ValueError, match="NaN"):
-        mask_counts(probability.fill_(torch.nan), truth)
+    broken = probability.clone()
+    broken[1, 2, 0, 0] = torch.nan
+    found = mask_counts(broken, truth)
+    assert (found[1, 2] == -1).all()
+    found[1, 2] = counts[1, 2]
+    assert torch.equal(found, counts), "the other masks are counted"
+    seen = Predictions(np.arange(2), {"pixels": mask_counts(broken, truth).numpy(), "known": np.ones((2, 3))})
+    with pytest.raises(NotFiniteError, match="masks are NaN or infinite: if training has diverged"):
+        _counts(seen)
 
 
 def test_hedged_findings_and_those_without_a_mask_are_not_known() -> None:

@@ -144,6 +144,32 @@ def test_classes_are_compared_as_they_are_or_over_all_images_at_once(splits: dic
     assert "balanced_accuracy/macro" not in run(splits).models["trained"]
 
 
+def test_a_class_that_no_evaluated_image_has_competes_all_the_same(splits: dict[str, Split]) -> None:
+    """Left out, it would leave the others fewer mistakes to make: the trained network calls nothing else."""
+    for name, split in splits.items():
+        mass = np.zeros(len(split.labels)) if name == "test" else (split.labels[:, 0] == 0).astype(float)
+        split.labels = np.stack([1 - mass, mass], axis=1)
+        split.arrays.models["trained"].image[:, :2] = [-1, 1]
+    splits["test"].labels[:3] = [[np.nan, 0]] * 3
+    splits["test"].labels[3:90, 0] = 0
+    found = run(splits, settings={"kind": "multi_class"}).models["trained"]
+    assert "auroc/mass" not in found
+    assert found["class_accuracy/macro"].value == found["balanced_accuracy/macro"].value == 0
+
+
+def test_classes_without_prompts_are_refused(splits: dict[str, Split]) -> None:
+    task = ZeroShot(ZeroShotConfig(kind="multi_class"))
+    task.book = BOOK
+    for split in splits.values():
+        split.labels = np.concatenate([split.labels, split.labels[:, :1]], axis=1)
+    session = Prepared(splits, {}, [*NAMES, "Other"])
+    reason = task.unavailable_on(session.facts(task))
+    assert reason is not None
+    assert "compares all classes, and Other has no prompts" in reason
+    chosen = Prepared(splits, {}, [*NAMES, "Other"], findings=NAMES)
+    assert task.unavailable_on(chosen.facts(task)) is None
+
+
 def test_the_most_similar_prompt_decides_where_it_is_asked_to() -> None:
     """An image that is all of one prompt is nearer than one that is some of both; to their mean it is not."""
     images, sentences = np.array([[1.0, 0.0], [0.8, 0.6]]), ["left edema", "right edema"]
