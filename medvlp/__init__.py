@@ -38,10 +38,10 @@ def load(place: str | Path, device: str | None = None) -> Model:
 
     Args:
         place: the folder.
-        device: "cpu" or "cuda"; default: CUDA where there is one.
+        device: "auto" (the default: CUDA where there is one), "cpu" or "cuda".
 
     Raises:
-        MedvlpError: it is no such folder, or damaged; the message says what to do.
+        MedvlpError: no such folder or device, or a damaged folder; the message says what to do.
 
     >>> medvlp.load(run).encode_image(films).shape
     torch.Size([2, 8])

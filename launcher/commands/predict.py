@@ -46,7 +46,7 @@ def predict(
         )
     if overlays is not None and overlays.exists() and not (overlays.is_dir() and not any(overlays.iterdir())):
         raise UsageError(f"--overlays {overlays} is not an empty folder: choose another, or remove it first")
-    model = medvlp.load(run, None if device == "auto" else device)
+    model = medvlp.load(run, device)
     table = model.zero_shot(images, names, prompts)
     if overlays is not None:
         write_overlays(model, images, names, overlays)
@@ -70,7 +70,7 @@ def embed(
     """Embed a dataset's images and reports into one Parquet file, on one rank or several.
 
     Columns: split, key, position, patient_id, study_id, image, report (lists of float32; null where the
-    method embeds none), and features. Works inside torchrun and srun too.
+    method embeds none, and for samples without a report), and features. Works inside torchrun and srun too.
     """
     place = detect()
     if place.launcher != "none":

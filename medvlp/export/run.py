@@ -69,7 +69,8 @@ def export(
             (folder / "image").mkdir()
             stored = saved_run.stored_side(source, config)
             is_cut = evaluation_crop(config.data.transform) == "center"
-            write_image(image, folder / "image", config.data.image_size / stored if is_cut else 1.0)
+            seen = min(1.0, config.data.image_size / stored) if is_cut else 1.0
+            write_image(image, folder / "image", seen)
             advance(1)
             if text is None:
                 say(f"text/ left out: method {config.method.name} has no text encoder of this form")

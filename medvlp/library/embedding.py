@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 
 from medvlp import distributed
 from medvlp.config import Config
@@ -23,7 +25,7 @@ from medvlp.data.cache import open_reader
 from medvlp.data.faults import FaultCounter
 from medvlp.data.loader import EvaluationLoader, evaluation_dataset
 from medvlp.data.text import Tokenizer
-from medvlp.evaluation.features import Wanted, embed
+from medvlp.evaluation.features import ModelArrays, Wanted, embed
 from medvlp.methods.base import Method
 from medvlp.ranks import detect
 from medvlp.runs import saved_run
@@ -31,6 +33,8 @@ from shards.atomic import fsync_path
 from shards.errors import DataError, UsageError
 from shards.progress import meter
 from shards.reader import ShardReader
+
+logger = logging.getLogger(__name__)
 
 #: Samples that are embedded, and written, together.
 BLOCK = 4096
@@ -52,7 +56,8 @@ def embed_dataset(request: Request) -> None:
     """Embed this rank's share; all ranks call this together. Rank 0 writes the file, at once or not at all.
 
     A sample that cannot be read is left out and counted in the file's metadata (`medvlp.corrupt`). Whether
-    they are too many (`data.max_bad_fraction`) is judged of all samples, not of a block.
+    they are too many (`data.max_bad_fraction`) is judged of all samples, not of a block. That the dataset is
+    another than the run's is meant, and told in a warning.
 
     Raises:
         MedvlpError: run or data cannot be read, nothing would be written, too many samples are corrupt, or
@@ -65,6 +70,8 @@ def embed_dataset(request: Request) -> None:
         tokenizer = saved_run.load_tokenizer(source, config)
         method = saved_run.load_method(source, config, tokenizer).to(device)
         reader = open_reader(config.data)
+        say = logger.warning if distributed.is_main() else _unsaid
+        saved_run.check_data(source, config, reader.index, said=True, say=say)
         # A folder of this command's own: another one with the same `out` must not add to its parts.
         made = _parts_folder(request.out) if distributed.is_main() else None
         parts = Path(distributed.broadcast_object(made))
@@ -131,7 +138,9 @@ def _write_part(
                 corrupt += len(positions)
                 continue
             arrays = embed({"trained": method}, chain([first], batches), wanted, device)
-            table = _table(reader, split, arrays.sample, arrays.models["trained"], request.features)
+            has_report = dataset.store.has_text()[arrays.sample]
+            made = arrays.models["trained"]
+            table = _table(reader, split, arrays.sample, has_report, made, request.features)
             pq.write_table(table, parts / f"{number:08d}.parquet")
             samples, corrupt = samples + len(table), corrupt + len(positions) - len(table)
     return samples, corrupt
@@ -161,29 +170,42 @@ def _unseen(count: int) -> None:
     """Another rank's bar tells how far the work is."""
 
 
-def _table(reader: ShardReader, split: str, positions: Any, arrays: Any, features: bool) -> pa.Table:
+def _unsaid(line: str) -> None:
+    """Rank 0 says it."""
+
+
+def _table(
+    reader: ShardReader,
+    split: str,
+    positions: Any,
+    has_report: NDArray[np.bool_],
+    arrays: ModelArrays,
+    features: bool,
+) -> pa.Table:
     metadata = [reader.metadata(split, int(place)) for place in positions]
+    every = np.ones(len(metadata), dtype=bool)
     columns: dict[str, Any] = {
         "split": pa.array([split] * len(metadata)),
         "key": pa.array([reader.key(split, int(place)) for place in positions]),
         "position": pa.array(positions, pa.int64()),
         "patient_id": pa.array([sample["patient_id"] for sample in metadata]),
         "study_id": pa.array([sample["study_id"] for sample in metadata]),
-        "image": _vectors(arrays.image, len(metadata)),
-        "report": _vectors(arrays.text, len(metadata)),
+        "image": _vectors(arrays.image, every),
+        # Of no words at all a network makes an embedding, too.
+        "report": _vectors(arrays.text, has_report),
     }
     if features:
-        columns["features"] = _vectors(arrays.features, len(metadata))
+        columns["features"] = _vectors(arrays.features, every)
     return pa.table(columns)
 
 
-def _vectors(values: Any, count: int) -> pa.Array:
-    """[N, D] as lists of float32; nulls where there are none."""
-    kind = pa.list_(pa.float32())
+def _vectors(values: NDArray[Any] | None, present: NDArray[np.bool_]) -> pa.Array:
+    """[N, D] as lists of float32; nulls in rows that are not present, and where there are no values."""
     if values is None:
-        return pa.nulls(count, kind)
-    offsets = np.arange(0, values.size + 1, values.shape[1], dtype=np.int32)
-    return pa.ListArray.from_arrays(offsets, pa.array(values.astype(np.float32).reshape(-1)))
+        return pa.nulls(len(present), pa.list_(pa.float32()))
+    offsets = np.concatenate([[0], np.cumsum(present * values.shape[1])]).astype(np.int32)
+    flat = pa.array(values[present].astype(np.float32).reshape(-1))
+    return pa.ListArray.from_arrays(offsets, flat, mask=pa.array(~present))
 
 
 def _join(parts: Path, out: Path, facts: dict[str, str], samples: int) -> None:

@@ -46,6 +46,7 @@ class Loaded:
     Attributes:
         name: of the run. stored: side of the square images are stored in before the view is cut.
         objective: of a run that has learned a downstream task, with its head; the method is its part.
+        moved: that training has changed the method itself, not the head alone.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Loaded:
     method: Method
     stored: int
     objective: SupervisedObjective | None = None
+    moved: bool = False
 
 
 def read_model(place: Path) -> Loaded:
@@ -71,14 +73,14 @@ def read_model(place: Path) -> Loaded:
     source = saved_run.locate(place)
     config = saved_run.load_config(source, [], reads_data=False)
     tokenizer = saved_run.load_tokenizer(source, config)
-    objective = None
+    objective, moved = None, False
     if config.task is None:
         method = saved_run.load_method(source, config, tokenizer)
     else:
         objective = _read_objective(place, source, tokenizer)
-        method = objective.method
+        method, moved = objective.method, _moves_method(objective)
     stored = saved_run.stored_side(source, config)
-    return Loaded(source.name(config), config, tokenizer, method, stored, objective)
+    return Loaded(source.name(config), config, tokenizer, method, stored, objective, moved)
 
 
 def _read_objective(place: Path, source: SavedRun, tokenizer: Tokenizer) -> SupervisedObjective:
@@ -90,6 +92,20 @@ def _read_objective(place: Path, source: SavedRun, tokenizer: Tokenizer) -> Supe
     reader = open_reader(config.data)
     saved_run.check_data(network.saved, config, reader.index, False, logger.info)
     return network.objective(reader, tokenizer).eval()
+
+
+def _moves_method(objective: SupervisedObjective) -> bool:
+    """Whether teaching this head changes the method below it: its weights, or what its batch norms have seen.
+
+    An encoder without trained weights may still follow the batches (`frozen_bn=train`).
+    """
+    objective.train()
+    moved = any(parameter.requires_grad for parameter in objective.method.parameters()) or any(
+        part.training and getattr(part, "running_mean", None) is not None
+        for part in objective.method.modules()
+    )
+    objective.eval()
+    return moved
 
 
 def _read_export(folder: Path) -> Loaded:

@@ -22,7 +22,8 @@ from medvlp.evaluation.prompts import Prompts
 from medvlp.evaluation.tasks.zero_shot import Ensemble, finding_scores, prompts_of
 from medvlp.library.images import ImageLike, Seen, images_of, see, stacked
 from medvlp.library.loading import Loaded, read_model
-from shards.errors import UsageError
+from medvlp.serving.run_model import choose_device
+from shards.errors import NotFiniteError, UsageError
 from shards.progress import tracked
 
 if TYPE_CHECKING:
@@ -101,12 +102,13 @@ class Model:
         self.name, self.config, self._tokenizer = loaded.name, loaded.config, loaded.tokenizer
         self.method, self.device, self._stored = loaded.method.to(device), device, loaded.stored
         self._objective = None if loaded.objective is None else loaded.objective.to(device)
+        self._moved = loaded.moved
 
     @classmethod
     def load(cls, place: str | Path, device: str | None = None) -> Self:
         """See `medvlp.load`."""
-        chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(read_model(Path(place)), torch.device(chosen))
+        chosen = choose_device(device or "auto")
+        return cls(read_model(Path(place)), chosen)
 
     @property
     def width(self) -> int:
@@ -120,9 +122,12 @@ class Model:
     def encode_image(self, images: ImageLike | Sequence[ImageLike]) -> Tensor:
         """Images -> [B, D] unit-norm embeddings, in the space of the texts'.
 
+        Of a run that has taught its encoder a task: comparable with each other, no longer with texts.
+
         Raises:
             UsageError: the method embeds no images, or an image that is none.
             DataError: a file that cannot be read.
+            NotFiniteError: the network has diverged, here and wherever it is asked.
 
         >>> model.encode_image(films).shape
         torch.Size([2, 8])
@@ -180,6 +185,9 @@ class Model:
     ) -> NDArray[np.float32]:
         """[B, N] scores of images with prompts as they stand, as the method scores them (higher: more alike).
 
+        Raises:
+            UsageError: the method scores none, or the run has taught its encoders a task.
+
         >>> model.similarity(films, ["pneumothorax", "no pneumothorax"]).shape
         (2, 2)
         """
@@ -188,6 +196,7 @@ class Model:
                 f"{self.name} scores no prompts (a backbone alone, or no loss taught it to): use "
                 "image_features"
             )
+        self._check_aligned("similarity")
         texts = self._tokens([[text] for text in ([prompts] if isinstance(prompts, str) else prompts)])
         scores = self._of_images(images, lambda views: self.method.score(views, texts))
         found: NDArray[np.float32] = scores.numpy()
@@ -212,13 +221,14 @@ class Model:
             A row for each image (its path, or its position), a column for each finding.
 
         Raises:
-            UsageError: a name for which there are no prompts.
+            UsageError: a name for which there are no prompts; or see `similarity`.
 
         >>> model.zero_shot(films, ["cardiomegaly", "effusion"]).columns.tolist()
         ['cardiomegaly', 'effusion']
         """
         import pandas as pd
 
+        self._check_aligned("zero_shot")
         if isinstance(findings, Mapping):
             chosen = dict(findings)
         else:
@@ -239,7 +249,7 @@ class Model:
         """Where in one image a phrase is seen.
 
         Raises:
-            UsageError: the method gives no such map.
+            UsageError: the method gives no such map, or the run has taught its encoders a task.
 
         >>> found = model.ground(films[0], "left pleural effusion")
         >>> found.map.shape == found.image.shape
@@ -249,10 +259,11 @@ class Model:
             raise UsageError(
                 f"the method {self.config.method.name} gives no map of a text as it is configured"
             )
+        self._check_aligned("ground")
         seen = self._seen(image)
         with torch.no_grad(), exact_kernels():
             maps = self.method.ground(stacked([seen]).to(self.device), self._tokens([[phrase]]))
-        grid = maps[0, 0].float().cpu().numpy()
+        grid = self._finite(maps[0, 0].float().cpu()).numpy()
         return Grounding(seen.pixels, seen.laid_out(grid), phrase)
 
     def report(self, images: ImageLike | Sequence[ImageLike]) -> list[str]:
@@ -272,6 +283,9 @@ class Model:
                 f"{self.name} has not learned to write reports: medvlp finetune RUN task=report "
                 "run.dir=DIR teaches it, then load DIR"
             )
+        # A search among words goes on where their probabilities are NaN: only the weights tell.
+        for value in self._objective.state_dict().values():
+            self._finite(value)
         with torch.no_grad(), exact_kernels():
             return [
                 text
@@ -287,12 +301,16 @@ class Model:
             among: [N, D] from `encode_image`, `encode_text` or a file of `medvlp embed`.
             count: how many.
 
+        Raises:
+            UsageError: widths differ, or a text is asked of a run that has taught its encoders a task.
+
         >>> [place.position for place in model.nearest(films[1], model.encode_image(films), 1)]
         [1]
         """
         if isinstance(query, Tensor) and query.is_floating_point():
             wanted = query.reshape(-1)
         elif isinstance(query, str) and not _is_file(query):
+            self._check_aligned("nearest with a text")
             wanted = self.encode_text(query, clean=False)[0]
         else:
             wanted = self.encode_image(query)[0]
@@ -319,7 +337,22 @@ class Model:
         if len(items) > SHOWN:
             batches = tracked(batches, "encoding", len(items), size=len)
         with torch.no_grad(), exact_kernels():
-            return torch.cat([forward(rows).float().cpu() for rows in batches])
+            return self._finite(torch.cat([forward(rows).float().cpu() for rows in batches]))
+
+    def _finite(self, values: Tensor) -> Tensor:
+        if not values.isfinite().all():
+            raise NotFiniteError(f"numbers of the network of {self.name}")
+        return values
+
+    def _check_aligned(self, what: str) -> None:
+        """Refuse to compare images with texts after a training that has left their common space."""
+        if self._moved:
+            task, run = self.config.task, self.config.finetune.run
+            raise UsageError(
+                f"{self.name} has learned task {task}, which moved its encoders away from the texts, so that "
+                f"{what} would compare what is not comparable: load the pre-training ({run}), or measure the "
+                f"task with medvlp evaluate {run} --task {task}"
+            )
 
     def _seen(self, image: ImageLike) -> Seen:
         data = self.config.data

@@ -12,7 +12,7 @@ from medvlp.run_page.history import read_history, without_places
 from medvlp.run_page.page import RunPart
 from medvlp.run_page.samples import Shown, shown_samples
 from medvlp.run_page.showable import Asked, NotShownError, showable
-from shards.errors import UsageError
+from shards.errors import NotFiniteError, UsageError
 
 
 def collect(run: Path, result: Path, asked: Asked, taken: set[str]) -> RunPart:
@@ -32,7 +32,7 @@ def collect(run: Path, result: Path, asked: Asked, taken: set[str]) -> RunPart:
     part = RunPart(history, results.read(result) if result.is_file() else None)
     try:
         part.samples = _samples(part, run, asked)
-    except (NotShownError, UsageError) as error:
+    except (NotShownError, UsageError, NotFiniteError) as error:
         part.no_samples = without_places(str(error))
     if part.evaluation is not None:
         found = {task: example_part(history.name, run, part.evaluation, task, asked)

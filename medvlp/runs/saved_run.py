@@ -218,24 +218,24 @@ def check_data(
 def stored_side(source: SavedRun, config: Config) -> int:
     """Side in pixels of the square that an image is fitted into before the view of the network is cut.
 
-    That of the dataset the weights have learned from; of imported weights that of the published evaluation,
-    or where it cuts no view that of the view.
+    That of the dataset the weights have learned from, also where it is smaller than the view; of imported
+    weights that of the published evaluation, or where it cuts no view that of the view.
 
     Raises:
-        IdentityError: what is stored of imported weights is no side.
+        IdentityError: what is stored is no side.
     """
     if source.stored is None:
         return config.data.image_size
     identity = source.stored[0]
     record = identity.trained_on(source.manifest.identity)
-    if record is not None:
-        return max(config.data.image_size, record.image_size)
-    said = str(identity.origin.get(STORED_SIDE, config.data.image_size))
+    if record is None:
+        key, remedy = STORED_SIDE, "import again"
+        said = str(identity.origin.get(STORED_SIDE, config.data.image_size))
+    else:
+        key, remedy, said = "image_size", "bring back the one stored with it", str(record.image_size)
     if not re.fullmatch("[1-9][0-9]{0,3}", said):
-        raise IdentityError(
-            f"{source.run}: {STORED_SIDE} of its {IDENTITY} is no side in pixels: import again"
-        )
-    return max(config.data.image_size, int(said))
+        raise IdentityError(f"{source.run}: {key} of its {IDENTITY} is no side in pixels: {remedy}")
+    return int(said) if record is not None else max(config.data.image_size, int(said))
 
 
 def load_method(source: SavedRun, config: Config, tokenizer: Tokenizer) -> Method:

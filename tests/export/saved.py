@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import safetensors.torch
@@ -12,8 +13,10 @@ from medvlp.config import Config
 from medvlp.data.text import Tokenizer
 from medvlp.methods.base import Method
 from medvlp.methods.registry import build_method, schemas
+from medvlp.runs.identity import DataRecord, RunIdentity
 from medvlp.runs.manifest import Manifest
 from medvlp.runs.state_files import checksum
+from shards.format import Index
 
 TINY = [
     "image.name=test_vit",
@@ -59,3 +62,14 @@ def save_run(data: Path, folder: Path, *overrides: str, steps: tuple[int, ...] =
         (checkpoint / "manifest.json").write_text(manifest.to_json())
     (folder / "config.yaml").write_text(config_files.to_yaml(config))
     return method
+
+
+def stored_at(run: Path, data: Path, side: int) -> None:
+    """Say that the run learned from this dataset stored at another size."""
+    tokenizer = Tokenizer.load(None, str(data))
+    record = replace(DataRecord.of(Index.load(str(data)), "train"), image_size=side)
+    identity = RunIdentity(tokenizer.content, tokenizer.special, None, (record,))
+    identity.write(run, tokenizer)
+    (folder,) = (run / "checkpoints").iterdir()
+    manifest = replace(Manifest.read(folder), identity=identity.summary())
+    (folder / "manifest.json").write_text(manifest.to_json())

@@ -17,7 +17,7 @@ from launcher.main import app
 from medvlp.library import embedding
 from shards.errors import DataError, UsageError
 from shards.reader import ShardReader
-from tests.export.saved import save_run
+from tests.export.saved import save_run, stored_at
 
 
 def invoke(*words: object) -> Result:
@@ -79,6 +79,45 @@ def test_a_part_that_is_lost_is_no_shorter_file(
     assert isinstance(result.exception, DataError)
     assert "samples of 24: something else changed it" in str(result.exception)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dataset_stored_at_another_size_is_said(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of its images another part is embedded than of those the run has learned from."""
+    save_run(data, tmp_path / "run")
+    stored_at(tmp_path / "run", data, 48)
+    result = invoke("embed", tmp_path / "run", "--data", data, "--out", tmp_path / "a.parquet", "--nproc", 1)
+    assert result.exit_code == 0, result.exception
+    (said,) = (record for record in caplog.records if "is not what" in record.getMessage())
+    assert said.getMessage().endswith("was trained on: stored images of 32 pixels, not 48")
+    assert said.levelname == "WARNING"
+
+
+def test_what_has_no_report_has_no_embedding_of_one(run: Path, data: Path, tmp_path: Path) -> None:
+    """It was the embedding of [CLS] and [SEP], the same for all of them."""
+    silent, out = tmp_path / "data", tmp_path / "all.parquet"
+    shutil.copytree(data, silent, ignore=shutil.ignore_patterns("tokens"))
+    reader = ShardReader(silent)
+    for position in (0, 2):
+        shard, _, members = reader._members("train", position)
+        start, size = members["json"]
+        content = bytearray((silent / shard.file).read_bytes())
+        metadata = bytes(content[start : start + size])
+        for section in reader.metadata("train", position)["sections"]:
+            metadata = metadata.replace(f'"{section}"'.encode(), f'"{section.upper()}"'.encode())
+        content[start : start + size] = metadata
+        (silent / shard.file).write_bytes(content)
+    result = invoke("embed", run, "--data", silent, "--split", "train", "--out", out, "--nproc", 1)
+    assert result.exit_code == 0, result.exception
+    table = pq.read_table(out)
+    assert [row is None for row in table["report"].to_pylist()[:4]] == [True, False, True, False]
+    assert not any(row is None or len(row) != 8 for row in table["image"].to_pylist())
+    whole = tmp_path / "whole.parquet"
+    invoke("embed", run, "--data", data, "--split", "train", "--out", whole, "--nproc", 1)
+    expected = pq.read_table(whole)["report"].to_pylist()
+    for row, of in zip(table["report"].to_pylist(), expected, strict=True):
+        assert row is None or np.allclose(row, of, atol=1e-6)
 
 
 def damaged(data: Path, out: Path, places: Sequence[int]) -> Path:

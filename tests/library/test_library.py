@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import safetensors.torch
@@ -19,16 +20,19 @@ from typer.testing import CliRunner
 
 import medvlp
 from launcher.main import app
-from medvlp.data.text import Tokenizer
+from medvlp.data.transforms import evaluation_view
 from medvlp.evaluation.features import load_models
-from medvlp.library import dataset, images, model
+from medvlp.evaluation.heads.classification import Classification
+from medvlp.evaluation.heads.objective import SupervisedObjective
+from medvlp.evaluation.heads.segmentation import Segmentation
+from medvlp.library import dataset, images, loading, model
 from medvlp.library.loading import LoadError
 from medvlp.runs import saved_run
-from medvlp.runs.identity import DataRecord, RunIdentity
-from medvlp.runs.manifest import Manifest
-from shards.errors import DataError, UsageError
-from shards.format import IMAGE_LIMIT, Index
-from tests.export.saved import save_run
+from medvlp.runs.identity import IdentityError
+from shards.errors import DataError, NotFiniteError, UsageError
+from shards.format import IMAGE_LIMIT
+from shards.images import fit_square
+from tests.export.saved import save_run, stored_at
 
 
 def test_importing_the_package_imports_no_torch() -> None:
@@ -95,13 +99,7 @@ def test_an_export_sees_the_part_of_an_image_that_its_run_sees(
     """Datasets are stored larger than the view, which is the middle of them."""
     run, out = tmp_path / "run", tmp_path / "out"
     save_run(data, run)
-    tokenizer = Tokenizer.load(None, str(data))
-    record = replace(DataRecord.of(Index.load(str(data)), "train"), image_size=48)
-    identity = RunIdentity(tokenizer.content, tokenizer.special, None, (record,))
-    identity.write(run, tokenizer)
-    (folder,) = (run / "checkpoints").iterdir()
-    manifest = replace(Manifest.read(folder), identity=identity.summary())
-    (folder / "manifest.json").write_text(manifest.to_json())
+    stored_at(run, data, 48)
     assert CliRunner().invoke(app, ["export", str(run), "--out", str(out)]).exit_code == 0
     one, other = medvlp.load(run, "cpu"), medvlp.load(out, "cpu")
     assert one._seen(films[0]).where.width == 32  # of 48
@@ -115,6 +113,27 @@ def test_an_export_sees_the_part_of_an_image_that_its_run_sees(
     safetensors.torch.save_file(safetensors.torch.load_file(heads), heads)
     with pytest.raises(LoadError, match=r"does not say which part of an image .*: export the run again"):
         medvlp.load(out, "cpu")
+
+
+def test_an_image_is_seen_as_a_dataset_stored_smaller_than_the_view_shows_it(
+    data: Path, tmp_path: Path, films: list[Path]
+) -> None:
+    """Training has seen it made small and enlarged again."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    save_run(data, run)
+    stored_at(run, data, 24)
+    assert CliRunner().invoke(app, ["export", str(run), "--out", str(out)]).exit_code == 0
+    described = json.loads((out / "image" / "config.json").read_text())
+    assert described["pretrained_cfg"]["crop_pct"] == 1
+    pixels = np.asarray(cv2.imread(str(films[0]), cv2.IMREAD_GRAYSCALE), dtype=np.uint8)
+    expected, _ = evaluation_view(fit_square(pixels, 24)[0], 32, "center")
+    for place in (run, out):
+        seen = medvlp.load(place, "cpu")._seen(films[0])
+        assert np.array_equal(seen.view, expected)
+        assert np.isfinite(seen.laid_out(np.ones((4, 4)))).all()
+    stored_at(run, data, 0)
+    with pytest.raises(IdentityError, match=r"image_size of its .* is no side in pixels"):
+        medvlp.load(run, "cpu")
 
 
 def test_a_query_may_be_as_long_as_a_report(run: Path) -> None:
@@ -144,6 +163,70 @@ def test_zero_shot_scores_are_those_of_the_task(run: Path, films: list[Path]) ->
     assert table.index.tolist() == [str(film) for film in films]
     with pytest.raises(UsageError, match="no prompts for 'Other'"):
         loaded.zero_shot(films, ["Other"])
+
+
+RESNET = "image.name=test_resnet"
+
+
+@pytest.mark.parametrize(
+    ("words", "drifting", "moved"),
+    [
+        ((), False, True),
+        (("image.frozen=true",), False, False),
+        (("image.frozen=true",), True, False),  # a transformer has no batch norms
+        (("image.frozen=true", RESNET), False, False),
+        (("image.frozen=true", RESNET), True, True),
+    ],
+)
+def test_images_are_not_compared_with_texts_after_a_task_has_moved_them(
+    words: tuple[str, ...], drifting: bool, moved: bool, data: Path, tmp_path: Path, films: list[Path]
+) -> None:
+    """Zero-shot scores of a fine-tuned run were those of an encoder and of texts that no longer fit."""
+    save_run(data, tmp_path / "run", *words)
+    found = loading.read_model(tmp_path / "run")
+    head = torch.nn.Linear(64, 1)
+    objective: SupervisedObjective = (
+        Segmentation(found.method, head, [0], "medslip", [0.0], drifting)  # type: ignore[arg-type]
+        if drifting
+        else Classification(found.method, head, [0], "multi_label", [0.0])
+    )
+    found.config.task = "fine-tuning"
+    loaded = medvlp.Model(replace(found, moved=loading._moves_method(objective.eval())), torch.device("cpu"))
+    assert not any(part.training for part in loaded.method.modules())
+    among = loaded.encode_image(films)
+    asked = (
+        lambda: loaded.zero_shot(films, ["edema"]),
+        lambda: loaded.similarity(films, "edema"),
+        lambda: loaded.ground(films[0], "edema"),
+        lambda: loaded.nearest("edema", among),
+    )
+    for ask in asked:
+        if moved:
+            with pytest.raises(UsageError, match=r"has learned task fine-tuning, .* load the pre-training"):
+                ask()
+        else:
+            ask()
+    assert loaded.nearest(films[1], among, 1)[0].similarity == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("part", ["image_encoder", "text_encoder"])
+def test_a_network_that_has_diverged_says_so(part: str, run: Path, films: list[Path]) -> None:
+    """The table was one of empty cells."""
+    loaded = medvlp.load(run, "cpu")
+    next(loaded.method.get_submodule(part).parameters()).data.fill_(float("nan"))
+    for ask in (lambda: loaded.zero_shot(films, ["edema"]), lambda: loaded.ground(films[0], "edema")):
+        with pytest.raises(
+            NotFiniteError, match=r"network of first are NaN or infinite: .* earlier checkpoint"
+        ):
+            ask()
+
+
+def test_a_device_that_is_not_there_is_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device, told in (("cuda", "no usable CUDA device"), ("gpu", "there are auto, cpu and cuda")):
+        with pytest.raises(UsageError, match=told):
+            medvlp.load(run, device)
+    assert medvlp.load(run, "auto").device.type == "cpu"
 
 
 def test_a_map_lies_over_the_image_it_is_of(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

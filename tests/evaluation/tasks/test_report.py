@@ -35,6 +35,7 @@ from medvlp.evaluation.supervised import Supervised, finetuning_config, train_he
 from medvlp.evaluation.task import TaskResult
 from medvlp.evaluation.tasks.report import ReportConfig
 from medvlp.runs import saved_run
+from shards.errors import NotFiniteError, UsageError
 from shards.reader import ShardReader
 from tests.launcher.tiny_run import make_run, make_shards
 
@@ -171,6 +172,12 @@ def test_both_networks_and_the_baselines_are_scored_on_whole_reports(run: Path) 
     films = [medvlp.open_dataset(reader.root, "test")[i].image for i in range(4)]
     assert reporter.report(films) == [row["generated"] for row in rows[:4]]
     assert reporter.encode_image(films).shape[0] == 4
+    with pytest.raises(UsageError, match=r"has learned task report, .*medvlp evaluate .* --task report"):
+        reporter.zero_shot(films, ["edema"])
+    assert reporter._objective is not None
+    next(reporter._objective.head.parameters()).data.fill_(float("nan"))
+    with pytest.raises(NotFiniteError, match="are NaN or infinite"):
+        reporter.report(films)
     lengths = [len(row["reference"].split()) for row in rows]
     assert found.models["trained"]["reference-length@100%"].value == pytest.approx(np.mean(lengths))
 
