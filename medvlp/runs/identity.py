@@ -176,6 +176,17 @@ class RunIdentity:
         found = (record for record in reversed(self.data) if record.content == summary.get("data"))
         return next(found, None)
 
+    def at(self, step: int, summary: Mapping[str, str]) -> Self:
+        """As it was at the checkpoint of `step` whose manifest holds `summary`.
+
+        Later starts, which read other data, may have ended before they saved a checkpoint, or may have been
+        left behind.
+        """
+        data = [record for record in self.data if record.from_step < step]
+        while data and data[-1].content != summary.get("data"):
+            data.pop()
+        return dataclasses.replace(self, data=tuple(data)) if data else self
+
     def write(self, run: Path, tokenizer: Tokenizer) -> None:
         """Store this and the tokenizer in a run folder, each in one move.
 

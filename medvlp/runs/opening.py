@@ -5,7 +5,6 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from torch import nn
 
@@ -13,6 +12,7 @@ from medvlp import distributed
 from medvlp.config import Config
 from medvlp.data.cache import open_reader
 from medvlp.data.text import Tokenizer
+from medvlp.runs.agreement import together
 from medvlp.runs.checkpoint import Checkpoint
 from medvlp.runs.encoder_records import describe_encoders, starting_weights
 from medvlp.runs.errors import AgreedError
@@ -24,12 +24,10 @@ from medvlp.runs.identity import (
     record_data,
     unchecked,
 )
-from shards.errors import DataError, MedvlpError
+from shards.errors import DataError
 from shards.reader import ShardReader
 
 logger = logging.getLogger(__name__)
-
-Opened = TypeVar("Opened")
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ def open_data(config: Config) -> ShardReader:
     Raises:
         AgreedError: it cannot be opened, or ranks see different ones (copies on the disks of nodes).
     """
-    reader = _together(lambda: open_reader(config.data))
+    reader = together(lambda: open_reader(config.data))
     contents = distributed.gather_objects(DataRecord.of(reader.index, config.data.split).content)
     other = next((rank for rank, content in enumerate(contents) if content != contents[0]), None)
     if other is not None:
@@ -125,14 +123,15 @@ def take_up(
     """
     run = Path(config.run.dir)
     saved = {} if checkpoint is None else checkpoint.manifest.identity
-    found = None if checkpoint is None else _together(lambda: RunIdentity.read(run, saved))
+    found = None if checkpoint is None else together(lambda: RunIdentity.read(run, saved))
     if checkpoint is None or found is None:
         if checkpoint is not None and distributed.is_main():
             logger.warning("%s", unchecked(run))
-        return TakenUp(_together(lambda: first() or Tokenizer.load(config.data.tokenizer, config.data.root)))
+        return TakenUp(together(lambda: first() or Tokenizer.load(config.data.tokenizer, config.data.root)))
     stored, tokenizer = found
-    _together(lambda: check_tokenizer(tokenizer, stored, config.data.tokenizer, str(run)))
-    _together(lambda: stored.check_lesson(lesson(), run))
+    stored = stored.at(checkpoint.step, saved)
+    together(lambda: check_tokenizer(tokenizer, stored, config.data.tokenizer, str(run)))
+    together(lambda: stored.check_lesson(lesson(), run))
     then, now = stored.trained_on(saved), DataRecord.of(reader.index, config.data.split)
     assert then is not None, "an imported run is never gone on with"
     changes = then.differences(now)
@@ -150,17 +149,3 @@ def take_up(
             checkpoint.step, "; ".join(changes),
         )  # fmt: skip
     return TakenUp(tokenizer, stored, tuple(changes))
-
-
-def _together(action: Callable[[], Opened]) -> Opened:
-    """Do it on all ranks; an error of one of them is raised on all."""
-    done: list[Opened] = []
-    problem = None
-    try:
-        done.append(action())
-    except MedvlpError as error:
-        problem = [str(error), error.exit_code]
-    failed = next((found for found in distributed.gather_objects(problem) if found), None)
-    if failed is not None:
-        raise AgreedError(failed[0], exit_code=failed[1])
-    return done[0]

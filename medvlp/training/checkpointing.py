@@ -4,6 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from medvlp import distributed
 from medvlp.config import Config
 from medvlp.runs import checkpoint_files, optimizer_files
+from medvlp.runs.agreement import together
 from medvlp.runs.checkpoint import REMEDY, Checkpoint
 from medvlp.runs.checkpoint_writer import CheckpointWriter
 from medvlp.runs.errors import CheckpointError
@@ -168,11 +170,17 @@ class CheckpointCallback(Callback):
     def load(self, checkpoint: Checkpoint) -> None:
         """Restore this rank's optimiser, buffers and callbacks from a checkpoint of any layout.
 
-        The method must have had its weights (`Checkpoint.weights_into`) when the engine was made.
+        All ranks call this together. The method must have had its weights (`Checkpoint.weights_into`) when
+        the engine was made.
 
         Raises:
-            CheckpointError: it is not of this config (other parts frozen, another bank size).
+            AgreedError: on all ranks: one of them cannot read its part, or it is not of this config (other
+                parts frozen, another bank size).
         """
+        together(partial(self._load, checkpoint))
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        """See `load`; no collective."""
         saved, rank = checkpoint.world_size, distributed.rank()
         state = checkpoint.state_for(rank)
         _check_trained(checkpoint.folder, state["engine"]["trainable"], self.engine.objective)
@@ -190,8 +198,6 @@ class CheckpointCallback(Callback):
                 for callback in self.callbacks:
                     callback.load_states([states.get(callback.name, {}) for states in every])
         except (RuntimeError, KeyError, ValueError) as error:
-            if isinstance(error, RuntimeError) and distributed.is_lost_peer(error):
-                raise
             text = " ".join(str(error).split())[:200]
             raise CheckpointError(
                 f"{checkpoint.folder} does not fit this config ({text}). {REMEDY}"

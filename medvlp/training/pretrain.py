@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 
 from medvlp.config import Config
 from medvlp.data.loader import TrainingLoader
@@ -10,6 +10,7 @@ from medvlp.data.text import Tokenizer
 from medvlp.methods.base import Method, Objective
 from medvlp.methods.registry import build_method, fields_of
 from medvlp.prototypes.initialise import initialise_prototypes
+from medvlp.runs.agreement import together
 from medvlp.runs.start import Start
 from medvlp.training.recipe import Recipe, TrainingSet
 
@@ -44,7 +45,7 @@ class Pretraining(Recipe):
         config has them start from k-means."""
         assert isinstance(objective, Method)
         if self._start is not None:
-            self._start.weights_into(objective, self.config)
+            together(partial(self._start.weights_into, objective, self.config))
         objective.train()
         for clusters in initialise_prototypes(
             objective, batches, self.config.prototypes, self.config.train.seed

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from medvlp.prototypes.anchors import AnchorEncoder
 from medvlp.prototypes.supervisor import decline_worker
 from medvlp.prototypes.synchronous import build_service
 from medvlp.ranks import LostPeerError, Ranks, detect, threads_of_rank
+from medvlp.runs.agreement import together
 from medvlp.runs.checkpoint import Checkpoint
 from medvlp.runs.encoder_records import described
 from medvlp.runs.errors import AgreedError
@@ -196,7 +198,7 @@ def _train(
     watchdog.mark("building what is trained")
     objective, identity = _build(recipe, learned, taken_up, checkpoint, device)
     if checkpoint is not None:
-        checkpoint.weights_into(objective)
+        together(partial(checkpoint.weights_into, objective))
     else:
         recipe.start(objective, lambda: loader(0))
     data = loader(step)
@@ -215,7 +217,7 @@ def _train(
     if checkpoint is not None:
         watchdog.mark("loading the checkpoint")
         saving.load(checkpoint)
-        checkpoint.randomness(config.train.seed)
+        together(partial(checkpoint.randomness, config.train.seed))
     watchdog.mark("rehearsing later phases")
     batches = rehearse_phases(engine, schedule, guard, batches, config, step)
     # Not earlier: the config of a start that fails is not the run's.

@@ -16,6 +16,7 @@ from medvlp.data.loader import evaluation_dataset
 from medvlp.methods.base import StepOutput
 from medvlp.prototypes.table import PrototypeTable
 from medvlp.runs.errors import AgreedError
+from medvlp.runs.identity import DataRecord
 from medvlp.training.callbacks import PREFIX, Callback, StepRecord
 from medvlp.training.device_memory import naming_validation
 from medvlp.training.engine import Engine
@@ -72,12 +73,23 @@ class Validation(Callback):
         self.alive: Callable[[str, int], None] = lambda place, step: None
         self._best: float | None = None
         self._without = 0
+        # Values of another metric, or measured on others, say nothing about later ones.
+        content = DataRecord.of(reader.index, config.validation.split).content
+        self._of = [
+            config.checkpoint.keep_best, config.checkpoint.best_mode, config.validation.split,
+            config.validation.batch, content,
+        ]  # fmt: skip
 
     @property
     def finished(self) -> bool:
         """Whether as many validations as `train.patience` allows have brought nothing better."""
         patience = self.recipe.config.train.patience
         return patience is not None and self._without >= patience
+
+    def on_start(self, step: int) -> None:
+        """Say why nothing is trained where training had ended before."""
+        if self.finished:
+            self._tell_end(step)
 
     def on_step(self, record: StepRecord) -> None:
         """Validate when it is time; a validation ends with a line of metrics.
@@ -148,7 +160,9 @@ class Validation(Callback):
             record.save = True
         elif name in measured:
             self._without += 1
-            record.last = record.last or self.finished
+            if self.finished and not record.last:
+                record.last = True
+                self._tell_end(record.step)
         elif config.train.patience is not None and not (record.finished or config.optimizer.phases):
             raise AgreedError(  # not where a later phase may measure it, nor before the last checkpoint
                 f"checkpoint.keep_best={best} is nothing that validations on {config.validation.split} "
@@ -157,10 +171,23 @@ class Validation(Callback):
                 ConfigError.exit_code,
             )
 
+    def _tell_end(self, step: int) -> None:
+        if distributed.is_main():
+            logger.info(
+                "training ends after step %d: the last %d validations brought no better %s (train.patience)",
+                step, self._without, self.recipe.config.checkpoint.keep_best,
+            )  # fmt: skip
+
     def state_dict(self) -> dict[str, Any]:
-        """Best value so far, and validations since."""
-        return {"best": self._best, "without": self._without}
+        """Best value so far, validations since, and what they are of."""
+        return {"best": self._best, "without": self._without, "of": self._of}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `state_dict`."""
-        self._best, self._without = state.get("best"), state.get("without", 0)
+        """See `state_dict`; what is of another metric, split, chunk or dataset is forgotten."""
+        if state.get("of", self._of) == self._of:  # states of earlier versions do not say it
+            self._best, self._without = state.get("best"), state.get("without", 0)
+        elif state["best"] is not None and distributed.is_main():
+            logger.info(
+                "the best %s so far does not count: another metric, split, batch or dataset is validated now",
+                state["of"][0],
+            )

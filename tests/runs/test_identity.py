@@ -111,6 +111,22 @@ def test_another_dataset_at_the_same_place_is_refused_until_the_user_allows_it(
     assert [record["from_step"] for record in stored["data"]] == [0, 2]
 
 
+def test_a_start_on_other_data_that_saved_nothing_leaves_no_trace(
+    trained: Callable[..., Any], data: Path, tmp_path: Path
+) -> None:
+    assert trained() == 0
+    other = Path(shutil.copytree(data, tmp_path / "other"))
+    rebuild(other, seed=5)
+    for _ in range(2):
+        assert trained(f"data.root={other}", "data.allow_changed=true") == 0, "without a step"
+        stored = json.loads((tmp_path / "run" / "identity.json").read_text())
+        assert [record["from_step"] for record in stored["data"]] == [0, 2]
+    assert trained("train.steps=3") == 0
+    manifest = Manifest.read(tmp_path / "run" / "checkpoints" / "step-00000003")
+    assert manifest.identity["data"] == DataRecord.of(Index.load(data), "train").content
+    assert trained("train.steps=4") == 0
+
+
 @pytest.mark.parametrize(
     ("change", "then"),
     [

@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from medvlp import distributed
+from medvlp.runs.checkpoint import Checkpoint
+from medvlp.runs.errors import CheckpointError
 from tests.distributed_pool import Pools
 from tests.training.runs import Overrides, Precision, read_metrics, train, train_expecting_error
 
@@ -133,6 +136,37 @@ def test_damaged_checkpoints_are_passed_over_and_another_run_is_refused(
     kind, text, _ = pool.run(train_expecting_error, overrides(*options))[1]
     assert kind == "CheckpointError"
     assert "2 checkpoints and none is good" in text
+
+
+def start_with_a_fault(overrides: list[str], place: str) -> tuple[str, str, Any]:
+    """The error of a start where the last rank cannot do `place` of a checkpoint."""
+
+    def refused(*given: Any) -> Any:
+        raise CheckpointError(f"{place} is refused")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not distributed.is_main():
+            patch.setattr(Checkpoint, place, refused)
+        return train_expecting_error(overrides)
+
+
+def test_what_one_rank_cannot_load_is_said_by_all(
+    gloo_pool: Pools, overrides: Overrides, tmp_path: Path
+) -> None:
+    pool = gloo_pool(2)
+    pool.run(train, overrides("train.steps=1"))
+    again = overrides("train.steps=2")
+    beginning = overrides(f"train.start={tmp_path / 'run'}", run="other")
+    for place, words in (
+        ("weights_into", again),
+        ("state_for", again),
+        ("optimizer", again),
+        ("randomness", again),
+        ("weights_into", beginning),
+    ):
+        told = pool.run(start_with_a_fault, words, place)
+        assert [(text, code) for _, text, code in told] == [(f"{place} is refused", 4)] * 2
+    assert pool.run(train, again) == [0, 0]
 
 
 #: A loss of single samples, which plain accumulation does not change.

@@ -108,7 +108,10 @@ def test_clusters_are_balanced_by_what_is_trained_alone(overrides: Overrides, tm
 
 
 def test_training_ends_without_a_better_validation_and_stays_ended(
-    overrides: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    overrides: Overrides,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     scores = iter([0.5, 0.7, 0.7, 0.6, 0.9])
     monkeypatch.setattr(Pretraining, "measure", lambda *given: {"score": next(scores)})
@@ -119,10 +122,29 @@ def test_training_ends_without_a_better_validation_and_stays_ended(
     assert [line["valid/score"] for line in validations(run)] == [0.5, 0.7, 0.7, 0.6]
     assert steps(run) == [2, 4], "the best one and the last"
     assert Manifest.read(run / "checkpoints" / "step-00000002").metrics["valid/score"] == 0.7
+    reason = (
+        "training ends after step 4: the last 2 validations brought no better valid/score (train.patience)"
+    )
+    assert capsys.readouterr().err.count(reason) == 1
     assert train(overrides(*words)) == 0, "started again it is still ended"
+    assert capsys.readouterr().err.count(reason) == 1
     assert steps(run) == [2, 4]
     last = [json.loads(line)["kind"] for line in (run / "events.jsonl").read_text().splitlines()]
     assert last[-1] == "finish"
+
+
+@pytest.mark.parametrize(
+    "change", ["checkpoint.keep_best=valid/b", "validation.batch=8", "validation.split=test"]
+)
+def test_the_best_value_of_another_metric_or_split_is_not_waited_for(
+    overrides: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    values = iter([5.0, 5.0, 0.1, 0.2])
+    monkeypatch.setattr(Pretraining, "measure", lambda *given: dict.fromkeys("ab", next(values)))
+    words = ["validation.every_steps=1", "checkpoint.keep_best=valid/a", "checkpoint.best_mode=max"]
+    assert train(overrides(*words, "train.steps=2")) == 0
+    assert train(overrides(*words, "train.steps=4", "train.patience=1", change)) == 0
+    assert [line["step"] for line in validations(tmp_path / "run")] == [1, 2, 3, 4]
 
 
 def test_a_checkpoint_between_two_validations_does_not_bear_the_metrics_of_one(
