@@ -64,23 +64,30 @@ class ShardCache:
         """Local path of a shard or `.idx` file of the dataset.
 
         Raises:
-            DataError: not a file of the dataset, or the folder cannot be written.
-            RemoteError: a failed download, or content that the index contradicts.
+            DataError: not a file of the dataset.
+            RemoteError: a failed download, content that the index contradicts, or a folder that cannot be
+                written: no sample is to blame for that.
         """
         if file not in self._hashes or not _PLAIN_NAME.fullmatch(file):
             raise DataError(f"{self.root}: {file!r} is no file of the dataset")
         # The hash in the name keeps files of other datasets and older builds apart.
         path = self.folder / f"{self._hashes[file].rpartition(':')[2]}-{file}"
-        if not _touch(path):
-            self._bring(file, path)
-            self._evict(keep=path)
+        try:
+            if not _touch(path):
+                self._bring(file, path)
+                self._evict(keep=path)
+        except RemoteError:
+            raise
+        except (DataError, OSError) as error:
+            refusal = error.__cause__ if isinstance(error, DataError) else error
+            raise RemoteError(
+                f"{file} cannot be brought to {self.folder}: {getattr(refusal, 'strerror', None) or error}; "
+                "make room there, lower data.cache_gigabytes, or set data.cache_dir"
+            ) from error
         return path
 
     def _bring(self, file: str, path: Path) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataError(f"cannot write to {self.folder}: {error.strerror}; set data.cache_dir") from error
+        self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / f".{path.name}.lock"):
             if path.exists():
                 return

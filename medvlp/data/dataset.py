@@ -1,6 +1,7 @@
 """Map-style datasets whose item is a whole micro-batch: read, decode, crop, look up token ids."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -88,6 +89,12 @@ class ImageReportDataset(Dataset[Batch]):
         (key,) = self.store.keys(np.array([position]))
         return DataError(f"{shard.file}: sample {key}: {reason}")
 
+    def _known(self, position: int, view: View) -> dict[str, Any]:
+        """What the fields hold of a sample; a DataError makes it a corrupt one."""
+        return {
+            name: field.read(position, view, self.config.transform) for name, field in self.fields.items()
+        }
+
     def _text(self, tokens: TokenRows, rows: Positions) -> Text:
         multiple = self.config.pad_multiple or 1
         return self.tokenizer.assemble(tokens, rows, self.config.max_tokens, self.config.pad_to_max, multiple)
@@ -96,7 +103,7 @@ class ImageReportDataset(Dataset[Batch]):
         self,
         images: NDArray[np.uint8],
         rows: Positions,
-        views: Sequence[View],
+        known: Sequence[Mapping[str, Any]],
         text: Text,
         faults: list[str],
         skipped: int,
@@ -110,7 +117,7 @@ class ImageReportDataset(Dataset[Batch]):
             skipped=skipped,
             faults=faults,
             fields={
-                name: field.read(rows, views, self.config.transform) for name, field in self.fields.items()
+                name: field.join([sample[name] for sample in known]) for name, field in self.fields.items()
             },
             study=torch.from_numpy(self.store.studies[rows]),
         )
@@ -148,23 +155,23 @@ class TrainingDataset(ImageReportDataset):
         size = self.config.image_size
         images = np.empty((len(positions), size, size), dtype=np.uint8)
         rows = positions.copy()
-        views: list[View] = []
+        known: list[Mapping[str, Any]] = []
         faults: list[str] = []
         for row, position in enumerate(positions.tolist()):
             for candidate in self._candidates(random, position):
+                draws = random.uniform(candidate, DRAWS)
+                # A stream of its own, so that these changes leave the draws of all else as they are.
+                more = wilder.uniform(candidate, count) if count else None
                 try:
                     pixels = self.decode(candidate)
+                    images[row], view = training_view(pixels, size, self.config.transform, draws, more)
+                    known.append(self._known(candidate, view))
                 except RemoteError:
                     raise
                 except DataError as error:
                     faults.append(str(error))
                     continue
-                draws = random.uniform(candidate, DRAWS)
-                # A stream of its own, so that these changes leave the draws of all else as they are.
-                more = wilder.uniform(candidate, count) if count else None
-                images[row], view = training_view(pixels, size, self.config.transform, draws, more)
                 rows[row] = candidate
-                views.append(view)
                 break
             else:
                 raise DataError(f"{REPLACEMENTS + 1} corrupt samples in a row, the last: {faults[-1]}")
@@ -175,7 +182,7 @@ class TrainingDataset(ImageReportDataset):
             text = self._text(tokens, np.arange(len(rows)))
         else:
             text = self._text(self.store.rows, rows)
-        return self._batch(images, rows, views, text, faults, int((rows != positions).sum()))
+        return self._batch(images, rows, known, text, faults, int((rows != positions).sum()))
 
     def _candidates(self, random: SampleRandom, position: int) -> Iterator[int]:
         """The sample itself, then its replacements in this epoch."""
@@ -189,25 +196,25 @@ class EvaluationDataset(ImageReportDataset):
 
     def __getitem__(self, positions: Sequence[int]) -> Batch:
         """The batch of these positions."""
-        size = self.config.image_size
+        size, crop = self.config.image_size, evaluation_crop(self.config.transform)
         images = np.empty((len(positions), size, size), dtype=np.uint8)
         kept: list[int] = []
-        views: list[View] = []
+        known: list[Mapping[str, Any]] = []
         faults: list[str] = []
         for position in positions:
             try:
                 pixels = self.decode(position)
+                images[len(kept)], view = evaluation_view(pixels, size, crop)
+                known.append(self._known(position, view))
             except RemoteError:
                 raise
             except DataError as error:
                 faults.append(str(error))
                 continue
-            images[len(kept)], view = evaluation_view(pixels, size, evaluation_crop(self.config.transform))
             kept.append(position)
-            views.append(view)
         rows = np.array(kept, dtype=np.int64)
         text = self._text(self.store.rows, rows)
-        return self._batch(images[: len(kept)], rows, views, text, faults, len(faults))
+        return self._batch(images[: len(kept)], rows, known, text, faults, len(faults))
 
 
 def shuffle_sentences(

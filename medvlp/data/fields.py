@@ -6,7 +6,7 @@ registered by its name; loaders, datasets and batches do not change.
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,7 +17,6 @@ from torch import Tensor
 from medvlp.config import DataConfig, TransformConfig
 from medvlp.config_files import ConfigError
 from medvlp.data.batch import Text
-from medvlp.data.order import Positions
 from medvlp.data.questions import asked, normalised, text_code
 from medvlp.data.report import r2gen_words, report_text, scored_words
 from medvlp.data.sample_store import SampleStore
@@ -26,6 +25,7 @@ from medvlp.data.transforms import View
 from shards.entities.matrix import mirrored
 from shards.errors import DataError
 from shards.reader import ShardReader
+from shards.remote import RemoteError
 
 logger = logging.getLogger(__name__)
 
@@ -55,20 +55,41 @@ class Field(ABC):
         """Why nothing can be learned from this field of this split, with the remedy; None: something can."""
 
     @abstractmethod
-    def read(self, rows: Positions, views: Sequence[View], config: TransformConfig) -> Tensor:
-        """The field of B samples, as they are seen.
+    def read(self, position: int, view: View, config: TransformConfig) -> Any:
+        """The field of one sample, as it is seen.
 
         Args:
-            rows: [B] positions in the split.
-            views: what of each stored image its sample shows.
+            position: in the split.
+            view: what of the stored image the sample shows.
             config: how a view moves what is no place in the image.
 
-        Returns:
-            [B, ...].
-
         Raises:
-            DataError: what is stored of a sample contradicts the dataset; names shard and key.
+            DataError: it cannot be read, or contradicts the dataset, so that the sample is corrupt; names
+                shard and key.
         """
+
+    @abstractmethod
+    def join(self, samples: Sequence[Any]) -> Tensor:
+        """[B, ...] of what `read` gave for each sample of a batch."""
+
+    def _lacking(self, holds: Callable[[int], Any], reason: str) -> str | None:
+        """`reason` where no sample holds something; they are asked one by one, for it may be rare.
+
+        Samples that cannot be read are passed over: training counts them.
+        """
+        unreadable = set(self.store.unreadable.tolist())
+        fault = ""
+        for position in range(len(self.store)):
+            if position in unreadable:
+                continue
+            try:
+                if holds(position):
+                    return None
+            except RemoteError:
+                raise
+            except DataError as error:
+                fault = f" (not all of them can be read: {error})"
+        return reason + fault
 
 
 class Entities(Field):
@@ -86,12 +107,15 @@ class Entities(Field):
             return None
         return "no sample has an entity (present or absent); annotate the dataset with medvlp shards annotate"
 
-    def read(self, rows: Positions, views: Sequence[View], config: TransformConfig) -> Tensor:
+    def read(self, position: int, view: View, config: TransformConfig) -> tuple[int, bool]:
+        """See `Field`; where it is stored, and whether its sides change places."""
+        return position, view.flipped and config.flip_entities == "swap"
+
+    def join(self, samples: Sequence[tuple[int, bool]]) -> Tensor:
         """See `Field`."""
-        matrices = self.store.entities.matrices(rows)
-        if config.flip_entities == "swap":
-            flipped = np.array([view.flipped for view in views], dtype=bool)
-            matrices[flipped] = mirrored(matrices[flipped])
+        matrices = self.store.entities.matrices(np.array([row for row, _ in samples], dtype=np.int64))
+        swapped = np.array([swaps for _, swaps in samples], dtype=bool)
+        matrices[swapped] = mirrored(matrices[swapped])
         return torch.from_numpy(matrices)
 
 
@@ -107,18 +131,11 @@ class Boxes(Field):
     placed = True
 
     def missing(self) -> str | None:
-        """See `Field`: samples are asked one by one until one has a box, for boxes may be rare."""
-        unreadable = set(self.store.unreadable.tolist())
-        asked = (i for i in range(len(self.store)) if i not in unreadable)
-        if any(self.reader.metadata(self.split, i)["boxes"] for i in asked):
-            return None
-        return "no sample has a box"
-
-    def read(self, rows: Positions, views: Sequence[View], config: TransformConfig) -> Tensor:
         """See `Field`."""
-        return _padded([self._boxes(int(row), view) for row, view in zip(rows, views, strict=True)])
+        return self._lacking(lambda i: self.reader.metadata(self.split, i)["boxes"], "no sample has a box")
 
-    def _boxes(self, position: int, view: View) -> NDArray[np.float32]:
+    def read(self, position: int, view: View, config: TransformConfig) -> NDArray[np.float32]:
+        """See `Field`."""
         names = self.reader.index.label_names
         stored = self.reader.metadata(self.split, position)["boxes"]
         if not {box["label"] for box in stored} <= set(names):
@@ -126,6 +143,10 @@ class Boxes(Field):
             key = self.reader.key(self.split, position)
             raise DataError(f"{shard.file}: sample {key}: a box of a label that is no label of the dataset")
         return _in_view([(names.index(box["label"]), box) for box in stored], view)[0]
+
+    def join(self, samples: Sequence[NDArray[np.float32]]) -> Tensor:
+        """See `Field`."""
+        return _padded(samples, 5)
 
 
 class Phrases(Field):
@@ -139,24 +160,24 @@ class Phrases(Field):
     placed = True
 
     def missing(self) -> str | None:
-        """See `Field`: samples are asked one by one until one has a phrase with a box."""
-        unreadable = set(self.store.unreadable.tolist())
-        asked = (i for i in range(len(self.store)) if i not in unreadable)
-        if any(item["boxes"] for i in asked for item in self.reader.metadata(self.split, i)["phrases"]):
-            return None
-        return "no sample has a phrase with a box"
-
-    def read(self, rows: Positions, views: Sequence[View], config: TransformConfig) -> Tensor:
         """See `Field`."""
-        return _padded([self._boxes(int(row), view) for row, view in zip(rows, views, strict=True)], 6)
+        return self._lacking(
+            lambda i: any(item["boxes"] for item in self.reader.metadata(self.split, i)["phrases"]),
+            "no sample has a phrase with a box",
+        )
 
-    def _boxes(self, position: int, view: View) -> NDArray[np.float32]:
+    def read(self, position: int, view: View, config: TransformConfig) -> NDArray[np.float32]:
+        """See `Field`."""
         known = {name: number for number, name in enumerate(self.reader.index.label_names)}
         phrases = self.reader.metadata(self.split, position)["phrases"]
         boxes = [(number, box) for number, phrase in enumerate(phrases) for box in phrase["boxes"]]
         found, seen = _in_view(boxes, view)
         labels = np.array([known.get(box["label"], -1) for _, box in boxes], dtype=np.float32)
         return np.concatenate([found, labels[seen, None]], axis=1)
+
+    def join(self, samples: Sequence[NDArray[np.float32]]) -> Tensor:
+        """See `Field`."""
+        return _padded(samples, 6)
 
 
 def _in_view(
@@ -174,7 +195,7 @@ def _in_view(
     return np.stack([numbers, left, top, right, bottom], axis=1)[seen].astype(np.float32), seen
 
 
-def _padded(boxes: Sequence[NDArray[np.float32]], columns: int = 5) -> Tensor:
+def _padded(boxes: Sequence[NDArray[np.float32]], columns: int) -> Tensor:
     """[B, M, columns] of B lists of boxes; rows without one hold -1 and zeros."""
     result = torch.zeros(len(boxes), max([len(found) for found in boxes], default=0), columns)
     result[:, :, 0] = -1
@@ -207,26 +228,26 @@ class Masks(Field):
             )
 
     def missing(self) -> str | None:
-        """See `Field`: samples are asked one by one until one has a mask."""
-        unreadable = set(self.store.unreadable.tolist())
-        asked = (i for i in range(len(self.store)) if i not in unreadable)
-        if any(self.reader.masks(self.split, i) for i in asked):
-            return None
+        """See `Field`."""
+        reason = "no sample has a mask"
         if self.reader.index.version == 1:
-            return f"no sample has a mask, and format version 1 has none of tables; {_BUILD_AGAIN}"
-        return "no sample has a mask"
+            reason = f"no sample has a mask, and format version 1 has none of tables; {_BUILD_AGAIN}"
+        return self._lacking(lambda i: self.reader.masks(self.split, i), reason)
 
-    def read(self, rows: Positions, views: Sequence[View], config: TransformConfig) -> Tensor:
+    def read(self, position: int, view: View, config: TransformConfig) -> NDArray[np.uint8]:
         """See `Field`."""
         names = self.reader.index.label_names
-        size = views[0].size if views else 0
-        result = np.full((len(views), len(names), size, size), self.UNKNOWN, dtype=np.uint8)
-        for row, position, view in zip(result, rows.tolist(), views, strict=True):
-            stored = self.reader.masks(self.split, position)
-            across, down = view.stored_columns(), view.stored_rows()
-            for name, mask in stored.items():
-                row[names.index(name)] = mask[down[:, None], across]
-        return torch.from_numpy(result)
+        found = np.full((len(names), view.size, view.size), self.UNKNOWN, dtype=np.uint8)
+        across, down = view.stored_columns(), view.stored_rows()
+        for name, mask in self.reader.masks(self.split, position).items():
+            found[names.index(name)] = mask[down[:, None], across]
+        return found
+
+    def join(self, samples: Sequence[NDArray[np.uint8]]) -> Tensor:
+        """See `Field`."""
+        if not samples:
+            return torch.zeros((0, len(self.reader.index.label_names), 0, 0), dtype=torch.uint8)
+        return torch.from_numpy(np.stack(samples))
 
 
 class Questions(Field):
@@ -243,17 +264,18 @@ class Questions(Field):
     MOST = 64
 
     def missing(self) -> str | None:
-        """See `Field`: samples are asked one by one until one has a question."""
-        unreadable = set(self.store.unreadable.tolist())
-        readable = (i for i in range(len(self.store)) if i not in unreadable)
-        if any(asked(self.reader.metadata(self.split, i)) for i in readable):
-            return None
-        return "no sample has a question in English"
-
-    def read(self, rows: Positions, views: Sequence[View], config: TransformConfig) -> Tensor:
         """See `Field`."""
-        texts = [[item["question"] for item in self.asked(row)] for row in rows.tolist()]
-        return _rows_of([self._encoded(questions) for questions in texts], self._encoded([]))
+        return self._lacking(
+            lambda i: asked(self.reader.metadata(self.split, i)), "no sample has a question in English"
+        )
+
+    def read(self, position: int, view: View, config: TransformConfig) -> Tensor:
+        """See `Field`."""
+        return self._encoded([item["question"] for item in self.asked(position)])
+
+    def join(self, samples: Sequence[Tensor]) -> Tensor:
+        """See `Field`."""
+        return _rows_of(samples, self._encoded([]))
 
     def asked(self, position: int) -> list[dict[str, str]]:
         """The questions of a sample.
@@ -281,12 +303,13 @@ class Answers(Questions):
 
     name = "answers"
 
-    def read(self, rows: Positions, views: Sequence[View], config: TransformConfig) -> Tensor:
+    def read(self, position: int, view: View, config: TransformConfig) -> Tensor:
         """See `Field`."""
-        codes = [[text_code(normalised(item["answer"])) for item in self.asked(row)] for row in rows.tolist()]
-        return _rows_of(
-            [torch.tensor(of, dtype=torch.int64) for of in codes], torch.zeros(0, dtype=torch.int64)
-        )
+        return _codes(normalised(item["answer"]) for item in self.asked(position))
+
+    def join(self, samples: Sequence[Tensor]) -> Tensor:
+        """See `Field`."""
+        return _rows_of(samples, _codes([]))
 
 
 class ReportWords(Field):
@@ -308,13 +331,13 @@ class ReportWords(Field):
             return None
         return f"no sample has text in data.sections={list(self.config.sections)}"
 
-    def read(self, rows: Positions, views: Sequence[View], config: TransformConfig) -> Tensor:
+    def read(self, position: int, view: View, config: TransformConfig) -> Tensor:
         """See `Field`."""
-        codes = []
-        for row in rows.tolist():
-            words = self.words(report_text(self.reader.metadata(self.split, row), self.config))
-            codes.append(torch.tensor([text_code(word) for word in words], dtype=torch.int64))
-        return _rows_of(codes, torch.zeros(0, dtype=torch.int64))
+        return _codes(self.words(report_text(self.reader.metadata(self.split, position), self.config)))
+
+    def join(self, samples: Sequence[Tensor]) -> Tensor:
+        """See `Field`."""
+        return _rows_of(samples, _codes([]))
 
 
 class R2GenWords(ReportWords):
@@ -326,6 +349,10 @@ class R2GenWords(ReportWords):
     def words(text: str) -> list[str]:
         """See `ReportWords`."""
         return r2gen_words(text)
+
+
+def _codes(texts: Iterable[str]) -> Tensor:
+    return torch.tensor([text_code(text) for text in texts], dtype=torch.int64)
 
 
 def _rows_of(rows: Sequence[Tensor], nothing: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import http.server
 import itertools
@@ -19,9 +20,11 @@ import pytest
 from medvlp.config import Config
 from medvlp.data.cache import ShardCache, open_reader
 from medvlp.data.loader import build_loader
+from medvlp.data.sample_store import SampleStore
 from medvlp.data.text import Tokenizer
 from shards.errors import DataError
 from shards.reader import ShardReader
+from shards.remote import RemoteError
 
 ConfigFactory = Callable[..., Config]
 
@@ -190,3 +193,43 @@ def test_a_shard_that_cannot_be_fetched_ends_the_epoch_and_is_no_corrupt_sample(
     with pytest.raises(DataError, match="the content differs from the dataset's index"):
         list(itertools.islice(loader, 6))
     assert sum(count for file, count in requests.items() if file.endswith(".tar")) == 1
+
+
+@needs_curl
+def test_a_full_cache_is_no_corrupt_sample(
+    server: tuple[str, Counter[str]], own_dataset: Path, make_config: ConfigFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    url, _ = server
+    config = make_config(root=url, workers=0, max_bad_fraction=1.0)
+    reader, tokenizer = open_reader(config.data), Tokenizer.load(None, url)
+    loader = build_loader(config, reader, tokenizer, 0, 1, 16)
+    reader.close()
+    folder, asked = Path(config.data.cache_dir or ""), []
+
+    def full(remote: str, *given: object) -> str:
+        asked.append(remote)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("medvlp.data.cache.download", full)
+    for stored in ("shards", "tokens"):
+        shutil.rmtree(folder / stored)
+    message = rf"cannot be brought to {folder}/shards: No space left on device; make room"
+    for reads in (
+        lambda: list(itertools.islice(loader, 6)),
+        lambda: SampleStore.open_or_build(open_reader(config.data), "train", config.data, tokenizer),
+    ):
+        asked.clear()
+        with pytest.raises(RemoteError, match=message):
+            reads()
+        assert len(asked) == 1
+
+
+@needs_curl
+def test_a_cache_that_cannot_be_written_is_no_corrupt_sample(
+    server: tuple[str, Counter[str]], make_config: ConfigFactory, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    reader = open_reader(make_config(root=server[0], cache_dir=str(tmp_path / "file")).data)
+    with pytest.raises(RemoteError, match=r"file/shards: Not a directory; .* set data\.cache_dir"):
+        reader.image("train", 0)

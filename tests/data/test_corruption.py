@@ -17,7 +17,9 @@ from medvlp.data.faults import FaultCounter
 from medvlp.data.loader import build_loader, evaluation_loader
 from medvlp.data.text import Tokenizer
 from shards.errors import DataError
+from shards.format import MASKS_EXTENSION
 from shards.reader import ShardReader
+from shards.remote import RemoteError
 
 ConfigFactory = Callable[..., Config]
 
@@ -193,6 +195,62 @@ def test_evaluation_leaves_corrupt_samples_out(
     config.data.max_bad_fraction = 0.01
     with pytest.raises(DataError, match="are corrupt"):
         list(evaluation_loader(config, ShardReader(own_dataset), tokenizer, "train", 4))
+
+
+@pytest.mark.parametrize(
+    ("name", "member"),
+    [("masks", MASKS_EXTENSION)]
+    + [(name, "json") for name in ("boxes", "phrases", "questions", "answers", "report_words")],
+)
+def test_a_field_that_cannot_be_read_makes_a_corrupt_sample(
+    own_dataset: Path,
+    make_config: ConfigFactory,
+    tokenizer: Tokenizer,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    member: str,
+) -> None:
+    config = make_config(root=str(own_dataset), tail="wrap", max_bad_fraction=0.1)
+    loader = build_loader(config, ShardReader(own_dataset), tokenizer, 0, 1, 16)
+    whole = torch.cat([batch.sample for batch in itertools.islice(loader, loader.steps_per_epoch)])
+    reader, damaged = ShardReader(own_dataset), [0, 5]
+    for position in damaged:
+        shard, _ = reader.locate("train", position)
+        offset, size = reader._members("train", position)[2][member]
+        with (own_dataset / shard.file).open("r+b") as file:
+            file.seek(offset)
+            file.write(b"@" * size)
+    loader = build_loader(config, ShardReader(own_dataset), tokenizer, 0, 1, 16, fields=[name])
+    batches = list(itertools.islice(loader, loader.steps_per_epoch))
+    assert sum(batch.skipped for batch in batches) == np.isin(whole, damaged).sum() >= 2
+    assert all(len(batch.fields[name]) == 16 for batch in batches)
+    assert not np.isin(torch.cat([batch.sample for batch in batches]), damaged).any()
+    assert f"sample {reader.key('train', 5)}: " in caplog.text
+    seen = evaluation_loader(config, ShardReader(own_dataset), tokenizer, "train", 4, fields=[name])
+    positions = torch.cat([batch.sample for batch in seen]).tolist()
+    assert positions == [i for i in range(reader.sample_count("train")) if i not in damaged]
+
+
+def test_a_split_whose_field_cannot_be_read_anywhere_says_why(
+    dataset: Path, make_config: ConfigFactory, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: ShardReader, split: str, i: int) -> dict[str, object]:
+        raise DataError(f"sample {i} is broken")
+
+    monkeypatch.setattr(ShardReader, "masks", broken)
+    with pytest.raises(DataError, match=r"no sample has a mask \(not all of them can be read: sample \d+ is"):
+        build_loader(make_config(), ShardReader(dataset), tokenizer, 0, 1, 16, fields=["masks"])
+
+
+def test_a_shard_that_cannot_be_fetched_is_no_lack_of_a_field(
+    dataset: Path, make_config: ConfigFactory, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(self: ShardReader, split: str, i: int) -> dict[str, object]:
+        raise RemoteError("the server is away")
+
+    monkeypatch.setattr(ShardReader, "masks", away)
+    with pytest.raises(RemoteError, match="the server is away"):
+        build_loader(make_config(), ShardReader(dataset), tokenizer, 0, 1, 16, fields=["masks"])
 
 
 def batch_with_faults(rows: int, skipped: int) -> Batch:
