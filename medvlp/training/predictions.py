@@ -20,6 +20,7 @@ from torch import Tensor
 from medvlp import distributed
 from medvlp.data.batch import Batch
 from medvlp.data.dataset import EvaluationDataset
+from medvlp.data.faults import FaultCounter
 from medvlp.data.loader import EvaluationLoader
 from medvlp.data.order import Positions
 from medvlp.methods.base import Objective, StepOutput
@@ -68,31 +69,44 @@ def predict(
         alive: called before each chunk.
 
     Raises:
-        DataError: too many samples are corrupt, or there is none.
+        DataError: too many samples are corrupt, of all ranks together, or there is none.
     """
     chosen = np.sort(positions).tolist()
     chunks = [chosen[start : start + batch] for start in range(0, len(chosen), batch)]
     if not chunks:
         raise DataError(f"split {dataset.split!r} has no sample to be measured")
-    own = _share(len(chunks))
+    own, allowed = _share(len(chunks)), dataset.config.max_bad_fraction
+    faults = FaultCounter(allowed, len(chosen), world_size=1)  # of all, as a single rank counts them
     loader = EvaluationLoader(
-        dataset, [chunks[number] for number, _ in own], dataset.config, keeps_empty=True
+        dataset, [chunks[number] for number, _ in own], dataset.config, keeps_empty=True, faults=faults
     )
-    found = _Collected()
+    found, corrupt = _Collected(), 0
     last: Batch | None = None
     with _undisturbed(objective), torch.no_grad():
         for (number, counts), loaded in zip(own, loader, strict=True):
             alive()
-            given = loaded if loaded.keys else last
-            if given is None:
-                raise DataError(f"split {dataset.split!r}: {len(loaded.faults)} corrupt samples in a row")
-            last = given
+            given = last = loaded if loaded.keys else last or _readable(dataset, chunks)
+            corrupt += loaded.skipped if counts else 0
             seed_weights(int(np.random.SeedSequence([seed, number]).generate_state(1)[0]))
             with distributed.alone():
                 output, arrays = examine(given.to(device))
             if counts and loaded.keys:
                 found.add(number, given, output, arrays)
+    corrupt = int(distributed.sum_on_host(torch.tensor(corrupt)))
+    if corrupt > allowed * len(chosen):
+        raise DataError(
+            f"{corrupt} of {len(chosen)} samples of split {dataset.split!r} are corrupt, more than "
+            f"data.max_bad_fraction={allowed} allows; run medvlp shards verify"
+        )
     return found.gathered()
+
+
+def _readable(dataset: EvaluationDataset, chunks: list[list[int]]) -> Batch:
+    """The first chunk with a sample, for a rank that has met none yet and must make the others' passes."""
+    found = next((batch for chunk in chunks if (batch := dataset[chunk]).keys), None)
+    if found is None:
+        raise DataError(f"split {dataset.split!r}: none of {sum(map(len, chunks))} samples can be read")
+    return found
 
 
 def _share(chunks: int) -> list[tuple[int, bool]]:

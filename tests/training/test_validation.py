@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from medvlp.runs.manifest import Manifest, step_folders
 from medvlp.runs.randomness import seed_weights
 from medvlp.training.predictions import predict
 from medvlp.training.pretrain import Pretraining
-from shards.errors import NotFiniteError
+from shards.errors import DataError, NotFiniteError
+from tests.data.test_corruption import destroy_image
 from tests.distributed_pool import Pools
 from tests.training.runs import Overrides, load_config, read_metrics, train
 
@@ -162,8 +164,10 @@ def test_a_checkpoint_between_two_validations_does_not_bear_the_metrics_of_one(
     assert known == {1: False, 2: True, 3: False, 4: True}
 
 
-def predicted(words: list[str]) -> tuple[dict[str, float], list[int], list[float]]:
-    """Losses, samples and sums of the embeddings of twenty samples, by a method of seed 0."""
+def predicted(
+    words: list[str], samples: int = 20, batch: int = 3
+) -> tuple[dict[str, float], list[int], list[float]]:
+    """Losses, samples and sums of the embeddings of the first samples, by a method of seed 0."""
     config = load_config(words)
     reader = open_reader(config.data)
     tokenizer = Tokenizer.load(None, config.data.root)
@@ -174,8 +178,8 @@ def predicted(words: list[str]) -> tuple[dict[str, float], list[int], list[float
         method,
         lambda batch: (method(batch), {"image": method.encode_image(batch.image)}),
         dataset,
-        np.arange(20),
-        3,
+        np.arange(samples),
+        batch,
         torch.device("cpu"),
     )
     return found.losses, found.sample.tolist(), found.arrays["image"].sum(axis=1).tolist()
@@ -199,6 +203,40 @@ def test_predictions_are_the_same_on_one_two_and_three_ranks(
         assert rank[0] == pytest.approx(losses, rel=1e-5)
         assert rank[1] == samples
         assert rank[2] == pytest.approx(embeddings, abs=1e-5)
+
+
+def predicted_or_refused(words: list[str]) -> tuple[dict[str, float], list[int]] | str:
+    """Losses and samples of sixty samples in chunks of four, or why there are none."""
+    try:
+        return predicted(words, 60, 4)[:2]
+    except DataError as error:
+        return str(error)
+
+
+@pytest.mark.dist
+def test_corrupt_samples_are_counted_over_all_ranks(
+    gloo_pool: Pools, overrides: Overrides, phantom_data: Path, tmp_path: Path
+) -> None:
+    root = shutil.copytree(phantom_data, tmp_path / "data", ignore=shutil.ignore_patterns("tokens"))
+
+    def found(allowed: float) -> list[Any]:
+        words = overrides(f"data.root={root}", f"data.max_bad_fraction={allowed}")
+        return [rank for ranks in (1, 3) for rank in gloo_pool(ranks).run(predicted_or_refused, words)]
+
+    destroy_image(Path(root), 0)  # more than 3 % of what one of three ranks reads
+    losses, samples = found(0.03)[0]
+    assert samples == list(range(1, 60))
+    for other in found(0.03)[1:]:
+        assert other[0] == pytest.approx(losses, rel=1e-5)
+        assert other[1] == samples
+    for position in (1, 2, 3):  # the first rank's first chunk has no sample any more
+        destroy_image(Path(root), position)
+    assert [rank[1] for rank in found(0.1)] == [list(range(4, 60))] * 4
+    destroy_image(Path(root), 4)
+    alone, *three = found(0.07)  # no rank has met too many, all together have
+    assert "are corrupt, more than data.max_bad_fraction=0.07 allows" in alone
+    assert three == [three[0]] * 3
+    assert three[0].startswith("5 of 60 samples of split 'train' are corrupt")
 
 
 @pytest.mark.dist
