@@ -56,9 +56,7 @@ def refresh_table(
     """
     clock = _Clock()
     embeddings, usable = _usable(rows)
-    total, unusable, labelled = distributed.sum_on_host(
-        torch.tensor([len(embeddings), int((~usable).sum()), int((rows.labels[usable] >= 0).sum())])
-    ).tolist()
+    total, unusable = distributed.sum_on_host(torch.tensor([len(embeddings), int((~usable).sum())])).tolist()
     version = 0 if old is None else old.version
     metrics = {"prototypes/rows": float(total), "prototypes/unusable": float(unusable)}
     if total < count * config.min_points:
@@ -88,7 +86,7 @@ def refresh_table(
     if before is not None:
         differing = distributed.sum_on_host((before != clusters.nearest).sum())
         metrics["prototypes/churn"] = float(differing / clusters.counts.sum())
-    if labelled:
+    if distributed.sum_on_host((labels >= 0).sum()):  # of the rows that were chosen
         metrics |= _agreement(clusters.nearest, labels, keys)
         clock.lap("labels")
     return table, metrics | clock.metrics()

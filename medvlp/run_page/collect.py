@@ -12,7 +12,9 @@ from medvlp.run_page.history import read_history, without_places
 from medvlp.run_page.page import RunPart
 from medvlp.run_page.samples import Shown, shown_samples
 from medvlp.run_page.showable import Asked, NotShownError, showable
+from medvlp.runs.manifest import WEIGHTS, Manifest
 from shards.errors import NotFiniteError, UsageError
+from shards.strict_json import PLAIN_NAME
 
 
 def collect(run: Path, result: Path, asked: Asked, taken: set[str]) -> RunPart:
@@ -47,7 +49,13 @@ def _samples(part: RunPart, run: Path, asked: Asked) -> list[Shown]:
         raise NotShownError("the run was not evaluated")
     about = part.evaluation.data
     dataset = showable(str(about.get("root")), about["split"], about["fingerprint"], asked)
-    checkpoint = run / "checkpoints" / str(part.evaluation.model.get("checkpoint"))
-    if not checkpoint.is_dir():
+    model = part.evaluation.model
+    name = str(model.get("checkpoint"))
+    checkpoint = run / "checkpoints" / name
+    if not PLAIN_NAME.fullmatch(name) or not checkpoint.is_dir():
         raise NotShownError("the evaluated checkpoint is gone")
+    # Another training in the same folder has checkpoints of the same names; files of before say no weights.
+    weights = Manifest.read(checkpoint).files.get(WEIGHTS, {}).get("xxh3_128")
+    if model.get("weights", "") not in ("", weights):
+        raise NotShownError(f"{name} holds other weights than were evaluated")
     return shown_samples(medvlp.load(checkpoint), dataset, asked.samples)

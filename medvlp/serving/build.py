@@ -140,8 +140,9 @@ def make_snapshot(model: RunModel, options: SnapshotOptions, say: Callable[[str]
         for batch in tracked(loader, f"embedding {split}", len(chosen), size=lambda batch: len(batch.sample)):
             for name, value in _embed(model, batch).items():
                 embeddings.setdefault(name, []).append(value)
-            samples.append(batch.sample)
-            labels.append(batch.labels)
+            # Copies: the tensors of a batch are views of one block, which would live on with its images.
+            samples.append(batch.sample.clone())
+            labels.append(batch.labels.clone())
             keys += batch.keys
     if not samples:
         raise PrototypeFilesError(f"{config.data.root}: split {split} holds no readable sample with a report")

@@ -132,8 +132,9 @@ class _Collected:
         values = [float(named[name]) for name in self._names]
         self._losses.append([float(number), float(len(batch.keys)), *values])
         for name, value in {"": batch.sample, **arrays}.items():
-            # A byte: gloo carries no booleans.
-            value = value.detach().to("cpu", torch.uint8 if value.dtype == torch.bool else None)
+            # A byte: gloo carries no booleans. A copy: what is a view of a batch would keep its images.
+            kind = torch.uint8 if value.dtype == torch.bool else value.dtype
+            value = value.detach().to("cpu", kind, copy=True)
             self._arrays.setdefault(name, []).append(value.contiguous())
 
     def gathered(self) -> Predictions:

@@ -11,6 +11,7 @@ import torch
 
 from medvlp.data.batch import Batch, Text
 from medvlp.data.packing import PackedBatch, Slots
+from medvlp.training.predictions import _Collected
 from shards.errors import DataError
 
 
@@ -53,6 +54,19 @@ def assert_same(found: Batch, given: Batch) -> None:
 @pytest.mark.parametrize("rows", [0, 1, 5])
 def test_a_packed_batch_unpacks_to_the_same(slots: Slots, rows: int) -> None:
     assert_same(sent(slots.pack(batch(rows), worker=0)).unpack(), batch(rows))
+
+
+def test_what_is_kept_of_a_batch_keeps_no_images(slots: Slots) -> None:
+    """Predictions kept all images of a split in memory, page-locked where there is CUDA."""
+    found = _Collected()
+    for number in range(2):
+        given = sent(slots.pack(batch(5), worker=0)).unpack()
+        found.add(number, given, None, {"labels": given.labels, "some": given.fields["some"]})
+    kept = [value for values in found._arrays.values() for value in values]
+    assert len(kept) == 2 * 3
+    assert all(value.untyped_storage().nbytes() == value.nbytes for value in kept)
+    gathered = found.gathered()
+    assert gathered.sample.tolist() == sorted([*range(5)] * 2)
 
 
 def test_no_tensor_travels(slots: Slots) -> None:

@@ -189,6 +189,27 @@ def test_agreement_with_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert metrics["prototypes/purity"] < 0.6
 
 
+def one_label(rows: np.ndarray, shares: list[float], place: int) -> dict[str, float]:
+    """The metrics of a refresh on a tenth of the rows, of which one has a label; of this rank's part."""
+    edges = [0, *(round(share * len(rows)) for share in shares)]
+    own = torch.arange(len(rows))[edges[rank()] : edges[rank() + 1]]
+    mine = bank(torch.from_numpy(rows)[own], own, torch.where(own == place, 1, -1))
+    table, metrics = refresh_table(mine, None, configured(max_points=1, min_points=1), 3, 0)
+    assert table is not None
+    return metrics
+
+
+@pytest.mark.dist
+def test_labels_of_rows_that_are_not_chosen_say_nothing(gloo_pool) -> None:
+    """Agreement was asked for as soon as any row had a label, and then there was none in the sample."""
+    rows = mixture(3, 10).numpy()
+    told = ["prototypes/nmi" in one_label(rows, [1.0], place) for place in range(len(rows))]
+    assert sum(told) == 3
+    for place in (told.index(False), told.index(True)):
+        for metrics in gloo_pool(2).run(one_label, rows, [0.5, 1.0], place):
+            assert ("prototypes/nmi" in metrics) == told[place]
+
+
 def test_dense_clusters_get_low_temperatures() -> None:
     generator = torch.Generator().manual_seed(0)
     spreads = torch.tensor([0.02, 0.05, 0.1, 0.15]).repeat_interleave(100)[:, None]

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
+from medvlp.data.batch import Batch
+from medvlp.data.packing import Slots
 from medvlp.data.report import report_sentences
 from medvlp.data.sample_store import SampleStore
 from medvlp.prototypes.kmeans import TooFewRowsError
@@ -18,6 +22,7 @@ from medvlp.prototypes.table import PrototypeTable
 from medvlp.runs.errors import CheckpointError, RunFolderError
 from medvlp.runs.run_lock import LOCK, RunLock, this_process
 from medvlp.runs.saved_run import locate
+from medvlp.serving import build as builder
 from medvlp.serving import snapshot as snapshots
 from medvlp.serving.build import SnapshotOptions, build, stored_table
 from medvlp.serving.cluster_report import Members, overall, report_of
@@ -182,6 +187,34 @@ def test_samples_without_a_report_are_left_out(
     )
     build(SnapshotOptions(saved, split="test", clusters=2, out=tmp_path / "out", workers=0), quiet)
     assert Snapshot.read(tmp_path / "out" / SNAPSHOT).sample[:3].tolist() == [0, 2, 3]
+
+
+def test_what_is_kept_of_a_batch_keeps_no_images(
+    model: RunModel, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A build kept all images of the split in memory, page-locked where there is CUDA."""
+    slots, load, joined = Slots(1, 0, 1 << 20), builder.evaluation_loader, []
+
+    class Torch:
+        """torch, but says what is joined."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(torch, name)
+
+        def cat(self, parts: list[torch.Tensor]) -> torch.Tensor:
+            joined.extend(parts)
+            return torch.cat(parts)
+
+    def packed(*arguments: Any) -> Iterator[Batch]:
+        return (slots.pack(batch, worker=0).unpack() for batch in load(*arguments))
+
+    monkeypatch.setattr(builder, "evaluation_loader", packed)
+    monkeypatch.setattr(builder, "torch", Torch())
+    found = builder.make_snapshot(model, SnapshotOptions(model.source.run, str(data), limit=6), quiet)
+    slots.close()
+    assert len(found.sample) == 6
+    assert {part.dtype for part in joined} == {torch.float16, torch.int64, torch.float32}
+    assert all(part.untyped_storage().nbytes() == part.nbytes for part in joined)
 
 
 def test_a_number_of_clusters_is_not_made_up_for_too_few_samples(data: Path, tmp_path: Path) -> None:
