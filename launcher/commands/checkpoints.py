@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from shards.errors import UsageError
@@ -75,7 +76,7 @@ def _list(run: Path, verify: bool) -> list[str]:
     from medvlp.runs.errors import CheckpointError, UnreadableError
     from medvlp.runs.manifest import Manifest, step_folders
 
-    table = Table(title=f"checkpoints of {run}")
+    table = Table(title=escape(f"checkpoints of {run}"))
     for column in ("step", "epoch", "size", "created", "ranks", "ZeRO", "loss", "state"):
         table.add_column(column, justify="left" if column in ("created", "state") else "right")
     problems = []
@@ -92,7 +93,7 @@ def _list(run: Path, verify: bool) -> list[str]:
         if problem:
             problems.append(problem)
         good = "verified" if verify else "complete"
-        table.add_row(*row, f"{fault}: {problem}" if problem else good)
+        table.add_row(*map(escape, (*row, f"{fault}: {problem}" if problem else good)))
     Console(soft_wrap=False).print(table)
     return problems if verify else []
 

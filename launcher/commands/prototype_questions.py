@@ -78,7 +78,7 @@ def nearest(
         for key, position, cosine in zip(
             reply.sample_keys, reply.sample_positions, reply.sample_cosines, strict=True
         ):
-            table.add_row(key, str(position), f"{cosine:.4f}")
+            table.add_row(escape(key), str(position), f"{cosine:.4f}")
         _print(table)
 
 
@@ -120,7 +120,7 @@ def cluster(
     for column in ("key", "position", "cosine"):
         table.add_column(column, justify="left" if column == "key" else "right")
     for sample in reply.typical:
-        table.add_row(sample.key, str(sample.position), f"{sample.cosine:.4f}")
+        table.add_row(escape(sample.key), str(sample.position), f"{sample.cosine:.4f}")
     _print(table)
 
 

@@ -59,7 +59,7 @@ def runs(
     if as_json:
         typer.echo(json.dumps([_values(run) for run in found], indent=1))
         return
-    table = Table(title=f"runs in {folder}", title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=escape(f"runs in {folder}"), title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("run", "method", "state", "step", "best", "checkpoint", "W&B", "size"):
         table.add_column(column, justify="right" if column in ("step", "size") else "left", overflow="fold")
     for run in found:
@@ -123,7 +123,8 @@ def _row(run: RunState, root: Path) -> tuple[str, ...]:
         "" if run.checkpoint is None else f"{run.checkpoint.step} ({bytes_text(run.checkpoint.bytes)})"
     )
     size = bytes_text(run.bytes) if run.bytes else ""
-    return escape(name), run.method, state, steps, best, checkpoint, run.wandb_run_id or "", size
+    run_id = escape(run.wandb_run_id or "")
+    return escape(name), escape(run.method), state, steps, escape(best), checkpoint, run_id, size
 
 
 def _values(run: RunState) -> dict[str, Any]:

@@ -151,7 +151,7 @@ def _build(source: Any, settings: BuildSettings) -> None:
 
 def report(summary: BuildSummary, out: Path, max_rejected: float) -> None:
     """Print counts; fail above the tolerated share of rejected records."""
-    table = Table(title=str(out), title_justify="left")
+    table = Table(title=Text(str(out)), title_justify="left")
     for heading in ("split", "samples", "studies", "patients", "shards"):
         table.add_column(heading, justify="left" if heading == "split" else "right")
     for split, totals in summary.splits.items():

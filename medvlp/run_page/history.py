@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from medvlp.runs.errors import RunFolderError
 from medvlp.runs.events import EVENTS
@@ -64,19 +64,17 @@ def read_history(folder: Path) -> History:
     try:
         config = parse_yaml(read_limited(folder / CONFIG, YAML_LIMIT).decode())
         values = dict(flat(config)) if isinstance(config, dict) else {}
-        identity = _json(folder / IDENTITY)
         events = list(_lines(folder / EVENTS))
         found = History(folder, str(values.get("run.name") or folder.resolve().name), config=values)
         found.curves = _curves(_lines(folder / METRICS))
         found.environment = _json(folder / ENVIRONMENT)
+        found.data, found.origin = _made_from(_json(folder / IDENTITY))
     except (OSError, JsonError, YamlError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise RunFolderError(f"{folder}: a file of it cannot be read ({reason})") from error
-    found.data = [record for record in identity.get("data", []) if isinstance(record, dict)]
-    found.origin = {str(key): str(value) for key, value in (identity.get("origin") or {}).items()}
     found.events = dict(Counter(str(event.get("kind"))[:40] for event in events))
     found.restarts = [event["step"] for event in events
-                      if event.get("kind") in _RESTARTS and type(event.get("step")) is int]  # fmt: skip
+                      if event.get("kind") in _RESTARTS and _is_step(event.get("step"))]  # fmt: skip
     return found
 
 
@@ -103,15 +101,38 @@ def _curves(lines: Iterator[dict[str, Any]]) -> dict[str, tuple[list[int], list[
     curves: dict[str, tuple[list[int], list[float]]] = {}
     for line in lines:
         step = line.get("step")
-        if type(step) is not int:
+        if not _is_step(step):
             continue
         for name, value in line.items():
-            known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            if known and name not in ("step", "epoch") and _NAME.fullmatch(name):
+            if _is_drawn(value) and name not in ("step", "epoch") and _NAME.fullmatch(name):
                 steps, values = curves.setdefault(name, ([], []))
                 steps.append(step)
                 values.append(float(value))
     return {name: (_thinned(steps), _thinned(values)) for name, (steps, values) in curves.items()}
+
+
+def _is_step(value: Any) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value < 2**53
+
+
+def _is_drawn(value: Any) -> bool:
+    """Whether a value is a finite number; an integer may have more digits than a float takes."""
+    return (type(value) is float and math.isfinite(value)) or (type(value) is int and abs(value) < 2**53)
+
+
+def _made_from(identity: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """The datasets and the origin that `identity.json` tells of.
+
+    Raises:
+        JsonError: they are no such things.
+    """
+    data, origin = identity.get("data", []), identity.get("origin") or {}
+    if not (isinstance(data, list) and isinstance(origin, dict)):
+        raise JsonError(f"data or origin in {IDENTITY} are not as a run stores them")
+    records = [record for record in data if isinstance(record, dict)]
+    if not all(isinstance(record.get("licences", []), list) for record in records):
+        raise JsonError(f"licences in {IDENTITY} are no list")
+    return records, {str(key): str(value) for key, value in origin.items()}
 
 
 def _thinned(values: list[Any]) -> list[Any]:

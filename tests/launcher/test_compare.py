@@ -52,7 +52,7 @@ def test_differences_are_of_all_tasks_that_both_sides_have(tmp_path: Path) -> No
     runs = []
     for name in ("mgca", "plain"):
         item = measured(tmp_path, name, 0, [1, 2, 3, 4])
-        item.evaluation.data["name"] = "phantom"
+        item.evaluation.data["name"], item.evaluation.model["step"] = "phantom", 3
         if name == "plain":
             item.evaluation.results["retrieval"] = {"trained": {"image_to_text/R@5": Estimate(0.25)}}
             item.evaluation.notes["retrieval"] = {}

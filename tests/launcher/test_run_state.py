@@ -147,6 +147,22 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_passed_over(
     assert result.exit_code == 0
 
 
+def test_what_stands_in_brackets_is_shown_as_it_is(tmp_path: Path) -> None:
+    """It was taken for markup: left out, or an error."""
+    run = tmp_path / "a[" / "x]"
+    write_run(run, [20], {20: 0.9})
+    (run / "config.yaml").write_text(CONFIG.replace("mgca", '"m[/y]"'))
+    file = run / "checkpoints" / step_folder(20) / MANIFEST
+    made = Manifest.read(file.parent)
+    made.created, made.wandb_run_id = "[/now]", "[/id]"
+    file.write_text(made.to_json())
+    for words, told in ((("runs", tmp_path), ("x]", "m[/y]", "[/id]")), (("checkpoints", run), ("[/now]",))):
+        result = CliRunner().invoke(app, [str(word) for word in words])
+        assert result.exit_code == 0, result.exception
+        for text in told:
+            assert text in result.stdout
+
+
 def test_a_resumed_run_is_not_judged_by_its_earlier_end(tmp_path: Path) -> None:
     events = write_run(tmp_path / "a", [10], {10: 0.5})
     for kind in ("start", "interrupt", "resume"):

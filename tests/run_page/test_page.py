@@ -8,17 +8,24 @@ import shutil
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
+import safetensors.torch
+from typer.testing import CliRunner
 
+import medvlp
+from launcher.main import app
 from medvlp.evaluation.report import results, scores
 from medvlp.evaluation.task import Scores
-from medvlp.run_page import history
+from medvlp.run_page import history, samples
 from medvlp.run_page.charts import line_chart
 from medvlp.runs.errors import RunFolderError
-from shards.errors import UsageError
+from medvlp.runs.manifest import Manifest
+from medvlp.runs.state_files import checksum
+from shards.errors import MedvlpError, UsageError
 from shards.reader import ShardReader
+from tests.export.saved import save_run
 from tests.run_page.made import Page, add_clusters, add_examples, invoke, made_scores
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
@@ -152,6 +159,117 @@ def test_samples_of_patients_need_a_word(run: Path, data: Path, tmp_path: Path) 
     assert ShardReader(data).metadata("test", 0)["sentences"][0] not in page
     invoke(run, "--out", tmp_path / "b.html", "--data", real, "--include-samples", "--samples", 1)
     assert "data:image/jpeg" in (tmp_path / "b.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"checkpoint": "step-00000009"}, "the evaluated checkpoint is gone"),
+        ({"checkpoint": "../checkpoints/step-00000003"}, "the evaluated checkpoint is gone"),
+        ({"weights": "0" * 32}, "step-00000003 holds other weights than were evaluated"),
+        ({"weights": ""}, ""),  # a file of before
+    ],
+)
+def test_samples_are_of_the_weights_that_were_evaluated(
+    changed: dict[str, str], told: str, make: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = make("again", 0.5)
+    evaluation = results.read(run / "evaluation.json")
+    evaluation.model |= changed
+    results.write(evaluation, run / "evaluation.json")
+    result = invoke(run, "--out", tmp_path / "a.html", "--samples", 1)
+    assert result.exit_code == 0, result.exception
+    text = (tmp_path / "a.html").read_text()
+    assert told in text
+    assert ("data:image" in text) == (not told)
+
+
+def test_a_network_that_has_diverged_has_no_samples(make: Callable[..., Path], tmp_path: Path) -> None:
+    run = make("diverged", 0.5)
+    folder = run / "checkpoints" / "step-00000003"
+    file, manifest = folder / "weights.safetensors", Manifest.read(folder)
+    weights = {name: value * float("nan") if value.is_floating_point() else value
+               for name, value in safetensors.torch.load_file(file).items()}  # fmt: skip
+    safetensors.torch.save_file(weights, file)
+    manifest.files[file.name]["xxh3_128"] = checksum(file)
+    (folder / "manifest.json").write_text(manifest.to_json())
+    evaluation = results.read(run / "evaluation.json")
+    evaluation.model["weights"] = checksum(file)
+    results.write(evaluation, run / "evaluation.json")
+    result = invoke(run, "--out", tmp_path / "a.html", "--samples", 1)
+    assert result.exit_code == 0, result.exception
+    assert "are NaN or infinite" in (tmp_path / "a.html").read_text()
+
+
+def test_a_report_that_the_model_does_not_read_takes_no_other_off_the_page(
+    data: Path, tmp_path: Path
+) -> None:
+    """Of a report of one word the cleaning of MGCA leaves nothing, which ended the search among all."""
+    short = tmp_path / "data"
+    shutil.copytree(data, short, ignore=shutil.ignore_patterns("tokens"))
+    reader = ShardReader(short)
+    shard, _, members = reader._members("test", 0)
+    start, size = members["json"]
+    content = bytearray((short / shard.file).read_bytes())
+    metadata = bytes(content[start : start + size])
+    for text in filter(None, reader.metadata("test", 0)["sections"].values()):
+        stored = json.dumps(text).encode()
+        assert stored in metadata
+        metadata = metadata.replace(stored, json.dumps("x".ljust(len(stored) - 2)).encode())
+    content[start : start + size] = metadata
+    (short / shard.file).write_bytes(content)
+    save_run(data, tmp_path / "run", "data.cleaning=mgca", "data.sections=[findings]")
+    dataset = medvlp.open_dataset(short, "test")
+    dataset.label_names.append("Other")  # which has no prompts
+    shown = samples.shown_samples(medvlp.load(tmp_path / "run", "cpu"), dataset, len(dataset))
+    by_key = {one.key: one for one in shown}
+    assert len(by_key) == len(dataset) > 1
+    assert all(one.picture and one.nearest and one.scores for one in shown)
+    assert by_key.pop(dataset[0].key).rank is None
+    assert all(one.rank and one.rank <= one.among == len(dataset) - 1 for one in by_key.values())
+
+
+_HUGE = 10**400
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("metrics.jsonl", {"step": 30, "loss": _HUGE}),
+        ("metrics.jsonl", {"step": _HUGE, "loss": 1.0}),
+        ("events.jsonl", {"kind": "resume", "step": _HUGE}),
+        ("identity.json", {"data": None}),
+        ("identity.json", {"data": [], "origin": "x"}),
+        ("identity.json", {"data": [{"name": "phantom", "licences": None}]}),
+        ("evaluation.json", {"model": {"step": "x"}}),
+        ("evaluation.json", {"model": {"step": None}}),
+        ("evaluation.json", {"model": {"step": _HUGE}}),
+        ("evaluation.json", {"model": {"weights": ["x"]}}),
+        ("evaluation.json", {"data": {"name": None}}),
+        ("evaluation.json", {"notes": {"zero-shot": {"not_evaluable": ["x"]}}}),
+        ("evaluation.json", {"notes": {"zero-shot": {"not_evaluable": 1}}}),
+    ],
+)
+def test_malformed_files_of_strangers_are_one_line(
+    name: str, changed: dict[str, Any], run: Path, tmp_path: Path
+) -> None:
+    """Each was a traceback."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    file = copy / name
+    if name.endswith(".jsonl"):
+        file.write_text(file.read_text() + "\n" + json.dumps(changed) + "\n")
+    else:
+        content = json.loads(file.read_text()) if file.is_file() else {}
+        for section, values in changed.items():
+            content[section] = content[section] | values if section in content else values
+        file.write_text(json.dumps(content))
+    made = [invoke(copy, "--out", tmp_path / "a.html", "--samples", 0)]
+    if name == "evaluation.json":
+        made.append(CliRunner().invoke(app, ["export", str(copy), "--out", str(tmp_path / "out")]))
+        assert made[0].exception is not None
+    for result in made:
+        assert result.exit_code == 0 or isinstance(result.exception, MedvlpError), result.exception
+        assert "\n" not in str(result.exception)
 
 
 def test_names_of_strangers_are_text(make: Callable[..., Path], tmp_path: Path) -> None:

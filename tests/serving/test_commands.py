@@ -80,6 +80,18 @@ def test_a_server_and_the_files_tell_the_same(
     assert medvlp("cluster", largest, "--run", served).stdout == answers[0].stdout
 
 
+def test_keys_in_brackets_are_shown_as_they_are(
+    built: Path, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were taken for markup: left out, or an error."""
+    largest = int(Members.of(snapshot).images.argmax())
+    monkeypatch.setattr(Snapshot, "key_of", lambda self, row: "a[/x][red]")
+    for question in (("nearest", "--text", "Clear lungs."), ("cluster", largest)):
+        result = medvlp(*question, "--run", built, "--offline")
+        assert result.exit_code == 0, result.exception
+        assert "a[/x][red]" in result.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message", "code"),
     [

@@ -123,16 +123,25 @@ def read(file: Path) -> Evaluation:
 
 
 def _check_names(evaluation: Evaluation) -> None:
-    """Refuse a file without the texts that tables and comparisons are made of."""
+    """Refuse a file without the texts and numbers that tables, pages and comparisons are made of."""
     for section, names in (
         ("model", ("name",)),
-        ("data", ("fingerprint", "split")),
+        ("data", ("name", "fingerprint", "split")),
         ("settings", ("uncertain",)),
     ):
         values = getattr(evaluation, section)
         for name in names:
             if not isinstance(values.get(name), str) or not values[name].isprintable():
                 raise JsonError(f"{section}.{name} is no text")
+    for name in ("checkpoint", "weights"):
+        if not isinstance(evaluation.model.get(name, ""), str):
+            raise JsonError(f"model.{name} is no text")
+    step = evaluation.model.get("step")
+    if type(step) is not int or not 0 <= step < 2**53:
+        raise JsonError("model.step is no number of steps")
+    splits = evaluation.data.get("splits", {})
+    if not isinstance(splits, dict) or not all(isinstance(of, dict) for of in splits.values()):
+        raise JsonError("data.splits are no splits")
     labels = evaluation.settings.get("labels", [])
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise JsonError("settings.labels are no texts")

@@ -12,7 +12,7 @@ from medvlp.evaluation.metrics.bootstrap import Estimate
 from medvlp.evaluation.report.comparison import Grid, grid, reading_of, unavailable, unlike
 from medvlp.evaluation.report.differences import Row
 from medvlp.evaluation.report.results import Evaluation
-from medvlp.evaluation.task import Reading
+from medvlp.evaluation.task import EvaluationError, Reading
 
 #: Models and metrics of `medvlp.evaluation.metrics` for people; a task's `Reading` names its own.
 _NAMES = {
@@ -131,7 +131,21 @@ def cell(estimate: Estimate | None, metric: str, reading: Reading) -> str:
 
 
 def remarks(task: str, notes: Mapping[str, Any]) -> list[str]:
-    """What has to stand under a task's table: what it says itself, baselines, findings without a number."""
+    """What has to stand under a task's table: what it says itself, baselines, findings without a number.
+
+    Raises:
+        EvaluationError: the notes are not what the task writes.
+    """
+    try:
+        return _remarks(task, notes)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # Notes are the task's own, and each reads only what it needs.
+        raise EvaluationError(
+            f"{task}: the notes of its result are not as this program writes them: evaluate it again"
+        ) from error
+
+
+def _remarks(task: str, notes: Mapping[str, Any]) -> list[str]:
     lines = [f"left out: {notes['left_out']}"] if notes.get("left_out") else []
     lines += reading_of(task).remarks(notes)
     if "pixels" in notes:
