@@ -14,6 +14,7 @@ import argparse
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from itertools import islice, pairwise
 from pathlib import Path
 from statistics import median
@@ -30,8 +31,8 @@ FARTHEST = 1.05
 WARM = 5
 
 
-def load(root: Path, folder: Path, stage: int, steps: int) -> Any:
-    """The config of the demo for a few steps."""
+def load(root: Path, folder: Path, stage: int, steps: int, more: Sequence[str] = ()) -> Any:
+    """The config of the demo for a few steps, with more `key=value`."""
     from medvlp import config_files
     from medvlp.evaluation import task
     from medvlp.methods.registry import schemas
@@ -39,13 +40,13 @@ def load(root: Path, folder: Path, stage: int, steps: int) -> Any:
     overrides = [
         f"data.root={root}", f"run.dir={folder}", f"zero.stage={stage}", f"train.steps={steps}",
         "train.threads=1", "prototypes.init=random", "checkpoint.every_steps=0", "monitor.wandb=disabled",
-        "monitor.progress=false", "optimizer.lr=1e-4",
+        "monitor.progress=false", "optimizer.lr=1e-4", *more,
     ]  # fmt: skip
     return config_files.load([str(DEMO)], overrides, schemas(), tasks=task.schemas())
 
 
-def ours(root: Path, stage: int, steps: int) -> float:
-    """Median seconds from the begin of one step to that of the next."""
+def ours(root: Path, stage: int, steps: int, more: Sequence[str] = ()) -> float:
+    """Median seconds from the begin of one step to that of the next; `more` as in `load`."""
     from medvlp.training.pretrain import Pretraining
     from medvlp.training.run import train
     from medvlp.training.trainer import Trainer
@@ -60,7 +61,7 @@ def ours(root: Path, stage: int, steps: int) -> float:
     Trainer._train_step = timed  # type: ignore[method-assign]
     try:
         with tempfile.TemporaryDirectory() as folder:
-            train(Pretraining(load(root, Path(folder) / "run", stage, steps)))
+            train(Pretraining(load(root, Path(folder) / "run", stage, steps, more)))
     finally:
         Trainer._train_step = step  # type: ignore[method-assign]
     return median(after - before for before, after in pairwise(moments[WARM:]))
