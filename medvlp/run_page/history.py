@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +25,8 @@ _PLACES = ("run.dir", "run.name", "data.root", "data.cache_dir")
 _ABSOLUTE = re.compile(r"(?<![\w./])/(?:[^\s/]+/)+")
 #: Points of a curve; a longer one is thinned evenly.
 POINTS = 500
+#: Axes of numbers near the largest of all floats overflow.
+_DRAWN = 1e300
 #: Kinds of events after which a run went on anew.
 _RESTARTS = ("resume",)
 
@@ -116,8 +117,8 @@ def _is_step(value: Any) -> TypeGuard[int]:
 
 
 def _is_drawn(value: Any) -> bool:
-    """Whether a value is a finite number; an integer may have more digits than a float takes."""
-    return (type(value) is float and math.isfinite(value)) or (type(value) is int and abs(value) < 2**53)
+    """Whether a value is a number that an axis can show."""
+    return type(value) in (int, float) and abs(value) < _DRAWN
 
 
 def _made_from(identity: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, str]]:

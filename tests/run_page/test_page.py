@@ -237,6 +237,7 @@ _HUGE = 10**400
     [
         ("metrics.jsonl", {"step": 30, "loss": _HUGE}),
         ("metrics.jsonl", {"step": _HUGE, "loss": 1.0}),
+        ("metrics.jsonl", {"step": 30, "loss": 1.7e308}),
         ("events.jsonl", {"kind": "resume", "step": _HUGE}),
         ("identity.json", {"data": None}),
         ("identity.json", {"data": [], "origin": "x"}),
