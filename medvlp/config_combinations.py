@@ -1,11 +1,31 @@
 """Combinations of config values that are refused before anything starts."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from medvlp.config import Config, ConfigError, ImageConfig
 
 #: Least standard deviation of a channel.
 MIN_STD = 1e-6
+#: What DeepSpeed's JSON says of a run -> our key for it, which schedule, checkpoints and memory plan follow.
+_SAID_BY_KEYS = {
+    "train_batch_size": "train.global_batch",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "train.micro_batch",
+    "optimizer": "optimizer",
+    "scheduler": "optimizer.schedule",
+    "bf16.enabled": "precision",
+    "bfloat16.enabled": "precision",
+    "fp16.enabled": "precision",
+    "amp.enabled": "precision",
+    "torch_autocast.enabled": "precision",
+    "zero_optimization.stage": "zero.stage",
+    "zero_optimization.offload_optimizer.device": "zero.offload_optimizer",
+    "zero_optimization.cpu_offload": "zero.offload_optimizer",
+    "zero_optimization.offload_param.device": "zero.offload_parameters",
+    "zero_optimization.cpu_offload_param": "zero.offload_parameters",
+}
 
 
 def check_combinations(config: Config) -> None:
@@ -49,6 +69,30 @@ def check_combinations(config: Config) -> None:
                 f"optimizer.phases[{number}]: epochs={phase.epochs} must be above 0 and above "
                 f"warmup_epochs={phase.warmup_epochs}"
             )
+
+
+def check_deepspeed(config: Config) -> None:
+    """Refuse what `deepspeed` says of a run that a key of ours says; the two would contradict each other."""
+    for path, key in _SAID_BY_KEYS.items():
+        if said := _said(config.deepspeed, path):
+            raise ConfigError(
+                f"deepspeed.{said} would stand above {key}, which the rest of a run follows: leave it out "
+                f"and say it as {key}"
+            )
+
+
+def _said(tree: Mapping[str, Any], path: str) -> str | None:
+    """How far a tree follows a dotted path to its end, or to what is no mapping; None: it does not."""
+    value: Any = tree
+    seen: list[str] = []
+    for part in path.split("."):
+        if not isinstance(value, Mapping):
+            break
+        if part not in value:
+            return None
+        value = value[part]
+        seen.append(part)
+    return ".".join(seen)
 
 
 def _check_validation(config: Config) -> None:

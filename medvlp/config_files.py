@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from medvlp import trust
 from medvlp.config import Config, EvaluationConfig, MethodConfig, TaskConfig
 from medvlp.config import ConfigError as ConfigError  # the readers of files know it under this name
-from medvlp.config_combinations import check_combinations
+from medvlp.config_combinations import check_combinations, check_deepspeed
 from medvlp.config_keys import anchor_files, keep_texts, move_keys, moved_keys, section_at
 from medvlp.config_values import value_problem
 from shards.strict_json import read_limited
@@ -89,6 +89,8 @@ def load(
     config = cast(Config, _resolved(merged))
     _check_values(config)
     check_combinations(config)
+    if "deepspeed" not in unused:  # runs of earlier versions can still be read
+        check_deepspeed(config)
     config.method.check(config)
     for settings in config.evaluation.tasks.values():
         if isinstance(settings, TaskConfig):

@@ -12,7 +12,9 @@ from typing import Any, get_type_hints
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from launcher.main import app
 from launcher.slurm.cluster_config import ClusterConfig, load_cluster
 from medvlp import config_files
 from medvlp.config import Config, PhaseConfig, TransformConfig
@@ -133,6 +135,43 @@ def test_values_no_run_can_use_are_refused_by_name(override: str, part: str) -> 
     found = attempt(override)
     assert isinstance(found, str)
     assert part in found
+
+
+@pytest.mark.parametrize(
+    ("said", "part", "key"),
+    [
+        ("{zero_optimization: {stage: 3}}", "zero_optimization.stage", "zero.stage"),
+        ("{zero_optimization: true}", "zero_optimization", "zero.stage"),
+        ("{bf16: {enabled: true}}", "bf16.enabled", "precision"),
+        ("{bfloat16: {enabled: true}}", "bfloat16.enabled", "precision"),
+        ("{fp16: {enabled: false}}", "fp16.enabled", "precision"),
+        ("{optimizer: {type: Lion}}", "optimizer", "optimizer"),
+        ("{scheduler: {type: OneCycle}}", "scheduler", "optimizer.schedule"),
+        ("{train_batch_size: 8}", "train_batch_size", "train.global_batch"),
+        ("{gradient_accumulation_steps: 2}", "gradient_accumulation_steps", "train.micro_batch"),
+        (
+            "{zero_optimization: {offload_param: {device: cpu}}}",
+            "zero_optimization.offload_param.device",
+            "zero.offload_parameters",
+        ),
+    ],
+)
+def test_what_a_key_says_is_not_said_to_deepspeed(said: str, part: str, key: str) -> None:
+    found = attempt(f"deepspeed={said}")
+    assert isinstance(found, str)
+    assert found.startswith(f"deepspeed.{part} would stand above {key},")
+    words = [*NEEDED, f"deepspeed={said}"]
+    shown = CliRunner().invoke(app, ["config", *words])
+    assert str(shown.exception) == found, "of medvlp config, which makes no use of it"
+    config_files.load([], words, SCHEMAS, unused={"deepspeed"})
+
+
+def test_what_no_key_says_is_said_to_deepspeed() -> None:
+    for said in (
+        "{zero_optimization: {reduce_bucket_size: 1000, offload_optimizer: {pin_memory: false}}}",
+        "{gradient_clipping: 0.25, fp16: {initial_scale_power: 8}, bf16: {}}",
+    ):
+        assert isinstance(attempt(f"deepspeed={said}"), Config)
 
 
 def bomb(levels: int = 30) -> str:

@@ -161,7 +161,7 @@ def test_the_users_own_file_may_look_up_and_the_stored_config_reads_back(
     config = config_files.load([own], [], schemas())
     assert (config.data.root, config.run.name) == (str(data), "${PLACE}")
     (tmp_path / "config.yaml").write_text(config_files.to_yaml(config))
-    again = config_files.load([tmp_path / "config.yaml"], [f"run.dir={tmp_path}"], schemas(), tmp_path)
+    again = config_files.load([tmp_path / "config.yaml"], [f"run.dir={tmp_path}"], schemas())
     assert again.run.name == "${PLACE}"
 
 

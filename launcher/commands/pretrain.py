@@ -151,7 +151,7 @@ def config(
 
     With --plan the exit code is 2 when train.micro_batch does not fit.
     """
-    from medvlp import config_files, config_reference, trust
+    from medvlp import config_combinations, config_files, config_reference, trust
     from medvlp.evaluation import task
     from medvlp.methods.registry import schemas
 
@@ -162,6 +162,7 @@ def config(
     tree = config_files.merge(files, overrides, schemas(), tasks=task.schemas())
     if not config_files.missing(tree):
         loaded = config_files.load(files, overrides, schemas(), unused=trust.KEYS, tasks=task.schemas())
+        config_combinations.check_deepspeed(loaded)
         if plan:
             _print_plan(loaded, gpus, gpu_memory, tflops, mfu)
             return

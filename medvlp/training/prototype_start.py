@@ -1,7 +1,7 @@
 """Starts learned prototypes by k-means where a phase of the run is the first to use them."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -35,6 +35,10 @@ class PrototypeStart(Callback):
         schedule: of the run.
         batches: this rank's micro-batches from a step on.
         log: takes "prototypes/start_similarity", the mean cosine of the features to their centroid.
+
+    Attributes:
+        alive: called with a place and the finished steps before each batch, so that nobody takes this rank
+            for dead.
     """
 
     name = "prototype_start"
@@ -50,6 +54,7 @@ class PrototypeStart(Callback):
     ) -> None:
         self.engine, self.config, self.seed, self.log = engine, config, seed, log
         self.schedule, self.batches = schedule, batches
+        self.alive: Callable[[str, int], None] = lambda place, step: None
 
     def on_step(self, record: StepRecord) -> None:
         """Start the prototypes of the phase that the next step begins, if there are any; a collective."""
@@ -62,7 +67,7 @@ class PrototypeStart(Callback):
             prototypes = user.learned_prototypes
             assert prototypes is not None, "of those that start"
             name = next(name for name, part in method.named_modules() if part is prototypes)
-            clusters, length = find_prototypes(method, user, self.batches(step), self.config, self.seed)
+            clusters, length = find_prototypes(method, user, self._marked(step), self.config, self.seed)
             values = prototypes.started(clusters.centroids, length).float()
             self.engine.rewrite_rows(f"{name}.weight", torch.arange(len(values)), values)
             self.log({"prototypes/start_similarity": clusters.similarity})
@@ -71,3 +76,8 @@ class PrototypeStart(Callback):
                 step,
                 clusters.similarity,
             )
+
+    def _marked(self, step: int) -> Iterator[Batch]:
+        for batch in self.batches(step):
+            self.alive("starting prototypes", step)
+            yield batch

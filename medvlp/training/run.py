@@ -321,9 +321,9 @@ def _callbacks(
     else:
         decline_worker(detect())
     if isinstance(objective, Method) and late_start(objective, config.prototypes, schedule):
-        callbacks.append(
-            PrototypeStart(engine, config.prototypes, config.train.seed, schedule, loader, monitor.add)
-        )
+        start = PrototypeStart(engine, config.prototypes, config.train.seed, schedule, loader, monitor.add)
+        start.alive = watchdog.mark
+        callbacks.append(start)
     if config.prototypes.revive_below > 0:
         callbacks.append(PrototypeRevival(engine, config.prototypes, config.train.seed, monitor.add))
     if every := interval(config, steps_per_epoch):

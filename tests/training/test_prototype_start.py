@@ -33,10 +33,12 @@ SCHEDULE = Schedule(np.full(4, 3e-3), np.array([0, 0, 1, 1]))
 BANK = "alignment.objective.bank"
 
 
-def own_rows() -> Any:
-    share = 12 // distributed.world_size()
-    first = share * distributed.rank()
-    return rows_of(report_batch([[2, 3], [4], [2, 2, 2]] * 4), first, first + share)
+def own_rows(parts: int = 1) -> list[Any]:
+    """This rank's share of twelve samples, in so many batches."""
+    share = 12 // distributed.world_size() // parts
+    first = parts * share * distributed.rank()
+    whole = report_batch([[2, 3], [4], [2, 2, 2]] * 4)
+    return [rows_of(whole, first + share * part, first + share * (part + 1)) for part in range(parts)]
 
 
 def start(stage: int, precision: Precision) -> dict[str, Any]:
@@ -48,24 +50,26 @@ def start(stage: int, precision: Precision) -> dict[str, Any]:
     torch.manual_seed(0)
     method = build_method(config, VOCABULARY)
     assert late_start(method, KMEANS, SCHEDULE)
-    assert initialise_prototypes(method, lambda: [own_rows()], KMEANS, seed=3) == []
+    assert initialise_prototypes(method, own_rows, KMEANS, seed=3) == []
     engine = Engine(method, config, divide_batch(config, distributed.world_size()), device)
     logged: list[dict[str, float]] = []
-    starting = PrototypeStart(engine, KMEANS, 3, SCHEDULE, lambda step: [own_rows()], logged.append)
+    starting = PrototypeStart(engine, KMEANS, 3, SCHEDULE, lambda step: own_rows(2), logged.append)
+    marks: list[tuple[str, int]] = []
+    starting.alive = lambda *mark: marks.append(mark)
     (user,) = method.prototype_users
 
     def bank() -> np.ndarray:
         return engine.whole_parameter(f"{BANK}.weight").float().cpu().numpy().copy()
 
     def clusters() -> Any:
-        return find_prototypes(method, user, [own_rows()], KMEANS, 3)
+        return find_prototypes(method, user, own_rows(2), KMEANS, 3)
 
     found: dict[str, Any] = {"first": clusters().clusters.centroids.numpy(), "random": bank()}
     for step in range(1, 4):
         method.train()
         method.on_progress(Progress(0, step - 1, 4, int(SCHEDULE.phases[step - 1])))
         engine.set_learning_rate(3e-3)
-        output = engine.forward(own_rows())
+        output = engine.forward(*own_rows())
         engine.backward(output.loss)
         engine.step()
         assert ("loss/bank" in output.terms) == (step == 3)
@@ -75,7 +79,7 @@ def start(stage: int, precision: Precision) -> dict[str, Any]:
         starting.on_step(record(engine, step))
         found[f"after {step}"] = bank()
     engine.close()
-    return found | {"logged": logged}
+    return found | {"logged": logged, "marks": marks}
 
 
 @pytest.mark.dist
@@ -89,6 +93,7 @@ def test_the_bank_starts_where_it_is_first_used(gloo_pool: Pools, stage: int, pr
         directions = found["expected"] / np.linalg.norm(found["expected"], axis=1, keepdims=True)
         assert np.abs(directions - found["first"]).max() > 1e-3, "the features have moved since the beginning"
         assert [list(each) for each in found["logged"]] == [["prototypes/start_similarity"]]
+        assert found["marks"] == [("starting prototypes", 2)] * 2, "one for each batch"
         moved = np.abs(found["after 3"] - found["after 2"])
         assert 0 < moved.max() < 0.05, "the optimiser goes on from the started prototypes"
         np.testing.assert_array_equal(found["after 3"], results[0]["after 3"])
