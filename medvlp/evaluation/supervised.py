@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,6 +34,7 @@ from medvlp.evaluation.while_training import MeasuredPretraining
 from medvlp.methods import registry
 from medvlp.methods.base import Objective
 from medvlp.runs import saved_run
+from medvlp.runs.agreement import together
 from medvlp.runs.encoder_records import described
 from medvlp.runs.errors import CheckpointError
 from medvlp.runs.events import is_finished
@@ -133,7 +134,7 @@ class Supervised(Recipe):
         assert isinstance(objective, SupervisedObjective)
         source = self._source
         if self.config.finetune.start == "trained":
-            source.checkpoint.weights_into(objective.method)
+            together(partial(source.checkpoint.weights_into, objective.method))
         else:
             began = saved_run.load_config(source, [], reads_data=False)
             begin_again(objective.method, began, None if source.stored is None else source.stored[0])

@@ -15,6 +15,7 @@ from medvlp.data.text import Tokenizer
 from medvlp.data.transforms import evaluation_crop
 from medvlp.methods.base import Method
 from medvlp.methods.registry import build_method, schemas
+from medvlp.runs.agreement import together
 from medvlp.runs.checkpoint import Checkpoint
 from medvlp.runs.encoder_records import described
 from medvlp.runs.errors import RunFolderError
@@ -76,21 +77,29 @@ def run_of(path: Path) -> Path:
 
 
 def locate(path: Path) -> SavedRun:
-    """Find the run and checkpoint that a path means, and verify its checksums.
+    """Find the run and checkpoint that a path means, and verify its checksums; all ranks call this together.
 
     Args:
         path: a run folder (its newest valid checkpoint is taken) or a checkpoint folder
             (`RUN/checkpoints/step-00000005`).
 
     Raises:
-        RunFolderError: neither of them, or a run without checkpoints.
+        RunFolderError: neither of them (on some rank's machine), or a run without checkpoints.
         CheckpointError: the checkpoint is damaged, or all of the run's are, or a manifest is unreadable.
     """
-    if (path / CONFIG).is_file():
+    run = together(lambda: _run_at(path))
+    if run == path:
         newest = Checkpoint.find(path)
         if newest is None:
             raise RunFolderError(f"{path}: no checkpoint in its folder checkpoints/; train a step first")
         return SavedRun(path, newest)
+    return SavedRun(run, together(lambda: Checkpoint.open(path, [WEIGHTS])))
+
+
+def _run_at(path: Path) -> Path:
+    """The run folder that a run or checkpoint folder belongs to; errors as `locate`."""
+    if (path / CONFIG).is_file():
+        return path
     if not (path / MANIFEST).is_file():
         raise RunFolderError(
             f"{path}: neither a run folder (with {CONFIG}) nor a checkpoint folder (with {MANIFEST})"
@@ -98,7 +107,7 @@ def locate(path: Path) -> SavedRun:
     run = run_of(path)
     if not (run / CONFIG).is_file():
         raise RunFolderError(f"{path}: no {CONFIG} in {run}; a checkpoint is read inside its run folder")
-    return SavedRun(run, Checkpoint.open(path, [WEIGHTS]))
+    return run
 
 
 #: Keys that only a training makes use of.

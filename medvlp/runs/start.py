@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import safetensors
@@ -14,6 +15,7 @@ from medvlp.config import Config
 from medvlp.data.text import Tokenizer
 from medvlp.methods.base import Method
 from medvlp.runs import saved_run
+from medvlp.runs.agreement import together
 from medvlp.runs.errors import CheckpointError
 from medvlp.runs.identity import IdentityError, RunIdentity, check_tokenizer
 from medvlp.runs.saved_run import SavedRun
@@ -120,6 +122,8 @@ def _read_by(
 def begin_again(method: Method, config: Config, identity: RunIdentity | None) -> None:
     """Give a network built anew the weights that the run's training began with, where they were a run's.
 
+    All ranks call this together.
+
     Raises:
         IdentityError: `train.start` holds other weights today, or cannot be read.
     """
@@ -135,4 +139,4 @@ def begin_again(method: Method, config: Config, identity: RunIdentity | None) ->
             f"train.start={config.train.start} holds other weights than those the run was started from, so "
             "the network before training cannot stand beside it: give the old ones with train.start=PATH"
         )
-    start.weights_into(method, config)
+    together(partial(start.weights_into, method, config))

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from medvlp import distributed
-from medvlp.runs import checkpoint, state_files
+from medvlp.runs import checkpoint, saved_run, state_files
 from medvlp.runs.checkpoint import Checkpoint
-from medvlp.runs.errors import CheckpointError
+from medvlp.runs.errors import AgreedError, CheckpointError
 from tests.training.saving import tiny_config, train_and_save
 
 
@@ -96,6 +96,26 @@ def find_in_a_folder_that_rank_0_cannot_list(run: str) -> str:
         return str(error)
     finally:
         checkpoint.step_folders = original
+
+
+def located(run: str) -> str:
+    """What is said of a run whose folder is not there on the machine of rank 1."""
+    distributed.initialize()
+    try:
+        return str(saved_run.locate(Path(run if distributed.is_main() else f"{run}-absent")).run)
+    except AgreedError as error:
+        return str(error)
+
+
+@pytest.mark.dist
+def test_a_run_that_one_machine_does_not_see_is_named_on_all(gloo_pool, run_of_two, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(run_of_two / "checkpoints", run / "checkpoints")
+    (run / "config.yaml").touch()
+    said = gloo_pool(2).run(located, str(run))
+    assert said[0] == said[1]
+    assert f"{run}-absent: neither a run folder" in said[0]
+    assert gloo_pool(2).run(located, str(run)) == said, "nobody waits for a message of before"
 
 
 @pytest.mark.dist
