@@ -139,12 +139,13 @@ def _check_names(evaluation: Evaluation) -> None:
     step = evaluation.model.get("step")
     if type(step) is not int or not 0 <= step < 2**53:
         raise JsonError("model.step is no number of steps")
-    splits = evaluation.data.get("splits", {})
+    splits = evaluation.data.setdefault("splits", {})
     if not isinstance(splits, dict) or not all(isinstance(of, dict) for of in splits.values()):
         raise JsonError("data.splits are no splits")
-    labels = evaluation.settings.get("labels", [])
-    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise JsonError("settings.labels are no texts")
+    for name in ("labels", "tasks"):
+        texts = evaluation.settings.setdefault(name, [])
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise JsonError(f"settings.{name} are no texts")
     for name in ("options", "files"):
         of_tasks = evaluation.settings.get(name, {})
         if not isinstance(of_tasks, dict) or not all(isinstance(of, dict) for of in of_tasks.values()):

@@ -24,7 +24,7 @@ def make(trained: float, fingerprint: str = "abc", uncertain: str = "exclude") -
     return Evaluation(
         model={"name": "run", "run": "runs/run", "checkpoint": "step-00000005", "step": 5},
         data={"name": "phantom", "root": "shards", "fingerprint": fingerprint, "split": "test", "splits": {}},
-        settings={"uncertain": uncertain},
+        settings={"uncertain": uncertain, "labels": [], "tasks": []},
         results={
             "zero-shot": {
                 "trained": {
@@ -45,6 +45,11 @@ def test_a_result_comes_back_as_it_was_written(tmp_path: Path) -> None:
     file = tmp_path / "evaluation.json"
     results.write(make(0.8), file)
     assert results.read(file) == make(0.8)
+    bare = make(0.8)
+    del bare.data["splits"], bare.settings["tasks"]
+    results.write(bare, tmp_path / "bare.json")
+    assert results.read(tmp_path / "bare.json") == make(0.8), "what readers rely on is there"
+    (tmp_path / "bare.json").unlink()
     content = json.loads(file.read_text())
     assert content["schema_version"] == results.SCHEMA_VERSION
     assert content["results"]["zero-shot"]["trained"]["auroc/macro"] == {
