@@ -17,6 +17,7 @@ from medvlp.evaluation.features import Wanted, embed, embed_texts, shrink
 from medvlp.evaluation.task import EvaluationError
 from medvlp.methods.base import Method, StepOutput
 from medvlp.prototypes.table import PrototypeTable
+from shards.errors import NotFiniteError
 
 CPU = torch.device("cpu")
 
@@ -180,7 +181,7 @@ def test_an_empty_split_and_a_diverged_model_are_errors() -> None:
         embed({"m": Linear()}, [], Wanted(), CPU)
     diverged = Linear()
     diverged.image.weight.data[0, 0] = torch.nan
-    with pytest.raises(EvaluationError, match="the trained network gives NaN"):
+    with pytest.raises(NotFiniteError, match="of the trained network are NaN or infinite"):
         embed({"trained": diverged}, make_batches(5), Wanted(features=True), CPU)
 
 

@@ -24,6 +24,7 @@ from medvlp.evaluation.task import EvaluationError, Facts, Role, Task, TaskResul
 from medvlp.evaluation.tasks.grounding import Grounding, GroundingConfig
 from medvlp.methods.medslip.method import fuse_anatomies, mean_attention
 from medvlp.methods.medslip.modules import Decoded
+from shards.errors import NotFiniteError
 from shards.format import Index, SplitTotals
 from tests.evaluation.prepared import NAMES, Prepared
 from tests.golden_files import Golden, every
@@ -255,7 +256,7 @@ def test_maps_of_a_batch_alone_are_held(tmp_path: Path) -> None:
 def test_values_that_are_not_finite_end_the_task(tmp_path: Path) -> None:
     session = Placed()
     session.networks["trained"] = Sees(float("nan"))
-    with pytest.raises(EvaluationError, match="trained network gives NaN"):
+    with pytest.raises(NotFiniteError, match="maps of the trained network are NaN or infinite"):
         run(tmp_path, session)
     session.networks["trained"] = Sees(7.0)
     with pytest.raises(EvaluationError, match=r"a value outside -1.0 to 1.0: set evaluation.tasks.grounding"):
