@@ -163,8 +163,10 @@ class Session:
     def splits_used(self) -> dict[str, dict[str, int]]:
         """Samples, patients and corrupt samples of each split that has been read, embedded or by datasets."""
         found = {}
-        for name in self._splits.keys() | self._stores.keys():
-            samples, totals = self.reader.sample_count(name), self.reader.index.splits[name]
+        for name, totals in self.reader.index.splits.items():
+            if name not in self._splits and name not in self._stores:
+                continue
+            samples = self.reader.sample_count(name)
             if name in self._splits:
                 patients = self._splits[name].patients
                 read, known = len(patients), len(np.unique(patients))

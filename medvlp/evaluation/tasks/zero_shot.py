@@ -219,9 +219,10 @@ class ZeroShot(Task):
     def unavailable_on(self, facts: Facts) -> str | None:
         if not facts.findings:
             return "the dataset has no labels"
-        if not set(facts.findings) & self.ensemble(facts).rows.keys():
+        asked = self.ensemble(facts).rows.keys()
+        if not set(facts.findings) & asked:
             return f"no prompts for any of the labels; set evaluation.tasks.{self.name}.prompts=FILE.yaml"
-        without = [name for name in facts.findings if name not in self.ensemble(facts).rows]
+        without = [name for name in facts.findings if name not in asked]
         if without and self.settings.kind == "multi_class":
             return (
                 f"kind=multi_class compares all classes, and {', '.join(without)} has no prompts: "

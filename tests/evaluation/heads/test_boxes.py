@@ -82,14 +82,22 @@ HELD = Boxes(
 )
 
 
+def retinanet_learned(
+    head: Any, encoder: ImageEncoder, truth: list[Boxes], classes: int
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Logits [B, anchors, C] with the gradient of the loss of B images, and the anchors of each."""
+    levels = list(head.levels(head.look(encoder, images(len(truth)))).values())
+    anchors = head.net.anchor_generator(_images(levels[0], SIZE), levels)
+    logits = torch.randn(len(truth), len(anchors[0]), classes, requires_grad=True)
+    outputs = {"cls_logits": logits, "bbox_regression": torch.zeros(len(truth), len(anchors[0]), 4)}
+    sum(head._losses(outputs, anchors, truth).values()).backward()
+    return logits, anchors
+
+
 def test_retinanet_learns_nothing_at_anchors_of_a_hedged_box() -> None:
     encoder = ImageEncoder(RESNET, SIZE)
     head: Any = build_head("retinanet", encoder, 1)
-    levels = list(head.levels(head.look(encoder, images(1))).values())
-    anchors = head.net.anchor_generator(_images(levels[0], SIZE), levels)
-    logits = torch.randn(1, len(anchors[0]), 1, requires_grad=True)
-    outputs = {"cls_logits": logits, "bbox_regression": torch.zeros(1, len(anchors[0]), 4)}
-    sum(head._losses(outputs, anchors, [HELD]).values()).backward()
+    logits, anchors = retinanet_learned(head, encoder, [HELD], 1)
     overlap = box_iou(HELD.boxes, anchors[0])
     on_hedged = (overlap[1] >= 0.5) & (overlap[0] < 0.4)
     assert on_hedged.any()
@@ -116,12 +124,7 @@ OPEN = dataclasses.replace(boxes([8, 8, 24, 24, 1]), anywhere=torch.tensor([True
 def test_retinanet_takes_nothing_for_background_of_a_class_that_may_be_anywhere() -> None:
     encoder = ImageEncoder(RESNET, SIZE)
     head: Any = build_head("retinanet", encoder, 2)
-    levels = list(head.levels(head.look(encoder, images(2))).values())
-    anchors = head.net.anchor_generator(_images(levels[0], SIZE), levels)
-    logits = torch.randn(2, len(anchors[0]), 2, requires_grad=True)
-    outputs = {"cls_logits": logits, "bbox_regression": torch.zeros(2, len(anchors[0]), 4)}
-    losses = head._losses(outputs, anchors, [OPEN, boxes([8, 8, 24, 24, 1])])
-    sum(losses.values()).backward()
+    logits, _ = retinanet_learned(head, encoder, [OPEN, boxes([8, 8, 24, 24, 1])], 2)
     assert not logits.grad[0, :, 0].any()
     assert logits.grad[0, :, 1].count_nonzero() > 100
     assert logits.grad[1, :, 0].count_nonzero() > 100
