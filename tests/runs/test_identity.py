@@ -111,6 +111,20 @@ def test_another_dataset_at_the_same_place_is_refused_until_the_user_allows_it(
     assert [record["from_step"] for record in stored["data"]] == [0, 2]
 
 
+def test_a_trace_that_an_earlier_version_left_goes_too(data: Path) -> None:
+    """It wrote checkpoints of the old data beside the record of a start on other data."""
+    first = DataRecord.of(Index.load(data), "train")
+    other = dataclasses.replace(first, from_step=2, content="other")
+    stored = RunIdentity("t", ("[CLS]", "[SEP]", "[PAD]"), None, (first, other))
+    for step, content, left in (
+        (5, first.content, (first,)),
+        (5, "other", (first, other)),
+        (2, "other", None),
+    ):
+        found = stored.at(step, {"data": content}).data
+        assert found == ((first, other) if left is None else left)
+
+
 def test_a_start_on_other_data_that_saved_nothing_leaves_no_trace(
     trained: Callable[..., Any], data: Path, tmp_path: Path
 ) -> None:
