@@ -68,7 +68,7 @@ class CheXpertSource(ArchiveSource):
         self.label_names = list(FINDINGS)
         self.published = {"train": 223_414, "valid": 234}
         self._tables = [self.texts.table(f"{split}.csv", columns=_COLUMNS) for split in ("train", "valid")]
-        if self.files.find("test_labels.csv") is not None:  # published years after the rest
+        if self.files.find("test_labels.csv", or_gzip=True) is not None:  # published years after the rest
             self._tables.append(self.texts.table("test_labels.csv", columns=_TEST_COLUMNS))
             self.published["test"] = 668
         self._drawn: dict[str, list[str]] = {}

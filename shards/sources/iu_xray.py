@@ -32,6 +32,26 @@ FINDINGS = (
 NORMAL = "normal"
 #: Headings of reports that were not indexed.
 _NOT_INDEXED = {"No Indexing", "Technical Quality of Image Unsatisfactory"}
+#: What terms beside the findings' own headings say of them: heading, one of its qualifiers ("": any) ->
+#: findings that are then present, findings that may be.
+_SAYS: dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...]]] = {
+    ("Cardiac Shadow", "enlarged"): (("Cardiomegaly",), ()),
+    ("Cardiac Shadow", "prominent"): ((), ("Cardiomegaly",)),
+    ("Cardiac Shadow", "borderline"): ((), ("Cardiomegaly",)),
+    ("Cardiac Shadow", "obscured"): ((), ("Cardiomegaly",)),
+    ("Heart", "enlarged"): (("Cardiomegaly",), ()),
+    ("Heart", "prominent"): ((), ("Cardiomegaly",)),
+    ("Heart", "obscured"): ((), ("Cardiomegaly",)),
+    ("Heart Atria", "enlarged"): ((), ("Cardiomegaly",)),
+    ("Heart Ventricles", "enlarged"): ((), ("Cardiomegaly",)),
+    ("Hydropneumothorax", ""): (("Pneumothorax", "Pleural Effusion"), ()),
+    ("Hemopneumothorax", ""): (("Pneumothorax", "Pleural Effusion"), ()),
+    ("Hemothorax", ""): (("Pleural Effusion",), ()),
+    ("Bullous Emphysema", ""): (("Emphysema", "Pulmonary Emphysema"), ()),
+    ("Pulmonary Emphysema", ""): (("Emphysema",), ()),
+    ("Emphysema", ""): ((), ("Pulmonary Emphysema",)),
+    ("Calcified Granuloma", ""): (("Granuloma",), ()),
+}
 _SECTIONS = ("comparison", "indication", "findings", "impression")
 
 _XML_FOLDER, _XML_LIMIT = "ecgen-radiology", 1 << 20
@@ -67,6 +87,7 @@ class IuSource(ArchiveSource):
         access="free",
         origin="https://openi.nlm.nih.gov/faq (NLMCXR_reports.tgz and NLMCXR_png.tgz)",
     )
+    reading = 2
     options: IuOptions
 
     def prepare(self) -> None:
@@ -307,11 +328,19 @@ def _paths(text: str) -> list[str]:
 
 
 def _labels(mesh: list[str]) -> dict[str, LabelValue]:
-    """Findings among the headings of a report; unknown where it was not indexed."""
-    headings = {term.partition("/")[0] for term in mesh}
-    if not headings - _NOT_INDEXED:
+    """Findings among the terms of a report; unknown where it was not indexed or a term leaves it open."""
+    terms = [term.split("/") for term in mesh]
+    present = {heading for heading, *_ in terms}
+    if not present - _NOT_INDEXED:
         return dict.fromkeys((*FINDINGS, NORMAL))
-    return {name: int(name in headings) for name in (*FINDINGS, NORMAL)}
+    open_to_doubt: set[str] = set()
+    for heading, *qualifiers in terms:
+        for qualifier in ("", *qualifiers):
+            certain, possible = _SAYS.get((heading, qualifier), ((), ()))
+            present.update(certain)
+            open_to_doubt.update(possible)
+    absent: dict[str, LabelValue] = {name: None if name in open_to_doubt else 0 for name in FINDINGS}
+    return {name: 1 if name in present else absent.get(name, 0) for name in (*FINDINGS, NORMAL)}
 
 
 def _uid(number: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import pytest
@@ -60,11 +61,16 @@ def test_two_releases_below_the_root_are_refused(tmp_path: Path) -> None:
         CheXpertSource(CheXpertOptions(root=tmp_path))
 
 
-def test_the_test_set_is_read_where_it_is_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize("gzipped", [False, True])
+def test_the_test_set_is_read_where_it_is_there(gzipped: bool, tmp_path: Path) -> None:
     root = fixture.write(tmp_path).root
     header = ",".join(["Path", *fixture.HEADER.split(",")[5:]])
     path = "test/patient94741/study1/view1_frontal.jpg"
     write_table(root / fixture.RELEASE / "test_labels.csv", header, [(path, *labels(Edema="1.0"))])
+    if gzipped:
+        table = root / fixture.RELEASE / "test_labels.csv"
+        table.with_name("test_labels.csv.gz").write_bytes(gzip.compress(table.read_bytes()))
+        table.unlink()
     film = root / fixture.RELEASE / path
     film.parent.mkdir(parents=True)
     film.write_bytes((root / fixture.RELEASE / "train/patient90009/study2/view1_frontal.jpg").read_bytes())

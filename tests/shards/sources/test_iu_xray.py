@@ -49,6 +49,33 @@ def test_sections_headings_and_films(form: str, tmp_path: Path) -> None:
     assert studies[4].extra["mesh"][1] == "Lung/hypoinflation"
 
 
+@pytest.mark.parametrize(
+    ("terms", "present", "unknown"),
+    [
+        (["Cardiac Shadow/enlarged/mild"], {"Cardiomegaly"}, set()),
+        (["Cardiac Shadow/mild/enlarged", "Lung/hypoinflation"], {"Cardiomegaly"}, set()),
+        (["Cardiac Shadow/prominent"], set(), {"Cardiomegaly"}),
+        (["Heart Atria/enlarged"], set(), {"Cardiomegaly"}),
+        (["Heart Atria/enlarged", "Cardiomegaly/mild"], {"Cardiomegaly"}, set()),
+        (["Hydropneumothorax/left"], {"Pneumothorax", "Pleural Effusion"}, set()),
+        (["Pulmonary Emphysema"], {"Emphysema", "Pulmonary Emphysema"}, set()),
+        (["Emphysema"], {"Emphysema"}, {"Pulmonary Emphysema"}),
+        (["Calcified Granuloma/lung"], {"Granuloma", "Calcified Granuloma"}, set()),
+        (["Aorta/enlarged"], set(), set()),
+    ],
+)
+def test_a_finding_that_a_term_says_in_other_words_is_not_absent(
+    terms: list[str], present: set[str], unknown: set[str], tmp_path: Path
+) -> None:
+    path = fixture.write(tmp_path).root / "ecgen-radiology" / "9002.xml"
+    told = "".join(f"<major>{term}</major>" for term in terms)
+    path.write_text(path.read_text().replace("<major>normal</major>", told))
+    labels = IuSource(IuOptions(root=tmp_path)).load(2)[0].labels
+    assert {name for name, value in labels.items() if value == 1} == present
+    assert {name for name, value in labels.items() if value is None} == unknown
+    assert len(labels) == 30
+
+
 def test_views_are_kaggles_and_may_stand_beside_the_xml(tmp_path: Path) -> None:
     views = ["FRONTAL", "LATERAL", "FRONTAL", "FRONTAL", "FRONTAL", "FRONTAL"]
     table = opened(tmp_path / "csv", "csv")
