@@ -19,6 +19,7 @@ from shards.sources.base import Json, RejectedRecord, Source, option
 from shards.sources.image_paths import ImagePaths
 from shards.sources.registry import register
 from shards.sources.table_exclude import LeftOut
+from shards.sources.table_groups import PatientGroups
 from shards.sources.table_map import LabelRule, TableMap, label_rules, read_map
 from shards.sources.table_targets import TargetReader, Targets
 from shards.splits import normalise_split
@@ -31,7 +32,7 @@ from shards.text.sections import plain_text, split_sections
 from shards.text.sentences import split_sentences
 
 #: Changes when the same table and map give other samples, so that an old build is not gone on with.
-_READING = 3
+_READING = 4
 #: Labels of boxes become label names of the dataset.
 _MOST_BOX_LABELS = 256
 _LABEL_VALUES: dict[str, LabelValue] = {
@@ -97,6 +98,7 @@ class TableSource(Source):
         self._rows = RowStore(survey.pass_on(rows), self._map.columns)
         if not len(self._rows):
             raise DataError(f"{table} has no rows")
+        self._patient_groups = survey.patient_groups
         self._groups = survey.groups() if self._map.targets.several else None
         self._duplicates = set() if self._map.targets.several else survey.duplicates()
         self._remarks = survey.remarks() + left_out.remarks()
@@ -122,11 +124,19 @@ class TableSource(Source):
         return dict(notes)
 
     def split_key(self, i: int) -> str:
-        """Group of record `i`, else its patient; one without both, which `load` rejects, stands alone."""
+        """Group of record `i`, which another row of its patient may name, else the patient.
+
+        One without both, which `load` rejects, stands alone.
+        """
         row = self._rows.read(self._numbers(i)[0], self._map.split_columns)
         if isinstance(row, BadRow):
             return f"row {i}"
-        return self._optional(row, self._map.group) or row[self._map.patient_id] or f"row {i}"
+        patient, group = row[self._map.patient_id], self._optional(row, self._map.group)
+        if patient and not group and (number := self._patient_groups.row_of(patient)) is not None:
+            named = self._rows.read(number, self._map.split_columns)
+            assert isinstance(named, Row), "it was read when the table was surveyed"
+            group = self._optional(named, self._map.group)
+        return group or patient or f"row {i}"
 
     def prescribed_split(self, i: int) -> str | None:
         """Split the table names for record `i`; None where the cell is empty or cannot be a name."""
@@ -275,7 +285,10 @@ class _Survey:
     ) -> None:
         self._targets = targets
         self._box_labels: set[str] = set()
-        self._farthest = 0.0
+        #: Kind of boxes -> how far right or down any of them ends.
+        self._farthest: dict[str, float] = {}
+        self.patient_groups = PatientGroups(table_map)
+        self._several = table_map.targets.several
         self._image = table_map.image
         self._identifier = table_map.id or table_map.image
         self._is_path = table_map.id is None
@@ -295,17 +308,26 @@ class _Survey:
                 identifier = row[self._identifier]
                 self._count(row)
                 self._see_places(row)
+                self.patient_groups.see(number, row)
+            if self._several and not identifier:
+                reason = row.reason if isinstance(row, BadRow) else "the row names no image"
+                raise DataError(
+                    f"line {row.line}: {reason}; which image it tells of cannot be known (rows: target), so "
+                    "that one would be stored with a part of its targets; mend the row"
+                )
             # A row without an identifier is rejected for that, and is no duplicate of another such row.
             key = f"={self._paths.identity(identifier) if self._is_path else identifier}"
             key = key if identifier else f"{number}"
             self._digests += hashlib.blake2b(key.encode(), digest_size=16).digest()
             yield row
         self._targets.have_seen()
-        if self._box_labels and self._farthest <= 1:
-            raise DataError(
-                "all boxes lie within the first pixel of their images: the map's boxes are in pixels of the "
-                "image file, not shares of its sides"
-            )
+        self.patient_groups.have_seen()
+        for kind, farthest in self._farthest.items():
+            if farthest <= 1:
+                raise DataError(
+                    f"all boxes of {kind} lie within the first pixel of their images: the map's boxes are in "
+                    "pixels of the image file, not shares of its sides"
+                )
 
     def duplicates(self) -> set[int]:
         """Rows whose identifier an earlier row has."""
@@ -341,9 +363,11 @@ class _Survey:
 
     def _see_places(self, row: Row) -> None:
         self._targets.see(row[self._image])
-        for box in self._targets.boxes_of(row):
-            self._box_labels.add(box.label)
-            self._farthest = max(self._farthest, box.x + box.width, box.y + box.height)
+        for kind, boxes in self._targets.boxes_of(row).items():
+            self._box_labels.update(box.label for box in boxes if kind == "boxes")
+            ends = [max(box.x + box.width, box.y + box.height) for box in boxes]
+            if ends:
+                self._farthest[kind] = max(self._farthest.get(kind, 0.0), *ends)
         if len(self._box_labels) > _MOST_BOX_LABELS:
             raise DataError(
                 f"line {row.line}: boxes have more than {_MOST_BOX_LABELS} different labels; "

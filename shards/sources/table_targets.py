@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
@@ -65,12 +66,16 @@ class TargetReader:
         self._pairs = bytearray()
         self._shared: frozenset[bytes] = frozenset()
 
-    def boxes_of(self, row: Row) -> list[Box]:
-        """Boxes of findings of a row; none where they cannot be read."""
-        try:
-            return self._boxes(self._rules.boxes, "boxes", row)
-        except RejectedRecord:
-            return []
+    def boxes_of(self, row: Row) -> dict[str, list[Box]]:
+        """The boxes of a row by the map's keys for them; none where they cannot be read."""
+        found: dict[str, list[Box]] = {"boxes": [], "anatomy": [], "phrases": []}
+        with suppress(RejectedRecord):
+            found["boxes"] = self._boxes(self._rules.boxes, "boxes", row)
+        with suppress(RejectedRecord):
+            found["anatomy"] = self._boxes(self._rules.anatomy, "anatomy", row)
+        with suppress(RejectedRecord):
+            found["phrases"] = [box for phrase in self._phrases(row) for box in phrase.boxes]
+        return found
 
     def see(self, name: str) -> None:
         """Take in the path of an image before any is read: `{stem}` may give several the file of one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from PIL import Image
 from shards.errors import DataError
 from shards.format import IMAGE_LIMIT
 from shards.sources.base import RejectedRecord
+from shards.sources.table import TableSource
 from tests.shards.test_table_targets import (
     ABSOLUTE,
     BOXES,
@@ -87,7 +89,8 @@ def test_the_mask_file_of_several_images_is_nobodys(rows: str, opened: Opener, t
             save(images / patient / f"{view}.png", np.full((HEIGHT, WIDTH), 90, np.uint8))
     given = [{"image": f"{folder}/{view}.png", "patient": folder}
              for folder in ("p1", "p2") for view in ("view1", "view2")]  # fmt: skip
-    source = opened([*given, {"image": ""}], f"{rows}masks:\n  mass: {{file: 'masks/{{stem}}.png'}}\n")
+    nameless = [] if rows else [{"image": ""}]
+    source = opened([*given, *nameless], f"{rows}masks:\n  mass: {{file: 'masks/{{stem}}.png'}}\n")
     for i in (0, 2):
         with pytest.raises(RejectedRecord, match=r"names one file for several images; put \{path\} in it"):
             source.load(i)
@@ -100,6 +103,36 @@ def test_the_mask_file_of_several_images_is_nobodys(rows: str, opened: Opener, t
 def test_boxes_in_shares_of_the_image_are_refused(opened: Opener) -> None:
     """Stored as pixels they would all lie in one corner."""
     shares = {"x": 0.25, "y": 0.5, "w": 0.5, "h": 0.5}
-    with pytest.raises(DataError, match="all boxes lie within the first pixel"):
+    with pytest.raises(DataError, match="all boxes of boxes lie within the first pixel"):
         opened([box(**shares), box(image="b.png", **shares)], BOXES)
     assert len(opened([box(**shares), box(image="b.png")], BOXES)) == 2
+
+
+@pytest.mark.parametrize("kind", ["anatomy", "phrases"])
+def test_anatomy_and_phrases_in_shares_of_the_image_are_refused(kind: str, opened: Opener) -> None:
+    """Beside boxes in pixels too, which say nothing of these."""
+
+    def cell(side: float) -> str:
+        place = {"label": "mass", "x": 0.25, "y": 0.5, "width": side, "height": 0.5}
+        return json.dumps([place] if kind == "anatomy" else [{"text": "a mass", "boxes": [place]}])
+
+    rows = [box(told=cell(0.5)), box(image="b.png", told=cell(0.25))]
+    with pytest.raises(DataError, match=f"all boxes of {kind} lie within the first pixel"):
+        opened(rows, f"{BOXES}{kind}: told\n")
+    assert len(opened([*rows, box(image="c.png", told=cell(2))], f"{BOXES}{kind}: told\n")) == 3
+
+
+def test_a_row_that_cannot_be_read_stops_a_table_of_several_rows_an_image(
+    opened: Opener, tmp_path: Path
+) -> None:
+    """Its image was stored with the targets of the other rows, as if these were all."""
+    table, map_file = tmp_path / "t.csv", tmp_path / "map.yaml"
+    opened([box(), box(what="edema"), box(image="b.png")], BOXES + "rows: target\n")
+    text = table.read_text()
+    line = text.splitlines()[2]
+    for broken, reason in ((f"{line},", "line 3: .*cells"), (line.replace("a.png", ""), "names no image")):
+        table.write_text(text.replace(line, broken, 1))
+        with pytest.raises(DataError, match=f"{reason}.*rows: target"):
+            TableSource(table, tmp_path / "images", map_file)
+    map_file.write_text(map_file.read_text().replace("rows: target\n", ""))
+    assert len(TableSource(table, tmp_path / "images", map_file)) == 3, "here the row is a record"

@@ -234,6 +234,23 @@ def test_a_row_without_a_group_goes_by_its_patient(
     assert {source.split_key(n) for n in range(12)} == {"p"}
 
 
+def test_a_group_that_some_rows_of_a_patient_name_is_that_of_all(
+    tmp_path: Path, image_folder: Path, rows: Rows, map_file: MapWriter
+) -> None:
+    """One row went by the group and the other by the patient, into two splits."""
+    for number, row in enumerate(rows):
+        row["patient"] = f"p{number // 2}"
+        row["group"] = f"family {number // 4}" if number % 2 and number < 8 else ""
+    table = write_csv(tmp_path / "t.csv", rows)
+    source = TableSource(table, image_folder, map_file("group: group\n"))
+    assert [source.split_key(n) for n in range(12)] == (
+        ["family 0"] * 4 + ["family 1"] * 4 + ["p4", "p4", "p5", "p5"]
+    )
+    rows[2]["group"] = "family 1"
+    with pytest.raises(DataError, match="lines 4 and 5: one patient is in two groups"):
+        TableSource(write_csv(tmp_path / "t.csv", rows), image_folder, map_file("group: group\n"))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
