@@ -17,7 +17,7 @@ from shards.archives.files import ArchiveFiles
 from shards.archives.id_lists import UserLists
 from shards.archives.records import Join, Record, temporary_database
 from shards.archives.texts import ArchiveTexts
-from shards.errors import DataError
+from shards.errors import DataError, UsageError
 from shards.images import decode_image
 from shards.sources.base import Json, PublishedCount, RejectedRecord, Source, option
 from shards.splits import SPLITS, split_of
@@ -44,7 +44,12 @@ class ArchiveOptions:
         [],
     )
     exclude: list[Path] = option("file of patient, study or image ids to leave out (repeatable)", [])
-    valid_share: float = option("share of the train patients that become valid", 0.0, least=0, most=0.5)
+    valid_share: float = option(
+        "share of the archive's train patients that become valid, where it names no valid",
+        0.0,
+        least=0,
+        most=0.5,
+    )
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,8 @@ class Identity:
         image: unique among the records; also the id that lists name.
         study: id of its study.
         split: that the archive prescribes, or None.
-        published_split: in which the publication counts it, where `split` is another.
+        published_split: in which the publication counts it, where `split` is another: that of a test on the
+            patient, and no list of a user's brings such a record back into train or valid.
         left_out: why the record is not asked for ("neither PA nor AP"), or "". It is then counted and told,
             not rejected.
     """
@@ -291,6 +297,8 @@ class _Survey:
         self._source = source
         self._lists = lists
         self._left_out: Counter[str] = Counter()
+        self._kept_out: Counter[str] = Counter()
+        self._splits: Counter[str] = Counter()
         self._seen = temporary_database()
         self._seen.execute("CREATE TABLE images (id TEXT PRIMARY KEY) WITHOUT ROWID")
 
@@ -306,8 +314,13 @@ class _Survey:
 
     def remarks(self) -> list[str]:
         """What was left out, and what the lists name in vain."""
-        left_out = [f"{count:,} records left out: {why}" for why, count in sorted(self._left_out.items())]
-        return left_out + self._lists.check()
+        self._check_valid_share()
+        lines = [f"{count:,} records left out: {why}" for why, count in sorted(self._left_out.items())]
+        lines += [
+            f"{count:,} records that --split-list has in train or valid stay in {split!r}, which is tested on"
+            for split, count in sorted(self._kept_out.items())
+        ]
+        return lines + self._lists.check()
 
     def _row(self, record: Record) -> Row | BadRow | None:
         if record.problem:
@@ -332,13 +345,36 @@ class _Survey:
         cells = {
             "record": record.to_json(),
             "patient": identity.patient,
-            "split": split or self._own_split(identity) or "",
+            "split": self._split(identity, split),
             "lists": json.dumps(list(dict.fromkeys([*self._source.parts(record), *parts]))),
         }
         return Row(record.line, cells)
 
-    def _own_split(self, identity: Identity) -> str | None:
-        share = self._source.options.valid_share
-        if identity.split != "train" or not share:
-            return identity.split
-        return split_of(identity.patient, {"valid": share, "train": 1 - share}, _VALID_SEED)
+    def _split(self, identity: Identity, listed: str | None) -> str:
+        """The split by the user's lists, else the archive's own; "" where neither names one."""
+        own, share = identity.split, self._source.options.valid_share
+        if listed in ("train", "valid") and own and identity.published_split not in (None, own):
+            self._kept_out[own] += 1
+            return own
+        split = listed or own or ""
+        self._splits[split] += 1
+        if split == "train" and share:
+            return split_of(identity.patient, {"valid": share, "train": 1 - share}, _VALID_SEED)
+        return split
+
+    def _check_valid_share(self) -> None:
+        """Refuse a share of train patients where it would do nothing, or mix them into a valid split."""
+        if not self._source.options.valid_share:
+            return
+        if self._lists.give_splits:
+            raise UsageError("--valid-share: --split-list names the splits; name valid there too")
+        if not self._splits["train"]:
+            raise UsageError(
+                "--valid-share is of an archive's own train, and this one names none: its patients are "
+                "divided by --split (train=0.8,valid=0.1,test=0.1)"
+            )
+        if self._splits["valid"]:
+            raise UsageError(
+                f"--valid-share: {self._splits['valid']:,} records are valid by the archive's own split, "
+                "with which train patients would be mixed; leave it out"
+            )

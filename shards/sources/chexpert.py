@@ -61,6 +61,7 @@ class CheXpertSource(ArchiveSource):
         access="research use, by form",
         origin="https://aimi.stanford.edu/datasets/chexpert-chest-x-rays",
     )
+    reading = 2
     options: CheXpertOptions
 
     def prepare(self) -> None:

@@ -70,6 +70,7 @@ class MimicSource(ArchiveSource):
 
     name = "mimic-cxr"
     facts = Facts("MIMIC-CXR-JPG", mimic.LICENSE, mimic.ACCESS, mimic.JPG_ORIGIN)
+    reading = 2
     options: MimicOptions
 
     def prepare(self) -> None:

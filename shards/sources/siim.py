@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from shards.archives.records import Record
 from shards.archives.source import ArchiveOptions, ArchiveSource, Facts, Identity
 from shards.dicom import Window, read_dicom
-from shards.errors import DataError
+from shards.errors import DataError, UsageError
 from shards.images import fit_square_mask
 from shards.masks import decode_runs
 from shards.sources.base import option
@@ -65,6 +65,8 @@ class SiimSource(ArchiveSource):
         self._without_rows = 0
         self._png = not self._has(_TABLES) and self._has(_PNG_TABLES.values())
         if self._png:
+            if self.options.window != "auto":
+                raise UsageError("--window is of DICOM files; Kaggle's PNG copy has grey levels")
             self.published = {**_PNG_SIZES, "films with pneumothorax": _SIZES[2][2]}
         else:
             self.published = {"all": films, "rows": rows, "films with pneumothorax": positive}

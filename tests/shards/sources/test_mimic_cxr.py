@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from shards.errors import DataError
+from shards.errors import DataError, UsageError
 from shards.sample import StoredImage, to_sample
 from shards.sources.base import RejectedRecord
 from shards.sources.mimic_cxr import MimicOptions, MimicSource
@@ -185,6 +185,31 @@ def test_chest_imagenome_gives_anatomy_and_takes_test_images_out_of_train(archiv
     assert "50000006 PA" not in found  # test there, train here
     assert "1 records left out: test in one of MIMIC-CXR and Chest ImaGenome only" in source.remarks()
     assert found["50000001 LATERAL"].anatomy == []
+
+
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+def test_a_list_does_not_bring_back_what_another_set_tests_on(
+    split: str, archive: Archive, tmp_path: Path
+) -> None:
+    (tmp_path / "ids.txt").write_text("\n".join(str(image[1]) for image in fixture.IMAGES))
+    source = opened(archive, **archive.options, split_list=[f"{split}={tmp_path / 'ids.txt'}"])
+    splits = {source.split_key(i): source.prescribed_split(i) for i in range(len(source))}
+    assert splits["10000001"] == splits["10000003"] == split
+    moved = ("ms_cxr", "imagenome_gold") if split != "test" else ("test", "test")
+    assert (splits["11000004"], splits["11000005"]) == moved
+    told = [line for line in source.remarks() if "which is tested on" in line]
+    assert told == ([] if split == "test" else [
+        f"1 records that --split-list has in train or valid stay in {name!r}, which is tested on"
+        for name in ("imagenome_gold", "ms_cxr")
+    ])  # fmt: skip
+
+
+def test_a_share_of_train_is_not_mixed_into_the_official_valid(archive: Archive, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--valid-share: 1 records are valid by the archive's own split"):
+        opened(archive, valid_share=0.5)
+    (tmp_path / "ids.txt").write_text("10000001\n")
+    with pytest.raises(UsageError, match="--valid-share: --split-list names the splits"):
+        opened(archive, valid_share=0.5, split_list=[f"train={tmp_path / 'ids.txt'}"])
 
 
 def test_scene_graphs_may_lie_in_their_zip(archive: Archive) -> None:

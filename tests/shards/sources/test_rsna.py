@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shards.errors import DataError
+from shards.errors import DataError, UsageError
 from shards.sources.base import RejectedRecord
 from shards.sources.rsna import RsnaOptions, RsnaSource
 from shards.study import Box
@@ -117,6 +117,11 @@ def test_lists_of_lovt_and_medklip_give_the_split(root: Path, tmp_path: Path) ->
     assert [(source.prescribed_split(i), source.load(i)[0].study_id) for i in range(len(source))] == [
         ("train", fixture.FILMS[0]), ("valid", fixture.FILMS[1]), ("test", fixture.FILMS[2])
     ]  # fmt: skip
+
+
+def test_a_share_of_train_needs_a_train(root: Path) -> None:
+    with pytest.raises(UsageError, match=r"--valid-share is of an archive's own train.*by --split"):
+        RsnaSource(RsnaOptions(root=root, valid_share=0.5))
 
 
 def test_the_window_changes_the_pixels(root: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from shards.errors import UsageError
 from shards.sources.base import RejectedRecord
 from shards.sources.siim import SiimOptions, SiimSource
 from tests.fixtures import siim as fixture
@@ -99,6 +100,8 @@ def test_numbers_of_the_first_stage(tmp_path: Path) -> None:
 
 def test_kaggles_copy_with_png_files(tmp_path: Path) -> None:
     root = fixture.write_png(tmp_path / "siim-acr-pneumothorax").parent
+    with pytest.raises(UsageError, match="--window is of DICOM files"):
+        SiimSource(SiimOptions(root=root, window="equalize"))
     source = SiimSource(SiimOptions(root=root))
     films = [source.load(i)[0] for i in (0, 1, 3)]
     assert [source.prescribed_split(i) for i in range(4)] == ["train"] * 3 + ["test"]
