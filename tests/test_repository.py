@@ -13,7 +13,7 @@ import pytest
 
 from medvlp.config_reference import reference
 from medvlp.evaluation import task
-from medvlp.methods.registry import schemas
+from medvlp.methods.registry import REGISTRY, fields_of, schemas
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ("shards", "medvlp", "launcher", "tests")
@@ -59,6 +59,27 @@ def test_modules_that_say_so_import_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
+
+
+def test_reading_a_config_imports_no_networks() -> None:
+    """Importing them takes twice as long as all else that a command which reads a config imports."""
+    program = (
+        "import sys\n"
+        "from medvlp.evaluation import task\n"
+        "from medvlp.methods.registry import schemas\n"
+        "schemas(), task.schemas()\n"
+        "networks = {'timm', 'transformers', 'torchvision', 'deepspeed', 'wandb'}\n"
+        "sys.exit(' '.join(networks & sys.modules.keys()))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.stderr.strip() == "", "imports " + done.stderr
+
+
+def test_a_method_is_registered_with_the_keys_of_its_folder() -> None:
+    before = schemas()
+    for name in before:
+        fields_of(name)
+        assert REGISTRY[name].config is before[name]
 
 
 def test_the_config_reference_is_current() -> None:

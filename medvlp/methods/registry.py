@@ -2,7 +2,8 @@
 
 A method registers itself with `@register(...)` when its module is imported. Here that is `method.py` of every
 folder; elsewhere it is what a package declares as an entry point of the group `medvlp.methods`, or what was
-imported before.
+imported before. Keys are known without it: `config.py` of a folder is imported alone, because the networks
+behind `method.py` (timm, transformers) take seconds that a command which only reads a config need not wait.
 """
 
 import importlib
@@ -74,15 +75,19 @@ def register(
 
 
 def _entries() -> dict[str, Entry]:
-    _import_methods()
+    for folder in _folders():
+        importlib.import_module(f"{folder}.method")
+    _import_outside()
     return REGISTRY
 
 
+def _folders() -> list[str]:
+    found = pkgutil.iter_modules(medvlp.methods.__path__, f"{medvlp.methods.__name__}.")
+    return [module.name for module in found if module.ispkg]
+
+
 @cache
-def _import_methods() -> None:
-    for found in pkgutil.iter_modules(medvlp.methods.__path__, f"{medvlp.methods.__name__}."):
-        if found.ispkg:
-            importlib.import_module(f"{found.name}.method")
+def _import_outside() -> None:
     for point in entry_points(group=GROUP):
         try:
             point.load()
@@ -95,7 +100,16 @@ def _import_methods() -> None:
 
 def schemas() -> dict[str, type[MethodConfig]]:
     """Config class of every method by name (what `medvlp.config_files.load` validates `method:` with)."""
-    return {name: entry.config for name, entry in _entries().items()}
+    _import_outside()
+    here = {config.name: config for folder in _folders() for config in _configs_in(f"{folder}.config")}
+    return here | {name: entry.config for name, entry in REGISTRY.items()}
+
+
+def _configs_in(name: str) -> list[type[MethodConfig]]:
+    """Those that the module defines; what it imports is another method's."""
+    defined = vars(importlib.import_module(name)).values()
+    classes = [found for found in defined if isinstance(found, type) and found.__module__ == name]
+    return [found for found in classes if issubclass(found, MethodConfig)]
 
 
 def build_method(config: Config, vocab_size: int) -> Method:

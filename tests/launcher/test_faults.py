@@ -123,14 +123,14 @@ def loads_images(worker: psutil.Process) -> bool:
 
 # All numbers of ranks and workers are drilled: tests/drills/faults.py.
 def test_a_killed_data_worker_is_named(data, tmp_path):
-    run = Run(data, tmp_path / "run", "data.workers=2")
-    victim = [child for child in run.rank(1).children() if loads_images(child)][-1]
+    run = Run(data, tmp_path / "run", "data.workers=2", ranks=1)
+    victim = [child for child in run.rank(0).children() if loads_images(child)][-1]
     os.kill(victim.pid, signal.SIGKILL)
     code, output, seconds = run.end()
     print(f"data worker killed: ended after {seconds:.1f} s")
     assert code == 3, output
     assert output.count("error: ") == 1, output
-    assert f"error: rank 1: data worker 1 (process {victim.pid}) was killed by SIGKILL" in output
+    assert f"error: rank 0: data worker 1 (process {victim.pid}) was killed by SIGKILL" in output
     assert "lower data.workers" in output
     assert "Traceback" not in output
 
@@ -181,7 +181,7 @@ def test_a_second_signal_ends_the_job_at_once(data, tmp_path):
 
 
 def test_the_end_of_the_time_saves_and_stops(data, tmp_path):
-    run = Run(data, tmp_path / "run", "train.max_minutes=0.05", steps=0)
+    run = Run(data, tmp_path / "run", "train.max_minutes=0.05", steps=0, ranks=1)
     code, output, _ = run.end()
     assert code == 75, output
     assert "stopped by train.max_minutes after a checkpoint" in output
@@ -203,7 +203,7 @@ def test_a_run_folder_has_one_writer_and_outlives_it(data, tmp_path):
     steps = first.steps()
     time.sleep(1.5)
     assert first.steps() == steps
-    code, output, _ = Run(data, tmp_path / "run", "train.max_minutes=0.01", steps=0, ranks=2).end()
+    code, output, _ = Run(data, tmp_path / "run", "train.max_minutes=0.01", steps=0, ranks=1).end()
     assert code == 75, output
     assert "sign of life" not in output
     assert steps >= 3

@@ -43,14 +43,14 @@ def as_read(parts: list[dict[str, list[dict[str, Any]]]]) -> list[dict[str, Any]
 def test_a_run_that_was_killed_resumed_and_evaluated_is_one_run(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     options = ["monitor.wandb=offline", "checkpoint.every_steps=2", "train.steps=400", "run.name=killed"]
-    process = start(*arguments(data, run, *options, "--nproc", "2"))
+    process = start(*arguments(data, run, *options, "--nproc", "1"))
     wait_for_steps(run, 5, process)
     while not (run / "checkpoints" / "latest").is_file() and process.poll() is None:
         time.sleep(0.1)
     kill_all(process)
     last = read_metrics(run)[-1]["step"] + 4
     options[2] = f"train.steps={last}"
-    resumed = medvlp(*arguments(data, run, *options, "--nproc", "2"))
+    resumed = medvlp(*arguments(data, run, *options, "--nproc", "1"))
     assert resumed.returncode == 0, resumed.stderr
     told = re.search(rf"after step (\d+) of {last}\b", resumed.stderr)
     assert told, resumed.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -79,26 +80,46 @@ def outside(tmp_path: Path) -> Path:
 
 
 def medvlp(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return python(site, "-m", "launcher.main", *arguments)
+
+
+def python(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     paths = {"PYTHONPATH": f"{site}{os.pathsep}{REPOSITORY}", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    command = [sys.executable, "-m", "launcher.main", *arguments]
+    command = [sys.executable, *arguments]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=280, env=kept | paths, cwd=site.parent
     )
 
 
+#: Several commands in one process: each would start with seconds of imports.
+COMMANDS = """
+import json, sys
+from typer.testing import CliRunner
+from launcher.main import app
+for words in json.loads(sys.argv[1]):
+    result = CliRunner().invoke(app, words)
+    code = getattr(result.exception, "exit_code", result.exit_code)
+    print(json.dumps([code, str(result.exception), result.output]))
+"""
+
+
 def test_the_reference_has_its_keys_and_its_check_is_asked(outside: Path) -> None:
-    reference = medvlp(outside, "config", "--reference")
-    assert reference.returncode == 0, reference.stderr
-    assert "# method.name=toy" in reference.stdout
-    assert "width: 4  # width of the toy's embeddings" in reference.stdout
-    keys = ["data.root=/data", "run.dir=/run"]
-    refused = medvlp(outside, "config", "method.name=toy", "method.width=13", *keys)
-    assert refused.returncode == 2
-    assert "method.width=13 brings bad luck" in refused.stderr
-    masks = medvlp(outside, "config", "method.name=toy", "prototypes.false_negatives=mask", *keys)
-    assert masks.returncode == 2
-    assert "method.name=toy has none" in masks.stderr
+    given = ["config", "method.name=toy", "data.root=/data", "run.dir=/run"]
+    commands = [
+        ["config", "--reference"],
+        [*given, "method.width=13"],
+        [*given, "prototypes.false_negatives=mask"],
+    ]
+    done = python(outside, "-c", COMMANDS, json.dumps(commands))
+    assert done.returncode == 0, done.stderr
+    reference, refused, masks = (json.loads(line) for line in done.stdout.splitlines())
+    assert reference[0] == 0
+    assert "# method.name=toy" in reference[2]
+    assert "width: 4  # width of the toy's embeddings" in reference[2]
+    assert refused[:2] == [2, "method.width=13 brings bad luck"]
+    assert masks[0] == 2
+    assert "method.name=toy has none" in masks[1]
 
 
 def test_a_package_that_cannot_be_imported_is_named(outside: Path) -> None:
@@ -122,7 +143,7 @@ def test_it_is_trained(outside: Path, tmp_path: Path) -> None:
         outside, "pretrain", "method.name=toy", "method.width=6", f"data.root={data}", f"run.dir={run}",
         "data.image_size=32", "data.max_tokens=24", "data.workers=0", "train.global_batch=8", "train.steps=6",
         "train.threads=1", "optimizer.lr=1e-2", "precision=fp32", "monitor.wandb=disabled",
-        "monitor.progress=false", "--nproc", "2",
+        "monitor.progress=false",
     )  # fmt: skip
     assert trained.returncode == 0, trained.stderr
     lines = read_metrics(run)

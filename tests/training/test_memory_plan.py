@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from launcher.doctor import checks
 from launcher.main import app
 from medvlp import config_files, distributed
 from medvlp.config import Config, ConfigError
+from medvlp.data.batch import Batch
 from medvlp.data.batch_sizes import BatchSizes, divide_batch
 from medvlp.evaluation import task
-from medvlp.methods.base import Progress
+from medvlp.methods.base import Method, Progress
 from medvlp.methods.registry import build_method, schemas
+from medvlp.training import memory_passes, memory_plan, operations
 from medvlp.training.memory_plan import GIB, MemoryPlan, plan_memory, refusal
 from medvlp.training.operations import example_batch
 from tests.distributed_pool import Pools
@@ -67,6 +70,35 @@ def _allocations(events: Iterable[Any]) -> Iterator[Any]:
 def _start(event: Any) -> int:
     started: int = event.start_time_ns
     return started
+
+
+@pytest.fixture
+def measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fake passes take seconds; here they are made once for equal networks and batches."""
+    monkeypatch.setattr(memory_plan, "measure_passes", _measure_passes)
+    monkeypatch.setattr(memory_plan, "count_operations", _count_operations)
+
+
+@cache
+def _remembered() -> dict[str, Any]:
+    return {}
+
+
+def _measure_passes(method: Method, config: Config, share: int, gpu: bool) -> memory_passes.Passes:
+    sizes = config.precision, config.data.image_size, config.data.max_tokens, share, gpu
+    made = f"{config.method} {config.image} {config.text} {sizes}"
+    if made not in _remembered():
+        _remembered()[made] = memory_passes.measure_passes(method, config, share, gpu)
+    passes: memory_passes.Passes = _remembered()[made]
+    return passes
+
+
+def _count_operations(method: Method, batch: Batch) -> float:
+    made = f"{method} {batch.image.shape} {batch.text.input_ids.shape}"
+    if made not in _remembered():
+        _remembered()[made] = operations.count_operations(method, batch)
+    counted: float = _remembered()[made]
+    return counted
 
 
 def alone(micro_batch: int) -> BatchSizes:
@@ -200,6 +232,7 @@ def test_every_method_can_be_planned_for_a_gpu_that_is_not_there(name: str) -> N
     assert plan.fits
 
 
+@pytest.mark.usefixtures("measured_once")
 def test_stages_divide_the_states() -> None:
     config = small_config("mgca")
     config.precision = "bf16"
@@ -215,6 +248,7 @@ def test_stages_divide_the_states() -> None:
     assert [plan.gathered / plan.parameters for plan in plans] == [0, 0, 0, 2]
 
 
+@pytest.mark.usefixtures("measured_once")
 def test_the_largest_micro_batch_is_the_largest() -> None:
     plan = plan_memory(small_config("mgca"), BatchSizes(8, 4, 1, 2), 2 * GIB, tokenizer())
     assert plan.total(plan.largest) <= plan.usable < plan.total(plan.largest + 1)
@@ -226,13 +260,14 @@ def test_the_largest_micro_batch_is_the_largest() -> None:
 def test_gradient_checkpointing_saves_memory() -> None:
     config = small_config("mgca")
     # A backward pass holds one block that is computed again: with two there is next to nothing to save.
-    config.text.options = dict(config.text.options) | {"num_hidden_layers": 8}
+    config.text.options = dict(config.text.options) | {"num_hidden_layers": 4}
     plain = plan_memory(config, alone(4), GIB, tokenizer())
     config.image.gradient_checkpointing = config.text.gradient_checkpointing = True
     again = plan_memory(config, alone(4), GIB, tokenizer())
     assert again.passes.whole.per_sample < plain.passes.whole.per_sample
 
 
+@pytest.mark.usefixtures("measured_once")
 def test_the_command(phantom_data: Path) -> None:
     arguments = ["config", *TINY, f"data.root={phantom_data}", "run.dir=x", "--plan"]
     result = CliRunner().invoke(app, [*arguments, "--gpus", "2"])
@@ -248,6 +283,7 @@ def test_the_command(phantom_data: Path) -> None:
     assert "DOES NOT FIT" in result.output
 
 
+@pytest.mark.usefixtures("measured_once")
 def test_submit_refuses_a_run_that_will_not_fit_before_it_is_queued(
     phantom_data: Path, tmp_path: Path
 ) -> None:
@@ -269,6 +305,7 @@ def test_submit_refuses_a_run_that_will_not_fit_before_it_is_queued(
     assert "is not planned" in unplanned.output
 
 
+@pytest.mark.usefixtures("measured_once")
 def test_the_doctor_says_whether_a_run_fits(phantom_data: Path) -> None:
     config = config_files.load(
         [], [*TINY, f"data.root={phantom_data}", "run.dir=x"], schemas(), tasks=task.schemas()

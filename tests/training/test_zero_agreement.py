@@ -30,8 +30,8 @@ def largest_difference(
 
 
 @pytest.mark.parametrize("net", NETS)
-def test_fp32_over_twenty_steps(gloo_pool: Pools, overrides: Overrides, tmp_path: Path, net: str) -> None:
-    options = [f"image.name={net}", "train.steps=20", "optimizer.lr=2e-5"]
+def test_fp32_over_eight_steps(gloo_pool: Pools, overrides: Overrides, tmp_path: Path, net: str) -> None:
+    options = [f"image.name={net}", "train.steps=8", "optimizer.lr=2e-5"]
     expected = losses(gloo_pool(1), overrides, tmp_path, "one", *options, "zero.stage=0")
     other = losses(gloo_pool(1), overrides, tmp_path, "other", *options, "optimizer.lr=2.1e-5")
     assert largest_difference(other, expected) > 1e-4, "the test would not see a wrong update"
@@ -46,7 +46,7 @@ def test_fp32_over_twenty_steps(gloo_pool: Pools, overrides: Overrides, tmp_path
 
 @pytest.mark.parametrize("net", NETS)
 def test_bf16(gloo_pool: Pools, overrides: Overrides, tmp_path: Path, net: str) -> None:
-    options = [f"image.name={net}", "train.steps=5", "precision=bf16", "optimizer.lr=2e-5"]
+    options = [f"image.name={net}", "train.steps=3", "precision=bf16", "optimizer.lr=2e-5"]
     expected = losses(gloo_pool(1), overrides, tmp_path, "one", *options, "zero.stage=0")
     for stage in range(4):
         found = losses(gloo_pool(2), overrides, tmp_path, f"stage{stage}", *options, f"zero.stage={stage}")

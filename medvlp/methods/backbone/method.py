@@ -1,27 +1,18 @@
 """An image or a text encoder alone, as `medvlp import timm` and `huggingface` make it: for probes."""
 
-from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal, NoReturn
+from typing import NoReturn
 
 from torch import Tensor
 
-from medvlp.config import Config, MethodConfig, key
+from medvlp.config import Config
 from medvlp.data.batch import Batch, Text
 from medvlp.encoders.image import ImageEncoder, ImageFeatures
 from medvlp.encoders.text import TextEncoder
+from medvlp.methods.backbone.config import BackboneConfig
 from medvlp.methods.base import Method, StepOutput
 from medvlp.methods.registry import register
 from medvlp.prototypes.table import PrototypeTable
-
-
-@dataclass
-class BackboneConfig(MethodConfig):
-    name: str = key("backbone", "registered method; its own keys stand beside this one")
-    side: Literal["image", "text"] = key("image", "which encoder there is")
-
-    embeds_reports: ClassVar[bool] = False
-    trains: ClassVar[bool] = False
 
 
 class Backbone(Method):
