@@ -37,7 +37,7 @@ class StepOutput(NamedTuple):
         loss: 0-d, differentiable. The value on each rank is the mean over that rank's rows; the mean over
             ranks equals the single-process value on the concatenated batch wherever the terms are global.
         terms: the terms of the loss and other metrics by name ("loss/instance", "retrieval/top1"), 0-d,
-            detached or not.
+            detached or not. A batch of one sample may have fewer of them than larger ones.
         embeddings: modality ("image", "text") -> [B, D] detached unit-norm float32, for the prototype
             service; {} of methods that it does not serve.
         exclusion: which samples were no negatives of each other.

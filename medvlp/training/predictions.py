@@ -38,7 +38,7 @@ class Predictions:
     Attributes:
         sample: [N] positions in the split, ascending.
         arrays: name -> [N, ...], the rows of `sample`.
-        losses: "loss" and its terms, means over samples.
+        losses: "loss" and its terms, means over the samples that have them.
     """
 
     sample: NDArray[np.int64]
@@ -118,19 +118,17 @@ def _share(chunks: int) -> list[tuple[int, bool]]:
 
 
 class _Collected:
-    """Of this rank: a row [chunk, samples, losses...] for each chunk, and the arrays of its samples."""
+    """Of this rank: number, samples and losses of each chunk, and the arrays of its samples."""
 
     def __init__(self) -> None:
-        self._names: list[str] = []
-        self._losses: list[list[float]] = []
+        self._losses: list[tuple[int, int, dict[str, float]]] = []
         self._arrays: dict[str, list[Tensor]] = {}
 
     def add(self, number: int, batch: Batch, output: StepOutput | None, arrays: Mapping[str, Tensor]) -> None:
         """Take in what a chunk gave."""
         named = {} if output is None else output.named
-        self._names = sorted(named)
-        values = [float(named[name]) for name in self._names]
-        self._losses.append([float(number), float(len(batch.keys)), *values])
+        values = {name: float(value) for name, value in named.items()}
+        self._losses.append((number, len(batch.keys), values))
         for name, value in {"": batch.sample, **arrays}.items():
             # A byte: gloo carries no booleans. A copy: what is a view of a batch would keep its images.
             kind = torch.uint8 if value.dtype == torch.bool else value.dtype
@@ -141,14 +139,13 @@ class _Collected:
         """Of all ranks; a collective."""
         own = {name: torch.cat(parts) for name, parts in self._arrays.items()}
         told = distributed.gather_objects(
-            [self._names, {name: [str(a.dtype), list(a.shape[1:])] for name, a in own.items()}]
+            [
+                sorted({name for _, _, values in self._losses for name in values}),
+                {name: [str(a.dtype), list(a.shape[1:])] for name, a in own.items()},
+            ]
         )
-        names, layout = max(told, key=lambda of: len(of[1]))  # a rank without a sample knows neither
-        rows = torch.tensor(self._losses, dtype=torch.float64).reshape(-1, 2 + len(names))
-        every = distributed.gather_on_host(rows).numpy()
-        every = every[np.argsort(every[:, 0])]
-        weights = every[:, 1] / every[:, 1].sum()
-        losses = {name: float(weights @ every[:, 2 + column]) for column, name in enumerate(names)}
+        names = sorted({name for known, _ in told for name in known})
+        layout = max((of for _, of in told), key=len)  # a rank without a sample does not know it
         arrays = {}
         for name, (kind, shape) in sorted(layout.items()):
             dtype = getattr(torch, kind.removeprefix("torch."))
@@ -157,7 +154,22 @@ class _Collected:
             arrays[name] = whole.numpy()
         sample = arrays.pop("")
         order = np.argsort(sample, kind="stable")
-        return Predictions(sample[order], {name: a[order] for name, a in arrays.items()}, losses)
+        arrays = {name: a[order] for name, a in arrays.items()}
+        return Predictions(sample[order], arrays, self._means(names))
+
+    def _means(self, names: list[str]) -> dict[str, float]:
+        """Of all ranks, over the samples that have the loss: a chunk of one may have fewer of them."""
+        rows = torch.zeros((len(self._losses), 1 + 2 * len(names)), dtype=torch.float64)
+        for row, (number, samples, values) in zip(rows, self._losses, strict=True):
+            row[0] = number
+            for column, name in enumerate(names):
+                if name in values:
+                    row[1 + 2 * column], row[2 + 2 * column] = samples, values[name]
+        every = distributed.gather_on_host(rows).numpy()
+        every = every[np.argsort(every[:, 0])]
+        weights, found = every[:, 1::2], every[:, 2::2]
+        shares = weights / weights.sum(0)
+        return {name: float(shares[:, column] @ found[:, column]) for column, name in enumerate(names)}
 
 
 @contextmanager

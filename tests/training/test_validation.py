@@ -205,6 +205,22 @@ def test_predictions_are_the_same_on_one_two_and_three_ranks(
         assert rank[2] == pytest.approx(embeddings, abs=1e-5)
 
 
+@pytest.mark.dist
+def test_a_last_chunk_of_one_sample_lacks_what_only_several_have(
+    gloo_pool: Pools, overrides: Overrides
+) -> None:
+    """PLACE has no other report to read there: not at all on the last of three ranks."""
+    words = [word for word in overrides() if not word.startswith("method.")]
+    words += ["method.name=place", "method.embedding=16", "method.decoder_width=32", "method.decoder_heads=2"]
+    found = [rank[0] for ranks in (1, 2, 3) for rank in gloo_pool(ranks).run(predicted, words, 5, 2)]
+    for losses in found[1:]:
+        assert losses == pytest.approx(found[0], rel=1e-5)
+    (four, *_) = gloo_pool(1).run(predicted, words, 4, 2)[0]
+    assert found[0].keys() == four.keys()
+    assert found[0]["correlation/shuffled"] == pytest.approx(four["correlation/shuffled"], rel=1e-5)
+    assert found[0]["loss/correlation"] != pytest.approx(four["loss/correlation"], rel=1e-5)
+
+
 def predicted_or_refused(words: list[str]) -> tuple[dict[str, float], list[int]] | str:
     """Losses and samples of sixty samples in chunks of four, or why there are none."""
     try:
