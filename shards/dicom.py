@@ -144,6 +144,8 @@ def _shown(stored: NDArray[Any], header: Any, window: Window) -> NDArray[np.uint
     photometric = text_of(header, "PhotometricInterpretation").upper()
     if photometric not in _GRAYSCALE:
         return _gray(stored, header, photometric)
+    if stored.ndim != 2:
+        raise DataError(f"DICOM image of {stored.shape[2]} samples a pixel calls itself {photometric}")
     first = int(stored.min())
     counts = np.bincount((stored.astype(np.int64) - first).reshape(-1))
     values = _modality(np.arange(first, first + len(counts)), header)

@@ -123,10 +123,15 @@ def headings(language: str) -> dict[str, str]:
 
 
 def plain(heading: str) -> str:
-    """A heading in lower case, without accents, with single spaces."""
+    """A heading in lower case, without accents, with single spaces.
+
+    Every letter that `re.IGNORECASE` takes for one of a heading becomes that letter: the long s, and the
+    dotless i of a "FINDINGS" that was put into lower case in Turkish.
+    """
     decomposed = unicodedata.normalize("NFD", heading)
     letters = "".join(letter for letter in decomposed if not re.match(_MARKS, letter))
-    return " ".join(unicodedata.normalize("NFC", letters).lower().split())
+    folded = unicodedata.normalize("NFC", letters).casefold().replace("\u0131", "i")
+    return " ".join(folded.split())
 
 
 @lru_cache

@@ -250,6 +250,10 @@ REFUSED = {
     "huge": (dicom.write(RAMP, Rows=60000, Columns=60000), "larger than the limit"),
     "32 bits": (dicom.write(RAMP, BitsAllocated=32), "32 bits allocated"),
     "short pixels": (dicom.write(RAMP, Rows=480), "cannot be decoded"),
+    "gray of three samples": (
+        dicom.write(np.dstack([RAMP >> 4] * 3).astype(np.uint8), PhotometricInterpretation="MONOCHROME2"),
+        "3 samples a pixel calls itself MONOCHROME2",
+    ),
     "unknown photometric": (dicom.write(RAMP, PhotometricInterpretation="ARGB"), "ARGB"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
 import pytest
@@ -39,6 +40,20 @@ CLEAR = {"findings": "Clear.", "impression": "Normal."}
 )
 def test_headings_of_other_editors(report: str) -> None:
     assert split_sections(report) == CLEAR
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_letters_that_ignoring_case_takes_for_those_of_a_heading(language: str) -> None:
+    others = "\u0131\u0130\u017f\u212a\u212b"  # dotless i, dotted I, long s, the signs kelvin and angstrom
+    pairs = [
+        (letter, other) for other in others for letter in "iska" if re.match(letter, other, re.IGNORECASE)
+    ]
+    assert len(pairs) >= 4
+    for heading, section in headings(language).items():
+        for letter, other in pairs:
+            assert split_sections(f"{heading.replace(letter, other)}: Clear.", language) == {
+                section: "Clear."
+            }
 
 
 @pytest.mark.parametrize(
