@@ -190,8 +190,8 @@ def _sample(
 ) -> Sample:
     if study.split not in (None, split):
         raise ValueError(f"the source loads a sample of split {study.split!r} that it planned for {split!r}")
-    if not study.masks.keys() <= set(source.label_names):
-        raise ValueError("the source loads a mask of a finding that is not among its label names")
+    if not study.masks.keys() | study.labels.keys() <= set(source.label_names):
+        raise ValueError("the source loads a label or mask of a finding that is not among its label names")
     if options.entities == "rules":
         study = replace(study, entities=extractor.extract(study.sections))
     if options.hash_key is not None:

@@ -1,6 +1,7 @@
 """What the importers of MIMIC-CXR and of the sets on its images share: paths, ids, phrases, anatomy."""
 
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ REGIONS = frozenset(
        "cavoatrial junction", "right atrium", "carina", "abdomen"]
 )  # fmt: skip
 _SCENE_GRAPH_LIMIT = 1 << 24
+#: Images of each list that are tried before scene graphs are said to be missing altogether.
+_TRIED = 20
 
 #: Height and width of an image in pixels.
 Shape = tuple[float, float]
@@ -96,6 +99,27 @@ def imagenome_root(folder: Path) -> Path:
     return silver if silver.is_dir() else folder
 
 
+def check_scene_graphs(texts: ArchiveTexts) -> None:
+    """Fail at once where there are no scene graphs at all.
+
+    Raises:
+        DataError: none of the first images in the lists of Chest ImaGenome has one.
+    """
+    for split in ("train", "valid", "test"):
+        table = texts.table(f"splits/{split}.csv", columns=["dicom_id"])
+        for record in islice(table, _TRIED):
+            if not record.problem and texts.files.find(_scene_graph(record["dicom_id"])) is not None:
+                return
+    raise DataError(
+        f"{texts.files.root} has none of the scene graphs (scene_graph/<dicom_id>_SceneGraph.json, or "
+        f"scene_graph.zip with that folder in it); get them from {IMAGENOME_ORIGIN}"
+    )
+
+
+def _scene_graph(dicom: str) -> str:
+    return f"scene_graph/{dicom}_SceneGraph.json"
+
+
 def anatomy(files: ArchiveFiles, dicom: str, drawn_on: Shape, shape: Shape) -> list[Box]:
     """Regions of an image by its scene graph, in pixels of an image of `shape`; none where there is no graph.
 
@@ -106,7 +130,7 @@ def anatomy(files: ArchiveFiles, dicom: str, drawn_on: Shape, shape: Shape) -> l
     Raises:
         DataError: the graph is not of the known form.
     """
-    path = f"scene_graph/{dicom}_SceneGraph.json"
+    path = _scene_graph(dicom)
     if files.find(path) is None:
         return []
     try:

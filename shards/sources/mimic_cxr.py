@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -76,7 +77,7 @@ class MimicSource(ArchiveSource):
     def prepare(self) -> None:
         """Tables of the set and of those that are joined."""
         options = self.options
-        self.label_names = [] if options.labels == "none" else list(FINDINGS)
+        self.label_names = list(FINDINGS) if options.labels != "none" or options.manual_labels else []
         self.published = {"all": 377_110, "train": 368_960, "valid": 2_991, "test": 5_159}
         self._images = self.texts.table(
             "mimic-cxr-2.0.0-metadata.csv",
@@ -91,7 +92,9 @@ class MimicSource(ArchiveSource):
         self._imagenome = self._regions = None
         if options.imagenome is not None:
             self._imagenome = self.open(mimic.imagenome_root(options.imagenome), mimic.IMAGENOME_ORIGIN)
+            mimic.check_scene_graphs(self._imagenome)
             self._regions = self._imagenome.files
+        self._notes: Counter[str] = Counter()
         self._ms_cxr_patients: set[str] = set()
 
     def records(self) -> Iterator[Record]:
@@ -152,6 +155,8 @@ class MimicSource(ArchiveSource):
         if self._regions is not None:
             original = (record.number("Rows"), record.number("Columns"))
             regions = mimic.anatomy(self._regions, dicom, original, image.shape)
+            if "known" in record["imagenome"].split() and not regions:
+                self._notes["images of Chest ImaGenome have no scene graph"] += 1
             if regions and not record["imagenome"]:
                 raise record.error(
                     "the image has a scene graph, but stands in none of train.csv, valid.csv, test.csv and "
@@ -174,6 +179,11 @@ class MimicSource(ArchiveSource):
                 phrases=mimic.phrases(phrases, image.shape),
             )
         ]
+
+    def take_notes(self) -> dict[str, int]:
+        """Images whose scene graph is missing."""
+        notes, self._notes = self._notes, Counter()
+        return dict(notes)
 
     def _sections(self, subject: str, study: str) -> dict[str, str]:
         member = self._reports.find(mimic.report_path(subject, study))

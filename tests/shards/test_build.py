@@ -189,6 +189,13 @@ def test_all_rejected_is_an_error_with_reasons_on_disk(tmp_path: Path) -> None:
     assert not (tmp_path / "index.json").exists()
 
 
+def test_a_label_that_the_index_will_not_name_fails_at_once(tmp_path: Path) -> None:
+    source = PhantomSource(1, 64, 0)
+    source.label_names = source.label_names[1:]
+    with pytest.raises(ValueError, match="a label or mask of a finding that is not among its label names"):
+        build(source, tmp_path / "out")
+
+
 def test_failing_source_says_at_which_record(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError) as caught:
         build(Picky(set(), broken=7), tmp_path, OPTIONS)

@@ -17,6 +17,8 @@ from shards.sources.mimic_cxr import MimicOptions, MimicSource
 from shards.study import Box, Entity, Phrase, Study
 from tests.fixtures import mimic_cxr as fixture
 from tests.fixtures.archive import Archive, write_table
+from tests.shards.test_table import samples
+from tests.shards.toy_data import build
 
 
 @pytest.fixture
@@ -145,6 +147,16 @@ def test_labels_by_hand_take_the_place_of_others(archive: Archive) -> None:
         opened(archive, manual_labels=True)
 
 
+def test_labels_by_hand_may_be_the_only_ones(archive: Archive, tmp_path: Path) -> None:
+    """The build failed at its end: the labels were not in the index."""
+    file = archive.root / "mimic-cxr-2.1.0-test-set-labeled.csv"
+    write_table(file, "study_id,Airspace Opacity,Edema", [(50000003, "1.0", "0.0")])
+    out = tmp_path / "out"
+    build(opened(archive, labels="none", manual_labels=True), out)
+    labels = [sample["labels"] for sample in samples(out).values()]
+    assert [found["Lung Opacity"] for found in labels if found] == [1]
+
+
 def test_ms_cxr_gives_phrases_with_boxes_and_its_patients_leave_train(archive: Archive) -> None:
     source = opened(archive, ms_cxr=archive.options["ms_cxr"])
     assert source.published_counts()[1].found == 6  # they are train images of the publication
@@ -221,6 +233,18 @@ def test_scene_graphs_may_lie_in_their_zip(archive: Archive) -> None:
     shutil.rmtree(silver / "scene_graph")
     found = studies(opened(archive, imagenome=archive.options["imagenome"]))
     assert found["50000001 PA"].anatomy == expected
+
+
+def test_missing_scene_graphs_are_told_and_none_at_all_is_refused(archive: Archive) -> None:
+    graphs = archive.options["imagenome"] / "silver_dataset" / "scene_graph"
+    (graphs / f"{fixture.dicom(1)}_SceneGraph.json").unlink()
+    source = opened(archive, imagenome=archive.options["imagenome"])
+    assert studies(source)["50000001 PA"].anatomy == []
+    assert source.take_notes() == {"images of Chest ImaGenome have no scene graph": 1}
+    assert source.take_notes() == {}
+    shutil.rmtree(graphs)
+    with pytest.raises(DataError, match="has none of the scene graphs"):
+        opened(archive, imagenome=archive.options["imagenome"])
 
 
 def test_an_image_with_a_scene_graph_and_no_list_is_rejected(archive: Archive) -> None:

@@ -40,6 +40,14 @@ def test_boxes_of_findings_and_of_organs(source: SlakeSource) -> None:
     assert four.anatomy == [Box("Heart", 70, 90, 20, 20)]  # beyond the image: cut off when it is stored
 
 
+def test_images_without_a_file_of_boxes_are_told(source: SlakeSource, tmp_path: Path) -> None:
+    source.load(1)
+    assert source.take_notes() == {}
+    (tmp_path / "Slake1.0" / "imgs" / "xmlab1" / "detection.json").unlink()
+    source.load(1)
+    assert source.take_notes() == {"images have no detection.json, and so no boxes": 1}
+
+
 def test_all_questions_are_counted_whatever_is_asked_for(tmp_path: Path) -> None:
     root = fixture.write(tmp_path).root
     source = SlakeSource(SlakeOptions(root=root, language=["en"], modality=["X-Ray"]))
