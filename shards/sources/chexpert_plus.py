@@ -57,6 +57,7 @@ class CheXpertPlusSource(ArchiveSource):
         origin="https://aimi.stanford.edu/datasets/chexpert-plus",
     )
     options: CheXpertPlusOptions
+    reading = 2
 
     def prepare(self) -> None:
         """Names of the labels, published numbers."""

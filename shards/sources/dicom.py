@@ -64,7 +64,7 @@ class DicomSource(ArchiveSource):
         origin="where the images are kept",
     )
     options: DicomOptions
-    reading = 2
+    reading = 3
 
     def prepare(self) -> None:
         """No labels, no published numbers."""

@@ -104,6 +104,13 @@ _HEADINGS: dict[str, dict[str, str]] = {
         "technique": "检查方法, 检查技术, 扫描方法, 檢查方法, 摄影体位",
     },
 }
+# Headings that are also the last word of a longer label in capitals, which then belongs to the text of its
+# section: "LATERAL VIEW:", "2 VIEWS:", "PRIOR STUDY:".
+_COMMON = (
+    *("exam", "examination", "procedure", "study", "view", "views", "untersuchung"),
+    *("estudio", "examen", "exploración", "procedimiento", "proyecciones"),
+    *("incidences", "procédure", "étude", "estudo", "exame", "incidências", "procedimento"),
+)
 #: Languages a map may name.
 LANGUAGES = tuple(_HEADINGS)
 #: Section of what stands before the first heading.
@@ -141,11 +148,13 @@ def heading_pattern(language: str) -> re.Pattern[str]:
     A heading opens a line in any case with a colon, or fills a line in capitals or capitalised without one
     (in any case behind Markdown's "#"), or stands in brackets. Where line breaks were lost it stands inside a
     line: in capitals with a colon, or capitalised with a colon after a sentence. Any other "Word:" ("LUNGS:",
-    "Heart:") stays in its section.
+    "Heart:") stays in its section, and so does a common word behind another one in capitals or a number
+    ("LATERAL VIEW:").
     """
     listed = [heading for names in _HEADINGS[language].values() for heading in names.split(", ")]
     any_case = _alternatives(listed)
-    capitals = _alternatives(heading.upper() for heading in listed)
+    capitals = _alternatives(heading.upper() for heading in listed if heading not in _COMMON)
+    common = _alternatives(heading.upper() for heading in listed if heading in _COMMON)
     capitalised = _alternatives(heading.capitalize() for heading in listed)
     alone = _alternatives(form for h in listed for form in (h.upper(), h.capitalize(), h.title()))
     begin = r"^[ \t\u3000]*"
@@ -156,6 +165,7 @@ def heading_pattern(language: str) -> re.Pattern[str]:
         rf"|{begin}[\[【](?P<boxed>(?i:{any_case}))[\]】](?:{_COLON})?"
         rf"|(?<=[。！？])\s*[\[【]?(?P<behind>(?i:{any_case}))(?:[\]】](?:{_COLON})?|{_COLON})"
         rf"|(?<=\s)(?P<inside>{capitals}){_COLON}"
+        rf"|(?<=\s)(?<![A-ZÀ-ÖØ-Þ0-9] )(?P<common>{common or '(?!)'}){_COLON}"
         rf"|(?<=[.!?])\s+(?P<follows>{capitalised}){_COLON}",
         re.MULTILINE,
     )

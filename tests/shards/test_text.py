@@ -70,6 +70,34 @@ def test_sections_by_heading_at_line_start_in_capitals_and_in_running_text() -> 
     }
 
 
+@pytest.mark.parametrize(
+    ("report", "sections"),
+    [
+        (
+            "FINDINGS:\nFRONTAL VIEW: Normal heart.\nLATERAL VIEW: Blunted angle.\nIMPRESSION: Effusion.",
+            {
+                "findings": "FRONTAL VIEW: Normal heart.\nLATERAL VIEW: Blunted angle.",
+                "impression": "Effusion.",
+            },
+        ),
+        ("CHEST PA AND LATERAL VIEWS: Clear.", {"findings": "CHEST PA AND LATERAL VIEWS: Clear."}),
+        ("FINDINGS: 2 VIEWS: Clear.", {"findings": "2 VIEWS: Clear."}),
+        ("FINDINGS: As on the PRIOR STUDY: large.", {"findings": "As on the PRIOR STUDY: large."}),
+        (
+            "FINDINGS: Smaller than at the LAST EXAM: 3 cm.",
+            {"findings": "Smaller than at the LAST EXAM: 3 cm."},
+        ),
+        # Headings nevertheless: behind a word that is not in capitals, a sentence, a wide gap.
+        ("HISTORY: cough EXAM: PA VIEWS: 2", {"history": "cough", "examination": "PA VIEWS: 2"}),
+        ("FINDINGS: CLEAR. VIEWS: TWO", {"findings": "CLEAR.", "technique": "TWO"}),
+        ("HISTORY: COUGH  EXAM: PA", {"history": "COUGH", "examination": "PA"}),
+        ("COMPARISON: NONE FINDINGS: CLEAR", {"comparison": "NONE", "findings": "CLEAR"}),
+    ],
+)
+def test_the_end_of_a_longer_label_is_no_heading(report: str, sections: dict[str, str]) -> None:
+    assert split_sections(report) == sections
+
+
 def test_sections_of_free_text_repeated_headings_and_aliases() -> None:
     assert split_sections(" Lungs are clear. ") == {"findings": "Lungs are clear."}
     assert split_sections("\n ") == {}
