@@ -22,6 +22,10 @@ class DataError(MedvlpError):
     exit_code = 3
 
 
+class UnavailableError(DataError):
+    """A file cannot be read now, which says nothing about what it holds: no corrupt sample."""
+
+
 class NotFiniteError(MedvlpError, ValueError):
     """Numbers of a network that are NaN or infinite, of which nothing can be measured.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import errno
 import itertools
 import os
 from collections import OrderedDict
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.errors import DataError
+from shards.errors import DataError, UnavailableError
 from shards.format import (
     FORMAT_VERSION,
     IMAGE_EXTENSIONS,
@@ -97,7 +98,8 @@ class ShardReader:
         """Key, image file bytes and metadata of sample `i`, in one `pread`.
 
         Raises:
-            DataError: the shard is missing, truncated or damaged; names shard and key.
+            UnavailableError: the shard is missing or cannot be read now.
+            DataError: it is truncated or damaged, or its disk is; names shard and key.
         """
         shard, key, members = self._members(split, i)
         image = _image_extension(shard, key, members)
@@ -157,7 +159,7 @@ class ShardReader:
             try:
                 data = map_shard_index(path)
             except OSError as error:
-                raise DataError(f"cannot read shard index {path}: {error.strerror}") from error
+                raise _unread(f"shard index {path}", error) from error
             except JsonError as error:
                 raise DataError(f"cannot read shard index {path}: {error}") from error
             self._shard_indexes[shard.file] = _checked_index(data, path, shard, shard.bytes)
@@ -177,16 +179,31 @@ class ShardReader:
         end = max(offset + size for offset, size in spans.values())
         if end - start > sum(size for _, size in spans.values()) + _GAPS:
             raise DataError(f"{shard.file}: the members of sample {key} lie far apart; rebuild the dataset")
-        try:
-            data = os.pread(self._descriptor(shard.file), end - start, start)
-        except OSError as error:
-            raise DataError(f"{shard.file}: cannot read sample {key}: {error.strerror}") from error
+        data = self._bytes_at(shard.file, key, end - start, start)
         if len(data) < end - start:
             raise DataError(f"{shard.file}: truncated before the end of sample {key}; rebuild the dataset")
         return {
             extension: data[offset - start : offset - start + size]
             for extension, (offset, size) in spans.items()
         }
+
+    def _bytes_at(self, file: str, key: str, size: int, start: int) -> bytes:
+        try:
+            return os.pread(self._descriptor(file), size, start)
+        except OSError:
+            # A file replaced on a network file system leaves a stale handle, and a cached one may be evicted
+            # between its coming and its opening: the path is as good as ever.
+            self._forget(file)
+        try:
+            return os.pread(self._descriptor(file), size, start)
+        except OSError as error:
+            self._forget(file)
+            raise _unread(f"sample {key} of {file}", error) from error
+
+    def _forget(self, file: str) -> None:
+        descriptor = self._open_files.pop(file, None)
+        if descriptor is not None:
+            os.close(descriptor)
 
     def _descriptor(self, file: str) -> int:
         if file in self._open_files:
@@ -200,6 +217,15 @@ class ShardReader:
         except JsonError as error:
             raise DataError(f"cannot read {path}: {error}") from error
         return self._open_files[file]
+
+
+def _unread(what: str, error: OSError) -> DataError:
+    if error.errno == errno.EIO:  # a disk that has lost these bytes says so each time
+        return DataError(f"cannot read {what}: {error.strerror}")
+    return UnavailableError(
+        f"{what} cannot be read now ({error.strerror}), which says nothing about what it holds: start again "
+        "when it can be, or repair the dataset with the command that built it"
+    )
 
 
 def scan_shard(

@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 import xxhash
 
-from shards.errors import DataError
+from shards.errors import UnavailableError
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ _PROGRAMS: dict[str, tuple[str, ...]] = {
 }
 
 
-class RemoteError(DataError):
+class RemoteError(UnavailableError):
     """A remote file cannot be read: not a corrupt sample, which another one could replace."""
 
 

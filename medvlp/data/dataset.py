@@ -24,10 +24,9 @@ from medvlp.data.transforms import (
     evaluation_view,
     training_view,
 )
-from shards.errors import DataError
+from shards.errors import DataError, UnavailableError
 from shards.images import decode_image
 from shards.reader import ShardReader
-from shards.remote import RemoteError
 
 #: Other samples tried in place of a corrupt one before the run stops.
 REPLACEMENTS = 8
@@ -166,7 +165,7 @@ class TrainingDataset(ImageReportDataset):
                     pixels = self.decode(candidate)
                     images[row], view = training_view(pixels, size, self.config.transform, draws, more)
                     known.append(self._known(candidate, view))
-                except RemoteError:
+                except UnavailableError:
                     raise
                 except DataError as error:
                     faults.append(str(error))
@@ -206,7 +205,7 @@ class EvaluationDataset(ImageReportDataset):
                 pixels = self.decode(position)
                 images[len(kept)], view = evaluation_view(pixels, size, crop)
                 known.append(self._known(position, view))
-            except RemoteError:
+            except UnavailableError:
                 raise
             except DataError as error:
                 faults.append(str(error))

@@ -23,9 +23,8 @@ from medvlp.data.sample_store import SampleStore
 from medvlp.data.text import Tokenizer
 from medvlp.data.transforms import View
 from shards.entities.matrix import mirrored
-from shards.errors import DataError
+from shards.errors import DataError, UnavailableError
 from shards.reader import ShardReader
-from shards.remote import RemoteError
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +84,7 @@ class Field(ABC):
             try:
                 if holds(position):
                     return None
-            except RemoteError:
+            except UnavailableError:
                 raise
             except DataError as error:
                 fault = f" (not all of them can be read: {error})"

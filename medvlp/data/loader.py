@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
+import xxhash
 from torch.utils.data import Sampler
 
 from medvlp.config import Config, DataConfig
@@ -70,6 +71,11 @@ class MicroBatchSampler(Sampler[tuple[int, Positions]]):
         self.steps_per_epoch = order.steps_per_epoch(self.batch, self.tail)
         self._rows(np.arange(self.batch))
 
+    def fingerprint(self) -> str:
+        """Of the samples in the order; ranks that differ in it would draw some twice and others never."""
+        drawn = [self.trainable] if self.studies is None else [self.trainable, self.studies.members]
+        return xxhash.xxh3_64_hexdigest(b"".join(positions.tobytes() for positions in drawn))
+
     def _rows(self, positions: Positions) -> list[Positions]:
         return rank_rows(positions, self.order.partitions, self.accumulation, self.world_size, self.rank)
 
@@ -92,12 +98,16 @@ class TrainingLoader:
         steps_per_epoch: global batches of an epoch.
         samples: samples of an epoch: those of the split that pass the rules, or one for each study.
         accumulation: micro-batches of a step.
+        drawn: fingerprint of the samples that are drawn; with the step it says which come next.
+        unreadable: how many samples of the split could not be read when its store was made.
     """
 
     def __init__(self, dataset: TrainingDataset, sampler: MicroBatchSampler, config: DataConfig) -> None:
         self.samples = len(sampler.trainable)
         self.steps_per_epoch = sampler.steps_per_epoch
         self.accumulation = sampler.accumulation
+        self.drawn = sampler.fingerprint()
+        self.unreadable = len(dataset.store.unreadable)
         rows = sampler.batch // (sampler.accumulation * sampler.world_size)
         self._loader = WorkerLoader(dataset, sampler, config, data_workers(config), rows)
         self._faults = FaultCounter(config.max_bad_fraction, self.samples, sampler.world_size)

@@ -228,15 +228,16 @@ class StudyImages:
 
     Attributes:
         first: bool [N], the first such sample of each study, which stands for it in the order.
+        members: those that may be drawn, study by study.
     """
 
     def __init__(self, studies: Positions, mask: NDArray[np.bool_], seed: int) -> None:
         self.seed = seed
-        self._members = np.flatnonzero(mask)
-        self._members = self._members[np.argsort(studies[self._members], kind="stable")]
-        _, starts, self._sizes = np.unique(studies[self._members], return_index=True, return_counts=True)
+        self.members = np.flatnonzero(mask)
+        self.members = self.members[np.argsort(studies[self.members], kind="stable")]
+        _, starts, self._sizes = np.unique(studies[self.members], return_index=True, return_counts=True)
         self._starts = starts.astype(np.int64)
-        self._firsts = self._members[self._starts]
+        self._firsts = self.members[self._starts]
         self.first = np.zeros(len(studies), dtype=bool)
         self.first[self._firsts] = True
         self._by_first = np.argsort(self._firsts, kind="stable")
@@ -248,7 +249,7 @@ class StudyImages:
         if self._words is None or self._words[0] != epoch:
             self._words = epoch, random_words(len(self._firsts), self.seed, epoch, _STUDIES)
         chosen = (self._words[1][study] % self._sizes[study].astype(np.uint64)).astype(np.int64)
-        drawn: Positions = self._members[self._starts[study] + chosen]
+        drawn: Positions = self.members[self._starts[study] + chosen]
         return drawn
 
 

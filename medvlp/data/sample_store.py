@@ -25,10 +25,9 @@ from medvlp.data.text import Tokenizer, TokenRows
 from shards.atomic import atomic_write, remove_leftovers
 from shards.entities import matrix
 from shards.entities.matrix import NOT_MENTIONED, SHAPE, Triple, matrix_cells
-from shards.errors import DataError
+from shards.errors import DataError, UnavailableError
 from shards.format import TOOL_VERSION, is_remote
 from shards.reader import ShardReader
-from shards.remote import RemoteError
 
 logger = logging.getLogger(__name__)
 
@@ -217,7 +216,7 @@ def _first_writable(folders: list[Path]) -> Path:
 def _metadata(reader: ShardReader, split: str, i: int) -> dict[str, Any] | None:
     try:
         return reader.metadata(split, i)
-    except RemoteError:  # not this sample's fault
+    except UnavailableError:  # not this sample's fault
         raise
     except DataError:
         return None

@@ -57,7 +57,7 @@ from medvlp.training.step_guard import StepGuard
 from medvlp.training.trainer import Trainer
 from medvlp.training.validation import Validation, interval
 from medvlp.training.wandb_run import WandbRun
-from shards.errors import MedvlpError
+from shards.errors import DataError, MedvlpError
 
 logger = logging.getLogger(__name__)
 
@@ -202,6 +202,7 @@ def _train(
     else:
         recipe.start(objective, lambda: loader(0))
     data = loader(step)
+    _check_order(config, data)
     schedule = build_schedule(config, data.steps_per_epoch)
     work = step_work(objective, config, schedule, step, device)
     if config.train.compile:
@@ -234,6 +235,19 @@ def _train(
         kind = "interrupt" if interrupts.stopped_by else "finish"
         EventLog(config.run.dir).note(kind, trainer.step, by=interrupts.stopped_by)
     engine.close()
+
+
+def _check_order(config: Config, data: TrainingLoader) -> None:
+    """Refuse ranks whose orders differ: each computes its own, from what it could read of its copy."""
+    drawn = distributed.gather_objects((data.drawn, data.unreadable))
+    other = next((rank for rank, (found, _) in enumerate(drawn) if found != drawn[0][0]), None)
+    if other is not None:
+        raise AgreedError(
+            f"rank {other} would draw other samples of split {config.data.split} than rank 0 "
+            f"({drawn[other][1]} and {drawn[0][1]} of them could not be read there): run `medvlp shards "
+            "verify` on both nodes, delete `tokens` where something was amiss, and start again",
+            exit_code=DataError.exit_code,
+        )
 
 
 def _build(

@@ -16,7 +16,7 @@ from medvlp.data.batch import Batch, Text
 from medvlp.data.faults import FaultCounter
 from medvlp.data.loader import build_loader, evaluation_loader
 from medvlp.data.text import Tokenizer
-from shards.errors import DataError
+from shards.errors import DataError, UnavailableError
 from shards.format import MASKS_EXTENSION
 from shards.reader import ShardReader
 from shards.remote import RemoteError
@@ -165,6 +165,21 @@ def test_hostile_metadata_is_a_corrupt_sample_and_never_quoted(
     with pytest.raises(DataError, match=f"{shard.file}: sample {key}: its metadata cannot be used") as caught:
         ShardReader(own_dataset).metadata("train", 5)
     assert "MUSTERMANN" not in caplog.text + str(caught.value)
+
+
+def test_a_shard_that_is_away_is_no_set_of_corrupt_samples(
+    own_dataset: Path, make_config: ConfigFactory, tokenizer: Tokenizer
+) -> None:
+    config = make_config(root=str(own_dataset), max_bad_fraction=1.0)
+    reader = ShardReader(own_dataset)
+    loader = build_loader(config, reader, tokenizer, 0, 1, 16)
+    shard = own_dataset / reader.locate("train", 0)[0].file
+    shard.rename(own_dataset / "away.tar")
+    reader.close()
+    with pytest.raises(UnavailableError, match=f"{shard.name} cannot be read now"):
+        list(itertools.islice(loader, loader.steps_per_epoch))
+    (own_dataset / "away.tar").rename(shard)
+    assert not any(batch.skipped for batch in itertools.islice(loader, loader.steps_per_epoch))
 
 
 def test_an_image_larger_than_the_index_says_is_refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import multiprocessing
@@ -17,7 +18,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from shards.errors import DataError
+from shards.errors import DataError, UnavailableError
 from shards.format import Index, fingerprint, hash_bytes
 from shards.images import decode_image
 from shards.reader import ShardReader
@@ -121,7 +122,7 @@ def test_truncated_tar_names_shard_and_key(damaged: Path) -> None:
 def test_missing_shard_and_foreign_index_are_data_errors(damaged: Path) -> None:
     first, second = (shard for shard in ShardReader(damaged).index.split_shards("train")[:2])
     (damaged / first.file).unlink()
-    with pytest.raises(DataError, match=f"{first.file}: cannot read sample"):
+    with pytest.raises(DataError, match=f"of {first.file} cannot be read now"):
         ShardReader(damaged).read("train", 0)
     shutil.copy(
         damaged / ShardReader(damaged).index.split_shards("test")[0].index_file, damaged / second.index_file
@@ -166,3 +167,39 @@ def test_members_far_apart_are_refused_before_memory_is_taken(phantom_dataset: P
     reader = ShardReader(root, index=changed)
     with pytest.raises(DataError, match="the members of sample 0-0 lie far apart"):
         reader.read("train", 0)
+
+
+def failing_once(monkeypatch: pytest.MonkeyPatch, error: int, times: int = 1) -> list[int]:
+    """Reads fail so many times; the descriptors they were asked for."""
+    pread, asked = os.pread, list[int]()
+
+    def read(descriptor: int, size: int, start: int) -> bytes:
+        asked.append(descriptor)
+        if len(asked) <= times:
+            raise OSError(error, os.strerror(error))
+        return pread(descriptor, size, start)
+
+    monkeypatch.setattr(os, "pread", read)
+    return asked
+
+
+def test_a_stale_file_is_opened_again(phantom_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = ShardReader(phantom_dataset)
+    expected, files = reader.image("train", 0), open_files()
+    asked = failing_once(monkeypatch, errno.ESTALE)
+    assert reader.image("train", 0) == expected
+    assert len(asked) == 2
+    assert open_files() == files
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"), [(errno.ESTALE, True), (errno.EACCES, True), (errno.EIO, False)]
+)
+def test_what_cannot_be_read_now_is_not_called_damaged(
+    phantom_dataset: Path, monkeypatch: pytest.MonkeyPatch, error: int, passes: bool
+) -> None:
+    failing_once(monkeypatch, error, times=2)
+    with pytest.raises(DataError, match=r"sample \S+ of train-000000\.tar") as caught:
+        ShardReader(phantom_dataset).image("train", 0)
+    assert isinstance(caught.value, UnavailableError) == passes
+    assert os.strerror(error) in str(caught.value)
