@@ -268,7 +268,10 @@ def test_questions_are_not_sent_where_a_stranger_says(tmp_path: Path, address: s
     (folder / "token").chmod(0o600)
     with pytest.raises(TrustError, match="--server"):
         connection_of(tmp_path)
-    trust.remember("server", address)
+    trust.remember("server", [address, True])
+    with pytest.raises(TrustError, match="--server"):
+        connection_of(tmp_path)  # nor does the folder take TLS away
+    trust.remember("server", [address, False])
     assert connection_of(tmp_path).address == address
 
 

@@ -29,6 +29,10 @@ TokenFile = Annotated[
 Authority = Annotated[
     Path | None, typer.Option("--tls-ca", help="PEM file with the certificates to trust; for TLS")
 ]
+Insecure = Annotated[
+    bool,
+    typer.Option("--insecure-network", help="ask a --server of another machine without TLS all the same"),
+]
 Offline = Annotated[
     bool, typer.Option("--offline", help="answer from the files of --run, whether a server runs or not")
 ]
@@ -43,6 +47,7 @@ def nearest(
     server: Server = None,
     token_file: TokenFile = None,
     tls_ca: Authority = None,
+    insecure_network: Insecure = False,
     offline: Offline = False,
 ) -> None:
     """Clusters and samples nearest to a text or an image."""
@@ -58,7 +63,7 @@ def nearest(
             raise UsageError(f"--image {image}: {error.strerror}") from error
         except DataError as error:
             raise UsageError(f"--image {image}: {error}") from error
-    with _ask(run, server, token_file, tls_ca, offline) as asked:
+    with _ask(run, server, token_file, tls_ca, insecure_network, offline) as asked:
         reply = (
             asked.nearest_text([text], clusters, samples)
             if text is not None
@@ -87,13 +92,14 @@ def clusters(
     server: Server = None,
     token_file: TokenFile = None,
     tls_ca: Authority = None,
+    insecure_network: Insecure = False,
     offline: Offline = False,
 ) -> None:
     """All clusters: size, purity, findings."""
     table = Table(title="clusters")
     for column in ("cluster", "images", "reports", "cosine", "purity", "findings"):
         table.add_column(column, justify="left" if column == "findings" else "right")
-    with _ask(run, server, token_file, tls_ca, offline) as asked:
+    with _ask(run, server, token_file, tls_ca, insecure_network, offline) as asked:
         for cluster in asked.all_clusters():
             table.add_row(*_summary(cluster, 3))
     _print(table)
@@ -105,10 +111,11 @@ def cluster(
     server: Server = None,
     token_file: TokenFile = None,
     tls_ca: Authority = None,
+    insecure_network: Insecure = False,
     offline: Offline = False,
 ) -> None:
     """One cluster: size, purity, findings, and its most typical images by key."""
-    with _ask(run, server, token_file, tls_ca, offline) as asked:
+    with _ask(run, server, token_file, tls_ca, insecure_network, offline) as asked:
         reply = asked.cluster(number)
     names = ("cluster", "images", "reports", "mean cosine", "purity", "findings")
     typer.echo(f"version {reply.version}, {reply.fingerprint}")
@@ -141,7 +148,12 @@ def _print(table: Table) -> None:
 
 
 def _ask(
-    run: Path | None, server: str | None, token_file: Path | None, authority: Path | None, offline: bool
+    run: Path | None,
+    server: str | None,
+    token_file: Path | None,
+    authority: Path | None,
+    insecure_network: bool,
+    offline: bool,
 ) -> PrototypeClient | RunFiles:
     """The server given, else the one of the run, else the run's files.
 
@@ -152,6 +164,8 @@ def _ask(
         raise UsageError("say whom to ask: --run RUN, or --server HOST:PORT with --token-file")
     if offline and (server is not None or run is None):
         raise UsageError("--offline reads the files of --run RUN; a --server has no part in it")
+    if insecure_network and (server is None or authority is not None):
+        raise UsageError("--insecure-network is for a --server without --tls-ca")
     from medvlp.serving.layout import ADDRESS, folder_of
 
     if run is not None and server is None and (offline or not (folder_of(run) / ADDRESS).is_file()):
@@ -164,6 +178,6 @@ def _ask(
     if server is not None:
         if token_file is None:
             raise UsageError("--server needs --token-file with the server's token")
-        return PrototypeClient(Connection(server, read_token(token_file), authority))
+        return PrototypeClient(Connection(server, read_token(token_file), authority, insecure_network))
     assert run is not None
     return PrototypeClient(connection_of(run, token_file, authority))

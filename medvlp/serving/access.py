@@ -85,6 +85,14 @@ def check_network(host: str, tls: bool, insecure_network: bool) -> None:
         )
 
 
+def is_loopback(host: str) -> bool:
+    """Whether an address, or `localhost`, is this machine alone; other names are not looked up."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def metadata(token: str) -> list[tuple[str, str]]:
     """What a client sends with every call."""
     return [("authorization", _SCHEME + token)]

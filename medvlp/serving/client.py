@@ -1,17 +1,20 @@
 """Asking a server from Python: connect, send the token, turn gRPC's errors into sentences."""
 
+import os
 import shlex
+import socket
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import grpc
+import psutil
 from google.protobuf.message import Message
 
 from medvlp import trust
-from medvlp.serving.access import metadata, read_token
+from medvlp.serving.access import is_loopback, metadata, read_token
 from medvlp.serving.layout import ADDRESS, ADDRESS_LIMIT, SERVER, TOKEN, folder_of
 from medvlp.serving.messages import from_message, image_request, nearest_request, text_request
 from medvlp.serving.questions import (
@@ -26,7 +29,7 @@ from medvlp.serving.questions import (
 )
 from medvlp.serving.wire import prototypes_pb2 as wire
 from medvlp.serving.wire.prototypes_pb2_grpc import PrototypesStub
-from shards.errors import MedvlpError
+from shards.errors import MedvlpError, UsageError
 from shards.strict_json import parse_json, read_limited
 
 
@@ -38,8 +41,6 @@ class RemoteError(MedvlpError):
 
 #: Seconds a call may take, connecting included.
 TIMEOUT = 60.0
-#: Largest `server.json`, in bytes.
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 #: gRPC would follow http_proxy to 127.0.0.1 too, and the proxy could read token and reports.
 _NO_PROXY = [("grpc.enable_http_proxy", 0)]
@@ -54,19 +55,26 @@ class Connection:
     Attributes:
         address: "HOST:PORT". token: what its token file holds.
         authority: PEM file with the certificates to trust, for a server with TLS; None: no TLS.
+        insecure_network: go to another machine without TLS, where whoever answers may read the token.
     """
 
     address: str
     token: str
     authority: Path | None = None
+    insecure_network: bool = False
+
+    @property
+    def host(self) -> str:
+        """The address without its port, and without the brackets of IPv6."""
+        return self.address.rpartition(":")[0].strip("[]")
 
 
 def connection_of(run: Path, token_file: Path | None = None, authority: Path | None = None) -> Connection:
     """The server of a run, from what it has written into `RUN/prototypes/server.json`.
 
     Raises:
-        RemoteError: no server has, or its file is no description of one, or it speaks TLS and no authority is
-            given.
+        RemoteError: no server has, or its file is no description of one; it has ended, or listens on the
+            loopback of another machine; or it speaks TLS and no authority is given.
         TrustError: the server is on another machine, and this user has not started it.
         PrototypeFilesError: the token cannot be read.
     """
@@ -75,20 +83,49 @@ def connection_of(run: Path, token_file: Path | None = None, authority: Path | N
     try:
         content = parse_json(read_limited(file, ADDRESS_LIMIT), ADDRESS_LIMIT)
         address, tls = str(content["address"]), bool(content["tls"])
+        if is_loopback(Connection(address, "").host):
+            _check_is_here(run, file, content)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RemoteError(
             f"{file} names no server ({error}); start one: medvlp prototypes serve {run}"
         ) from error
-    host = address.rpartition(":")[0].strip("[]")
-    # Texts and images are sent there: a stranger's folder must not say where.
-    if host not in _LOOPBACK and not trust.is_said(SERVER, address):
+    found = Connection(address, "", authority, insecure_network=not tls)
+    # Texts and images are sent there: a stranger's folder must not say where, nor take TLS away.
+    if not is_loopback(found.host) and not trust.is_said(SERVER, [address, tls]):
         raise trust.TrustError(
             f"{file} names a server on another machine that you have not started: if it is meant, ask it "
-            f"with --server {shlex.quote(address)} --token-file {folder / TOKEN}"
+            f"with --server {shlex.quote(address)} --token-file {folder / TOKEN} --tls-ca CERTIFICATE"
         )
     if tls and authority is None:
         raise RemoteError(f"the server at {address} speaks TLS: give the certificate to trust with --tls-ca")
-    return Connection(address, read_token(token_file or folder / TOKEN), authority)
+    return replace(found, token=read_token(token_file or folder / TOKEN))
+
+
+def _check_is_here(run: Path, file: Path, content: dict[str, Any]) -> None:
+    """Refuse to ask whoever listens on this machine's loopback in place of the server that `file` names.
+
+    Raises:
+        RemoteError: the server runs on another machine, or has ended.
+    """
+    if content["host"] != socket.gethostname():
+        raise RemoteError(
+            f"the server that {file} names listens on the loopback of "
+            f"{shlex.quote(str(content['host']))} alone: ask there, ask the files "
+            "with --offline, or start it with --host and TLS"
+        )
+    port = int(str(content["address"]).rpartition(":")[2])
+    try:
+        process = psutil.Process(int(content["pid"]))
+        if process.uids().real == os.getuid() and any(
+            of.status == psutil.CONN_LISTEN and of.laddr.port == port for of in process.net_connections("tcp")
+        ):
+            return
+    except psutil.Error:
+        pass  # gone, or another user's
+    raise RemoteError(
+        f"the server that {file} names (process {content['pid']}) is no more, or is another user's: start "
+        f"one: medvlp prototypes serve {run}, or ask the files with --offline"
+    )
 
 
 class PrototypeClient:
@@ -100,12 +137,19 @@ class PrototypeClient:
 
     Raises:
         RemoteError: the authority's file cannot be read.
+        UsageError: the address is of another machine, and there is neither TLS nor `insecure_network`.
     """
 
     def __init__(self, connection: Connection, timeout: float = TIMEOUT) -> None:
         self.connection, self.timeout = connection, timeout
         self._metadata = metadata(connection.token)
         if connection.authority is None:
+            if not (is_loopback(connection.host) or connection.insecure_network):
+                raise UsageError(
+                    f"{connection.address} may be another machine: give the certificate to trust with "
+                    "--tls-ca, or say --insecure-network where everybody on that network may read "
+                    "token and question"
+                )
             self._channel = grpc.insecure_channel(connection.address, _NO_PROXY)
         else:
             try:

@@ -14,7 +14,8 @@ GALLERY, PAGE = "gallery", "index.html"
 TOKEN, ADDRESS = "token", "server.json"
 #: Largest file of an address, in bytes.
 ADDRESS_LIMIT = 1 << 16
-#: Under what the address of a server that a user has started is remembered (`medvlp.trust`).
+#: Under what the address of a server that a user has started, and whether it speaks TLS, is remembered
+#: (`medvlp.trust`).
 SERVER = "server"
 
 

@@ -129,7 +129,7 @@ class PrototypeServer:
         """
         answers = self.servicer.answers
         address = self.address.advertised(self.port)
-        trust.remember(SERVER, address)
+        trust.remember(SERVER, [address, self.address.tls])
         content = {
             "address": address,
             "tls": self.address.tls,

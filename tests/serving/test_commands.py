@@ -105,6 +105,8 @@ def test_keys_in_brackets_are_shown_as_they_are(
         (("nearest", "--run", "RUN", "--offline", "--text", ""), RequestError, "no words", 2),
         (("cluster", "99", "--run", "RUN"), RemoteError, "(NOT_FOUND): there is no cluster 99", 11),
         (("clusters", "--run", "missing"), PrototypeFilesError, "medvlp prototypes build", 4),
+        (("clusters", "--server", "192.0.2.1:1", "--token-file", "TOKEN"), UsageError, "--tls-ca", 2),
+        (("clusters", "--run", "RUN", "--insecure-network"), UsageError, "is for a --server", 2),
         (("serve", "RUN", "--host", "0.0.0.0"), UsageError, "--insecure-network", 2),
         (("gallery", "missing"), PrototypeFilesError, "medvlp prototypes build", 4),
     ],
@@ -112,7 +114,8 @@ def test_keys_in_brackets_are_shown_as_they_are(
 def test_errors_say_what_to_do(
     arguments: tuple[str, ...], error: type[MedvlpError], message: str, code: int, served: Path
 ) -> None:
-    result = medvlp(*(str(served) if word == "RUN" else word for word in arguments))
+    words = {"RUN": served, "TOKEN": folder_of(served) / TOKEN}
+    result = medvlp(*(words.get(word, word) for word in arguments))
     assert isinstance(result.exception, error)
     assert message in str(result.exception)
     assert result.exception.exit_code == code

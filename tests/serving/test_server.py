@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 import time
@@ -202,6 +203,41 @@ def test_a_port_in_use_is_refused(start: Callable[..., PrototypeServer]) -> None
     port = start().port
     with pytest.raises(UsageError, match="give another --host or --port"):
         start(address=Address(port=port))
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"host": "another-node"}, "listens on the loopback of another-node alone"),
+        ({"pid": 1}, "is no more, or is another user's"),
+        ({"address": "127.0.0.1:1"}, "is no more, or is another user's"),
+    ],
+    ids=["another machine", "another process", "another port"],
+)
+def test_only_the_server_that_a_run_names_is_asked_on_loopback(
+    start: Callable[..., PrototypeServer],
+    tmp_path: Path,
+    changed: dict[str, object],
+    told: str,
+) -> None:
+    """Whoever else listens there would get the token."""
+    server, folder = start(), folder_of(tmp_path)
+    server.describe(folder, tmp_path)
+    (folder / TOKEN_FILE).write_text(TOKEN)
+    (folder / TOKEN_FILE).chmod(0o600)
+    with PrototypeClient(connection_of(tmp_path), timeout=20) as client:
+        assert client.table().clusters == 8
+    content = json.loads((folder / ADDRESS).read_text())
+    (folder / ADDRESS).write_text(json.dumps(content | changed))
+    with pytest.raises(RemoteError, match=told):
+        connection_of(tmp_path)
+
+
+@pytest.mark.parametrize("address", ["192.0.2.1:7443", "gpu7:7443", "[2001:db8::1]:7443", "dns:///gpu7:7443"])
+def test_no_client_goes_to_another_machine_without_tls(address: str) -> None:
+    with pytest.raises(UsageError, match="--tls-ca"):
+        PrototypeClient(Connection(address, TOKEN))
+    PrototypeClient(Connection(address, TOKEN, insecure_network=True)).close()
 
 
 @pytest.mark.parametrize("content", [b"[1]", b"[" * 100_000, b'{"pid": 1, "pid": 2}', b'{"pid": 1}'])
