@@ -6,6 +6,8 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from medvlp.data.cache import open_reader
 from medvlp.runs import saved_run
 from medvlp.runs.manifest import MANIFEST, step_folders
@@ -89,18 +91,24 @@ class Source:
         again, with other weights.
 
         Raises no MedvlpError and no OSError: what cannot be read now (a checkpoint that is being deleted, a
-        run that has not begun, a file server that does not answer) is logged once and tried again at the next
-        call.
+        run that has not begun, a file server that does not answer), or finds no room on a GPU that a training
+        fills, is logged once and tried again at the next call.
         """
         try:
             if self._newest_checkpoint() not in (_NONE, self._newest):
                 return self._load_or_build()
             if self._seen is not None and self._signature() not in (None, self._seen):
                 return self.load()
+        except torch.OutOfMemoryError:
+            problem = "the GPU has no room for it: serve with --device cpu"
         except (MedvlpError, OSError) as error:
-            if str(error) != self._problem:
-                logger.warning("not followed yet: %s", error)
-                self._problem = str(error)
+            problem = str(error)
+        else:
+            return None
+        torch.cuda.empty_cache()  # here the error no longer holds what was built
+        if problem != self._problem:
+            logger.warning("not followed yet: %s", problem)
+            self._problem = problem
         return None
 
     def _differences(self, snapshot: Snapshot, source: SavedRun) -> list[str]:

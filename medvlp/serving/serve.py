@@ -1,5 +1,6 @@
 """`medvlp prototypes serve`: the server as a process, until it is told to end."""
 
+import logging
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,9 @@ from medvlp.serving.follow import Source
 from medvlp.serving.layout import TOKEN, folder_of
 from medvlp.serving.limits import Limits
 from medvlp.serving.server import Address, PrototypeServer
+from shards.errors import MedvlpError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,10 @@ def serve(options: ServeOptions, say: Callable[[str], None]) -> None:
             while True:
                 if options.follow and (answers := source.newer()) is not None:
                     server.publish(answers)
-                    server.describe(folder, options.run)
+                    try:
+                        server.describe(folder, options.run)
+                    except MedvlpError as error:  # clients still find it by what the file said before
+                        logger.warning("%s", error)
                     table, origin = answers.snapshot.table, answers.snapshot.origin
                     say(f"serving version {table.version} ({table.fingerprint}) of {origin.checkpoint}")
                 time.sleep(options.poll_seconds)

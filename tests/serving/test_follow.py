@@ -9,17 +9,21 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+import torch
 
 from medvlp.runs.errors import RunFolderError
 from medvlp.runs.run_lock import LOCK, RunLock, this_process
+from medvlp.serving import serve
 from medvlp.serving.answers import Answers
 from medvlp.serving.build import SnapshotOptions, build
 from medvlp.serving.follow import Source
 from medvlp.serving.layout import SNAPSHOT, PrototypeFilesError, folder_of
 from medvlp.serving.limits import Limits
 from medvlp.serving.run_model import checkpoint_of
+from medvlp.serving.server import Address, PrototypeServer
 from medvlp.serving.snapshot import Snapshot
 from shards.build import BuildOptions, build_shards
+from shards.errors import DataError
 from shards.merge import merge
 from shards.plan import Part
 from shards.sample import StoredImage
@@ -150,6 +154,35 @@ def test_what_could_not_be_read_is_tried_again(
     answers = followed.newer()
     assert answers is not None
     assert len(answers.snapshot.sample) == 4
+
+
+def test_a_gpu_without_room_leaves_the_old_answers(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    save_run(data, run, step=1)
+    followed = source(run)
+    assert step(followed.newer()) == 1
+    save_run(data, run, step=2)
+    with monkeypatch.context() as patched:
+        patched.setattr("medvlp.serving.follow.RunModel", Mock(side_effect=torch.OutOfMemoryError))
+        assert followed.newer() is None
+        assert followed.newer() is None
+    assert caplog.text.count("the GPU has no room for it: serve with --device cpu") == 1
+    assert step(followed.newer()) == 2
+
+
+def test_a_server_whose_folder_cannot_be_written_goes_on(
+    run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(PrototypeServer, "describe", Mock(side_effect=[None, DataError("full disk")]))
+    # The second look is told to end, as by a signal.
+    monkeypatch.setattr(serve, "time", Mock(sleep=Mock(side_effect=[None, serve._Ended])))
+    build = SnapshotOptions(run, device="cpu")
+    serve.serve(serve.ServeOptions(run, Address(), build, follow=True), said.append)
+    assert "full disk" in caplog.text
+    assert [line.split()[0] for line in said[-3:]] == ["serving", "serving", "ended"]
 
 
 def test_damaged_prototypes_are_built_anew(run: Path) -> None:
