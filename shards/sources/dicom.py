@@ -64,7 +64,7 @@ class DicomSource(ArchiveSource):
         origin="where the images are kept",
     )
     options: DicomOptions
-    reading = 3
+    reading = 4
 
     def prepare(self) -> None:
         """No labels, no published numbers."""
@@ -201,6 +201,7 @@ class _Scan:
             "files (number INTEGER PRIMARY KEY, path TEXT, cells TEXT, problem TEXT)",
             "patient_of_study (key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID",
             "study_of_folder (key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID",
+            "study_of_text (key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID",
         ):
             self._database.execute(f"CREATE TABLE {table}")
 
@@ -231,6 +232,8 @@ class _Scan:
         self._note("patient_of_study", header.study_uid, header.patient_id)
         for folder in PurePosixPath(_code(path)).parents:
             self._note("study_of_folder", str(folder), header.study_uid)
+        for text in _texts_of(PurePosixPath(_code(path))):
+            self._note("study_of_text", str(text).casefold(), header.study_uid)
 
     def records(self, with_files: bool) -> Iterator[Record]:
         """A record a file, in the order of their paths.
@@ -269,21 +272,33 @@ class _Scan:
 
     def _text(self, path: PurePosixPath, study: str) -> str:
         """The nearest text file with the report of an image, from its own name up to the root; or ""."""
-        names = [path.with_suffix(".txt"), path.with_name(f"{path.name}.txt")]
+        own = [name for name in _texts_of(path) if not self._is_of_other_study(name.stem, study)]
+        names = list(own)
         for folder in path.parents:
             names += [folder / f"{study}.txt", folder / _REPORT]
         for name in names:
+            key = str(name).casefold()
             query = "UPDATE texts SET used = 1 WHERE folded = ? RETURNING path"
-            found = self._database.execute(query, (str(name).casefold(),)).fetchone()
+            found = self._database.execute(query, (key,)).fetchone()
             if found is None:
                 continue
-            if name.name == _REPORT and self._noted("study_of_folder", str(name.parent)) == _SEVERAL:
+            if name.stem == study:
+                return str(found[0])
+            if name in own and self._noted("study_of_text", key) == _SEVERAL:
+                raise DataError(
+                    "a text file is named like images of several studies; name it like the StudyInstanceUID"
+                )
+            if name not in own and self._noted("study_of_folder", str(name.parent)) == _SEVERAL:
                 raise DataError(
                     f"{_REPORT} lies above files of several studies; name it like the image or the "
                     "StudyInstanceUID"
                 )
             return str(found[0])
         return ""
+
+    def _is_of_other_study(self, stem: str, study: str) -> bool:
+        """Whether a text file of that name is the report of another study than this."""
+        return stem != study and bool(self._noted("patient_of_study", stem))
 
     def _see(self, path: str) -> None:
         if not self._database.execute("INSERT OR IGNORE INTO paths VALUES (?)", (_code(path),)).rowcount:
@@ -301,6 +316,15 @@ class _Scan:
     def _noted(self, table: str, key: str) -> str:
         row = self._database.execute(f"SELECT value FROM {table} WHERE key = ?", (key,)).fetchone()
         return row[0] if row else ""
+
+
+def _texts_of(path: PurePosixPath) -> list[PurePosixPath]:
+    """What a text file with the report of that image is named like.
+
+    Only endings of images are cut: files named by UIDs have none, and `1.2.8` is not the name of `1.2.8.1`.
+    """
+    texts = [path.with_name(f"{path.name}.txt")]
+    return texts + ([path.with_suffix(".txt")] if path.suffix.lower() in _ENDINGS else [])
 
 
 def _code(path: str) -> str:

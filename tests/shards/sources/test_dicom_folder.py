@@ -134,6 +134,42 @@ def test_one_report_above_two_studies_is_nobodys(tmp_path: Path) -> None:
     assert studies["4"].sections == {"findings": "No effusion."}  # named like its image
 
 
+def reports(root: Path, images: dict[str, bytes], texts: dict[str, str]) -> dict[str, dict[str, str]]:
+    """Sections by patient, of a folder of these files."""
+    for name, data in images.items():
+        (root / name).write_bytes(data)
+    for name, text in texts.items():
+        (root / name).write_text(text)
+    studies, _ = outcome(DicomSource(DicomOptions(root=root)))
+    return {study.patient_id: study.sections for study in studies.values()}
+
+
+def test_a_name_of_a_uid_has_no_ending_that_could_be_cut(tmp_path: Path) -> None:
+    images = {"1.2.8": fixture.image(1, "1.3.1", "P1"), "1.2.8.1": fixture.image(2, "1.3.2", "P2")}
+    texts = {"1.2.8.txt": "Findings: First.", "1.2.8.1.txt": "Findings: Second."}
+    assert reports(tmp_path, images, texts) == {"P1": {"findings": "First."}, "P2": {"findings": "Second."}}
+    (tmp_path / "1.2.8.1.txt").unlink()
+    assert reports(tmp_path, {}, {}) == {"P1": {"findings": "First."}, "P2": {}}
+
+
+@pytest.mark.parametrize("name", ["1.2.5.2", "1.2.5", "1.2.5.dcm"])
+def test_the_report_of_a_study_is_no_other_images_by_its_name(name: str, tmp_path: Path) -> None:
+    images = {"first": fixture.image(1, "1.2.5", "P1"), name: fixture.image(2, "1.2.6", "P2")}
+    texts = {"1.2.5.txt": "Findings: First."}
+    assert reports(tmp_path, images, texts) == {"P1": {"findings": "First."}, "P2": {}}
+
+
+def test_a_text_named_like_images_of_two_studies_is_nobodys(tmp_path: Path) -> None:
+    images = {"IM1.dcm": fixture.image(1, "1.2.5", "P1"), "IM1.ima": fixture.image(2, "1.2.6", "P2")}
+    assert reports(tmp_path, images, {"im1.txt": "Whose?"}) == {}
+    _, reasons = outcome(DicomSource(DicomOptions(root=tmp_path)))
+    assert len(reasons) == 2
+    assert all("named like images of several studies" in reason for reason in reasons.values())
+    (tmp_path / "IM1.ima").write_bytes(fixture.image(2, "1.2.5", "P1"))
+    studies, _ = outcome(DicomSource(DicomOptions(root=tmp_path)))
+    assert [bool(study.sections) for study in studies.values()] == [True, True]
+
+
 def test_a_study_of_two_patients_is_rejected(tmp_path: Path) -> None:
     root = fixture.write(tmp_path)
     (root / "f" / "other.dcm").write_bytes(fixture.image(6, "1.2.7", "P9"))
