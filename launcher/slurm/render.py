@@ -148,7 +148,7 @@ def _warning(seconds: int, time: str | None, is_asked: bool) -> int:
 
 
 def limit_seconds(time: str | None) -> int | None:
-    """Seconds of a time limit as sbatch writes it; None without one.
+    """Seconds of a time limit as sbatch writes it; None without one, which 0 says too.
 
     Raises:
         UsageError: it is no time.
@@ -165,7 +165,7 @@ def limit_seconds(time: str | None) -> int | None:
         hours, minutes, seconds = parts
     else:
         hours, (minutes, seconds) = 0, [*parts, 0][:2]
-    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds or None
 
 
 def _is_overflowing(time: str) -> bool:

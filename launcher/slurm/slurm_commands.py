@@ -114,8 +114,9 @@ def run_command(arguments: Sequence[str], environment: Mapping[str, str] | None 
     """
     try:
         finished = subprocess.run(
-            list(arguments), capture_output=True, text=True, timeout=ANSWER_SECONDS, env=environment
-        )
+            list(arguments), capture_output=True, timeout=ANSWER_SECONDS, env=environment,
+            encoding="utf-8", errors="replace",  # names of anybody's jobs, in whatever they wrote them
+        )  # fmt: skip
     except FileNotFoundError:
         raise SlurmError(
             f"{arguments[0]} is not installed here: run this on a login node of the cluster"
@@ -140,15 +141,25 @@ _VARIABLES = {
 }
 
 
+#: Variables of Slurm that are of no job.
+_OF_THE_CLUSTER = frozenset(("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_TIME_FORMAT"))
+
+
 def submission_environment(script: str, environment: Mapping[str, str]) -> dict[str, str]:
     """The environment without the variables that sbatch would follow in place of what a script asks for.
 
-    A user's SBATCH_PARTITION stands above `#SBATCH --partition`; it holds where the script names none.
+    A user's SBATCH_PARTITION stands above `#SBATCH --partition`; it holds where the script names none. What
+    Slurm says of the job from inside which another one is submitted (`salloc`) is not the other's: its srun
+    would take that job's memory for its own.
     """
     asked = re.findall(r"^#SBATCH --([a-z-]+)", script, re.MULTILINE)
     names = [name for option in asked for name in _VARIABLES.get(option, (option.upper().replace("-", "_"),))]
     taken = {f"SBATCH_{name}" for name in [*names, "WAIT"]}  # WAIT: it would answer at the job's end
-    return {name: value for name, value in environment.items() if name not in taken}
+    return {
+        name: value
+        for name, value in environment.items()
+        if name not in taken and (not name.startswith("SLURM_") or name in _OF_THE_CLUSTER)
+    }
 
 
 def submit(script: Path, arguments: Sequence[str] = ()) -> int:
@@ -196,8 +207,10 @@ def list_jobs(ids: Sequence[int] | None = None, user: str | None = None) -> list
     Raises:
         SlurmError: the controller does not answer.
     """
-    listed = json.loads(run_command(["squeue", "--json"]))["jobs"]
-    jobs = [_job(entry) for entry in listed]
+    try:
+        jobs = [_job(entry) for entry in json.loads(run_command(["squeue", "--json"]))["jobs"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SlurmError(f"squeue --json: its answer cannot be read ({type(error).__name__})") from error
     if ids is not None:
         jobs = [job for job in jobs if {job.id, job.array_job_id, job.het_job_id} & set(ids)]
     if user is not None:
@@ -206,15 +219,21 @@ def list_jobs(ids: Sequence[int] | None = None, user: str | None = None) -> list
 
 
 def job_is_over(job: str) -> bool | None:
-    """Whether no process of a job, "cluster/id", is left; None: another cluster's, or no answer."""
+    """Whether no process of a job, "cluster/id", is left; None: another cluster's, or no answer.
+
+    Nor is there one where the site shows users their own jobs only: a colleague's may run unseen.
+    """
     cluster, _, number = job.rpartition("/")
     try:
-        config = run_command(["scontrol", "show", "config"]) if is_installed() and number.isdigit() else ""
-        own = next((line.split("=")[1].strip() for line in config.splitlines() if "ClusterName" in line), "")
-        if not own or own != cluster:
+        text = run_command(["scontrol", "show", "config"]) if is_installed() and number.isdigit() else ""
+        lines = (line.partition("=") for line in text.splitlines())
+        config = {name.strip(): value.strip() for name, _, value in lines}
+        if not cluster or config.get("ClusterName") != cluster:
             return None
         jobs = list_jobs([int(number)])
     except SlurmError:
+        return None
+    if not jobs and {"jobs", "all"} & set(config.get("PrivateData", "").split(",")):
         return None
     return not any(_OCCUPYING & {found.state, *found.flags} for found in jobs)
 

@@ -21,7 +21,7 @@ import torch.numa.binding
 from launcher import local
 from launcher.placement import Node, Route, route_to
 from medvlp import distributed
-from medvlp.ranks import FIRST_ERROR, claim_first_error, first_error
+from medvlp.ranks import FIRST_ERROR, LaunchError, claim_first_error, first_error
 from medvlp.training.hangs import lost_rank
 from shards.errors import UsageError
 
@@ -158,6 +158,16 @@ def test_every_rank_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Non
         local.ranks_here(8)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     assert [local.ranks_here(asked) for asked in (None, 8)] == [(1, False), (8, False)]
+
+
+def test_gpus_that_slurm_gave_and_torch_does_not_find_are_no_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(LaunchError, match=r"8 GPUs on .*, and torch finds none"):
+        local.ranks_here(8)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert local.ranks_here(8) == (8, False)
 
 
 def test_settings_of_the_allocator_are_the_users_if_there_are_any() -> None:

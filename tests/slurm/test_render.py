@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 from dataclasses import replace
@@ -87,7 +88,15 @@ def test_values_that_could_be_something_else_are_refused(wrong: dict[str, Any]) 
 
 @pytest.mark.parametrize(
     ("time", "seconds"),
-    [("90", 5400), ("1:30", 90), ("2:00:00", 7200), ("1-2", 93600), ("1-2:30", 95400), ("UNLIMITED", None)],
+    [
+        ("90", 5400),
+        ("1:30", 90),
+        ("2:00:00", 7200),
+        ("1-2", 93600),
+        ("1-2:30", 95400),
+        ("UNLIMITED", None),
+        ("0", None),
+    ],
 )
 def test_time_limits_are_read_as_slurm_reads_them(time: str, seconds: int | None) -> None:
     assert limit_seconds(time) == seconds
@@ -257,6 +266,17 @@ def scripts(site: ClusterConfig, **asked: Any) -> list[str]:
         PretrainJob(request, site, Path("/run"), "a: 1", ranks_per_node=1, max_requeues=3).script(),
         CommandJob("evaluate", Path("/run"), request, site, [["evaluate", "/run"]]).script(),
     ]
+
+
+@pytest.mark.parametrize(
+    ("runs", "job"), [(1, '"$SLURM_JOB_ID"'), (2, '"${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"')]
+)
+def test_a_warned_task_of_an_array_requeues_itself_alone(runs: int, job: str) -> None:
+    """SLURM_JOB_ID of an array's last task is the array's, and means all of it to scontrol."""
+    commands = [["evaluate", "/run"]] * runs
+    request = SlurmRequest("a", Path("/out"))
+    script = CommandJob("evaluate", Path("/run"), request, ClusterConfig(), commands, goes_on=True).script()
+    assert re.findall(r"scontrol requeue (\S+) ", script) == [job]
 
 
 def test_a_job_computes_on_what_it_asked_for() -> None:

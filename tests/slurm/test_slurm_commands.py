@@ -71,9 +71,38 @@ def test_a_script_stands_above_the_variables_of_sbatch() -> None:
         "SBATCH_GPUS_PER_NODE": "1",
         "SBATCH_NO_REQUEUE": "1",
         "SBATCH_WAIT": "1",
+        "SLURM_MEM_PER_NODE": "700",  # of a surrounding `salloc`
+        "SLURM_JOB_ID": "3",
     }
-    kept = {"SBATCH_ACCOUNT": "a", "SBATCH_X": "1", "HOME": "/h"}
+    kept = {"SBATCH_ACCOUNT": "a", "SBATCH_X": "1", "HOME": "/h", "SLURM_CONF": "/etc/slurm.conf"}
     assert slurm_commands.submission_environment(script, said | kept) == kept
+
+
+def test_a_name_that_is_not_utf8_is_read() -> None:
+    assert slurm_commands.run_command(["printf", r"caf\351"]) == "caf\ufffd"
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"), [("[]", "TypeError"), ("{}", "KeyError"), ("{", "JSONDecodeError")]
+)
+def test_an_answer_that_cannot_be_read_is_an_error_of_slurm(
+    monkeypatch: pytest.MonkeyPatch, answer: str, text: str
+) -> None:
+    monkeypatch.setattr(slurm_commands, "run_command", lambda _: answer)
+    with pytest.raises(SlurmError, match=text):
+        slurm_commands.list_jobs()
+
+
+@pytest.mark.parametrize(("private", "over"), [("none", True), ("accounts,jobs", None), ("all", None)])
+def test_a_job_that_may_be_hidden_is_not_called_over(
+    monkeypatch: pytest.MonkeyPatch, private: str, over: bool | None
+) -> None:
+    config = f"Configuration data\nClusterName             = c\nPrivateData             = {private}\n"
+    answers = {"scontrol": config, "squeue": '{"jobs": []}'}
+    monkeypatch.setattr(slurm_commands, "run_command", lambda command: answers[command[0]])
+    monkeypatch.setattr(slurm_commands, "is_installed", lambda: True)
+    assert slurm_commands.job_is_over("c/9") is over
+    assert slurm_commands.job_is_over("other/9") is None
 
 
 @pytest.mark.slurm
