@@ -154,6 +154,10 @@ def _shown(stored: NDArray[Any], header: Any, window: Window) -> NDArray[np.uint
     if photometric == "MONOCHROME1":
         levels = 255 - levels
     pixels = levels[stored.astype(np.int64) - first]
+    if window == "auto":
+        padding = _is_padding(values, header)
+        if levels[padding].any():
+            pixels[_from_the_border(padding[stored.astype(np.int64) - first])] = 0
     if window == "equalize":
         # After the inversion, as the providers of MIMIC-CXR-JPG did.
         pixels = np.asarray(cv2.equalizeHist(pixels), dtype=np.uint8)
@@ -247,13 +251,25 @@ def _by_percentiles(values: _Values, counts: _Counts) -> _Values:
 
 
 def _without_padding(values: _Values, counts: _Counts, header: Any) -> _Counts:
-    """Counts without the value that fills what the detector has not seen, if anything is left."""
-    padding = header.get("PixelPaddingValue")
-    if padding is None:
-        return counts
-    kept = counts.copy()
-    kept[np.isclose(values, _modality(np.array([int(padding)]), header)[0])] = 0
+    """Counts without the values that fill what the detector has not seen, if anything is left."""
+    kept = np.where(_is_padding(values, header), 0, counts)
     return kept if kept.any() else counts
+
+
+def _is_padding(values: _Values, header: Any) -> NDArray[np.bool_]:
+    """Which values fill what the detector has not seen: one, or a range whose ends come in any order."""
+    padding, limit = (_number(header, name) for name in ("PixelPaddingValue", "PixelPaddingRangeLimit"))
+    if padding is None:
+        return np.zeros(len(values), dtype=np.bool_)
+    low, high = sorted(_modality(np.array([padding, padding if limit is None else limit]), header))
+    return np.asarray((values >= low - 1e-6) & (values <= high + 1e-6))
+
+
+def _from_the_border(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The parts of a mask that begin at the border: inside, saturated pixels may have the padding's value."""
+    _, parts = cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)
+    edges = np.concatenate([parts[0], parts[-1], parts[:, 0], parts[:, -1]])
+    return mask & np.isin(parts, np.unique(edges))
 
 
 def _max(values: _Values, counts: _Counts, header: Any) -> _Values:

@@ -49,7 +49,7 @@ class RsnaSource(ArchiveSource):
         origin="https://www.kaggle.com/c/rsna-pneumonia-detection-challenge/data",
     )
     options: RsnaOptions
-    reading = 2
+    reading = 3
     identifying = ("nih_image",)
 
     def prepare(self) -> None:

@@ -57,6 +57,7 @@ class SiimSource(ArchiveSource):
         origin="https://www.kaggle.com/c/siim-acr-pneumothorax-segmentation",
     )
     options: SiimOptions
+    reading = 2
 
     def prepare(self) -> None:
         """Which files these are, and their published numbers."""

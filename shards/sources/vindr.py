@@ -67,6 +67,7 @@ class VindrSource(ArchiveSource):
         "https://www.kaggle.com/c/vinbigdata-chest-xray-abnormalities-detection/data",
     )
     options: VindrOptions
+    reading = 2
 
     def prepare(self) -> None:
         """Whose files these are, with their labels and published numbers."""

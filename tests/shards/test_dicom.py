@@ -196,6 +196,38 @@ def test_padding_does_not_move_the_window() -> None:
     close(with_padding[:, 40:], np.clip((part - low) / (high - low), 0, 1) * 255, 1.5)
 
 
+@pytest.mark.parametrize("fields", [{}, {"WindowCenter": 2000, "WindowWidth": 3000}], ids=["none", "window"])
+@pytest.mark.parametrize(
+    ("photometric", "padding", "limit"),
+    [
+        ("MONOCHROME1", 0, None),
+        ("MONOCHROME2", 4095, None),
+        ("MONOCHROME1", 5, 0),
+        ("MONOCHROME2", 4090, 4095),
+    ],
+)
+def test_padding_is_black(photometric: str, padding: int, limit: int | None, fields: dict[str, Any]) -> None:
+    film = np.clip(RAMP, 10, 4000)
+    unpadded = dicom.write(film, bits=12, PhotometricInterpretation=photometric, **fields)
+    film[:, :8] = padding
+    film[:4] = padding if limit is None else limit
+    fields = {**fields, "PixelPaddingValue": padding}
+    if limit is not None:
+        fields["PixelPaddingRangeLimit"] = limit
+    found = read(dicom.write(film, bits=12, PhotometricInterpretation=photometric, **fields))
+    assert not found[:, :8].any()
+    assert not found[:4].any()
+    close(found[4:, 8:], read(unpadded)[4:, 8:].astype(float), 40)
+
+
+def test_saturated_pixels_inside_the_film_are_no_padding() -> None:
+    film = np.clip(RAMP, 10, 4000)
+    film[:4] = film[20:30, 20:30] = 4095
+    found = read(dicom.write(film, bits=12, PixelPaddingValue=4095))
+    assert not found[:4].any()
+    assert (found[20:30, 20:30] == 255).all()
+
+
 @pytest.mark.parametrize(
     ("ratio", "shape", "scale"),
     [([2, 1], (96, 64), (1, 2)), ([1, 2], (48, 128), (2, 1)), ([3, 3], (48, 64), (1, 1))],
