@@ -50,7 +50,11 @@ _BARE = re.compile(
     rf"(?:\s+at this time|\s+today|\s+currently)?{_END}"
 )
 # "none on the left, small on the right": the answer for one side is not that for the finding.
-_OTHER_SIDE = re.compile(r"[^.;:]*\b(?:yes|present|trace|tiny|small|mild|moderate|large|severe)\b")
+_SIZE = r"\b(?:yes|present|trace|tiny|small|mild|moderate|large|severe)\b"
+_ON_SIDE = r"\bon the (?:left|right)\b"
+_OTHER_SIDE = re.compile(
+    rf"[^.;:]*{_SIZE}|(?=[^.;:]*\b(?:left|right)\b)[^.;:]*;(?=[^.;:]*{_ON_SIDE})[^.;:]*{_SIZE}"
+)
 _LIST = re.compile(r"\s*(?:,|/|&|\bor\b|\band\b|,\s*(?:and|or)\b)\s*(?:[a-z-]+\s+){0,2}")
 
 _CHECKED = re.compile(r"\[[xX✓✔]\]|\([xX✓✔]\)|[☒☑✅✔]")

@@ -14,7 +14,7 @@ from typing import Any
 
 from shards.entities.answers import statements
 from shards.entities.landmarks import landmark
-from shards.entities.lexicon import GENERAL_DEVICE_SITE, TERM_PATTERN, TERMS, Term
+from shards.entities.lexicon import GENERAL_DEVICE_SITE, SIZED_SIDES, TERM_PATTERN, TERMS, Term
 from shards.entities.negation import ABSENT, PRESENT, assertions
 from shards.entities.places import Place, find_places, with_sides
 from shards.entities.vocabulary import OTHER, UNSPECIFIED
@@ -22,7 +22,7 @@ from shards.errors import DataError
 from shards.study import Entity
 
 #: Raise when rules or lexicon change: annotated datasets record it.
-VERSION = 2
+VERSION = 3
 
 #: Sections that say what this study shows.
 SECTIONS = ("findings", "impression", "addendum", "preliminary")
@@ -45,6 +45,9 @@ _BOUNDARY = re.compile(r"[;:]|\b(?:but|however|although|while|whereas)\b")
 _SIDE_AFTER = re.compile(
     r"[^,;:.]{0,40}?(?:\b(?:on|in|to) the (left|right)\b(?! \w*(?:lung|lobe|side of))|\b(bilaterally))"
 )
+
+
+_BOTH_SIDES = re.compile(rf"\b{SIZED_SIDES}")
 
 
 @dataclass(frozen=True)
@@ -286,7 +289,11 @@ class _Linker:
         """The site the term implies, on the sides that its noun phrase names."""
         if not mention.term.site:
             return (UNSPECIFIED,)
-        phrase = re.split(rf"[^a-z0-9\s/-]|\b{_STOP}\b", self.sentence[: mention.start])[-1]
+        before = self.sentence[: mention.start]
+        phrase = re.split(rf"[^a-z0-9\s/-]|\b{_STOP}\b", before)[-1]
+        for pair in _BOTH_SIDES.finditer(before):
+            if pair.end() >= len(before) - len(phrase):
+                phrase = before[pair.start() :]
         after = _SIDE_AFTER.match(self.sentence, mention.end)
         sides = f"{phrase} {after[1] or after[2] if after else ''}"
         names = with_sides(mention.term.site, sides)

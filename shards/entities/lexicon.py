@@ -178,7 +178,7 @@ TERMS: tuple[Term, ...] = (
         collapse="collapsed?",
         nodule="nodul(?:es?|ar|arity)|nodular densit(?:y|ies)",
         mass="mass(?:es)?(?:-?like)?|tumou?rs?|neoplasms?",
-        lesion="lesions?",
+        lesion="(?<!skin )lesions?",
         density="densit(?:y|ies)",
         scar="scars?|scarring|scarred",
         aspiration="aspiration",
@@ -248,10 +248,13 @@ TERMS: tuple[Term, ...] = (
     ],
 )
 
-_SIDE = r"(?:(?:left|right|bilateral|both)(?:[- ]sided)?)"
+_SIDE = r"(?:(?:left|right|bilateral|both|[lr]t)(?:[- ]sided)?)"
 _ZONE = r"(?:upper|mid-?|middle|lower|apical|basal|basilar)"
 _LUNG = r"(?:lobes?|lungs?(?: (?:zones?|fields?|bases?|apex|apices))?|zones?|lung)"
 _AND = r"(?:\s?/\s?|,? and (?:the )?|,? or |, )"
+_SIZE = r"(?:trace|tiny|small|minimal|mild|moderate|large|severe|new|increased|decreased)"
+#: Two sides of one finding, each with its size: the beginning of "right and moderate left pleural effusions".
+SIZED_SIDES = rf"{_SIDE},? (?:and|or) (?:a )?(?:{_SIZE}(?:[- ](?:sized|to|{_SIZE}))* )?(?={_SIDE} )"
 _PART = (
     r"(?: (?:size|silhouettes?|contours?|shadow|structures?|outline|configuration|region|angles?|"
     r"sulc(?:us|i)|spaces?|surfaces?|arch|knob))"
@@ -266,6 +269,7 @@ _ORDINAL = (
 ANATOMY_PATTERNS: dict[str, str] = {
     "zonal": rf"(?:{_SIDE}{_AND})?(?:{_SIDE} )?{_ZONE}(?:{_AND}(?:{_SIDE} )?{_ZONE})* {_LUNG}|"
     rf"(?:{_SIDE}{_AND})?(?:{_SIDE} )?mid-?(?:lungs?|zones?)",
+    "lobe": r"r[uml]l|l[ul]l",
     "lung volumes": r"lung volumes?|pulmonary volumes?",
     "cavoatrial junction": r"(?:cavo-?\s?atrial|svc[/ -]ra|atrio-?caval|cavo-?atrial) junction",
     "superior vena cava": r"superior vena cava|svc",
@@ -289,7 +293,7 @@ ANATOMY_PATTERNS: dict[str, str] = {
     "biapical": r"bi-?apical",
     "lung base": rf"(?:{_SIDE}{_AND})?(?:{_SIDE} )?(?:lung )?(?:bases?|basilar|basal)",
     "lung apex": rf"(?:{_SIDE}{_AND})?(?:{_SIDE} )?(?:lung )?(?:apex|apices|apical)",
-    "pleural space": rf"(?:{_SIDE}{_AND})?(?:{_SIDE} )?(?:{_ZONE} )?pleura(?:l|e)?{_PART}*",
+    "pleural space": rf"(?:{SIZED_SIDES}|{_SIDE}{_AND})?(?:{_SIDE} )?(?:{_ZONE} )?pleura(?:l|e)?{_PART}*",
     "hemithorax": rf"(?:{_SIDE} )?hemi-?thora(?:x|ces)",
     "lung": rf"(?:{_SIDE}{_AND})?(?:{_SIDE} )?lungs?(?: (?:zones?|fields?))?",
     "trachea": r"tracheal?",

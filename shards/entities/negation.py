@@ -20,6 +20,10 @@ _SEEN = (
     r"found)"
 )
 _BE = r"(?:is|are|was|were|be|been|being)"
+_PARTLY = (
+    r"(?:partial(?:ly)?|incomplete(?:ly)?|mostly|largely|near(?:ly)?|almost|partly|somewhat|slightly|"
+    r"substantially|significantly|markedly)"
+)
 # Kind of cue -> its forms. Kinds are tried in this order at every place of the sentence, so a form that
 # begins like another one stands before it.
 _CUES: dict[str, tuple[str, ...]] = {
@@ -27,6 +31,9 @@ _CUES: dict[str, tuple[str, ...]] = {
     "pseudo": (
         r"no (?:\w+ ){0,2}?(?:change|increase|decrease|improvement|progression|resolution)s?\b"
         r"(?: (?:in|of|from))?",
+        r"no (?:\w+ ){0,2}?(?:worsening|expansion|growth|extension) (?:of|in)",
+        rf"(?:(?:has|have|had|{_BE}) (?:been |since |now )?)?{_PARTLY}(?: |-)(?:interval |complete(?:ly)? |"
+        r"total(?:ly)? )?(?:resol(?:ved|ution)|clear(?:ed|ing)|disappeared)(?: of)?",
         r"without (?:\w+ )?(?:change|resolution|improvement)(?: (?:in|of))?",
         r"(?:has|have|had) not (?:\w+ )?(?:resolved|cleared|changed|improved)",
         r"not (?:\w+ ){0,2}?(?:changed|different|resolved|without|free of|clear of)",
@@ -39,14 +46,17 @@ _CUES: dict[str, tuple[str, ...]] = {
         rf"(?:cannot|can not|could not|can't|not) (?:entirely |completely |definitively )?{_BE} "
         r"(?:\w+ )?(?:excluded|ruled out)",
         rf"(?:{_BE} )?not (?:entirely |completely |definitively )?(?:excluded|ruled out)",
-        rf"{_BE} (?:also )?(?:possible|suspected|questioned|suggested|considered|likely|probable|favou?red)",
-        r"(?:(?:is|are|appears?) )?(?:un|less )likely",
+        rf"{_BE} (?:also )?(?:possible|suspected|questioned|suggested|considered|likely|probable|favou?red|"
+        r"doubtful)",
+        r"(?!^)(?:(?:is|are|appears?) )?(?:un|less )likely",
         r"(?:may|might|could) be present",
         r"\?",
     ),
     "absent_before": (
         rf"(?:{_BE} |has |have )?not (?:\w+ ){{0,2}}?{_SEEN}",
+        rf"(?:cannot|can't|couldn't) be {_SEEN}(?! on (?:the )?(?:lateral|frontal))",
         r"(?:has|have|had) (?:\w+ )?(?:resolved|cleared|disappeared)",
+        r", (?:now |since |completely |fully )+(?:resolved|cleared)(?=\s*(?:[.;,]|$))",
         rf"(?:{_BE} )?no longer (?:\w+ )?{_SEEN}",
         rf"{_BE} (?:\w+ )?(?:absent|resolved|excluded|ruled out)",
     ),
@@ -54,7 +64,7 @@ _CUES: dict[str, tuple[str, ...]] = {
     "elsewhere": (
         r"history of", r"h/o", r"status post", r"s/p",
         r"(?:to |please )?(?:evaluate|assess|evaluation|assessment|check|look)(?:ed)? for",
-        r"(?:to )?(?:rule|ruling) out", r"to (?:exclude|evaluate|assess|confirm|document|ensure)",
+        r"(?:to )?(?:rule|ruling) out", r"r/o", r"to (?:exclude|evaluate|assess|confirm|document|ensure)",
         r"(?:if|should) (?:there|the|clinical\w*|symptom\w*|concern\w*)", r"recommend\w*", r"advised?",
         r"symptoms? of", r"clinical (?:concern|suspicion) (?:for|of)", r"(?:pre|post)-?operative",
     ),
@@ -63,6 +73,7 @@ _CUES: dict[str, tuple[str, ...]] = {
         r"possib(?:le|ly|ility)(?: of)?", r"probabl[ey]", r"(?:most |very |more )?likely", r"perhaps",
         r"(?:may|might|could|can) (?:also )?(?:represent|reflect|be|indicate|suggest|relate)",
         r"suspected", r"presum(?:ed|ably)", r"question(?:able)?(?: of)?", r"questioned",
+        r"unlikely", r"doubt(?:ful)?", r"not inconsistent with",
         r"differential", r"borderline", r"equivocal", r"uncertain",
     ),
     # Acts on both sides.
@@ -72,11 +83,14 @@ _CUES: dict[str, tuple[str, ...]] = {
         r"(?:to )?suggest(?:s|ed|ing|ive|ion)?(?: of)?", r"(?:suspicious|worrisome|concerning|concern|"
         r"suspicion) (?:for|of)", r"(?:to )?indicate(?:s)?", r"(?:which )?raises?",
     ),
+    # Of the word that follows: a fracture that is non-displaced is there.
+    "absent_next": (r"non(?![- ]?visuali[sz]ation)",),
     "absent": (
         r"no evidence (?:of|for)", r"no (?:signs?|indication|radiographic (?:evidence|findings?)) of",
         r"(?:neg(?:ative)?|clear|free) (?:for|of)", r"absence of", r"absent(?= \w)", r"nil(?= \w)",
         r"without(?: evidence of)?", r"resolved",
-        r"resolution of", r"clearing of", r"neither", r"nor", r"not", r"non", r"no", r"never", r"lacks?",
+        r"resolution of", r"clearing of", r"non[- ]?visuali[sz]ation(?: of)?", r"inconsistent with",
+        r"neither", r"nor", r"not", r"no", r"never", r"lacks?",
         r"rather than",
     ),
     "boundary": (
@@ -85,6 +99,10 @@ _CUES: dict[str, tuple[str, ...]] = {
         r"\band (?=(?:the|there|a|an|is|are|stable|unchanged|normal|clear|unremarkable|persistent|mild|low)"
         r"\b)",
         r"\bdue to\b", r"\bin (?:the setting|this patient)\b", r"\bsecondary to\b", r"\.(?=\s|$)",
+        # "No pneumothorax following placement of a chest tube": the tube is there.
+        r"\b(?:following|after) (?:the )?(?:\w+ ){0,2}?(?:placement|insertion|advancement|exchange)\b",
+        r"\((?=[^()]*\bpresent\b)", r"(?<=enlargement) of (?=(?:the |this |that )?(?:\w+ ){0,2}?(?:"
+        r"(?:hydro)?pneumothora|effusion|nodul|mass|lesion|opaci|consolidation|collection))",
     ),
 }  # fmt: skip
 
@@ -129,7 +147,7 @@ def assertions(sentence: str, mentions: Sequence[Span], listed: Sequence[bool]) 
     cues = _without_answers(list(_cues(sentence)), answers)
     values: list[int | None] = []
     for start, _ in mentions:
-        values.append(_state_at(start, cues))
+        values.append(_state_at(sentence, start, cues))
     for cue in cues:
         if not cue.kind.endswith(("_before", "versus")):
             continue
@@ -169,14 +187,16 @@ def _after(value: int | None, kind: str) -> int | None:
     return ABSENT if value != UNCERTAIN else UNCERTAIN
 
 
-def _state_at(position: int, cues: Sequence[_Cue]) -> int | None:
+def _state_at(sentence: str, position: int, cues: Sequence[_Cue]) -> int | None:
     state: int | None = PRESENT
     for cue in cues:
         if cue.start >= position:
             break
         if cue.kind == "boundary":
             state = PRESENT
-        elif cue.kind == "absent":
+        elif cue.kind == "absent" or (
+            cue.kind == "absent_next" and sentence[cue.end : position] in ("-", " ")
+        ):
             state = ABSENT
         elif cue.kind == "elsewhere":
             state = state if state == ABSENT else None

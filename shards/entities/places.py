@@ -11,7 +11,9 @@ _PAIRED = frozenset(
     ("hilum", "costophrenic angle", "hemidiaphragm", "rib", "clavicle", "pleural space", "pleura", "lung")
 ) | {"lung base", "lung apex", "hemithorax", "shoulder"}
 _ZONE_WORD = re.compile(r"upper|mid|middle|lower|apical|basal|basilar|lobes?|bases?|apex|apices")
-_SIDE_WORD = re.compile(r"left|right|bilateral(?:ly)?|both")
+_SIDE_WORD = re.compile(r"left|right|bilateral(?:ly)?|both|\b[lr]t\b")
+_LETTERS = {"l": "left", "r": "right"}
+_LOBES = {"u": "upper", "m": "middle", "l": "lower"}
 #: Landmarks whose one name stands for both sides.
 _BOTH = frozenset(("lung_bases", "lung_apices"))
 
@@ -47,15 +49,15 @@ def with_sides(site: str, text: str) -> tuple[str, ...]:
 
 
 def _sides(text: str) -> list[str]:
-    words = _SIDE_WORD.findall(text)
-    if any(word.startswith("b") for word in words):
-        return ["right", "left"]
-    return [side for side in ("right", "left") if side in words]
+    letters = {word[0] for word in _SIDE_WORD.findall(text)}
+    return ["right", "left"] if "b" in letters else [_LETTERS[letter] for letter in "rl" if letter in letters]
 
 
 def _names(name: str, text: str) -> tuple[str, ...]:
     if name == "zonal":
         return _zonal(text)
+    if name == "lobe":  # "rll"
+        return (f"{_LETTERS[text[0]]} {_LOBES[text[1]]} lobe",)
     name = CANONICAL.get(name, name)
     if name in ("lung base", "lung apex") and not _sides(text):
         return ("lung bases" if name == "lung base" else "lung apices",)

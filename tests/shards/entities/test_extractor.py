@@ -107,6 +107,73 @@ def test_sentence(sentence: str, expected: Triples) -> None:
     assert triples(sentence) == expected
 
 
+LUNG, PLEURA = "lung_volumes", "pleural_unspec"
+BOTH_EFFUSIONS = {("left_pleural", "effusion", 1), ("right_pleural", "effusion", 1)}
+
+
+@pytest.mark.parametrize(
+    ("sentence", "expected"),
+    [
+        # What is not displaced, or calcified, is there.
+        ("Non-displaced rib fracture.", {("rib", "fracture", 1)}),
+        ("Non-specific opacity in the left lower lobe.", {("lower_left_lobe", "opacity", 1)}),
+        ("Non calcified nodule.", {(LUNG, "nodule", 1), (LUNG, "calcification", 0)}),
+        ("Non-visualization of the pneumothorax.", {NO_PNEUMOTHORAX}),
+        # What is gone in part is there.
+        ("Pneumothorax has partially resolved.", {(PLEURA, "pneumothorax", 1)}),
+        ("Pneumothorax has almost completely resolved.", {(PLEURA, "pneumothorax", 1)}),
+        ("Effusion has largely cleared.", {(PLEURA, "effusion", 1)}),
+        ("Effusion is mostly resolved.", {(PLEURA, "effusion", 1)}),
+        ("Incomplete resolution of the effusion.", {(PLEURA, "effusion", 1)}),
+        ("Near-complete clearing of the opacity.", {(LUNG, "opacity", 1)}),
+        ("Pneumothorax has completely resolved.", {NO_PNEUMOTHORAX}),
+        ("Complete resolution of the effusion.", {NO_EFFUSION}),
+        ("Right pneumothorax, now resolved.", {("right_pleural", "pneumothorax", 0)}),
+        ("Effusion, now resolved pneumothorax.", {(PLEURA, "effusion", 1), NO_PNEUMOTHORAX}),
+        # How far "no" reaches.
+        ("No worsening of the opacity.", {(LUNG, "opacity", 1)}),
+        (
+            "No enlargement of the pneumothorax.",
+            {("unspecified", "enlarge", 0), (PLEURA, "pneumothorax", 1)},
+        ),
+        ("No enlargement of the heart.", {("heart_size", "enlarge", 0), ("heart_size", "cardiomegaly", 0)}),
+        (
+            "No pneumothorax following placement of right chest tube.",
+            {NO_PNEUMOTHORAX, ("right_pleural", "tube", 1)},
+        ),
+        (
+            "No pneumothorax after removal of left chest tube.",
+            {NO_PNEUMOTHORAX, ("left_pleural", "tube", 0)},
+        ),
+        ("No effusion (pneumothorax present).", {NO_EFFUSION, (PLEURA, "pneumothorax", 1)}),
+        # Doubt and denial in other words.
+        ("Unlikely pneumonia.", {(LUNG, "pneumonia", -1)}),
+        ("Doubt pneumonia.", {(LUNG, "pneumonia", -1)}),
+        ("Pneumonia is unlikely.", {(LUNG, "pneumonia", -1)}),
+        ("Findings are inconsistent with pneumonia.", {(LUNG, "pneumonia", 0)}),
+        ("Findings are consistent with pneumonia.", {(LUNG, "pneumonia", 1)}),
+        ("R/o pneumonia.", set()),
+        ("Pneumothorax cannot be identified.", {NO_PNEUMOTHORAX}),
+        ("Opacity cannot be well seen on the lateral view.", {(LUNG, "opacity", 1)}),
+        # Sides.
+        ("Effusion: none on the right; small on the left.", {(PLEURA, "effusion", 1)}),
+        ("Effusion: none; small heart.", {NO_EFFUSION}),
+        ("Small right and moderate left pleural effusions.", BOTH_EFFUSIONS),
+        ("Small right and moderate left effusions.", BOTH_EFFUSIONS),
+        ("RLL pneumonia.", {("lower_right_lobe", "pneumonia", 1)}),
+        ("LUL opacity.", {("upper_left_lobe", "opacity", 1)}),
+        ("RML opacity.", {("middle_right_lobe", "opacity", 1)}),
+        ("Rt effusion.", {("right_pleural", "effusion", 1)}),
+        ("Lt pleural effusion.", {("left_pleural", "effusion", 1)}),
+    ],
+)
+def test_phrases_that_turn_a_finding_over_or_name_its_side(sentence: str, expected: Triples) -> None:
+    assert {
+        (landmark(entity.anatomy), observation_class(entity.observation), entity.value)
+        for entity in extract({"findings": sentence})
+    } == expected
+
+
 def test_only_sections_about_this_study_are_read() -> None:
     sections = {
         "indication": "Pneumonia.",
