@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Literal
 
+from shards.archives.walk import is_companion, leaves, walk
 from shards.archives.zips import MOST_TOPS, ZipIndex, ZipMember
 from shards.errors import DataError
 from shards.format import IMAGE_LIMIT
@@ -119,16 +120,41 @@ class ArchiveFiles:
         return read_member(member, most)
 
     def names(self, suffix: str) -> Iterator[str]:
-        """Relative paths of all files that end in `suffix`, in alphabetical order; folders before zips."""
+        """Paths of all files that end in `suffix`, in alphabetical order; folders before zips.
+
+        Each is for `listed`: `find` may take it for another file one folder deeper. Links are followed, and
+        companions that macOS writes beside files are passed over.
+
+        Raises:
+            DataError: a folder cannot be listed.
+        """
         suffix = suffix.casefold()
         if self._folder is not None:
-            for folder, below, files in os.walk(self._folder):
-                below.sort()
-                for name in sorted(files):
-                    if name.casefold().endswith(suffix):
-                        yield str((Path(folder) / name).relative_to(self._folder))
+            for name in walk(self._folder):
+                if name.casefold().endswith(suffix) and not is_companion(name):
+                    yield name
         for index in self._indexes():
-            yield from sorted(name for name in index.names() if name.casefold().endswith(suffix))
+            for name in sorted(index.names()):
+                if name.casefold().endswith(suffix) and not is_companion(name):
+                    yield name
+
+    def listed(self, name: str) -> Member:
+        """The file of a path of `names`, at that very place only.
+
+        Raises:
+            DataError: it is gone, would leave the archive, or the system refuses to look.
+        """
+        if leaves(name):
+            raise DataError("path leaves the archive")
+        try:
+            if self._folder is not None and (self._folder / name).is_file():
+                return FolderMember(self._folder / name)
+            for index in self._indexes():
+                if (packed := index.find(name)) is not None:
+                    return packed
+        except OSError as error:  # its text holds the path, which may name a patient
+            raise DataError(f"file cannot be looked for: {error.strerror or type(error).__name__}") from error
+        raise DataError("file is gone")
 
     def _found(self, path: str) -> Iterator[Member]:
         """Files of that very path, at the root or one folder below it; zips only where no folder has any."""
@@ -153,11 +179,11 @@ class ArchiveFiles:
 
     def _hint(self) -> str:
         names = sorted(path.name for path in self._folder.iterdir()) if self._folder is not None else []
-        packed = [name for name in names if name.lower().endswith(_PACKED)]
+        packed = [name for name in names if name.lower().endswith(_PACKED) and not is_companion(name)]
         return f" (if it is in {packed[0]}, unpack that)" if packed else ""
 
 
-def read_member(member: Member, most: int) -> bytes:
+def read_member(member: Member, most: int = IMAGE_LIMIT) -> bytes:
     """Content of a file of at most `most` bytes.
 
     Raises:
@@ -190,14 +216,13 @@ def _forms(path: str, or_gzip: bool) -> list[str]:
 
 def _relative(path: str) -> str:
     path = path.replace("\\", "/")
-    parts = PurePosixPath(path).parts
-    if path.startswith("/") or ".." in parts or _DRIVE.match(path) or "\0" in path:
+    if leaves(path) or _DRIVE.match(path):
         raise DataError("path leaves the archive")
-    return "/".join(parts)
+    return "/".join(PurePosixPath(path).parts)
 
 
 def _is_zip(path: Path) -> bool:
-    return path.suffix.lower() == ".zip" and path.is_file()
+    return path.suffix.lower() == ".zip" and path.is_file() and not is_companion(path.name)
 
 
 def _in_folder(root: Path, path: str) -> Iterator[Member]:

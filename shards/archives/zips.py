@@ -80,14 +80,15 @@ class ZipIndex:
         try:
             with zipfile.ZipFile(path) as archive:
                 for info in archive.infolist():
-                    top, slash, _ = info.filename.partition("/")
+                    name = _slashed(info.filename)
+                    top, slash, _ = name.partition("/")
                     if slash and len(tops) <= MOST_TOPS:
                         tops[top] = None
-                    if not info.is_dir():
+                    if not name.endswith("/"):
                         # An encrypted member has no kind that can be read.
                         kind = 0xFFFF if info.flag_bits & _ENCRYPTED else info.compress_type
                         where = (info.header_offset, info.compress_size, info.file_size)
-                        rows.append((_key(info.filename), *where, info.CRC, kind))
+                        rows.append((_key(name), *where, info.CRC, kind))
         except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:  # names, versions
             raise DataError(f"{path} is not a complete zip file ({error}); download it again") from error
         self._rows = np.sort(np.array(rows, dtype=_FIELDS), order=["key", "offset"])
@@ -117,7 +118,8 @@ class ZipIndex:
     def names(self) -> Iterator[str]:
         """All members' names."""
         with zipfile.ZipFile(self.path) as archive:
-            yield from (info.filename for info in archive.infolist() if not info.is_dir())
+            names = map(_slashed, archive.namelist())
+            yield from (name for name in names if not name.endswith("/"))
 
     def _member(self, row: Any) -> ZipMember:
         offset = int(row["offset"])
@@ -129,7 +131,7 @@ class ZipIndex:
             fields = _LOCAL_HEADER.unpack(header)
             name, extra = fields[9], fields[10]
             try:
-                inside = file.read(name).decode("utf-8" if fields[2] & _UTF8_NAME else "cp437")
+                inside = _slashed(file.read(name).decode("utf-8" if fields[2] & _UTF8_NAME else "cp437"))
             except UnicodeDecodeError as error:
                 raise DataError(
                     f"{self.path} is damaged: a name in it is no text; download it again"
@@ -144,6 +146,11 @@ class ZipIndex:
 
 #: Folders at the top of an archive that are searched for a file; more are patients or studies, not releases.
 MOST_TOPS = 64
+
+
+def _slashed(name: str) -> str:
+    """A member's name with "/": old programs on Windows write backslashes."""
+    return name.replace("\\", "/")
 
 
 def _key(name: str) -> int:

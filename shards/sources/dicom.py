@@ -64,7 +64,7 @@ class DicomSource(ArchiveSource):
         origin="where the images are kept",
     )
     options: DicomOptions
-    reading = 4
+    reading = 5
 
     def prepare(self) -> None:
         """No labels, no published numbers."""
@@ -108,7 +108,7 @@ class DicomSource(ArchiveSource):
 
     def studies(self, record: Record) -> list[Study]:
         """The image with the report of its study."""
-        film = read_dicom(self.files.read(_path(record["path"])), self.options.window)
+        film = read_dicom(read_member(self.files.listed(_path(record["path"]))), self.options.window)
         found = (film.patient_id, film.study_uid, film.image_uid)
         if found != (record["patient"], record["study"], record["image"]):
             raise record.error("has another patient, study or image than when the build began")
@@ -142,10 +142,7 @@ class DicomSource(ArchiveSource):
             scan.add_text(path)
             return
         try:
-            member = self.files.find(path)
-            if member is None:
-                raise DataError("is gone")
-            with member.open() as file:
+            with self.files.listed(path).open() as file:
                 if not lower.endswith(_ENDINGS) and not is_dicom(file):
                     scan.others += 1
                     return
@@ -174,10 +171,7 @@ class DicomSource(ArchiveSource):
             return rows[0]["report"]
         if not record["text"]:
             return ""
-        member = self.files.find(_path(record["text"]))
-        if member is None:
-            raise record.error("the text file with its report is gone")
-        data = read_member(member, _REPORT_LIMIT)
+        data = read_member(self.files.listed(_path(record["text"])), _REPORT_LIMIT)
         try:
             text = data.decode("utf-8-sig")
         except UnicodeDecodeError:

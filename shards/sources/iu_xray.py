@@ -11,6 +11,7 @@ from xml.parsers import expat
 
 import xxhash
 
+from shards.archives.files import read_member
 from shards.archives.records import Record, object_records
 from shards.archives.source import ArchiveOptions, ArchiveSource, Facts, Identity
 from shards.dicom_header import read_header
@@ -87,7 +88,7 @@ class IuSource(ArchiveSource):
         access="free",
         origin="https://openi.nlm.nih.gov/faq (NLMCXR_reports.tgz and NLMCXR_png.tgz)",
     )
-    reading = 2
+    reading = 3
     options: IuOptions
 
     def prepare(self) -> None:
@@ -160,7 +161,7 @@ class IuSource(ArchiveSource):
         for name in self._xml_names():
             file = PurePosixPath(name).name
             try:
-                data = self.files.read(name, _XML_LIMIT)
+                data = read_member(self.files.listed(name), _XML_LIMIT)
                 digest.update(data)
                 report = _read_xml(data)
             except DataError as error:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.archives.files import read_member
 from shards.archives.records import Record
 from shards.archives.source import ArchiveOptions, ArchiveSource, Facts, Identity
 from shards.dicom import Window, read_dicom
@@ -109,7 +110,7 @@ class SiimSource(ArchiveSource):
         paths = [path for path in record["paths"].split("\n") if path]
         if len(paths) != 1:
             raise record.error(f"{len(paths) or 'no'} DICOM files are named after the film")
-        film = read_dicom(self.files.read(paths[0]), self.options.window)
+        film = read_dicom(read_member(self.files.listed(paths[0])), self.options.window)
         if film.image_uid != image:
             raise record.error("the DICOM file of that name is another's by its SOPInstanceUID")
         height, width = film.pixels.shape

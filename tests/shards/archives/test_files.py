@@ -93,6 +93,29 @@ def test_zips_below_the_root_are_read_without_being_unpacked(tmp_path: Path) -> 
         source.read("images/d.png")
 
 
+def test_a_listed_path_is_that_file_and_no_other(tmp_path: Path) -> None:
+    put(tmp_path / "A" / "a.png", b"deeper")
+    packed(tmp_path / "x.zip", {"a.png": b"packed", "B\\a.png": b"windows", "../a.png": b"outside"})
+    found = files(tmp_path)
+    assert list(found.names(".png")) == ["A/a.png", "../a.png", "B/a.png", "a.png"]
+    contents = [read_member(found.listed(name)) for name in ("A/a.png", "B/a.png", "a.png")]
+    assert contents == [b"deeper", b"windows", b"packed"]
+    assert found.read("B/a.png") == b"windows"
+    with pytest.raises(DataError, match="leaves the archive"):
+        found.listed("../a.png")
+    (tmp_path / "A" / "a.png").unlink()
+    with pytest.raises(DataError, match="file is gone"):
+        found.listed("A/a.png")
+
+
+def test_companions_of_macos_are_no_archives_and_no_hint(tmp_path: Path) -> None:
+    for name in ("._x.zip", "._a.tar.gz", "a.tar.gz", "__MACOSX/b.png", "._c.png", "c.png"):
+        put(tmp_path / name)
+    assert list(files(tmp_path).names(".png")) == ["c.png"]
+    with pytest.raises(DataError, match=r"\(if it is in a\.tar\.gz, unpack that\)"):
+        files(tmp_path).get("b.csv")
+
+
 def test_a_file_over_the_limit_is_refused_before_memory_is_taken(tmp_path: Path) -> None:
     os.truncate(put(tmp_path / "large.png"), 1 << 40)
     packed(tmp_path / "x.zip", {"bomb.png": bytes(1 << 21)})

@@ -1,5 +1,7 @@
 """A folder of DICOM files: headers, reports by study, what is passed over and what is rejected."""
 
+import errno
+import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -83,15 +85,15 @@ def test_what_is_rejected_left_out_and_passed_over(source: DicomSource) -> None:
 def test_a_file_that_the_system_refuses_costs_itself_only(
     source: DicomSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    find, refused = ArchiveFiles.find, []
+    listed, refused = ArchiveFiles.listed, []
 
-    def without_one(files: ArchiveFiles, path: str, **options: bool) -> object:
+    def without_one(files: ArchiveFiles, path: str) -> object:
         if not refused and path.endswith(".dcm"):
             refused.append(path)
             raise DataError("file cannot be looked for: Permission denied")
-        return find(files, path, **options)
+        return listed(files, path)
 
-    monkeypatch.setattr(ArchiveFiles, "find", without_one)
+    monkeypatch.setattr(ArchiveFiles, "listed", without_one)
     again = DicomSource(DicomOptions(root=tmp_path / "root"))
     monkeypatch.undo()
     assert len(again) == len(source)
@@ -132,6 +134,70 @@ def test_one_report_above_two_studies_is_nobodys(tmp_path: Path) -> None:
     assert "3" not in studies
     assert any("lies above files of several studies" in reason for reason in reasons.values())
     assert studies["4"].sections == {"findings": "No effusion."}  # named like its image
+
+
+@pytest.mark.parametrize("first", ["A/IM1.dcm", "p1.zip"])
+def test_images_of_one_name_in_a_zip_and_elsewhere_are_all_read(first: str, tmp_path: Path) -> None:
+    images = [fixture.image(1, "1.2.1", "P1"), fixture.image(2, "1.2.2", "P2")]
+    texts = ["Findings: First.", "Findings: Second."]
+    (tmp_path / "A").mkdir()
+    if first.endswith(".zip"):
+        packed(tmp_path / first, {"A/IM1.dcm": images[0], "A/IM1.txt": texts[0].encode()})
+    else:
+        (tmp_path / first).write_bytes(images[0])
+        (tmp_path / "A" / "IM1.txt").write_text(texts[0])
+    packed(tmp_path / "p2.zip", {"IM1.dcm": images[1], "IM1.txt": texts[1].encode()})
+    assert reports(tmp_path, {}, {}) == {"P1": {"findings": "First."}, "P2": {"findings": "Second."}}
+
+
+def packed(path: Path, members: dict[str, bytes]) -> None:
+    """A zip of these members."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_names_with_backslashes_are_read(is_zip: bool, tmp_path: Path) -> None:
+    image, name = fixture.image(1, "1.2.1", "P1"), "A\\IM1.dcm"
+    if is_zip:
+        packed(tmp_path / "old.zip", {name: image, "A\\1.2.1.txt": b"Findings: First."})
+        assert reports(tmp_path, {}, {}) == {"P1": {"findings": "First."}}
+    else:
+        assert reports(tmp_path, {name: image}, {}) == {"P1": {}}
+
+
+def test_a_linked_folder_is_read_and_one_that_cannot_be_listed_stops_the_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, other = tmp_path / "root", tmp_path / "disk2"
+    for folder, number in ((root / "x", 1), (other, 2)):
+        folder.mkdir(parents=True)
+        (folder / "a.dcm").write_bytes(fixture.image(number, f"1.2.{number}", f"P{number}"))
+    (root / "linked").symlink_to(other)
+    (other / "back").symlink_to(root)
+    assert reports(root, {}, {}) == {"P1": {}, "P2": {}}
+    scandir = os.scandir
+
+    def failing(path: Path) -> object:
+        if Path(path).name == "x":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    with pytest.raises(DataError, match=r"a folder below .*root cannot be listed \(Input/output error\)"):
+        DicomSource(DicomOptions(root=root))
+
+
+def test_companions_of_macos_are_passed_over(tmp_path: Path) -> None:
+    companion = b"\0\5\x16\7" + bytes(78)
+    for name in ("._old.zip", "._a.dcm"):
+        (tmp_path / name).write_bytes(companion)
+    members = {"a.dcm": fixture.image(1, "1.2.1", "P1"), "__MACOSX/._a.dcm": companion}
+    packed(tmp_path / "a.zip", members)
+    studies, reasons = outcome(DicomSource(DicomOptions(root=tmp_path)))
+    assert list(studies) == ["1"]
+    assert reasons == {}
 
 
 def reports(root: Path, images: dict[str, bytes], texts: dict[str, str]) -> dict[str, dict[str, str]]:
