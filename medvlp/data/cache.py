@@ -1,8 +1,10 @@
 """Opening datasets: local folders as they are, remote shards through a node-local, size-bounded cache."""
 
+import errno
 import logging
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock
@@ -19,6 +21,9 @@ logger = logging.getLogger(__name__)
 
 #: Names that can stand in a URL or a shell command (`pipe:`) without meaning anything there.
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+#: Of lock files: users who share a folder open each other's.
+_LOCK_MODE = 0o666
 
 
 def cache_folder(config: DataConfig) -> Path:
@@ -80,15 +85,17 @@ class ShardCache:
             raise
         except (DataError, OSError) as error:
             refusal = error.__cause__ if isinstance(error, DataError) else error
+            full = getattr(refusal, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+            room = "make room there, lower data.cache_gigabytes, or " if full else ""
             raise RemoteError(
                 f"{file} cannot be brought to {self.folder}: {getattr(refusal, 'strerror', None) or error}; "
-                "make room there, lower data.cache_gigabytes, or set data.cache_dir"
+                f"{room}set data.cache_dir to a folder that you can write"
             ) from error
         return path
 
     def _bring(self, file: str, path: Path) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.folder / f".{path.name}.lock"):
+        with FileLock(self.folder / f".{path.name}.lock", mode=_LOCK_MODE):
             if path.exists():
                 return
             remove_leftovers(self.folder, path.name)
@@ -102,15 +109,16 @@ class ShardCache:
             logger.info("cached %s (%.1f MB)", file, path.stat().st_size / 1e6)
 
     def _evict(self, keep: Path) -> None:
-        with FileLock(self.folder / ".evict.lock"):
+        with FileLock(self.folder / ".evict.lock", mode=_LOCK_MODE):
             used = {path: path.stat() for path in self.folder.glob("*.tar")}
             total = sum(stat.st_size for stat in used.values())
             for path in sorted(used, key=lambda path: used[path].st_mtime_ns):
                 if total <= self.limit:
                     break
                 if path != keep:
-                    path.unlink(missing_ok=True)
-                    total -= used[path].st_size
+                    with suppress(PermissionError):  # another user's, in a folder they share
+                        path.unlink(missing_ok=True)
+                        total -= used[path].st_size
 
 
 def _touch(path: Path) -> bool:
@@ -119,4 +127,7 @@ def _touch(path: Path) -> bool:
         os.utime(path)
     except FileNotFoundError:
         return False
+    except PermissionError:  # another user's file: readable is enough
+        if not os.access(path, os.R_OK):
+            raise
     return True

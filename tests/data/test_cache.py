@@ -231,5 +231,48 @@ def test_a_cache_that_cannot_be_written_is_no_corrupt_sample(
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     reader = open_reader(make_config(root=server[0], cache_dir=str(tmp_path / "file")).data)
-    with pytest.raises(RemoteError, match=r"file/shards: Not a directory; .* set data\.cache_dir"):
+    with pytest.raises(RemoteError, match=r"file/shards: Not a directory; set data\.cache_dir"):
         reader.image("train", 0)
+
+
+def test_the_cached_shards_of_another_user_are_read(
+    own_dataset: Path, make_config: ConfigFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(root=f"pipe:cat {own_dataset}/{{}}")
+    image = open_reader(config.data).image("train", 0)
+
+    def of_another(path: Path) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path))
+
+    monkeypatch.setattr(os, "utime", of_another)
+    assert open_reader(config.data).image("train", 0) == image
+
+
+def test_users_who_share_a_cache_open_each_others_locks(
+    own_dataset: Path, make_config: ConfigFactory
+) -> None:
+    config = make_config(root=f"pipe:cat {own_dataset}/{{}}")
+    open_reader(config.data).image("train", 0)
+    locks = list((Path(config.data.cache_dir or "") / "shards").glob(".*.lock"))
+    assert locks
+    assert {path.stat().st_mode & 0o777 for path in locks} == {0o666}
+
+
+def test_eviction_passes_over_the_shards_of_another_user(
+    own_dataset: Path, make_config: ConfigFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(root=f"pipe:cat {own_dataset}/{{}}", cache_gigabytes=1e-6)
+    reader = open_reader(config.data)
+    reader.image("train", 0)
+    (others,) = (Path(config.data.cache_dir or "") / "shards").glob("*.tar")
+    unlink = Path.unlink
+
+    def sticky(path: Path, missing_ok: bool = False) -> None:
+        if path == others:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", sticky)
+    last = reader.sample_count("train") - 1
+    assert reader.image("train", last) == ShardReader(own_dataset).image("train", last)
+    assert others.exists()
