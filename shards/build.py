@@ -133,13 +133,20 @@ def _check_names(name: str, labels: list[str]) -> None:
 
 
 def _is_finished(out: Path, planned: PlannedShard) -> bool:
+    """Whether nothing is left to do for a shard; one with rejected records is looked at again."""
     state = ShardState.load(out, planned.file)
-    return state is not None and state.is_intact(out)
+    return state is not None and not state.rejected and state.is_intact(out)
 
 
 def _build_shard(shared: tuple[Source, Path, BuildOptions], planned: PlannedShard) -> None:
-    """Build one shard and record it as finished (runs in a worker process)."""
+    """Build one shard and record it as finished (runs in a worker process).
+
+    A finished one is kept where its rejected records are rejected again: files that were away may be back.
+    """
     source, out, options = shared
+    state = ShardState.load(out, planned.file)
+    if state is not None and state.is_intact(out) and not _has_usable(source, planned, options, state):
+        return
     rejected: list[Rejection] = []
     notes: Counter[str] = Counter()
     source.take_notes()  # those of a shard that was not finished
@@ -157,6 +164,15 @@ def _build_shard(shared: tuple[Source, Path, BuildOptions], planned: PlannedShar
         )
     notes.update(source.take_notes())
     ShardState(planned.file, shard, rejected, dict(notes)).save(out)
+
+
+def _has_usable(source: Source, planned: PlannedShard, options: BuildOptions, state: ShardState) -> bool:
+    """Whether a record that was rejected gives samples now.
+
+    Another reason is none to build anew: where all files are away, that would lose the samples there are.
+    """
+    lacking = replace(planned, records=[rejection.record for rejection in state.rejected])
+    return any(True for _ in _samples(source, lacking, options, [], Counter()))
 
 
 def _samples(

@@ -121,6 +121,29 @@ def test_repeating_a_finished_build_repairs_it(tmp_path: Path) -> None:
     assert whole.stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("merged", [True, False])
+def test_records_whose_files_are_back_come_in_at_the_next_build(
+    phantom_dataset: Path, tmp_path: Path, merged: bool
+) -> None:
+    plan = plan_shards(SOURCE, OPTIONS.fractions, "medvlp", 10)
+    away = Picky({plan[0].records[2], *plan[1].records})
+    build_shards(away, tmp_path, OPTIONS, 1, Part(0, 1))
+    if merged:
+        merge(tmp_path)
+    whole = tmp_path / plan[2].file
+    before = whole.stat().st_mtime_ns
+    build(SOURCE, tmp_path, OPTIONS)
+    assert folder_bytes(tmp_path) == folder_bytes(phantom_dataset)
+    assert whole.stat().st_mtime_ns == before
+
+
+def test_a_shard_is_kept_where_its_records_are_rejected_again_and_others_would_be(tmp_path: Path) -> None:
+    build(Picky({3, 4}), tmp_path, OPTIONS)
+    before = folder_bytes(tmp_path)
+    build(Picky(set(range(40))), tmp_path, OPTIONS)
+    assert folder_bytes(tmp_path) == before
+
+
 def test_other_arguments_are_refused_and_named(phantom_dataset: Path) -> None:
     before = folder_bytes(phantom_dataset)
     with pytest.raises(DataError, match=r"source\.seed: 0 then, 1 now"):
