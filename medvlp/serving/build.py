@@ -131,7 +131,8 @@ def make_snapshot(model: RunModel, options: SnapshotOptions, say: Callable[[str]
     # The rules of training speak of the views and reports it had, not of another dataset's.
     mask = store.trainable() if options.data is None else store.has_text()
     limit = DEFAULT_LIMIT if options.limit is None else options.limit
-    chosen = _spread(np.flatnonzero(mask), limit)
+    candidates = np.flatnonzero(mask)
+    chosen = _spread(candidates, limit)
     say(f"embedding {len(chosen)} of {len(store)} samples of {split} on {model.device.type}")
     loader = evaluation_loader(config, reader, model.tokenizer, split, BATCH, chosen.tolist())
     embeddings: dict[str, list[Tensor]] = {}
@@ -166,6 +167,7 @@ def make_snapshot(model: RunModel, options: SnapshotOptions, say: Callable[[str]
             stored_size=reader.index.image_size,
             weights=model.source.weights,
             limit=limit,
+            candidates=len(candidates),
         ),
     )
 

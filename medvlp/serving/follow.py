@@ -17,7 +17,7 @@ from medvlp.serving.build import SnapshotOptions, make_snapshot, sole_builder, s
 from medvlp.serving.layout import SNAPSHOT, DamagedFileError, PrototypeFilesError, folder_of
 from medvlp.serving.limits import Limits
 from medvlp.serving.run_model import RunModel, checkpoint_of, choose_device
-from medvlp.serving.snapshot import Snapshot
+from medvlp.serving.snapshot import Origin, Snapshot
 from shards.errors import MedvlpError
 
 logger = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ class Source:
             found.append(f"split {origin.split}, not {asked.split}")
         if asked.clusters is not None and (origin.source, clusters) != ("kmeans", asked.clusters):
             found.append(f"{clusters} clusters ({origin.source}), not {asked.clusters} by k-means")
-        if asked.limit not in (None, origin.limit, samples):
+        if asked.limit not in (None, origin.limit, samples) and not _all(asked.limit, origin):
             found.append(f"{samples} samples, not those of --limit {asked.limit}")
         if asked.data is not None:
             config = saved_run.load_config(source, [], asked.data)
@@ -162,3 +162,9 @@ class Source:
         except OSError:
             return None
         return status.st_mtime_ns, status.st_ino
+
+
+def _all(limit: int | None, origin: Origin) -> bool:
+    """Whether neither this limit nor that of a snapshot leaves a sample out."""
+    limits, candidates = (limit, origin.limit), origin.candidates
+    return candidates is not None and all(of is not None and (of == 0 or of >= candidates) for of in limits)

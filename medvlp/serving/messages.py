@@ -8,7 +8,7 @@ import numpy as np
 from google.protobuf.message import Message
 from numpy.typing import NDArray
 
-from medvlp.serving.questions import Answer, Modality, RequestError, Wanted
+from medvlp.serving.questions import Answer, Modality, RequestError, Wanted, check_texts
 from medvlp.serving.wire import prototypes_pb2 as wire
 
 #: Number formats of embeddings on the wire.
@@ -32,7 +32,12 @@ def nearest_request(embeddings: Any, wanted: Wanted) -> wire.NearestRequest:
 
 
 def text_request(texts: Sequence[str], wanted: Wanted) -> wire.NearestTextRequest:
-    """Texts as a request."""
+    """Texts as a request.
+
+    Raises:
+        RequestError: one is not UTF-8.
+    """
+    check_texts(texts)
     return wire.NearestTextRequest(texts=texts, wanted=_wanted_message(wanted))
 
 

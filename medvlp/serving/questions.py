@@ -1,5 +1,6 @@
 """Questions about a run's clusters and their answers, with or without a server. Needs no protobuf."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +18,21 @@ class RequestError(MedvlpError, ValueError):
 
 class UnknownClusterError(RequestError):
     """There is no cluster of that number."""
+
+
+def check_texts(texts: Sequence[str]) -> None:
+    """Refuse what is no Unicode text, as words of a terminal in another encoding are.
+
+    Raises:
+        RequestError: says which.
+    """
+    for number, text in enumerate(texts):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"text {number} is not UTF-8: write it so, or set the terminal to it"
+            ) from error
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from medvlp.methods.base import Method
 from medvlp.runs import saved_run
 from medvlp.runs.saved_run import SavedRun
 from medvlp.serving.layout import PrototypeFilesError
-from medvlp.serving.questions import RequestError
+from medvlp.serving.questions import RequestError, check_texts
 from medvlp.serving.snapshot import Origin
 from shards.errors import DataError, UsageError
 from shards.images import MAX_PIXELS, decode_image, fit_square
@@ -55,12 +55,13 @@ class RunModel:
         They are cut into sentences and cleaned as the reports of the training were.
 
         Raises:
-            RequestError: the method embeds no reports, or a text has no words.
+            RequestError: the method embeds no reports, or a text is not UTF-8 or has no words.
         """
         if not self.method.embeds_reports:
             raise RequestError(
                 f"the method {self.config.method.name} embeds no reports: ask with an image or an embedding"
             )
+        check_texts(texts)
         data = self.config.data
         reports = [report_sentences({"findings": text}, ["findings"], data.cleaning) for text in texts]
         for number, sentences in enumerate(reports):

@@ -42,6 +42,7 @@ class Origin:
         stored_size: side of the dataset's square images in pixels.
         weights: checksum of the checkpoint's weights; "" in files of versions that stored none.
         limit: most samples that were asked for, 0: all; None in files of versions that did not store it.
+        candidates: samples that could be asked for; None in files of versions that did not store it.
     """
 
     source: Source
@@ -54,6 +55,7 @@ class Origin:
     stored_size: int
     weights: str = ""
     limit: int | None = None
+    candidates: int | None = None
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,9 @@ class Snapshot:
         arrays = {name: tensors[name] for name in _ARRAYS}
         known = {field.name for field in fields(Origin)}
         origin = Origin(**{name: value for name, value in description["origin"].items() if name in known})
+        numbers = (origin.step, origin.stored_size, origin.limit or 0, origin.candidates or 0)
+        if not all(type(number) is int for number in numbers):
+            raise ValueError("a number of its origin is none")
         return cls(table, report=tensors.get("report"), origin=origin, **arrays)
 
 

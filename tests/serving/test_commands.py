@@ -103,6 +103,8 @@ def test_keys_in_brackets_are_shown_as_they_are(
         (("nearest", "--run", "RUN", "--image", "missing.png"), UsageError, "missing.png", 2),
         (("cluster", "99", "--run", "RUN", "--offline"), UnknownClusterError, "from 0 to 7", 2),
         (("nearest", "--run", "RUN", "--offline", "--text", ""), RequestError, "no words", 2),
+        (("nearest", "--run", "RUN", "--offline", "--text", "\udce9p"), RequestError, "is not UTF-8", 2),
+        (("nearest", "--run", "RUN", "--text", "\udce9p"), RequestError, "is not UTF-8", 2),
         (("cluster", "99", "--run", "RUN"), RemoteError, "(NOT_FOUND): there is no cluster 99", 11),
         (("clusters", "--run", "missing"), PrototypeFilesError, "medvlp prototypes build", 4),
         (("clusters", "--server", "192.0.2.1:1", "--token-file", "TOKEN"), UsageError, "--tls-ca", 2),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -17,11 +18,11 @@ from medvlp.serving import serve
 from medvlp.serving.answers import Answers
 from medvlp.serving.build import SnapshotOptions, build
 from medvlp.serving.follow import Source
-from medvlp.serving.layout import SNAPSHOT, PrototypeFilesError, folder_of
+from medvlp.serving.layout import SNAPSHOT, DamagedFileError, PrototypeFilesError, folder_of
 from medvlp.serving.limits import Limits
 from medvlp.serving.run_model import checkpoint_of
 from medvlp.serving.server import Address, PrototypeServer
-from medvlp.serving.snapshot import Snapshot
+from medvlp.serving.snapshot import Snapshot, write
 from shards.build import BuildOptions, build_shards
 from shards.errors import DataError
 from shards.merge import merge
@@ -115,6 +116,8 @@ def test_stored_prototypes_of_other_options_are_not_served_as_those_asked_for(
     ):
         with pytest.raises(PrototypeFilesError, match=told):
             Source(run, options, Limits(), lambda line: None).load()
+    with pytest.raises(PrototypeFilesError, match="20 samples, not those of --limit 0"):
+        Source(run, SnapshotOptions(run, limit=0), Limits(), lambda line: None).load()
     same = SnapshotOptions(run, str(data), "train", limit=20)
     assert step(Source(run, same, Limits(), lambda line: None).load()) == 3
     assert (folder_of(run) / SNAPSHOT).read_bytes() == stored
@@ -123,6 +126,15 @@ def test_stored_prototypes_of_other_options_are_not_served_as_those_asked_for(
     assert answers is not None
     assert (answers.snapshot.origin.split, len(answers.snapshot.sample)) == ("test", 4)
     assert follower.newer() is None
+
+
+def test_prototypes_of_a_whole_split_are_those_of_any_limit_above(run: Path) -> None:
+    build(SnapshotOptions(run, workers=0), lambda line: None)
+    samples = len(Snapshot.read(folder_of(run) / SNAPSHOT).sample)
+    for limit in (0, samples, samples + 1):
+        assert step(Source(run, SnapshotOptions(run, limit=limit), Limits(), lambda line: None).load()) == 3
+    with pytest.raises(PrototypeFilesError, match=f"not those of --limit {samples - 1}"):
+        Source(run, SnapshotOptions(run, limit=samples - 1), Limits(), lambda line: None).load()
 
 
 def test_a_run_that_has_fallen_back_is_followed_to_its_new_weights(data: Path, tmp_path: Path) -> None:
@@ -183,6 +195,14 @@ def test_a_server_whose_folder_cannot_be_written_goes_on(
     serve.serve(serve.ServeOptions(run, Address(), build, follow=True), said.append)
     assert "full disk" in caplog.text
     assert [line.split()[0] for line in said[-3:]] == ["serving", "serving", "ended"]
+
+
+@pytest.mark.parametrize("name", ["step", "stored_size", "limit", "candidates"])
+def test_prototypes_whose_origin_is_malformed_are_damaged(run: Path, snapshot: Snapshot, name: str) -> None:
+    origin = replace(snapshot.origin, **{name: "many"})
+    write(replace(snapshot, origin=origin), {}, folder_of(run))
+    with pytest.raises(DamagedFileError, match="a number of its origin is none"):
+        Snapshot.read(folder_of(run) / SNAPSHOT)
 
 
 def test_damaged_prototypes_are_built_anew(run: Path) -> None:
