@@ -118,11 +118,11 @@ def test_dataset_without_entities_is_refused(
 
 
 def test_registry_says_which_fields_a_method_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = registry.schemas()["mgca"]
-    entry = registry.Entry(known, registry.REGISTRY["mgca"].build, frozenset(["entities"]))
+    assert registry.fields_of("mgca") == frozenset()
+    known = registry.REGISTRY["mgca"]
+    entry = registry.Entry(known.config, known.build, frozenset(["entities"]))
     monkeypatch.setitem(registry.REGISTRY, "reader", entry)
     assert registry.fields_of("reader") == {"entities"}
-    assert registry.fields_of("mgca") == frozenset()
     with pytest.raises(registry.UnknownMethodError, match="nothing"):
         registry.fields_of("nothing")
 

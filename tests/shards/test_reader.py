@@ -130,7 +130,7 @@ def test_missing_shard_and_foreign_index_are_data_errors(damaged: Path) -> None:
     with pytest.raises(DataError, match=r"differs from its hash in index\.json"):
         ShardReader(damaged).read("train", first.samples)
     (damaged / second.index_file).unlink()
-    with pytest.raises(DataError, match="cannot read shard index"):
+    with pytest.raises(DataError, match=r"shard index .* cannot be read now"):
         ShardReader(damaged).read("train", first.samples)
 
 
