@@ -195,14 +195,14 @@ def _train(
         rank, ranks, micro = distributed.rank(), sizes.world_size, sizes.micro_batch
         return build_loader(config, reader, tokenizer, rank, ranks, micro, start_step, recipe.fields, samples)
 
+    data = loader(step)
+    _check_order(config, data)
     watchdog.mark("building what is trained")
     objective, identity = _build(recipe, learned, taken_up, checkpoint, device)
     if checkpoint is not None:
         together(partial(checkpoint.weights_into, objective))
     else:
         recipe.start(objective, lambda: loader(0))
-    data = loader(step)
-    _check_order(config, data)
     schedule = build_schedule(config, data.steps_per_epoch)
     work = step_work(objective, config, schedule, step, device)
     if config.train.compile:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from medvlp import distributed
@@ -68,7 +69,9 @@ class Validation(Callback):
         config, reader, tokenizer = recipe.config, learned.reader, learned.tokenizer
         self.recipe, self.engine, self.learned, self.every, self.log = recipe, engine, learned, every, log
         self.dataset = evaluation_dataset(config, reader, tokenizer, config.validation.split, recipe.fields)
-        self.positions = recipe.validated(reader, self.dataset.store)
+        # Those of rank 0: ranks may not have been able to read the same samples of their copies.
+        own = recipe.validated(reader, self.dataset.store).tolist()
+        self.positions = np.array(distributed.broadcast_object(own), dtype=np.int64)
         self.clusters: Callable[[], PrototypeTable | None] = lambda: None
         self.alive: Callable[[str, int], None] = lambda place, step: None
         self._best: float | None = None
