@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,12 @@ from medvlp.config import ConfigError
 from medvlp.data.cache import open_reader
 from medvlp.data.loader import evaluation_dataset
 from medvlp.data.text import Tokenizer
+from medvlp.methods.base import StepOutput
 from medvlp.methods.registry import build_method
 from medvlp.runs.errors import AgreedError
 from medvlp.runs.manifest import Manifest, step_folders
 from medvlp.runs.randomness import seed_weights
-from medvlp.training.predictions import predict
+from medvlp.training.predictions import _Collected, predict
 from medvlp.training.pretrain import Pretraining
 from shards.errors import DataError, NotFiniteError
 from tests.data.test_corruption import destroy_image
@@ -280,3 +282,13 @@ def test_a_choice_by_a_validation_that_is_never_made_is_refused(overrides: Overr
     ):
         with pytest.raises(ConfigError, match=message):
             load_config(overrides(*words))
+
+
+def test_a_mean_weighs_chunks_by_their_samples() -> None:
+    """And counts, of a term that the chunk of one sample lacks, the others alone."""
+    collected = _Collected()
+    for number, (rows, loss) in enumerate([(3, 1.0), (2, 2.0), (1, 5.0)]):
+        batch: Any = SimpleNamespace(keys=[""] * rows, sample=torch.arange(rows) + 3 * number)
+        terms = {"loss/pairs": torch.tensor(loss)} if rows > 1 else {}
+        collected.add(number, batch, StepOutput(torch.tensor(loss), terms), {})
+    assert collected.gathered().losses == {"loss": pytest.approx(2), "loss/pairs": pytest.approx(7 / 5)}
