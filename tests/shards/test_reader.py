@@ -27,7 +27,7 @@ from shards.sources.phantom import PhantomSource
 
 
 @pytest.fixture
-def damaged(phantom_dataset: Path, tmp_path: Path) -> Path:
+def copied(phantom_dataset: Path, tmp_path: Path) -> Path:
     """A copy of the dataset that a test may damage."""
     return Path(shutil.copytree(phantom_dataset, tmp_path / "copy"))
 
@@ -37,9 +37,10 @@ def read_all(reader: ShardReader) -> list[tuple[str, bytes]]:
     return [reader.read("train", i)[:2] for i in range(reader.sample_count("train"))]
 
 
-def open_files() -> int:
-    """Number of files this process has open."""
-    return len(list(Path("/proc/self/fd").iterdir()))
+def open_files(folder: Path) -> int:
+    """Number of files below `folder` this process has open."""
+    held = [link.readlink() for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    return sum(file.is_relative_to(folder.resolve()) for file in held)
 
 
 def test_stock_webdataset_reads_the_same_samples(phantom_dataset: Path) -> None:
@@ -81,17 +82,16 @@ def test_positions_out_of_range_and_unknown_splits(phantom_dataset: Path) -> Non
 
 
 def test_random_access_with_fewer_open_files_than_shards(
-    phantom_dataset: Path, monkeypatch: pytest.MonkeyPatch
+    copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shards.reader._MAX_OPEN_FILES", 2)
-    reader = ShardReader(phantom_dataset)
-    expected = read_all(ShardReader(phantom_dataset))
-    before = open_files()
+    reader = ShardReader(copied)
+    expected = read_all(reader)
     order = random.Random(0).choices(range(len(expected)), k=200)
     assert [reader.read("train", i)[:2] for i in order] == [expected[i] for i in order]
-    assert open_files() - before == 2
+    assert open_files(copied) == 2
     reader.close()
-    assert open_files() == before
+    assert open_files(copied) == 0
 
 
 def test_pickled_and_forked_readers_read_on(phantom_dataset: Path) -> None:
@@ -110,33 +110,33 @@ def test_pickled_and_forked_readers_read_on(phantom_dataset: Path) -> None:
         child.join()
 
 
-def test_truncated_tar_names_shard_and_key(damaged: Path) -> None:
-    reader = ShardReader(damaged)
+def test_truncated_tar_names_shard_and_key(copied: Path) -> None:
+    reader = ShardReader(copied)
     shard = reader.index.split_shards("train")[0]
-    os.truncate(damaged / shard.file, shard.bytes // 2)
+    os.truncate(copied / shard.file, shard.bytes // 2)
     with pytest.raises(DataError, match=rf"{shard.file}: truncated .* sample {reader.key('train', 9)}"):
         reader.read("train", 9)
     assert reader.read("train", 0)[0] == reader.key("train", 0)
 
 
-def test_missing_shard_and_foreign_index_are_data_errors(damaged: Path) -> None:
-    first, second = (shard for shard in ShardReader(damaged).index.split_shards("train")[:2])
-    (damaged / first.file).unlink()
+def test_missing_shard_and_foreign_index_are_data_errors(copied: Path) -> None:
+    first, second = (shard for shard in ShardReader(copied).index.split_shards("train")[:2])
+    (copied / first.file).unlink()
     with pytest.raises(DataError, match=f"of {first.file} cannot be read now"):
-        ShardReader(damaged).read("train", 0)
+        ShardReader(copied).read("train", 0)
     shutil.copy(
-        damaged / ShardReader(damaged).index.split_shards("test")[0].index_file, damaged / second.index_file
+        copied / ShardReader(copied).index.split_shards("test")[0].index_file, copied / second.index_file
     )
     with pytest.raises(DataError, match=r"differs from its hash in index\.json"):
-        ShardReader(damaged).read("train", first.samples)
-    (damaged / second.index_file).unlink()
+        ShardReader(copied).read("train", first.samples)
+    (copied / second.index_file).unlink()
     with pytest.raises(DataError, match=r"shard index .* cannot be read now"):
-        ShardReader(damaged).read("train", first.samples)
+        ShardReader(copied).read("train", first.samples)
 
 
-def test_damaged_metadata_is_an_error_without_its_text(damaged: Path) -> None:
-    reader = ShardReader(damaged)
-    tar = damaged / reader.index.split_shards("train")[0].file
+def test_damaged_metadata_is_an_error_without_its_text(copied: Path) -> None:
+    reader = ShardReader(copied)
+    tar = copied / reader.index.split_shards("train")[0].file
     tar.write_bytes(tar.read_bytes().replace(b'{"anatomy"', b'["anatomy"'))
     with pytest.raises(DataError) as caught:
         reader.metadata("train", 0)
@@ -183,13 +183,13 @@ def failing_once(monkeypatch: pytest.MonkeyPatch, error: int, times: int = 1) ->
     return asked
 
 
-def test_a_stale_file_is_opened_again(phantom_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reader = ShardReader(phantom_dataset)
-    expected, files = reader.image("train", 0), open_files()
+def test_a_stale_file_is_opened_again(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = ShardReader(copied)
+    expected = reader.image("train", 0)
     asked = failing_once(monkeypatch, errno.ESTALE)
     assert reader.image("train", 0) == expected
     assert len(asked) == 2
-    assert open_files() == files
+    assert open_files(copied) == 1
 
 
 @pytest.mark.parametrize(
