@@ -50,7 +50,8 @@ class DataConfig:
     allow_changed: bool = key(
         False,
         "true: resume, and evaluate without --data, though the dataset's content is not what the run was "
-        "trained on (added studies); said in a warning and in events.jsonl",
+        "trained on (added studies), or other samples of it can be read; said in a warning and in "
+        "events.jsonl",
     )
     image_size: int = key(224, "side of the square image the encoder sees, in pixels", 8, 8192)
     transform: TransformConfig = field(default_factory=TransformConfig)

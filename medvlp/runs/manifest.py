@@ -46,8 +46,8 @@ class Manifest:
         files: path inside the folder -> {"bytes": size, "xxh3_128": checksum}.
         optimizer: name of the optimiser whose state it holds.
         metrics: the last logged ones.
-        identity: hashes of the data, the tokenizer and the encoders (`RunIdentity.summary`); empty in
-            checkpoints of versions that stored none.
+        identity: hashes of the data, the tokenizer and the encoders (`RunIdentity.summary`), and of the
+            samples that are drawn ("drawn"); empty, or without the last, in checkpoints of earlier versions.
         format: version of this layout.
         checksum: xxh3-128 of the file's text with nothing here; written by `to_json`.
     """

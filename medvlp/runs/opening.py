@@ -17,6 +17,7 @@ from medvlp.runs.checkpoint import Checkpoint
 from medvlp.runs.encoder_records import describe_encoders, starting_weights
 from medvlp.runs.errors import AgreedError
 from medvlp.runs.identity import (
+    DRAWN,
     DataRecord,
     IdentityError,
     RunIdentity,
@@ -149,3 +150,34 @@ def take_up(
             checkpoint.step, "; ".join(changes),
         )  # fmt: skip
     return TakenUp(tokenizer, stored, tuple(changes))
+
+
+def check_drawn(config: Config, checkpoint: Checkpoint | None, drawn: str, samples: int) -> tuple[str, ...]:
+    """What to note where a run goes on with other samples of the dataset of its checkpoint.
+
+    Which ones the rules let pass follows from what could be read of the dataset: one whose metadata was
+    damaged is drawn, and repaired it may be excluded, which moves all the others.
+
+    Args:
+        config: of this start.
+        checkpoint: what the run goes on from; None: it begins.
+        drawn: fingerprint of the samples that this start draws, equal on all ranks.
+        samples: how many these are in an epoch.
+
+    Raises:
+        IdentityError: they are others, without `data.allow_changed`.
+    """
+    then = drawn if checkpoint is None else checkpoint.manifest.identity.get(DRAWN, drawn)
+    if checkpoint is None or then == drawn:
+        return ()
+    change = f"other samples of split {config.data.split} are drawn ({samples} an epoch now)"
+    if not config.data.allow_changed:
+        raise IdentityError(
+            f"{change} than until step {checkpoint.step} of {config.run.dir}, though its dataset is the "
+            "same: some that could not be read then were repaired, or cannot be now (medvlp shards verify). "
+            "Bring the dataset back to how it was, or say data.allow_changed=true to go on (of this epoch "
+            "some samples come twice and others not), or choose a new run.dir"
+        )
+    if distributed.is_main():
+        logger.warning("going on (data.allow_changed) after step %d: %s", checkpoint.step, change)
+    return (change,)

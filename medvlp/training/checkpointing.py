@@ -36,7 +36,7 @@ class CheckpointCallback(Callback):
         engine: what holds the weights and optimiser state.
         callbacks: those with state; this one is not among them.
         wandb_run_id: stored for the next start.
-        identity: what the run is made from (`RunIdentity.summary`), stored in every manifest.
+        identity: what the run is made from and draws (`Manifest.identity`), stored in every manifest.
         metrics: gives the metrics that hold for a step, for `keep_best`.
         log: takes the seconds the loop stood still for a save.
 

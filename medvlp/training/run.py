@@ -1,7 +1,7 @@
 """One run on this rank: join the group, build everything, train, close."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import partial
@@ -29,9 +29,9 @@ from medvlp.runs.checkpoint import Checkpoint
 from medvlp.runs.encoder_records import described
 from medvlp.runs.errors import AgreedError
 from medvlp.runs.events import EventLog
-from medvlp.runs.identity import RunIdentity
+from medvlp.runs.identity import DRAWN, RunIdentity
 from medvlp.runs.manifest import step_folders
-from medvlp.runs.opening import TakenUp, open_data, take_up
+from medvlp.runs.opening import TakenUp, check_drawn, open_data, take_up
 from medvlp.runs.randomness import seed_rank, seed_weights
 from medvlp.runs.run_folder import describe_run, open_run_folder
 from medvlp.runs.run_lock import JobIsOver, RunLock, this_process, unknown
@@ -197,6 +197,8 @@ def _train(
 
     data = loader(step)
     _check_order(config, data)
+    # Other data have another order.
+    changes = taken_up.changes or check_drawn(config, checkpoint, data.drawn, data.samples)
     watchdog.mark("building what is trained")
     objective, identity = _build(recipe, learned, taken_up, checkpoint, device)
     if checkpoint is not None:
@@ -210,8 +212,8 @@ def _train(
     engine = Engine(objective, config, sizes, device)
     guard = StepGuard(objective, config.train.spike_sigma, device)
     callbacks, saving, refresh = _callbacks(
-        recipe, learned, engine, guard, schedule, data.steps_per_epoch, loader, checkpoint, console, identity,
-        watchdog, work,
+        recipe, learned, engine, guard, schedule, data.steps_per_epoch, loader, checkpoint, console,
+        identity.summary() | {DRAWN: data.drawn}, watchdog, work,
     )  # fmt: skip
     seed_rank(config.train.seed, distributed.rank())
     batches: Iterator[Batch] = iter(data)
@@ -227,7 +229,7 @@ def _train(
         engine, batches, schedule, data.steps_per_epoch, callbacks, guard, watchdog,
         config.monitor.log_every, step, refresh, config.train.agree_every,
     )  # fmt: skip
-    _note_start(config, checkpoint, step, schedule.steps, taken_up.changes)
+    _note_start(config, checkpoint, step, schedule.steps, changes)
     if (line := what_differs(objective, config, sizes)) is not None:
         logger.info("%s", line)
     trainer.train(interrupts)
@@ -303,7 +305,7 @@ def _callbacks(
     loader: Callable[[int], TrainingLoader],
     checkpoint: Checkpoint | None,
     console: Console | None,
-    identity: RunIdentity,
+    identity: Mapping[str, str],
     watchdog: Watchdog,
     work: StepWork | None,
 ) -> tuple[list[Callback], CheckpointCallback, PrototypeRefresh | None]:
@@ -352,7 +354,7 @@ def _callbacks(
     if config.monitor.log_samples:
         callbacks.append(SampleLog(run_dir / "samples.jsonl", noted))
     saving = CheckpointCallback(
-        config, engine, list(callbacks), run_id, identity.summary(), monitor.metrics_of, monitor.add
+        config, engine, list(callbacks), run_id, identity, monitor.metrics_of, monitor.add
     )
     saving.alive = watchdog.mark
     return [*callbacks, saving], saving, refresh

@@ -21,6 +21,7 @@ from medvlp.runs.manifest import Manifest
 from shards.errors import MedvlpError
 from shards.format import Index, hash_bytes
 from tests.training.runs import train, train_expecting_error
+from tests.training.test_same_order import damage_an_excluded_sample
 
 
 @pytest.fixture
@@ -80,6 +81,8 @@ def test_a_start_stores_tokenizer_and_identity_and_manifests_repeat_them(
     assert found is not None
     identity, tokenizer = found
     assert tokenizer.fingerprint == Tokenizer.load(None, data).fingerprint
+    drawn = manifest.identity.pop("drawn")
+    assert len(drawn) == 16
     assert manifest.identity == identity.summary()
     assert identity.data[0].content == DataRecord.of(Index.load(data), "train").content
     assert identity.data[0].asked > 0
@@ -161,6 +164,39 @@ def test_a_run_does_not_go_on_in_another_order_of_samples(
     assert code == 4
     assert f"{key} was {then} and is {value}. Use the old values" in message
     assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+    assert trained("train.steps=3") == 0
+
+
+def test_a_run_does_not_go_on_with_other_samples_of_the_same_dataset(
+    trained: Callable[..., Any], overrides: Callable[..., list[str]], data: Path, tmp_path: Path
+) -> None:
+    rules = ("data.min_tokens=25", "data.max_bad_fraction=0.1")
+    whole = {path: path.read_bytes() for path in data.glob("train-*.tar")}
+    damage_an_excluded_sample(data, overrides(*rules), "train")
+    assert trained(*rules) == 0
+    for path, content in whole.items():
+        path.write_bytes(content)
+    _, message, code = trained(*rules, "train.steps=3", expect_error=True)
+    assert code == 4
+    assert message.startswith("other samples of split train are drawn")
+    assert "until step 2" in message
+    assert "data.allow_changed=true" in message
+    assert trained(*rules, "train.steps=3", "data.allow_changed=true") == 0
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    (changed,) = [event for event in events if event["kind"] == "data_changed"]
+    assert (changed["step"], len(changed["changes"])) == (2, 1)
+    assert len(json.loads((tmp_path / "run" / "identity.json").read_text())["data"]) == 1
+    assert trained(*rules, "train.steps=4") == 0, "these are the run's from now on"
+
+
+def test_the_samples_of_checkpoints_of_before_are_not_compared(
+    trained: Callable[..., Any], tmp_path: Path
+) -> None:
+    assert trained() == 0
+    folder = tmp_path / "run" / "checkpoints" / "step-00000002"
+    manifest = Manifest.read(folder)
+    del manifest.identity["drawn"]
+    (folder / "manifest.json").write_text(manifest.to_json())
     assert trained("train.steps=3") == 0
 
 
