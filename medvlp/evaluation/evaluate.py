@@ -258,7 +258,7 @@ def _check_writable(task: Task, session: Session) -> None:
 def _run(task: Task, unit: Unit, stored: StoredUnit, evaluation: Evaluation, session: Session) -> None:
     """Do one unit and keep its result, in the evaluation and in the run folder."""
     can_write = os.access(session.source.run, os.W_OK)
-    folder = stored.folder if can_write else None
+    folder = stored.work if can_write else None
     with exact_kernels():
         fitted = task.fit(session.view(task, ("train", "selection"), folder), unit)
         view = session.view(task, ("evaluated",), folder)

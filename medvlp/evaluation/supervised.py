@@ -167,7 +167,7 @@ class Supervised(Recipe):
             "finetune.fraction": config.finetune.fraction,
         }
         # How long and how fast it learns may change, as in pre-training; units are other runs.
-        kept = settings.keys() - self.task.unit_keys - {"training"}
+        kept = settings.keys() - self.task.unit_keys - self.task.own_files - {"training"}
         said |= {f"evaluation.tasks.{config.task}.{key}": settings[key] for key in sorted(kept)}
         with suppress(MedvlpError):
             said["finetune.run"] = self._source.weights

@@ -168,7 +168,8 @@ class Task(abc.ABC):
         name: in options, config keys and results.
         summary: one line for `medvlp evaluate --help`.
         hedged: what becomes of uncertain labels whatever `--uncertain` says; "": what that says.
-        own_files: keys of files that were made of this run's own output, so that every run has others.
+        own_files: keys of files that were made of this run's own output, so that every run has others; null
+            before there is any. A unit is done again with them, and trains nothing again.
         version: raised when the same settings give other numbers than before, so that units are done again.
         config: class of its keys `evaluation.tasks.<name>.*`.
         unit_keys: keys that only list the units, so that the others stay finished when one is added.

@@ -7,7 +7,7 @@ again; one of another checkpoint, dataset or setting lies beside it.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -70,16 +70,26 @@ def files_of(task: Task) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class StoredUnit:
-    """Where a unit's result lies, or will lie."""
+    """Where a unit's result lies, or will lie.
+
+    Attributes:
+        folder: of the result. fingerprint: of everything its numbers depend on.
+        work: where the task keeps its state: that of the unit before anybody made files of its output
+            (`Task.own_files`), which teach nothing and cannot be there before the training.
+    """
 
     folder: Path
     fingerprint: str
+    work: Path
 
     @classmethod
     def of(cls, session: Session, task: Task, unit: Unit) -> StoredUnit:
         """The place of a unit in the run folder; errors as `fingerprint`."""
-        digest = fingerprint(session, task, unit)
-        return cls(session.source.run / FOLDER / task.name / f"{unit.name}-{digest[:16]}", digest)
+        alone = type(task)(replace(task.settings, **dict.fromkeys(task.own_files)))
+        digests = [fingerprint(session, of, unit) for of in (task, alone)]
+        of_tasks = session.source.run / FOLDER / task.name
+        folder, work = (of_tasks / f"{unit.name}-{digest[:16]}" for digest in digests)
+        return cls(folder, digests[0], work)
 
     @property
     def file(self) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,8 +55,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(shards, tmp_path_factory.mktemp("run") / "tiny")
 
 
-def ask(run: Path, *more: str) -> TaskResult:
-    options = EvaluationOptions(run, tasks=["report"], overrides=[*FAST, *more], train=train_here)
+def ask(run: Path, *more: str, train: Callable[[Config], int] = train_here) -> TaskResult:
+    options = EvaluationOptions(run, tasks=["report"], overrides=[*FAST, *more], train=train)
     found = evaluate(options, lambda line: None)
     return TaskResult(found.results["report"], found.notes["report"])
 
@@ -180,6 +181,23 @@ def test_both_networks_and_the_baselines_are_scored_on_whole_reports(run: Path) 
         reporter.report(films)
     lengths = [len(row["reference"].split()) for row in rows]
     assert found.models["trained"]["reference-length@100%"].value == pytest.approx(np.mean(lengths))
+
+
+def test_labels_of_another_labeller_are_scored_without_training_again(run: Path, tmp_path: Path) -> None:
+    """Trained again, a GPU writes other reports, which are not those that were labelled."""
+    before = ask(run).models["trained"]
+    rows = list(csv.DictReader(next(run.rglob("reports.csv")).open(newline="")))
+    values = {}
+    for name, value in (("labels", "1"), ("others", "0")):
+        file = tmp_path / f"{name}.csv"
+        with file.open("w", newline="") as out:
+            writer = csv.DictWriter(out, [*rows[0], "edema", "mass"])
+            writer.writeheader()
+            writer.writerows({**row, "edema": value, "mass": value} for row in rows)
+        found = ask(run, f"{WHERE}.ce_labels={file}", train=lambda config: pytest.fail("trained again"))
+        assert found.models["trained"]["bleu-1@100%"] == before["bleu-1@100%"]
+        values[name] = found.models["trained"]["ce-recall@100%/edema"].value
+    assert values == {"labels": 1, "others": 0}
 
 
 def test_cut_references_with_unknown_words_raise_bleu(run: Path) -> None:
