@@ -21,8 +21,8 @@ from shards.sources.registry import register
 from shards.sources.table_exclude import LeftOut
 from shards.sources.table_groups import PatientGroups
 from shards.sources.table_map import LabelRule, TableMap, label_rules, read_map
+from shards.sources.table_splits import PatientSplits, stated_split
 from shards.sources.table_targets import TargetReader, Targets
-from shards.splits import normalise_split
 from shards.study import LabelValue, Study
 from shards.tables.files import locate, open_bytes
 from shards.tables.reading import read_rows
@@ -32,7 +32,7 @@ from shards.text.sections import plain_text, split_sections
 from shards.text.sentences import split_sentences
 
 #: Changes when the same table and map give other samples, so that an old build is not gone on with.
-_READING = 5
+_READING = 6
 #: Labels of boxes become label names of the dataset.
 _MOST_BOX_LABELS = 256
 _LABEL_VALUES: dict[str, LabelValue] = {
@@ -98,7 +98,7 @@ class TableSource(Source):
         self._rows = RowStore(survey.pass_on(rows), self._map.columns)
         if not len(self._rows):
             raise DataError(f"{table} has no rows")
-        self._patient_groups = survey.patient_groups
+        self._patient_groups, self._splits = survey.patient_groups, survey.splits
         self._groups = survey.groups() if self._map.targets.several else None
         self._duplicates = set() if self._map.targets.several else survey.duplicates()
         self._remarks = survey.remarks() + left_out.remarks()
@@ -139,11 +139,13 @@ class TableSource(Source):
         return group or patient or f"row {i}"
 
     def prescribed_split(self, i: int) -> str | None:
-        """Split the table names for record `i`; None where the cell is empty or cannot be a name."""
+        """Split that the table names for record `i`, its patient or group; None where it names none."""
         if self._map.split is None:
             return None
         row = self._rows.read(self._numbers(i)[0], [self._map.split])
-        return None if isinstance(row, BadRow) else self._split(row)
+        if isinstance(row, BadRow):
+            return None
+        return stated_split(row, self._map.split) or self._splits.split_of(self.split_key(i))
 
     def load(self, i: int) -> list[Study]:
         """The image of record `i` with its text and targets.
@@ -187,7 +189,7 @@ class TableSource(Source):
             view=self._optional(row, self._map.view).upper(),
             sections=sections,
             sentences=[sentence for text in sections.values() for sentence in split_sentences(text)],
-            split=self._split(row),
+            split=stated_split(row, self._map.split),
             source=self._map.source or self.title,
             license=self._optional(row, self._map.license),
             extra={column: row[column] for column in self._map.extra},
@@ -218,15 +220,8 @@ class TableSource(Source):
                 raise RejectedRecord(f"missing {key}")
         if i in self._duplicates:
             raise RejectedRecord(f"duplicate {'id' if self._map.id else 'image'}")
-        if self._map.split and row[self._map.split] and self._split(row) is None:
+        if self._map.split and row[self._map.split] and stated_split(row, self._map.split) is None:
             raise RejectedRecord("split is not a word of letters, digits and underscores")
-
-    def _split(self, row: Row) -> str | None:
-        name = self._optional(row, self._map.split)
-        try:
-            return normalise_split(name) if name else None
-        except ValueError:
-            return None
 
     def _sections(self, row: Row) -> dict[str, str]:
         how = (self._map.language, self._map.findings_without_heading)
@@ -288,6 +283,7 @@ class _Survey:
         #: Kind of boxes -> how far right or down any of them ends.
         self._farthest: dict[str, float] = {}
         self.patient_groups = PatientGroups(table_map)
+        self.splits = PatientSplits(table_map, self.patient_groups)
         self._several = table_map.targets.several
         self._image = table_map.image
         self._identifier = table_map.id or table_map.image
@@ -309,6 +305,7 @@ class _Survey:
                 self._count(row)
                 self._see_places(row)
                 self.patient_groups.see(number, row)
+                self.splits.see(row)
             if self._several and not identifier:
                 reason = row.reason if isinstance(row, BadRow) else "the row names no image"
                 raise DataError(
@@ -322,6 +319,7 @@ class _Survey:
             yield row
         self._targets.have_seen()
         self.patient_groups.have_seen()
+        self.splits.have_seen()
         for kind, farthest in self._farthest.items():
             if farthest <= 1:
                 raise DataError(
@@ -346,7 +344,7 @@ class _Survey:
         return sorted(self._box_labels)
 
     def remarks(self) -> list[str]:
-        """A line for each rule whose text no row of the table holds."""
+        """A line for each rule whose text no row of the table holds, and for groups that are divided."""
         lines = []
         for name, rule in self._rules.items():
             if self._matches[name]:
@@ -359,7 +357,7 @@ class _Survey:
                 count = self._matches_ignoring_case[name]
                 line += f"; {count:,} rows hold it in other upper and lower case"
             lines.append(line)
-        return lines
+        return lines + self.splits.remarks()
 
     def _see_places(self, row: Row) -> None:
         self._targets.see(row[self._image])

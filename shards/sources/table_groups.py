@@ -4,10 +4,14 @@ import hashlib
 from array import array
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shards.errors import DataError
 from shards.sources.table_map import TableMap
 from shards.tables.rows import Row
+
+#: Sixteen bytes each, as `digest_of` gives them.
+Digests = NDArray[np.void]
 
 
 class PatientGroups:
@@ -22,12 +26,13 @@ class PatientGroups:
         self._digests = bytearray()
         self._places = array("q")
         self._patients = np.empty(0, "V16")
+        self._groups = np.empty(0, "V16")
         self._rows = np.empty(0, np.int64)
 
     def see(self, number: int, row: Row) -> None:
         """Take in row `number` of the table."""
         if self._group is not None and row[self._patient] and row[self._group]:
-            self._digests += _digest(row[self._patient]) + _digest(row[self._group])
+            self._digests += digest_of(row[self._patient]) + digest_of(row[self._group])
             self._places.extend((number, row.line))
 
     def have_seen(self) -> None:
@@ -39,7 +44,7 @@ class PatientGroups:
         patients, groups = np.frombuffer(bytes(self._digests), "V16").reshape(-1, 2).T
         numbers, lines = np.asarray(self._places, np.int64).reshape(-1, 2).T
         self._patients, first, patient = np.unique(patients, return_index=True, return_inverse=True)
-        self._rows = numbers[first]
+        self._groups, self._rows = groups[first], numbers[first]
         for i in np.flatnonzero(groups != groups[first[patient]])[:1]:
             raise DataError(
                 f"lines {lines[first[patient[i]]]} and {lines[i]}: one patient is in two groups, but groups "
@@ -49,12 +54,28 @@ class PatientGroups:
 
     def row_of(self, patient: str) -> int | None:
         """Number of a row that names the patient's group; None where no row does."""
-        digest = np.frombuffer(_digest(patient), "V16")
-        place = int(np.searchsorted(self._patients, digest)[0])
-        if place == len(self._patients) or self._patients[place] != digest[0]:
-            return None
-        return int(self._rows[place])
+        place = place_of(patient, self._patients)
+        return None if place is None else int(self._rows[place])
+
+    def units(self, patients: Digests) -> Digests:
+        """Digests of patients -> those of their groups, where they have one."""
+        if not len(self._patients):
+            return patients
+        places = np.minimum(np.searchsorted(self._patients, patients), len(self._patients) - 1)
+        return np.where(self._patients[places] == patients, self._groups[places], patients)
+
+    def count(self, units: Digests) -> int:
+        """How many of `units` are groups."""
+        return int(np.isin(units, self._groups).sum())
 
 
-def _digest(text: str) -> bytes:
+def digest_of(text: str) -> bytes:
+    """Stands for a text of any length in 16 bytes."""
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def place_of(text: str, digests: Digests) -> int | None:
+    """Where the digest of a text stands in sorted ones; None where it does not."""
+    digest = np.frombuffer(digest_of(text), "V16")
+    place = int(np.searchsorted(digests, digest)[0])
+    return place if place < len(digests) and digests[place] == digest[0] else None

@@ -25,7 +25,7 @@ class TableMap:
         id: identifier of the row, unique in the table; default: the image path.
         study_id: study; several rows may share one. Default: the row's `id`.
         group: decides the split in place of the patient (families, sites).
-        split: split each row belongs to; empty cells are hashed.
+        split: split each row belongs to; an empty cell is that of its patient or group.
         view: projection.
         license: licence of the row.
         report: whole report, split into its sections.

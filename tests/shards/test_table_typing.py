@@ -251,6 +251,39 @@ def test_a_group_that_some_rows_of_a_patient_name_is_that_of_all(
         TableSource(write_csv(tmp_path / "t.csv", rows), image_folder, map_file("group: group\n"))
 
 
+def test_a_split_that_some_rows_of_a_patient_name_is_that_of_all(
+    tmp_path: Path, image_folder: Path, rows: Rows, map_file: MapWriter
+) -> None:
+    """One row went where it says and the other where the hash of the patient says, into two splits."""
+    splits = ("test", "", "", "val", "", "", "train", "train", "test", "train", "", "")
+    for number, row in enumerate(rows):
+        row["patient"], row["split"] = f"p{number // 2}", splits[number]
+        row["group"] = "family" if number in (0, 4) else ""  # p0 and p2
+    table = write_csv(tmp_path / "t.csv", rows)
+    source = TableSource(table, image_folder, map_file("split: split\ngroup: group\n"))
+    assert [source.prescribed_split(n) for n in range(12)] == (
+        ["test"] * 2 + ["valid"] * 2 + ["test"] * 2 + ["train"] * 2 + ["test", "train", None, None]
+    )
+    assert source.remarks() == []
+
+
+@pytest.mark.parametrize(("group", "line"), [("", 12), ("family", 13)])
+def test_a_row_without_a_split_whose_patient_or_group_has_two_stops_the_build(
+    group: str, line: int, tmp_path: Path, image_folder: Path, rows: Rows, map_file: MapWriter
+) -> None:
+    for number, row in enumerate(rows):
+        row["patient"] = f"p{number // 6}"
+        row["split"], row["group"] = "test" if number == 7 else "train", group
+    more = map_file("split: split\ngroup: group\n")
+    source = TableSource(write_csv(tmp_path / "t.csv", rows), image_folder, more)  # it says what it wants
+    told = ["1 groups are in more than one split, as column 'split' has it"]
+    assert source.remarks() == (told if group else [])
+    rows[line - 2]["split"] = ""
+    named = f"lines {2 if group else 8} and 9"
+    with pytest.raises(DataError, match=f"line {line} names no split, and {named}, of the same patient or"):
+        TableSource(write_csv(tmp_path / "t.csv", rows), image_folder, more)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
