@@ -38,11 +38,10 @@ from medvlp.runs.agreement import together
 from medvlp.runs.encoder_records import described
 from medvlp.runs.errors import CheckpointError
 from medvlp.runs.events import is_finished
-from medvlp.runs.manifest import step_folders
+from medvlp.runs.manifest import VALIDATION_PREFIX, step_folders
 from medvlp.runs.retention import best_of
 from medvlp.runs.saved_run import SavedRun
 from medvlp.runs.start import begin_again
-from medvlp.training.callbacks import PREFIX
 from medvlp.training.predictions import Predictions, predict
 from medvlp.training.recipe import Recipe, TrainingSet
 from shards.errors import MedvlpError
@@ -201,7 +200,7 @@ def run_config(
     known = described(base, identity)
     network = dataclasses.asdict(known if start == "trained" else base)
     name = f"evaluation.tasks.{task.name}"
-    best = {"keep_best": PREFIX + task.chooses, "best_mode": task.chooses_mode}
+    best = {"keep_best": VALIDATION_PREFIX + task.chooses, "best_mode": task.chooses_mode}
     unit_values = {
         "task": task.name,
         "train": {"seed": unit.seed},
@@ -299,7 +298,9 @@ class Network:
     def notes(self) -> dict[str, Any]:
         """What a result says about the training."""
         manifest = self.saved.manifest
-        chosen = {name: value for name, value in manifest.metrics.items() if name.startswith(PREFIX)}
+        chosen = {
+            name: value for name, value in manifest.metrics.items() if name.startswith(VALIDATION_PREFIX)
+        }
         return {"step": manifest.step, "epoch": manifest.epoch, **chosen}
 
     def predict(

@@ -31,9 +31,6 @@ IDENTITY = "identity.json"
 FORMAT = 1
 #: In a manifest, in place of a dataset's hash: the weights were imported.
 _NO_DATA = "unknown"
-#: In a manifest, beside what `RunIdentity.summary` says: fingerprint of the samples that the run draws. It
-#: follows from what could be read of a dataset, not from its hash.
-DRAWN = "drawn"
 #: Name of the side in pixels of the square that images are fitted into before evaluation cuts its view: in
 #: the origin of imported weights whose publication cuts one, and in the header of an export's weights.
 STORED_SIDE = "stored_side"

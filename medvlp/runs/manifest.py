@@ -21,6 +21,11 @@ from shards.strict_json import JsonError, parse_json, read_limited, to_record
 MANIFEST = "manifest.json"
 #: All weights of the method, whole and in float32, whatever the ZeRO stage and precision.
 WEIGHTS = "weights.safetensors"
+#: In `Manifest.identity`: fingerprints of the samples that the run draws, and of what its validations measure
+#: on. These follow from what could be read of a dataset, not from its hash.
+DRAWN, VALIDATED = "drawn", "validated"
+#: What the names of the metrics of a validation begin with.
+VALIDATION_PREFIX = "valid/"
 #: Version of the layout that this code writes and resumes from.
 FORMAT = 2
 FOLDER_PATTERN = re.compile(r"step-([0-9]{8,15})")
@@ -47,7 +52,8 @@ class Manifest:
         optimizer: name of the optimiser whose state it holds.
         metrics: the last logged ones.
         identity: hashes of the data, the tokenizer and the encoders (`RunIdentity.summary`), and of the
-            samples that are drawn ("drawn"); empty, or without the last, in checkpoints of earlier versions.
+            samples that are drawn and validated on (`DRAWN`, `VALIDATED`); empty, or without these, in
+            checkpoints of earlier versions.
         format: version of this layout.
         checksum: xxh3-128 of the file's text with nothing here; written by `to_json`.
     """

@@ -17,7 +17,6 @@ from medvlp.runs.checkpoint import Checkpoint
 from medvlp.runs.encoder_records import describe_encoders, starting_weights
 from medvlp.runs.errors import AgreedError
 from medvlp.runs.identity import (
-    DRAWN,
     DataRecord,
     IdentityError,
     RunIdentity,
@@ -25,6 +24,7 @@ from medvlp.runs.identity import (
     record_data,
     unchecked,
 )
+from medvlp.runs.manifest import DRAWN
 from shards.errors import DataError
 from shards.reader import ShardReader
 

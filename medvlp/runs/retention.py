@@ -5,7 +5,7 @@ from pathlib import Path
 
 from medvlp.config import CheckpointConfig
 from medvlp.runs.errors import CheckpointError, UnreadableError
-from medvlp.runs.manifest import MANIFEST, Manifest, step_folders
+from medvlp.runs.manifest import MANIFEST, VALIDATED, VALIDATION_PREFIX, Manifest, step_folders
 
 
 def prune(checkpoints: Path, step: int, config: CheckpointConfig) -> list[Path]:
@@ -57,21 +57,33 @@ def drop_surplus(checkpoints: Path, config: CheckpointConfig) -> list[Path]:
 def best_of(folders: list[Path], config: CheckpointConfig) -> Path | None:
     """The folder with the best value of `keep_best`, the newest of equals; None where none has a value.
 
+    Only values count that were measured on what the newest one was (`data.allow_changed`, another
+    `validation.split`). Earlier versions did not note all of it; what one side does not know is not compared.
+
+    Args:
+        folders: oldest first. config: says what is best.
+
     Raises:
         UnreadableError: a manifest cannot be read now, so its checkpoint may be the best.
     """
     if config.keep_best is None:
         return None
     sign = 1.0 if config.best_mode == "max" else -1.0
+    measured_on = ["data", VALIDATED] if config.keep_best.startswith(VALIDATION_PREFIX) else ["data"]
     scored = []
-    for folder in folders:
+    known: dict[str, str] = {}
+    for folder in reversed(folders):
         try:
-            value = Manifest.read(folder).metrics.get(config.keep_best)
+            manifest = Manifest.read(folder)
         except UnreadableError:
             raise
         except CheckpointError:  # not whole: nothing to keep it for
             continue
-        if value is not None:
+        value = manifest.metrics.get(config.keep_best)
+        if value is None:
+            continue
+        said = {name: manifest.identity[name] for name in measured_on if name in manifest.identity}
+        if all(known.setdefault(name, of) == of for name, of in said.items()):
             scored.append((sign * value, folder.name, folder))
     return max(scored)[2] if scored else None
 

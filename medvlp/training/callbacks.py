@@ -10,9 +10,6 @@ from medvlp.methods.base import StepOutput
 from medvlp.training.consensus import Party
 from medvlp.training.engine import Engine
 
-#: What the names of the metrics of a validation begin with.
-PREFIX = "valid/"
-
 
 @dataclass
 class StepRecord:

@@ -14,8 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from medvlp import distributed
 from medvlp.data.batch import Batch
 from medvlp.methods.base import StepOutput
+from medvlp.runs.manifest import VALIDATION_PREFIX
 from medvlp.runs.metrics_file import MetricsFile, last_lines
-from medvlp.training.callbacks import PREFIX, Callback, StepRecord
+from medvlp.training.callbacks import Callback, StepRecord
 from medvlp.training.operations import StepWork
 from medvlp.training.wandb_run import WandbRun
 
@@ -118,7 +119,7 @@ class Monitor(Callback):
         """What a checkpoint of a step is known by: `latest`, without a validation of other weights."""
         if step == self.latest_step:
             return self.latest
-        return {name: value for name, value in self.latest.items() if not name.startswith(PREFIX)}
+        return {name: value for name, value in self.latest.items() if not name.startswith(VALIDATION_PREFIX)}
 
     def _reduce(self, record: StepRecord) -> dict[str, float | None]:
         """All metrics of this step; all ranks call this together and get the same."""

@@ -29,8 +29,8 @@ from medvlp.runs.checkpoint import Checkpoint
 from medvlp.runs.encoder_records import described
 from medvlp.runs.errors import AgreedError
 from medvlp.runs.events import EventLog
-from medvlp.runs.identity import DRAWN, RunIdentity
-from medvlp.runs.manifest import step_folders
+from medvlp.runs.identity import RunIdentity
+from medvlp.runs.manifest import DRAWN, VALIDATED, step_folders
 from medvlp.runs.opening import TakenUp, check_drawn, open_data, take_up
 from medvlp.runs.randomness import seed_rank, seed_weights
 from medvlp.runs.run_folder import describe_run, open_run_folder
@@ -347,6 +347,7 @@ def _callbacks(
         validation.alive = watchdog.mark
         if refresh is not None:
             validation.clusters = lambda: refreshing.table
+        identity = {**identity, VALIDATED: validation.measured_on}
         callbacks.append(validation)
     callbacks.append(monitor)
     if run_id is not None:

@@ -1,5 +1,6 @@
 """Validation while training: losses and metrics of another split, the best checkpoint, early stopping."""
 
+import json
 import logging
 import math
 import time
@@ -7,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
+import xxhash
 from torch import Tensor
 
 from medvlp import distributed
@@ -18,7 +20,8 @@ from medvlp.methods.base import StepOutput
 from medvlp.prototypes.table import PrototypeTable
 from medvlp.runs.errors import AgreedError
 from medvlp.runs.identity import DataRecord
-from medvlp.training.callbacks import PREFIX, Callback, StepRecord
+from medvlp.runs.manifest import VALIDATION_PREFIX as PREFIX
+from medvlp.training.callbacks import Callback, StepRecord
 from medvlp.training.device_memory import naming_validation
 from medvlp.training.engine import Engine
 from medvlp.training.predictions import predict
@@ -51,6 +54,7 @@ class Validation(Callback):
     Attributes:
         alive: called with a place and the finished steps, so that nobody takes this rank for dead.
         clusters: gives those of the prototype service.
+        measured_on: fingerprint of what the metrics are of: samples, and how many are compared.
 
     Raises:
         DataError: the dataset has no such split.
@@ -78,10 +82,14 @@ class Validation(Callback):
         self._without = 0
         # Values of another metric, or measured on others, say nothing about later ones.
         content = DataRecord.of(reader.index, config.validation.split).content
-        self._of = [
-            config.checkpoint.keep_best, config.checkpoint.best_mode, config.validation.split,
-            config.validation.batch, content,
-        ]  # fmt: skip
+        measured_on = [
+            config.validation.split,
+            config.validation.batch,
+            content,
+            xxhash.xxh3_64_hexdigest(self.positions.tobytes()),
+        ]
+        self.measured_on = xxhash.xxh3_64_hexdigest(json.dumps(measured_on).encode())
+        self._of = [config.checkpoint.keep_best, config.checkpoint.best_mode, *measured_on]
 
     @property
     def finished(self) -> bool:
@@ -187,7 +195,8 @@ class Validation(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `state_dict`; what is of another metric, split, chunk or dataset is forgotten."""
-        if state.get("of", self._of) == self._of:  # states of earlier versions do not say it
+        known = state.get("of", [])  # states of earlier versions do not say it, or not all
+        if known == self._of[: len(known)]:
             self._best, self._without = state.get("best"), state.get("without", 0)
         elif state["best"] is not None and distributed.is_main():
             logger.info(

@@ -138,17 +138,24 @@ def test_training_ends_without_a_better_validation_and_stays_ended(
 
 
 @pytest.mark.parametrize(
-    "change", ["checkpoint.keep_best=valid/b", "validation.batch=8", "validation.split=test"]
+    ("change", "kept"),
+    [
+        ("checkpoint.keep_best=valid/b", [2, 4]),  # which has been measured on the same samples all along
+        ("validation.batch=8", [4]),
+        ("validation.split=test", [4]),
+    ],
 )
 def test_the_best_value_of_another_metric_or_split_is_not_waited_for(
-    overrides: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+    overrides: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, kept: list[int]
 ) -> None:
     values = iter([5.0, 5.0, 0.1, 0.2])
     monkeypatch.setattr(Pretraining, "measure", lambda *given: dict.fromkeys("ab", next(values)))
-    words = ["validation.every_steps=1", "checkpoint.keep_best=valid/a", "checkpoint.best_mode=max"]
+    words = ["validation.every_steps=1", "checkpoint.keep_best=valid/a", "checkpoint.best_mode=max",
+             "checkpoint.keep_last=1"]  # fmt: skip
     assert train(overrides(*words, "train.steps=2")) == 0
     assert train(overrides(*words, "train.steps=4", "train.patience=1", change)) == 0
     assert [line["step"] for line in validations(tmp_path / "run")] == [1, 2, 3, 4]
+    assert steps(tmp_path / "run") == kept
 
 
 def test_a_checkpoint_between_two_validations_does_not_bear_the_metrics_of_one(
