@@ -31,6 +31,8 @@ from shards.shard_index import SHARD_INDEX_LIMIT, ShardIndex, map_shard_index
 from shards.strict_json import JsonError, open_regular, read_limited
 
 _MAX_OPEN_FILES = 64
+#: The same where files come through a cache: what that deletes takes room on disk as long as it is open.
+_MAX_FETCHED_FILES = 8
 #: What may lie between members of a sample that are read together, in bytes: another member, their headers.
 _GAPS = 2 * IMAGE_LIMIT
 
@@ -63,6 +65,7 @@ class ShardReader:
         if problems := self.index.contradictions():
             raise DataError(f"{root}: index.json contradicts itself: {problems[0]}; rebuild the dataset")
         self._fetch = fetch or Path(root).__truediv__
+        self._most_open = _MAX_OPEN_FILES if fetch is None else _MAX_FETCHED_FILES
         self._shards = {split: self.index.split_shards(split) for split in self.index.splits}
         self._ends = {
             split: list(itertools.accumulate(shard.samples for shard in shards))
@@ -180,8 +183,6 @@ class ShardReader:
         if end - start > sum(size for _, size in spans.values()) + _GAPS:
             raise DataError(f"{shard.file}: the members of sample {key} lie far apart; rebuild the dataset")
         data = self._bytes_at(shard.file, key, end - start, start)
-        if len(data) < end - start:
-            raise DataError(f"{shard.file}: truncated before the end of sample {key}; rebuild the dataset")
         return {
             extension: data[offset - start : offset - start + size]
             for extension, (offset, size) in spans.items()
@@ -189,16 +190,26 @@ class ShardReader:
 
     def _bytes_at(self, file: str, key: str, size: int, start: int) -> bytes:
         try:
-            return os.pread(self._descriptor(file), size, start)
+            data = _read_at(self._descriptor(file), size, start)
+            if len(data) == size:
+                return data
         except OSError:
-            # A file replaced on a network file system leaves a stale handle, and a cached one may be evicted
-            # between its coming and its opening: the path is as good as ever.
-            self._forget(file)
+            pass
+        # A file replaced on a network file system leaves a stale handle, a repaired one its truncated bytes;
+        # a cached one may be evicted between its coming and its opening: the path may be as good as ever.
+        self._forget(file)
         try:
-            return os.pread(self._descriptor(file), size, start)
+            descriptor = self._descriptor(file)
+            data = _read_at(descriptor, size, start)
+            there = os.fstat(descriptor).st_size
         except OSError as error:
             self._forget(file)
             raise _unread(f"sample {key} of {file}", error) from error
+        if len(data) == size:
+            return data
+        if there >= start + size:
+            raise _unread(f"sample {key} of {file}", OSError(errno.EAGAIN, "a read ended within the file"))
+        raise DataError(f"{file}: truncated before the end of sample {key}; rebuild the dataset")
 
     def _forget(self, file: str) -> None:
         descriptor = self._open_files.pop(file, None)
@@ -209,14 +220,28 @@ class ShardReader:
         if file in self._open_files:
             self._open_files.move_to_end(file)
             return self._open_files[file]
-        if len(self._open_files) >= _MAX_OPEN_FILES:
-            os.close(self._open_files.popitem(last=False)[1])
         path = self._fetch(file)
+        self._make_room()
         try:
             self._open_files[file] = open_regular(path)
         except JsonError as error:
             raise DataError(f"cannot read {path}: {error}") from error
         return self._open_files[file]
+
+    def _make_room(self) -> None:
+        """Close what stands in no folder any more (a cache has evicted it), then the longest unused."""
+        for name in [name for name, file in self._open_files.items() if os.fstat(file).st_nlink == 0]:
+            self._forget(name)
+        while len(self._open_files) >= self._most_open:
+            os.close(self._open_files.popitem(last=False)[1])
+
+
+def _read_at(descriptor: int, size: int, start: int) -> bytes:
+    """`size` bytes of a file, or fewer where it ends; a single read may bring fewer anywhere."""
+    parts, missing = [os.pread(descriptor, size, start)], size
+    while parts[-1] and (missing := missing - len(parts[-1])):
+        parts.append(os.pread(descriptor, missing, start + size - missing))
+    return b"".join(parts)
 
 
 def _unread(what: str, error: OSError) -> DataError:
@@ -258,7 +283,7 @@ def scan_shard(
                 for extension, (offset, length) in spans:
                     if only in (None, extension) or extension == METADATA_EXTENSION:
                         _check_length(shard, key, extension, length)
-                        contents[extension] = os.pread(tar.fileno(), length, offset)
+                        contents[extension] = _read_at(tar.fileno(), length, offset)
                 if METADATA_EXTENSION not in contents:
                     raise DataError(f"{shard.file}: sample {key} has no member .{METADATA_EXTENSION}")
                 yield key, contents, _parse(contents[METADATA_EXTENSION], shard, key, label_names, version)

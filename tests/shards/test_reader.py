@@ -21,7 +21,7 @@ from PIL import Image
 from shards.errors import DataError, UnavailableError
 from shards.format import Index, fingerprint, hash_bytes
 from shards.images import decode_image
-from shards.reader import ShardReader
+from shards.reader import ShardReader, scan_shard
 from shards.shard_index import ShardIndex
 from shards.sources.phantom import PhantomSource
 
@@ -92,6 +92,27 @@ def test_random_access_with_fewer_open_files_than_shards(
     assert open_files(copied) == 2
     reader.close()
     assert open_files(copied) == 0
+
+
+def test_files_that_a_cache_has_deleted_are_closed(phantom_dataset: Path, tmp_path: Path) -> None:
+    def fetch(file: str) -> Path:
+        """As a cache that holds one shard."""
+        for other in tmp_path.glob("*.tar"):
+            other.unlink()
+        return Path(shutil.copy(phantom_dataset / file, tmp_path))
+
+    reader = ShardReader(phantom_dataset, fetch=fetch)
+    assert read_all(reader) == read_all(ShardReader(phantom_dataset))
+    assert len(reader.index.split_shards("train")) > 1
+    held = [link.readlink() for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    assert len([file for file in held if file.parent == tmp_path and ".tar" in file.name]) == 1
+
+
+def test_few_files_of_a_cache_are_open(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shards.reader._MAX_FETCHED_FILES", 1)
+    reader = ShardReader(copied, fetch=lambda file: copied / file)
+    assert len(read_all(reader)) == reader.sample_count("train")
+    assert open_files(copied) == 1
 
 
 def test_pickled_and_forked_readers_read_on(phantom_dataset: Path) -> None:
@@ -203,3 +224,32 @@ def test_what_cannot_be_read_now_is_not_called_damaged(
         ShardReader(phantom_dataset).image("train", 0)
     assert isinstance(caught.value, UnavailableError) == passes
     assert os.strerror(error) in str(caught.value)
+
+
+def test_a_read_may_bring_fewer_bytes(phantom_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, pread = read_all(ShardReader(phantom_dataset)), os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, start: pread(file, min(size, 1000), start))
+    assert read_all(ShardReader(phantom_dataset)) == expected
+    index = Index.load(phantom_dataset)
+    shard = index.split_shards("train")[0]
+    scanned = {key: members for key, members, _ in scan_shard(phantom_dataset, shard, index.label_names)}
+    assert {key: scanned[key]["jpg"] for key, _ in expected[: len(scanned)]} == dict(expected[: len(scanned)])
+
+
+def test_a_read_that_ends_within_the_file_is_no_truncation(
+    phantom_dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "pread", lambda *given: b"")
+    with pytest.raises(UnavailableError, match="a read ended within the file"):
+        ShardReader(phantom_dataset).image("train", 0)
+
+
+def test_a_truncated_shard_that_was_repaired_is_opened_again(copied: Path) -> None:
+    reader, whole = ShardReader(copied), (copied / "train-000000.tar").read_bytes()
+    expected = reader.image("train", 1)
+    (copied / "train-000000.tar").write_bytes(whole[:2048])
+    with pytest.raises(DataError, match="truncated before the end of sample"):
+        reader.image("train", 1)
+    (copied / "repaired").write_bytes(whole)
+    (copied / "repaired").replace(copied / "train-000000.tar")
+    assert reader.image("train", 1) == expected
