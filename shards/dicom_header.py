@@ -117,6 +117,19 @@ def text_of(header: Any, name: str) -> str:
     return "" if value is None else str(value).strip()
 
 
+def integer_of(header: Any, name: str) -> int | None:
+    """A value as a whole number; None where there is none.
+
+    Raises:
+        DataError: it is no number.
+    """
+    value = header.get(name)
+    try:
+        return None if value is None else int(value)
+    except (TypeError, ValueError):
+        raise DataError(f"DICOM field {name} is no number") from None
+
+
 @contextmanager
 def dicom_errors() -> Iterator[None]:
     """Whatever pydicom raises becomes a `DataError` without a value of the header; its logs are silent."""

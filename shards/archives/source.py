@@ -102,6 +102,7 @@ class ArchiveSource(Source):
     Attributes:
         published: "all" or a split, or whatever `found` counts -> the published number; compared at the end.
         found: the same, counted. The base counts "all" and the splits that the archive prescribes.
+        notes: what `studies` did to images, for whom the build tells -> how often.
         language: of its reports, as `shards.text.headings` names it.
         reading: raised when the same files give other samples, so that an old build is not gone on with.
     """
@@ -114,6 +115,7 @@ class ArchiveSource(Source):
         self.options = options
         self.published: dict[str, int] = {}
         self.found: Counter[str] = Counter()
+        self.notes: Counter[str] = Counter()
         self._texts: list[ArchiveTexts] = []
         self._joins: list[Join] = []
         self.texts = self.open(options.root)
@@ -235,6 +237,11 @@ class ArchiveSource(Source):
     def remarks(self) -> list[str]:
         """Lines about the archive as a whole."""
         return self._remarks
+
+    def take_notes(self) -> dict[str, int]:
+        """What was noted since the last call."""
+        notes, self.notes = self.notes, Counter()
+        return dict(notes)
 
     def published_counts(self) -> list[PublishedCount]:
         """The published numbers beside those found."""

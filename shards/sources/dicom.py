@@ -3,7 +3,6 @@
 import json
 import os
 import sqlite3
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -13,8 +12,9 @@ import xxhash
 from shards.archives.files import read_member
 from shards.archives.records import Join, Record
 from shards.archives.source import ArchiveOptions, ArchiveSource, Facts, Identity
-from shards.dicom import Window, read_dicom
+from shards.dicom import read_dicom
 from shards.dicom_header import DicomHeader, is_dicom, read_header
+from shards.dicom_windows import Window
 from shards.errors import DataError
 from shards.sources.base import option
 from shards.sources.registry import register
@@ -64,7 +64,7 @@ class DicomSource(ArchiveSource):
         origin="where the images are kept",
     )
     options: DicomOptions
-    reading = 5
+    reading = 6
 
     def prepare(self) -> None:
         """No labels, no published numbers."""
@@ -72,7 +72,6 @@ class DicomSource(ArchiveSource):
         self.language = self.options.language
         if self.language not in LANGUAGES:
             raise DataError(f"--language {self.language}: choose {', '.join(LANGUAGES)}")
-        self._notes: Counter[str] = Counter()
 
     def records(self) -> Iterator[Record]:
         """Every DICOM file, with the report of its study or the path of the text file that holds it."""
@@ -112,6 +111,7 @@ class DicomSource(ArchiveSource):
         found = (film.patient_id, film.study_uid, film.image_uid)
         if found != (record["patient"], record["study"], record["image"]):
             raise record.error("has another patient, study or image than when the build began")
+        self.notes.update(film.notes)
         text = self._report(record)
         return [
             Study(
@@ -129,11 +129,6 @@ class DicomSource(ArchiveSource):
                 },
             )
         ]
-
-    def take_notes(self) -> dict[str, int]:
-        """Reports that were read in another encoding."""
-        notes, self._notes = self._notes, Counter()
-        return dict(notes)
 
     def _look_at(self, scan: "_Scan", number: int, path: str) -> None:
         """Read the header of a file, or pass it over."""
@@ -175,7 +170,7 @@ class DicomSource(ArchiveSource):
         try:
             text = data.decode("utf-8-sig")
         except UnicodeDecodeError:
-            self._notes[_LATIN] += 1
+            self.notes[_LATIN] += 1
             text = data.decode("latin-1")
         if "\0" in text:
             raise record.error("the text file with its report is no text")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -94,7 +93,6 @@ class MimicSource(ArchiveSource):
             self._imagenome = self.open(mimic.imagenome_root(options.imagenome), mimic.IMAGENOME_ORIGIN)
             mimic.check_scene_graphs(self._imagenome)
             self._regions = self._imagenome.files
-        self._notes: Counter[str] = Counter()
         self._ms_cxr_patients: set[str] = set()
 
     def records(self) -> Iterator[Record]:
@@ -156,7 +154,7 @@ class MimicSource(ArchiveSource):
             original = (record.number("Rows"), record.number("Columns"))
             regions = mimic.anatomy(self._regions, dicom, original, image.shape)
             if "known" in record["imagenome"].split() and not regions:
-                self._notes["images of Chest ImaGenome have no scene graph"] += 1
+                self.notes["images of Chest ImaGenome have no scene graph"] += 1
             if regions and not record["imagenome"]:
                 raise record.error(
                     "the image has a scene graph, but stands in none of train.csv, valid.csv, test.csv and "
@@ -179,11 +177,6 @@ class MimicSource(ArchiveSource):
                 phrases=mimic.phrases(phrases, image.shape),
             )
         ]
-
-    def take_notes(self) -> dict[str, int]:
-        """Images whose scene graph is missing."""
-        notes, self._notes = self._notes, Counter()
-        return dict(notes)
 
     def _sections(self, subject: str, study: str) -> dict[str, str]:
         member = self._reports.find(mimic.report_path(subject, study))

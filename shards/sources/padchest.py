@@ -1,7 +1,6 @@
 """Source: PadChest, 160,868 films with Spanish reports and up to 193 findings and diagnoses."""
 
 import ast
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -79,7 +78,6 @@ class PadChestSource(ArchiveSource):
                     f"{_MOST_NAMES:,} findings, 193 are published; {self._table.again()}"
                 )
         self.label_names = sorted(names - {_NORMAL, _UNCHANGED} - _INCOMPLETE)
-        self._notes: Counter[str] = Counter()
 
     def records(self) -> Iterator[Record]:
         """Every row."""
@@ -121,11 +119,6 @@ class PadChestSource(ArchiveSource):
             )
         ]
 
-    def take_notes(self) -> dict[str, int]:
-        """Films that were inverted, and those among them that may have been so already."""
-        notes, self._notes = self._notes, Counter()
-        return dict(notes)
-
     def _labels(self, record: Record) -> dict[str, LabelValue]:
         names = _names(record.text("Labels"))
         if not names:
@@ -139,13 +132,13 @@ class PadChestSource(ArchiveSource):
         film = self.image(f"{record['ImageDir']}/{image}", image)  # a zip may lack its folder's name
         if record["PhotometricInterpretation_DICOM"] != "MONOCHROME1" or self.options.keep_polarity:
             return film
-        self._notes[_INVERTED] += 1
+        self.notes[_INVERTED] += 1
         film = 255 - film
         edges = np.concatenate([film[0], film[-1], film[:, 0], film[:, -1]])
         height, width = film.shape
         middle = film[height // 4 : -(height // 4) or None, width // 4 : -(width // 4) or None]
         if np.median(edges) > np.median(middle):
-            self._notes[_LOOKS_NEGATIVE] += 1
+            self.notes[_LOOKS_NEGATIVE] += 1
         return film
 
 

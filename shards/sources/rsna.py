@@ -8,7 +8,8 @@ from pathlib import Path
 
 from shards.archives.records import Record
 from shards.archives.source import ArchiveOptions, ArchiveSource, Facts, Identity
-from shards.dicom import Window, read_dicom
+from shards.dicom import read_dicom
+from shards.dicom_windows import Window
 from shards.errors import DataError
 from shards.sources.base import option
 from shards.sources.registry import register
@@ -49,7 +50,7 @@ class RsnaSource(ArchiveSource):
         origin="https://www.kaggle.com/c/rsna-pneumonia-detection-challenge/data",
     )
     options: RsnaOptions
-    reading = 3
+    reading = 4
     identifying = ("nih_image",)
 
     def prepare(self) -> None:
@@ -99,6 +100,7 @@ class RsnaSource(ArchiveSource):
         film = read_dicom(self.files.read(f"stage_2_train_images/{image}.dcm"), self.options.window)
         if film.patient_id != image:
             raise record.error("the DICOM file of that name is another's by its PatientID")
+        self.notes.update(film.notes)
         height, width = film.pixels.shape
         boxes = [
             _scaled(row.box("Pneumonia", *_BOX), width / _SIDE, height / _SIDE)

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from shards.archives.files import read_member
 from shards.archives.records import Record
 from shards.archives.source import ArchiveOptions, ArchiveSource, Facts, Identity
-from shards.dicom import Window, read_dicom
+from shards.dicom import read_dicom
+from shards.dicom_windows import Window
 from shards.errors import DataError, UsageError
 from shards.images import fit_square_mask
 from shards.masks import decode_runs
@@ -58,7 +59,7 @@ class SiimSource(ArchiveSource):
         origin="https://www.kaggle.com/c/siim-acr-pneumothorax-segmentation",
     )
     options: SiimOptions
-    reading = 2
+    reading = 3
 
     def prepare(self) -> None:
         """Which files these are, and their published numbers."""
@@ -116,6 +117,7 @@ class SiimSource(ArchiveSource):
         height, width = film.pixels.shape
         if height != width:
             raise record.error(f"masks are of {_SIDE} x {_SIDE} pixels, and the film is not square")
+        self.notes.update(film.notes)
         mask = _mask(record)
         return [
             Study(

@@ -1,7 +1,6 @@
 """Source: SLAKE, 14,028 questions in English and Chinese about 642 images, with boxes."""
 
 import json
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +54,6 @@ class SlakeSource(ArchiveSource):
     def prepare(self) -> None:
         """Published numbers, which are of questions; all are counted, whatever the options ask for."""
         self.label_names = []
-        self._notes: Counter[str] = Counter()
         english = {"train": 4_919, "valid": 1_053, "test": 1_061}
         self.published = {"images with questions": 642, "questions": 14_028}
         self.published |= {f"{split} questions in English": count for split, count in english.items()}
@@ -114,11 +112,6 @@ class SlakeSource(ArchiveSource):
             )
         ]
 
-    def take_notes(self) -> dict[str, int]:
-        """Images without a file of boxes."""
-        notes, self._notes = self._notes, Counter()
-        return dict(notes)
-
     def _items(self, file: str) -> Any:
         return self.texts.json(f"Slake1.0/{file}", file)
 
@@ -147,7 +140,7 @@ class SlakeSource(ArchiveSource):
         places = (f"Slake1.0/imgs/{folder}/detection.json", f"imgs/{folder}/detection.json")
         place = next((place for place in places if self.files.find(place) is not None), None)
         if place is None:
-            self._notes["images have no detection.json, and so no boxes"] += 1
+            self.notes["images have no detection.json, and so no boxes"] += 1
             return [], []
         try:
             value = parse_json(self.files.read(place, _BOX_LIMIT).removeprefix(b"\xef\xbb\xbf"), _BOX_LIMIT)

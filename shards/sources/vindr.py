@@ -10,7 +10,8 @@ from typing import Literal
 from shards.archives.records import Record
 from shards.archives.source import ArchiveOptions, ArchiveSource, Facts, Identity
 from shards.archives.texts import Table
-from shards.dicom import Window, read_dicom
+from shards.dicom import read_dicom
+from shards.dicom_windows import Window
 from shards.errors import DataError
 from shards.sources.base import option
 from shards.sources.registry import register
@@ -67,7 +68,7 @@ class VindrSource(ArchiveSource):
         "https://www.kaggle.com/c/vinbigdata-chest-xray-abnormalities-detection/data",
     )
     options: VindrOptions
-    reading = 2
+    reading = 3
 
     def prepare(self) -> None:
         """Whose files these are, with their labels and published numbers."""
@@ -132,6 +133,7 @@ class VindrSource(ArchiveSource):
         if self.options.boxes == "fused" and split != "test":
             boxes = fuse(boxes)
         film = read_dicom(self.files.read(f"{split or 'train'}/{image}.dicom"), self.options.window)
+        self.notes.update(film.notes)
         return [
             Study(
                 study_id=image,

@@ -17,7 +17,7 @@ import webdataset
 from typer.testing import CliRunner
 
 from launcher.main import app
-from shards import images
+from shards import dicom, images
 from shards.archives.source import ArchiveOptions, ArchiveSource
 from shards.errors import DataError
 from shards.identifiers import hash_identifiers
@@ -105,6 +105,19 @@ def test_no_image_that_its_file_turns_has_places(
             [box for of in study.phrases for box in of.boxes],
         )
         assert not any(places), f"record {i}"
+
+
+def test_what_is_done_to_dicom_films_is_told(
+    name: str, archive: Archive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = dicom._shown
+    monkeypatch.setattr(dicom, "_shown", lambda *words: (shown(*words)[0], ["films were noted"]))
+    source = open_archive(name, archive)
+    loaded = sum(1 for _ in studies_of(source))
+    films = [*source.files.names(".dcm"), *source.files.names(".dicom")]
+    reads_them = films and hasattr(importlib.import_module(type(source).__module__), "read_dicom")
+    assert source.take_notes().get("films were noted", 0) == (loaded if reads_them else 0)
+    assert source.take_notes() == {}
 
 
 def test_hashed_ids_stand_nowhere_else_in_a_sample(name: str, archive: Archive) -> None:

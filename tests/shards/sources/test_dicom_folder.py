@@ -20,6 +20,7 @@ from shards.sources.base import RejectedRecord
 from shards.sources.dicom import DicomOptions, DicomSource
 from shards.study import Study
 from shards.verify import verify
+from tests.fixtures import dicom
 from tests.fixtures import dicom_folder as fixture
 from tests.fixtures.archive import film, write_table
 
@@ -165,6 +166,20 @@ def test_names_with_backslashes_are_read(is_zip: bool, tmp_path: Path) -> None:
         assert reports(tmp_path, {}, {}) == {"P1": {"findings": "First."}}
     else:
         assert reports(tmp_path, {name: image}, {}) == {"P1": {}}
+
+
+def test_films_with_padding_or_a_window_that_does_not_fit_are_told(tmp_path: Path) -> None:
+    for number, fields in enumerate(
+        [{"PixelPaddingValue": 16}, {"WindowCenter": 32768, "WindowWidth": 65536}]
+    ):
+        pixels = np.maximum(film(number).astype(np.uint16) * 16, 16)
+        data = dicom.write(pixels, bits=12, PatientID="P", SOPInstanceUID=f"1.{number}", **fields)
+        (tmp_path / f"{number}.dcm").write_bytes(data)
+    source = DicomSource(DicomOptions(root=tmp_path))
+    for number in range(2):
+        source.load(number)
+    assert list(source.take_notes().values()) == [1, 1]
+    assert source.take_notes() == {}
 
 
 def test_a_linked_folder_is_read_and_one_that_cannot_be_listed_stops_the_build(
