@@ -169,8 +169,9 @@ def cancel(
 ) -> None:
     """End the jobs of a run, or one job or task (24_3); it can be resumed.
 
-    Jobs that wait or do not train are ended at once.
+    Jobs that wait or do not train are ended at once. Exit code 4: a job has ended without saving.
     """
+    from launcher.slurm.attempts import AttemptError
     from launcher.slurm.cancelling import cancel_jobs, jobs_to_cancel
 
     named = find(target)
@@ -178,11 +179,21 @@ def cancel(
     if not jobs:
         typer.echo(f"no job of {folder} waits or runs")
         return
+    lost = []
     for ended in cancel_jobs(named, jobs, now, timeout, lambda line: typer.echo(line, err=True)):
         what = f"job {named.label if named.task is not None else submitted_id(ended.job)} ended"
         if not ended.asked:
             typer.echo(f"{what} ({ended.job.state.lower()} before)")
+        elif ended.unsaved:
+            older = (
+                "there is no checkpoint"
+                if ended.step is None
+                else f"the newest checkpoint is step {ended.step}"
+            )
+            lost.append(f"{what} without saving: {ended.unsaved}; {older}")
         elif ended.step is None:
             typer.echo(f"{what}; it had not trained far enough for a checkpoint")
         else:
             typer.echo(f"{what}; step {ended.step} is saved: medvlp resume {folder}")
+    if lost:
+        raise AttemptError("; ".join(lost))

@@ -62,17 +62,24 @@ def evaluate(
         *(["--split", split] if split else []),
     ]
     common += [] if nproc is None else ["--nproc", str(nproc)]
-    commands = [
-        ["evaluate", str(run), *common, *words, "--out", str(run / PARTS_FOLDER / f"{name}.json")]
+    parts = [
+        (run, name, words)
         for run in runs
         for name, words in _parts(run, files, overrides, task or ()).items()
+    ]
+    commands = [
+        ["evaluate", str(run), *common, *words, "--out", str(run / PARTS_FOLDER / f"{name}.json")]
+        for run, name, words in parts
     ] or [["evaluate", str(run), *common] for run in runs]
+    finished = [finished_units(run, words) for run, _, words in parts] or [
+        finished_units(run, ()) for run in runs
+    ]
     first = {"gpus_per_node": gpus_per_node} | (after([after_job]) if after_job is not None else {})
     is_array = len(commands) > 1
     request = build_request(
         site, job_log(folder, is_array), f"medvlp-evaluate-{folder.name}", 1, given | first
     )
-    job = CommandJob("evaluate", folder, request, site, commands, goes_on=True)
+    job = CommandJob("evaluate", folder, request, site, commands, finished=finished)
     if options.dry_run:
         typer.echo(job.script(), nl=False)
         return
@@ -93,6 +100,21 @@ def evaluate(
     what = f"array {job_id} of {len(commands)} evaluations" if is_array else f"evaluation {job_id}"
     typer.echo(f"submitted {what}, and job {summary_id} that shows the results")
     typer.echo(f"  medvlp logs {summary_id} -f")
+
+
+def finished_units(run: Path, part: Sequence[str]) -> list[str]:
+    """Words of `find` for the finished units of a part and the checkpoints of what it trains.
+
+    Args:
+        part: its options: none for all tasks, --task, and --unit.
+    """
+    from medvlp.evaluation.report.results import FOLDER, RESULT
+    from medvlp.runs.manifest import MANIFEST
+
+    named = dict(zip(part[::2], part[1::2], strict=True))
+    within = ["-path", f"*/{named['--unit']}-*/*"] if "--unit" in named else []
+    folder = run / FOLDER / named.get("--task", "")
+    return [str(folder), *within, "(", "-name", RESULT, "-o", "-name", MANIFEST, ")"]
 
 
 def _refuse_second_array(run: Path) -> None:

@@ -6,10 +6,8 @@ from pathlib import Path
 from launcher.doctor.results import Result, ok, warn
 from launcher.slurm import slurm_commands
 from launcher.slurm.cluster_config import load_cluster
+from launcher.slurm.render import EARLY_SECONDS
 from shards.errors import UsageError
-
-#: Slurm sends the warning signal up to this much earlier than asked for (sbatch's manual), in seconds.
-EARLY_SECONDS = 60
 
 
 def check_slurm(

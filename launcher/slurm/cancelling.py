@@ -9,7 +9,8 @@ from pathlib import Path
 
 from launcher.run_state import read_run
 from launcher.slurm import slurm_commands
-from launcher.slurm.attempts import request_cancel
+from launcher.slurm.attempts import read_attempts, request_cancel
+from launcher.slurm.requeue import INTERRUPTED
 from launcher.slurm.run_jobs import (
     TRAINING,
     Target,
@@ -49,11 +50,13 @@ class Cancelled:
         job: as it was before.
         asked: it was asked to save first; else it was ended at once.
         step: of the newest checkpoint afterwards; None without one, or for a job that trains nothing.
+        unsaved: why it ended without saving although it was asked to; "" otherwise.
     """
 
     job: Job
     asked: bool
     step: int | None
+    unsaved: str = ""
 
 
 def jobs_to_cancel(target: Target) -> list[Job]:
@@ -124,8 +127,17 @@ def cancel_jobs(
     for job in asked:
         wait_until_over(job, seconds)
         checkpoint = read_run(folder, measure_size=False).checkpoint
-        done.append(Cancelled(job, True, None if checkpoint is None else checkpoint.step))
+        step = None if checkpoint is None else checkpoint.step
+        done.append(Cancelled(job, True, step, _why_unsaved(folder, job.id)))
     return done
+
+
+def _why_unsaved(folder: Path, job_id: int) -> str:
+    """What the job's last start says of its end; "" where it saved, was done, or had not begun."""
+    attempt = next((line for line in reversed(read_attempts(folder)) if line.job_id == job_id), None)
+    if attempt is None or attempt.exit_code in (0, INTERRUPTED):
+        return ""
+    return attempt.reason or "it ended without a word (a lost node?)"
 
 
 def wait_until_over(job: Job, seconds: float) -> None:

@@ -8,8 +8,11 @@ from pathlib import Path
 from launcher.run_state import SLURM_FOLDER
 from launcher.slurm import slurm_commands
 from launcher.slurm.cluster_config import ClusterConfig
-from launcher.slurm.render import SlurmRequest, directives, in_container, program, render
+from launcher.slurm.render import EARLY_SECONDS, SlurmRequest, directives, in_container, program, render
 from launcher.slurm.submit import job_folders, note_submission, write_job_file
+
+#: Starts in a row that finish nothing up to their time limit, after which a job stops.
+FRUITLESS = 2
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,9 @@ class CommandJob:
         commands: words behind `medvlp`, for each task of the array.
         parts: the array's tasks run the one command, each with its `--part i/n`.
         at_once: tasks of the array that may run at the same time; None: all.
-        goes_on: a command goes on from what an earlier one has left: warned, it is asked to stop and is
-            requeued, as often as the site allows.
+        finished: for each command, words of `find` for the files of what it will not do again. Such a command
+            is warned and asked to stop, and requeued as often as the site allows, while its starts leave new
+            ones. Without, it is ended at its time limit.
     """
 
     kind: str
@@ -35,7 +39,7 @@ class CommandJob:
     commands: Sequence[Sequence[str]]
     parts: int | None = None
     at_once: int | None = None
-    goes_on: bool = False
+    finished: Sequence[Sequence[str]] = ()
 
     @property
     def tasks(self) -> int | None:
@@ -48,7 +52,7 @@ class CommandJob:
         tasks = self.tasks
         limit = f"%{self.at_once}" if self.at_once else ""
         request = replace(self.request, array=f"0-{tasks - 1}{limit}" if tasks else None)
-        if not self.goes_on:  # the warning would only end it
+        if not self.finished:  # the warning would only end it
             request = replace(request, signal_seconds=None)
         return render(
             "command.sbatch.j2",
@@ -62,7 +66,11 @@ class CommandJob:
             program=program(self.site),
             container_srun=srun_options,
             container_words=words,
-            max_requeues=self.site.sbatch.max_requeues if self.goes_on else None,
+            folder=self.folder,
+            max_requeues=self.site.sbatch.max_requeues if self.finished else None,
+            finished=self.finished,
+            fruitless=FRUITLESS,
+            at_limit=(request.signal_seconds or 0) + EARLY_SECONDS,
             gpus_per_node=self.request.gpus_per_node,
             cpus_per_task=self.request.cpus_per_task,
         )

@@ -24,6 +24,9 @@ _MOST_MINUTES = 10 * 366 * 24 * 60
 #: 1024 TB; no node has more.
 _MOST_MEGABYTES = 1 << 30
 
+#: Slurm sends the warning signal up to this much earlier than asked for (sbatch's manual), in seconds.
+EARLY_SECONDS = 60
+
 
 class TemplateError(MedvlpError):
     """A template is not where it should be, or asks for a value that nobody gives."""

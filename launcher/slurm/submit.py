@@ -91,16 +91,11 @@ class PretrainJob:
             cpus_per_task=self.request.cpus_per_task,
             ranks_per_node=self.ranks_per_node,
             max_requeues=self.max_requeues,
-            patience=_patience(self.request.signal_seconds or 0),
+            margin=min(MARGIN_SECONDS, (self.request.signal_seconds or 0) // 4),
             preflight=self.preflight,
             exclude=self.request.exclude,
             beside=None if self.beside is None else self.beside.words,
         )
-
-
-def _patience(warning: int) -> int:
-    """Seconds that ranks get for saving after a warning so long before the time limit."""
-    return warning - min(MARGIN_SECONDS, warning // 4)
 
 
 def job_folders(site: ClusterConfig) -> dict[str, str]:

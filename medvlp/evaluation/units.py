@@ -14,12 +14,10 @@ from pathlib import Path
 import xxhash
 
 from medvlp.evaluation.report import examples, results, scores
-from medvlp.evaluation.report.results import FOLDER, NETWORKS, PLACES, Evaluation, UnitResult
+from medvlp.evaluation.report.results import FOLDER, NETWORKS, PLACES, RESULT, Evaluation, UnitResult
 from medvlp.evaluation.session import Session
 from medvlp.evaluation.task import EvaluationError, Task, TaskResult, Unit
 from medvlp.runs.identity import DataRecord
-
-RESULT = "result.json"
 
 
 def fingerprint(session: Session, task: Task, unit: Unit) -> str:

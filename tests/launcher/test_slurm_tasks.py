@@ -12,6 +12,7 @@ import yaml
 from launcher.commands import runs
 from launcher.run_state import RunState, read_run
 from launcher.slurm import run_jobs, slurm_commands
+from launcher.slurm.attempts import AttemptError, end_attempt, start_attempt
 from launcher.slurm.slurm_commands import PastRun, SlurmError
 from launcher.slurm.submit import SubmitError
 from medvlp.runs.events import EventLog
@@ -166,3 +167,29 @@ def test_a_job_keeps_its_config_whatever_is_submitted_later(
     assert medvlp(*words, "train.steps=3", "--dependency", "afterany:7").exit_code == 0
     assert yaml.safe_load((run / "slurm/config.yaml").read_text())["train"]["steps"] == 3
     assert [steps(script) for script in scripts] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("code", [75, None])
+def test_a_cancelled_job_that_has_not_saved_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int | None
+) -> None:
+    """It was said to have saved what an older checkpoint holds."""
+    run = submitted(tmp_path / "run", {"job_id": 12, "kind": "pretrain"})
+    (run / "config.yaml").write_text("")
+    start_attempt(run, 9, slurm := {"SLURM_JOB_ID": "12"})
+    monkeypatch.setattr(slurm_commands, "list_jobs", lambda ids=None, user=None: [own_job(run)])
+    monkeypatch.setattr(slurm_commands, "update_job", lambda job_id, **values: None)
+
+    def signal(job_id: str, *more: str) -> None:
+        end_attempt(run, 143 if code is None else code, 9, True, False, slurm)
+        over = replace(own_job(run), state="FAILED")
+        monkeypatch.setattr(slurm_commands, "list_jobs", lambda ids=None, user=None: [over])
+
+    monkeypatch.setattr(slurm_commands, "cancel", signal)
+    result = medvlp("cancel", run)
+    if code == 75:
+        assert result.exit_code == 0, result.exception
+        assert "it had not trained far enough" in result.output
+    else:
+        assert isinstance(result.exception, AttemptError)
+        assert "job 12 ended without saving: cancelled on request" in str(result.exception)

@@ -223,7 +223,7 @@ def test_an_array_of_evaluations_has_a_case_for_each(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "#SBATCH --array=0-3\n" in result.output
     assert "#SBATCH --dependency=afterok:7\n#SBATCH --array" in result.output
-    assert f"3) set -- evaluate {runs[1]} evaluation.seed=3 --task zero-shot --out" in result.output
+    assert f"3)\n    set -- evaluate {runs[1]} evaluation.seed=3 --task zero-shot --out" in result.output
     assert not (runs[0] / "evaluation-parts").exists()
     settings = tmp_path / "settings.yaml"
     settings.write_text("evaluation: {tasks: {fine-tuning: {seeds: [4, 5]}}}")

@@ -269,14 +269,18 @@ def scripts(site: ClusterConfig, **asked: Any) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("runs", "job"), [(1, '"$SLURM_JOB_ID"'), (2, '"${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"')]
+    ("runs", "job"), [(1, "$SLURM_JOB_ID"), (2, "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID")]
 )
 def test_a_warned_task_of_an_array_requeues_itself_alone(runs: int, job: str) -> None:
     """SLURM_JOB_ID of an array's last task is the array's, and means all of it to scontrol."""
     commands = [["evaluate", "/run"]] * runs
     request = SlurmRequest("a", Path("/out"))
-    script = CommandJob("evaluate", Path("/run"), request, ClusterConfig(), commands, goes_on=True).script()
-    assert re.findall(r"scontrol requeue (\S+) ", script) == [job]
+    finished = [["/run"]] * runs
+    script = CommandJob(
+        "evaluate", Path("/run"), request, ClusterConfig(), commands, finished=finished
+    ).script()
+    assert re.findall(r"^job=(.*)$", script, re.MULTILINE) == [job]
+    assert re.findall(r"scontrol requeue (\S+) ", script) == ['"$job"']
 
 
 def test_a_job_computes_on_what_it_asked_for() -> None:

@@ -162,13 +162,12 @@ def test_ranks_that_do_not_save_in_time_are_ended_before_the_limit(
     run, site = tmp_path / "run", tmp_path / "site.yaml"
     program = [sys.executable, str(FAULTS / "stubborn.py")]
     site.write_text(json.dumps({"command": program}))
-    options = ["--cluster", str(site), "--signal-seconds", "10", "--max-requeues", "1"]
+    options = ["--cluster", str(site), "--time", "2", "--signal-seconds", "60", "--max-requeues", "0"]
     job_id = cluster.submit(*tiny("run", *options))
-    log = run / f"slurm/job-{job_id}.out"
-    for start in (1, 2):
-        wait_until_deaf(cluster, log, 2 * start)
-        slurm_commands.cancel(str(job_id), "--signal=USR1", "--batch")
+    wait_until_deaf(cluster, run / f"slurm/job-{job_id}.out", 2)
     job = cluster.wait_for_end(job_id, run)
-    assert (job.state, job.restarts) == ("FAILED", 1)
-    assert [line["decision"] for line in attempts(run)] == ["requeue", "stop"]
-    assert "already requeued 1 times (max_requeues)" in attempts(run)[-1]["reason"]
+    assert (job.state, job.restarts) == ("FAILED", 0)
+    (attempt,) = attempts(run)
+    assert (attempt["asked"], attempt["exit_code"], attempt["decision"]) == (True, None, "stop")
+    assert "did not save in the time left" in attempt["reason"]
+    assert "already requeued 0 times (max_requeues)" in attempt["reason"]

@@ -33,6 +33,8 @@ from shards.strict_json import JsonError, parse_json, read_limited, to_record
 SCHEMA_VERSION = 1
 #: Of finished units, in the run folder: `<task>/<unit>-<first 16 digits of its fingerprint>/`.
 FOLDER = "evaluation-units"
+#: In there, once the unit is finished.
+RESULT = "result.json"
 #: Sections of a run's config that make the networks.
 NETWORKS = ("image", "text", "method", "prototypes")
 #: Keys of its section `data` that change where and how fast it is read, not what.
