@@ -52,6 +52,8 @@ CONFIG = "config.yaml"
 SLURM_FOLDER = "slurm"
 SUBMISSIONS = "jobs.jsonl"
 ATTEMPTS = "attempts.jsonl"
+#: Below the run folder: a result file for each task that was evaluated by a job of its own.
+PARTS_FOLDER = "evaluation-parts"
 
 #: `train.step_timeout_seconds` of a run whose config does not say it.
 _STEP_TIMEOUT_SECONDS = 600.0

@@ -16,7 +16,7 @@ from typer.core import TyperCommand
 
 from launcher.command_words import split_arguments
 from launcher.commands.pretrain import train_config
-from launcher.run_state import CONFIG
+from launcher.run_state import CONFIG, PARTS_FOLDER
 from shards.errors import UsageError
 
 if TYPE_CHECKING:
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from medvlp.evaluation.report.results import Evaluation
 
 RESULT_NAME = "evaluation.json"
-#: Below the run folder: a result file for each task that was evaluated by a job of its own.
-PARTS_FOLDER = "evaluation-parts"
 
 
 Fractions = Annotated[

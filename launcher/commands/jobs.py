@@ -172,15 +172,19 @@ def cancel(
     Jobs that wait or do not train are ended at once. Exit code 4: a job has ended without saving.
     """
     from launcher.slurm.attempts import AttemptError
-    from launcher.slurm.cancelling import cancel_jobs, jobs_to_cancel
+    from launcher.slurm.cancelling import NotOwnError, cancel_jobs, jobs_to_cancel
 
     named = find(target)
-    folder, jobs = named.folder, jobs_to_cancel(named)
-    if not jobs:
+    folder, chosen = named.folder, jobs_to_cancel(named)
+    for job in chosen.foreign:
+        typer.echo(
+            f"left out: job {submitted_id(job)} ({job.name}), which {folder} names, is not of it", err=True
+        )
+    if not chosen.jobs and not chosen.others:
         typer.echo(f"no job of {folder} waits or runs")
         return
     lost = []
-    for ended in cancel_jobs(named, jobs, now, timeout, lambda line: typer.echo(line, err=True)):
+    for ended in cancel_jobs(named, chosen.jobs, now, timeout, lambda line: typer.echo(line, err=True)):
         what = f"job {named.label if named.task is not None else submitted_id(ended.job)} ended"
         if not ended.asked:
             typer.echo(f"{what} ({ended.job.state.lower()} before)")
@@ -197,3 +201,8 @@ def cancel(
             typer.echo(f"{what}; step {ended.step} is saved: medvlp resume {folder}")
     if lost:
         raise AttemptError("; ".join(lost))
+    if chosen.others:
+        raise NotOwnError(
+            "; ".join(f"job {submitted_id(job)} of {folder} belongs to {job.user}" for job in chosen.others)
+            + ": not cancelled"
+        )

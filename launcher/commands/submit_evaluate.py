@@ -8,9 +8,9 @@ import typer
 
 from launcher import command_words
 from launcher.command_words import split_arguments
-from launcher.commands.evaluate import PARTS_FOLDER, Fractions, Seeds, unit_words
+from launcher.commands.evaluate import Fractions, Seeds, unit_words
 from launcher.commands.submit import JobOptions
-from launcher.run_state import CONFIG, SLURM_FOLDER
+from launcher.run_state import CONFIG, PARTS_FOLDER, SLURM_FOLDER
 from medvlp.runs.errors import RunFolderError
 from shards.errors import UsageError
 
@@ -47,6 +47,7 @@ def evaluate(
     options: JobOptions,
 ) -> None:
     """Evaluate runs by an array over runs, tasks and their units; a dependent job joins and compares."""
+    from launcher.slurm import evaluation_parts
     from launcher.slurm.cluster_config import load_cluster
     from launcher.slurm.command_jobs import CommandJob, after, submit_command
     from launcher.slurm.render import build_request
@@ -62,18 +63,13 @@ def evaluate(
         *(["--split", split] if split else []),
     ]
     common += [] if nproc is None else ["--nproc", str(nproc)]
-    parts = [
-        (run, name, words)
-        for run in runs
-        for name, words in _parts(run, files, overrides, task or ()).items()
-    ]
-    commands = [
-        ["evaluate", str(run), *common, *words, "--out", str(run / PARTS_FOLDER / f"{name}.json")]
-        for run, name, words in parts
-    ] or [["evaluate", str(run), *common] for run in runs]
-    finished = [finished_units(run, words) for run, _, words in parts] or [
-        finished_units(run, ()) for run in runs
-    ]
+    commands: list[list[str]] = []
+    finished: list[list[str]] = []
+    for run in runs:
+        for name, words in _parts(run, files, overrides, task or ()).items():
+            out = ["--out", str(run / PARTS_FOLDER / f"{name}.json")] if task else []
+            commands.append(["evaluate", str(run), *common, *words, *out])
+            finished.append(finished_units(run, words))
     first = {"gpus_per_node": gpus_per_node} | (after([after_job]) if after_job is not None else {})
     is_array = len(commands) > 1
     request = build_request(
@@ -83,20 +79,15 @@ def evaluate(
     if options.dry_run:
         typer.echo(job.script(), nl=False)
         return
-    # What earlier arrays left has been joined, or is of no use.
-    for run in runs if task else []:
-        _refuse_second_array(run)
-    for run in runs if task else []:
-        (run / PARTS_FOLDER).mkdir(exist_ok=True)
-        for stale in (run / PARTS_FOLDER).glob("*.json"):
-            stale.unlink()
-    job_id = submit_command(job, ["submit", "evaluate", *arguments, *command_words.given_options(context)])
+    record = ["submit", "evaluate", *arguments, *command_words.given_options(context)]
+    job_id = evaluation_parts.submit_array(job, runs, record) if task else submit_command(job, record)
     summary = ["compare", *map(str, runs), *(["--join"] if task else [])]
     summary_request = build_request(
         site, job_log(folder), f"medvlp-compare-{folder.name}", 1,
         given | {"gpus_per_node": 0} | after([job_id]),
     )  # fmt: skip
     summary_id = submit_command(CommandJob("compare", folder, summary_request, site, [summary]), summary)
+    evaluation_parts.note(folder, runs[1:] if task else [], summary_id)
     what = f"array {job_id} of {len(commands)} evaluations" if is_array else f"evaluation {job_id}"
     typer.echo(f"submitted {what}, and job {summary_id} that shows the results")
     typer.echo(f"  medvlp logs {summary_id} -f")
@@ -117,23 +108,6 @@ def finished_units(run: Path, part: Sequence[str]) -> list[str]:
     return [str(folder), *within, "(", "-name", RESULT, "-o", "-name", MANIFEST, ")"]
 
 
-def _refuse_second_array(run: Path) -> None:
-    """The parts of two evaluations of a run lie in one folder, of which each joins all.
-
-    Raises:
-        SubmitError: one waits or runs.
-    """
-    from launcher.slurm.submit import SubmitError, unfinished_job
-
-    alive = unfinished_job(run, ("evaluate", "compare"))
-    if alive is not None:
-        job_id = alive.array_job_id or alive.id
-        raise SubmitError(
-            f"job {job_id} ({alive.name}), an evaluation of {run}, is {alive.state.lower()}: wait for its "
-            f"end, or medvlp cancel {job_id}"
-        )
-
-
 def _split(arguments: Sequence[str]) -> tuple[list[Path], list[Path], list[str]]:
     """Run folders, YAML files and overrides."""
     from launcher.run_state import is_run_folder
@@ -152,7 +126,7 @@ def _split(arguments: Sequence[str]) -> tuple[list[Path], list[Path], list[str]]
 def _parts(
     run: Path, files: Sequence[Path], overrides: Sequence[str], names: Sequence[str]
 ) -> dict[str, list[str]]:
-    """Name of each part of an evaluation -> the options that ask for it: a task, or one unit of it."""
+    """Name of each part of an evaluation -> the options for a task or one unit of it; none: all."""
     from omegaconf import OmegaConf
 
     from medvlp import config_files
@@ -164,7 +138,7 @@ def _parts(
         if name not in known:
             raise UsageError(f"--task {name}: there are {', '.join(known)}")
     if not names:
-        return {}
+        return {"": []}
     # A run that has only been submitted has the config of its job.
     own = [file for file in (run / CONFIG, run / SLURM_FOLDER / CONFIG) if file.is_file()]
     tree = config_files.merge([*own[:1], *files], overrides, registry.schemas(), schemas())

@@ -14,11 +14,11 @@ from launcher.slurm.requeue import INTERRUPTED
 from launcher.slurm.run_jobs import (
     TRAINING,
     Target,
-    folder_of,
     kind_of,
     submissions,
     submitted_id,
     unfinished,
+    works_for,
 )
 from launcher.slurm.slurm_commands import Job, SlurmError
 
@@ -31,8 +31,8 @@ class StillRunningError(SlurmError):
     """A job did not end within the time given; it was asked and will end at its next step."""
 
 
-class NotOfThisRunError(SlurmError):
-    """A run folder names a job that is not the user's own for this folder."""
+class NotOwnError(SlurmError):
+    """A job of the run is another user's."""
 
 
 def _user() -> str:
@@ -59,39 +59,40 @@ class Cancelled:
     unsaved: str = ""
 
 
-def jobs_to_cancel(target: Target) -> list[Job]:
-    """Jobs of a folder that are not over, or only the one (or the task) named; those that wait come first.
+@dataclass(frozen=True)
+class Choice:
+    """Which of the jobs that a folder names are to be ended.
+
+    Slurm's word counts, not that of the folder: a stranger may have written any id into it, and ids recur.
+
+    Attributes:
+        jobs: the user's own for this folder that are not over; those that wait come first.
+        others: that work for the folder and belong to another user.
+        foreign: that do not work for the folder.
+    """
+
+    jobs: list[Job]
+    others: list[Job]
+    foreign: list[Job]
+
+
+def jobs_to_cancel(target: Target) -> Choice:
+    """Jobs of a folder that are not over, or only the one (or the task) named.
 
     A task stands for its whole array, the first component for a heterogeneous job.
-
-    Raises:
-        NotOfThisRunError: a job that the folder names is another user's, or works for another folder.
     """
     ids = [int(line["job_id"]) for line in submissions(target.folder)]
     named = target.jobs() if target.job is not None else slurm_commands.list_jobs(ids) if ids else []
-    jobs = unfinished(named)
-    order = sorted(jobs, key=lambda job: (job.state in _STARTED, -job.het_job_offset, -job.id))
-    chosen = list({submitted_id(job): job for job in order}.values())
-    for job in chosen:
-        _check_belongs(job, target.folder)
-    return chosen
-
-
-def _check_belongs(job: Job, folder: Path) -> None:
-    """Slurm's word counts, not that of the folder: a stranger may have written any id into it."""
-    works_for = folder_of(job)
-    if job.user != _user():
-        reason = f"belongs to {job.user}"
-    elif works_for is None:
-        reason = "was not started by `medvlp submit`"
-    elif works_for.resolve() != folder.resolve():
-        reason = f"works for {works_for}"
-    else:
-        return
-    raise NotOfThisRunError(
-        f"{folder} names job {submitted_id(job)} ({job.name}), which {reason}: nothing was cancelled; "
-        f"if that job is meant, use scancel {submitted_id(job)}"
-    )
+    order = sorted(unfinished(named), key=lambda job: (job.state in _STARTED, -job.het_job_offset, -job.id))
+    choice = Choice([], [], [])
+    for job in {submitted_id(job): job for job in order}.values():
+        if not works_for(job, target.folder):
+            choice.foreign.append(job)
+        elif job.user != _user():
+            choice.others.append(job)
+        else:
+            choice.jobs.append(job)
+    return choice
 
 
 def cancel_jobs(

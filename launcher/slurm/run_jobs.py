@@ -72,6 +72,19 @@ def folder_of(job: Job) -> Path | None:
         return None
 
 
+def works_for(job: Job, folder: Path) -> bool:
+    """Whether Slurm says so; ids that a folder names may be others' jobs by now, or of another cluster."""
+    found = folder_of(job)
+    return found is not None and found.resolve() == folder.resolve()
+
+
+def unfinished_job(folder: Path, kinds: Sequence[str]) -> Job | None:
+    """A job of these kinds that was submitted for a folder and waits or runs; None without one."""
+    known = [int(line["job_id"]) for line in submissions(folder) if line.get("kind") in kinds]
+    jobs = slurm_commands.list_jobs(known) if known else []
+    return next((job for job in unfinished(jobs) if works_for(job, folder)), None)
+
+
 def trains(job: Job, folder: Path) -> bool:
     """Whether a job of a folder trains its run: others evaluate or serve it."""
     return not job.het_job_offset and kind_of(folder, submitted_id(job)) == TRAINING
@@ -148,8 +161,12 @@ def jobs_of(folder: Path) -> Iterator[RunJob]:
     known = slurm_commands.list_jobs(ids) if ids else []
     run = state_of(folder)
     for line in lines:
-        current = [job for job in known if submitted_id(job) == line["job_id"]]
+        named = [job for job in known if submitted_id(job) == line["job_id"]]
+        current = [job for job in named if works_for(job, folder)]
         kind = str(line.get("kind") or "")
+        if named and not current:  # the records would tell of the other job too
+            yield RunJob(int(line["job_id"]), str(line["job_id"]), kind, folder, None, [], run)
+            continue
         for job in current:
             shown = BESIDE if job.het_job_offset else kind
             yield RunJob(submitted_id(job), label_of(job), shown, folder, job, [], run)
@@ -200,8 +217,13 @@ class Target(NamedTuple):
 
     def jobs(self) -> list[Job]:
         """Those of the named job (or task) that the controller knows; none where only a folder was named."""
-        found = [] if self.job is None else slurm_commands.list_jobs([self.job])
-        return [job for job in found if self.task is None or _has_task(job, self.task)]
+        found = [] if self.job is None else _known(self.job, self.task)
+        return [job for job in found if works_for(job, self.folder)]
+
+
+def _known(job_id: int, task: int | None) -> list[Job]:
+    jobs = slurm_commands.list_jobs([job_id])
+    return [job for job in jobs if task is None or _has_task(job, task)]
 
 
 def _has_task(job: Job, task: int) -> bool:
@@ -228,12 +250,12 @@ def find(text: str) -> Target:
     named = re.fullmatch(r"([0-9]+)(?:_([0-9]+))?", text)
     if named is None:
         raise UnknownJobError(f"{text} is neither a run folder nor the id of a job (12) or of a task (24_3)")
-    target = Target(Path(), int(named[1]), None if named[2] is None else int(named[2]))
-    for job in target.jobs():
+    job_id, task = int(named[1]), None if named[2] is None else int(named[2])
+    for job in _known(job_id, task):
         folder_found = folder_of(job)
         if folder_found is None:
             raise UnknownJobError(f"job {text} ({job.name}) was not started by `medvlp submit`")
-        return target._replace(folder=folder_found)
+        return Target(folder_found, job_id, task)
     raise UnknownJobError(
         f"Slurm does not know job {text} (any more): name its run folder instead; `medvlp runs` lists them"
     )

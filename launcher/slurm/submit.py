@@ -11,12 +11,12 @@ from typing import Any
 
 import xxhash
 
-from launcher.json_lines import newest_first
 from launcher.run_state import SLURM_FOLDER, SUBMISSIONS
 from launcher.slurm import slurm_commands
 from launcher.slurm.cluster_config import ClusterConfig
 from launcher.slurm.heterogeneous import Beside, component_directives
 from launcher.slurm.render import SlurmRequest, directives, in_container, program, render
+from launcher.slurm.run_jobs import TRAINING, unfinished_job
 from shards.atomic import atomic_write
 from shards.errors import DataError, MedvlpError, UsageError
 
@@ -138,7 +138,7 @@ def submit_pretrain(job: PretrainJob, arguments: Sequence[str]) -> int:
     script = write_job_file(folder / SCRIPT, job.script())
     write_job_file(job.config_file, job.config)
     job_id = slurm_commands.submit(script)
-    note_submission(job.run_dir, job_id, "pretrain", arguments, ranks=job.request.nodes * job.ranks_per_node)
+    note_submission(job.run_dir, job_id, TRAINING, arguments, ranks=job.request.nodes * job.ranks_per_node)
     write_job_file(folder / CONFIG, job.config)
     return job_id
 
@@ -164,20 +164,12 @@ def refuse_second_job(run_dir: Path, dependency: str | None = None) -> None:
     Raises:
         SubmitError: a job of this run waits or runs, and no dependency says which comes first.
     """
-    alive = unfinished_job(run_dir, ("pretrain",)) if dependency is None else None
+    alive = unfinished_job(run_dir, (TRAINING,)) if dependency is None else None
     if alive is not None:
         raise SubmitError(
             f"job {alive.id} of {run_dir} is {alive.state.lower()}: cancel it first "
             f"(medvlp cancel {run_dir}), or give --dependency afterany:{alive.id}"
         )
-
-
-def unfinished_job(folder: Path, kinds: Sequence[str]) -> slurm_commands.Job | None:
-    """A job of these kinds that was submitted for a folder and waits or runs; None without one."""
-    lines = newest_first(folder / SLURM_FOLDER / SUBMISSIONS)
-    known = [int(line["job_id"]) for line in lines if line.get("kind") in kinds]
-    jobs = slurm_commands.list_jobs(known) if known else []
-    return next((job for job in jobs if not job.is_over), None)
 
 
 def note_submission(run_dir: Path, job_id: int, kind: str, arguments: Sequence[str], **more: Any) -> None:

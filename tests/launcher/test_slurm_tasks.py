@@ -13,8 +13,8 @@ from launcher.commands import runs
 from launcher.run_state import RunState, read_run
 from launcher.slurm import run_jobs, slurm_commands
 from launcher.slurm.attempts import AttemptError, end_attempt, start_attempt
-from launcher.slurm.slurm_commands import PastRun, SlurmError
-from launcher.slurm.submit import SubmitError
+from launcher.slurm.slurm_commands import Job, PastRun, SlurmError
+from launcher.slurm.submit import SubmitError, refuse_second_job
 from medvlp.runs.events import EventLog
 from tests.launcher.test_slurm_views import medvlp, own_job, submitted
 
@@ -137,6 +137,73 @@ def test_a_second_evaluation_takes_no_parts_from_one_that_is_not_joined_yet(
     monkeypatch.setattr(slurm_commands, "submit", lambda script: 20)
     assert medvlp(*words).exit_code == 0
     assert not (run / "evaluation-parts/retrieval.json").exists()
+
+
+def evaluated(folder: Path, *lines: dict[str, object]) -> Path:
+    """A run with jobs, and a part of an evaluation that is not joined."""
+    run = submitted(folder, *lines)
+    (run / "config.yaml").write_text("")
+    (run / "evaluation-parts").mkdir()
+    (run / "evaluation-parts/zero-shot.json").write_text("{}")
+    return run
+
+
+@pytest.mark.parametrize("named", ["B", "B A", "C B"])
+def test_parts_of_a_run_that_stands_in_another_runs_array_are_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str
+) -> None:
+    runs = {name: evaluated(tmp_path / name) for name in "ABC"}
+    known: list[Job] = []
+    answers = iter([20, 21, 30, 31])
+    monkeypatch.setattr(slurm_commands, "list_jobs", lambda ids=None, user=None: known)
+    monkeypatch.setattr(slurm_commands, "submit", lambda script: next(answers))
+    assert medvlp("submit", "evaluate", runs["A"], runs["B"], "--task", "zero-shot").exit_code == 0
+    part = runs["B"] / "evaluation-parts/zero-shot.json"
+    part.write_text("{}")
+    words = ["submit", "evaluate", *(runs[name] for name in named.split()), "--task", "retrieval"]
+    array = replace(own_job(runs["A"]), id=23, array_job_id=20, array_task_id=1)
+    comparing = replace(own_job(runs["A"]), id=21, state="PENDING")
+    for job in (array, comparing):
+        known[:] = [job]
+        refused = medvlp(*words).exception
+        assert isinstance(refused, SubmitError)
+        assert f"job {run_jobs.submitted_id(job)} (run), an evaluation of {runs['B']}" in str(refused)
+        assert part.exists()
+    known[:] = [
+        replace(array, standard_output=str(tmp_path / "X/slurm/job-%j.out"))
+    ]  # the id was given again
+    assert medvlp(*words).exit_code == 0
+    assert not part.exists()
+
+
+def test_parts_stay_where_slurm_refuses_the_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = evaluated(tmp_path / "run")
+
+    def submit(script: Path) -> int:
+        assert not (run / "evaluation-parts/zero-shot.json").exists()
+        raise SlurmError("sbatch: invalid partition")
+
+    monkeypatch.setattr(slurm_commands, "submit", submit)
+    assert isinstance(medvlp("submit", "evaluate", run, "--task", "retrieval").exception, SlurmError)
+    assert [path.name for path in (run / "evaluation-parts").iterdir()] == ["zero-shot.json"]
+
+
+def test_an_id_that_is_another_job_by_now_is_none_of_the_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It kept the run from being submitted, and could not be cancelled; its state was shown as the run's."""
+    run = submitted(
+        tmp_path / "run", {"job_id": 12, "kind": "pretrain"}, {"kind": "pretrain"}, {"job_id": "x"}
+    )
+    for output in (tmp_path / "slurm-12.out", tmp_path / "other/slurm/job-12.out"):
+        foreign = replace(own_job(run), standard_output=str(output))
+        monkeypatch.setattr(slurm_commands, "list_jobs", lambda ids=None, user=None, of=foreign: [of])
+        refuse_second_job(run)
+        (row,) = json.loads(medvlp("jobs", run, "--json").output)
+        assert (row["job"], row["state"], row["nodes"]) == ("12", "UNKNOWN", "")
+    monkeypatch.setattr(slurm_commands, "list_jobs", lambda ids=None, user=None: [own_job(run)])
+    with pytest.raises(SubmitError, match=r"job 12 of .* is running"):
+        refuse_second_job(run)
 
 
 def test_a_job_keeps_its_config_whatever_is_submitted_later(
