@@ -8,7 +8,7 @@ chosen on the validation split by `Task.chooses`. Like every task, importing one
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -34,6 +34,11 @@ if TYPE_CHECKING:
 
 #: What a training begins with: the run's weights, or those before its first step.
 STARTS: tuple[Literal["trained", "untrained"], ...] = ("trained", "untrained")
+
+#: Note of a joined result: unit -> those of its notes in which units differ.
+BY_UNIT = "by_unit"
+#: Notes that are put together in their own ways.
+_JOINED = ("training", "not_evaluable")
 
 #: Config of the training runs of every task, below its protocol.
 DEFAULTS: dict[str, Any] = {
@@ -270,7 +275,7 @@ class TrainedTask(Task):
 
     def join(self, parts: Mapping[Unit, TaskResult]) -> TaskResult:
         """Fractions beside each other; of several seeds the mean, with its standard deviation beside it."""
-        joined = TaskResult(notes=next(iter(parts.values())).notes | {"training": {}})
+        joined = TaskResult(notes=_joined_notes(parts) | {"training": {}})
         if listed := _not_evaluable(parts):
             joined.notes["not_evaluable"] = listed
         values: dict[tuple[str, str], list[Estimate]] = {}
@@ -286,6 +291,28 @@ class TrainedTask(Task):
                 kind, at, rest = name.partition("@")
                 of[f"{kind}-sd{at}{rest}"] = Estimate(stdev(item.value for item in found))
         return joined
+
+
+def _joined_notes(parts: Mapping[Unit, TaskResult]) -> dict[str, Any]:
+    """What the notes of all units say alike, and under `BY_UNIT` what they do not."""
+    first, *others = (part.notes for part in parts.values())
+    alike = {
+        key: value
+        for key, value in first.items()
+        if all(key in notes and notes[key] == value for notes in others)
+    }
+    apart = {
+        unit.name: {key: value for key, value in part.notes.items() if key not in {*alike, *_JOINED}}
+        for unit, part in parts.items()
+    }
+    return alike | ({BY_UNIT: apart} if any(apart.values()) else {})
+
+
+def by_unit(notes: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The notes of each unit of a joined result, behind what a line about them begins with: "" where all
+    units say the same."""
+    for unit, own in notes.get(BY_UNIT, {"": {}}).items():
+        yield f"{unit}: " if unit else "", {**notes, **own}
 
 
 def _not_evaluable(parts: Mapping[Unit, TaskResult]) -> list[dict[str, str]]:

@@ -12,6 +12,7 @@ results         task -> model -> metric -> {value, low, high}
                 (bootstrap by patient) or are null
 notes           task -> what stands beside its numbers: counts of each finding, findings that cannot be
                 evaluated and why, chosen thresholds and penalties with the split that chose them;
+                `by_unit`: unit -> those of the notes in which units of a task that trains differ;
                 `not_available`: why the method cannot do the task at all (its results are then empty)
 config          the resolved config of the run, with the overrides of this evaluation
 scores          task -> unit -> {fingerprint, checksum} of the file of its scores (see `scores.py`)

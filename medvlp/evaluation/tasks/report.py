@@ -40,7 +40,7 @@ from medvlp.evaluation.metrics.generation import (
 from medvlp.evaluation.report_baselines import Baselines, is_normal, unit_rows
 from medvlp.evaluation.report_labels import KEY, TEXT, labelled, read_labels, stated
 from medvlp.evaluation.task import EvaluationError, Facts, Needs, Reading, Role, TaskResult, Unit, register
-from medvlp.evaluation.trained import Fitted, TrainedTask, TrainedTaskConfig
+from medvlp.evaluation.trained import Fitted, TrainedTask, TrainedTaskConfig, by_unit
 
 if TYPE_CHECKING:
     from medvlp.data.dataset import EvaluationDataset
@@ -114,11 +114,11 @@ class ReportConfig(TrainedTaskConfig):
 
 def _remarks(notes: Mapping[str, Any]) -> list[str]:
     lines = [f"{notes['reports']} reports; METEOR: {notes['meteor']}"] if "reports" in notes else []
-    if "normal" in notes:
-        of = f"the most frequent of {notes['normal']} normal training images"
-        lines.append(
-            f"normal: {of if notes['normal'] else 'a sentence of this program: no image is known to be'}"
-        )
+    for unit, own in by_unit(notes):
+        if "normal" in own:
+            of = f"the most frequent of {own['normal']} normal training images"
+            none = "a sentence of this program: no image is known to be"
+            lines.append(f"{unit}normal: {of if own['normal'] else none}")
     if notes.get("clinical"):
         lines.append(f"clinical efficacy over {len(notes['clinical'])} findings, by {notes['labeller']}")
     return lines

@@ -26,7 +26,7 @@ from medvlp.config import key
 from medvlp.data.questions import asked, normalised, text_code
 from medvlp.evaluation.metrics.answers import answer_accuracy, matches, reachable
 from medvlp.evaluation.task import EvaluationError, Reading, TaskResult, Unit, register
-from medvlp.evaluation.trained import Fitted, TrainedTask, TrainedTaskConfig
+from medvlp.evaluation.trained import Fitted, TrainedTask, TrainedTaskConfig, by_unit
 
 if TYPE_CHECKING:
     from sklearn.pipeline import Pipeline
@@ -87,13 +87,14 @@ class Baselines:
 def _remarks(notes: Mapping[str, Any]) -> list[str]:
     if "questions" not in notes:
         return []
+    lines = [f"{notes['questions']} questions about {notes['images']} images"]
     where = "" if notes["vocabulary"] == "train" else " of all splits (published; sees the evaluated answers)"
-    lines = [
-        f"{notes['questions']} questions about {notes['images']} images; {notes['answers']} answers{where}, "
-        f"with which {100 * notes['ceiling']:.1f} % can be right"
-    ]
-    if seen := notes.get("seen_images"):
-        lines.append(f"{seen} of the images were trained on; vqa.split=by_image leaves them out of training")
+    for unit, of in by_unit(notes):
+        lines.append(f"{unit}{of['answers']} answers{where}, with which {100 * of['ceiling']:.1f} % can be right")
+        if seen := of.get("seen_images"):
+            lines.append(
+                f"{unit}{seen} of the images were trained on; vqa.split=by_image leaves them out of training"
+            )
     return lines
 
 

@@ -34,7 +34,7 @@ from medvlp.evaluation.report.joining import complete
 from medvlp.evaluation.report_baselines import Baselines, is_normal, unit_rows
 from medvlp.evaluation.supervised import Supervised, finetuning_config, train_here
 from medvlp.evaluation.task import TaskResult
-from medvlp.evaluation.tasks.report import ReportConfig
+from medvlp.evaluation.tasks.report import Report, ReportConfig
 from medvlp.runs import saved_run
 from shards.errors import NotFiniteError, UsageError
 from shards.reader import ShardReader
@@ -244,6 +244,19 @@ def test_baselines_do_not_depend_on_how_much_is_compared_at_a_time(monkeypatch: 
             for of in labels
         )
         assert sum(agree) == most
+
+
+def test_every_fraction_says_where_its_normal_report_is_from() -> None:
+    task = Report(ReportConfig(fractions=[0.1, 1.0]))
+    parts = {
+        unit: TaskResult({}, {"reports": 9, "meteor": "none", "normal": normal, "training": {unit.name: {}}})
+        for unit, normal in zip(task.units(), (0, 7), strict=True)
+    }
+    small, large = (unit.name for unit in parts)
+    assert Report.reading.remarks(task.join(parts).notes)[1:] == [
+        f"{small}: normal: a sentence of this program: no image is known to be",
+        f"{large}: normal: the most frequent of 7 normal training images",
+    ]
 
 
 @pytest.mark.parametrize(

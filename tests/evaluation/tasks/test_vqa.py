@@ -176,9 +176,26 @@ def test_images_that_are_measured_are_left_out_of_training(tmp_path: Path) -> No
         ("official", "train"): 30, ("official", "test"): 10,
         ("by_image", "train"): 20, ("by_image", "test"): 10,
     }  # fmt: skip
-    assert VQA.reading.remarks(
-        {"questions": 1, "images": 1, "answers": 1, "vocabulary": "train", "ceiling": 1.0, "seen_images": 3}
-    )[1].startswith("3 of the images were trained on")
+
+
+def test_every_fraction_says_what_it_could_answer_and_had_seen() -> None:
+    """The smallest fraction stood for all, which had seen more of the evaluated images."""
+    task, parts = VQA(VQAConfig(fractions=[0.1, 1.0])), {}
+    for unit, answers, ceiling, seen in zip(task.units(), (3, 40), (0.5, 0.9), (0, 7), strict=True):
+        notes = {
+            "questions": 20, "images": 10, "answers": answers, "vocabulary": "train", "ceiling": ceiling,
+            "seen_images": seen, "training": {unit.name: {}},
+        }  # fmt: skip
+        parts[unit] = TaskResult({}, notes)
+    small, large = (unit.name for unit in parts)
+    assert VQA.reading.remarks(task.join(parts).notes) == [
+        "20 questions about 10 images",
+        f"{small}: 3 answers, with which 50.0 % can be right",
+        f"{large}: 40 answers, with which 90.0 % can be right",
+        f"{large}: 7 of the images were trained on; vqa.split=by_image leaves them out of training",
+    ]
+    alone = task.join({task.units()[1]: parts[task.units()[1]]}).notes
+    assert VQA.reading.remarks(alone)[1] == "40 answers, with which 90.0 % can be right"
 
 
 def test_both_encoders_are_needed() -> None:
