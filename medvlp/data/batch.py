@@ -22,7 +22,9 @@ class _TensorRecord:
             if isinstance(value, kind):
                 changes[item.name] = function(value)
             elif isinstance(value, dict):
-                changes[item.name] = {name: function(tensor) for name, tensor in value.items()}
+                changes[item.name] = {
+                    name: function(of) if isinstance(of, kind) else of for name, of in value.items()
+                }
             elif isinstance(value, _TensorRecord):
                 changes[item.name] = value._map(function, kind)
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
@@ -110,6 +112,8 @@ class Batch(_TensorRecord):
         fields: what the loader was asked for beside these, by name (`medvlp.data.fields`).
         study: [B] int64, equal for samples of one study (images with one report): the position of the first
             of them in the split; None: not known, and every sample counts as a study of its own.
+        counts: how many things each sample holds of those fields that say so (`Field.counted`), known on the
+            host, so that nothing has to wait for the device to tell it.
     """
 
     image: Tensor
@@ -121,6 +125,7 @@ class Batch(_TensorRecord):
     faults: list[str] = field(default_factory=list)
     fields: dict[str, Tensor] = field(default_factory=dict)
     study: Tensor | None = None
+    counts: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def rows(self, start: int, stop: int) -> Self:
         """Samples start to stop - 1, with texts as long as before."""
@@ -155,4 +160,8 @@ def join(batches: Sequence[Batch]) -> Batch:
         faults=[fault for batch in batches for fault in batch.faults],
         fields={name: torch.cat([batch.fields[name] for batch in batches]) for name in batches[0].fields},
         study=torch.cat(studies) if studies else None,
+        counts={
+            name: tuple(number for batch in batches for number in batch.counts[name])
+            for name in batches[0].counts
+        },
     )

@@ -119,6 +119,11 @@ class ImageReportDataset(Dataset[Batch]):
                 name: field.join([sample[name] for sample in known]) for name, field in self.fields.items()
             },
             study=torch.from_numpy(self.store.studies[rows]),
+            counts={
+                name: tuple(len(sample[name]) for sample in known)
+                for name, field in self.fields.items()
+                if field.counted
+            },
         )
 
 

@@ -42,6 +42,8 @@ class Field(ABC):
     name: ClassVar[str]
     #: Whether it says where in the image something lies.
     placed: ClassVar[bool] = False
+    #: Whether `Batch.counts` says how many things `read` gave for each sample.
+    counted: ClassVar[bool] = False
 
     def __init__(
         self, reader: ShardReader, split: str, store: SampleStore, tokenizer: Tokenizer, config: DataConfig
@@ -301,6 +303,7 @@ class Answers(Questions):
     """[B, Q] int64: `text_code` of the normalised answers to the field "questions"; 0: there is none."""
 
     name = "answers"
+    counted = True
 
     def read(self, position: int, view: View, config: TransformConfig) -> Tensor:
         """See `Field`."""

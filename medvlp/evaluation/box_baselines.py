@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from medvlp.data.batch import Batch
@@ -46,12 +47,13 @@ def taught(batches: Iterable[Batch], columns: list[int], smallest: float) -> Fin
 def _targets(batch: Batch, columns: list[int], smallest: float) -> NDArray[Any]:
     """[B, C, 5]: 1 or 0, NaN where it is not known, and the mean of the image's boxes of the finding."""
     result = np.full((len(batch.image), len(columns), 5), np.nan)
-    for row, held in zip(result, box_truth(batch, columns, smallest), strict=True):
+    truth = box_truth(batch, torch.tensor(columns), smallest)
+    for image, row in enumerate(result):
+        boxes, classes, hedged = (of.numpy() for of in truth.of(image))
         row[:, 0] = 0
-        row[held.classes[held.hedged].numpy(), 0] = np.nan
-        for number in sorted(set(held.classes[~held.hedged].tolist())):
-            own = held.boxes[(held.classes == number) & ~held.hedged].numpy()
-            row[number] = [1.0, *own.mean(0)]
+        row[classes[hedged], 0] = np.nan
+        for number in np.unique(classes[~hedged]):
+            row[number] = [1.0, *boxes[(classes == number) & ~hedged].mean(0)]
     return result
 
 

@@ -58,10 +58,11 @@ def grid_targets(
     anchors = anchors.to(boxes)
     valid = boxes.abs().sum(2) > 0
     doubtful = torch.zeros_like(valid) if hedged is None else hedged
-    centre = boxes[..., 1:3] * boxes.new_tensor([columns, rows])
-    size = boxes[..., 3:5] * boxes.new_tensor([columns, rows])
-    last = torch.tensor([columns - 1, rows - 1], device=boxes.device)
-    cell = torch.minimum(centre.floor().long().clamp(min=0), last)
+    # By numbers of the host, not by a tensor of them: a copy to the device waits for it.
+    centre = torch.stack([boxes[..., 1] * columns, boxes[..., 2] * rows], dim=2)
+    size = torch.stack([boxes[..., 3] * columns, boxes[..., 4] * rows], dim=2)
+    whole = centre.floor().long()
+    cell = torch.stack([whole[..., 0].clamp(0, columns - 1), whole[..., 1].clamp(0, rows - 1)], dim=2)
     fit = _shape_overlap(size, anchors)
     best = fit.argmax(2)
 
@@ -82,7 +83,7 @@ def grid_targets(
     pick = owner.clamp(min=0)[..., None].expand(-1, -1, 2)
     inside = (centre - cell).gather(1, pick)
     relative = (size.gather(1, pick) / anchors.repeat_interleave(rows * columns, 0)).clamp(min=1e-16).log()
-    kinds = F.one_hot(boxes[..., 0].long(), classes).to(boxes.dtype)
+    kinds = (boxes[..., :1] == torch.arange(classes, device=boxes.device)).to(boxes.dtype)
     category = boxes.new_zeros((batch, positions + 1, classes))
     category = category.scatter_reduce(1, own[..., None].expand(-1, -1, classes), kinds, "amax")
 
@@ -125,7 +126,8 @@ def detection_loss(
     """
     rows, columns = output.shape[-2:]
     values = _by_anchor(at_least_float32(output), len(anchors))
-    cells = anchors.to(values) / values.new_tensor([image_size / columns, image_size / rows])
+    wide, high = anchors.to(values).unbind(1)
+    cells = torch.stack([wide / (image_size / columns), high / (image_size / rows)], dim=1)
     classes = values.shape[-1] - 5
     targets = grid_targets(boxes.to(values), cells, (rows, columns), classes, hedged=hedged)
     present, background, known = targets.present, targets.background, targets.present[..., None]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from medvlp.data.batch import Batch, Text
+from medvlp.data.batch import Batch, Text, join
 from medvlp.data.packing import PackedBatch, Slots
 from medvlp.training.predictions import _Collected
 from shards.errors import DataError
@@ -26,8 +26,8 @@ def batch(rows: int) -> Batch:
     }
     keys = [f"k{row}" for row in range(rows)]
     labels = torch.full((rows, 2), torch.nan)
-    text = Text(ids, ids + 1, ids + 2, ids + 3, (3,) * rows)
-    return Batch(image, text, torch.arange(rows), labels, keys, 1, ["why"], fields)
+    text, counts = Text(ids, ids + 1, ids + 2, ids + 3, (3,) * rows), {"some": tuple(range(rows))}
+    return Batch(image, text, torch.arange(rows), labels, keys, 1, ["why"], fields, None, counts)
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def sent(packed: PackedBatch) -> PackedBatch:
 
 def assert_same(found: Batch, given: Batch) -> None:
     expected, seen = dataclasses.asdict(given), dataclasses.asdict(found)
-    for name in ("keys", "skipped", "faults", "study"):
+    for name in ("keys", "skipped", "faults", "study", "counts"):
         assert seen.pop(name) == expected.pop(name)
     torch.testing.assert_close(seen, expected, rtol=0, atol=0, equal_nan=True)
 
@@ -54,6 +54,14 @@ def assert_same(found: Batch, given: Batch) -> None:
 @pytest.mark.parametrize("rows", [0, 1, 5])
 def test_a_packed_batch_unpacks_to_the_same(slots: Slots, rows: int) -> None:
     assert_same(sent(slots.pack(batch(rows), worker=0)).unpack(), batch(rows))
+
+
+def test_counts_go_with_the_samples() -> None:
+    whole = batch(5)
+    whole.fields = {"some": whole.fields["some"]}
+    parts = [whole.rows(0, 2), whole.rows(2, 5)]
+    assert [of.counts for of in parts] == [{"some": (0, 1)}, {"some": (2, 3, 4)}]
+    assert join(parts).counts == whole.to("cpu").counts == whole.counts
 
 
 def test_what_is_kept_of_a_batch_keeps_no_images(slots: Slots) -> None:

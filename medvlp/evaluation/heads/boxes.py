@@ -24,6 +24,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from medvlp.encoders.batch_norm import convert_batch_norms
 from medvlp.encoders.image import ImageEncoder
+from medvlp.evaluation.heads.anchor_loss import match_anchors, retinanet_loss
 from medvlp.evaluation.heads.pyramids import TokenPyramid, patch_map
 from medvlp.evaluation.task import EvaluationError
 from medvlp.losses.detection import decode_boxes, detection_loss, suppress_overlaps
@@ -53,22 +54,22 @@ class Suppression:
 
 @dataclass(frozen=True)
 class Boxes:
-    """The boxes of an image.
+    """The boxes of B images, each with N > 0 places for some.
 
     Attributes:
-        boxes: [m, 4] (left, top, right, bottom in pixels). classes: [m] from 0. hedged: [m] bool.
-        anywhere: [C] bool, classes that may be anywhere in the image; None: none.
+        boxes: [B, N, 4] (left, top, right, bottom in pixels). classes: [B, N] from 0; -1: no box is there.
+        hedged: [B, N] bool. anywhere: [B, C] bool, classes that may be anywhere in an image.
     """
 
     boxes: Tensor
     classes: Tensor
     hedged: Tensor
-    anywhere: Tensor | None = None
+    anywhere: Tensor
 
-    @property
-    def is_open(self) -> bool:
-        """Whether a class may be anywhere in the image."""
-        return self.anywhere is not None and bool(self.anywhere.any())
+    def of(self, image: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes [m, 4], classes [m] and hedged [m] of an image; waits for the device."""
+        real = self.classes[image] >= 0
+        return self.boxes[image, real], self.classes[image, real], self.hedged[image, real]
 
 
 class BoxHead(nn.Module, abc.ABC):
@@ -80,14 +81,14 @@ class BoxHead(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def forward(
-        self, maps: Maps, size: int, truth: list[Boxes] | None, suppression: Suppression
+        self, maps: Maps, size: int, truth: Boxes | None, suppression: Suppression
     ) -> dict[str, Tensor] | list[Tensor]:
         """Find boxes, or learn to.
 
         Args:
             maps: what `look` saw. size: side of the images in pixels.
-            truth: of each image; hedged boxes are neither learned nor background, and of a class that may be
-                anywhere in an image nothing there is background.
+            truth: hedged boxes are neither learned nor background, and of a class that may be anywhere in an
+                image nothing there is background.
             suppression: of detections.
 
         Returns:
@@ -128,13 +129,15 @@ class YOLOHead(BoxHead):
             for width in (512, 256, 128)
         ])  # fmt: skip
         self.narrows = nn.ModuleList([_cbl(512, 256, 1), _cbl(256, 128, 1)])
+        # Whole numbers, which stay so in half precision.
+        self.register_buffer("anchors", torch.tensor(self.ANCHORS), persistent=False)
 
     def look(self, encoder: ImageEncoder, image: Tensor) -> Maps:
         """See `BoxHead`."""
         return encoder.pyramid(image, self.read)
 
     def forward(
-        self, maps: Maps, size: int, truth: list[Boxes] | None, suppression: Suppression
+        self, maps: Maps, size: int, truth: Boxes | None, suppression: Suppression
     ) -> dict[str, Tensor] | list[Tensor]:
         """See `BoxHead`."""
         outputs: list[Tensor] = []
@@ -145,20 +148,19 @@ class YOLOHead(BoxHead):
                 seen = torch.cat([wider, seen], dim=1)
             below = self.stems[number](seen)
             outputs.append(self.outs[number](below))
-        anchors = maps[0].new_tensor(self.ANCHORS, dtype=torch.float32) * (size / self.MADE_FOR)
+        anchors = self.get_buffer("anchors").float() * (size / self.MADE_FOR)
         if truth is None:
             found = [decode_boxes(out, of, size) for out, of in zip(outputs, anchors, strict=True)]
             kept = suppress_overlaps(
                 torch.cat(found, 1), suppression.confidence, suppression.overlap, suppression.plus_one
             )
             return [torch.cat([of[:, :5], of[:, 6:]], 1)[:MOST] for of in kept]
-        boxes, hedged = _relative(truth, size)
-        anywhere = _anywhere(truth, self.classes)
-        terms: dict[str, Tensor] = {}
-        for out, of in zip(outputs, anchors, strict=True):
-            for name, value in detection_loss(out, boxes, of, size, hedged, anywhere).items():
-                terms[name] = terms.get(name, torch.zeros_like(value)) + value
-        return {"yolo": terms["loss"]}
+        boxes = _relative(truth, size)
+        losses = [
+            detection_loss(out, boxes, of, size, truth.hedged, truth.anywhere)["loss"]
+            for out, of in zip(outputs, anchors, strict=True)
+        ]
+        return {"yolo": torch.stack(losses).sum()}
 
 
 class TorchvisionHead(BoxHead):
@@ -215,14 +217,14 @@ class RetinaNetHead(TorchvisionHead):
         self.net = RetinaNet(_Channels(channels), classes, anchor_generator=anchors, detections_per_img=MOST)
 
     def forward(
-        self, maps: Maps, size: int, truth: list[Boxes] | None, suppression: Suppression
+        self, maps: Maps, size: int, truth: Boxes | None, suppression: Suppression
     ) -> dict[str, Tensor] | list[Tensor]:
         """See `BoxHead`."""
         levels = list(self.levels(maps).values())
         outputs = {name: of.float() for name, of in self.net.head(levels).items()}
         anchors = self.net.anchor_generator(_images(levels[0], size), [of.float() for of in levels])
         if truth is not None:
-            return self._losses(outputs, anchors, truth)
+            return self._losses(outputs, anchors[0], truth)
         self.net.score_thresh, self.net.nms_thresh = suppression.confidence, suppression.overlap
         counts = [
             of.shape[2] * of.shape[3] * self.net.anchor_generator.num_anchors_per_location()[0]
@@ -233,32 +235,24 @@ class RetinaNetHead(TorchvisionHead):
         found = self.net.postprocess_detections(split, by_level, [(size, size)] * len(anchors))
         return [_stacked(of, 0) for of in found]
 
-    def _losses(
-        self, outputs: dict[str, Tensor], anchors: list[Tensor], truth: list[Boxes]
-    ) -> dict[str, Tensor]:
-        """As `RetinaNet.compute_loss`, but anchors that match a hedged box are left out, and all of a class
-        that may be anywhere."""
-        anywhere = _anywhere(truth, outputs["cls_logits"].shape[2])
+    def _losses(self, outputs: dict[str, Tensor], anchors: Tensor, truth: Boxes) -> dict[str, Tensor]:
+        """As `RetinaNet.compute_loss`, but anchors [A, 4] that match a hedged box are left out, and all of a
+        class that may be anywhere."""
         # So sure of the background that the focal loss has neither value nor gradient there.
-        logits = outputs["cls_logits"].masked_fill(anywhere[:, None], _SURELY_NOT)
-        outputs = outputs | {"cls_logits": logits}
-        matched = []
-        for of, held in zip(anchors, truth, strict=True):
-            if not len(held.boxes):
-                matched.append(torch.full((len(of),), -1, dtype=torch.int64, device=of.device))
-                continue
-            match = self.net.proposal_matcher(box_iou(held.boxes, of))
-            doubtful = (match >= 0) & held.hedged[match.clamp(min=0)]
-            matched.append(torch.where(doubtful, self.net.proposal_matcher.BETWEEN_THRESHOLDS, match))
-        targets = [{"boxes": held.boxes, "labels": held.classes} for held in truth]
-        losses: dict[str, Tensor] = self.net.head.compute_loss(targets, outputs, anchors, matched)
-        return losses
+        logits = outputs["cls_logits"].masked_fill(truth.anywhere[:, None], _SURELY_NOT)
+        limits = self.net.proposal_matcher.low_threshold, self.net.proposal_matcher.high_threshold
+        images = zip(truth.boxes, truth.classes >= 0, strict=True)
+        match = torch.stack([match_anchors(boxes, real, anchors, *limits) for boxes, real in images])
+        return retinanet_loss(
+            logits, outputs["bbox_regression"], anchors, match, truth.boxes, truth.classes, truth.hedged
+        )
 
 
 class FasterRCNNHead(TorchvisionHead):
     """torchvision's Faster R-CNN: anchors of 4 times the stride, three shapes; float32 only.
 
     Its background is that of all classes, so it learns nothing from an image in which one may be anywhere.
+    torchvision chooses its proposals and samples by indices: each step waits for the device.
     """
 
     def __init__(self, encoder: ImageEncoder, classes: int, channels: int = 128) -> None:
@@ -274,24 +268,24 @@ class FasterRCNNHead(TorchvisionHead):
         )
 
     def forward(
-        self, maps: Maps, size: int, truth: list[Boxes] | None, suppression: Suppression
+        self, maps: Maps, size: int, truth: Boxes | None, suppression: Suppression
     ) -> dict[str, Tensor] | list[Tensor]:
         """See `BoxHead`."""
         if maps[0].dtype != torch.float32:
             raise EvaluationError("head faster-rcnn computes boxes in float32 only: set precision=fp32")
-        weight = 1.0
+        weight, targets = 1.0, None
         if truth is not None:
-            kept = [i for i, held in enumerate(truth) if not held.is_open]
+            kept = torch.nonzero(~truth.anywhere.any(1))[:, 0].tolist()
             if not kept:  # every weight has a gradient in each step, here of 0
-                weight, kept = 0.0, list(range(len(truth)))
-            maps, truth = tuple(of[kept] for of in maps), [truth[i] for i in kept]
+                weight, kept = 0.0, list(range(len(truth.boxes)))
+            maps = tuple(of[kept] for of in maps)
+            # Class 0 is the background; the sampler leaves out what matches a box of class -1.
+            targets = [
+                {"boxes": boxes, "labels": torch.where(hedged, -1, classes + 1)}
+                for boxes, classes, hedged in map(truth.of, kept)
+            ]
         levels = self.levels(maps)
         images = _images(maps[0], size)
-        # Class 0 is the background; the sampler leaves out what matches a box of class -1.
-        targets = None
-        if truth is not None:
-            labels = [torch.where(held.hedged, -1, held.classes + 1) for held in truth]
-            targets = [{"boxes": held.boxes, "labels": of} for held, of in zip(truth, labels, strict=True)]
         self.net.roi_heads.score_thresh = suppression.confidence
         self.net.roi_heads.nms_thresh = suppression.overlap
         proposals, losses = self.net.rpn(images, levels, targets)
@@ -361,24 +355,12 @@ def _stem(inside: int, width: int) -> nn.Sequential:
     return nn.Sequential(*(_cbl(*of) for of in sides))
 
 
-def _relative(truth: list[Boxes], size: int) -> tuple[Tensor, Tensor]:
-    """[B, N, 5] (class, centre x, centre y, width, height; 0..1; zeros are padding) and hedged [B, N]."""
-    most = max([1, *(len(of.boxes) for of in truth)])
-    device = truth[0].boxes.device
-    boxes = torch.zeros(len(truth), most, 5, device=device)
-    hedged = torch.zeros(len(truth), most, dtype=torch.bool, device=device)
-    for i, of in enumerate(truth):
-        corners = of.boxes / size
-        middle, sides = (corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]
-        boxes[i, : len(corners)] = torch.cat([of.classes[:, None], middle, sides], dim=1)
-        hedged[i, : len(corners)] = of.hedged
-    return boxes, hedged
-
-
-def _anywhere(truth: list[Boxes], classes: int) -> Tensor:
-    """[B, C] bool: classes that may be anywhere in an image."""
-    none = torch.zeros(classes, dtype=torch.bool, device=truth[0].boxes.device)
-    return torch.stack([none if held.anywhere is None else held.anywhere for held in truth])
+def _relative(truth: Boxes, size: int) -> Tensor:
+    """[B, N, 5] (class, centre x, centre y, width, height; 0..1), zeros where there is no box."""
+    corners = truth.boxes / size
+    middle, sides = (corners[..., :2] + corners[..., 2:]) / 2, corners[..., 2:] - corners[..., :2]
+    rows = torch.cat([truth.classes[..., None], middle, sides], dim=2)
+    return torch.where(truth.classes[..., None] >= 0, rows, 0.0)
 
 
 def _images(like: Tensor, size: int) -> ImageList:

@@ -54,8 +54,9 @@ class Classification(SupervisedObjective):
         blank: float = float("nan"),
     ) -> None:
         super().__init__(method, head)
-        self.columns, self.kind, self.blank = columns, kind, blank
-        # Not saved: the config says it.
+        self.kind, self.blank = kind, blank
+        # Not saved: the config says it. On the device: a list there is copied, and waited for, in each step.
+        self.register_buffer("columns", torch.tensor(columns), persistent=False)
         self.register_buffer("uncertain", torch.tensor(uncertain), persistent=False)
 
     def forward(self, batch: Batch, clusters: PrototypeTable | None = None) -> StepOutput:
@@ -74,7 +75,7 @@ class Classification(SupervisedObjective):
         return {"scores": scores, "labels": self._labels(batch)}
 
     def _labels(self, batch: Batch) -> Tensor:
-        labels = batch.labels[:, self.columns]
+        labels = batch.labels[:, self.get_buffer("columns")]
         labels = torch.where(labels.isnan(), self.blank, labels)
         return torch.where(labels == -1, self.get_buffer("uncertain").to(labels.dtype), labels)
 

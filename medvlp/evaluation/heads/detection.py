@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from medvlp.data.batch import Batch
@@ -43,12 +44,15 @@ class Detection(SupervisedObjective):
         drifting: bool = False,
     ) -> None:
         super().__init__(method, head)
-        self.columns, self.suppression = columns, suppression
+        self.suppression = suppression
+        # Not saved: the config says it. On the device: a list there is copied, and waited for, in each step.
+        self.register_buffer("columns", torch.tensor(columns), persistent=False)
         self.smallest, self.drifting = smallest, drifting
 
     def forward(self, batch: Batch, clusters: PrototypeTable | None = None) -> StepOutput:
         """See `Objective.forward`."""
-        terms = self._call(batch, box_truth(batch, self.columns, self.smallest, as_boxes=False))
+        columns = self.get_buffer("columns")
+        terms = self._call(batch, box_truth(batch, columns, self.smallest, as_boxes=False))
         assert isinstance(terms, dict)
         total = torch.stack(list(terms.values())).sum()
         return StepOutput(total, {f"loss/{name}": value for name, value in terms.items()})
@@ -58,7 +62,7 @@ class Detection(SupervisedObjective):
         five, and whether it is hedged. Rows without a box have class -1."""
         found = self._call(batch, None)
         assert isinstance(found, list)
-        truth = box_truth(batch, self.columns, self.smallest)
+        truth = box_truth(batch, self.get_buffer("columns"), self.smallest)
         return {"found": _filled([of[:, [0, 1, 2, 3, 5, 4]] for of in found], MOST), "held": held_rows(truth)}
 
     def train(self, mode: bool = True) -> Detection:
@@ -68,7 +72,7 @@ class Detection(SupervisedObjective):
             encoder_of(self.method).backbone.train(mode)
         return self
 
-    def _call(self, batch: Batch, truth: list[Boxes] | None) -> dict[str, Tensor] | list[Tensor]:
+    def _call(self, batch: Batch, truth: Boxes | None) -> dict[str, Tensor] | list[Tensor]:
         maps = self.head.look(encoder_of(self.method), batch.image)
         answer: dict[str, Tensor] | list[Tensor] = self.head(
             maps, batch.image.shape[-1], truth, self.suppression
@@ -76,47 +80,47 @@ class Detection(SupervisedObjective):
         return answer
 
 
-def box_truth(batch: Batch, columns: list[int], smallest: float, as_boxes: bool = True) -> list[Boxes]:
-    """What each image of a batch holds of C findings.
+def box_truth(batch: Batch, columns: Tensor, smallest: float, as_boxes: bool = True) -> Boxes:
+    """What the images of a batch hold of C findings.
 
     Hedged are the boxes of uncertain findings (label -1) and those with a side below `smallest` pixels. A
     finding without a box that is not known to be absent (label 1, -1 or unknown) may be anywhere.
 
     Args:
-        batch: with the field "boxes". columns: of the findings among the dataset's labels.
+        batch: with the field "boxes". columns: [C] of the findings among the dataset's labels.
         as_boxes: what may be anywhere is a hedged box over the whole image too, as scoring reads it.
     """
-    number = torch.full((batch.labels.shape[1] + 1,), -1, device=batch.labels.device)
-    number[torch.tensor(columns)] = torch.arange(len(columns), device=number.device)
-    whole = torch.tensor([0.0, 0.0, *[float(batch.image.shape[-1])] * 2], device=batch.labels.device)
-    truth = []
-    for stored, labels in zip(batch.fields[BoxField.name], batch.labels[:, columns], strict=True):
-        kinds = number[stored[:, 0].long()]  # padding has label -1: the last number, which is -1
-        rows, kinds = stored[kinds >= 0, 1:5], kinds[kinds >= 0]
-        small = ((rows[:, 2:] - rows[:, :2]) < smallest).any(1)
-        anywhere = labels != 0
-        anywhere[kinds] = False
-        places = anywhere.nonzero()[:, 0] if as_boxes else kinds.new_empty(0)
-        truth.append(
-            Boxes(
-                torch.cat([rows, whole.expand(len(places), 4)]),
-                torch.cat([kinds, places]),
-                torch.cat([small | (labels[kinds] == -1), torch.ones_like(places, dtype=torch.bool)]),
-                anywhere,
-            )
-        )
-    return truth
+    stored, labels = batch.fields[BoxField.name], batch.labels[:, columns]
+    if not stored.shape[1]:
+        stored = F.pad(stored, (0, 0, 0, 1), value=-1.0)
+    numbers = torch.arange(len(columns), device=stored.device)
+    number = torch.full((batch.labels.shape[1] + 1,), -1, device=stored.device).scatter(0, columns, numbers)
+    kinds = number[stored[..., 0].long()]  # padding has label -1: the last number, which is -1
+    boxes, real = stored[..., 1:5], kinds >= 0
+    small = ((boxes[..., 2:] - boxes[..., :2]) < smallest).any(2)
+    hedged = real & (small | (labels.gather(1, kinds.clamp(min=0)) == -1))
+    anywhere = (labels != 0) & ~(kinds[..., None] == numbers).any(1)
+    if as_boxes:
+        side = float(batch.image.shape[-1])
+        whole = F.pad(boxes.new_full((*anywhere.shape, 2), side), (2, 0))
+        boxes = torch.cat([boxes, whole], dim=1)
+        kinds = torch.cat([kinds, torch.where(anywhere, numbers, -1)], dim=1)
+        hedged = torch.cat([hedged, anywhere], dim=1)
+    return Boxes(boxes, kinds, hedged, anywhere)
 
 
-def held_rows(truth: list[Boxes]) -> Tensor:
+def held_rows(truth: Boxes) -> Tensor:
     """[B, HELD, 6] of the boxes of images, as `Detection.predict` gives them.
 
     Raises:
         EvaluationError: an image holds more boxes.
     """
-    if max(len(of.boxes) for of in truth) > HELD:
+    if int((truth.classes >= 0).sum(1).max()) > HELD:
         raise EvaluationError(f"an image holds more than {HELD} boxes, which detection does not take")
-    rows = [torch.cat([of.boxes, of.classes[:, None].float(), of.hedged[:, None].float()], 1) for of in truth]
+    rows = []
+    for image in range(len(truth.boxes)):
+        boxes, classes, hedged = truth.of(image)
+        rows.append(torch.cat([boxes, classes[:, None].float(), hedged[:, None].float()], dim=1))
     return _filled(rows, HELD)
 
 

@@ -69,7 +69,7 @@ class WordVocabulary(ReportVocabulary):
     def targets(self, batch: Batch, most: int) -> Tensor:
         """See `ReportVocabulary`."""
         codes = batch.fields[self.field]
-        known = self._codes.to(codes.device)
+        known = self._codes = self._codes.to(codes.device)  # stays there: a copy waits for the device
         place = torch.searchsorted(known, codes).clamp(max=max(len(known) - 1, 0))
         found = known[place] == codes if len(known) else torch.zeros_like(codes, dtype=torch.bool)
         numbers = torch.where(found, place + self._FIRST, self.UNKNOWN)

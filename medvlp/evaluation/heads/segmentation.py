@@ -29,11 +29,13 @@ LossName = Literal["ours", "mgca", "medslip", "mrm"]
 #: Weight of what a head trains beside its answer (MRM).
 _BESIDE = 0.4
 
-#: Published losses of logits [K, H, W] and masks [K, H, W], over all their pixels.
-_PUBLISHED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "mgca": mixed_loss,
+#: Published losses of logits and masks [B, C, H, W], over all the pixels of what is `known` [B, C, 1, 1].
+_PUBLISHED: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "mgca": lambda logits, masks, known: mixed_loss(logits, masks, known=known),
     "medslip": dice_cross_entropy,
-    "mrm": lambda logits, masks: 2 * focal_loss(logits, masks) + 1 - soft_dice(logits, masks),
+    "mrm": lambda logits, masks, known: (
+        2 * focal_loss(logits, masks, known=known) + 1 - soft_dice(logits, masks, known=known)
+    ),
 }
 
 
@@ -63,18 +65,21 @@ class Segmentation(SupervisedObjective):
         super().__init__(method, head)
         if loss == "ours":
             begin_empty(head)
-        self.columns, self.loss, self.uncertain, self.drifting = columns, loss, uncertain, drifting
+        self.loss, self.drifting = loss, drifting
+        # Not saved: the config says it. On the device: a list there is copied, and waited for, in each step.
+        self.register_buffer("columns", torch.tensor(columns), persistent=False)
+        self.register_buffer("uncertain", torch.tensor(uncertain), persistent=False)
 
     def forward(self, batch: Batch, clusters: PrototypeTable | None = None) -> StepOutput:
         """See `Objective.forward`."""
-        truth, known = mask_truth(batch, self.columns, self.uncertain)
+        truth, known = self._truth(batch)
         answers = self._answers(batch)
         first, *beside = (self._loss(answer, truth, known) for answer in answers)
         return StepOutput(first + _BESIDE * sum(beside, torch.zeros_like(first)), {"loss/masks": first})
 
     def predict(self, batch: Batch) -> Mapping[str, Tensor]:
         """`pixels` [B, C, T, 3]: see `mask_counts`; `known` [B, C]."""
-        truth, known = mask_truth(batch, self.columns, self.uncertain)
+        truth, known = self._truth(batch)
         return {"pixels": mask_counts(self._answers(batch)[0].sigmoid(), truth), "known": known}
 
     def draw(self, batch: Batch, steps: Tensor) -> Mapping[str, Tensor]:
@@ -83,7 +88,7 @@ class Segmentation(SupervisedObjective):
         Args:
             steps: [C] a pixel is called above `steps / THRESHOLDS`, as `mask_counts` counts it.
         """
-        truth, _ = mask_truth(batch, self.columns, self.uncertain)
+        truth, _ = self._truth(batch)
         of_pixel = (self._answers(batch)[0].sigmoid() * THRESHOLDS).ceil()
         return {"drawn": of_pixel > steps.to(of_pixel.device)[:, None, None], "truth": truth}
 
@@ -98,27 +103,27 @@ class Segmentation(SupervisedObjective):
         maps = self.head.look(encoder_of(self.method), batch.image)
         return [answer.float() for answer in self.head(maps, batch.image.shape[-1])]
 
+    def _truth(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return mask_truth(batch, self.get_buffer("columns"), self.get_buffer("uncertain"))
+
     def _loss(self, logits: Tensor, truth: Tensor, known: Tensor) -> Tensor:
         if self.loss == "ours":
             return per_image_loss(logits, truth, known)
-        if not known.any():
-            return logits.sum() * 0
-        return _PUBLISHED[self.loss](logits[known], truth[known].float())
+        return _PUBLISHED[self.loss](logits, truth.float(), known[..., None, None])
 
 
-def mask_truth(batch: Batch, columns: list[int], uncertain: Sequence[float]) -> tuple[Tensor, Tensor]:
+def mask_truth(batch: Batch, columns: Tensor, uncertain: Tensor) -> tuple[Tensor, Tensor]:
     """Masks [B, C, H, W] bool of C findings, and whether it is known where each is [B, C].
 
     Args:
-        batch: with the field "masks". columns: of the findings among the dataset's labels.
-        uncertain: see `Segmentation`.
+        batch: with the field "masks". columns: [C] of the findings among the dataset's labels.
+        uncertain: [C], see `Segmentation`.
     """
     masks, labels = batch.fields[Masks.name][:, columns], batch.labels[:, columns]
     known, hedged = masks[:, :, 0, 0] != Masks.UNKNOWN, labels == -1
     truth = masks == 1
-    side = torch.tensor(uncertain, device=labels.device)
-    absent = hedged & (side == 0)
-    known = (known & ~(hedged & side.isnan())) | absent
+    absent = hedged & (uncertain == 0)
+    known = (known & ~(hedged & uncertain.isnan())) | absent
     return truth & ~absent[:, :, None, None], known
 
 

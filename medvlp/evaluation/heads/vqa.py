@@ -111,7 +111,7 @@ class QuestionObjective(SupervisedObjective):
 
     def _logits(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """[N, C] of all questions of the batch, and their images and numbers [N]."""
-        rows, columns = torch.nonzero(batch.fields["answers"], as_tuple=True)
+        rows, columns = _asked(batch)
         text = question_text(batch.fields["questions"][rows, columns])
         kind = next(self.head.parameters()).dtype
         if self.method.fuses:
@@ -124,3 +124,12 @@ class QuestionObjective(SupervisedObjective):
         method: Any = self.method
         seen = method.image_encoder.summary(method.image_encoder(image))
         return seen[rows], method.text_encoder(text).hidden[:, 0]
+
+
+def _asked(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Image and number [N] of each question, image by image."""
+    asked = batch.fields["answers"] != 0
+    # Questions first, in their order, and as many as the host knows of: `nonzero` waits for the device.
+    order = (~asked).flatten().to(torch.uint8).argsort(stable=True)
+    places = order[: sum(batch.counts["answers"])]
+    return places // asked.shape[1], places % asked.shape[1]

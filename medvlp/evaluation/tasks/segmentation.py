@@ -320,9 +320,12 @@ class Segmentation(TrainedTask):
         return [float(side) for side in sides(self.settings.uncertain, self.findings(label_names))]
 
     def _truth(self, label_names: Sequence[str], batch: Batch) -> tuple[Tensor, Tensor]:
+        import torch
+
         from medvlp.evaluation.heads.segmentation import mask_truth
 
-        return mask_truth(batch, self.columns(label_names), self._sides(label_names))
+        sides = torch.tensor(self._sides(label_names))
+        return mask_truth(batch, torch.tensor(self.columns(label_names)), sides)
 
     def _thresholds(self, names: Sequence[str], pixels: Counts, known: Known) -> dict[str, int]:
         """Of every finding; the middle where nothing could choose."""

@@ -90,7 +90,9 @@ def _remarks(notes: Mapping[str, Any]) -> list[str]:
     lines = [f"{notes['questions']} questions about {notes['images']} images"]
     where = "" if notes["vocabulary"] == "train" else " of all splits (published; sees the evaluated answers)"
     for unit, of in by_unit(notes):
-        lines.append(f"{unit}{of['answers']} answers{where}, with which {100 * of['ceiling']:.1f} % can be right")
+        lines.append(
+            f"{unit}{of['answers']} answers{where}, with which {100 * of['ceiling']:.1f} % can be right"
+        )
         if seen := of.get("seen_images"):
             lines.append(
                 f"{unit}{seen} of the images were trained on; vqa.split=by_image leaves them out of training"

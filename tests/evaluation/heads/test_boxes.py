@@ -11,6 +11,7 @@ from torchvision.ops import box_iou
 
 from medvlp.config import ImageConfig
 from medvlp.encoders.image import ImageEncoder
+from medvlp.evaluation.heads.anchor_loss import match_anchors
 from medvlp.evaluation.heads.boxes import (
     HEADS,
     MOST,
@@ -30,10 +31,27 @@ RESNET = ImageConfig(name="resnet10t", options={"channels": [8, 8, 16, 24], "ste
 SIZE = 64
 
 
-def boxes(*rows: list[float]) -> Boxes:
-    """Of rows [left, top, right, bottom, class]."""
-    table = torch.tensor(rows, dtype=torch.float32).reshape(-1, 5)
-    return Boxes(table[:, :4], table[:, 4].long(), torch.zeros(len(rows), dtype=torch.bool))
+def boxes(*rows: list[float], classes: int = 3) -> Boxes:
+    """Of one image, of rows [left, top, right, bottom, class]; one place without any row."""
+    table = torch.tensor([*rows] or [[0.0, 0, 0, 0, -1]], dtype=torch.float32)[None]
+    nowhere = torch.zeros(1, classes, dtype=torch.bool)
+    hedged = torch.zeros(table.shape[:2], dtype=torch.bool)
+    return Boxes(table[..., :4], table[..., 4].long(), hedged, nowhere)
+
+
+def together(*images: Boxes) -> Boxes:
+    """Boxes of several images as one batch."""
+    most = max(of.classes.shape[1] for of in images)
+
+    def padded(name: str, value: float) -> torch.Tensor:
+        rows = [getattr(of, name)[0] for of in images]
+        result = rows[0].new_full((len(rows), most, *rows[0].shape[1:]), value)
+        for to, row in zip(result, rows, strict=True):
+            to[: len(row)] = row
+        return result
+
+    anywhere = torch.cat([of.anywhere for of in images])
+    return Boxes(padded("boxes", 0.0), padded("classes", -1), padded("hedged", False), anywhere)
 
 
 def images(count: int) -> torch.Tensor:
@@ -58,14 +76,14 @@ def test_losses_reach_every_weight_and_detections_have_their_form(name: str, con
         return
     head = build_head(name, encoder, 3)
     image = images(2)
-    truth = [boxes([5, 5, 30, 30, 2], [20, 20, 60, 50, 0]), boxes()]
+    truth = together(boxes([5, 5, 30, 30, 2], [20, 20, 60, 50, 0]), boxes())
     maps = head.look(encoder, image)
     losses = head(maps, SIZE, truth, Suppression())
     sum(losses.values()).backward()
     without = [key for key, parameter in head.named_parameters() if parameter.grad is None]
     assert not without
     assert all(value.ndim == 0 and value.isfinite() for value in losses.values())
-    empty = head(maps, SIZE, [boxes(), boxes()], Suppression())
+    empty = head(maps, SIZE, together(boxes(), boxes()), Suppression())
     assert sum(empty.values()).isfinite()
     for found in head.eval()(maps, SIZE, None, Suppression(confidence=0.0)):
         assert found.shape[1] == 6
@@ -75,30 +93,57 @@ def test_losses_reach_every_weight_and_detections_have_their_form(name: str, con
 
 
 #: A certain box, and a hedged one elsewhere.
-HELD = Boxes(
-    torch.tensor([[8.0, 8.0, 24.0, 24.0], [36.0, 36.0, 56.0, 60.0]]),
-    torch.tensor([0, 0]),
-    torch.tensor([False, True]),
+HELD = dataclasses.replace(
+    boxes([8, 8, 24, 24, 0], [36, 36, 56, 60, 0], classes=1), hedged=torch.tensor([[False, True]])
 )
 
 
 def retinanet_learned(
-    head: Any, encoder: ImageEncoder, truth: list[Boxes], classes: int
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Logits [B, anchors, C] with the gradient of the loss of B images, and the anchors of each."""
-    levels = list(head.levels(head.look(encoder, images(len(truth)))).values())
-    anchors = head.net.anchor_generator(_images(levels[0], SIZE), levels)
-    logits = torch.randn(len(truth), len(anchors[0]), classes, requires_grad=True)
-    outputs = {"cls_logits": logits, "bbox_regression": torch.zeros(len(truth), len(anchors[0]), 4)}
+    head: Any, encoder: ImageEncoder, truth: Boxes, classes: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [B, anchors, C] with the gradient of the loss of B images, and the anchors."""
+    count = len(truth.boxes)
+    levels = list(head.levels(head.look(encoder, images(count))).values())
+    anchors = head.net.anchor_generator(_images(levels[0], SIZE), levels)[0]
+    logits = torch.randn(count, len(anchors), classes, requires_grad=True)
+    outputs = {"cls_logits": logits, "bbox_regression": torch.zeros(count, len(anchors), 4)}
     sum(head._losses(outputs, anchors, truth).values()).backward()
     return logits, anchors
+
+
+def test_retinanet_learns_as_that_of_torchvision_where_nothing_is_hedged() -> None:
+    torch.manual_seed(0)
+    head: Any = build_head("retinanet", ImageEncoder(RESNET, SIZE), 3)
+    levels = list(head.levels(head.look(ImageEncoder(RESNET, SIZE), images(3))).values())
+    anchors = head.net.anchor_generator(_images(levels[0], SIZE), levels)
+    truth = together(
+        boxes([5, 5, 30, 30, 2], [20, 20, 60, 50, 0], [20, 20, 23, 23, 1]), boxes(), boxes([1, 1, 9, 60, 1])
+    )
+    outputs = {
+        name: torch.randn(3, len(anchors[0]), width)
+        for name, width in (("cls_logits", 3), ("bbox_regression", 4))
+    }
+    targets = [{"boxes": own, "labels": kinds} for own, kinds, _ in map(truth.of, range(3))]
+    expected = head.net.compute_loss(targets, outputs, anchors)
+    found = head._losses(outputs, anchors[0], truth)
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name])
+
+
+def test_a_box_that_no_anchor_overlaps_matches_none() -> None:
+    """torchvision takes every anchor for the best of such a box, and so for one of the boxes."""
+    anchors = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])
+    held = torch.tensor([[0.0, 0, 10, 8], [40, 40, 50, 50]])
+    found = match_anchors(held, torch.tensor([True, True]), anchors, 0.4, 0.5)
+    assert found.tolist() == [0, -1]
 
 
 def test_retinanet_learns_nothing_at_anchors_of_a_hedged_box() -> None:
     encoder = ImageEncoder(RESNET, SIZE)
     head: Any = build_head("retinanet", encoder, 1)
-    logits, anchors = retinanet_learned(head, encoder, [HELD], 1)
-    overlap = box_iou(HELD.boxes, anchors[0])
+    logits, anchors = retinanet_learned(head, encoder, HELD, 1)
+    overlap = box_iou(HELD.boxes[0], anchors)
     on_hedged = (overlap[1] >= 0.5) & (overlap[0] < 0.4)
     assert on_hedged.any()
     assert not logits.grad[0, on_hedged].any()
@@ -110,21 +155,22 @@ def test_faster_rcnn_samples_nothing_at_a_hedged_box() -> None:
     encoder = ImageEncoder(RESNET, SIZE)
     head: Any = build_head("faster-rcnn", encoder, 1)
     near = torch.tensor([[8.0, 8.0, 24.0, 25.0], [36.0, 36.0, 56.0, 59.0], [0.0, 40.0, 10.0, 50.0]])
-    target = {"boxes": HELD.boxes, "labels": torch.tensor([1, -1])}
+    target = {"boxes": HELD.boxes[0], "labels": torch.tensor([1, -1])}
     (labels,), _ = head.net.rpn.assign_targets_to_anchors([near], [target])
     assert labels.tolist() == [1, -1, 0]
-    _, (labels,) = head.net.roi_heads.assign_targets_to_proposals([near], [HELD.boxes], [target["labels"]])
+    _, (labels,) = head.net.roi_heads.assign_targets_to_proposals([near], [HELD.boxes[0]], [target["labels"]])
     assert labels.tolist() == [1, -1, 0]
 
 
 #: Class 0 may be anywhere in the image, of class 1 it holds a box.
-OPEN = dataclasses.replace(boxes([8, 8, 24, 24, 1]), anywhere=torch.tensor([True, False]))
+OPEN = dataclasses.replace(boxes([8, 8, 24, 24, 1]), anywhere=torch.tensor([[True, False]]))
+CLOSED = boxes([8, 8, 24, 24, 1], classes=2)
 
 
 def test_retinanet_takes_nothing_for_background_of_a_class_that_may_be_anywhere() -> None:
     encoder = ImageEncoder(RESNET, SIZE)
     head: Any = build_head("retinanet", encoder, 2)
-    logits, _ = retinanet_learned(head, encoder, [OPEN, boxes([8, 8, 24, 24, 1])], 2)
+    logits, _ = retinanet_learned(head, encoder, together(OPEN, CLOSED), 2)
     assert not logits.grad[0, :, 0].any()
     assert logits.grad[0, :, 1].count_nonzero() > 100
     assert logits.grad[1, :, 0].count_nonzero() > 100
@@ -148,15 +194,15 @@ def test_faster_rcnn_learns_nothing_from_an_image_in_which_a_class_may_be_anywhe
     torch.manual_seed(0)
     encoder = ImageEncoder(RESNET, SIZE)
     head = build_head("faster-rcnn", encoder, 2)
-    maps, closed = head.look(encoder, images(2)), boxes([8, 8, 24, 24, 1])
+    maps = head.look(encoder, images(2))
 
     def losses(*truth: Boxes) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
-        found = head(tuple(of[: len(truth)] for of in maps), SIZE, list(truth), Suppression())
+        found = head(tuple(of[: len(truth)] for of in maps), SIZE, together(*truth), Suppression())
         assert isinstance(found, dict)
         return found
 
-    alone, beside = losses(closed), losses(closed, OPEN)
+    alone, beside = losses(CLOSED), losses(CLOSED, OPEN)
     assert all(torch.allclose(alone[name], beside[name], atol=1e-5) for name in alone)
     nothing = losses(OPEN, OPEN)
     sum(nothing.values()).backward()
@@ -171,16 +217,16 @@ def test_retinanet_on_a_frozen_network_finds_a_square() -> None:
     image, truth = images(6), []
     for i, (y, x) in enumerate((torch.randint(0, 3, (6, 2)) * 16).tolist()):
         image[i, 0, y : y + 32, x : x + 32] = 250
-        truth.append(boxes([x, y, x + 32.0, y + 32.0, 1]))
+        truth.append(boxes([x, y, x + 32.0, y + 32.0, 1], classes=2))
     maps = head.look(encoder, image)
     optimiser = torch.optim.AdamW(head.parameters(), 3e-3)
     for _ in range(30):
-        loss = sum(head(maps, SIZE, truth, Suppression()).values())
+        loss = sum(head(maps, SIZE, together(*truth), Suppression()).values())
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
     best = torch.stack([found[0] for found in head.eval()(maps, SIZE, None, Suppression())])
-    overlap = box_iou(best[:, :4], torch.cat([held.boxes for held in truth])).diagonal()
+    overlap = box_iou(best[:, :4], torch.cat([held.boxes[0] for held in truth])).diagonal()
     assert (overlap > 0.4).sum() >= 5
     assert best[:, 5].tolist().count(1.0) >= 5
 

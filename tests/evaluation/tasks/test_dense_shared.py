@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from medvlp.config import Config
 from medvlp.data.dataset import EvaluationDataset
@@ -44,7 +45,7 @@ def test_lungs(shared: Path, repository: Path, tmp_path: Path) -> None:
         rows = np.flatnonzero(task.learnable(data.reader, str(split), data.store))
         assert len(rows) == of.lung_mask.notna().sum() > 10
         (batch,) = EvaluationLoader(data, [rows.tolist()], data.config)
-        truth, known = mask_truth(batch, [0], [np.nan])
+        truth, known = mask_truth(batch, torch.tensor([0]), torch.tensor([np.nan]))
         assert known.all()
         share = truth.float().mean((1, 2, 3))
         assert share.min() > 0
@@ -74,9 +75,10 @@ def test_lung_opacities(shared: Path, tmp_path: Path) -> None:
         rows = np.flatnonzero(task.learnable(data.reader, str(split), data.store))
         assert len(rows) == len(of)
         (batch,) = EvaluationLoader(data, [rows.tolist()], data.config)
-        truth = box_truth(batch, [0], smallest=1.0)
-        for held, label in zip(truth, batch.labels[:, 0].tolist(), strict=True):
-            assert (len(held.boxes) > 0) == (label == 1)
-            assert not held.hedged.any()
-            found += len(held.boxes)
+        truth = box_truth(batch, torch.tensor([0]), smallest=1.0)
+        for image, label in enumerate(batch.labels[:, 0].tolist()):
+            held, _, hedged = truth.of(image)
+            assert (len(held) > 0) == (label == 1)
+            assert not hedged.any()
+            found += len(held)
     assert found == len(boxes[boxes.id.isin(films.id)])

@@ -23,6 +23,7 @@ from medvlp.training.predictions import Predictions
 NAMES = ["mass", "edema", "scar"]
 SIZE, COUNT = 64, 24
 BOX = [8.0, 8.0, 40.0, 40.0]
+ALL = torch.arange(3)
 
 
 def batch_of(boxes: list[list[list[float]]], labels: list[list[float]]) -> Batch:
@@ -78,7 +79,7 @@ class Rows:
 
 def predictions(shift: float, confidence: float) -> Predictions:
     """Of a network that finds every mass `shift` pixels beside itself, in half of the images hesitantly."""
-    held = torch.cat([held_rows(box_truth(batch, [0, 1, 2], 2.0)) for batch in batches()]).numpy()
+    held = torch.cat([held_rows(box_truth(batch, ALL, 2.0)) for batch in batches()]).numpy()
     found = np.full((COUNT, 100, 6), -1.0)
     for row, of in enumerate(held):
         mass = of[(of[:, 4] == 0) & (of[:, 5] == 0)]
@@ -103,25 +104,27 @@ def test_what_images_hold() -> None:
         [[[0, *BOX], [1, *BOX], [0, 1, 1, 2.5, 30]], []],
         [[1.0, -1.0, 0.0], [1.0, 0.0, float("nan")]],
     )
-    first, second = box_truth(batch, [0, 1, 2], smallest=2.0)
-    assert first.classes.tolist() == [0, 1, 0]
-    assert first.hedged.tolist() == [False, True, True]
-    assert second.classes.tolist() == [0, 2]
-    assert second.hedged.all()
-    assert second.boxes.tolist() == [[0, 0, SIZE, SIZE]] * 2
-    assert second.anywhere.tolist() == [True, False, True]
-    learned = box_truth(batch, [0, 1, 2], smallest=2.0, as_boxes=False)
-    assert [len(of.boxes) for of in learned] == [3, 0]
-    assert [of.anywhere.tolist() for of in learned] == [[False] * 3, [True, False, True]]
-    only_edema, _ = box_truth(batch, [1], smallest=2.0)
-    assert only_edema.classes.tolist() == [0]
-    rows = held_rows([first, second])
+    truth = box_truth(batch, ALL, smallest=2.0)
+    (_, classes, hedged), (boxes, absent, doubtful) = map(truth.of, (0, 1))
+    assert classes.tolist() == [0, 1, 0]
+    assert hedged.tolist() == [False, True, True]
+    assert absent.tolist() == [0, 2]
+    assert doubtful.all()
+    assert boxes.tolist() == [[0, 0, SIZE, SIZE]] * 2
+    assert truth.anywhere.tolist() == [[False] * 3, [True, False, True]]
+    learned = box_truth(batch, ALL, smallest=2.0, as_boxes=False)
+    assert [len(learned.of(image)[0]) for image in (0, 1)] == [3, 0]
+    assert learned.anywhere.equal(truth.anywhere)
+    assert box_truth(batch, torch.tensor([1]), smallest=2.0).of(0)[1].tolist() == [0]
+    nowhere = batch_of([[], []], [[0.0, 0.0, 1.0]] * 2)
+    assert box_truth(nowhere, ALL, 2.0, as_boxes=False).classes.tolist() == [[-1], [-1]]
+    rows = held_rows(truth)
     assert rows.shape == (2, 100, 6)
     assert (rows[0, 3:] == -1).all()
     assert rows[0, 1].tolist() == [*BOX, 1, 1]
     many = batch_of([[[0, *BOX]] * 101], [[1.0, 0.0, 0.0]])
     with pytest.raises(EvaluationError, match="more than 100"):
-        held_rows(box_truth(many, [0], 2.0))
+        held_rows(box_truth(many, torch.tensor([0]), 2.0))
 
 
 def test_networks_stand_beside_boxes_without_a_network() -> None:

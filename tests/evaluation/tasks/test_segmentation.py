@@ -28,6 +28,8 @@ from shards.errors import NotFiniteError
 
 NAMES = ["mass", "edema", "scar"]
 SIZE, COUNT = 32, 24
+#: Columns of the findings, and what hedged ones teach: nothing.
+ALL, NOTHING = torch.arange(3), torch.full((3,), torch.nan)
 
 
 def made(rows: np.ndarray, seed: int = 0) -> Batch:
@@ -61,10 +63,11 @@ class Drawing(heads.Segmentation):
 
     def __init__(self) -> None:
         torch.nn.Module.__init__(self)
-        self.columns, self.uncertain = [0, 1, 2], [np.nan] * 3
+        self.register_buffer("columns", ALL)
+        self.register_buffer("uncertain", NOTHING)
 
     def _answers(self, batch: Batch) -> list[torch.Tensor]:
-        truth, _ = mask_truth(batch, self.columns, self.uncertain)
+        truth, _ = mask_truth(batch, ALL, NOTHING)
         return [(truth.roll(4, 3).float() * 0.7 + 0.1).logit()]
 
 
@@ -98,7 +101,7 @@ def predictions(shift: int) -> Predictions:
     """Of a network that sees the truth moved to the right by `shift` pixels, with probability 0.7."""
     pixels, known = [], []
     for batch in batches():
-        truth, of = mask_truth(batch, [0, 1, 2], [np.nan] * 3)
+        truth, of = mask_truth(batch, ALL, NOTHING)
         pixels.append(mask_counts(truth.roll(shift, 3).float() * 0.7 + 0.1, truth))
         known.append(of)
     arrays = {"pixels": torch.cat(pixels).numpy(), "known": torch.cat(known).numpy().astype(np.uint8)}
@@ -109,7 +112,7 @@ def scored(**settings: Any) -> TaskResult:
     task = Segmentation(SegmentationConfig(**settings))
     rows: Any = Rows()
     networks = {"trained": predictions(0), "untrained": predictions(4)}
-    draws = taught(batches, lambda batch: mask_truth(batch, [0, 1, 2], [np.nan] * 3))
+    draws = taught(batches, lambda batch: mask_truth(batch, ALL, NOTHING))
     at = {model: dict.fromkeys(NAMES, 25) for model in (*networks, *draws)}
     fitted = Fitted({"trained": rows}, NAMES, Chosen(at, draws))
     return task.score(rows, Unit(1.0, 0), networks, fitted)
@@ -139,13 +142,13 @@ def test_pixels_are_counted_above_every_threshold() -> None:
 
 def test_hedged_findings_and_those_without_a_mask_are_not_known() -> None:
     batch = made(np.arange(4))
-    truth, known = mask_truth(batch, [0, 1, 2], [np.nan] * 3)
+    truth, known = mask_truth(batch, ALL, NOTHING)
     assert known.tolist() == [[True, row % 4 != 0, False] for row in range(4)]
     assert not truth[:, 2].any()
-    truth, known = mask_truth(batch, [1], [1.0])
+    truth, known = mask_truth(batch, torch.tensor([1]), torch.tensor([1.0]))
     assert known.all()
     assert truth[0].any()
-    truth, known = mask_truth(batch, [1], [0.0])
+    truth, known = mask_truth(batch, torch.tensor([1]), torch.tensor([0.0]))
     assert known.all()
     assert not truth[0].any()
     assert truth[2].any()
@@ -175,7 +178,7 @@ def test_examples_are_of_every_finding_and_of_what_is_absent_and_show_what_was_d
     ]  # fmt: skip
     assert (examples.side, examples.crop) == (SIZE, "center")
     for example in examples.masks:
-        truth, _ = mask_truth(made(np.array([example.sample])), [0, 1, 2], [np.nan] * 3)
+        truth, _ = mask_truth(made(np.array([example.sample])), ALL, NOTHING)
         of = truth[0, NAMES.index(example.finding)].numpy()
         np.testing.assert_array_equal(mask_of(example.truth, SIZE), of)
         np.testing.assert_array_equal(mask_of(example.predicted, SIZE), np.roll(of, 4, 1))
@@ -206,7 +209,7 @@ def test_masks_are_read_batch_by_batch_and_not_kept() -> None:
             yield batch
 
     def truth(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        return mask_truth(batch, [0, 1, 2], [np.nan] * 3)
+        return mask_truth(batch, ALL, NOTHING)
 
     _counted(taught(read, truth), read(), truth)
     assert len(alive) == 30
