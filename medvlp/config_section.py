@@ -121,6 +121,10 @@ class MethodConfig:
         """
         return None
 
+    def sample_contrasts(self, config: Config) -> list[str]:
+        """Keys of losses that contrast samples with each other, of those that are above 0."""
+        return []
+
     def service_clusters(self, config: Config) -> int | None:
         """Number of clusters of the prototype service that the method uses; None: it uses none."""
         return config.prototypes.clusters if config.prototypes.masks_by_clusters else None

@@ -21,7 +21,7 @@ def divide_batch(config: Config, world_size: int) -> BatchSizes:
 
     Raises:
         ConfigError: it does not divide; names values that would. Or the method has no loss to train on, or
-            none that `checkpoint.keep_best` could compare.
+            none that `checkpoint.keep_best` could compare, or contrasts a sample with nothing.
     """
     if not config.method.trains:
         raise ConfigError(
@@ -49,4 +49,33 @@ def divide_batch(config: Config, world_size: int) -> BatchSizes:
             f"train.micro_batch={micro} does not divide the {per_rank} samples of each rank "
             f"(train.global_batch={batch} over {world_size} ranks); {nearest} would"
         )
-    return BatchSizes(batch, micro, per_rank // micro, world_size)
+    sizes = BatchSizes(batch, micro, per_rank // micro, world_size)
+    if config.task is None:
+        _check_contrasts(config, sizes)
+    return sizes
+
+
+def _check_contrasts(config: Config, sizes: BatchSizes) -> None:
+    """Refuse contrasts of a single sample, whose loss is 0 whatever it is."""
+    contrasts = config.method.sample_contrasts(config)
+    if not contrasts:
+        return
+    every_rank, exact = config.method.negatives == "global", config.train.accumulate == "exact"
+    compared = (sizes.global_batch if exact else sizes.micro_batch * sizes.world_size) // (
+        1 if every_rank else sizes.world_size
+    )
+    remedy = f"make it larger, or set {' and '.join(contrasts)} to 0"
+    if compared == 1:
+        where = "" if every_rank else f" over {sizes.world_size} ranks with method.negatives=local"
+        name = f"train.global_batch={sizes.global_batch}{where}"
+        if not exact:
+            name = f"train.micro_batch={sizes.micro_batch} with train.accumulate=plain, {name}"
+        raise ConfigError(
+            f"{name}: a contrast of samples would see one alone, and be 0: {remedy}"
+            + ("" if every_rank or sizes.world_size == 1 else ", or set method.negatives=global")
+        )
+    validation = config.validation
+    if validation.batch == 1 and (validation.every_steps or validation.every_epochs):
+        raise ConfigError(
+            f"validation.batch=1: a contrast of samples would see one alone, and be 0: {remedy}"
+        )

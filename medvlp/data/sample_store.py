@@ -133,7 +133,7 @@ class SampleStore:
 
         It lies in `tokens/` of the dataset folder if that can be written, else of `data.cache_dir`. One
         process computes it while the others of the node wait for the file lock; the file appears complete or
-        not at all. A store with unreadable samples is computed again once the first of them can be read.
+        not at all. A store with unreadable samples is computed again once one of them can be read.
 
         Raises:
             DataError: no place to write, or more than `data.max_bad_fraction` of the samples unreadable.
@@ -197,9 +197,9 @@ def _open_current(path: Path, reader: ShardReader, split: str, tokenizer: Tokeni
     except DataError as error:
         logger.warning("%s; computing it again", error)
         return None
-    if len(store.unreadable) and _metadata(reader, split, int(store.unreadable[0])) is not None:
-        return None
-    return store
+    # Of a remote dataset each could bring a shard, which is as the index says whenever it comes.
+    tried = store.unreadable[:1] if is_remote(reader.root) else store.unreadable
+    return None if any(_metadata(reader, split, i) is not None for i in tried.tolist()) else store
 
 
 def _first_writable(folders: list[Path]) -> Path:

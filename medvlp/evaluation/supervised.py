@@ -112,12 +112,14 @@ class Supervised(Recipe):
     def samples(self, reader: ShardReader, tokenizer: Tokenizer) -> Positions:
         """Those of the patients that are drawn, of what can be learned from."""
         config = self.config
-        if not distributed.is_main():
-            drawn = None
-        else:
+
+        def drawn() -> list[int]:
+            if not distributed.is_main():
+                return []
             store = SampleStore.open_or_build(reader, config.data.split, config.data, tokenizer)
-            drawn = draw(self.task, reader, config, store).tolist()
-        return np.array(distributed.broadcast_object(drawn), dtype=np.int64)
+            return list(draw(self.task, reader, config, store).tolist())
+
+        return np.array(distributed.broadcast_object(together(drawn)), dtype=np.int64)
 
     def build(self, data: TrainingSet) -> SupervisedObjective:
         """See `Recipe.build`."""

@@ -193,7 +193,11 @@ def _train(
 
     def loader(start_step: int) -> TrainingLoader:
         rank, ranks, micro = distributed.rank(), sizes.world_size, sizes.micro_batch
-        return build_loader(config, reader, tokenizer, rank, ranks, micro, start_step, recipe.fields, samples)
+        return together(
+            lambda: build_loader(
+                config, reader, tokenizer, rank, ranks, micro, start_step, recipe.fields, samples
+            )
+        )
 
     data = loader(step)
     _check_order(config, data)
@@ -264,7 +268,7 @@ def _build(
     seed_weights(config.train.seed)
     # A checkpoint holds every weight: what training began with need not be at hand any more.
     buildable = config if checkpoint is None else described(config, taken_up.stored)
-    objective = recipe.build(replace(learned, config=buildable))
+    objective = together(lambda: recipe.build(replace(learned, config=buildable)))
     step = 0 if checkpoint is None else checkpoint.step
     identity = taken_up.identity(learned.reader, config, objective, step, recipe.started_from, recipe.lesson)
     objective = objective.to(device)

@@ -18,6 +18,7 @@ from medvlp.data.batch import Batch
 from medvlp.data.loader import evaluation_dataset
 from medvlp.methods.base import StepOutput
 from medvlp.prototypes.table import PrototypeTable
+from medvlp.runs.agreement import together
 from medvlp.runs.errors import AgreedError
 from medvlp.runs.identity import DataRecord
 from medvlp.runs.manifest import VALIDATION_PREFIX as PREFIX
@@ -57,7 +58,7 @@ class Validation(Callback):
         measured_on: fingerprint of what the metrics are of: samples, and how many are compared.
 
     Raises:
-        DataError: the dataset has no such split.
+        AgreedError: on all ranks: the dataset has no such split, or one of them cannot read it.
     """
 
     name = "validation"
@@ -72,18 +73,19 @@ class Validation(Callback):
     ) -> None:
         config, reader, tokenizer = recipe.config, learned.reader, learned.tokenizer
         self.recipe, self.engine, self.learned, self.every, self.log = recipe, engine, learned, every, log
-        self.dataset = evaluation_dataset(config, reader, tokenizer, config.validation.split, recipe.fields)
+        split = config.validation.split
+        self.dataset = together(lambda: evaluation_dataset(config, reader, tokenizer, split, recipe.fields))
         # Those of rank 0: ranks may not have been able to read the same samples of their copies.
-        own = recipe.validated(reader, self.dataset.store).tolist()
+        own = together(lambda: recipe.validated(reader, self.dataset.store).tolist())
         self.positions = np.array(distributed.broadcast_object(own), dtype=np.int64)
         self.clusters: Callable[[], PrototypeTable | None] = lambda: None
         self.alive: Callable[[str, int], None] = lambda place, step: None
         self._best: float | None = None
         self._without = 0
         # Values of another metric, or measured on others, say nothing about later ones.
-        content = DataRecord.of(reader.index, config.validation.split).content
+        content = DataRecord.of(reader.index, split).content
         measured_on = [
-            config.validation.split,
+            split,
             config.validation.batch,
             content,
             xxhash.xxh3_64_hexdigest(self.positions.tobytes()),

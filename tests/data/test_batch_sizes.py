@@ -64,3 +64,53 @@ def test_checkpoints_are_not_compared_by_a_loss_that_changes(keys, why):
         divide_batch(given, 1)
     given.task = "fine-tuning"
     assert divide_batch(given, 1).world_size == 1, "a task's loss is its own"
+
+
+@pytest.mark.parametrize(
+    ("keys", "ranks", "message"),
+    [
+        (
+            ["method.negatives=local", "train.global_batch=4"],
+            4,
+            r"negatives=local.* method\.negatives=global",
+        ),
+        (["train.global_batch=1"], 1, r"train\.global_batch=1: .*set method\.instance_weight to 0$"),
+        (
+            [
+                "train.global_batch=8",
+                "train.micro_batch=1",
+                "train.accumulate=plain",
+                "method.negatives=local",
+            ],
+            4,
+            r"train\.micro_batch=1 with train\.accumulate=plain",
+        ),
+        (
+            ["train.global_batch=8", "validation.every_steps=1", "validation.batch=1"],
+            4,
+            r"validation\.batch=1",
+        ),
+        (["method.name=prior", "train.global_batch=1"], 1, r"method\.global_weights to 0"),
+        (["method.name=mpma", "train.global_batch=1"], 1, r"method\.global_weight to 0"),
+        (["method.name=place", "train.global_batch=1"], 1, r"method\.instance_weight to 0"),
+        (
+            ["method.name=combination", "train.global_batch=1"],
+            1,
+            r"set method\.mgca\.instance_weight and method\.prior\.global_weights .*to 0",
+        ),
+        (["train.global_batch=4"], 4, None),
+        (["method.negatives=local", "train.global_batch=8", "train.micro_batch=1"], 4, None),
+        (["method.instance_weight=0", "train.global_batch=1"], 1, None),
+        (
+            ["method.name=medslip", "text.frozen=true", "method.negatives=local", "train.global_batch=4"],
+            4,
+            None,
+        ),
+    ],
+)
+def test_a_sample_is_contrasted_with_others(keys, ranks, message):
+    given = config_files.load([], ["data.root=/d", "run.dir=/r", *keys], schemas())
+    with nullcontext() if message is None else pytest.raises(ConfigError, match=message):
+        divide_batch(given, ranks)
+    given.task = "fine-tuning"
+    assert divide_batch(given, ranks).world_size == ranks, "a task's loss is of single samples"

@@ -255,6 +255,24 @@ def test_unreadable_metadata_is_counted_and_forgotten_after_repair(
     assert len(open_store(own_dataset, tolerant, tokenizer).unreadable) == 0
 
 
+def test_a_store_is_computed_again_when_any_of_its_samples_is_repaired(
+    own_dataset: Path, make_config: ConfigFactory, tokenizer: Tokenizer
+) -> None:
+    """The first one may be damaged for good."""
+    reader = ShardReader(own_dataset)
+    whole = {}
+    for position in (3, 20):
+        tar = own_dataset / reader.locate("train", position)[0].file
+        offset, size = reader._members("train", position)[2]["json"]
+        content = whole.setdefault(tar, tar.read_bytes()) if position == 20 else tar.read_bytes()
+        tar.write_bytes(content[:offset] + b"@" * size + content[offset + size :])
+    tolerant = make_config(root=str(own_dataset), max_bad_fraction=0.5)
+    assert open_store(own_dataset, tolerant, tokenizer).unreadable.tolist() == [3, 20]
+    for tar, content in whole.items():
+        tar.write_bytes(content)
+    assert open_store(own_dataset, tolerant, tokenizer).unreadable.tolist() == [3]
+
+
 def test_report_sentences_follow_the_config() -> None:
     sections = {
         "findings": "Lungs clear. Heart normal.",

@@ -68,6 +68,25 @@ def test_ranks_that_would_draw_other_samples_are_refused(
     assert text.startswith("rank 1 would draw other samples of split train than rank 0 (1 and 0 of them")
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_what_one_rank_cannot_read_ends_all(
+    gloo_pool: Pools, phantom_data: Path, overrides: Overrides, tmp_path: Path, split: str
+) -> None:
+    words = overrides(
+        "data.min_tokens=25", "data.max_bad_fraction=0", "train.steps=1", "validation.every_steps=1",
+        "validation.split=test",
+    )  # fmt: skip
+    roots = [tmp_path / "one", tmp_path / "two"]
+    for root in roots:
+        shutil.copytree(phantom_data, root)
+    damage_an_excluded_sample(roots[1], words, split)
+    told = gloo_pool(2).run(train_on_own_copy, [*map(str, roots)], words)
+    assert told[0] == told[1]
+    name, text, code = told[0]
+    assert (name, code) == ("AgreedError", 3)
+    assert f"samples of split '{split}' cannot be read" in text
+
+
 def test_ranks_validate_on_the_same_samples(
     gloo_pool: Pools, phantom_data: Path, overrides: Overrides, tmp_path: Path
 ) -> None:

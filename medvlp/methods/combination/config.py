@@ -71,6 +71,13 @@ class CombinationConfig(MethodConfig):
                 return why.replace("method.", f"method.{name}.")
         return None
 
+    def sample_contrasts(self, config: Config) -> list[str]:
+        found = []
+        for name in self.weights:
+            part: MethodConfig = getattr(self, name)
+            found += [key.replace("method.", f"method.{name}.") for key in part.sample_contrasts(config)]
+        return found
+
     def embedding_need(self, config: Config) -> str | None:
         need = self.clustered.embedding_need(config)
         return None if need is None else need.replace("method.", f"method.{self.clustered.name}.")

@@ -85,6 +85,9 @@ class MGCAConfig(MethodConfig):
     def embedding_need(self, config: Config) -> str | None:
         return None if self.embeds else "method.instance_weight or method.prototype_weight above 0"
 
+    def sample_contrasts(self, config: Config) -> list[str]:
+        return ["method.instance_weight"] if self.instance_weight > 0 else []
+
     def loss_changes(self, config: Config) -> str | None:
         if not self.clusters_are_prototypes:
             return None

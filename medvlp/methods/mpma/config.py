@@ -102,3 +102,6 @@ class MPMAConfig(MethodConfig):
 
     def embedding_need(self, config: Config) -> str | None:
         return None if self.global_weight else "method.global_weight above 0"
+
+    def sample_contrasts(self, config: Config) -> list[str]:
+        return ["method.global_weight"] if self.global_weight > 0 else []

@@ -101,3 +101,6 @@ class PLACEConfig(MethodConfig):
 
     def embedding_need(self, config: Config) -> str | None:
         return None if self.embeds else "method.instance_weight above 0"
+
+    def sample_contrasts(self, config: Config) -> list[str]:
+        return ["method.instance_weight"] if self.instance_weight > 0 else []

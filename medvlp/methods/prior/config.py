@@ -191,6 +191,10 @@ class PRIORConfig(MethodConfig):
             return None
         return "the weights of PRIOR's terms change with the stages (optimizer.phases)"
 
+    def sample_contrasts(self, config: Config) -> list[str]:
+        stages = self.stages(bool(config.optimizer.phases))
+        return ["method.global_weights"] if any("global" in self.weights(stage) for stage in stages) else []
+
     def embedding_need(self, config: Config) -> str | None:
         embeds = self.embeds(self.stages(bool(config.optimizer.phases)))
         return None if embeds else "method.global_weights above 0 in every stage"
