@@ -17,12 +17,13 @@ from shards.entities.landmarks import landmark
 from shards.entities.lexicon import GENERAL_DEVICE_SITE, SIZED_SIDES, TERM_PATTERN, TERMS, Term
 from shards.entities.negation import ABSENT, PRESENT, assertions
 from shards.entities.places import Place, find_places, with_sides
+from shards.entities.sides import apart
 from shards.entities.vocabulary import OTHER, UNSPECIFIED
 from shards.errors import DataError
 from shards.study import Entity
 
 #: Raise when rules or lexicon change: annotated datasets record it.
-VERSION = 3
+VERSION = 4
 
 #: Sections that say what this study shows.
 SECTIONS = ("findings", "impression", "addendum", "preliminary")
@@ -122,7 +123,7 @@ def stated_words(text: str) -> tuple[str, list[StatedWords]]:
 @lru_cache(maxsize=65536)
 def extract_sentence(sentence: str) -> tuple[Entity, ...]:
     """Entities of one sentence; values are 1 (present), 0 (absent) and -1 (uncertain)."""
-    sentence = _plain(sentence)
+    sentence = apart(_plain(sentence))
     mentions = _mentions(sentence)
     # An anatomy inside a term is part of it; but a term without observations may be an anatomy.
     places = [

@@ -252,9 +252,10 @@ _SIDE = r"(?:(?:left|right|bilateral|both|[lr]t)(?:[- ]sided)?)"
 _ZONE = r"(?:upper|mid-?|middle|lower|apical|basal|basilar)"
 _LUNG = r"(?:lobes?|lungs?(?: (?:zones?|fields?|bases?|apex|apices))?|zones?|lung)"
 _AND = r"(?:\s?/\s?|,? and (?:the )?|,? or |, )"
-_SIZE = r"(?:trace|tiny|small|minimal|mild|moderate|large|severe|new|increased|decreased)"
+#: How large or new a finding is.
+SIZE = r"(?:trace|tiny|small|minimal|mild|moderate|large|severe|new|increased|decreased)"
 #: Two sides of one finding, each with its size: the beginning of "right and moderate left pleural effusions".
-SIZED_SIDES = rf"{_SIDE},? (?:and|or) (?:a )?(?:{_SIZE}(?:[- ](?:sized|to|{_SIZE}))* )?(?={_SIDE} )"
+SIZED_SIDES = rf"{_SIDE},? (?:and|or) (?:a )?(?:{SIZE}(?:[- ](?:sized|to|{SIZE}))* )?(?={_SIDE} )"
 _PART = (
     r"(?: (?:size|silhouettes?|contours?|shadow|structures?|outline|configuration|region|angles?|"
     r"sulc(?:us|i)|spaces?|surfaces?|arch|knob))"

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from shards.entities.answers import Answer, find_answers
+from shards.entities.lexicon import SIZE
 
 Span = tuple[int, int]
 
@@ -20,6 +21,7 @@ _SEEN = (
     r"found)"
 )
 _BE = r"(?:is|are|was|were|be|been|being)"
+_SIDED = r"(?:left|right|bilateral|[lr]t)\b"
 _PARTLY = (
     r"(?:partial(?:ly)?|incomplete(?:ly)?|mostly|largely|near(?:ly)?|almost|partly|somewhat|slightly|"
     r"substantially|significantly|markedly)"
@@ -98,6 +100,9 @@ _CUES: dict[str, tuple[str, ...]] = {
         r"\b(?:aside|apart|other than)(?: from)?\b", r"\bthere (?:is|are|has|have)\b", r"\bwith\b",
         r"\band (?=(?:the|there|a|an|is|are|stable|unchanged|normal|clear|unremarkable|persistent|mild|low)"
         r"\b)",
+        # "No effusion and small left pneumothorax", "... and small effusion on the left".
+        rf"\band (?=(?:a )?{SIZE}(?:[- ](?:to|sized|{SIZE}))* (?:{_SIDED}|(?:\w+ ){{1,2}}(?:on|in) the "
+        rf"{_SIDED}))",
         r"\bdue to\b", r"\bin (?:the setting|this patient)\b", r"\bsecondary to\b", r"\.(?=\s|$)",
         # "No pneumothorax following placement of a chest tube": the tube is there.
         r"\b(?:following|after) (?:the )?(?:\w+ ){0,2}?(?:placement|insertion|advancement|exchange)\b",

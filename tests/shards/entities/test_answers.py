@@ -60,7 +60,7 @@ def test_every_mark_between_finding_and_answer(text: str) -> None:
         "Effusion: yes, small", "Effusion: small", "Effusion: present.", "Effusion - yes", "Effusion | yes",
         "Effusion ..... present", "Effusion? Yes.", "Effusion [x] yes [ ] no", "[x] effusion", "Effusion (+)",
         "Effusion: no change", "Effusion: no significant interval change.", "Effusion: not resolved",
-        "Effusion: none on the left, small on the right", "Effusion | none | small", "Effusion: unchanged",
+        "Effusion | none | small", "Effusion: unchanged",
         "Effusion: increased, no loculation.", "Small effusion.\n\nNone of the tubes moved.",
     ],
 )  # fmt: skip

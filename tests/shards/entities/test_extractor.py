@@ -156,8 +156,8 @@ BOTH_EFFUSIONS = {("left_pleural", "effusion", 1), ("right_pleural", "effusion",
         ("Pneumothorax cannot be identified.", {NO_PNEUMOTHORAX}),
         ("Opacity cannot be well seen on the lateral view.", {(LUNG, "opacity", 1)}),
         # Sides.
-        ("Effusion: none on the right; small on the left.", {(PLEURA, "effusion", 1)}),
         ("Effusion: none; small heart.", {NO_EFFUSION}),
+        ("Effusion: none on the right; small heart.", {(PLEURA, "effusion", 0)}),
         ("Small right and moderate left pleural effusions.", BOTH_EFFUSIONS),
         ("Small right and moderate left effusions.", BOTH_EFFUSIONS),
         ("RLL pneumonia.", {("lower_right_lobe", "pneumonia", 1)}),
@@ -172,6 +172,38 @@ def test_phrases_that_turn_a_finding_over_or_name_its_side(sentence: str, expect
         (landmark(entity.anatomy), observation_class(entity.observation), entity.value)
         for entity in extract({"findings": sentence})
     } == expected
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "No right and small left effusion.",
+        "No right and small to moderate left pleural effusion.",
+        "No right-sided and a stable small left-sided effusion.",
+        "No right, small left pleural effusion.",
+        "Small left and no right effusion.",
+        "Trace left, but no right pleural effusion.",
+        "No right effusion and small left effusion.",
+        "No right effusion and new moderate left effusion is seen.",
+        "No effusion on the right and small effusion on the left.",
+        "Effusion: none on the right; small on the left.",
+        "Pleural effusion: none on the right, trace on the left.",
+        "Effusion: present on the left; none on the right.",
+        "Effusion: small left, none right.",
+        "Effusion: right none, left small.",
+    ],
+)
+def test_a_finding_on_one_side_that_is_denied_on_the_other(sentence: str) -> None:
+    expected = {("right_pleural", "effusion", 0), ("left_pleural", "effusion", 1)}
+    assert {
+        (landmark(entity.anatomy), observation_class(entity.observation), entity.value)
+        for entity in extract({"findings": sentence})
+    } == expected
+
+
+@pytest.mark.parametrize("sentence", ["No right or left effusion.", "No right and no left effusion."])
+def test_a_finding_that_is_denied_on_both_sides(sentence: str) -> None:
+    assert triples(sentence) == {("right_pleural", "effusion", 0), ("left_pleural", "effusion", 0)}
 
 
 def test_only_sections_about_this_study_are_read() -> None:

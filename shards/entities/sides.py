@@ -1,0 +1,57 @@
+"""A finding that is denied on one side and there on the other: "no right and small left pleural effusion"."""
+
+import re
+
+from shards.entities.lexicon import SIZE, TERM_PATTERN
+
+_SIDE = r"(?:left|right|[lr]t)(?:[- ]sided)?"
+_SIZES = rf"(?:(?:{SIZE}|stable|unchanged|persistent|possible|probable)(?:[- ](?:sized|to))*[- ])"
+_HALF = rf"(?:no {_SIZES}*|(?:a )?{_SIZES}+){_SIDE}"
+#: Two sides before their finding, each with "no" or a size; "no left or right" is one statement.
+_BEFORE = re.compile(rf"\b(?P<one>{_HALF})(?:,? (?:and|but)|,) (?P<two>{_HALF}) (?=[a-z])")
+#: Words between the sides and their finding: "left pleural effusion".
+_BETWEEN = re.compile(r"(?:(?!and\b|or\b|with\b)[a-z]+[ -]){0,3}")
+#: Two answers behind a finding and a colon.
+_BEHIND = re.compile(
+    r"(?:(?<=\. )|^)(?P<finding>[^:;,.]{3,60}): (?P<one>[^:;,.]{3,60})(?:[;,]|,? (?:and|but)) "
+    r"(?P<two>[^:;,.]{3,60})(?=[.;]|$)"
+)
+_SIDES = {"left": "left", "right": "right", "lt": "left", "rt": "right"}
+_FILLERS = {"on", "in", "at", "the", "side", "sided", "is", "a", "seen", "sized", "to"}
+_DENIALS = {"none", "no", "nil", "absent", "negative"}
+_CONFIRMS = {"yes", "present", "positive"}
+
+
+def apart(sentence: str) -> str:
+    """The same sentence, in lower case, with a statement for each side where one is denied."""
+    if match := _BEFORE.search(sentence):
+        finding = TERM_PATTERN.search(sentence, match.end())
+        halves = (match["one"], match["two"])
+        if (
+            finding is not None
+            and _BETWEEN.fullmatch(sentence, match.end(), finding.start())
+            and any(half.startswith("no ") for half in halves)
+        ):
+            phrase = sentence[match.end() : finding.end()]
+            said = "; ".join(f"{half} {phrase}" for half in halves)
+            return f"{sentence[: match.start()]}{said}{sentence[finding.end() :]}"
+    if (match := _BEHIND.search(sentence)) and TERM_PATTERN.search(match["finding"]):
+        one, two = (_answer(match[part]) for part in ("one", "two"))
+        if one and two and one[0] != two[0] and "no" in (one[1], two[1]):
+            said = "; ".join(" ".join((given, side, match["finding"])).strip() for side, given in (one, two))
+            return f"{sentence[: match.start()]}{said}{sentence[match.end() :]}"
+    return sentence
+
+
+def _answer(text: str) -> tuple[str, str] | None:
+    """Side and size, or "no", of an answer such as "none on the right"; None where it is no such answer."""
+    words = [word for word in re.findall(r"[^\s-]+", text) if word not in _FILLERS]
+    sides = [_SIDES[word] for word in words if word in _SIDES]
+    given = [word for word in words if word not in _SIDES]
+    if len(sides) != 1 or not given:
+        return None
+    if set(given) <= _DENIALS:
+        return sides[0], "no"
+    if set(given) <= _CONFIRMS:
+        return sides[0], ""
+    return (sides[0], " ".join(given)) if all(re.fullmatch(SIZE, word) for word in given) else None
