@@ -23,8 +23,16 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parent.parent
 #: Seconds the other ranks get to end after one has failed; they usually wait in a collective for ever.
 GRACE = 5.0
-#: Importing these takes ten seconds of a core: what a process that trains needs.
-IMPORTED = ["medvlp.methods.registry", "medvlp.training.pretrain", "medvlp.evaluation.task", "faiss"]
+#: What a process that trains imports sooner or later, fifteen seconds of a core. Methods are parts of the
+#: combination or imported with it, and DeepSpeed imports Muon (with torch's compiler) when an engine is made.
+IMPORTED = [
+    "medvlp.methods.combination.method",
+    "medvlp.training.pretrain",
+    "medvlp.evaluation.task",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "faiss",
+    "pyarrow",
+]
 _ON_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 _ENVIRONMENT = dict(os.environ) | _ON_CPU
 
