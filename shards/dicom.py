@@ -44,7 +44,14 @@ _PLUGINS = {
 }
 
 _GRAYSCALE = ("MONOCHROME1", "MONOCHROME2")
+#: Where the rows and columns of an image may point (PatientOrientation).
+_LENGTHWISE, _SIDEWAYS = ("H", "F"), ("L", "R", "A", "P")
 
+_TURNED = (
+    "films were turned or mirrored as PatientOrientation says: look at some (medvlp shards view), and keep "
+    "them as stored if it is wrong"
+)
+_AS_STORED = "films are turned or mirrored by PatientOrientation, and were kept as stored"
 _PADDED = "films' padding is black (PixelPaddingValue)"
 _IGNORED = (
     "films are shown without the table or window of their files, which do not fit their pixels (made for "
@@ -58,7 +65,8 @@ class Radiograph(DicomHeader):
 
     Attributes:
         pixels: uint8 [height, width], square pixels, air dark.
-        scale: across and down, pixels of `pixels` for one of the file; not 1 where the file's are not square.
+        scale: across and down, pixels of `pixels`, before these are turned, for one of the file; not 1 where
+            the file's are not square.
         notes: what was done to it that whoever builds of many should be told.
     """
 
@@ -67,13 +75,17 @@ class Radiograph(DicomHeader):
     notes: tuple[str, ...]
 
 
-def read_dicom(data: bytes, window: Window = "auto", max_pixels: int = MAX_PIXELS) -> Radiograph:
+def read_dicom(
+    data: bytes, window: Window = "auto", max_pixels: int = MAX_PIXELS, *, turn: bool = True
+) -> Radiograph:
     """Read the one image of a DICOM file.
 
     Args:
         data: the file.
         window: see `Window`.
         max_pixels: larger images are refused before memory is taken.
+        turn: turn and mirror it as radiographs hang, where PatientOrientation says that it is not so stored;
+            not where boxes or masks were drawn in the stored pixels.
 
     Raises:
         DataError: no DICOM file, several frames, no pixels, too many of them, damaged, or compressed in a way
@@ -83,15 +95,19 @@ def read_dicom(data: bytes, window: Window = "auto", max_pixels: int = MAX_PIXEL
     if window not in get_args(Window):
         raise ValueError(f"window {window!r}: choose {', '.join(get_args(Window))}")
     with dicom_errors():
-        return _read(data, window, max_pixels)
+        return _read(data, window, max_pixels, turn)
 
 
-def _read(data: bytes, window: Window, max_pixels: int) -> Radiograph:
+def _read(data: bytes, window: Window, max_pixels: int, turn: bool) -> Radiograph:
     header = _read_header(data)
     _check(header, max_pixels)
     shown, notes = _shown(_decode(header), header, window)
     pixels = _with_square_pixels(shown, header)
     scale = (pixels.shape[1] / shown.shape[1], pixels.shape[0] / shown.shape[0])
+    hung = _as_it_hangs(pixels, header)
+    if hung is not pixels:
+        pixels = hung if turn else pixels
+        notes.append(_TURNED if turn else _AS_STORED)
     return Radiograph(**header_fields(header), pixels=pixels, scale=scale, notes=tuple(notes))
 
 
@@ -206,3 +222,26 @@ def _with_square_pixels(pixels: NDArray[np.uint8], header: Any) -> NDArray[np.ui
         raise DataError(f"DICOM pixels of ratio {vertical}:{horizontal} make an image of {width} x {height}")
     resized = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_LINEAR)
     return np.asarray(resized, dtype=np.uint8)
+
+
+def _as_it_hangs(pixels: NDArray[np.uint8], header: Any) -> NDArray[np.uint8]:
+    """The image with the head up and, from front or back, the patient's left on the right side.
+
+    PatientOrientation is where its rows and columns point: to Left, Right, Anterior, Posterior, Head or Foot,
+    the main direction first ("L", "F" as it hangs). One from the side may face either way: it is turned and
+    never mirrored. The same array comes back where nothing is to be done, or said.
+    """
+    directions = header.get("PatientOrientation")
+    if not isinstance(directions, (list, pydicom.multival.MultiValue)) or len(directions) != 2:
+        return pixels
+    across, down = (str(direction).strip().upper()[:1] for direction in directions)
+    mirrored, hung = False, pixels
+    if across in _LENGTHWISE:
+        hung, across, down, mirrored = hung.T, down, across, True
+    if down not in _LENGTHWISE or across not in _SIDEWAYS:
+        return pixels
+    if down == "H":
+        hung, mirrored = hung[::-1], not mirrored
+    if across == "R" or (across in ("A", "P") and mirrored):
+        hung = hung[:, ::-1]
+    return pixels if hung is pixels else np.ascontiguousarray(hung)

@@ -10,7 +10,11 @@ from typing import Any, BinaryIO
 import pydicom
 from pydicom.errors import InvalidDicomError
 from pydicom.filereader import read_dataset, read_preamble
-from pydicom.uid import DeflatedExplicitVRLittleEndian, MediaStorageDirectoryStorage
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    DigitalXRayImageStorageForProcessing,
+    MediaStorageDirectoryStorage,
+)
 
 from shards.errors import DataError
 
@@ -18,6 +22,7 @@ from shards.errors import DataError
 _TAGS = (
     "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "PatientID", "PatientSex",
     "PatientAge", "Modality", "BodyPartExamined", "ViewPosition", "ViewCodeSequence",
+    "PresentationIntentType",
 )  # fmt: skip
 #: Words of a view code's meaning -> view, the first that fits.
 _MEANINGS = {
@@ -44,6 +49,7 @@ class DicomHeader:
         modality: "CR", "DX", ..., or "".
         sex: "M", "F" or "".
         age: in whole years, or None.
+        is_raw: whether it holds values of a detector that are FOR PROCESSING before anybody looks at them.
         is_directory: whether it is a DICOMDIR, which lists the files of a medium and has no image.
     """
 
@@ -56,6 +62,7 @@ class DicomHeader:
     modality: str
     sex: str
     age: int | None
+    is_raw: bool
     is_directory: bool
 
 
@@ -92,6 +99,8 @@ def header_fields(header: Any) -> dict[str, Any]:
         "modality": text_of(header, "Modality").upper(),
         "sex": sex if sex in ("M", "F") else "",
         "age": _age(text_of(header, "PatientAge").upper()),
+        "is_raw": text_of(header, "PresentationIntentType").upper() == "FOR PROCESSING"
+        or header.get("SOPClassUID") == DigitalXRayImageStorageForProcessing,
         "is_directory": header.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage,
     }
 

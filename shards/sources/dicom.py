@@ -41,6 +41,8 @@ class DicomOptions(ArchiveOptions):
     language: str = option(f"of the reports: {', '.join(LANGUAGES)}", "en")
     modality: list[str] = option("modalities that are taken (repeatable)", ["CR", "DX"])
     window: Window = option("DICOM values to grey levels", "auto")
+    as_stored: bool = option("keep films that PatientOrientation calls turned or mirrored as stored", False)
+    raw: bool = option("take raw values of detectors too, images FOR PROCESSING", False)
     license: str = option("licence of the images, which every sample names", "not stated")
 
 
@@ -64,7 +66,7 @@ class DicomSource(ArchiveSource):
         origin="where the images are kept",
     )
     options: DicomOptions
-    reading = 6
+    reading = 7
 
     def prepare(self) -> None:
         """No labels, no published numbers."""
@@ -91,15 +93,19 @@ class DicomSource(ArchiveSource):
         """As the header has it; the unique ids are those of DICOM."""
         if record["mixed"]:
             raise record.error("its StudyInstanceUID is also that of another patient")
-        modality = record["modality"]
-        if not modality:
+        if not record["modality"]:
             raise record.error("no Modality in the header")
         return Identity(
             patient=record["patient"],
             image=record.text("image"),
             study=record.text("study"),
-            left_out="" if modality in self.options.modality else "a modality that --modality does not name",
+            left_out=self._left_out(record),
         )
+
+    def _left_out(self, record: Record) -> str:
+        if record["modality"] not in self.options.modality:
+            return "a modality that --modality does not name"
+        return "" if self.options.raw or not record["raw"] else "FOR PROCESSING, which --raw takes"
 
     def list_id(self, text: str) -> str:
         """An id as the header has it."""
@@ -107,7 +113,8 @@ class DicomSource(ArchiveSource):
 
     def studies(self, record: Record) -> list[Study]:
         """The image with the report of its study."""
-        film = read_dicom(read_member(self.files.listed(_path(record["path"]))), self.options.window)
+        data = read_member(self.files.listed(_path(record["path"])))
+        film = read_dicom(data, self.options.window, turn=not self.options.as_stored)
         found = (film.patient_id, film.study_uid, film.image_uid)
         if found != (record["patient"], record["study"], record["image"]):
             raise record.error("has another patient, study or image than when the build began")
@@ -214,6 +221,7 @@ class _Scan:
             "study": header.study_uid,
             "image": header.image_uid,
             "modality": header.modality,
+            "raw": "1" if header.is_raw else "",
         }
         self._database.execute(
             "INSERT INTO files VALUES (?, ?, ?, '')", (number, _code(path), json.dumps(cells))

@@ -97,7 +97,9 @@ class RsnaSource(ArchiveSource):
         """The film with its labels and boxes."""
         image, original = record["patientId"], record["original"]
         finding = _class(record)
-        film = read_dicom(self.files.read(f"stage_2_train_images/{image}.dcm"), self.options.window)
+        film = read_dicom(
+            self.files.read(f"stage_2_train_images/{image}.dcm"), self.options.window, turn=False
+        )
         if film.patient_id != image:
             raise record.error("the DICOM file of that name is another's by its PatientID")
         self.notes.update(film.notes)

@@ -111,7 +111,7 @@ class SiimSource(ArchiveSource):
         paths = [path for path in record["paths"].split("\n") if path]
         if len(paths) != 1:
             raise record.error(f"{len(paths) or 'no'} DICOM files are named after the film")
-        film = read_dicom(read_member(self.files.listed(paths[0])), self.options.window)
+        film = read_dicom(read_member(self.files.listed(paths[0])), self.options.window, turn=False)
         if film.image_uid != image:
             raise record.error("the DICOM file of that name is another's by its SOPInstanceUID")
         height, width = film.pixels.shape

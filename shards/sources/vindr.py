@@ -132,7 +132,9 @@ class VindrSource(ArchiveSource):
         boxes = [box for row in record.joined["boxes"] if (box := _box(row, self.label_names)) is not None]
         if self.options.boxes == "fused" and split != "test":
             boxes = fuse(boxes)
-        film = read_dicom(self.files.read(f"{split or 'train'}/{image}.dicom"), self.options.window)
+        film = read_dicom(
+            self.files.read(f"{split or 'train'}/{image}.dicom"), self.options.window, turn=False
+        )
         self.notes.update(film.notes)
         return [
             Study(

@@ -47,6 +47,52 @@ def test_pixels_become_square(ratio: list[int], shape: tuple[int, int], scale: t
     assert radiograph.scale == scale  # by which boxes of the file's pixels move
 
 
+#: As it hangs: the head up, the patient's left on the right side.
+HUNG = (np.arange(12).reshape(3, 4) * 20).astype(np.uint8)
+#: Where rows and columns of an image point -> the image that is `HUNG`.
+STORED = {
+    ("L", "F"): HUNG,
+    ("R", "F"): HUNG[:, ::-1],
+    ("L", "H"): HUNG[::-1],
+    ("R", "H"): np.rot90(HUNG, 2),
+    ("F", "R"): np.rot90(HUNG),
+    ("H", "L"): np.rot90(HUNG, -1),
+    ("F", "L"): HUNG.T,
+    ("H", "R"): np.rot90(HUNG.T, 2),
+    ("RA", "FP"): HUNG[:, ::-1],
+}
+
+
+@pytest.mark.parametrize("directions", STORED)
+def test_a_film_is_turned_as_it_hangs(directions: tuple[str, str]) -> None:
+    data = dicom.write(np.ascontiguousarray(STORED[directions]), PatientOrientation=list(directions))
+    found = read_dicom(data)
+    np.testing.assert_array_equal(found.pixels, HUNG)
+    kept = read_dicom(data, turn=False)
+    np.testing.assert_array_equal(kept.pixels, STORED[directions])
+    told = [] if directions == ("L", "F") else ["films were turned", "films are turned"]
+    assert [note[:17].strip() for note in (*found.notes, *kept.notes)] == [words[:17] for words in told]
+
+
+@pytest.mark.parametrize("forward", ["A", "P"])
+def test_a_film_from_the_side_is_turned_and_never_mirrored(forward: str) -> None:
+    """It may face either way, and letters in a mirrored one cannot be read."""
+    back = "P" if forward == "A" else "A"
+    quarter = {(forward, "F"): 0, ("H", forward): 1, (back, "H"): 2, ("F", back): 3}
+    for directions, turns in quarter.items():
+        stored = np.ascontiguousarray(np.rot90(HUNG, -turns))
+        found = read(dicom.write(stored, PatientOrientation=list(directions)))
+        np.testing.assert_array_equal(found, HUNG)
+
+
+@pytest.mark.parametrize("directions", [None, "L", ["L", ""], ["L", "R"], ["H", "F"], ["LE", "CD"], ["", ""]])
+def test_an_orientation_that_says_too_little_turns_nothing(directions: Any) -> None:
+    fields = {} if directions is None else {"PatientOrientation": directions}
+    found = read_dicom(dicom.write(HUNG, **fields))
+    np.testing.assert_array_equal(found.pixels, HUNG)
+    assert found.notes == ()
+
+
 def test_colour_becomes_luminance() -> None:
     shades = (RAMP >> 4).astype(np.uint8)
     colour = np.stack([shades, shades // 2 + 60, 200 - shades // 2], axis=2)

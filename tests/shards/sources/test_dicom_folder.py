@@ -168,6 +168,33 @@ def test_names_with_backslashes_are_read(is_zip: bool, tmp_path: Path) -> None:
         assert reports(tmp_path, {name: image}, {}) == {"P1": {}}
 
 
+def test_films_are_turned_as_they_hang_or_kept_as_stored(tmp_path: Path) -> None:
+    data = fixture.image(1, "1.2.1", "P1", PatientOrientation=["R", "F"])
+    (tmp_path / "a.dcm").write_bytes(data)
+    stored = read_dicom(data, turn=False).pixels
+    for as_stored, expected in ((False, stored[:, ::-1]), (True, stored)):
+        source = DicomSource(DicomOptions(root=tmp_path, as_stored=as_stored))
+        np.testing.assert_array_equal(source.load(0)[0].image, expected)
+        assert list(source.take_notes().values()) == [1]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"PresentationIntentType": "FOR PROCESSING"},
+        {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.1.1.1", "Modality": "DX"},
+    ],
+)
+def test_raw_values_of_a_detector_are_left_out_and_told(fields: dict[str, str], tmp_path: Path) -> None:
+    shown = {"PresentationIntentType": "FOR PRESENTATION"}
+    for number, more in ((1, shown), (2, fields)):
+        (tmp_path / f"{number}.dcm").write_bytes(fixture.image(number, "1.2.1", "P1", **more))
+    source = DicomSource(DicomOptions(root=tmp_path))
+    assert list(outcome(source)[0]) == ["1"]
+    assert "1 records left out: FOR PROCESSING, which --raw takes" in source.remarks()
+    assert list(outcome(DicomSource(DicomOptions(root=tmp_path, raw=True)))[0]) == ["1", "2"]
+
+
 def test_films_with_padding_or_a_window_that_does_not_fit_are_told(tmp_path: Path) -> None:
     for number, fields in enumerate(
         [{"PixelPaddingValue": 16}, {"WindowCenter": 32768, "WindowWidth": 65536}]
