@@ -29,11 +29,11 @@ from medvlp.lifetime import die_with
 from medvlp.prototypes.supervisor import WorkerSupervisor
 from medvlp.ranks import (
     FIRST_ERROR,
-    LaunchError,
     LostPeerError,
     available_cpus,
     claim_first_error,
     first_error,
+    refuse_lost_gpus,
 )
 from medvlp.training.hangs import announce_lost
 from medvlp.training.interrupts import EXIT_INTERRUPTED
@@ -65,13 +65,8 @@ def ranks_here(nproc: int | None) -> tuple[int, bool]:
     """
     has_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     gpus = torch.cuda.device_count() if has_cuda else 0
-    given = os.environ.get("SLURM_GPUS_ON_NODE", "0")
-    if not has_cuda and given != "0" and os.environ.get("DS_ACCELERATOR") != "cpu":
-        raise LaunchError(
-            f"Slurm gave this job {given} GPUs on {socket.gethostname()}, and torch finds none (driver, "
-            "torch without CUDA, a container without GPUs?): `medvlp doctor` there tells more; with "
-            "DS_ACCELERATOR=cpu ranks compute on CPUs"
-        )
+    if not has_cuda:
+        refuse_lost_gpus()
     if nproc is not None and 0 < gpus < nproc:
         raise UsageError(
             f"--nproc {nproc}: this machine has {gpus} GPUs, and a rank needs one of its own; with "

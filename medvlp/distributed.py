@@ -19,7 +19,7 @@ import torch.distributed as dist
 from packaging.version import Version
 from torch import Tensor
 
-from medvlp.ranks import Ranks, detect, tell_deepspeed
+from medvlp.ranks import Ranks, detect, refuse_lost_gpus, tell_deepspeed
 
 #: How long a collective may wait for another rank before the run is declared dead.
 TIMEOUT = timedelta(minutes=30)
@@ -191,8 +191,9 @@ def uses_cuda() -> bool:
 
 
 def choose_device(local_rank: int) -> torch.device:
-    """The CUDA device of this local rank, or the CPU when there is none (or DS_ACCELERATOR=cpu)."""
+    """The CUDA device of this local rank, or the CPU; LaunchError where a job has lost its GPUs."""
     if not uses_cuda():
+        refuse_lost_gpus()
         return torch.device("cpu")
     # Slurm may show each task only its own GPU, which then is number 0 for all of them.
     return torch.device("cuda", local_rank % torch.cuda.device_count())

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +121,21 @@ def tell_deepspeed(ranks: Ranks, gpu: int | None) -> None:
     if gpu is not None and gpu != ranks.local_rank:
         os.environ[LAUNCHER_LOCAL_RANK] = str(ranks.local_rank)
         os.environ["LOCAL_RANK"] = str(gpu)
+
+
+def refuse_lost_gpus(environment: Mapping[str, str] = os.environ) -> None:
+    """For a process that found no GPU and was not told to do without.
+
+    Raises:
+        LaunchError: Slurm gave this job GPUs here.
+    """
+    given = environment.get("SLURM_GPUS_ON_NODE", "0")
+    if given != "0" and environment.get("DS_ACCELERATOR") != "cpu":
+        raise LaunchError(
+            f"Slurm gave this job {given} GPUs on {socket.gethostname()}, and torch finds none (driver, "
+            "torch without CUDA, a container without GPUs?): `medvlp doctor` there tells more; with "
+            "DS_ACCELERATOR=cpu the CPUs are meant"
+        )
 
 
 def job_port(environment: Mapping[str, str]) -> int:

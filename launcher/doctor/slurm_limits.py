@@ -35,24 +35,25 @@ def check_slurm(
         return
     default = next((name for name, values in partitions.items() if values.get("Default") == "YES"), None)
     site = load_cluster(cluster).sbatch
-    name = partition or site.partition or environment.get("SLURM_JOB_PARTITION") or default
-    if name not in partitions:
-        raise UsageError(f"--partition {name}: there are {', '.join(partitions)}")
+    # Slurm takes a list, and starts the job in the one of them that is free first.
+    asked = partition or site.partition or environment.get("SLURM_JOB_PARTITION") or default or ""
+    names = list(dict.fromkeys(asked.split(",")))
+    for name in names:
+        if name not in partitions:
+            raise UsageError(f"--partition {name}: there are {', '.join(partitions)}")
     yield ok(
         "slurm",
         f"{settings.get('SLURM_VERSION', 'version unknown')}, cluster {settings.get('ClusterName', '?')}",
     )
     limit = time or site.time
     minutes = minutes_of(limit) if limit else None
-    yield from check_limits(settings, partitions[name], minutes, site.signal_seconds, array)
+    for name in names:
+        yield from check_partition(settings, partitions[name], minutes, site.signal_seconds)
+    yield from check_settings(settings, array)
 
 
-def check_limits(
-    settings: Mapping[str, str],
-    partition: Mapping[str, str],
-    minutes: int | None,
-    signal_lead: int,
-    array: int | None,
+def check_partition(
+    settings: Mapping[str, str], partition: Mapping[str, str], minutes: int | None, signal_lead: int
 ) -> Iterator[Result]:
     """Compare a job with the limits of a partition.
 
@@ -61,7 +62,6 @@ def check_limits(
         partition: of `scontrol show partition`.
         minutes: time limit asked for; None: the partition's own.
         signal_lead: seconds before the time limit at which the job asks for its warning signal.
-        array: tasks of an array, if one is meant to run.
     """
     name, longest = partition.get("PartitionName", "?"), minutes_of(partition.get("MaxTime", "UNLIMITED"))
     if minutes is not None and longest is not None and minutes > longest:
@@ -81,6 +81,15 @@ def check_limits(
         minutes if minutes is not None else minutes_of(partition.get("DefaultTime", "NONE")), signal_lead
     )
     yield from _preemption(settings, partition)
+
+
+def check_settings(settings: Mapping[str, str], array: int | None) -> Iterator[Result]:
+    """What holds in every partition.
+
+    Args:
+        settings: of `scontrol show config`.
+        array: tasks of an array, if one is meant to run.
+    """
     yield _requeue(settings)
     most = int(settings.get("MaxArraySize", "1001")) - 1
     if array is not None and array > most:

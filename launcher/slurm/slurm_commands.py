@@ -218,10 +218,10 @@ def list_jobs(ids: Sequence[int] | None = None, user: str | None = None) -> list
     return sorted(jobs, key=lambda job: job.id)
 
 
-def job_is_over(job: str) -> bool | None:
-    """Whether no process of a job, "cluster/id", is left; None: another cluster's, or no answer.
+def job_is_over(job: str, uid: int) -> bool | None:
+    """Whether no process of a user's job, "cluster/id", is left; None: another cluster's, or no answer.
 
-    Nor is there one where the site shows users their own jobs only: a colleague's may run unseen.
+    Nor is there one about a colleague's job where the site shows users their own only: it may run unseen.
     """
     cluster, _, number = job.rpartition("/")
     try:
@@ -233,7 +233,7 @@ def job_is_over(job: str) -> bool | None:
         jobs = list_jobs([int(number)])
     except SlurmError:
         return None
-    if not jobs and {"jobs", "all"} & set(config.get("PrivateData", "").split(",")):
+    if not jobs and uid != os.getuid() and {"jobs", "all"} & set(config.get("PrivateData", "").split(",")):
         return None
     return not any(_OCCUPYING & {found.state, *found.flags} for found in jobs)
 

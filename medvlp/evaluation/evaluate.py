@@ -24,6 +24,7 @@ from medvlp.evaluation.supervised import train_here
 from medvlp.evaluation.task import EvaluationError, Task, Unit, schemas, tasks
 from medvlp.evaluation.trained import TrainedTask, with_labels_of
 from medvlp.evaluation.units import StoredUnit, files_of
+from medvlp.ranks import refuse_lost_gpus
 from medvlp.runs import saved_run
 from shards.errors import MedvlpError, NotFiniteError, UsageError
 
@@ -59,7 +60,7 @@ class EvaluationOptions:
     train: Callable[[Config], int] = train_here
 
     def check(self) -> None:
-        """Raise UsageError for a value that does not exist."""
+        """Raise UsageError for a value that does not exist, LaunchError where GPUs of a job are gone."""
         choices: dict[str, tuple[Sequence[str], Sequence[str]]] = {
             "--task": (self.tasks, list(tasks())),
             "--uncertain": ((self.uncertain,), get_args(Uncertain)),
@@ -71,6 +72,8 @@ class EvaluationOptions:
                     raise UsageError(f"{option} {value}: there are {', '.join(known)}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UsageError("--device cuda: this machine has no usable CUDA device")
+        if self.device == "auto" and not torch.cuda.is_available():
+            refuse_lost_gpus()
         if self.units and len(self.tasks) != 1:
             raise UsageError("--unit is of one task: name it with --task")
 

@@ -32,11 +32,11 @@ _LOOK_SECONDS = 0.2
 #: Largest file of a holder, in bytes.
 _LIMIT = 1 << 16
 
-#: Whether a Slurm job, given as "cluster/id", is over; None: not known.
-JobIsOver = Callable[[str], bool | None]
+#: Whether a Slurm job, given as "cluster/id" and the user id of its processes, is over; None: not known.
+JobIsOver = Callable[[str, int], bool | None]
 
 
-def unknown(job: str) -> None:
+def unknown(job: str, uid: int) -> None:
     """Nobody to ask."""
 
 
@@ -184,7 +184,7 @@ class RunLock:
         if holder.job == self.holder.job:
             return self.holder.restart > holder.restart
         if holder.job not in self._asked:
-            self._asked[holder.job] = self._job_is_over(holder.job) is True
+            self._asked[holder.job] = self._job_is_over(holder.job, holder.uid) is True
         return self._asked[holder.job]
 
     def _now(self) -> float:

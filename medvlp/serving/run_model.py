@@ -12,6 +12,7 @@ from medvlp.data.report import report_sentences
 from medvlp.data.text import Tokenizer
 from medvlp.data.transforms import evaluation_crop, evaluation_view
 from medvlp.methods.base import Method
+from medvlp.ranks import refuse_lost_gpus
 from medvlp.runs import saved_run
 from medvlp.runs.saved_run import SavedRun
 from medvlp.serving.layout import PrototypeFilesError
@@ -121,9 +122,12 @@ def choose_device(name: str) -> torch.device:
 
     Raises:
         UsageError: no such device.
+        LaunchError: no GPU for "auto", and Slurm gave this job some.
     """
     if name not in ("auto", "cpu", "cuda"):
         raise UsageError(f"--device {name}: there are auto, cpu and cuda")
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: this machine has no usable CUDA device")
+    if name == "auto" and not torch.cuda.is_available():
+        refuse_lost_gpus()
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

@@ -17,8 +17,10 @@ from launcher.doctor import checks, machine, nodes, results, software, storage
 from launcher.doctor.checks import CHECKS
 from launcher.doctor.nodes import NodeReport
 from launcher.doctor.results import BadNodesError, Check, Result, UnhealthyError, examine, fail, ok, warn
-from launcher.doctor.slurm_limits import check_limits, minutes_of
+from launcher.doctor.slurm_limits import check_partition, check_settings, check_slurm, minutes_of
 from launcher.main import app
+from launcher.slurm import slurm_commands
+from shards.errors import UsageError
 
 INFINITE = resource.RLIM_INFINITY
 SETTINGS = {"PreemptMode": "OFF", "MaxArraySize": "1001", "JobRequeue": "1", "KillWait": "30 sec"}
@@ -164,11 +166,27 @@ def test_times_of_slurm(text: str, minutes: int | None) -> None:
 
 
 def test_limits_of_slurm() -> None:
-    good = list(check_limits(SETTINGS, PARTITION, 120, 300, 100))
+    good = [*check_partition(SETTINGS, PARTITION, 120, 300), *check_settings(SETTINGS, 100)]
     assert {result.status for result in good} == {"ok"}
-    bad = statuses(list(check_limits(SETTINGS, PARTITION | {"State": "DRAIN"}, 1441, 300, 1001)))
-    assert bad["time limit"] == bad["partition"] == bad["arrays"] == "warn"
-    assert statuses(list(check_limits(SETTINGS, PARTITION, 6, 300, None)))["warning signal"] == "warn"
+    bad = statuses(list(check_partition(SETTINGS, PARTITION | {"State": "DRAIN"}, 1441, 300)))
+    assert bad["time limit"] == bad["partition"] == "warn"
+    assert statuses(list(check_settings(SETTINGS, 1001)))["arrays"] == "warn"
+    assert statuses(list(check_partition(SETTINGS, PARTITION, 6, 300)))["warning signal"] == "warn"
+
+
+def test_every_partition_of_a_list_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {"gpu": PARTITION, "short": PARTITION | {"PartitionName": "short", "MaxTime": "30:00"}}
+    monkeypatch.setattr(slurm_commands, "is_installed", lambda: True)
+    monkeypatch.setattr(slurm_commands, "configuration", lambda: SETTINGS)
+    monkeypatch.setattr(slurm_commands, "partitions", lambda: known)
+    found = list(check_slurm(None, "gpu,short", "60", None, {}))
+    limits = [(result.status, result.detail) for result in found if result.check == "time limit"]
+    assert [status for status, _ in limits] == ["ok", "warn"]
+    assert "short allows 30:00" in limits[1][1]
+    assert sum(result.check == "arrays" for result in found) == 1
+    for names in ("gpu,none", "gpu,"):
+        with pytest.raises(UsageError, match="there are gpu, short"):
+            list(check_slurm(None, names, "60", None, {}))
 
 
 @pytest.mark.parametrize(
@@ -182,9 +200,7 @@ def test_limits_of_slurm() -> None:
 )
 def test_preemption_without_warning_is_told(parameters: str, grace: str, mode: str, status: str) -> None:
     partition = PARTITION | {"PreemptMode": mode, "GraceTime": grace}
-    found = statuses(
-        list(check_limits(SETTINGS | {"SlurmctldParameters": parameters}, partition, 60, 60, None))
-    )
+    found = statuses(list(check_partition(SETTINGS | {"SlurmctldParameters": parameters}, partition, 60, 60)))
     assert found["preemption"] == status
 
 

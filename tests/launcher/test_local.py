@@ -21,7 +21,9 @@ import torch.numa.binding
 from launcher import local
 from launcher.placement import Node, Route, route_to
 from medvlp import distributed
+from medvlp.evaluation.evaluate import EvaluationOptions
 from medvlp.ranks import FIRST_ERROR, LaunchError, claim_first_error, first_error
+from medvlp.serving import run_model
 from medvlp.training.hangs import lost_rank
 from shards.errors import UsageError
 
@@ -164,9 +166,20 @@ def test_gpus_that_slurm_gave_and_torch_does_not_find_are_no_cpu(monkeypatch: py
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(LaunchError, match=r"8 GPUs on .*, and torch finds none"):
-        local.ranks_here(8)
+    choices: list[Callable[[], object]] = [
+        lambda: local.ranks_here(8),
+        lambda: distributed.choose_device(0),  # ranks that srun or torchrun has started
+        lambda: run_model.choose_device("auto"),
+        EvaluationOptions(Path("run")).check,
+    ]
+    for choose in choices:
+        with pytest.raises(LaunchError, match=r"8 GPUs on .*, and torch finds none"):
+            choose()
+    assert run_model.choose_device("cpu").type == "cpu"
+    EvaluationOptions(Path("run"), device="cpu").check()
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    for choose in choices:
+        choose()
     assert local.ranks_here(8) == (8, False)
 
 

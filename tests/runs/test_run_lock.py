@@ -59,7 +59,7 @@ def newest(run_dir: Path) -> dict:
 
 
 def acquire(run_dir: Path, environment: dict[str, str] | None = None, over: bool | None = None) -> RunLock:
-    lock = RunLock(run_dir, this_process(None, environment or {}), lambda job: over)
+    lock = RunLock(run_dir, this_process(None, environment or {}), lambda job, uid: over)
     lock.acquire()
     return lock
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -101,8 +102,9 @@ def test_a_job_that_may_be_hidden_is_not_called_over(
     answers = {"scontrol": config, "squeue": '{"jobs": []}'}
     monkeypatch.setattr(slurm_commands, "run_command", lambda command: answers[command[0]])
     monkeypatch.setattr(slurm_commands, "is_installed", lambda: True)
-    assert slurm_commands.job_is_over("c/9") is over
-    assert slurm_commands.job_is_over("other/9") is None
+    assert slurm_commands.job_is_over("c/9", os.getuid() + 1) is over
+    assert slurm_commands.job_is_over("c/9", os.getuid()) is True  # one's own is shown
+    assert slurm_commands.job_is_over("other/9", os.getuid()) is None
 
 
 @pytest.mark.slurm
