@@ -4,6 +4,7 @@ import getpass
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,18 @@ from rich.markup import escape
 from rich.table import Table
 
 from launcher.number_text import duration_text, number_text
-from launcher.slurm.run_jobs import TRAINING, RunJob, current_jobs, find, jobs_of, submitted_id
+from launcher.slurm.run_jobs import (
+    TRAINING,
+    RunJob,
+    Target,
+    current_jobs,
+    find,
+    jobs_of,
+    newest_submission,
+    question,
+    submitted_id,
+    unfinished,
+)
 
 _COLOURS = {
     "RUNNING": "green", "COMPLETING": "green", "PENDING": "blue", "COMPLETED": "dim", "CANCELLED": "yellow",
@@ -135,17 +147,13 @@ def logs(
     Of one task as well: 24_3.
     """
     from launcher.slurm import logs as log_reader
-    from launcher.slurm import run_jobs
 
     named = find(target)
     if follow and named.job is None:
-        named = named._replace(job=run_jobs.newest_submission(named.folder))
+        named = named._replace(job=newest_submission(named.folder))
     folder, job_id, task = named
-
-    def is_over() -> bool:
-        return not run_jobs.unfinished(named.jobs())
-
-    if follow and job_id is not None:
+    is_over = _end_of(named) if follow else None
+    if is_over is not None and job_id is not None:
         log_reader.wait_for_output(folder, job_id, is_over, lambda line: typer.echo(line, err=True), task)
     files = log_reader.log_files(folder, job_id, task)
     position = 0
@@ -156,8 +164,16 @@ def logs(
         for line in shown:
             typer.echo(log_reader.without_controls(line))
     # Of an array, the last task's output is followed.
-    for line in log_reader.of_rank(log_reader.follow(files[-1], position, is_over), rank) if follow else ():
-        typer.echo(log_reader.without_controls(line))
+    if is_over is not None:
+        for line in log_reader.of_rank(log_reader.follow(files[-1], position, is_over), rank):
+            typer.echo(log_reader.without_controls(line))
+
+
+def _end_of(named: Target) -> Callable[[], bool]:
+    """Asks whether the named job is over, as it is from the beginning where it is none of the folder."""
+    if named.job is None or not unfinished(named.jobs()):
+        return lambda: True
+    return question(named.job, named.task)
 
 
 def cancel(

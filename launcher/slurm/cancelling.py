@@ -15,6 +15,7 @@ from launcher.slurm.run_jobs import (
     TRAINING,
     Target,
     kind_of,
+    question,
     submissions,
     submitted_id,
     unfinished,
@@ -22,7 +23,7 @@ from launcher.slurm.run_jobs import (
 )
 from launcher.slurm.slurm_commands import Job, SlurmError
 
-_POLL_SECONDS = 1.0
+_POLL_SECONDS = 3.0
 #: States in which a job has a batch script that can be asked.
 _STARTED = ("RUNNING", "SUSPENDED")
 
@@ -147,8 +148,8 @@ def wait_until_over(job: Job, seconds: float) -> None:
     Raises:
         StillRunningError: it has not, after `seconds`.
     """
-    deadline = time.monotonic() + seconds
-    while unfinished(slurm_commands.list_jobs([submitted_id(job)])):
+    deadline, has_ended = time.monotonic() + seconds, question(submitted_id(job))
+    while not has_ended():
         if time.monotonic() > deadline:
             raise StillRunningError(
                 f"job {job.id} has not ended {seconds:g} s after it was asked; it ends after the step it is "

@@ -103,6 +103,12 @@ def load_cluster(file: Path | str | None) -> ClusterConfig:
     for option in [*config.sbatch.extra, *config.srun]:
         if not option.startswith("-"):
             raise ConfigError(f"{file}: {option!r} is no option: write --name=value")
+    for option in config.sbatch.extra:
+        if option.partition("=")[0] == "--clusters" or option.startswith("-M"):
+            raise ConfigError(
+                f"{file}: sbatch.extra: {option}: jobs of another cluster are not watched from here; "
+                "submit from its own login node, or with its SLURM_CONF"
+            )
     for mount in config.container.mounts:
         if ":" not in mount:
             raise ConfigError(f"{file}: container.mounts: {mount!r} is not source:target")

@@ -11,7 +11,7 @@ from shards.errors import MedvlpError
 
 _POLL_SECONDS = 0.5
 #: How often Slurm is asked whether the job is over.
-_ASK_SECONDS = 3.0
+_ASK_SECONDS = 5.0
 _FILE = re.compile(r"job-(\d+)(?:[_+](\d+))?\.out")
 _RANK = re.compile(r"(?:\d\d:\d\d:\d\d )?rank (\d+)\b")
 

@@ -1,15 +1,17 @@
 """Which Slurm jobs belong to which run folder, and what `medvlp jobs` shows of them."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from launcher.json_lines import newest_first
 from launcher.run_state import CONFIG, SLURM_FOLDER, SUBMISSIONS, RunState, is_run_folder, read_run
-from launcher.slurm import slurm_commands
-from launcher.slurm.slurm_commands import Job, PastRun, SlurmError
+from launcher.slurm import accounting, slurm_commands
+from launcher.slurm.accounting import PastRun
+from launcher.slurm.slurm_commands import Job, SlurmError
 from medvlp.runs.events import EVENTS
 from shards.errors import UsageError
 
@@ -17,6 +19,8 @@ from shards.errors import UsageError
 TRAINING = "pretrain"
 #: What is shown for a further component of its job.
 BESIDE = "beside"
+#: How long Slurm may leave a question unanswered: a restart of slurmctld, a limit on their rate.
+_UNANSWERED_SECONDS = 300.0
 
 
 class UnknownJobError(SlurmError):
@@ -181,7 +185,7 @@ def _forgotten(job_id: int, current: Sequence[Job], tasks: Any) -> dict[str, lis
         return {}
     known = {label_of(job) for job in current}
     found: dict[str, list[PastRun]] = {}
-    for past in slurm_commands.past_runs(job_id):
+    for past in accounting.past_runs(job_id):
         if past.job_id not in known and not (current and past.state == "PENDING"):
             found.setdefault(past.job_id, []).append(past)
     return found if found or current else {str(job_id): []}
@@ -259,6 +263,28 @@ def find(text: str) -> Target:
     raise UnknownJobError(
         f"Slurm does not know job {text} (any more): name its run folder instead; `medvlp runs` lists them"
     )
+
+
+def question(job_id: int, task: int | None = None) -> Callable[[], bool]:
+    """Asks whether a job (or task) has ended for good; a controller that is away for a while counts as "no".
+
+    Its answer raises SlurmError after `_UNANSWERED_SECONDS` without one of Slurm.
+    """
+    unanswered_since: float | None = None
+
+    def ask() -> bool:
+        nonlocal unanswered_since
+        try:
+            answer = slurm_commands.has_ended(job_id, task)
+        except SlurmError:
+            unanswered_since = unanswered_since or time.monotonic()
+            if time.monotonic() - unanswered_since > _UNANSWERED_SECONDS:
+                raise
+            return False
+        unanswered_since = None
+        return answer
+
+    return ask
 
 
 def unfinished(jobs: Iterable[Job]) -> list[Job]:

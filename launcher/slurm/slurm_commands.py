@@ -1,4 +1,4 @@
-"""The only file that runs Slurm's programs (sbatch, squeue, sacct, scontrol, scancel); typed answers."""
+"""The only file that runs Slurm's programs (sbatch, squeue, scontrol, ...); typed answers."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shards.errors import MedvlpError
+from shards.errors import MedvlpError, UsageError
 
 #: A controller that does not answer within this many seconds counts as away; Slurm itself retries inside it.
 ANSWER_SECONDS = 120.0
@@ -80,27 +80,6 @@ class Job:
         return self.state in FINAL_STATES
 
 
-@dataclass(frozen=True)
-class PastRun:
-    """One run of a job in the accounting records; a requeued job has several.
-
-    Attributes:
-        job_id: as sacct writes it: "24_2" for an array task.
-        state: Slurm's word, "COMPLETED"; without the user who cancelled.
-        exit_code: of the batch script; 128 + n when signal n ended it; None when Slurm does not say.
-        nodes: node list.
-        start, end: ISO 8601 local time, or "Unknown".
-    """
-
-    job_id: str
-    name: str
-    state: str
-    exit_code: int | None
-    nodes: str
-    start: str
-    end: str
-
-
 def is_installed() -> bool:
     """Whether this machine has Slurm's programs for users."""
     return shutil.which("sbatch") is not None and shutil.which("squeue") is not None
@@ -162,19 +141,35 @@ def submission_environment(script: str, environment: Mapping[str, str]) -> dict[
     }
 
 
+_OTHER_CLUSTER = (
+    "jobs, logs and cancel would look for it in the cluster of this machine: submit from a login node of "
+    "the other one, or with its SLURM_CONF"
+)
+
+
 def submit(script: Path, arguments: Sequence[str] = ()) -> int:
     """`sbatch ARGUMENTS SCRIPT`; the job's id. What the script asks for stands above the environment.
 
     Raises:
+        UsageError: the environment names other clusters.
         SlurmError: the script was refused.
     """
+    for name in ("SBATCH_CLUSTERS", "SLURM_CLUSTERS"):
+        if os.environ.get(name):
+            raise UsageError(f"{name}={os.environ[name]}: {_OTHER_CLUSTER}; unset {name}")
     environment = submission_environment(script.read_text(encoding="utf-8"), os.environ)
     command = ["sbatch", "--parsable", *arguments, str(script)]
     answer = run_command(command, environment).strip().splitlines()[-1]
-    match = re.match(r"\d+", answer)  # on a multi-cluster installation the cluster's name follows
+    match = re.fullmatch(r"(\d+)(?:;(\S+))?", answer)
     if match is None:
         raise SlurmError(f"sbatch answered {answer!r} instead of a job id")
-    return int(match[0])
+    cluster = match[2]
+    if cluster and cluster != configuration().get("ClusterName"):
+        run_command(["scancel", f"--clusters={cluster}", match[1]])
+        raise SlurmError(
+            f"sbatch gave job {match[1]} to cluster {cluster}, where it was cancelled: {_OTHER_CLUSTER}"
+        )
+    return int(match[1])
 
 
 def check_script(script: Path, arguments: Sequence[str] = ()) -> str:
@@ -218,6 +213,24 @@ def list_jobs(ids: Sequence[int] | None = None, user: str | None = None) -> list
     return sorted(jobs, key=lambda job: job.id)
 
 
+def has_ended(job_id: int, task: int | None = None) -> bool:
+    """Whether a job with all components or tasks, or one task, is over for good, or forgotten by Slurm.
+
+    For those who ask again and again: `list_jobs` brings all jobs of the cluster.
+
+    Raises:
+        SlurmError: the controller does not answer.
+    """
+    command = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={job_id}", "--format=%K %T"]
+    try:
+        lines = [line.split() for line in run_command(command).splitlines()]
+    except SlurmError as error:
+        if "Invalid job id" in str(error):
+            return True
+        raise
+    return all(state in FINAL_STATES for index, state in lines if task is None or index == str(task))
+
+
 def job_is_over(job: str, uid: int) -> bool | None:
     """Whether no process of a user's job, "cluster/id", is left; None: another cluster's, or no answer.
 
@@ -225,9 +238,7 @@ def job_is_over(job: str, uid: int) -> bool | None:
     """
     cluster, _, number = job.rpartition("/")
     try:
-        text = run_command(["scontrol", "show", "config"]) if is_installed() and number.isdigit() else ""
-        lines = (line.partition("=") for line in text.splitlines())
-        config = {name.strip(): value.strip() for name, _, value in lines}
+        config = configuration() if is_installed() and number.isdigit() else {}
         if not cluster or config.get("ClusterName") != cluster:
             return None
         jobs = list_jobs([int(number)])
@@ -270,45 +281,6 @@ def _number(value: Any) -> int | None:
     if isinstance(value, Mapping):
         return int(value["number"]) if value.get("set") and not value.get("infinite") else None
     return None if value is None else int(value)
-
-
-def past_runs(job_id: int) -> list[PastRun]:
-    """All runs of a job in the accounting records, oldest first; [] where the site keeps none.
-
-    The records come some seconds late. Without an accounting database the job completion log is read, where
-    the site has one.
-    """
-    fields = "JobID,JobName,State,ExitCode,NodeList,Start,End"
-    command = ["sacct", "--jobs", str(job_id), "--duplicates", "--allocations", "--parsable2", "--noheader"]
-    try:
-        lines = run_command([*command, f"--format={fields}"]).splitlines()
-        return [_past_run(line.split("|")) for line in lines if line.count("|") == 6]
-    except SlurmError:
-        return _completions(job_id)
-
-
-def _completions(job_id: int) -> list[PastRun]:
-    command = ["sacct", "--completion", "--jobs", str(job_id), "--parsable2", "--noheader"]
-    try:
-        text = run_command([*command, "--format=jobid,jobname,state,exitcode,nodelist,start,end"])
-    except SlurmError:
-        return []
-    return [_past_run(line.split("|")) for line in text.splitlines() if line.count("|") == 6]
-
-
-def _past_run(values: Sequence[str]) -> PastRun:
-    job_id, name, state, code, nodes, start, end = values
-    exit_code, _, number = code.partition(":")
-    known = exit_code.isdigit() and number.isdigit()
-    return PastRun(
-        job_id,
-        name,
-        state.split()[0] if state else "UNKNOWN",
-        (int(exit_code) or (128 + int(number) if int(number) else 0)) if known else None,
-        nodes,
-        start,
-        end,
-    )
 
 
 def requeue(job_id: str) -> None:

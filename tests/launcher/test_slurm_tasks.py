@@ -11,12 +11,13 @@ import yaml
 
 from launcher.commands import runs
 from launcher.run_state import RunState, read_run
-from launcher.slurm import run_jobs, slurm_commands
+from launcher.slurm import accounting, cancelling, run_jobs, slurm_commands
+from launcher.slurm.accounting import PastRun
 from launcher.slurm.attempts import AttemptError, end_attempt, start_attempt
-from launcher.slurm.slurm_commands import Job, PastRun, SlurmError
+from launcher.slurm.slurm_commands import Job, SlurmError
 from launcher.slurm.submit import SubmitError, refuse_second_job
 from medvlp.runs.events import EventLog
-from tests.launcher.test_slurm_views import medvlp, own_job, submitted
+from tests.launcher.test_slurm_views import JOB, medvlp, own_job, submitted
 
 
 def test_what_slurm_has_forgotten_of_an_array_is_shown_task_by_task(
@@ -45,7 +46,7 @@ def test_what_slurm_has_forgotten_of_an_array_is_shown_task_by_task(
         replace(own_job(run), id=20, state="PENDING", array_job_id=20, array_tasks="2"),
     ]
     monkeypatch.setattr(slurm_commands, "list_jobs", lambda ids=None, user=None: known)
-    monkeypatch.setattr(slurm_commands, "past_runs", records.__getitem__)
+    monkeypatch.setattr(accounting, "past_runs", records.__getitem__)
     rows = json.loads(medvlp("jobs", run, "--json").output)
     assert [(row["job"], row["kind"], row["state"], row["restarts"]) for row in rows] == [
         ("9_0", "evaluate", "FAILED", 0),
@@ -246,11 +247,10 @@ def test_a_cancelled_job_that_has_not_saved_says_so(
     start_attempt(run, 9, slurm := {"SLURM_JOB_ID": "12"})
     monkeypatch.setattr(slurm_commands, "list_jobs", lambda ids=None, user=None: [own_job(run)])
     monkeypatch.setattr(slurm_commands, "update_job", lambda job_id, **values: None)
+    monkeypatch.setattr(slurm_commands, "has_ended", lambda job_id, task: True)
 
     def signal(job_id: str, *more: str) -> None:
         end_attempt(run, 143 if code is None else code, 9, True, False, slurm)
-        over = replace(own_job(run), state="FAILED")
-        monkeypatch.setattr(slurm_commands, "list_jobs", lambda ids=None, user=None: [over])
 
     monkeypatch.setattr(slurm_commands, "cancel", signal)
     result = medvlp("cancel", run)
@@ -260,3 +260,43 @@ def test_a_cancelled_job_that_has_not_saved_says_so(
     else:
         assert isinstance(result.exception, AttemptError)
         assert "job 12 ended without saving: cancelled on request" in str(result.exception)
+
+
+def test_waiting_for_a_job_asks_for_it_alone_and_bears_a_controller_that_is_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answers = iter(
+        ["N/A RUNNING\n", SlurmError("squeue: unable to contact slurm controller"), "N/A COMPLETED\n"]
+    )
+    asked: list[list[str]] = []
+
+    def squeue(command: list[str]) -> str:
+        asked.append(command)
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(slurm_commands, "run_command", squeue)
+    monkeypatch.setattr(cancelling, "_POLL_SECONDS", 0.0)
+    cancelling.wait_until_over(JOB, 60)
+    assert [(command[0], "--jobs=12" in command) for command in asked] == [("squeue", True)] * 3
+    answers = iter([SlurmError("squeue: no")] * 2)
+    monkeypatch.setattr(run_jobs, "_UNANSWERED_SECONDS", -1.0)
+    with pytest.raises(SlurmError, match="squeue: no"):
+        cancelling.wait_until_over(JOB, 60)
+
+
+@pytest.mark.parametrize(("task", "ended"), [(None, False), (0, True), (1, False), (2, False), (3, True)])
+def test_the_end_of_a_task_is_not_that_of_its_array(
+    monkeypatch: pytest.MonkeyPatch, task: int | None, ended: bool
+) -> None:
+    told = "0 COMPLETED\n1 RUNNING\n2 PENDING\n"
+    monkeypatch.setattr(slurm_commands, "run_command", lambda command: told)
+    assert slurm_commands.has_ended(9, task) is ended
+
+    def forgotten(command: list[str]) -> str:
+        raise SlurmError("squeue: slurm_load_jobs error: Invalid job id specified")
+
+    monkeypatch.setattr(slurm_commands, "run_command", forgotten)
+    assert slurm_commands.has_ended(9, task)

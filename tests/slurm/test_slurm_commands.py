@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.slurm import slurm_commands
+from launcher.slurm import accounting, slurm_commands
 from launcher.slurm.slurm_commands import SlurmError
+from shards.errors import UsageError
 from tests.slurm.cluster import Cluster
 
 #: Slurm 22.05 writes numbers and states plainly; 23.11 and later as below, with the same names.
@@ -49,12 +50,12 @@ def test_both_forms_of_the_json_are_one_job() -> None:
 
 
 def test_past_runs_are_read() -> None:
-    run = slurm_commands._past_run(
+    run = accounting._past_run(
         ["24_2", "a", "CANCELLED by 0", "0:15", "n1", "2026-01-01T00:00:00", "Unknown"]
     )
     assert (run.state, run.exit_code) == ("CANCELLED", 128 + 15)
-    assert slurm_commands._past_run(["1", "a", "FAILED", "3:0", "n1", "x", "y"]).exit_code == 3
-    assert slurm_commands._past_run(["1", "a", "PENDING", "", "", "x", "y"]).exit_code is None
+    assert accounting._past_run(["1", "a", "FAILED", "3:0", "n1", "x", "y"]).exit_code == 3
+    assert accounting._past_run(["1", "a", "PENDING", "", "", "x", "y"]).exit_code is None
 
 
 def test_without_slurm_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,6 +108,29 @@ def test_a_job_that_may_be_hidden_is_not_called_over(
     assert slurm_commands.job_is_over("other/9", os.getuid()) is None
 
 
+def test_a_job_in_another_cluster_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No command would have found it."""
+    script, asked = tmp_path / "job.sbatch", []
+    script.write_text("#!/bin/bash\n")
+    answers = {"sbatch": "12;own\n", "scontrol": "ClusterName = own\n", "scancel": ""}
+
+    def run_command(command: list[str], environment: object = None) -> str:
+        asked.append(command)
+        return answers[command[0]]
+
+    monkeypatch.setattr(slurm_commands, "run_command", run_command)
+    assert slurm_commands.submit(script) == 12
+    answers["sbatch"] = "12;other\n"
+    with pytest.raises(SlurmError, match="job 12 to cluster other, where it was cancelled"):
+        slurm_commands.submit(script)
+    assert asked[-1] == ["scancel", "--clusters=other", "12"]
+    for name in ("SBATCH_CLUSTERS", "SLURM_CLUSTERS"):
+        monkeypatch.setenv(name, "other")
+        with pytest.raises(UsageError, match=f"{name}=other"):
+            slurm_commands.submit(script)
+        monkeypatch.delenv(name)
+
+
 @pytest.mark.slurm
 def test_a_job_is_what_its_script_says(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -133,7 +157,16 @@ def test_a_running_cluster_answers(cluster: Cluster) -> None:
     assert (job.state, job.comment, job.time_limit_minutes) == ("FAILED", "a word", 60)
     assert len(slurm_commands.host_names(job.nodes)) == 2
     assert slurm_commands.list_jobs([job_id], user=job.user) == [job]
-    (run,) = cluster.wait("the record", lambda: slurm_commands.past_runs(job_id))
+    assert slurm_commands.has_ended(job_id)
+    assert slurm_commands.has_ended(999999)
+    array = cluster.sbatch("exit 0", "--hold", "--array=3-5")
+    assert not any(slurm_commands.has_ended(array, task) for task in (None, 3, 4, 5))
+    slurm_commands.cancel(f"{array}_4")
+    cluster.wait("its end", lambda: slurm_commands.has_ended(array, 4))
+    assert not slurm_commands.has_ended(array)
+    slurm_commands.cancel(str(array))
+    cluster.wait("the end of all", lambda: slurm_commands.has_ended(array))
+    (run,) = cluster.wait("the record", lambda: accounting.past_runs(job_id))
     assert (run.state, run.nodes) == ("FAILED", job.nodes)
     assert slurm_commands.configuration()["MULTIPLE_SLURMD"] == "Yes"
     assert str(slurm_commands.node_address("node1")).startswith("127.")
