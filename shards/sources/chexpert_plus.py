@@ -57,7 +57,7 @@ class CheXpertPlusSource(ArchiveSource):
         origin="https://aimi.stanford.edu/datasets/chexpert-plus",
     )
     options: CheXpertPlusOptions
-    reading = 2
+    reading = 3
 
     def prepare(self) -> None:
         """Names of the labels, published numbers."""

@@ -36,7 +36,7 @@ class DicomOptions(ArchiveOptions):
     """Options of `medvlp shards build dicom`."""
 
     reports: Path | None = option(
-        "CSV with the columns StudyInstanceUID and report; default: text files beside the images", None
+        "CSV or JSON lines with StudyInstanceUID and report; default: text files beside the images", None
     )
     language: str = option(f"of the reports: {', '.join(LANGUAGES)}", "en")
     modality: list[str] = option("modalities that are taken (repeatable)", ["CR", "DX"])

@@ -88,7 +88,7 @@ class IuSource(ArchiveSource):
         access="free",
         origin="https://openi.nlm.nih.gov/faq (NLMCXR_reports.tgz and NLMCXR_png.tgz)",
     )
-    reading = 3
+    reading = 4
     options: IuOptions
 
     def prepare(self) -> None:

@@ -19,7 +19,10 @@ from shards.tables.rows import BadRow
 
 NEVER_CLOSED = "a quote is opened and never closed"
 TEXT_BEHIND = "text behind a closing quote"
-SWALLOWED = "a quoted cell holds a line that reads like another row (a quote too many?)"
+SWALLOWED = (
+    "a quoted cell holds a line that reads like another row (a quote too many? if the line belongs to the "
+    "text, write the table as JSON lines)"
+)
 
 _LINE_ENDS = re.compile("\r\n|\r|\n")
 _SUFFIX = re.compile(r"\.[A-Za-z][A-Za-z0-9]{1,4}$")
@@ -168,7 +171,8 @@ class _RowForms:
 
     A line reads like a row when the cell at the key's place has the form of earlier keys (a file name of the
     same ending, or the same run of letters, digits and signs), or when it has the right number of cells and,
-    unlike prose, no space behind any separator.
+    unlike prose, no space behind any separator. The latter needs a digit in that cell where all keys have
+    one: "DOE,JOHN,MD" signs a report.
     """
 
     def __init__(self, width: int, key: int, delimiter: str) -> None:
@@ -176,9 +180,11 @@ class _RowForms:
         self._key = key
         self._delimiter = delimiter
         self._forms: set[str] = set()
+        self._have_digits = True
 
     def learn(self, cells: list[str]) -> None:
         """Remember the form of a good row's key."""
+        self._have_digits &= _has_digit(cells[self._key])
         if len(self._forms) < _MOST_FORMS and cells[self._key].strip():
             self._forms.add(_form(cells[self._key]))
 
@@ -191,17 +197,17 @@ class _RowForms:
         if self._key < len(cells):
             if _LINE_ENDS.search(cells[self._key]):
                 return True
-            own = {_form(cells[self._key])}
+            own, have_digits = {_form(cells[self._key])}, self._have_digits and _has_digit(cells[self._key])
         else:
-            own = set()
+            own, have_digits = set(), False
         return any(
-            self._holds_row(column, _LINE_ENDS.split(cell), self._forms | own)
+            self._holds_row(column, _LINE_ENDS.split(cell), self._forms | own, have_digits)
             for column, cell in enumerate(cells)
             if _LINE_ENDS.search(cell)
         )
 
-    def _holds_row(self, column: int, lines: list[str], forms: set[str]) -> bool:
-        """Whether the lines of the cell in `column` hold a row.
+    def _holds_row(self, column: int, lines: list[str], forms: set[str], have_digits: bool) -> bool:
+        """Whether the lines of the cell in `column` hold a row; `have_digits`: all keys do.
 
         Its first line would be the rest of the record's own row, from `column` on; its last line the
         beginning of another, up to `column`.
@@ -217,7 +223,7 @@ class _RowForms:
             if self._reads_like_row(cells, self._key, width, forms):
                 return True
             tight = not any(cell[:1].isspace() for cell in cells[1:])
-            if len(cells) == width and width > 2 and tight and not _has_space(cells, self._key):
+            if len(cells) == width > 2 and tight and self._could_be_key(cells, have_digits):
                 return True
         return False
 
@@ -228,9 +234,16 @@ class _RowForms:
         # Many words share the form of an id; few are file names.
         return form in forms and (form.startswith(".") or len(cells) == width)
 
+    def _could_be_key(self, cells: list[str], with_digit: bool) -> bool:
+        """Whether the cell at the key's place, if a line reaches that far, may be one."""
+        if self._key >= len(cells):
+            return True
+        key = cells[self._key].strip()
+        return not key or not (any(map(str.isspace, key)) or (with_digit and not _has_digit(key)))
 
-def _has_space(cells: list[str], key: int) -> bool:
-    return key < len(cells) and any(character.isspace() for character in cells[key].strip())
+
+def _has_digit(text: str) -> bool:
+    return any(map(str.isdigit, text))
 
 
 def _form(key: str) -> str:

@@ -1,6 +1,7 @@
 """A folder of DICOM files: headers, reports by study, what is passed over and what is rejected."""
 
 import errno
+import json
 import os
 import pickle
 import zipfile
@@ -207,6 +208,25 @@ def test_films_with_padding_or_a_window_that_does_not_fit_are_told(tmp_path: Pat
         source.load(number)
     assert list(source.take_notes().values()) == [1, 1]
     assert source.take_notes() == {}
+
+
+@pytest.mark.parametrize("name", ["reports.csv", "reports.jsonl"])
+def test_a_signature_in_a_report_is_no_row_of_the_table(name: str, tmp_path: Path) -> None:
+    root, table = tmp_path / "root", tmp_path / name
+    root.mkdir()
+    for number in (1, 2):
+        (root / f"{number}.dcm").write_bytes(fixture.image(number, f"1.2.{number}", f"P{number}"))
+    report = "Clear.\nDOE,JOHN,MD"
+    if name.endswith(".csv"):
+        table.write_text(
+            f'StudyInstanceUID,acc,report\n1.2.1,A,"{report}"\n1.2.2,B,"{report}"\n', encoding="utf-8"
+        )
+    else:
+        lines = [{"StudyInstanceUID": f"1.2.{number}", "report": report} for number in (1, 2)]
+        table.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    source = DicomSource(DicomOptions(root=root, reports=table))
+    sections = [study.sections for study in outcome(source)[0].values()]
+    assert sections == [{"findings": report}] * 2
 
 
 def test_a_linked_folder_is_read_and_one_that_cannot_be_listed_stops_the_build(

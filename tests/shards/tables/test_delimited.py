@@ -67,6 +67,26 @@ def test_a_report_before_the_image_column(tmp_path: Path) -> None:
     assert rows == ["a\nb", SWALLOWED, 'd"']
 
 
+@pytest.mark.parametrize("key", ["1.2.840.7", "acc12.png", "12"])
+def test_a_signature_of_as_many_cells_as_the_header_is_no_row(key: str, tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(
+        f'image,patient,report\n{key},p,"Clear.\nDOE,JOHN,MD"\n{key}1,p,"Clear.\nDOE,JANE,MD\nSeen."\n'
+    )
+    rows = list(read_rows(path, HEADER, FORM))
+    assert [row.reason if isinstance(row, BadRow) else row["report"] for row in rows] == [
+        "Clear.\nDOE,JOHN,MD", "Clear.\nDOE,JANE,MD\nSeen.",
+    ]  # fmt: skip
+
+
+def test_a_line_is_a_row_where_keys_need_no_digit(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text('image,patient,report\nnobody,p,"Clear.\nDOE,JOHN,MD"\n')
+    rows = list(read_rows(path, HEADER, FORM))
+    assert [row.reason for row in rows if isinstance(row, BadRow)][:1] == [SWALLOWED]
+    assert "write the table as JSON lines" in SWALLOWED
+
+
 def test_long_cells_are_read(tmp_path: Path) -> None:
     assert (
         read(tmp_path / "t.csv", f'image,patient,report\n0.png,p,"{"word, " * 60_000}"\n')[2].count("word")
