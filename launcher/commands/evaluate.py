@@ -127,7 +127,7 @@ def evaluate(
 ) -> None:
     """Evaluate a run and write evaluation.json: every number with a 95 % interval, beside its baselines."""
     from medvlp.evaluation.evaluate import EvaluationOptions, evaluate
-    from medvlp.evaluation.report import results
+    from medvlp.evaluation.report import joining, results
 
     def train(config: Config) -> int:
         return train_config(config, nproc, apart=True)
@@ -141,18 +141,19 @@ def evaluate(
     target = _target(source, out, is_part=bool(unit))
     changes = [*overrides, *unit_words(task or (), fraction, seed)]
     changes += [f"evaluation.split={split}"] if split else []
-    console = Console(stderr=True)
     asked = EvaluationOptions(
         source, data, task or (), unit or (), label or (), files, changes, uncertain, device, fresh, train,  # type: ignore[arg-type]
     )  # fmt: skip
-    evaluation = evaluate(
-        asked, lambda line: console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
-    )
+    evaluation = evaluate(asked, _say)
     if unit and out is None:
         return
-    results.write(evaluation, target)
+    results.write(evaluation if out else joining.with_earlier(evaluation, target, _say), target)
     _print_tables({evaluation.model["name"]: evaluation}, findings)
     typer.echo(str(target))
+
+
+def _say(line: str) -> None:
+    Console(stderr=True).print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
 def _target(source: Path, out: Path | None, is_part: bool) -> Path:
@@ -297,7 +298,8 @@ def _join_parts(run: Path) -> None:
     files = sorted((run / PARTS_FOLDER).glob("*.json"))
     if not files:
         raise UsageError(f"--join: there are no files {run / PARTS_FOLDER}/*.json")
-    results.write(joining.join({file: results.read(file) for file in files}), run / RESULT_NAME)
+    joined, target = joining.join({file: results.read(file) for file in files}), run / RESULT_NAME
+    results.write(joining.with_earlier(joined, target, _say), target)
 
 
 def _print_tables(evaluations: dict[str, Evaluation], findings: bool, markdown: bool = False) -> None:

@@ -16,7 +16,7 @@ from medvlp.data.cache import open_reader
 from medvlp.evaluation.features import exact_kernels
 from medvlp.evaluation.labels import Uncertain
 from medvlp.evaluation.report import resamples
-from medvlp.evaluation.report.joining import complete
+from medvlp.evaluation.report.joining import complete, made_by
 from medvlp.evaluation.report.results import Evaluation, UnitResult
 from medvlp.evaluation.report.tracking import track
 from medvlp.evaluation.session import Session
@@ -223,10 +223,10 @@ def _empty(options: EvaluationOptions, session: Session, chosen: Sequence[Task])
             "tasks": wanted,
             "labels": list(options.labels),
             "uncertain": options.uncertain,
-            "device": session.device.type,
             "tokenizer": session.tokenizer.fingerprint,
             "options": {name: values for name, values in common.pop("tasks").items() if name in wanted},
             "files": {task.name: files_of(task) for task in chosen},
+            "by": {task.name: {**made_by(type(task)), "device": session.device.type} for task in chosen},
             **common,
         },
         config=dataclasses.asdict(config),

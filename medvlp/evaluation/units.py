@@ -131,7 +131,7 @@ class StoredUnit:
         settings = evaluation.settings | {
             "tasks": [task.name],
             "options": {task.name: asdict(task.settings)},
-            "files": {task.name: evaluation.settings["files"][task.name]},
+            **{name: {task.name: evaluation.settings[name][task.name]} for name in ("files", "by")},
         }
         units = {task.name: {unit.name: result}}
         results.write(

@@ -224,6 +224,37 @@ def test_a_changed_prompt_file_is_evaluated_anew_and_recorded(
     assert recorded[2] == xxhash.xxh3_128_hexdigest(prompts.read_bytes())
 
 
+def test_a_second_evaluation_keeps_the_tasks_of_the_first(
+    run: Path, shards: Path, medvlp, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(run, tmp_path / "run")
+    file = folder / "evaluation.json"
+    file.unlink(missing_ok=True)
+    label = ["--label", "edema"]
+    assert medvlp("evaluate", folder, "--data", shards, *label, "--task", "zero-shot").exit_code == 0
+    first = results.read(file)
+    result = medvlp("evaluate", folder, *label, "--task", "linear-probe", "--fraction", "1")
+    assert result.exit_code == 0, result.exception
+    found = results.read(file)
+    assert set(found.results) == {"zero-shot", "linear-probe"}
+    assert found.results["zero-shot"] == first.results["zero-shot"]
+    assert scores.read(folder, found, "zero-shot", "whole").findings == ["edema"]
+    assert f"{file}: also holds zero-shot, evaluated before" in result.output
+    # Joining the parts of an array is no other thing.
+    parts = folder / "evaluation-parts"
+    parts.mkdir()
+    words = ["--task", "retrieval", "--out", parts / "retrieval.json"]
+    assert medvlp("evaluate", folder, "--data", shards, *label, *words).exit_code == 0
+    result = medvlp("compare", folder, "--join")
+    assert result.exit_code == 0, result.exception
+    assert set(results.read(file).results) == {"zero-shot", "linear-probe", "retrieval"}
+    # Of the same checkpoint and split, or not at all.
+    result = medvlp("evaluate", folder, *label, "--task", "zero-shot", "--split", "valid")
+    assert result.exit_code == 0, result.exception
+    assert set(results.read(file).results) == {"zero-shot"}
+    assert f"{file}: retrieval, evaluated before with other data (split), is left out" in result.output
+
+
 def test_a_damaged_checkpoint_is_not_evaluated(run: Path, shards: Path, medvlp, tmp_path: Path) -> None:
     copy = shutil.copytree(run, tmp_path / "run")
     weights = copy / "checkpoints" / "step-00000009" / WEIGHTS

@@ -1,14 +1,26 @@
 """Puts the results of tasks and units that were evaluated apart together to one evaluation of the run."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
+from medvlp.evaluation.report import results
 from medvlp.evaluation.report.differences import different_keys
-from medvlp.evaluation.report.results import KEPT, NETWORKS, PLACES, Evaluation, KeptFile
-from medvlp.evaluation.task import EvaluationError, TaskResult, tasks
+from medvlp.evaluation.report.results import KEPT, NETWORKS, OF_TASKS, PLACES, Evaluation, KeptFile
+from medvlp.evaluation.task import EvaluationError, Task, TaskResult, tasks
 
-#: Settings by task, which tasks that are in one file only bring along.
-_OF_TASKS = frozenset(("options", "files"))
+#: Of settings by task, what errors say where they differ.
+_OTHER = {
+    "options": "other settings",
+    "files": "other contents of the files of the settings",
+    "by": "another version or device",
+}
+
+
+def made_by(task: type[Task]) -> dict[str, Any]:
+    """Which code gives a task its numbers."""
+    return {"program": metadata.version("medvlp"), "version": task.version}
 
 
 def join(parts: Mapping[Path, Evaluation]) -> Evaluation:
@@ -32,10 +44,7 @@ def join(parts: Mapping[Path, Evaluation]) -> Evaluation:
             # Every unit of a task that the method cannot do says so.
             if task in joined.results and (models or joined.results[task]):
                 raise EvaluationError(f"{file}: {task} is in another file too; delete one of them")
-            joined.results[task] = models
-            for kind in KEPT:
-                if task in getattr(part, kind):
-                    getattr(joined, kind)[task] = getattr(part, kind)[task]
+            _add_results(joined, part, task)
         for task, units in part.units.items():
             stored = joined.units.setdefault(task, {})
             if twice := sorted(stored.keys() & units.keys()):
@@ -44,13 +53,57 @@ def join(parts: Mapping[Path, Evaluation]) -> Evaluation:
                 )
             stored |= units
         joined.notes |= part.notes
-        joined.settings["tasks"] += [
-            task for task in part.settings["tasks"] if task not in joined.settings["tasks"]
-        ]
-        for of_tasks in _OF_TASKS & part.settings.keys():
-            joined.settings[of_tasks] = joined.settings.get(of_tasks, {}) | part.settings[of_tasks]
+        for task in part.settings["tasks"]:
+            _add_settings(joined, part, task)
         joined.data["splits"] |= part.data["splits"]
     return complete(joined)
+
+
+def with_earlier(evaluation: Evaluation, file: Path, say: Callable[[str], None]) -> Evaluation:
+    """The evaluation with the tasks that an earlier one of the run has and it has not.
+
+    Args:
+        evaluation: with results of whole tasks.
+        file: of the earlier one; need not be there.
+        say: receives a line about what is kept, and one about each task that is left out because its numbers
+            would be others now.
+    """
+    if not file.exists():
+        return evaluation
+    try:
+        earlier = results.read(file)
+    except EvaluationError as error:
+        say(f"{error}: it is replaced")
+        return evaluation
+    reasons = {
+        task: _unlike(evaluation, earlier, [task]) or _other_code(earlier, task)
+        for task in earlier.results
+        if task not in evaluation.results
+    }
+    for task, reason in reasons.items():
+        if reason is not None:
+            say(
+                f"{file}: {task}, evaluated before with {reason}, is left out; evaluate it again (medvlp "
+                f"evaluate ... --task {task})"
+            )
+    kept = [task for task, reason in reasons.items() if reason is None]
+    if not kept:
+        return evaluation
+    say(f"{file}: also holds {', '.join(kept)}, evaluated before")
+    whole = Evaluation(
+        evaluation.model,
+        evaluation.data | {"splits": earlier.data["splits"] | evaluation.data["splits"]},
+        evaluation.settings | {"tasks": []},
+        notes=dict(evaluation.notes),
+        config=evaluation.config,
+    )
+    for part, names in ((earlier, kept), (evaluation, evaluation.results)):
+        for task in names:
+            _add_results(whole, part, task)
+    for part, names in ((earlier, kept), (evaluation, evaluation.settings["tasks"])):
+        for task in names:
+            _add_settings(whole, part, task)
+    return whole
 
 
 def complete(evaluation: Evaluation) -> Evaluation:
@@ -84,46 +137,70 @@ def complete(evaluation: Evaluation) -> Evaluation:
     return evaluation
 
 
+def _add_results(evaluation: Evaluation, part: Evaluation, task: str) -> None:
+    evaluation.results[task], evaluation.notes[task] = part.results[task], part.notes[task]
+    for kind in KEPT:
+        if task in getattr(part, kind):
+            getattr(evaluation, kind)[task] = getattr(part, kind)[task]
+
+
+def _add_settings(evaluation: Evaluation, part: Evaluation, task: str) -> None:
+    """What a file says of one of its tasks; that of a task which is there already stays."""
+    if task in evaluation.settings["tasks"]:
+        return
+    evaluation.settings["tasks"].append(task)
+    for name in OF_TASKS:
+        if task in part.settings.get(name, {}):
+            of_tasks = evaluation.settings.get(name, {})
+            evaluation.settings[name] = of_tasks | {task: part.settings[name][task]}
+
+
 def _check_same(first_file: Path, first: Evaluation, file: Path, part: Evaluation) -> None:
-    for what, one, other in (
-        ("checkpoint", first.model, part.model),
-        ("data", _without(first.data, "splits"), _without(part.data, "splits")),
-        (
-            "settings",
-            _without(first.settings, "tasks", *_OF_TASKS),
-            _without(part.settings, "tasks", *_OF_TASKS),
-        ),
-    ):
-        if one != other:
-            raise EvaluationError(f"{file}: has another {what} than {first_file}; evaluate the task again")
-    decisive = [key for key in different_keys(first, part) if _decides(*key.partition(".")[::2])]
-    if decisive:
-        raise EvaluationError(
-            f"{file}: was evaluated with another {', '.join(decisive)} than {first_file}; evaluate the task "
-            "again"
-        )
+    if reason := _unlike(first, part, part.results.keys() | part.units.keys()):
+        raise EvaluationError(f"{file}: has {reason} than {first_file}; evaluate the task again")
 
 
-def _decides(section: str, key: str) -> bool:
+def _unlike(first: Evaluation, other: Evaluation, of: Iterable[str]) -> str | None:
+    """What two evaluations differ in, where numbers of these tasks depend on it; places may differ."""
+    if _different(first.model, other.model, "name", "run"):
+        return "another checkpoint"
+    for what, besides in (("data", ("root", "splits")), ("settings", ("tasks", *OF_TASKS))):
+        if keys := _different(getattr(first, what), getattr(other, what), *besides):
+            return f"other {what} ({', '.join(keys)})"
+    known = tasks()
+    trains = any(known[task].trains for task in of if task in known)
+    decisive = [key for key in different_keys(first, other) if _decides(*key.partition(".")[::2], trains)]
+    return f"another {', '.join(decisive)}" if decisive else None
+
+
+def _other_code(earlier: Evaluation, task: str) -> str | None:
+    """Whether another version of this program has evaluated a task (that is registered here)."""
+    by, known = earlier.settings.get("by", {}).get(task, {}), tasks()
+    now = made_by(known[task]) if task in known else {}
+    return "another version of this program" if _different(by | now, by) else None
+
+
+def _different(one: Mapping[str, Any], other: Mapping[str, Any], *besides: str) -> list[str]:
+    keys = sorted((one.keys() | other.keys()) - set(besides))
+    return [key for key in keys if one.get(key) != other.get(key)]
+
+
+def _decides(section: str, key: str, trains: bool) -> bool:
     """Whether a key of the run's config, which an evaluation may override, changes what is measured."""
     return (
         section in NETWORKS
         or (section == "data" and key not in PLACES)
         or (section, key) == ("train", "seed")
+        or (section == "precision" and trains)
     )
 
 
 def _check_same_options(joined: Evaluation, file: Path, part: Evaluation) -> None:
     """The units of a task are evaluated alike, whichever of the files they are in."""
-    for of_tasks in sorted(_OF_TASKS):
-        ours, theirs = joined.settings.get(of_tasks, {}), part.settings.get(of_tasks, {})
+    for name, other in _OTHER.items():
+        ours, theirs = joined.settings.get(name, {}), part.settings.get(name, {})
         for task in set(joined.settings["tasks"]) & set(part.settings["tasks"]):
             if ours.get(task, {}) != theirs.get(task, {}):
-                what = "settings" if of_tasks == "options" else "contents of the files of the settings"
                 raise EvaluationError(
-                    f"{file}: has other {what} of {task} than a file before it; evaluate it again"
+                    f"{file}: has {other} of {task} than a file before it; evaluate it again"
                 )
-
-
-def _without(values: Mapping[str, object], *names: str) -> dict[str, object]:
-    return {key: value for key, value in values.items() if key not in names}

@@ -6,7 +6,8 @@ data            root, name, source (that built it), fingerprint, split; samples,
                 samples of each split used
 settings        tasks, labels, uncertain, split, batch, bootstrap, seed, tokenizer fingerprint, and `options`:
                 task -> its own keys (files of before have fractions and prompts in their place), `files`:
-                task -> key that names a file -> the file's checksum (xxh3_128)
+                task -> key that names a file -> the file's checksum (xxh3_128), `by`: task -> version of the
+                program and of the task, and kind of device
 results         task -> model -> metric -> {value, low, high}
                 models: trained, untrained, pixels, chance; low and high bound the 95 % interval
                 (bootstrap by patient) or are null
@@ -14,7 +15,7 @@ notes           task -> what stands beside its numbers: counts of each finding, 
                 evaluated and why, chosen thresholds and penalties with the split that chose them;
                 `by_unit`: unit -> those of the notes in which units of a task that trains differ;
                 `not_available`: why the method cannot do the task at all (its results are then empty)
-config          the resolved config of the run, with the overrides of this evaluation
+config          the resolved config of the run, with the overrides of the last evaluation that is in the file
 scores          task -> unit -> {fingerprint, checksum} of the file of its scores (see `scores.py`)
 resamples       the same of the file of its resamples (see `resamples.py`)
 examples        the same of the file of its examples (see `examples.py`)
@@ -40,6 +41,8 @@ RESULT = "result.json"
 NETWORKS = ("image", "text", "method", "prototypes")
 #: Keys of its section `data` that change where and how fast it is read, not what.
 PLACES = ("root", "tokenizer", "cache_dir", "cache_gigabytes", "workers", "prefetch", "allow_changed")
+#: Settings by task, which tasks that are in one file only bring along.
+OF_TASKS = ("options", "files", "by")
 #: Files beside the result of a unit.
 KEPT = ("scores", "resamples", "examples")
 #: Largest `evaluation.json`, in bytes.
@@ -149,7 +152,7 @@ def _check_names(evaluation: Evaluation) -> None:
         texts = evaluation.settings.setdefault(name, [])
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise JsonError(f"settings.{name} are no texts")
-    for name in ("options", "files"):
+    for name in OF_TASKS:
         of_tasks = evaluation.settings.get(name, {})
         if not isinstance(of_tasks, dict) or not all(isinstance(of, dict) for of in of_tasks.values()):
             raise JsonError(f"settings.{name} are not of tasks")

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from medvlp.evaluation.metrics.bootstrap import Estimate
-from medvlp.evaluation.report.joining import join
+from medvlp.evaluation.report import results
+from medvlp.evaluation.report.joining import join, made_by, with_earlier
 from medvlp.evaluation.report.results import Evaluation, KeptFile, UnitResult
-from medvlp.evaluation.task import EvaluationError
+from medvlp.evaluation.task import EvaluationError, tasks
 
 
 def part(task: str, split: str = "test", **changes: Any) -> Evaluation:
@@ -38,16 +39,19 @@ def test_tasks_notes_and_splits_are_put_together() -> None:
     assert first.settings["tasks"] == ["zero-shot"]
     elsewhere = part("retrieval", config={"data": {"workers": 0}, "train": {"steps": 4, "threads": 1}})
     assert join({Path("a.json"): first, Path("b.json"): elsewhere}).results == joined.results
+    moved = part("retrieval", model={"run": "elsewhere"}, data={"root": "/moved"})
+    assert join({Path("a.json"): first, Path("b.json"): moved}).results == joined.results
 
 
 @pytest.mark.parametrize(
     ("other", "message"),
     [
         (part("retrieval", model={"checkpoint": "step-00000008"}), "another checkpoint than a.json"),
-        (part("retrieval", data={"fingerprint": "y"}), "another data than a.json"),
-        (part("retrieval", settings={"seed": 1}), "another settings than a.json"),
+        (part("retrieval", data={"fingerprint": "y"}), r"other data \(fingerprint\) than a.json"),
+        (part("retrieval", settings={"seed": 1}), r"other settings \(seed\) than a.json"),
         (part("retrieval", config={"data": {"image_size": 64}}), "another data.image_size than a.json"),
         (part("retrieval", config={"train": {"seed": 1}}), "another train.seed than a.json"),
+        (part("fine-tuning", config={"precision": "bf16"}), "another precision than a.json"),
         (part("zero-shot"), "zero-shot is in another file too"),
     ],
 )
@@ -94,10 +98,98 @@ def test_a_missing_a_double_and_a_strange_unit_are_refused() -> None:
     first.settings["files"], second.settings["files"] = ({"linear-probe": {"prompts": x}} for x in ("a", "b"))
     with pytest.raises(EvaluationError, match="b: has other contents of the files of the settings of linear"):
         join({Path("a"): first, Path("b"): second})
-    del second.settings["files"]
+    second.settings["files"] = first.settings["files"]
+    first.settings["by"], second.settings["by"] = ({"linear-probe": {"device": x}} for x in ("cpu", "cuda"))
+    with pytest.raises(EvaluationError, match="b: has another version or device of linear-probe than a"):
+        join({Path("a"): first, Path("b"): second})
+    del second.settings["files"], second.settings["by"], first.settings["by"]
     with pytest.raises(EvaluationError, match="b: has other contents of the files"):
         join({Path("a"): first, Path("b"): second})
     strange = probe(0.1)
     strange.units = {"from-elsewhere": strange.units["linear-probe"]}
     with pytest.raises(EvaluationError, match="from-elsewhere was evaluated by units, and no such task"):
         join({Path("a"): strange})
+
+
+def stored(file: Path, *parts: Evaluation, **by: object) -> Evaluation:
+    """The file of an evaluation with the tasks of all, by this version of the program."""
+    whole = join({Path(str(number)): of for number, of in enumerate(parts)})
+    names = {"name": "run"}, {"name": "phantom", "split": "test"}, {"uncertain": "exclude", "labels": []}
+    for values, of in zip((whole.model, whole.data, whole.settings), names, strict=True):
+        values.update(of)
+    known = tasks()
+    whole.settings["by"] = {task: made_by(known[task]) | {"device": "cpu"} | by for task in whole.results}
+    results.write(whole, file)
+    return whole
+
+
+def test_tasks_evaluated_before_stay_beside_the_new_one(tmp_path: Path) -> None:
+    file, said = tmp_path / "evaluation.json", list[str]()
+    probes = probe(0.1), probe(1.0)
+    before = stored(file, part("zero-shot", "valid"), *probes, part("retrieval"))
+    new = stored(tmp_path / "new.json", part("retrieval"), device="cuda")
+    new.results["retrieval"]["trained"]["auroc"] = Estimate(0.9)
+    found = with_earlier(new, file, said.append)
+    assert list(found.results) == ["zero-shot", "linear-probe", "retrieval"]
+    assert found.results["retrieval"] == new.results["retrieval"]
+    for task in ("zero-shot", "linear-probe"):
+        assert found.results[task] == before.results[task]
+        assert found.notes[task] == before.notes[task]
+    assert found.scores == before.scores
+    assert found.settings["tasks"] == ["zero-shot", "linear-probe", "retrieval"]
+    assert found.settings["options"]["linear-probe"] == {"fractions": [0.1, 1.0]}
+    assert {task: of["device"] for task, of in found.settings["by"].items()} == {
+        "zero-shot": "cpu", "linear-probe": "cpu", "retrieval": "cuda",
+    }  # fmt: skip
+    assert set(found.data["splits"]) == {"valid", "test"}
+    assert said == [f"{file}: also holds zero-shot, linear-probe, evaluated before"]
+    assert list(new.results) == ["retrieval"]
+    results.write(found, file)
+    assert results.read(file) == found
+
+
+@pytest.mark.parametrize(
+    ("new", "by", "reason"),
+    [
+        (part("retrieval", model={"weights": "0123"}), {}, "another checkpoint"),
+        (part("retrieval", data={"split": "valid"}), {}, "other data (split)"),
+        (part("retrieval", settings={"seed": 1}), {}, "other settings (seed)"),
+        (part("retrieval", config={"image": {"name": "x"}}), {}, "another image.name"),
+        (part("retrieval"), {"version": 0}, "another version of this program"),
+        (part("retrieval"), {"program": "0.0.1"}, "another version of this program"),
+    ],
+)
+def test_a_task_that_would_come_out_otherwise_now_is_left_out_and_named(
+    new: Evaluation, by: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    file, said = tmp_path / "evaluation.json", list[str]()
+    stored(file, part("zero-shot"), **by)
+    changed = stored(tmp_path / "new.json", new)
+    if "split" in new.data:
+        changed.data["split"] = new.data["split"]
+    found = with_earlier(changed, file, said.append)
+    assert list(found.results) == ["retrieval"]
+    (line,) = said
+    assert line.startswith(
+        f"{file}: zero-shot, evaluated before with {reason}, is left out; evaluate it again"
+    )
+
+
+def test_only_what_is_trained_depends_on_the_precision_of_the_run(tmp_path: Path) -> None:
+    file, said = tmp_path / "evaluation.json", list[str]()
+    stored(file, part("zero-shot"), part("fine-tuning"))
+    found = with_earlier(
+        stored(tmp_path / "new.json", part("retrieval", config={"precision": "bf16"})), file, said.append
+    )
+    assert set(found.results) == {"zero-shot", "retrieval"}
+    assert "fine-tuning, evaluated before with another precision, is left out" in said[0]
+
+
+def test_a_file_that_is_none_is_replaced_with_a_word(tmp_path: Path) -> None:
+    file, said, new = tmp_path / "evaluation.json", list[str](), part("retrieval")
+    assert with_earlier(new, file, said.append) == new
+    assert said == []
+    file.write_text("{")
+    assert with_earlier(new, file, said.append) == new
+    assert "not an evaluation.json of this program" in said[0]
+    assert said[0].endswith("it is replaced")
