@@ -31,7 +31,7 @@ _LAZY = {
 __all__ = ["Dataset", "Model", "Prompts", "load", "open_dataset"]
 
 
-def load(place: str | Path, device: str | None = None) -> Model:
+def load(place: str | Path, device: str | None = None, window: str | None = None) -> Model:
     """A trained model from a run folder, a checkpoint folder or a folder of `medvlp export`.
 
     Checksums are verified and no code in it is run. One process, no distributed set-up.
@@ -39,6 +39,7 @@ def load(place: str | Path, device: str | None = None) -> Model:
     Args:
         place: the folder.
         device: "auto" (the default: CUDA where there is one), "cpu" or "cuda".
+        window: how DICOM films are shown: "auto", "max" or "equalize"; None: as those of the training were.
 
     Raises:
         MedvlpError: no such folder or device, or a damaged folder; the message says what to do.
@@ -48,7 +49,7 @@ def load(place: str | Path, device: str | None = None) -> Model:
     """
     from medvlp.library.model import Model
 
-    return Model.load(place, device)
+    return Model.load(place, device, window)
 
 
 def open_dataset(root: str | Path, split: str | None = None) -> Dataset:

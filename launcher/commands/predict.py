@@ -28,6 +28,12 @@ def predict(
         typer.Option("--overlays", metavar="DIR", help="where each finding is seen, as PNG files"),
     ] = None,
     device: Device = "auto",
+    window: Annotated[
+        str | None,
+        typer.Option(
+            "--window", help="DICOM values to grey levels: auto, max or equalize; default: as in training"
+        ),
+    ] = None,
 ) -> None:
     """Score findings in images: a row an image, a column a finding. Higher is likelier; no probabilities.
 
@@ -46,7 +52,7 @@ def predict(
         )
     if overlays is not None and overlays.exists() and not (overlays.is_dir() and not any(overlays.iterdir())):
         raise UsageError(f"--overlays {overlays} is not an empty folder: choose another, or remove it first")
-    model = medvlp.load(run, device)
+    model = medvlp.load(run, device, window)
     table = model.zero_shot(images, names, prompts)
     if overlays is not None:
         write_overlays(model, images, names, overlays)

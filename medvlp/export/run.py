@@ -15,11 +15,11 @@ from medvlp.export.encoders import write_image, write_text
 from medvlp.export.folder import ExportError, check_free, new_folder
 from medvlp.methods.base import Method
 from medvlp.runs import saved_run
-from medvlp.runs.identity import STORED_SIDE
+from medvlp.runs.identity import STORED_SIDE, WINDOW
 from medvlp.runs.run_folder import CONFIG
 from shards.progress import meter
 
-#: Everything of the method that is in neither encoder; `STORED_SIDE` stands in its header.
+#: Everything of the method that is in neither encoder; `STORED_SIDE` and `WINDOW` stand in its header.
 HEADS = "heads.safetensors"
 #: Of an export: the checkpoint is loaded, each encoder is written and read back, the rest is written.
 STEPS = 4
@@ -79,7 +79,9 @@ def export(
                 (folder / "text").mkdir()
                 write_text(text, tokenizer, config.data.max_tokens, folder / "text")
             advance(1)
-            safetensors.torch.save_file(heads, folder / HEADS, {STORED_SIDE: str(stored)})
+            window = saved_run.dicom_window(source)
+            header = {STORED_SIDE: str(stored)} | ({} if window is None else {WINDOW: window})
+            safetensors.torch.save_file(heads, folder / HEADS, header)
             (folder / CONFIG).write_bytes((source.run / CONFIG).read_bytes())
             origin = {} if source.stored is None else source.stored[0].origin
             card = Card(

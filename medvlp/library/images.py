@@ -13,6 +13,7 @@ from torch import Tensor
 
 from medvlp.data.transforms import View, evaluation_view
 from shards.dicom import read_dicom
+from shards.dicom_windows import Window
 from shards.errors import DataError, UsageError
 from shards.images import decode_image, fit_square, read_image_file, square_geometry
 
@@ -64,21 +65,31 @@ def images_of(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
     return list(images)
 
 
-def see(image: ImageLike, stored: int, size: int, crop: str) -> Seen:
+def see(image: ImageLike, stored: int, size: int, crop: str, window: Window = "auto") -> Seen:
     """Read one image and bring it into the form that evaluation gives the network.
 
     Args:
         image: see `ImageLike`. Files may be JPEG, PNG, TIFF or DICOM.
         stored: side of the square that datasets store images in. size, crop: of the network's input.
+        window: of a DICOM file.
 
     Raises:
         DataError: a file that cannot be read.
         UsageError: an array that is no 8-bit image.
     """
-    pixels = _read(Path(image)) if isinstance(image, str | Path) else _pixels(image)
+    pixels = _read(Path(image), window) if isinstance(image, str | Path) else _pixels(image)
     square, *_ = fit_square(pixels, stored)
     view, where = evaluation_view(square, size, crop)
     return Seen(pixels, str(image) if isinstance(image, str | Path) else "", view, where, stored)
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether a file that can be read begins as DICOM files do."""
+    try:
+        with path.open("rb") as file:
+            return file.read(_DICOM_AT + 4)[_DICOM_AT:] == _DICOM
+    except OSError:
+        return False
 
 
 def stacked(seen: Sequence[Seen]) -> Tensor:
@@ -86,11 +97,11 @@ def stacked(seen: Sequence[Seen]) -> Tensor:
     return torch.from_numpy(np.stack([one.view for one in seen])[:, None])
 
 
-def _read(path: Path) -> Pixels:
+def _read(path: Path, window: Window) -> Pixels:
     try:
         data = read_image_file(path)
         if data[_DICOM_AT : _DICOM_AT + 4] == _DICOM:
-            return np.asarray(read_dicom(data).pixels, dtype=np.uint8)
+            return np.asarray(read_dicom(data, window).pixels, dtype=np.uint8)
         return decode_image(data)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); give the path of an image") from error

@@ -5,6 +5,7 @@ import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import safetensors.torch
 from safetensors import SafetensorError, safe_open
@@ -20,10 +21,11 @@ from medvlp.evaluation.supervised import Network, task_of
 from medvlp.methods.base import Method
 from medvlp.methods.registry import build_method, schemas
 from medvlp.runs import saved_run
-from medvlp.runs.identity import STORED_SIDE
+from medvlp.runs.identity import STORED_SIDE, WINDOW
 from medvlp.runs.run_folder import CONFIG
 from medvlp.runs.saved_run import SavedRun
 from medvlp.trust import KEYS
+from shards.dicom_windows import Window
 from shards.errors import MedvlpError
 
 logger = logging.getLogger(__name__)
@@ -45,6 +47,7 @@ class Loaded:
 
     Attributes:
         name: of the run. stored: side of the square images are stored in before the view is cut.
+        window: of DICOM films; None: the run does not say which it has learned from.
         objective: of a run that has learned a downstream task, with its head; the method is its part.
         moved: that training has changed the method itself, not the head alone.
     """
@@ -54,6 +57,7 @@ class Loaded:
     tokenizer: Tokenizer
     method: Method
     stored: int
+    window: Window | None
     objective: SupervisedObjective | None = None
     moved: bool = False
 
@@ -80,7 +84,8 @@ def read_model(place: Path) -> Loaded:
         objective = _read_objective(place, source, tokenizer)
         method, moved = objective.method, _moves_method(objective)
     stored = saved_run.stored_side(source, config)
-    return Loaded(source.name(config), config, tokenizer, method, stored, objective, moved)
+    window = saved_run.dicom_window(source)
+    return Loaded(source.name(config), config, tokenizer, method, stored, window, objective, moved)
 
 
 def _read_objective(place: Path, source: SavedRun, tokenizer: Tokenizer) -> SupervisedObjective:
@@ -137,22 +142,26 @@ def _read_export(folder: Path) -> Loaded:
         what = f"{missing[0]} is missing" if missing else f"{extra[0]} is too much"
         raise LoadError(f"{folder} does not fit its {CONFIG}: {what}; export the run again")
     method.load_state_dict({name: weights[name] for name in expected}, strict=True)
-    return Loaded(config.run.name or folder.resolve().name, config, tokenizer, method.eval(), _stored(folder))
+    name = config.run.name or folder.resolve().name
+    return Loaded(name, config, tokenizer, method.eval(), *_seen_by(folder))
 
 
-def _stored(folder: Path) -> int:
-    """The side that `saved_run.stored_side` said of the run."""
+def _seen_by(folder: Path) -> tuple[int, Window | None]:
+    """What `saved_run.stored_side` and `dicom_window` said of the run."""
     try:
         with safe_open(folder / HEADS, "pt") as file:
-            said = (file.metadata() or {}).get(STORED_SIDE, "")
+            header = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise LoadError(f"{folder} cannot be read as an export ({error}); export the run again") from error
+    said, window = header.get(STORED_SIDE, ""), header.get(WINDOW)
+    if window is not None and window not in get_args(Window):
+        raise LoadError(f"{folder / HEADS} names no way to show DICOM films: export the run again")
     if not re.fullmatch("[1-9][0-9]{0,3}", said):
         raise LoadError(
             f"{folder / HEADS} does not say which part of an image the network sees (an export of an earlier "
             "version): export the run again"
         )
-    return int(said)
+    return int(said), window
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar, cast, get_args
 
 import numpy as np
 import torch
@@ -20,15 +21,17 @@ from medvlp.evaluation.features import ModelArrays, exact_kernels
 from medvlp.evaluation.heads.report import ReportObjective
 from medvlp.evaluation.prompts import Prompts
 from medvlp.evaluation.tasks.zero_shot import Ensemble, finding_scores, prompts_of
-from medvlp.library.images import ImageLike, Seen, images_of, see, stacked
+from medvlp.library.images import ImageLike, Seen, images_of, is_dicom, see, stacked
 from medvlp.library.loading import Loaded, read_model
 from medvlp.serving.run_model import choose_device
+from shards.dicom_windows import Window
 from shards.errors import NotFiniteError, UsageError
 from shards.progress import tracked
 
 if TYPE_CHECKING:
     import pandas as pd
 
+logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 #: Images of one forward pass.
 BATCH = 32
@@ -102,13 +105,15 @@ class Model:
         self.name, self.config, self._tokenizer = loaded.name, loaded.config, loaded.tokenizer
         self.method, self.device, self._stored = loaded.method.to(device), device, loaded.stored
         self._objective = None if loaded.objective is None else loaded.objective.to(device)
-        self._moved = loaded.moved
+        self._moved, self._window = loaded.moved, loaded.window
 
     @classmethod
-    def load(cls, place: str | Path, device: str | None = None) -> Self:
+    def load(cls, place: str | Path, device: str | None = None, window: str | None = None) -> Self:
         """See `medvlp.load`."""
-        chosen = choose_device(device or "auto")
-        return cls(read_model(Path(place)), chosen)
+        if window is not None and window not in get_args(Window):
+            raise UsageError(f"window {window}: there are {', '.join(get_args(Window))}")
+        chosen, loaded = choose_device(device or "auto"), read_model(Path(place))
+        return cls(loaded if window is None else replace(loaded, window=cast("Window", window)), chosen)
 
     @property
     def width(self) -> int:
@@ -356,7 +361,15 @@ class Model:
 
     def _seen(self, image: ImageLike) -> Seen:
         data = self.config.data
-        return see(image, self._stored, data.image_size, evaluation_crop(data.transform))
+        if self._window is None and isinstance(image, str | Path) and is_dicom(Path(image)):
+            self._window = "auto"
+            logger.warning(
+                "%s does not say how the DICOM films of its training were shown: their own windows are used "
+                "(another way: window, of `medvlp.load`, or --window)",
+                self.name,
+            )
+        crop = evaluation_crop(data.transform)
+        return see(image, self._stored, data.image_size, crop, self._window or "auto")
 
     def _tokens(self, reports: Sequence[Sequence[str]]) -> Text:
         data = self.config.data

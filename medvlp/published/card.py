@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from medvlp.config import Config
 from medvlp.published.recipe import Origin
-from medvlp.runs.identity import STORED_SIDE
+from medvlp.runs.identity import STORED_SIDE, WINDOW
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Card:
             "sha256": self.sha256,
             "licence": self.origin.licence,
             **({} if self.origin.stored_side is None else {STORED_SIDE: str(self.origin.stored_side)}),
+            **({} if self.origin.window is None else {WINDOW: self.origin.window}),
             **self.more,
         }
 

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from medvlp.published.reading import PublishedFileError
-from medvlp.published.recipe import Origin, Recipe
+from medvlp.published.recipe import MIMIC_WINDOW, Origin, Recipe
 from medvlp.published.renaming import Rule, part
 from shards.entities.vocabulary import OBSERVATIONS
 from shards.strict_json import JsonError, parse_json, read_limited
@@ -109,6 +109,7 @@ def recipe(keys: Collection[str]) -> Recipe:
             "The published grounding script leaves out the gate and draws its query layer at random, so its "
             "maps cannot be reproduced; the maps here are those of the training model.",
         ],
+        window=MIMIC_WINDOW,
     )
     return Recipe(values, _RULES, origin, own=r"(text_encoder|book)\..+")
 

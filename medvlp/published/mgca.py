@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from typing import Any
 
-from medvlp.published.recipe import BERT_BASE, Origin, Recipe
+from medvlp.published.recipe import BERT_BASE, MIMIC_WINDOW, Origin, Recipe
 from medvlp.published.renaming import Rule, same, without_last_axis
 
 WRAPPERS = ("state_dict",)
@@ -91,5 +91,6 @@ def recipe(keys: Collection[str]) -> Recipe:
             "next token's attention.",
         ],
         stored_side=256,
+        window=MIMIC_WINDOW,
     )
     return Recipe(values, _RULES, origin, _UNUSED)

@@ -20,6 +20,8 @@ class Origin:
         text: how reports and prompts have to be written. remarks: more lines.
         stored_side: side of the square that images are fitted into before the published evaluation cuts its
             view; None: it cuts none.
+        window: how DICOM films get the grey levels of what the weights were trained on
+            (`shards.dicom_windows.Window`); None: it is not known.
     """
 
     title: str
@@ -31,6 +33,7 @@ class Origin:
     text: str
     remarks: Sequence[str] = ()
     stored_side: int | None = None
+    window: str | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,9 @@ class Recipe:
     unused: Mapping[str, str] = field(default_factory=dict)
     own: str = ""
 
+
+#: `Origin.window` of weights trained on MIMIC-CXR-JPG, whose images were equalised.
+MIMIC_WINDOW = "equalize"
 
 #: Sizes of BERT base in Bio_ClinicalBERT, whose vocabulary is that of cased BERT.
 BERT_BASE = {

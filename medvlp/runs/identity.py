@@ -34,6 +34,8 @@ _NO_DATA = "unknown"
 #: Name of the side in pixels of the square that images are fitted into before evaluation cuts its view: in
 #: the origin of imported weights whose publication cuts one, and in the header of an export's weights.
 STORED_SIDE = "stored_side"
+#: Name, there, of how DICOM films get the grey levels that the weights have learned from.
+WINDOW = "dicom_window"
 #: Largest `identity.json` and `tokenizer.json`, in bytes.
 _LIMIT = 1 << 26
 #: Shards of a local dataset that are asked for their licence.
@@ -59,6 +61,8 @@ class DataRecord:
         splits: split -> its totals, and `content`, the hash over its shards.
         licences: `license` fields of samples, sorted; "" where a sample says nothing.
         asked: number of samples they were read from; 0 for remote data, which nothing is fetched of.
+        window: how DICOM films get the grey levels that its images have (`shards.dicom_windows.Window`);
+            None: a version recorded it that did not say.
         trained_tokenizer: what its tokenizer was trained on, if that was its own reports: "patients" of its
             training split, and "min_patients" that share a word (None: words of single patients are in it).
     """
@@ -75,6 +79,7 @@ class DataRecord:
     licences: list[str] = field(default_factory=list)
     asked: int = 0
     trained_tokenizer: dict[str, int | None] | None = None
+    window: str | None = None
 
     @classmethod
     def of(cls, index: Index, split: str, from_step: int = 0) -> Self:
@@ -87,7 +92,8 @@ class DataRecord:
         content = _hash([hashes, index.label_names, index.image_size])
         return cls(
             from_step, content, index.name, index.fingerprint, index.image_size, list(index.label_names),
-            index.tokenizer, split, splits, trained_tokenizer=_trained_tokenizer(index),
+            index.tokenizer, split, splits,
+            trained_tokenizer=_trained_tokenizer(index), window=_dicom_window(index),
         )  # fmt: skip
 
     def differences(self, now: DataRecord) -> list[str]:
@@ -106,6 +112,13 @@ class DataRecord:
         if self.image_size != now.image_size:
             found.append(f"stored images of {now.image_size} pixels, not {self.image_size}")
         return found
+
+
+def _dicom_window(index: Index) -> str:
+    """As the dataset was built from DICOM; its JPEG files were equalised before they were ours."""
+    source = index.arguments.get("source", {})
+    said = source.get("options", {}).get("window", "auto")
+    return "equalize" if source.get("name") == "mimic-cxr" else str(said)
 
 
 def _trained_tokenizer(index: Index) -> dict[str, int | None] | None:

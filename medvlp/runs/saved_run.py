@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from medvlp import config_files, trust
 from medvlp.config import Config
@@ -22,6 +23,7 @@ from medvlp.runs.errors import RunFolderError
 from medvlp.runs.identity import (
     IDENTITY,
     STORED_SIDE,
+    WINDOW,
     DataRecord,
     IdentityError,
     RunIdentity,
@@ -31,6 +33,9 @@ from medvlp.runs.identity import (
 from medvlp.runs.manifest import MANIFEST, WEIGHTS, Manifest
 from medvlp.runs.run_folder import CONFIG
 from shards.format import Index
+
+if TYPE_CHECKING:
+    from shards.dicom_windows import Window
 
 logger = logging.getLogger(__name__)
 
@@ -245,6 +250,26 @@ def stored_side(source: SavedRun, config: Config) -> int:
     if not re.fullmatch("[1-9][0-9]{0,3}", said):
         raise IdentityError(f"{source.run}: {key} of its {IDENTITY} is no side in pixels: {remedy}")
     return int(said) if record is not None else max(config.data.image_size, int(said))
+
+
+def dicom_window(source: SavedRun) -> "Window | None":
+    """How DICOM films get the grey levels that the checkpoint has learned from; None: the run does not say.
+
+    Raises:
+        IdentityError: it says what there is not.
+    """
+    from shards.dicom_windows import Window  # here: it imports pydicom, which few commands need
+
+    if source.stored is None:
+        return None
+    identity, _ = source.stored
+    record = identity.trained_on(source.manifest.identity)
+    said: Any = identity.origin.get(WINDOW) if record is None else record.window
+    if said is not None and said not in get_args(Window):
+        raise IdentityError(
+            f"{source.run}: its {IDENTITY} names no way to show DICOM films: bring back the stored one"
+        )
+    return cast("Window | None", said)
 
 
 def load_method(source: SavedRun, config: Config, tokenizer: Tokenizer) -> Method:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -28,11 +29,13 @@ from medvlp.evaluation.heads.segmentation import Segmentation
 from medvlp.library import dataset, images, loading, model
 from medvlp.library.loading import LoadError
 from medvlp.runs import saved_run
-from medvlp.runs.identity import IdentityError
+from medvlp.runs.identity import DataRecord, IdentityError
+from shards.dicom import read_dicom
 from shards.errors import DataError, NotFiniteError, UsageError
-from shards.format import IMAGE_LIMIT
+from shards.format import IMAGE_LIMIT, Index
 from shards.images import fit_square
 from tests.export.saved import save_run, stored_at
+from tests.fixtures import dicom
 
 
 def test_importing_the_package_imports_no_torch() -> None:
@@ -245,6 +248,48 @@ def test_a_map_lies_over_the_image_it_is_of(run: Path, monkeypatch: pytest.Monke
     assert column < 90 / 8, "the left edge of the square is that of the film"
     assert 15 <= row <= 30, "the padding above a broad film is no part of it"
     assert found.overlay().shape == (40, 90, 3)
+
+
+@pytest.mark.parametrize("window", ["max", "equalize"])
+def test_dicom_films_are_shown_as_those_of_the_training_were(
+    data: Path, window: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Dark films, as a detector of 12 bits leaves them, are black without that."""
+    film = tmp_path / "film.dcm"
+    pixels = np.random.default_rng(0).integers(0, 900, (40, 40), dtype=np.uint16)
+    film.write_bytes(dicom.write(pixels, 12))
+    built = tmp_path / "built"
+    shutil.copytree(data, built)
+    index = json.loads((built / "index.json").read_text())
+    index["arguments"]["source"] = {"name": "rsna", "options": {"window": window}}
+    (built / "index.json").write_text(json.dumps(index))
+    save_run(built, tmp_path / "run")
+    stored_at(tmp_path / "run", built, 32)
+    words = ["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    shown = {kind: read_dicom(film.read_bytes(), kind).pixels for kind in ("auto", "max", "equalize")}
+    assert len({of.tobytes() for of in shown.values()}) == 3
+    for place in ("run", "out"):
+        loaded = medvlp.load(tmp_path / place, "cpu")
+        assert loaded._seen(film).pixels.tolist() == shown[window].tolist()
+    assert not caplog.messages
+    assert medvlp.load(tmp_path / "run", "cpu", "auto")._seen(film).pixels.tolist() == shown["auto"].tolist()
+    with pytest.raises(UsageError, match="window film: there are auto, max, equalize"):
+        medvlp.load(tmp_path / "run", "cpu", "film")
+    identity = json.loads((tmp_path / "run" / "identity.json").read_text())
+    del identity["data"][0]["window"]  # as a run of before has it
+    (tmp_path / "run" / "identity.json").write_text(json.dumps(identity))
+    before = medvlp.load(tmp_path / "run", "cpu")
+    for _ in range(2):
+        assert before._seen(film).pixels.tolist() == shown["auto"].tolist()
+    assert len([line for line in caplog.messages if "does not say how the DICOM films" in line]) == 1
+
+
+def test_images_of_mimic_cxr_jpg_were_equalised(data: Path) -> None:
+    index = Index.load(data)
+    assert DataRecord.of(index, "train").window == "auto"
+    index = replace(index, arguments={"source": {"name": "mimic-cxr", "options": {}}})
+    assert DataRecord.of(index, "train").window == "equalize"
 
 
 def test_what_is_outside_the_crop_has_no_value() -> None:
