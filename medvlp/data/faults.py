@@ -21,10 +21,17 @@ class FaultCounter:
 
     that is, its share of the allowed number plus three standard deviations of what chance can deal to one of
     W ranks; with one rank just the allowed number.
+
+    Args:
+        max_bad_fraction: see `data.max_bad_fraction`.
+        samples, world_size: N and W.
+        replaced: whether a batch has others in place of its corrupt samples (training), or is smaller.
     """
 
-    def __init__(self, max_bad_fraction: float, samples: int, world_size: int) -> None:
-        self.max_bad_fraction = max_bad_fraction
+    def __init__(
+        self, max_bad_fraction: float, samples: int, world_size: int, replaced: bool = False
+    ) -> None:
+        self.max_bad_fraction, self.replaced = max_bad_fraction, replaced
         self.share = samples / world_size
         self.world_size = world_size
         self.seen = 0
@@ -37,7 +44,7 @@ class FaultCounter:
         Raises:
             DataError: too many corrupt samples.
         """
-        self.seen += len(batch.keys)
+        self.seen += len(batch.keys) + (0 if self.replaced else batch.skipped)
         self.skipped += batch.skipped
         for fault in batch.faults:
             self._logged += 1

@@ -110,7 +110,7 @@ class TrainingLoader:
         self.unreadable = len(dataset.store.unreadable)
         rows = sampler.batch // (sampler.accumulation * sampler.world_size)
         self._loader = WorkerLoader(dataset, sampler, config, data_workers(config), rows)
-        self._faults = FaultCounter(config.max_bad_fraction, self.samples, sampler.world_size)
+        self._faults = FaultCounter(config.max_bad_fraction, self.samples, sampler.world_size, replaced=True)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield micro-batches from the start step on.

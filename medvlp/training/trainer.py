@@ -156,8 +156,11 @@ class Trainer:
     def _exact_passes(self) -> "_Passes":
         """One loss of all micro-batches together."""
         passes = _Passes()
-        batch = join([self._load(passes) for _ in range(self.engine.sizes.accumulation)])
-        output = exact_passes(self.engine, batch.to(self.engine.device), self._clusters, self.guard)
+        parts = [self._load(passes) for _ in range(self.engine.sizes.accumulation)]
+        # Joined where they go: what the host joins is not pinned, and its copy would be waited for.
+        there = join([part.to(self.engine.device) for part in parts])
+        output = exact_passes(self.engine, there, self._clusters, self.guard)
+        batch = there if self.engine.device.type == "cpu" else join(parts)
         passes.losses = {name: value.detach().float() for name, value in output.named.items()}
         self.engine.step()
         for callback in self.callbacks:

@@ -276,12 +276,15 @@ def batch_with_faults(rows: int, skipped: int) -> Batch:
 
 
 def test_one_rank_stops_at_exactly_the_allowed_number() -> None:
-    counter = FaultCounter(0.01, samples=1000, world_size=1)
+    counter = FaultCounter(0.01, samples=1000, world_size=1, replaced=True)
     for _ in range(10):
         counter.count(batch_with_faults(10, 1))
     with pytest.raises(DataError, match="11 of 110"):
         counter.count(batch_with_faults(10, 1))
-    later = FaultCounter(0.01, samples=1000, world_size=1)
+    without = FaultCounter(0.01, samples=1000, world_size=1)
+    with pytest.raises(DataError, match="11 of 111 samples read"):
+        without.count(batch_with_faults(100, 11))
+    later = FaultCounter(0.01, samples=1000, world_size=1, replaced=True)
     later.count(batch_with_faults(4000, 40))
     with pytest.raises(DataError):
         later.count(batch_with_faults(1, 1))
@@ -293,7 +296,7 @@ def test_many_ranks_neither_stop_by_chance_nor_miss_real_damage() -> None:
     for share, expected in ((0.005, False), (0.05, True)):
         stopped = False
         for corrupt in np.array_split(generator.random(10_000) < share, 80):
-            counter = FaultCounter(0.01, samples=10_000, world_size=80)
+            counter = FaultCounter(0.01, samples=10_000, world_size=80, replaced=True)
             try:
                 counter.count(batch_with_faults(len(corrupt), int(corrupt.sum())))
             except DataError:

@@ -149,7 +149,7 @@ def test_corrupt_samples_are_too_many_by_their_share_of_the_whole(
     many = damaged(data, tmp_path / "many", [0, 5, 10, 23])
     result = invoke("embed", tmp_path / "run", "--data", many, "--out", out, "--nproc", 1)
     assert isinstance(result.exception, DataError)
-    assert str(result.exception).startswith("4 of 20 samples read by this rank are corrupt")
+    assert str(result.exception).startswith("4 of 24 samples read by this rank are corrupt")
 
 
 def part(run: Path, data: Path, out: Path) -> None:

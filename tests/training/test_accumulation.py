@@ -273,6 +273,14 @@ def test_an_offloaded_optimizer_is_refused() -> None:
         Engine(method, config, BatchSizes(ROWS, 2, 4, 1), torch.device("cpu"))
 
 
+@pytest.mark.dist
+def test_stage_two_may_reduce_behind_the_backward_pass(gloo_pool: Pools) -> None:
+    _, expected, _ = gloo_pool(2).run(step, "mgca", 2, 2)[0]
+    options = {"zero_optimization": {"overlap_comm": True}}
+    _, found, _ = gloo_pool(2).run(step, "mgca", 2, 2, options)[0]
+    assert_same(found, expected)
+
+
 def test_overlapping_at_stage_one_is_refused() -> None:
     config = Config()
     config.zero.stage, config.train.micro_batch = 1, 8

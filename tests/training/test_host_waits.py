@@ -20,7 +20,7 @@ import medvlp.methods.prior.terms
 from medvlp import distributed
 from medvlp.data.batch import Batch
 from medvlp.data.batch_sizes import divide_batch
-from medvlp.methods.base import Objective
+from medvlp.methods.base import Objective, StepOutput
 from medvlp.training.bad_steps import BadSteps
 from medvlp.training.callbacks import Callback, StepRecord
 from medvlp.training.engine import Engine
@@ -95,6 +95,35 @@ def test_a_forward_pass_waits_for_nothing(name: str, groups: int, monkeypatch: p
     method = built(config)
     batch.text.lengths = tuple(batch.text.attention_mask.sum(1).tolist())
     assert waits_of_a_pass(method, batch) == []
+
+
+def test_micro_batches_go_to_the_device_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the host joins lies in memory that is not pinned: its copy to a GPU is waited for."""
+    parts, to = [small_batch(), small_batch(seed=1)], Batch.to
+    moved, given, told = list[int](), list[Batch](), list[Batch]()
+
+    def counted(batch: Batch, device: Any) -> Batch:
+        moved.append(len(batch.keys))
+        return to(batch, device)
+
+    def passes(engine: Any, batch: Batch, *rest: Any) -> StepOutput:
+        given.append(batch)
+        return StepOutput(torch.zeros(()), {})
+
+    monkeypatch.setattr(Batch, "to", counted)
+    monkeypatch.setattr("medvlp.training.trainer.exact_passes", passes)
+    trainer: Any = object.__new__(Trainer)
+    sizes = SimpleNamespace(accumulation=2)
+    trainer.engine = SimpleNamespace(sizes=sizes, device=torch.device("meta"), step=lambda: None)
+    trainer.batches, trainer.watchdog = iter(parts), SimpleNamespace(mark=lambda *told: None)
+    trainer.callbacks = [SimpleNamespace(on_micro_batch=lambda batch, *rest: told.append(batch))]
+    trainer.guard, trainer.refresh, trainer.step = None, None, 0
+    trainer._exact_passes()
+    assert moved == [len(part.keys) for part in parts]
+    assert given[0].image.device.type == "meta"
+    assert given[0].keys == told[0].keys
+    assert told[0].image.device.type == "cpu"
+    assert len(told[0].image) == sum(moved)
 
 
 class Listener(Callback):

@@ -17,7 +17,7 @@ from medvlp.methods.mpma.config import MPMAConfig
 from medvlp.prototypes.false_negatives import NOTHING_EXCLUDED, Exclusion
 from medvlp.prototypes.user import to_cluster
 
-#: Share of the running averages that a calibrating pass replaces.
+#: Least share of the running averages that a calibrating pass replaces.
 _MOMENTUM = 0.1
 
 
@@ -120,10 +120,16 @@ class GlobalLocalAlignment(nn.Module):
         config = self.config
         return config.global_weight > 0 and config.head == "batch_norm" and config.masking == "paired"
 
-    def calibrate(self, image: ImageFeatures, hidden: Tensor, words: Tensor) -> None:
-        """Move the running averages of the global heads towards the statistics of whole pairs."""
+    def calibrate(self, image: ImageFeatures, hidden: Tensor, words: Tensor, passes: int) -> None:
+        """Move the running averages of the global heads towards the statistics of whole pairs.
+
+        Args:
+            image, hidden, words: see `forward`; of whole pairs.
+            passes: of the run, this one included: the first ones are averaged, so that nothing is left of
+                what the averages began with.
+        """
         for norm in self._norms():
-            norm.momentum = _MOMENTUM
+            norm.momentum = max(_MOMENTUM, 1 / passes)
         self.embed_image(image), self.embed_report(hidden, words)
         for norm in self._norms():
             norm.momentum = 0.0

@@ -114,7 +114,7 @@ class MPMA(DividedMethod, PrototypeUser):
         self, config: MPMAConfig, image: MaskedImageEncoder, text: MaskedTextEncoder, seed: int
     ) -> None:
         super().__init__()
-        self.config, self.seed, self.step = config, seed, 0
+        self.config, self.seed, self.step, self.steps = config, seed, 0, 0
         self.image_encoder, self.text_encoder = image, text
         image.reads_patches = config.summary == "mean" or config.global_weight == 0
         self.decoder: ImageDecoder | None = None
@@ -219,7 +219,7 @@ class MPMA(DividedMethod, PrototypeUser):
 
     def on_progress(self, progress: Progress) -> None:
         """Every step has masks of its own."""
-        self.step = progress.step
+        self.step, self.steps = progress.step, progress.steps
 
     @property
     def service_user(self) -> PrototypeUser:
@@ -295,7 +295,8 @@ class MPMA(DividedMethod, PrototypeUser):
 
     @property
     def _calibrates_now(self) -> bool:
-        due = (self.step + 1) % self.config.calibration_steps == 0
+        done = self.step + 1  # a run shorter than that is calibrated too, at its end
+        due = done % self.config.calibration_steps == 0 or done == self.steps
         return self.training and due and self.alignment is not None and self.alignment.calibrates
 
     @torch.no_grad()
@@ -309,7 +310,8 @@ class MPMA(DividedMethod, PrototypeUser):
     @torch.no_grad()
     def _calibrate(self, alignment: GlobalLocalAlignment, pair: WholePair, words: Tensor) -> None:
         """Move the heads' running averages by a pass over whole pairs."""
-        alignment.calibrate(pair.image, pair.text.hidden, words)
+        passes = -(-(self.step + 1) // self.config.calibration_steps)
+        alignment.calibrate(pair.image, pair.text.hidden, words, passes)
 
     def _image_loss(
         self, decoder: ImageDecoder, batch: Batch, masks: PairMasks, views: EncodedViews
