@@ -73,16 +73,18 @@ def check_network(host: str, tls: bool, insecure_network: bool) -> None:
     Raises:
         UsageError: the host cannot be resolved, or is not this machine alone and there is no TLS.
     """
-    try:
-        found = {entry[4][0] for entry in socket.getaddrinfo(host, None)}
-    except (OSError, UnicodeError) as error:
-        raise UsageError(f"--host {host}: {error}; give an address of this machine") from error
-    loopback = all(ipaddress.ip_address(str(address).partition("%")[0]).is_loopback for address in found)
-    if not (loopback or tls or insecure_network):
+    if not (all(map(is_loopback, _addresses(host))) or tls or insecure_network):
         raise UsageError(
             f"--host {host} can be reached from other machines: give --tls-cert and --tls-key, or say "
             "--insecure-network where everybody on that network may read the token"
         )
+
+
+def _addresses(host: str) -> list[str]:
+    try:
+        return [str(entry[4][0]).partition("%")[0] for entry in socket.getaddrinfo(host, None)]
+    except (OSError, UnicodeError) as error:
+        raise UsageError(f"--host {host}: {error}; give an address of this machine") from error
 
 
 def is_loopback(host: str) -> bool:
@@ -91,6 +93,18 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def loopback_behind(host: str) -> str | None:
+    """The address that a name has where it means this machine alone to itself, and others another address.
+
+    Debian has a machine's own name so in /etc/hosts. None for any other name, and for addresses.
+
+    Raises:
+        UsageError: the host cannot be resolved.
+    """
+    found = [] if is_loopback(host) else _addresses(host)
+    return found[0] if found and all(map(is_loopback, found)) else None
 
 
 def metadata(token: str) -> list[tuple[str, str]]:

@@ -30,6 +30,9 @@ from medvlp.serving.snapshot import Snapshot
 #: Rows searched between two looks at whether anybody still waits for the answer.
 _BLOCK = 64
 _DEFAULT = Wanted()
+#: Most bytes in a reply: of an answered cluster, or sample without its key; of a summary without its
+#: findings; of a finding without its name.
+_ENTRY_BYTES, _SUMMARY_BYTES, _LABEL_BYTES = 20, 64, 16
 
 
 def _always() -> bool:
@@ -137,13 +140,16 @@ class Answers:
         return self._nearest(rows, wanted, _always)
 
     def clusters(self, first: int = 0, count: int = 0) -> ClustersAnswer:
-        """A page of clusters from number `first` on (count 0: as many as a page holds).
+        """A page of clusters from number `first` on (count 0, or more than a page holds: as many as that).
 
         Raises:
             UnknownClusterError: the page begins beyond the last cluster.
         """
         total = self._check_cluster(first)
-        count = min(count or self.limits.page, self.limits.page)
+        names = self.snapshot.origin.label_names
+        summary = _SUMMARY_BYTES + sum(len(name.encode()) + _LABEL_BYTES for name in names)
+        fitting = max(1, self.limits.reply_bytes // summary)
+        count = min(count or self.limits.page, self.limits.page, fitting)
         page = range(first, min(total, first + count))
         return ClustersAnswer(*self._stamp, total, [self.summary(number) for number in page])
 
@@ -214,7 +220,15 @@ class Answers:
         if wanted.samples and wanted.of not in self.snapshot.embeddings():
             raise RequestError("the samples are stored with their images alone: ask for those (of: IMAGE)")
         clusters = min(wanted.clusters or 1, self.snapshot.table.centroids.shape[0])
-        return clusters, min(wanted.samples, len(self.snapshot.sample))
+        samples = min(wanted.samples, len(self.snapshot.sample))
+        sample = _ENTRY_BYTES + self.snapshot.keys.shape[1]
+        size = rows * (clusters * _ENTRY_BYTES + samples * sample)
+        if size > limits.reply_bytes:
+            raise RequestError(
+                f"the answer could have {size} bytes (a sample up to {sample}), more than the "
+                f"{limits.reply_bytes} that fit a reply: send fewer rows at a time, or ask for fewer samples"
+            )
+        return clusters, samples
 
     def _check_cluster(self, number: int) -> int:
         total = self.snapshot.table.centroids.shape[0]

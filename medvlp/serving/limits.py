@@ -17,7 +17,7 @@ class Limits:
     Attributes:
         message_bytes: of one request.
         rows: embeddings of one request. entries: clusters or samples answered for each of them.
-        answers: rows x entries of one reply, which stays below the 4 MiB that gRPC clients take by default.
+        answers: rows x entries of one reply. reply_bytes: of one reply; gRPC's clients take 4 MiB by default.
         texts: of one request. text_characters: of one text.
         images: of one request. image_bytes: of one file. image_pixels: of one decoded image.
         page: clusters of one reply.
@@ -37,6 +37,7 @@ class Limits:
     rows: int = 4096
     entries: int = 100
     answers: int = 40_000
+    reply_bytes: int = 4_000_000
     texts: int = 64
     text_characters: int = 20_000
     images: int = 16

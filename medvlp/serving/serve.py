@@ -60,19 +60,19 @@ def serve(options: ServeOptions, say: Callable[[str], None]) -> None:
         MedvlpError: without `follow`: run or snapshot cannot be used.
     """
     check_network(options.address.host, options.address.tls, options.insecure_network)
-    folder = folder_of(options.run)
+    address, folder = options.address.settled(), folder_of(options.run)
     token = make_token(folder / TOKEN) if options.token_file is None else read_token(options.token_file)
     source = Source(options.run, options.build, options.limits, say)
     with _until_told():
         answers = None if options.follow else source.load()
-        server = PrototypeServer(options.address, token, options.limits)
+        server = PrototypeServer(address, token, options.limits)
         try:
             if answers is not None:
                 server.publish(answers)
             server.start()
             server.describe(folder, options.run)
-            protection = "TLS" if options.address.tls else "no TLS"
-            say(f"serving {options.run} at {options.address.advertised(server.port)} ({protection})")
+            protection = "TLS" if address.tls else "no TLS"
+            say(f"serving {options.run} at {address.advertised(server.port)} ({protection})")
             while True:
                 if options.follow and (answers := source.newer()) is not None:
                     server.publish(answers)

@@ -1,11 +1,12 @@
 """A gRPC server of one run's prototypes, from its address to its clean end."""
 
 import json
+import logging
 import os
 import resource
 import socket
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from medvlp import trust
-from medvlp.serving.access import StreamLimit, TokenCheck
+from medvlp.serving.access import StreamLimit, TokenCheck, loopback_behind
 from medvlp.serving.answers import Answers
 from medvlp.serving.door import Door
 from medvlp.serving.layout import ADDRESS, ADDRESS_LIMIT, SERVER, PrototypeFilesError
@@ -24,6 +25,8 @@ from medvlp.serving.servicer import SERVICE, Servicer
 from shards.atomic import atomic_write
 from shards.errors import UsageError
 from shards.strict_json import JsonError, parse_json, read_limited
+
+logger = logging.getLogger(__name__)
 
 #: Calls that are worked on at a time, and streams (reflection, watching health) among them.
 _THREADS, STREAMS = 16, 4
@@ -52,6 +55,21 @@ class Address:
     def tls(self) -> bool:
         """Whether the server speaks TLS."""
         return self.tls_certificate is not None
+
+    def settled(self) -> "Address":
+        """This address, where its host is a name for loopback the address of that.
+
+        Others would take the name for one of the network, and send the token to whoever listens there. With
+        TLS the name stays, which is that of the certificate.
+        """
+        own = loopback_behind(self.host)
+        if own is None:
+            return self
+        logger.warning(
+            "--host %s is %s on this machine, where nobody else reaches the server: give an address of the "
+            "network to serve others", self.host, own,
+        )  # fmt: skip
+        return self if self.tls else replace(self, host=own)
 
     def advertised(self, port: int) -> str:
         """The "HOST:PORT" that clients should connect to."""

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -27,7 +28,7 @@ from medvlp.serving.offline import RunFiles
 from medvlp.serving.run_model import RunModel
 from medvlp.serving.server import Address, PrototypeServer
 from medvlp.serving.servicer import SERVICE
-from medvlp.serving.snapshot import Snapshot
+from medvlp.serving.snapshot import Snapshot, pack_keys
 from shards.errors import UsageError
 from shards.reader import ShardReader
 from tests.serving.conftest import TOKEN
@@ -113,6 +114,24 @@ def test_clusters_come_in_pages_and_one_by_one(
         table = client.table()
         assert (table.clusters, table.width, table.step) == (8, 16, 3)
         assert list(table.label_names) == snapshot.origin.label_names
+
+
+def test_replies_fit_what_clients_take(
+    start: Callable[..., PrototypeServer], snapshot: Snapshot, model: RunModel
+) -> None:
+    """gRPC's clients refuse more than 4 MiB, with a word about no limit of ours."""
+    long = replace(
+        snapshot, keys=pack_keys([f"{row:02d}" + 3000 * "k" for row in range(len(snapshot.sample))])
+    )
+    server, rows = start(), np.random.default_rng(0).normal(size=(200, 16))
+    server.publish(Answers(long, lambda: model))
+    with PrototypeClient(Connection(f"127.0.0.1:{server.port}", TOKEN), timeout=200) as client:
+        with pytest.raises(RemoteError, match=r"INVALID_ARGUMENT\): .*send fewer rows at a time"):
+            client.nearest(rows, samples=10)
+        assert len(client.nearest(rows[:100], samples=10).sample_keys) == 1000
+        server.publish(Answers(snapshot, lambda: model, Limits(reply_bytes=1000)))
+        assert len(client.clusters().clusters) < 8
+        assert [cluster.id for cluster in client.all_clusters()] == [*range(8)]
 
 
 def test_files_answer_as_the_server_does(client: PrototypeClient, built: Path) -> None:
@@ -266,6 +285,29 @@ def test_no_proxy_is_asked(start: Callable[..., PrototypeServer], monkeypatch: p
         proxy.settimeout(0.2)
         with pytest.raises(TimeoutError):
             proxy.accept()
+
+
+def test_a_name_for_loopback_is_not_taken_for_one_of_the_network(
+    start: Callable[..., PrototypeServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Debian has its own name in /etc/hosts: on other machines it is another address."""
+    resolve = socket.getaddrinfo
+    known = {"workstation": "127.0.1.1", "node": "192.0.2.1"}
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda host, *more, **kinds: resolve(known.get(host, host), *more, **kinds)
+    )
+    address = Address(host="workstation").settled()
+    server = start(address=address)
+    server.describe(folder_of(tmp_path), tmp_path)
+    content = json.loads((folder_of(tmp_path) / ADDRESS).read_text())
+    assert content["address"] == f"127.0.1.1:{server.port}"
+    (folder_of(tmp_path) / ADDRESS).write_text(json.dumps(content | {"host": "another"}))
+    with pytest.raises(RemoteError, match="listens on the loopback of another alone"):
+        connection_of(tmp_path)
+    for same in ("node", "localhost", "127.0.0.1", "0.0.0.0"):
+        assert Address(host=same).settled() == Address(host=same)
+    secured = Address("workstation", 0, tmp_path / "cert.pem", tmp_path / "key.pem")
+    assert secured.settled() == secured, "the certificate is of the name"
 
 
 def test_a_server_of_ipv6_is_found(start: Callable[..., PrototypeServer], tmp_path: Path) -> None:
