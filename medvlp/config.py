@@ -31,7 +31,7 @@ class ImageConfig:
     name: str = key("vit_base_patch16_224", "any timm model")
     pretrained: bool = key(False, "load timm's published weights (needs the hub or its cache)")
     weights: str | None = key(None, "local .safetensors or .pth file with backbone weights", file=True)
-    options: dict[str, Any] = key({}, "more arguments of timm.create_model; {}: none, also of earlier files")
+    options: dict[str, Any] = key({}, "arguments of timm.create_model; gone where a later file has a name")
     in_channels: int = key(3, "channels of the backbone; a grayscale image is repeated", 1, 1024)
     mean: Any = key(
         0.5, "mean of normalisation, on images scaled to [0, 1]: one number, or one per channel", -1000, 1000
@@ -54,7 +54,7 @@ class TextConfig:
     )
     model_type: str = key("bert", "transformers model type when built from options")
     options: dict[str, Any] = key(
-        {}, "config arguments of the transformers model (hidden_size, ...); {}: none"
+        {}, "config arguments of the transformers model; gone where a later file has a name or model_type"
     )
     layers: int | None = key(None, "keep only the first n layers", 1, 1024)
     dropout: float | None = key(None, "all dropout probabilities; default: as the model's config says", 0, 1)

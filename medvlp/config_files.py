@@ -16,7 +16,14 @@ from medvlp import trust
 from medvlp.config import Config, EvaluationConfig, MethodConfig, TaskConfig
 from medvlp.config import ConfigError as ConfigError  # the readers of files know it under this name
 from medvlp.config_combinations import check_combinations, check_deepspeed
-from medvlp.config_keys import anchor_files, keep_texts, move_keys, moved_keys, section_at
+from medvlp.config_keys import (
+    anchor_files,
+    forget_options,
+    keep_texts,
+    move_keys,
+    moved_keys,
+    section_at,
+)
 from medvlp.config_values import value_problem
 from shards.strict_json import read_limited
 from shards.strict_yaml import YAML_LIMIT, YamlError, check_yaml, parse_yaml, yaml_as_written
@@ -118,7 +125,7 @@ def defaults(tasks: Tasks) -> Config:
 
 
 def _sources(files: Sequence[File], overrides: Sequence[str], tasks: Tasks) -> list[_Source]:
-    sources = []
+    sources, own = [], []
     for given in files:
         if isinstance(given, Layer):
             sources.append(_Source(given.name, cast(dict[str, Any], trust.escaped(given.values)), {}))
@@ -133,7 +140,10 @@ def _sources(files: Sequence[File], overrides: Sequence[str], tasks: Tasks) -> l
                 "run folder: write the value, or remove the line"
             )
         sources.append(_Source(str(file), values, written, folder))
-    sources += [_Source(f"override {text!r}", *_parse_override(text)) for text in overrides]
+        own += [values] if folder is None else []
+    typed = [_Source(f"override {text!r}", *_parse_override(text)) for text in overrides]
+    forget_options(own, [source.values for source in typed])
+    sources += typed
     for source in sources:
         for old, new in moved_keys(source.values) if source.folder is None else ():
             raise ConfigError(f"{source.name}: unknown key {old!r}: its name is {new}")

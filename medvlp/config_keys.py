@@ -1,17 +1,25 @@
-"""Keys of a config that are more than name and value: moved ones, those that name files, and texts."""
+"""Keys of a config that are more than name and value: moved, of files, of networks, and texts."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, StringNode
+
+from medvlp.config import ImageConfig, TextConfig
 
 #: Old path -> new path. The config in a run folder is read under the new names; a user's own file or
 #: override is refused, naming the new one.
 MOVED = {
     ("evaluation", "fractions"): ("evaluation", "tasks", "linear-probe", "fractions"),
     ("evaluation", "prompts"): ("evaluation", "tasks", "zero-shot", "prompts"),
+}
+
+#: Section -> the keys that name the network whose `options` it holds, with their defaults.
+_NETWORKS: Mapping[str, Mapping[str, Any]] = {
+    "image": {"name": ImageConfig().name},
+    "text": {"name": TextConfig().name, "model_type": TextConfig().model_type},
 }
 
 
@@ -45,6 +53,35 @@ def move_keys(values: dict[str, Any]) -> None:
             target = inner
         else:
             target.setdefault(new[-1], value)
+
+
+def forget_options(files: Sequence[dict[str, Any]], overrides: Sequence[dict[str, Any]]) -> None:
+    """Take away the `options` of networks in whose place others are named: merging never removes a key.
+
+    A file that names a network says all of its options. Overrides leave those of the files, unless they name
+    another network than the files do.
+
+    Args:
+        files: values of the user's config files, changed in place.
+        overrides: values of the overrides.
+    """
+    for section, defaults in _NETWORKS.items():
+        named, earlier = dict(defaults), list[dict[str, Any]]()
+        for values in files:
+            found = section_at(values, (section,)) or {}
+            said = {name: found[name] for name in defaults if name in found}
+            if said:
+                _without_options(earlier)
+            named |= said
+            earlier.append(found)
+        typed = [section_at(values, (section,)) or {} for values in overrides]
+        if any(found.get(name, value) != value for found in typed for name, value in named.items()):
+            _without_options(earlier)
+
+
+def _without_options(sections: Sequence[dict[str, Any]]) -> None:
+    for section in sections:
+        section.pop("options", None)
 
 
 def anchor_files(values: dict[str, Any], folder: Path, schema: Any) -> None:

@@ -79,6 +79,56 @@ def test_nothing_takes_the_options_of_earlier_files_away(tmp_path: Path) -> None
         assert (config.image.name, config.text.dropout) == ("resnet18", 0.2), "a section has keys of its own"
 
 
+MODELS = Path(__file__).parents[1] / "configs" / "models"
+#: What makes a network; the rest of a section says how a method uses and trains it.
+MADE_OF = {
+    "image": ("name", "pretrained", "weights", "options", "in_channels", "resize_to", "local_stage"),
+    "text": ("name", "model_type", "options", "layers"),
+}
+
+
+@pytest.mark.parametrize("model", sorted(file.stem for file in MODELS.glob("*.yaml")))
+def test_a_model_is_the_same_behind_every_config(model: str) -> None:
+    """Those of the network before made another one of it, under its name."""
+    file = MODELS / f"{model}.yaml"
+    section = "text" if "text" in yaml.safe_load(file.read_text()) else "image"
+    official = [MODELS.parent / "methods" / f"{name}.yaml" for name in ("mgca-resnet50", "mgca-official")]
+    alone, behind = (
+        getattr(config_files.load([*files, file], COMPLETE, schemas()), section)
+        for files in ([], [MODELS / "resnet_cpu.yaml", *official, MODELS.parent / "demo.yaml"])
+    )
+    assert [getattr(behind, name) for name in MADE_OF[section]] == [
+        getattr(alone, name) for name in MADE_OF[section]
+    ]
+
+
+def test_options_are_those_of_the_network_named_with_them(tmp_path: Path) -> None:
+    named, unnamed, other = (tmp_path / f"{name}.yaml" for name in ("named", "unnamed", "other"))
+    named.write_text("image: {name: a, options: {depth: 1}}\ntext: {options: {hidden_size: 8}}\n")
+    unnamed.write_text("image: {options: {width: 2}}\n")
+    other.write_text("image: {name: b, options: {groups: 3}}\n")
+    for files, overrides, expected in (
+        ((named, unnamed), (), {"depth": 1, "width": 2}),
+        ((named, unnamed, other), (), {"groups": 3}),
+        ((named, unnamed), ("image.name=a", "image.options.width=4"), {"depth": 1, "width": 4}),
+        ((named, unnamed), ("image.options.width=4", "image.name=b"), {"width": 4}),
+    ):
+        config = load(*overrides, files=files)
+        assert (config.image.options, config.text.options) == (expected, {"hidden_size": 8})
+    assert load("text.model_type=roberta", files=(named,)).text.options == {}
+    assert load("text.model_type=bert", "text.name=null", files=(named,)).text.options == {"hidden_size": 8}
+
+
+def test_an_override_leaves_the_options_of_a_run(tmp_path: Path) -> None:
+    """A folder of a text model that has moved is named anew, and is the same network."""
+    stored = tmp_path / "run" / "config.yaml"
+    (stored.parent / "checkpoints").mkdir(parents=True)
+    (tmp_path / "moved").mkdir()
+    stored.write_text(config_files.to_yaml(load("text.options.hidden_size=8", f"run.dir={stored.parent}")))
+    config = config_files.load([stored], [f"text.name={tmp_path / 'moved'}"], SCHEMAS)
+    assert config.text.options == {"hidden_size": 8}
+
+
 def test_the_method_brings_its_own_keys() -> None:
     config = load("method.name=other", "method.temperature=0.5")
     assert isinstance(config.method, OtherConfig)
