@@ -1,10 +1,10 @@
 """Combinations of config values that are refused before anything starts."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from medvlp.config import Config, ConfigError, ImageConfig
+from medvlp.config import Config, ConfigError, FinetuneConfig, ImageConfig
 
 #: Least standard deviation of a channel.
 MIN_STD = 1e-6
@@ -26,6 +26,15 @@ _SAID_BY_KEYS = {
     "zero_optimization.offload_param.device": "zero.offload_parameters",
     "zero_optimization.cpu_offload_param": "zero.offload_parameters",
 }
+#: Key -> those that nothing reads where it has a value.
+_STANDS_ABOVE = {
+    "optimizer.phases": (
+        "train.epochs", "train.min_steps", "optimizer.lr", "optimizer.min_lr", "optimizer.warmup",
+        "optimizer.warmup_steps", "method.stage",
+    ),
+    "train.steps": ("train.epochs", "train.min_steps"),
+    "optimizer.warmup_steps": ("optimizer.warmup",),
+}  # fmt: skip
 
 
 def check_combinations(config: Config) -> None:
@@ -69,6 +78,40 @@ def check_combinations(config: Config) -> None:
                 f"optimizer.phases[{number}]: epochs={phase.epochs} must be above 0 and above "
                 f"warmup_epochs={phase.warmup_epochs}"
             )
+
+
+def check_heard(config: Config, sources: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    """Refuse what the user says and nothing would read.
+
+    Args:
+        config: the merged config.
+        sources: (what errors call it, its values) of what is merged, earliest first; no values for what is
+            not the user's, whose old mistakes need not end what reads them.
+    """
+    for above, ignored in _STANDS_ABOVE.items():
+        section, name = above.split(".")
+        if getattr(getattr(config, section), name) in (None, []):
+            continue
+        saying = [number for number, (_, values) in enumerate(sources) if _says(values, above)]
+        first, origin = (saying[-1] + 1, sources[saying[-1]][0]) if saying else (0, "a run folder")
+        for source, values in sources[first:]:
+            if without := [key for key in ignored if _says(values, key)]:
+                raise ConfigError(
+                    f"{source}: {without[0]} changes nothing, for {above} (of {origin}) stands above it: "
+                    f"change that, or take it away with {above}={'[]' if name == 'phases' else 'null'}"
+                )
+    if config.task is None and config.finetune != FinetuneConfig():
+        for source, values in sources:
+            if isinstance(keys := values.get("finetune"), Mapping) and keys:
+                raise ConfigError(
+                    f"{source}: finetune.{next(iter(keys))} changes nothing, for no task is trained: use "
+                    "`medvlp finetune RUN --task NAME`, or leave it out"
+                )
+
+
+def _says(values: Mapping[str, Any], key: str) -> bool:
+    section, name = key.split(".")
+    return isinstance(keys := values.get(section), Mapping) and name in keys
 
 
 def check_deepspeed(config: Config) -> None:

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from medvlp import trust
 from medvlp.config import Config, EvaluationConfig, MethodConfig, TaskConfig
 from medvlp.config import ConfigError as ConfigError  # the readers of files know it under this name
-from medvlp.config_combinations import check_combinations, check_deepspeed
+from medvlp.config_combinations import check_combinations, check_deepspeed, check_heard
 from medvlp.config_keys import (
     anchor_files,
     forget_options,
@@ -96,6 +96,7 @@ def load(
     config = cast(Config, _resolved(merged))
     _check_values(config)
     check_combinations(config)
+    check_heard(config, [(source.name, source.values if source.folder is None else {}) for source in sources])
     if "deepspeed" not in unused:  # runs of earlier versions can still be read
         check_deepspeed(config)
     config.method.check(config)

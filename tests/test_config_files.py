@@ -197,6 +197,39 @@ def test_phases_are_read_from_a_file_and_replaced_as_a_whole(tmp_path: Path) -> 
         load("optimizer.schedule=epoch_cosine", files=(file,))
 
 
+@pytest.mark.parametrize(
+    ("file", "override", "parts"),
+    [
+        ("methods/prior", "train.epochs=1", ["train.epochs", "optimizer.phases (of", "prior.yaml)"]),
+        ("methods/prior", "optimizer.lr=0.5", ["optimizer.lr", "optimizer.phases=[]"]),
+        ("methods/prior", "method.stage=1", ["method.stage", "optimizer.phases"]),
+        ("benchmarks/methods", "train.epochs=1", ["train.epochs", "train.steps=null"]),
+        ("demo", "optimizer.warmup=0.3", ["optimizer.warmup", "optimizer.warmup_steps=null"]),
+        ("demo", "finetune.fraction=0.01", ["finetune.fraction", "medvlp finetune RUN --task"]),
+    ],
+)
+def test_what_would_change_nothing_is_refused(
+    repository: Path, tmp_path: Path, file: str, override: str, parts: list[str]
+) -> None:
+    path = repository / "configs" / f"{file}.yaml"
+    with pytest.raises(ConfigError) as caught:
+        config_files.load([path], [*COMPLETE, override], schemas())
+    assert all(part in str(caught.value) for part in [f"override '{override}'", *parts]), str(caught.value)
+    before = config_files.load([path], COMPLETE, schemas())
+    whole = tmp_path / "whole.yaml"
+    whole.write_text(config_files.to_yaml(before))
+    assert config_files.load([whole], [], schemas()) == before, "what one file says of all keys is no wish"
+
+
+def test_what_is_said_in_place_of_what_stood_above_is_taken(repository: Path) -> None:
+    prior = repository / "configs" / "methods" / "prior.yaml"
+    words = ["optimizer.lr=0.5", "train.epochs=2", "optimizer.phases=[]"]
+    config = config_files.load([prior], [*COMPLETE, *words], schemas())
+    assert (config.optimizer.lr, config.train.epochs) == (0.5, 2)
+    task = load("finetune.fraction=0.1", "task=fine-tuning").finetune
+    assert task.fraction == 0.1
+
+
 def test_a_wrong_key_names_its_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("checkpoint: {every_step: 5}\n")
