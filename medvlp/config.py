@@ -73,7 +73,7 @@ class PrototypesConfig:
         "random", "kmeans: learned prototypes start from k-means of the first embeddings"
     )
     init_samples: int = key(
-        8192, "samples embedded for the k-means start (a pass without gradient)", 1, 1 << 31
+        8192, "samples embedded for the k-means start, in whole steps (a pass without gradient)", 1, 1 << 31
     )
     iterations: int = key(10, "k-means iterations of a start or refresh", 1, 10000)
     start: Literal["k-means++", "farthest_first"] = key(

@@ -3,7 +3,7 @@
 import abc
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
@@ -72,10 +72,14 @@ class Alignment(PrototypeUser, nn.Module, abc.ABC):
         """See `Method.prototype_users`."""
         return () if self.learned_prototypes is None else (self,)
 
-    def prototype_features(self, method: Embedder, batch: Batch) -> list[Tensor]:
-        """By this alignment's own heads, which need not be those that embed for the method."""
+    def prototype_encodings(self, method: Embedder, batch: Batch) -> Any:
+        """Those of both encoders."""
         assert isinstance(method, PairMethod)
-        image, text = method.image_encoder(batch.image), method.text_encoder(batch.text)
+        return method.image_encoder(batch.image), method.text_encoder(batch.text)
+
+    def prototype_features(self, encodings: Any, batch: Batch) -> list[Tensor]:
+        """By this alignment's own heads, which need not be those that embed for the method."""
+        image, text = encodings
         return [self.embed_image(image), self.embed_text(text, batch.text)]
 
     @property

@@ -3,14 +3,15 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from medvlp import distributed
 from medvlp.config import PrototypesConfig
-from medvlp.data.batch import Batch
+from medvlp.data.batch import Batch, join
 from medvlp.losses.normalise import unit_norm
 from medvlp.prototypes.kmeans import Clusters, spherical_kmeans
 from medvlp.prototypes.sampling import row_keys
@@ -42,6 +43,7 @@ def initialise_prototypes(
     config: PrototypesConfig,
     seed: int,
     phase: int = 0,
+    joined: int = 1,
 ) -> list[Clusters]:
     """Write k-means centroids of features into the prototypes first used in `phase`; a collective.
 
@@ -53,6 +55,7 @@ def initialise_prototypes(
         config: the `prototypes` section.
         seed: of k-means.
         phase: of the optimiser that training is about to begin, see `PrototypeUser.prototype_phase`.
+        joined: micro-batches that a loss sees together; see `find_prototypes`.
 
     Returns:
         The clusters of each part that has such prototypes; none with `init: random`.
@@ -64,7 +67,7 @@ def initialise_prototypes(
     for user in starting_users(method, config, phase):
         prototypes = user.learned_prototypes
         assert prototypes is not None, "of those that start"
-        clusters, length = find_prototypes(method, user, batches(), config, seed)
+        clusters, length = find_prototypes(method, user, batches(), config, seed, joined)
         prototypes.set(clusters.centroids, length)
         found.append(clusters)
     return found
@@ -78,14 +81,20 @@ def starting_users(method: HasPrototypes, config: PrototypesConfig, phase: int) 
 
 
 def find_prototypes(
-    method: Embedder, user: PrototypeUser, batches: Iterable[Batch], config: PrototypesConfig, seed: int
+    method: Embedder,
+    user: PrototypeUser,
+    batches: Iterable[Batch],
+    config: PrototypesConfig,
+    seed: int,
+    joined: int = 1,
 ) -> FoundPrototypes:
     """Cluster the features of a method's part by k-means; a collective.
 
     What is clustered is the part's choice (`PrototypeUser.prototype_features`): embeddings of images and
     reports together, or of sentences. The pass has no gradient and no dropout; batch norms use batch
     statistics, as in the training that follows (running averages of an untrained network would leave all
-    embeddings in a narrow cone), and are put back afterwards.
+    embeddings in a narrow cone), and are put back afterwards. What is found depends neither on the ranks nor
+    on how they cut their batches, wherever the losses do not (batch norms inside an encoder apart).
 
     Args:
         method: an `nn.Module` that has the encoders, in its own hands or in an engine's.
@@ -93,6 +102,8 @@ def find_prototypes(
         batches: this rank's micro-batches, of equal size on all ranks.
         config: the `prototypes` section; `init_samples` over all ranks are embedded.
         seed: of k-means.
+        joined: micro-batches that a loss sees together: those of a step with exact accumulation, else 1. The
+            encoders run on each, the part's heads on all of them.
 
     Raises:
         TooFewRowsError: fewer features than prototypes.
@@ -103,31 +114,43 @@ def find_prototypes(
     assert isinstance(method, nn.Module)
     device = next(method.parameters()).device
     rows, keys = [torch.zeros(0, size[1])], [torch.zeros(0, dtype=torch.int64)]
-    iterator = iter(batches)
     with _batch_statistics(method), torch.no_grad():
-        first = next(iterator, None)
-        if first is not None:
-            steps = -(-config.init_samples // (len(first.sample) * distributed.world_size()))
-            for step, batch in enumerate([first, *islice(iterator, steps - 1)]):
-                for part, features in enumerate(user.prototype_features(method, batch.to(device))):
-                    found = features.float().cpu()
-                    places = _places(found.shape[:-1], step, part)
-                    there = (found != 0).any(-1)
-                    rows.append(found[there])
-                    keys.append(row_keys(seed, *(place[there] for place in places)))
-    features = torch.cat(rows)
-    lengths = torch.linalg.vector_norm(features, dim=1)
+        for number, parts in enumerate(_passes(batches, joined, config.init_samples)):
+            batch = join(parts).to(device)
+            features = user.prototype_features(_encodings(method, user, batch, len(parts[0].keys)), batch)
+            for part, given in enumerate(features):
+                found = given.float().cpu()
+                places = _places(batch.sample.cpu(), found.shape[:-1], number, part)
+                there = (found != 0).any(-1)
+                rows.append(found[there])
+                keys.append(row_keys(seed, *(place[there] for place in places)))
+    every = torch.cat(rows)
+    lengths = torch.linalg.vector_norm(every, dim=1)
     total = distributed.sum_on_host(torch.stack([lengths.sum(), torch.tensor(float(len(lengths)))]).double())
-    clusters = spherical_kmeans(unit_norm(features), size[0], config, seed, keys=torch.cat(keys))
+    clusters = spherical_kmeans(unit_norm(every), size[0], config, seed, keys=torch.cat(keys))
     return FoundPrototypes(clusters, float(total[0] / total[1]))
 
 
-def _places(shape: torch.Size, step: int, part: int) -> list[Tensor]:
-    """What names each feature of [B, ...] ones in the order one process has, whatever the number of ranks."""
-    rows = distributed.rank() * shape[0] + torch.arange(shape[0])
+def _passes(batches: Iterable[Batch], joined: int, samples: int) -> Iterator[list[Batch]]:
+    """The micro-batches of each pass of the losses, until those of all ranks have so many samples."""
+    iterator, seen = iter(batches), 0
+    while seen < samples and (parts := list(islice(iterator, joined))):
+        yield parts
+        seen += sum(len(part.keys) for part in parts) * distributed.world_size()
+
+
+def _encodings(method: Embedder, user: PrototypeUser, batch: Batch, size: int) -> Any:
+    """The encodings of a batch, made of `size` samples at a time."""
+    starts = range(0, len(batch.keys), size)
+    parts = [user.prototype_encodings(method, batch.rows(start, start + size)) for start in starts]
+    return tree_map(lambda *of: torch.cat(of) if isinstance(of[0], Tensor) else of[0], *parts)
+
+
+def _places(samples: Tensor, shape: torch.Size, number: int, part: int) -> list[Tensor]:
+    """What names each feature of [B, ...] ones of B samples, on whatever rank and in whatever order."""
+    rows = samples.view(-1, *[1] * (len(shape) - 1)).expand(shape)
     slots = torch.arange(shape[1:].numel()).view(1, *shape[1:])
-    rows = rows.view(-1, *[1] * (len(shape) - 1)).expand(shape)
-    return [torch.full(shape, step), torch.full(shape, part), rows, slots.expand(shape)]
+    return [torch.full(shape, number), torch.full(shape, part), rows, slots.expand(shape)]
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """What a method, or a part of one, has to do with prototypes: learned ones, service clusters, masks."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -55,18 +55,30 @@ class PrototypeUser:
         """
         return 0
 
-    def prototype_features(self, method: Embedder, batch: Batch) -> list[Tensor]:
-        """Features of a batch that k-means may start the learned prototypes from.
+    def prototype_encodings(self, method: Embedder, batch: Batch) -> Any:
+        """What `prototype_features` needs of the encoders, for the samples of one micro-batch.
 
         Args:
             method: the whole method, which has the encoders.
             batch: the samples.
 
         Returns:
-            [B, ..., D] tensors; zeros stand where a sample has none. By default the embeddings of images and
-            reports.
+            As `DividedMethod.encode`: nested tuples of tensors with a row for each sample, of None, and of
+            plain values. By default the embeddings of images and reports.
         """
-        return [method.encode_image(batch.image), method.encode_text(batch.text)]
+        return method.encode_image(batch.image), method.encode_text(batch.text)
+
+    def prototype_features(self, encodings: Any, batch: Batch) -> list[Tensor]:
+        """Features of a batch that k-means may start the learned prototypes from.
+
+        Args:
+            encodings: what `prototype_encodings` made of the samples.
+            batch: the samples that a loss sees together, of one or more micro-batches.
+
+        Returns:
+            [B, ..., D] tensors; zeros stand where a sample has none. By default the encodings.
+        """
+        return list(encodings)
 
     def service_size(self) -> tuple[int, int] | None:
         """(number, width) of the service clusters this part uses; None: it uses none."""

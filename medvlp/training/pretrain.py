@@ -4,7 +4,9 @@ import logging
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 
+from medvlp import distributed
 from medvlp.config import Config
+from medvlp.data.batch_sizes import divide_batch
 from medvlp.data.loader import TrainingLoader
 from medvlp.data.text import Tokenizer
 from medvlp.methods.base import Method, Objective
@@ -12,6 +14,7 @@ from medvlp.methods.registry import build_method, fields_of
 from medvlp.prototypes.initialise import initialise_prototypes
 from medvlp.runs.agreement import together
 from medvlp.runs.start import Start
+from medvlp.training.accumulation import accumulates_exactly
 from medvlp.training.recipe import Recipe, TrainingSet
 
 logger = logging.getLogger(__name__)
@@ -47,8 +50,10 @@ class Pretraining(Recipe):
         if self._start is not None:
             together(partial(self._start.weights_into, objective, self.config))
         objective.train()
+        sizes = divide_batch(self.config, distributed.world_size())
+        joined = sizes.accumulation if accumulates_exactly(objective, self.config, sizes) else 1
         for clusters in initialise_prototypes(
-            objective, batches, self.config.prototypes, self.config.train.seed
+            objective, batches, self.config.prototypes, self.config.train.seed, joined=joined
         ):
             logger.info(
                 "prototypes start from k-means; mean cosine to the own centroid %.3f", clusters.similarity

@@ -67,7 +67,9 @@ class PrototypeStart(Callback):
             prototypes = user.learned_prototypes
             assert prototypes is not None, "of those that start"
             name = next(name for name, part in method.named_modules() if part is prototypes)
-            clusters, length = find_prototypes(method, user, self._marked(step), self.config, self.seed)
+            joined = self.engine.sizes.accumulation if self.engine.exact else 1
+            batches = self._marked(step)
+            clusters, length = find_prototypes(method, user, batches, self.config, self.seed, joined)
             values = prototypes.started(clusters.centroids, length).float()
             self.engine.rewrite_rows(f"{name}.weight", torch.arange(len(values)), values)
             self.log({"prototypes/start_similarity": clusters.similarity})

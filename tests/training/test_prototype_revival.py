@@ -63,7 +63,8 @@ def start(name: str, stage: int, precision: Precision) -> tuple[Engine, str]:
     )
     batch, (user,) = global_batch(name), method.prototype_users
     with torch.no_grad():
-        features = torch.cat([part.flatten(0, -2) for part in user.prototype_features(method, batch)])
+        found = user.prototype_features(user.prototype_encodings(method, batch), batch)
+        features = torch.cat([part.flatten(0, -2) for part in found])
         features = unit_norm(features)
         axes = torch.linalg.svd(features).Vh[:2]
         used = torch.cat([axes, -axes])

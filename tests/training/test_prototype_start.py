@@ -5,6 +5,7 @@ That a run resumes bit for bit at the start and after it is in tests/training/te
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from medvlp.training.schedule import Schedule
 from tests.distributed_pool import Pools
 from tests.methods.small_mgca import VOCABULARY, rows_of
 from tests.methods.small_prior import report_batch, small_prior_config
-from tests.training.runs import Precision
+from tests.training.runs import Overrides, Precision, read_metrics, train
 from tests.training.test_prototype_revival import record
 
 KMEANS = PrototypesConfig(init="kmeans", init_samples=12, iterations=5)
@@ -97,3 +98,18 @@ def test_the_bank_starts_where_it_is_first_used(gloo_pool: Pools, stage: int, pr
         moved = np.abs(found["after 3"] - found["after 2"])
         assert 0 < moved.max() < 0.05, "the optimiser goes on from the started prototypes"
         np.testing.assert_array_equal(found["after 3"], results[0]["after 3"])
+
+
+@pytest.mark.dist
+def test_the_start_depends_neither_on_ranks_nor_on_the_micro_batch(
+    gloo_pool: Pools, overrides: Overrides, tmp_path: Path
+) -> None:
+    """20 samples asked for are two steps of 16, however these are cut."""
+    losses = {}
+    for ranks, micro in (1, 16), (1, 4), (2, 4):
+        name = f"{ranks}x{micro}"
+        words = [f"train.micro_batch={micro}", "train.steps=1", "prototypes.init=kmeans"]
+        words = overrides(*words, "prototypes.init_samples=20", run=name)
+        assert gloo_pool(ranks).run(train, words) == [0] * ranks
+        losses[name] = read_metrics(tmp_path / name)[0]["loss/prototype"]
+    assert losses == pytest.approx(dict.fromkeys(losses, losses["1x16"]), rel=1e-4)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -147,10 +148,14 @@ class PRIOR(Alignment):
         """That of the first stage with a term of the bank: stage 1 trains the sentences without it."""
         return self.config.bank_phase(self.staged)
 
-    def prototype_features(self, method: Embedder, batch: Batch) -> list[Tensor]:
-        """[B, S, E] sentences, as the bank gets them; zero in empty slots."""
+    def prototype_encodings(self, method: Embedder, batch: Batch) -> Any:
+        """Those of the reports."""
         assert isinstance(method, PairMethod)
-        sentences, valid = self._sentences(method.text_encoder(batch.text), batch.text)
+        return method.text_encoder(batch.text)
+
+    def prototype_features(self, encodings: Any, batch: Batch) -> list[Tensor]:
+        """[B, S, E] sentences, as the bank gets them; zero in empty slots."""
+        sentences, valid = self._sentences(encodings, batch.text)
         return [sentences.masked_fill(~valid[:, :, None], 0)]
 
     def on_progress(self, progress: Progress) -> None:

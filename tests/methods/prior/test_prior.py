@@ -350,7 +350,8 @@ def test_kmeans_starts_the_bank_from_sentences() -> None:
     (clusters,) = initialise_prototypes(method, lambda: batches, config, seed=0)
     assert clusters.counts.sum() == 3 * 6  # sentences, not slots
     weight = method.alignment.objective.bank.weight
-    (features,) = method.prototype_users[0].prototype_features(method, batches[0])
+    (user,) = method.prototype_users
+    (features,) = user.prototype_features(user.prototype_encodings(method, batches[0]), batches[0])
     lengths = features.norm(dim=2)
     assert (lengths > 0).sum() == 6
     torch.testing.assert_close(weight.norm(dim=1), weight.norm(dim=1)[:1].expand(len(weight)))
