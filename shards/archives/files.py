@@ -58,14 +58,16 @@ class ArchiveFiles:
     Args:
         root: folder or zip file.
         origin: where the archive is to be had, for messages.
+        deep: look in the folders below the root and in zips too; not for a file that the user names.
 
     Raises:
         DataError: `root` is neither.
     """
 
-    def __init__(self, root: Path, origin: str) -> None:
+    def __init__(self, root: Path, origin: str, *, deep: bool = True) -> None:
         self.root = root
         self.origin = origin
+        self._deep = deep
         self._zips: list[ZipIndex] | None = None
         if root.is_dir():
             self._folder: Path | None = root
@@ -160,8 +162,8 @@ class ArchiveFiles:
         """Files of that very path, at the root or one folder below it; zips only where no folder has any."""
         path = _relative(path)
         try:
-            unpacked = list(_in_folder(self._folder, path)) if self._folder is not None else []
-            yield from unpacked or self._in_zips(path)
+            unpacked = list(_in_folder(self._folder, path, self._deep)) if self._folder is not None else []
+            yield from unpacked or (self._in_zips(path) if self._deep else [])
         except OSError as error:  # its text holds the path, which may name a patient
             raise DataError(f"file cannot be looked for: {error.strerror or type(error).__name__}") from error
 
@@ -225,8 +227,8 @@ def _is_zip(path: Path) -> bool:
     return path.suffix.lower() == ".zip" and path.is_file() and not is_companion(path.name)
 
 
-def _in_folder(root: Path, path: str) -> Iterator[Member]:
-    places = [root, *_tops(root)]
+def _in_folder(root: Path, path: str, deep: bool) -> Iterator[Member]:
+    places = [root, *(_tops(root) if deep else [])]
     exact = [place / path for place in places if (place / path).is_file()]
     if not exact:  # listing folders costs more than looking for one name
         exact = [found for place in places if (found := _any_case(place, path)) is not None]

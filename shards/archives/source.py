@@ -172,9 +172,9 @@ class ArchiveSource(Source):
 
     # What an importer uses.
 
-    def open(self, root: Path, origin: str | None = None) -> ArchiveTexts:
-        """Files of another folder or zip that belongs to the archive."""
-        texts = ArchiveTexts(ArchiveFiles(root, origin or self.facts.origin))
+    def open(self, root: Path, origin: str | None = None, *, deep: bool = True) -> ArchiveTexts:
+        """Files of another folder or zip that belongs to the archive; `deep` as `ArchiveFiles` has it."""
+        texts = ArchiveTexts(ArchiveFiles(root, origin or self.facts.origin, deep=deep))
         self._texts.append(texts)
         return texts
 

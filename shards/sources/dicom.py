@@ -3,6 +3,7 @@
 import json
 import os
 import sqlite3
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -26,6 +27,7 @@ from shards.text.sections import split_sections
 _ENDINGS = (".dcm", ".dicom", ".ima")
 _REPORT = "report.txt"
 _REPORT_LIMIT = 1 << 20
+_NO_ROW, _EMPTY = "no row", "an empty report"
 _LATIN = "reports are not UTF-8 and were read as Latin-1"
 #: Stands for several studies in one folder, of which none is meant.
 _SEVERAL = "*"
@@ -81,13 +83,22 @@ class DicomSource(ArchiveSource):
         for number, path in enumerate(self.files.names(""), start=1):
             self._look_at(scan, number, path)
         digest = xxhash.xxh3_128()
+        lacking: Counter[str] = Counter()
         join = self._reports_table()
         records = scan.records(with_files=join is None)
         for record in records if join is None else join.records(records, report="study"):
             digest.update(record.to_json().encode())
+            if join is not None and not record.problem:
+                rows = record.joined["report"]
+                lacking["" if any(row["report"] for row in rows) else _EMPTY if rows else _NO_ROW] += 1
             yield record
         self.texts.hashes["DICOM headers"] = f"xxh3:{digest.hexdigest()}"
         self.texts.remarks += scan.remarks(with_files=join is None)
+        self.texts.remarks += [
+            f"{lacking[lack]:,} of {lacking.total():,} DICOM files have {lack} in the table of --reports"
+            for lack in (_NO_ROW, _EMPTY)
+            if lacking[lack]
+        ]
 
     def identify(self, record: Record) -> Identity:
         """As the header has it; the unique ids are those of DICOM."""
@@ -162,7 +173,7 @@ class DicomSource(ArchiveSource):
         """The table of --reports by study."""
         if self.options.reports is None:
             return None
-        texts = self.open(self.options.reports.parent, "where the reports are kept")
+        texts = self.open(self.options.reports.parent, "where the reports are kept", deep=False)
         table = texts.table(self.options.reports.name, columns=["StudyInstanceUID", "report"])
         join = self.join()
         join.add("report", table, key="StudyInstanceUID", unique=True)
@@ -181,6 +192,8 @@ class DicomSource(ArchiveSource):
             text = data.decode("latin-1")
         if "\0" in text:
             raise record.error("the text file with its report is no text")
+        if not text.strip():
+            self.notes["images have an empty text file in place of a report"] += 1
         return text.strip()
 
 

@@ -132,7 +132,8 @@ class RsnaSource(ArchiveSource):
     def _originals(self) -> dict[str, str] | None:
         """Film -> name of the NIH film that it was made of; None without the mapping."""
         if self.options.mapping is not None:
-            texts, name = self.open(self.options.mapping.parent, _MAPPING_ORIGIN), self.options.mapping.name
+            folder, name = self.options.mapping.parent, self.options.mapping.name
+            texts = self.open(folder, _MAPPING_ORIGIN, deep=False)
         elif self.files.find(_MAPPING, or_gzip=True) is not None:
             texts, name = self.texts, _MAPPING
         else:

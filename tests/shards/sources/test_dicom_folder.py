@@ -1,7 +1,6 @@
 """A folder of DICOM files: headers, reports by study, what is passed over and what is rejected."""
 
 import errno
-import json
 import os
 import pickle
 import zipfile
@@ -14,31 +13,14 @@ from typer.testing import CliRunner
 from launcher.main import app
 from shards.archives.files import ArchiveFiles
 from shards.dicom import read_dicom
-from shards.entities.extractor import check_language
 from shards.errors import DataError
 from shards.reader import ShardReader
-from shards.sources.base import RejectedRecord
 from shards.sources.dicom import DicomOptions, DicomSource
-from shards.study import Study
 from shards.verify import verify
 from tests.fixtures import dicom
 from tests.fixtures import dicom_folder as fixture
-from tests.fixtures.archive import film, write_table
-
-
-def outcome(source: DicomSource) -> tuple[dict[str, Study], dict[int | None, str]]:
-    """Studies by image number, and reasons of rejections by the number of the file."""
-    studies, reasons = {}, {}
-    for i in range(len(source)):
-        try:
-            (study,) = source.load(i)
-        except RejectedRecord as error:
-            reasons[error.line] = error.reason
-        else:
-            differences = [np.abs(study.image.astype(int) - film(n)).max() for n in range(10)]
-            studies[str(int(np.argmin(differences)))] = study
-            assert min(differences) <= 1
-    return studies, reasons
+from tests.fixtures.archive import film
+from tests.fixtures.dicom_folder import outcome, reports
 
 
 @pytest.fixture
@@ -107,35 +89,6 @@ def test_other_modalities_on_request(tmp_path: Path) -> None:
     studies, _ = outcome(DicomSource(DicomOptions(root=root, modality=["CT"], license="CC BY 4.0")))
     assert list(studies) == ["5"]
     assert studies["5"].license == "CC BY 4.0"
-
-
-def test_a_table_of_reports_stands_in_for_text_files(tmp_path: Path) -> None:
-    root = fixture.write(tmp_path / "root")
-    rows = [("1.2.1", "Hallazgos: Normal.\nImpresión: Sin cambios."), ("1.2.99", "De nadie.")]
-    table = write_table(tmp_path / "reports.csv", "StudyInstanceUID,report", rows)
-    source = DicomSource(DicomOptions(root=root, reports=table, language="es"))
-    studies, _ = outcome(source)
-    expected = {"findings": "Normal.", "impression": "Sin cambios."}
-    assert studies["1"].sections == studies["2"].sections == expected
-    assert studies["3"].sections == {}
-    assert "reports.csv: 1 rows are about no record of the archive" in source.remarks()
-    with pytest.raises(DataError, match="language: es"):
-        check_language(source.arguments)
-    write_table(table, "StudyInstanceUID,report", [rows[0], rows[0]])
-    with pytest.raises(DataError, match=r"reports\.csv: what line 2 is about stands in another line too"):
-        DicomSource(DicomOptions(root=root, reports=table))
-    with pytest.raises(DataError, match=r"has no none\.csv"):
-        DicomSource(DicomOptions(root=root, reports=tmp_path / "none.csv"))
-
-
-def test_one_report_above_two_studies_is_nobodys(tmp_path: Path) -> None:
-    root = fixture.write(tmp_path)
-    (root / "b" / "report.txt").write_text("Whose?")
-    (root / "b" / "1.2.2.TXT").unlink()
-    studies, reasons = outcome(DicomSource(DicomOptions(root=root)))
-    assert "3" not in studies
-    assert any("lies above files of several studies" in reason for reason in reasons.values())
-    assert studies["4"].sections == {"findings": "No effusion."}  # named like its image
 
 
 @pytest.mark.parametrize("first", ["A/IM1.dcm", "p1.zip"])
@@ -210,25 +163,6 @@ def test_films_with_padding_or_a_window_that_does_not_fit_are_told(tmp_path: Pat
     assert source.take_notes() == {}
 
 
-@pytest.mark.parametrize("name", ["reports.csv", "reports.jsonl"])
-def test_a_signature_in_a_report_is_no_row_of_the_table(name: str, tmp_path: Path) -> None:
-    root, table = tmp_path / "root", tmp_path / name
-    root.mkdir()
-    for number in (1, 2):
-        (root / f"{number}.dcm").write_bytes(fixture.image(number, f"1.2.{number}", f"P{number}"))
-    report = "Clear.\nDOE,JOHN,MD"
-    if name.endswith(".csv"):
-        table.write_text(
-            f'StudyInstanceUID,acc,report\n1.2.1,A,"{report}"\n1.2.2,B,"{report}"\n', encoding="utf-8"
-        )
-    else:
-        lines = [{"StudyInstanceUID": f"1.2.{number}", "report": report} for number in (1, 2)]
-        table.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    source = DicomSource(DicomOptions(root=root, reports=table))
-    sections = [study.sections for study in outcome(source)[0].values()]
-    assert sections == [{"findings": report}] * 2
-
-
 def test_a_linked_folder_is_read_and_one_that_cannot_be_listed_stops_the_build(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,42 +194,6 @@ def test_companions_of_macos_are_passed_over(tmp_path: Path) -> None:
     studies, reasons = outcome(DicomSource(DicomOptions(root=tmp_path)))
     assert list(studies) == ["1"]
     assert reasons == {}
-
-
-def reports(root: Path, images: dict[str, bytes], texts: dict[str, str]) -> dict[str, dict[str, str]]:
-    """Sections by patient, of a folder of these files."""
-    for name, data in images.items():
-        (root / name).write_bytes(data)
-    for name, text in texts.items():
-        (root / name).write_text(text)
-    studies, _ = outcome(DicomSource(DicomOptions(root=root)))
-    return {study.patient_id: study.sections for study in studies.values()}
-
-
-def test_a_name_of_a_uid_has_no_ending_that_could_be_cut(tmp_path: Path) -> None:
-    images = {"1.2.8": fixture.image(1, "1.3.1", "P1"), "1.2.8.1": fixture.image(2, "1.3.2", "P2")}
-    texts = {"1.2.8.txt": "Findings: First.", "1.2.8.1.txt": "Findings: Second."}
-    assert reports(tmp_path, images, texts) == {"P1": {"findings": "First."}, "P2": {"findings": "Second."}}
-    (tmp_path / "1.2.8.1.txt").unlink()
-    assert reports(tmp_path, {}, {}) == {"P1": {"findings": "First."}, "P2": {}}
-
-
-@pytest.mark.parametrize("name", ["1.2.5.2", "1.2.5", "1.2.5.dcm"])
-def test_the_report_of_a_study_is_no_other_images_by_its_name(name: str, tmp_path: Path) -> None:
-    images = {"first": fixture.image(1, "1.2.5", "P1"), name: fixture.image(2, "1.2.6", "P2")}
-    texts = {"1.2.5.txt": "Findings: First."}
-    assert reports(tmp_path, images, texts) == {"P1": {"findings": "First."}, "P2": {}}
-
-
-def test_a_text_named_like_images_of_two_studies_is_nobodys(tmp_path: Path) -> None:
-    images = {"IM1.dcm": fixture.image(1, "1.2.5", "P1"), "IM1.ima": fixture.image(2, "1.2.6", "P2")}
-    assert reports(tmp_path, images, {"im1.txt": "Whose?"}) == {}
-    _, reasons = outcome(DicomSource(DicomOptions(root=tmp_path)))
-    assert len(reasons) == 2
-    assert all("named like images of several studies" in reason for reason in reasons.values())
-    (tmp_path / "IM1.ima").write_bytes(fixture.image(2, "1.2.5", "P1"))
-    studies, _ = outcome(DicomSource(DicomOptions(root=tmp_path)))
-    assert [bool(study.sections) for study in studies.values()] == [True, True]
 
 
 def test_a_study_of_two_patients_is_rejected(tmp_path: Path) -> None:

@@ -58,6 +58,8 @@ def test_without_the_mapping_it_is_said_that_patients_are_unknown(root: Path, tm
     assert any("a patient may be in two splits" in remark for remark in source.remarks())
     assert [source.split_key(i) for i in range(2)] == fixture.FILMS[:2]
     fixture.write_mapping(tmp_path / "mapping.json")
+    (tmp_path / "older").mkdir()
+    (tmp_path / "older" / "mapping.json").write_text("[]")  # the file that is named is meant
     (tmp_path / "nih.txt").write_text("00090002_001.png\n00090003\n90003\n")
     mapped = RsnaSource(
         RsnaOptions(root=root, mapping=tmp_path / "mapping.json", exclude=[tmp_path / "nih.txt"])
