@@ -85,6 +85,14 @@ class PrototypeUser:
         width = self.embedding_width()
         return None if self.mask_clusters is None or width is None else (self.mask_clusters, width)
 
+    @property
+    def assigns_softly(self) -> bool:
+        """Whether a loss takes soft assignments to the service clusters, in every step that has a table.
+
+        Else clusters only mask, and nothing counts how they are used.
+        """
+        return False
+
     def embedding_width(self) -> int | None:
         """Width of the embeddings that every step returns; None: there are none.
 

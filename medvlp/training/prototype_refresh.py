@@ -22,6 +22,8 @@ class PrototypeRefresh(Callback):
         service: what clusters its embeddings.
         device: where the method reads the table.
         log: takes metrics.
+        follows: with `balance: bias`, the bias follows what the method assigns in training (see
+            `PrototypeUser.assigns_softly`); else each table has its own.
         anchors: gives the [A, D] embeddings that hold the first clusters at a refresh, the same on all ranks.
 
     Attributes:
@@ -36,10 +38,11 @@ class PrototypeRefresh(Callback):
         service: PrototypeService,
         device: torch.device,
         log: Callable[[dict[str, float]], None],
+        follows: bool,
         anchors: Callable[[], Tensor | None] = lambda: None,
     ):
         self.service, self.device, self.log = service, device, log
-        self.anchors = anchors
+        self.follows, self.anchors = follows, anchors
         self.table: PrototypeTable | None = None
         self.version = 0
         self._embeddings: list[tuple[dict[str, Tensor], Tensor, int, Tensor]] = []
@@ -81,7 +84,7 @@ class PrototypeRefresh(Callback):
             self._handed_over = table
 
     def _balanced(self, table: PrototypeTable) -> PrototypeTable:
-        if table.balance != "bias":
+        if table.balance != "bias" or not self.follows:
             return table
         if self._bias is None:
             self._bias = RunningBias(len(table.counts), self.device)
@@ -99,7 +102,7 @@ class PrototypeRefresh(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `state_dict`."""
         self.service.load_state_dict({name: value for name, value in state.items() if name != "running_bias"})
-        if state.get("running_bias") is not None:
+        if self.follows and state.get("running_bias") is not None:
             self._bias = RunningBias(len(state["running_bias"]["log_bias"]), self.device)
             self._bias.load_state_dict(state["running_bias"])
         self._hand_over()

@@ -330,12 +330,14 @@ def _callbacks(
     callbacks: list[Callback] = [bad_steps]
     noted: dict[str, Callable[[], Any]] = {}
     refresh: PrototypeRefresh | None = None
-    size = None if objective.service_user is None else objective.service_user.service_size()
-    if size is not None:
+    user = objective.service_user
+    size = None if user is None else user.service_size()
+    if user is not None and size is not None:
         assert isinstance(objective, Method)
         anchors = AnchorEncoder(objective, learned.tokenizer, config, engine.device)
         service = build_service(config.prototypes, size, config.train.seed, detect(), engine.device.type)
-        refreshing = refresh = PrototypeRefresh(service, engine.device, monitor.add, anchors)
+        follows = user.assigns_softly
+        refreshing = refresh = PrototypeRefresh(service, engine.device, monitor.add, follows, anchors)
         callbacks.append(refresh)
         noted["clusters"] = lambda: refreshing.version
     else:

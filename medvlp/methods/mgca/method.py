@@ -141,6 +141,10 @@ class MGCA(Alignment):
             return self.config.prototypes, self.config.embedding
         return super().service_size()
 
+    @property
+    def assigns_softly(self) -> bool:
+        return self.config.clusters_are_prototypes
+
     def embedding_width(self) -> int | None:
         return self.config.embedding if self.config.embeds else None
 
