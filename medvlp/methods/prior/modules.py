@@ -61,18 +61,17 @@ class LearnedScale(nn.Module):
             values: float32 or better.
             exponential: false multiplies with the logarithm of the factor (PRIOR's published zero-shot code).
         """
-        log_scale = _limited(self.log_scale, self.limit).to(values.dtype)
+        log_scale = _reflected(self.log_scale, self.limit).to(values.dtype)
         return values * (log_scale.exp() if exponential else log_scale)
 
 
-def _limited(value: Tensor, limit: float) -> Tensor:
-    """The value, at most the limit. Beyond it gradients only pull back (a clamp's would be 0 for ever)."""
-    beyond = value.detach() > limit
-    limited = value - (value.detach() - limit).clamp(min=0)
-    if limited.requires_grad:
-        inwards = lambda gradient: torch.where(beyond, gradient.clamp(min=0), gradient)  # noqa: E731
-        limited.register_hook(inwards)  # type: ignore[no-untyped-call]
-    return limited
+def _reflected(value: Tensor, limit: float) -> Tensor:
+    """The value, thrown back at the limit as far as it would go beyond.
+
+    A clamp's gradient would be 0 for ever, and letting through what leads back would make it another on each
+    division of a batch: parts of a gradient that are cut off one by one do not add up to the whole.
+    """
+    return torch.where(value > limit, 2 * limit - value, value)
 
 
 def patch_vectors(local: Tensor, config: PRIORConfig) -> Tensor:
