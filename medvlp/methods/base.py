@@ -54,6 +54,11 @@ class StepOutput(NamedTuple):
         return {"loss": self.loss} | self.terms
 
 
+def is_metric(term: str) -> bool:
+    """Whether a term is no part of the loss: NaN then says that a batch has none, and enters no mean."""
+    return "/" in term and "loss" not in term.split("/")
+
+
 class Objective(nn.Module, abc.ABC):
     """What a run trains: a pre-training method, or the head of a downstream task on a method's encoders.
 

@@ -63,7 +63,7 @@ def exclude_false_negatives(
         The pairs, and "prototypes/masked": their share of all pairs of different samples, in [0, 1]. Where
         the batch has label columns also "prototypes/mask_precision": share of the pairs left out that share
         a present finding or both have none, in [0, 1], among those whose samples both have labels; NaN where
-        there is no such pair. The mean over ranks of each is its value over the pairs of all ranks.
+        there is no such pair. With `every_rank` the mean over ranks of each is that of the pairs of all.
     """
     # One gather for all: what is alike and studies decide, labels only tell how well.
     columns = [alike, label_bits(labels)]

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from medvlp import distributed
 from medvlp.data.batch import Batch
-from medvlp.methods.base import StepOutput
+from medvlp.methods.base import StepOutput, is_metric
 from medvlp.runs.manifest import VALIDATION_PREFIX
 from medvlp.runs.metrics_file import MetricsFile, last_lines
 from medvlp.training.callbacks import Callback, StepRecord
@@ -125,16 +125,17 @@ class Monitor(Callback):
         """All metrics of this step; all ranks call this together and get the same."""
         terms = sorted(record.losses)
         read = torch.stack([record.losses[term].float() for term in terms]).tolist()
-        count = len(terms)
-        local = [*read, self._seconds, self._data_seconds, float(self.skipped), self._step_flop, self._flop]
-        means = distributed.mean_over_ranks(local)
-        seconds, data_seconds, skipped, step_flop, flop = means[count:]
+        of_terms, of_rank = _means(
+            dict(zip(terms, read, strict=True)),
+            [self._seconds, self._data_seconds, float(self.skipped), self._step_flop, self._flop],
+        )
+        seconds, data_seconds, skipped, step_flop, flop = of_rank
         memory, reserved = distributed.greatest_over_ranks(_memory(record.engine.device))
         values = {
-            "loss": means[terms.index("loss")],
+            "loss": of_terms["loss"],
             **{
                 term if "/" in term else f"loss/{term}": mean
-                for term, mean in zip(terms, means[:count], strict=True)
+                for term, mean in of_terms.items()
                 if term != "loss"
             },
             "lr": record.learning_rate,
@@ -203,6 +204,16 @@ class Monitor(Callback):
         """Rank 0 goes on counting for all ranks."""
         self.load_state_dict(states[0])
         self.skipped = sum(state.get("skipped", 0) for state in states) if distributed.is_main() else 0
+
+
+def _means(terms: dict[str, float], others: list[float]) -> tuple[dict[str, float], list[float]]:
+    """Means over ranks, of the terms over those that have them."""
+    there = [not (is_metric(term) and math.isnan(value)) for term, value in terms.items()]
+    read = [value if here else 0.0 for value, here in zip(terms.values(), there, strict=True)]
+    count, means = len(terms), distributed.mean_over_ranks([*read, *map(float, there), *others])
+    shares = means[count : 2 * count]
+    of_terms = [mean / share if share else math.nan for mean, share in zip(means, shares, strict=False)]
+    return dict(zip(terms, of_terms, strict=True)), means[2 * count :]
 
 
 def _memory(device: torch.device) -> list[float]:

@@ -7,6 +7,7 @@ the same wherever it is computed. They are collected by chunk and by sample, the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from medvlp.data.dataset import EvaluationDataset
 from medvlp.data.faults import FaultCounter
 from medvlp.data.loader import EvaluationLoader
 from medvlp.data.order import Positions
-from medvlp.methods.base import Objective, StepOutput
+from medvlp.methods.base import Objective, StepOutput, is_metric
 from medvlp.runs.randomness import random_state, restore_random_state, seed_weights
 from shards.errors import DataError
 
@@ -128,6 +129,7 @@ class _Collected:
         """Take in what a chunk gave."""
         named = {} if output is None else output.named
         values = {name: float(value) for name, value in named.items()}
+        values = {name: x for name, x in values.items() if not (is_metric(name) and math.isnan(x))}
         self._losses.append((number, len(batch.keys), values))
         for name, value in {"": batch.sample, **arrays}.items():
             # A byte: gloo carries no booleans. A copy: what is a view of a batch would keep its images.

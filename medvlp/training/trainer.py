@@ -8,7 +8,7 @@ import torch
 
 from medvlp.data.batch import Batch, join
 from medvlp.losses.contrastive import accuracies_read
-from medvlp.methods.base import Progress
+from medvlp.methods.base import Progress, is_metric
 from medvlp.prototypes.table import PrototypeTable
 from medvlp.training.accumulation import exact_passes
 from medvlp.training.callbacks import Callback, StepRecord
@@ -138,14 +138,15 @@ class Trainer:
     def _plain_passes(self) -> "_Passes":
         """Each micro-batch has a loss of its own; their gradients are averaged."""
         passes, accumulation = _Passes(), self.engine.sizes.accumulation
+        found: dict[str, list[torch.Tensor]] = {}
         for number in range(1, accumulation + 1):
             batch = self._load(passes)
             output = self.engine.forward(batch.to(self.engine.device), self._clusters)
             for name, value in output.named.items():
-                share = value.detach().float() / accumulation
-                passes.losses[name] = passes.losses[name] + share if name in passes.losses else share
+                found.setdefault(name, []).append(value.detach().float())
             loss = output.loss
             if number == accumulation:
+                passes.losses = {name: mean_of(name, values) for name, values in found.items()}
                 loss = loss * self.guard.allowance(passes.losses["loss"])
             self.engine.backward(loss)
             self.engine.step()
@@ -181,6 +182,12 @@ class Trainer:
         passes.keys += batch.keys
         passes.skipped += batch.skipped
         return batch
+
+
+def mean_of(term: str, values: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Mean over the micro-batches that have the term, 0-d."""
+    stacked = torch.stack([*values])
+    return stacked.nanmean() if is_metric(term) else stacked.mean()
 
 
 @dataclass
