@@ -15,7 +15,7 @@ from shards.archives.id_lists import IdLists
 from shards.archives.records import Join, Record
 from shards.archives.source import ArchiveOptions, ArchiveSource, Facts, Identity
 from shards.entities.radgraph import stream_radgraph
-from shards.errors import DataError
+from shards.errors import DataError, UsageError
 from shards.format import hash_file
 from shards.sources.base import option
 from shards.sources.registry import register
@@ -85,6 +85,8 @@ class MimicSource(ArchiveSource):
         )
         self._reports = self.files
         if options.reports is not None:
+            if options.no_reports:
+                raise UsageError("--no-reports reads none of --reports: give one of the two")
             self._reports = self.open(options.reports, mimic.REPORTS_ORIGIN).files
         if not options.no_reports:
             self._check_reports()

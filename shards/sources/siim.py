@@ -39,7 +39,9 @@ class SiimOptions(ArchiveOptions):
     """Options of `medvlp shards build siim`."""
 
     window: Window = option("DICOM values to grey levels", "auto")
-    stage: int = option("of the challenge, which decides the published numbers", 2, least=1, most=2)
+    stage: int | None = option(
+        "of the challenge, which decides the published numbers; default: 2", None, least=1, most=2
+    )
 
 
 @register("siim", SiimOptions)
@@ -64,12 +66,14 @@ class SiimSource(ArchiveSource):
     def prepare(self) -> None:
         """Which files these are, and their published numbers."""
         self.label_names = [FINDING]
-        rows, films, positive = _SIZES[self.options.stage]
+        rows, films, positive = _SIZES[self.options.stage or 2]
         self._without_rows = 0
         self._png = not self._has(_TABLES) and self._has(_PNG_TABLES.values())
         if self._png:
             if self.options.window != "auto":
                 raise UsageError("--window is of DICOM files; Kaggle's PNG copy has grey levels")
+            if self.options.stage is not None:
+                raise UsageError("--stage is of the DICOM files; Kaggle's PNG copy has numbers of its own")
             self.published = {**_PNG_SIZES, "films with pneumothorax": _SIZES[2][2]}
         else:
             self.published = {"all": films, "rows": rows, "films with pneumothorax": positive}

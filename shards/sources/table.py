@@ -219,7 +219,8 @@ class TableSource(Source):
             if column is not None and not row[column]:
                 raise RejectedRecord(f"missing {key}")
         if i in self._duplicates:
-            raise RejectedRecord(f"duplicate {'id' if self._map.id else 'image'}")
+            remedy = " (the map's rows: target joins the rows of one)" if self._map.targets.columns else ""
+            raise RejectedRecord(f"duplicate {'id' if self._map.id else 'image'}{remedy}")
         if self._map.split and row[self._map.split] and stated_split(row, self._map.split) is None:
             raise RejectedRecord("split is not a word of letters, digits and underscores")
 

@@ -111,7 +111,7 @@ def test_several_rows_of_an_image_are_one_record(opened: Opener, tmp_path: Path)
     build(source, tmp_path / "out", BuildOptions(image=StoredImage(size=16)))
     assert len(samples(tmp_path / "out")["00000000-0"]["boxes"]) == 2
     # Without `rows: target` the second row of an image is a repeated one.
-    with pytest.raises(RejectedRecord, match="duplicate image"):
+    with pytest.raises(RejectedRecord, match=r"^duplicate image \(the map's rows: target joins the rows of"):
         opened(rows, BOXES).load(2)
 
 

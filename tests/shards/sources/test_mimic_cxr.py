@@ -100,6 +100,8 @@ def test_a_missing_report_is_rejected_and_none_at_all_is_said_at_once(
         source.load(7)
     assert error.value.line == 9
     assert len(studies(opened(archive, no_reports=True))) == 8
+    with pytest.raises(UsageError, match="--no-reports reads none of --reports"):
+        opened(archive, no_reports=True, reports=archive.root)
     for report in archive.root.rglob("*.txt"):
         report.unlink()
     with pytest.raises(DataError, match=r"none of the reports .* get it from https.*mimic-cxr-reports\.zip"):

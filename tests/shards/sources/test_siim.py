@@ -102,6 +102,9 @@ def test_kaggles_copy_with_png_files(tmp_path: Path) -> None:
     root = fixture.write_png(tmp_path / "siim-acr-pneumothorax").parent
     with pytest.raises(UsageError, match="--window is of DICOM files"):
         SiimSource(SiimOptions(root=root, window="equalize"))
+    for stage in (1, 2):
+        with pytest.raises(UsageError, match="--stage is of the DICOM files"):
+            SiimSource(SiimOptions(root=root, stage=stage))
     source = SiimSource(SiimOptions(root=root))
     films = [source.load(i)[0] for i in (0, 1, 3)]
     assert [source.prescribed_split(i) for i in range(4)] == ["train"] * 3 + ["test"]
