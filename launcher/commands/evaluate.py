@@ -240,10 +240,10 @@ def _print_differences(sources: Sequence[Path], against: Sequence[Path], markdow
     for task in dict.fromkeys(task for pair in pairs for of in pair for task in of.evaluation.results):
         found = {}
         for names, group in groups.items():
-            lacking = [of.run for pair in group for of in pair if task not in of.evaluation.results]
-            for run in lacking:
-                typer.echo(f"- {task} of {run}: {_not_evaluated(task)}")
-            if not lacking:
+            reasons = differences.not_comparable(group, task)
+            for reason in reasons:
+                typer.echo(f"- {reason}")
+            if not reasons:
                 found[names] = differences.rows(group, task)
         if not found:
             continue
@@ -263,10 +263,6 @@ def _print_differences(sources: Sequence[Path], against: Sequence[Path], markdow
         "- *: the 95 % interval, by patient and seed, excludes 0. One seed claims nothing: its interval is "
         "by patient alone. Of metrics that do not differ, about one in twenty gets a star."
     )
-
-
-def _not_evaluated(task: str) -> str:
-    return f"not evaluated (medvlp evaluate ... --task {task})"
 
 
 def _print_published(
@@ -307,17 +303,20 @@ def _print_tables(evaluations: dict[str, Evaluation], findings: bool, markdown: 
 
     title = tables.caption(evaluations)
     console = _console()
-    for task, having in comparison.by_task(evaluations).items():
-        without = [f"{task} of {name}: {_not_evaluated(task)}" for name in evaluations if name not in having]
-        if markdown:
-            typer.echo(
-                tables.markdown_section(having, task, findings) + "".join(f"- {of}\n" for of in without)
-            )
-            continue
-        single = comparison.grid(having, task, findings=True)
-        for grid in (comparison.grid(having, task), single if findings else single.by_finding()):
-            if grid is not None and grid.metrics:
-                console.print(tables.console_table(grid, f"{task}: {title}"))
-        for line in [*tables.lines_under(having, task), *without]:
-            typer.echo(f" {line}")
-        typer.echo()
+    for task, (first, *others) in comparison.by_task(evaluations).items():
+        having = [name for group in (first, *others) for name in group]
+        without = [comparison.not_evaluated(name, task) for name in evaluations if name not in having]
+        for group in (first, *others):
+            lines = comparison.apart(first, group, task) + (without if group is first else [])
+            if markdown:
+                typer.echo(
+                    tables.markdown_section(group, task, findings) + "".join(f"- {of}\n" for of in lines)
+                )
+                continue
+            single = comparison.grid(group, task, findings=True)
+            for grid in (comparison.grid(group, task), single if findings else single.by_finding()):
+                if grid is not None and grid.metrics:
+                    console.print(tables.console_table(grid, f"{task}: {title}"))
+            for line in [*tables.lines_under(group, task), *lines]:
+                typer.echo(f" {line}")
+            typer.echo()

@@ -152,6 +152,9 @@ class Reading:
         by_finding: first part of the metrics that have a short table of single findings; None: no such table.
         whole: parts whose numbers are shown without decimals.
         remarks: lines under the tables, from the notes of the result.
+        truth: what numbers are measured against beside the dataset, split and labels, by name, from the
+            section `data` of the run's config and the notes. Runs with others stand in tables of their own.
+        places: numbers are of places in what the network sees of an image.
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
@@ -159,6 +162,8 @@ class Reading:
     by_finding: str | None = None
     whole: frozenset[str] = frozenset()
     remarks: Callable[[Mapping[str, Any]], list[str]] = lambda notes: []
+    truth: Callable[[Mapping[str, Any], Mapping[str, Any]], Mapping[str, Any]] = lambda data, notes: {}
+    places: bool = False
 
 
 class Task(abc.ABC):

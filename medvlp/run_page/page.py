@@ -135,13 +135,15 @@ class TaskPart:
 
 
 def results_parts(known: Mapping[str, tuple[Path, Evaluation]]) -> list[TaskPart]:
-    """Every task; evaluations on other data stand in parts of their own."""
+    """Every task; evaluations on other data, or against other texts, stand in parts of their own."""
     found: dict[str, list[TaskPart]] = {}
     for group in _alike(known):
-        for task in dict.fromkeys(task for _, evaluation in group.values() for task in evaluation.results):
-            having = {name: one for name, one in group.items() if task in one[1].results}
-            made = _task_tables({name: one for name, (_, one) in having.items()}, task)
-            found.setdefault(task, []).append(TaskPart(task, list(having), made, curve_part(having, task)))
+        evaluations = {name: one for name, (_, one) in group.items()}
+        for task, (first, *others) in comparison.by_task(evaluations).items():
+            for alike in (first, *others):
+                made = _task_tables(alike, task, comparison.apart(first, alike, task))
+                curves = curve_part({name: group[name] for name in alike}, task)
+                found.setdefault(task, []).append(TaskPart(task, list(alike), made, curves))
     return [part for parts in found.values() for part in parts]
 
 
@@ -152,7 +154,7 @@ def _alike(known: Mapping[str, tuple[Path, Evaluation]]) -> list[dict[str, tuple
     return list(groups.values())
 
 
-def _task_tables(evaluations: Mapping[str, Evaluation], task: str) -> list[TableOf]:
+def _task_tables(evaluations: Mapping[str, Evaluation], task: str, remarks: Sequence[str]) -> list[TableOf]:
     whole, single = comparison.grid(evaluations, task), comparison.grid(evaluations, task, findings=True)
     caption = f"{task}: {tables.caption(evaluations)}"
     made = []
@@ -173,10 +175,9 @@ def _task_tables(evaluations: Mapping[str, Evaluation], task: str) -> list[Table
             rows.append(cells)
         header = ["metric", *(tables.model_name(model) for model in grid.cells)]
         made.append(TableOf(f"{caption}, {folded}" if folded else caption, header, rows, folded=folded))
-    remarks = tables.lines_under(evaluations, task)
     if not made:
         made.append(TableOf(caption, [], []))
-    made[0].remarks = [without_places(line) for line in remarks]
+    made[0].remarks = [without_places(line) for line in [*tables.lines_under(evaluations, task), *remarks]]
     return made
 
 

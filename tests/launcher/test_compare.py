@@ -13,7 +13,7 @@ from medvlp.evaluation.report import results
 from medvlp.evaluation.report.results import Evaluation
 from medvlp.evaluation.task import EvaluationError
 from tests.evaluation.report.test_differences import TASK, measured
-from tests.evaluation.report.test_results import make
+from tests.evaluation.report.test_results import make, of_texts
 
 
 def compare(*words: object) -> Result:
@@ -46,6 +46,29 @@ def test_every_task_is_shown_whoever_has_it(tmp_path: Path, markdown: tuple[str,
     error = compare(first, stored(tmp_path, "three", strange, "retrieval"), *markdown).exception
     assert isinstance(error, EvaluationError)
     assert "three: another dataset" in str(error)
+
+
+@pytest.mark.parametrize("markdown", [(), ("--markdown",)])
+def test_retrieval_among_other_texts_stands_in_a_table_of_its_own(
+    tmp_path: Path, markdown: tuple[str, ...]
+) -> None:
+    """The numbers of both stood beside each other, under the counts of the first."""
+    files = [
+        stored(tmp_path, name, of_texts("retrieval", sections, queries))
+        for name, sections, queries in (("one", ["findings", "impression"], 402), ("two", ["findings"], 20))
+    ]
+    result = compare(*files, *markdown)
+    assert result.exit_code == 0, result.exception
+    assert result.output.count("retrieval: phantom, split test") == 2
+    for line in (
+        "402 queries, 402 distinct reports",
+        "20 queries, 20 distinct reports",
+        "retrieval of two: in a table of its own, for it was measured with other data.sections, queries",
+    ):
+        assert line in result.output
+    against = compare(files[0], "--against", files[1])
+    reason = "measured with other data.sections, queries, distinct reports than"
+    assert f"- retrieval of {tmp_path}: {reason} {tmp_path}, so no difference" in against.output
 
 
 def test_differences_are_of_all_tasks_that_both_sides_have(tmp_path: Path) -> None:

@@ -248,6 +248,12 @@ def test_a_second_evaluation_keeps_the_tasks_of_the_first(
     result = medvlp("compare", folder, "--join")
     assert result.exit_code == 0, result.exception
     assert set(results.read(file).results) == {"zero-shot", "linear-probe", "retrieval"}
+    # Beside the same run that reads the impression alone: other texts are searched for.
+    short = tmp_path / "short.json"
+    words = ["--task", "retrieval", "--out", short, "data.sections=[impression]"]
+    assert medvlp("evaluate", folder, "--data", shards, *label, *words).exit_code == 0
+    table = medvlp("compare", folder, short, "--markdown").output
+    assert "was measured with other data.sections, distinct reports than run" in table
     # Of the same checkpoint and split, or not at all.
     result = medvlp("evaluate", folder, *label, "--task", "zero-shot", "--split", "valid")
     assert result.exit_code == 0, result.exception

@@ -20,11 +20,13 @@ from medvlp.evaluation.report import results, scores
 from medvlp.evaluation.task import Scores
 from medvlp.run_page import history, samples
 from medvlp.run_page.charts import line_chart
+from medvlp.run_page.page import results_parts
 from medvlp.runs.errors import RunFolderError
 from medvlp.runs.manifest import Manifest
 from medvlp.runs.state_files import checksum
 from shards.errors import MedvlpError, UsageError
 from shards.reader import ShardReader
+from tests.evaluation.report.test_results import of_texts
 from tests.export.saved import save_run
 from tests.run_page.made import Page, add_clusters, add_examples, invoke, made_scores
 
@@ -110,6 +112,18 @@ def test_runs_stand_beside_each_other(run: Path, make: Callable[..., Path], tmp_
     assert "first: loss/word" in text
     result = invoke(run, run, run, "--out", tmp_path / "b.html", "--samples", 0)
     assert isinstance(result.exception, UsageError)
+
+
+def test_retrieval_among_other_texts_stands_in_a_part_of_its_own(tmp_path: Path) -> None:
+    known = {
+        name: (tmp_path, of_texts("retrieval", sections))
+        for name, sections in (("one", ["findings", "impression"]), ("two", ["findings"]))
+    }
+    found = [(part.task, part.runs, part.tables[0].remarks) for part in results_parts(known)]
+    count = "402 queries, 402 distinct reports"
+    other = "retrieval of two: in a table of its own, for it was measured with other data.sections than one"
+    assert found[:2] == [("retrieval", ["one"], [count]), ("retrieval", ["two"], [count, other])]
+    assert [(task, runs) for task, runs, _ in found[2:]] == [("zero-shot", ["one", "two"])]
 
 
 def test_curves_say_why_they_are_not_there(run: Path, make: Callable[..., Path], tmp_path: Path) -> None:

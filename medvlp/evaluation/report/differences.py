@@ -12,7 +12,7 @@ import numpy as np
 from medvlp.evaluation.metrics.bootstrap import Estimate
 from medvlp.evaluation.metrics.paired import Difference, paired_difference
 from medvlp.evaluation.report import resamples
-from medvlp.evaluation.report.comparison import options_of, reading_of
+from medvlp.evaluation.report.comparison import not_evaluated, options_of, other_truths, reading_of
 from medvlp.evaluation.report.results import Evaluation
 from medvlp.evaluation.task import EvaluationError
 
@@ -78,16 +78,32 @@ def groups(pairs: Sequence[Pair]) -> dict[tuple[str, str], list[Pair]]:
     return found
 
 
+def not_comparable(pairs: Sequence[Pair], task: str) -> list[str]:
+    """Why there are no differences of a task: runs that lack it, or measure it against something else."""
+    every = [item for pair in pairs for item in pair]
+    if lacking := [item for item in every if task not in item.evaluation.results]:
+        return [not_evaluated(str(item.run), task) for item in lacking]
+    others = {item.run: other_truths(every[0].evaluation, item.evaluation, task) for item in every}
+    return [
+        f"{task} of {run}: measured with other {', '.join(names)} than {every[0].run}, so no difference"
+        for run, names in others.items()
+        if names
+    ]
+
+
 def rows(pairs: Sequence[Pair], task: str) -> list[Row]:
     """The summary metrics of a task, as ours minus theirs; none where a method cannot do the task.
 
     Args:
         pairs: ours and theirs, one pair a seed.
-        task: evaluated in all of them.
+        task: its name.
 
     Raises:
-        EvaluationError: they are not measured alike on the same patients, or resamples are missing.
+        EvaluationError: they are not measured alike on the same patients (see also `not_comparable`), or
+            resamples are missing.
     """
+    if reasons := not_comparable(pairs, task):
+        raise EvaluationError(reasons[0])
     every = [item for pair in pairs for item in pair]
     for item in every:
         _check_alike(every[0], item, task)
@@ -116,11 +132,6 @@ def _row(metric: str, models: Sequence[Mapping[str, Estimate]], drawn: Sequence[
 
 
 def _check_alike(first: Measured, other: Measured, task: str) -> None:
-    for item in (first, other):
-        if task not in item.evaluation.results:
-            raise EvaluationError(
-                f"{item.run}: task {task} has not been evaluated (medvlp evaluate ... --task {task})"
-            )
     for section, keys in (("data", ("fingerprint", "split")), ("settings", ("uncertain", "blank", "labels"))):
         for key in keys:
             if getattr(first.evaluation, section).get(key) != getattr(other.evaluation, section).get(key):

@@ -102,6 +102,7 @@ class Detection(TrainedTask):
             "froc": "FROC",
         },
         remarks=_remarks,
+        places=True,
     )
     protocols: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "ours": {

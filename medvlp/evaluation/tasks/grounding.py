@@ -165,6 +165,7 @@ class Grounding(Task):
         ),
         by_finding="point",
         remarks=_remarks,
+        places=True,
     )
 
     @cached_property

@@ -108,6 +108,10 @@ def _remarks(notes: Mapping[str, Any]) -> list[str]:
     return [f"{counts['pairs']} hidden words of {counts['images']} reports and {counts['patients']} patients"]
 
 
+def _truth(data: Mapping[str, Any], notes: Mapping[str, Any]) -> dict[str, Any]:
+    return {"data.sections": sorted(data.get("sections", [])), "hidden words": notes.get("words")}
+
+
 @register
 class MaskedWords(Task):
     """See the module."""
@@ -119,6 +123,7 @@ class MaskedWords(Task):
         summary=lambda metric: metric.endswith(("/macro", "/pairs")),
         by_finding="accuracy",
         remarks=_remarks,
+        truth=_truth,
     )
 
     def needs(self, facts: Facts) -> Mapping[Role, Needs]:

@@ -148,6 +148,7 @@ class Report(TrainedTask):
             and metric.rpartition("/")[2] in (metric, "macro", "micro")
         ),
         remarks=_remarks,
+        truth=lambda data, notes: {f"data.{name}": data.get(name) for name in ("sections", "cleaning")},
     )  # fmt: skip
     chooses_mode: ClassVar[Literal["min", "max"]] = "max"
     protocols: ClassVar[Mapping[str, Mapping[str, Any]]] = {

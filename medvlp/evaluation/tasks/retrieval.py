@@ -81,6 +81,12 @@ def _remarks(notes: Mapping[str, Any]) -> list[str]:
     return [f"{notes['queries']} queries, {notes['distinct_reports']} distinct reports{left_out}"]
 
 
+def _truth(data: Mapping[str, Any], notes: Mapping[str, Any]) -> dict[str, Any]:
+    """The order of the sections changes no text for another."""
+    counts = {"queries": notes.get("queries"), "distinct reports": notes.get("distinct_reports")}
+    return {"data.sections": sorted(data.get("sections", [])), **counts}
+
+
 @dataclass
 class RetrievalConfig(TaskConfig):
     sentences: bool = key(False, "also the sentences of an image's own report among those of all reports")
@@ -104,6 +110,7 @@ class Retrieval(Task):
         summary=lambda metric: metric.endswith(("/macro", "/median_rank", "/AP")) or "/R@" in metric,
         whole=frozenset({"median_rank"}),
         remarks=_remarks,
+        truth=_truth,
     )
 
     def needs(self, facts: Facts) -> Mapping[Role, Needs]:

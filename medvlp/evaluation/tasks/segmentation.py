@@ -139,6 +139,7 @@ class Segmentation(TrainedTask):
             "iou_pos": "IoU (with the finding)",
         },
         remarks=_remarks,
+        places=True,
     )
     protocols: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "ours": {

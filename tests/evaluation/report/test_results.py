@@ -158,6 +158,74 @@ def test_a_task_with_other_settings_is_named_under_the_table() -> None:
     assert "another" not in tables.markdown_section({"first": first, "second": first}, "zero-shot")
 
 
+def of_texts(task: str, sections: list[str], queries: int = 402, **data: object) -> Evaluation:
+    """An evaluation of a task that is measured against reports of these sections."""
+    made = make(0.8)
+    made.results = {task: made.results["zero-shot"], "zero-shot": made.results["zero-shot"]}
+    counts = {"queries": queries, "distinct_reports": queries, "without_report": 0}
+    made.notes[task] = {**counts, "words": {"pairs": queries, "images": 4, "patients": 4}}
+    made.config["data"] = {"sections": sections, "cleaning": "none", **data}
+    return made
+
+
+@pytest.mark.parametrize(
+    ("task", "first", "second", "named"),
+    [
+        ("retrieval", {}, {"sections": ["findings"]}, "data.sections"),
+        ("retrieval", {}, {"queries": 100}, "queries, distinct reports"),
+        ("masked-words", {}, {"sections": ["findings"]}, "data.sections"),
+        ("masked-words", {}, {"queries": 100}, "hidden words"),
+        ("report", {}, {"sections": ["impression", "findings"]}, "data.sections"),
+        ("report", {}, {"cleaning": "mgca"}, "data.cleaning"),
+    ],
+)
+def test_numbers_that_are_measured_against_other_texts_stand_in_other_tables(
+    task: str, first: dict, second: dict, named: str
+) -> None:
+    """They stood side by side, under the counts of the first."""
+    both = {
+        name: of_texts(task, **{"sections": ["findings", "impression"], **given})
+        for name, given in (("first", first), ("second", second))
+    }
+    both["able"] = of_texts(task, ["other"])
+    both["able"].results[task] = {}
+    by_task = comparison.by_task(both)
+    assert [list(group) for group in by_task[task]] == [["first", "able"], ["second"]]
+    assert [list(group) for group in by_task["zero-shot"]] == [["first", "second", "able"]]
+    (line,) = comparison.apart(*by_task[task], task)
+    assert (
+        line == f"{task} of second: in a table of its own, for it was measured with other {named} than first"
+    )
+    assert comparison.apart(by_task[task][0], by_task[task][0], task) == []
+    with pytest.raises(EvaluationError, match="in a table of its own"):
+        comparison.grid(both, task)
+
+
+def test_the_order_of_sections_makes_no_other_candidates() -> None:
+    both = {
+        "mgca": of_texts("retrieval", ["impression", "findings"]),
+        "mpma": of_texts("retrieval", ["findings", "impression"]),
+    }
+    assert comparison.grid(both, "retrieval").cells.keys() >= {"mgca", "mpma"}
+    both["mpma"].config["data"] = {"sections": 3}
+    with pytest.raises(EvaluationError, match="retrieval: config and notes of its result are not as this"):
+        comparison.by_task(both)
+
+
+def test_a_task_of_places_names_what_sees_other_parts_of_the_images() -> None:
+    first, other = (
+        of_texts("segmentation", [], image_size=size, transform={"crop": crop})
+        for size, crop in ((224, "random"), (256, "area"))
+    )
+    (line,) = comparison.unlike({"first": first, "other": other}, "segmentation")
+    assert line == (
+        "segmentation of other: with another data.image_size, data.transform.evaluation than first"
+    )
+    other.config["data"] |= {"image_size": 224, "transform": {"crop": "center"}}
+    assert comparison.unlike({"first": first, "other": other}, "segmentation") == []
+    assert comparison.unlike({"first": first, "other": other}, "zero-shot") == []
+
+
 def test_a_task_that_was_not_evaluated_is_named() -> None:
     with pytest.raises(EvaluationError, match="task retrieval has not been evaluated"):
         comparison.grid({"first": make(0.8)}, "retrieval")
