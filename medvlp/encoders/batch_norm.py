@@ -18,7 +18,8 @@ class GlobalBatchNorm(nn.SyncBatchNorm):
     mask torch's kernels run, on one rank and (SyncBatchNorm) on several with CUDA; elsewhere (gloo, masked
     tokens) the statistics of every rank are merged by Chan's formula, for which torch has no layer.
 
-    One valid position, or none at all, gives variance 0 and a finite result (torch's layers raise).
+    One valid position, or none at all, gives variance 0 and a finite result (torch's layers raise); the
+    running variance learns from two on.
     With gradient checkpointing the running averages move twice a step, as torch's layers do.
 
     Args:
@@ -120,11 +121,11 @@ class GlobalBatchNorm(nn.SyncBatchNorm):
         assert self.running_var is not None
         self.num_batches_tracked.add_(1)
         momentum = 1.0 / self.num_batches_tracked if self.momentum is None else self.momentum
-        # No valid position anywhere says nothing about the data: the averages stay.
-        step = momentum * (count > 0)
+        # No valid position anywhere says nothing about the data, and a single one nothing about its spread:
+        # the averages stay. With a variance of 0, learned so, an evaluation would see 300 times the values.
         unbiased = squares / (count - 1).clamp(min=1)
-        for average, value in ((self.running_mean, mean), (self.running_var, unbiased)):
-            average.add_(step * (value - average).to(average.dtype))
+        for average, value, fewest in ((self.running_mean, mean, 1), (self.running_var, unbiased, 2)):
+            average.add_(momentum * (count >= fewest) * (value - average).to(average.dtype))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Keep the running averages in float32 when the module becomes half precision.

@@ -72,7 +72,7 @@ class Session:
     _needs: dict[str, list[Needs]] = field(default_factory=dict)
     _splits: dict[str, Split] = field(default_factory=dict)
     _prompts: dict[tuple[str, ...], dict[str, NDArray[Any] | None]] = field(default_factory=dict)
-    _apart: set[tuple[str, ...]] = field(default_factory=set)
+    _apart: set[tuple[tuple[str, ...], bool]] = field(default_factory=set)
     _stores: dict[str, SampleStore] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -126,10 +126,15 @@ class Session:
                 nothing to learn from, to choose by, or to measure on.
         """
         task.check_packages()
-        splits = tuple(sorted(self.facts(task).roles.values()))
-        if task.fits_to_labels and splits not in self._apart:
-            check_apart(self.reader, splits, self.config.evaluation.shared_patients, self.say)
-            self._apart.add(splits)
+        facts = self.facts(task)
+        roles = facts.roles.keys() if task.fits_to_labels else facts.roles.keys() & task.needs(facts).keys()
+        splits = tuple(sorted({facts.roles[role] for role in roles}))
+        # Where only a threshold or a baseline has seen a patient, most numbers are as good as before.
+        allowed = self.config.evaluation.shared_patients or not task.fits_to_labels
+        told = allowed and any(set(splits) <= set(known) for known, _ in self._apart)
+        if not told and (splits, allowed) not in self._apart:
+            check_apart(self.reader, splits, allowed, self.say)
+            self._apart.add((splits, allowed))
         from medvlp.evaluation.learned_samples import learnable
         from medvlp.evaluation.trained import TrainedTask
 

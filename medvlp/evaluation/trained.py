@@ -251,6 +251,7 @@ class TrainedTask(Task):
         del values["finetune"]["run"]
         sections = ("optimizer", "train", "image", "validation", "finetune", "precision", "checkpoint")
         kept = {name: values[name] for name in sections}
+        kept |= {"deepspeed": values["deepspeed"]} if values["deepspeed"] else {}  # it may say anything
         return kept | {"views": values["data"]["transform"], "task": values["evaluation"]["tasks"][self.name]}
 
     def fit(self, view: View, unit: Unit) -> Fitted:

@@ -133,3 +133,14 @@ def test_torchs_layer_for_several_gpus_stays_out_of_compiled_graphs(monkeypatch:
     compiled = torch.compile(lambda given: norm._several_gpus(given * 2) + 1, backend="eager")
     assert compiled(values).equal(torch.full((4, 3), 3.0))
     assert compiling == [False]
+
+
+def test_a_single_position_teaches_a_mean_and_no_spread() -> None:
+    """As in a head at one image a step, pooled to one place; learned, a variance of 0 blew up evaluations."""
+    torch.manual_seed(0)
+    norm = GlobalBatchNorm(2)
+    for _ in range(200):
+        norm(torch.randn(1, 2, 1, 1) + 3)
+    assert norm.running_var.tolist() == [1, 1]
+    assert (norm.running_mean - 3).abs().max() < 1
+    assert norm.eval()(torch.randn(1, 2, 1, 1) + 3).abs().max() < 10

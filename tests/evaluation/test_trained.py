@@ -308,6 +308,17 @@ def test_nothing_is_learned_where_a_patient_is_in_two_splits(leaky: Path, task: 
         ask(leaky, task=task, train=train)
 
 
+def test_patients_that_a_threshold_or_a_baseline_has_seen_are_told(leaky: Path) -> None:
+    """Beside them the numbers of the networks are as good as before, so that nothing is refused."""
+    said: list[str] = []
+    words = ["evaluation.bootstrap=10", "monitor.wandb=disabled"]
+    evaluate(EvaluationOptions(leaky, tasks=["retrieval", "zero-shot"], overrides=words), said.append)
+    lines = [line for line in said if "10 patients in both test, train" in line]
+    assert len(lines) == 2, "of train and test, then of all three"
+    with pytest.raises(EvaluationError, match="10 patients in both test, train"):
+        ask(leaky, task="linear-probe")
+
+
 TRAINED = {name: task for name, task in contract.tasks().items() if issubclass(task, TrainedTask)}
 
 

@@ -42,6 +42,10 @@ def test_what_the_evaluation_says_of_labels_is_what_the_networks_learn(tmp_path:
     assert (own.labels, own.uncertain, own.blank) == ([], "negative", "auto")
     # Other labels are another training, in a folder of its own.
     assert trainings[0].run.dir != trainings[1].run.dir
+    # So is what DeepSpeed is told, which may be another optimiser: finished numbers came back for it.
+    asked()
+    asked("deepspeed={gradient_clipping: 0.5}")
+    assert trainings[-1].run.dir != trainings[-2].run.dir
     with pytest.raises(UsageError, match=r"uncertain=negative and --uncertain \(positive\) do not agree"):
         asked("evaluation.tasks.fine-tuning.uncertain=negative", uncertain="positive")
 

@@ -103,12 +103,6 @@ def clinical_efficacy(
     return found
 
 
-def unstated(stated: LabelTable, truth: LabelTable, names: Sequence[str]) -> list[str]:
-    """The findings that are neither certain in truth nor stated: those without a number."""
-    some = (stated.columns(names) == 1).any(axis=0) | (truth.columns(names) == 1).any(axis=0)
-    return [name for name, found in zip(names, some, strict=True) if not found]
-
-
 def no_finding(table: LabelTable, other_than: Sequence[str]) -> Floats:
     """[N] 1 where a report states no finding and none is uncertain, else 0 (CheXpert).
 

@@ -28,7 +28,7 @@ from medvlp.data.report import r2gen_words, report_text, scored_words
 from medvlp.evaluation.examples import MOST, Examples, TextExample, evenly
 from medvlp.evaluation.labels import has_chexpert_labels
 from medvlp.evaluation.metrics.bootstrap import Estimate, PatientBootstrap
-from medvlp.evaluation.metrics.clinical import Blank, LabelTable, clinical_efficacy, plain, unstated
+from medvlp.evaluation.metrics.clinical import Blank, LabelTable, clinical_efficacy, plain
 from medvlp.evaluation.metrics.generation import (
     MetricMissingError,
     bleu_counts,
@@ -362,12 +362,13 @@ class Report(TrainedTask):
             )
             own = {f"ce-{metric}": value for metric, value in found.items()}
             result.models.setdefault(name, {}).update(own)
-        reason = "neither true nor stated by the trained network"
+        reason = "neither true nor stated by the trained network where the truth is known"
+        scored = result.models["trained"]
         result.notes |= {
             "clinical": names,
             "labeller": settings.ce_labels or "the rules of shards.entities",
             "not_evaluable": [
-                {"finding": name, "reason": reason} for name in unstated(tables["trained"], truth, names)
+                {"finding": name, "reason": reason} for name in names if f"ce-f1/{name}" not in scored
             ],
         }
 

@@ -29,6 +29,7 @@ from medvlp.evaluation.heads.report import (
     texts_of,
 )
 from medvlp.evaluation.heads.report_decoder import ReportDecoder
+from medvlp.evaluation.metrics.bootstrap import PatientBootstrap
 from medvlp.evaluation.report import examples, results
 from medvlp.evaluation.report.joining import complete
 from medvlp.evaluation.report_baselines import Baselines, is_normal, unit_rows
@@ -276,6 +277,23 @@ def test_every_fraction_says_where_its_normal_report_is_from() -> None:
 )
 def test_what_is_a_normal_image(names: list[str], labels: list[float], normal: bool) -> None:
     assert is_normal(np.array(labels, dtype=float), names) == normal
+
+
+def test_findings_without_a_number_are_those_that_have_none() -> None:
+    """Stated where the truth is not known is no number; true where an uncertain one counts is one."""
+    names = ["edema", "mass", "fracture"]
+    labels = np.array([[np.nan, -1.0, 0.0], [np.nan, 0.0, 0.0]])
+    index = SimpleNamespace(label_names=names)
+    dataset = SimpleNamespace(reader=SimpleNamespace(index=index), store=SimpleNamespace(labels=labels))
+    texts = ["there is edema .", "no fracture ."]
+    for uncertain, without in (("exclude", set(names)), ("positive", {"edema", "fracture"})):
+        result = TaskResult({"trained": {}})
+        task = Report(ReportConfig(ce_uncertain=uncertain))  # type: ignore[arg-type]
+        bootstrap = PatientBootstrap(np.arange(2), 0, 0)
+        task._clinical(result, dataset, np.arange(2), {"trained": texts}, texts, bootstrap)  # type: ignore[arg-type]
+        assert {of["finding"] for of in result.notes["not_evaluable"]} == without
+        numbers = {name.rpartition("/")[2] for name in result.models["trained"]}
+        assert set(names) - numbers == without
 
 
 def test_texts_come_back_from_their_bytes() -> None:
