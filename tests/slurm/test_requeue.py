@@ -114,6 +114,23 @@ def test_a_preempted_job_saves_gives_way_and_comes_back(
     assert attempts(run)[-1]["decision"] in (None, "leave")
 
 
+def test_a_job_that_is_preempted_before_its_training_begins_comes_back(
+    cluster: Cluster, tiny: Tiny, tmp_path: Path
+) -> None:
+    """It ended as FAILED: bash dies of a signal for which the script has set no trap yet."""
+    run, site = tmp_path / "run", tmp_path / "site.yaml"
+    site.write_text(json.dumps({"setup": ["echo loading", "sleep 5"]}))
+    job_id = cluster.submit(*tiny("run", "train.steps=2", "--partition", "low", "--cluster", str(site)))
+    log = run / f"slurm/job-{job_id}.out"
+    cluster.wait("the site's lines", lambda: log.exists() and "loading" in log.read_text())
+    urgent = cluster.sbatch("sleep 1", "--partition=high", "--nodes=3", "--exclusive")
+    assert cluster.wait_for_end(urgent).state == "COMPLETED"
+    job = cluster.wait_for_end(job_id, run)
+    assert (job.state, job.restarts) == ("COMPLETED", 1)
+    first, second = attempts(run)
+    assert (first["asked"], first["exit_code"], second["decision"]) == (True, 75, "done")
+
+
 def test_a_lost_node_costs_the_steps_since_the_checkpoint(
     cluster: Cluster, tiny: Tiny, tmp_path: Path, slow: Path
 ) -> None:
