@@ -121,6 +121,10 @@ class MethodConfig:
         """
         return None
 
+    def training_loss_changes(self, config: Config) -> str | None:
+        """`loss_changes` of the loss of steps, which may change where that of validations does not."""
+        return self.loss_changes(config)
+
     def sample_contrasts(self, config: Config) -> list[str]:
         """Keys of losses that contrast samples with each other, of those that are above 0."""
         return []

@@ -29,7 +29,8 @@ def divide_batch(config: Config, world_size: int) -> BatchSizes:
             "weights by train.start=RUN"
         )
     best = config.checkpoint.keep_best
-    if config.task is None and best in ("loss", "valid/loss") and (why := config.method.loss_changes(config)):
+    asked = {"loss": config.method.training_loss_changes, "valid/loss": config.method.loss_changes}
+    if config.task is None and best in asked and (why := asked[best](config)):
         raise ConfigError(
             f"checkpoint.keep_best={best} would take the checkpoint before the loss grows by design: {why}. "
             "Name a metric that means the same throughout, as valid/image_to_text/R@5 with "

@@ -67,6 +67,24 @@ def test_checkpoints_are_not_compared_by_a_loss_that_changes(keys, why):
 
 
 @pytest.mark.parametrize(
+    ("keys", "why"),
+    [
+        (["method.name=place"], r"method\.matching=hungarian begins after method\.soft_epochs=1"),
+        (["method.name=combination", "method.prior_weight=0"], r"after method\.place\.soft_epochs=1"),
+        (["method.name=place", "method.soft_epochs=0"], None),
+        (["method.name=place", "method.matching=soft"], None),
+        (["method.name=place", "checkpoint.keep_best=valid/loss"], None),
+        (["method.prototype_source=clusters"], r"method\.prototype_source=clusters"),
+    ],
+)
+def test_the_loss_of_steps_may_change_where_that_of_validations_does_not(keys, why):
+    words = ["data.root=/d", "run.dir=/r", "validation.every_epochs=1", "checkpoint.keep_best=loss"]
+    given = config_files.load([], [*words, *keys], schemas())
+    with nullcontext() if why is None else pytest.raises(ConfigError, match=rf"keep_best=loss .*{why}"):
+        divide_batch(given, 1)
+
+
+@pytest.mark.parametrize(
     ("keys", "ranks", "message"),
     [
         (

@@ -112,6 +112,18 @@ def test_texts_in_groups_of_similar_length_give_the_same_step(name: str) -> None
     torch.testing.assert_close(steps[1], steps[0], rtol=1e-4, atol=1e-6)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", names())
+def test_a_validation_measures_the_same_at_any_time(name: str) -> None:
+    method, batch = built(small_config(name)).eval(), small_batch()
+    measured = []
+    for epoch, step in (0, 3), (1, 4), (9, 90):
+        method.on_progress(Progress(epoch, step, 100))
+        torch.manual_seed(0)
+        measured.append({term: value.item() for term, value in method(batch).named.items()})
+    assert measured == [measured[0]] * 3
+
+
 @pytest.mark.parametrize("name", names())
 def test_a_copy_and_a_loaded_state_give_the_same_step(name: str) -> None:
     method = built(small_config(name))

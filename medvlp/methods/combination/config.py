@@ -1,5 +1,6 @@
 """The keys of the combination: a weight for each part, and the part's own keys."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -65,11 +66,15 @@ class CombinationConfig(MethodConfig):
         super().check(config)
 
     def loss_changes(self, config: Config) -> str | None:
-        for name in self.weights:
-            part: MethodConfig = getattr(self, name)
-            if why := part.loss_changes(config):
-                return why.replace("method.", f"method.{name}.")
-        return None
+        return self._first(lambda part: part.loss_changes(config))
+
+    def training_loss_changes(self, config: Config) -> str | None:
+        return self._first(lambda part: part.training_loss_changes(config))
+
+    def _first(self, ask: Callable[[MethodConfig], str | None]) -> str | None:
+        """The first answer of a part, with its keys as they are named here."""
+        answers = ((name, ask(getattr(self, name))) for name in self.weights)
+        return next((why.replace("method.", f"method.{name}.") for name, why in answers if why), None)
 
     def sample_contrasts(self, config: Config) -> list[str]:
         found = []

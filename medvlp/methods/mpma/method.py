@@ -98,7 +98,8 @@ class EncodedViews(NamedTuple):
 class MPMA(DividedMethod, PrototypeUser):
     """One masked pair, encoded once, is reconstructed in both modalities and aligned.
 
-    Masks are drawn anew at each step from (seed, step, sample): the same on every rank layout.
+    Masks are drawn anew at each step from (seed, step, sample), the same on every rank layout; in evaluation
+    each sample has the same ones at any time.
 
     Args:
         config: keys of the method.
@@ -208,10 +209,10 @@ class MPMA(DividedMethod, PrototypeUser):
         return StepOutput(loss, terms, aligned.embeddings, aligned.exclusion)
 
     def draw_masks(self, batch: Batch) -> PairMasks:
-        """The masks of a batch at the present step."""
+        """The masks of a batch at the present step; in evaluation, whose losses are compared, at step 0."""
         rows, columns = self.image_encoder.grid
         length = batch.text.input_ids.shape[1]
-        draw = partial(sample_noise, batch.sample, seed=self.seed, step=self.step)
+        draw = partial(sample_noise, batch.sample, seed=self.seed, step=self.step if self.training else 0)
         return PairMasks(
             draw_patches(draw(rows * columns, stream=PATCHES), self.config.image_mask_ratio),
             draw_words(batch.text, draw(length, stream=WORDS), self.config.text_mask_ratio),

@@ -39,7 +39,9 @@ class PLACEConfig(MethodConfig):
     matching: Literal["hungarian", "soft"] = key(
         "hungarian", "how sentences get their observation: one each, or a mixture of all"
     )
-    soft_epochs: int = key(1, "first epochs with soft matching, whatever `matching` says", 0, 10**6)
+    soft_epochs: int = key(
+        1, "first epochs that train with soft matching, whatever `matching` says", 0, 10**6
+    )
     assignment_temperature: float = key(0.1, "temperature of soft matching", 1e-4, 100)
     negative_scope: Literal["batch", "report"] = key(
         "batch",
@@ -101,6 +103,11 @@ class PLACEConfig(MethodConfig):
 
     def embedding_need(self, config: Config) -> str | None:
         return None if self.embeds else "method.instance_weight above 0"
+
+    def training_loss_changes(self, config: Config) -> str | None:
+        if self.matching == "soft" or self.soft_epochs == 0 or self.observation_weight == 0:
+            return None
+        return f"method.matching={self.matching} begins after method.soft_epochs={self.soft_epochs}"
 
     def sample_contrasts(self, config: Config) -> list[str]:
         return ["method.instance_weight"] if self.instance_weight > 0 else []

@@ -50,7 +50,7 @@ class PLACE(Alignment):
         super().__init__()
         self.config = config
         self.reads_pooled = config.embeds
-        self.soft = config.matching == "soft" or config.soft_epochs > 0
+        self.soft = config.soft_epochs > 0
         synchronise = config.batch_norm == "global"
         sizes = (config.head_hidden, config.embedding, synchronise)
         self.image_head = ProjectionHead(image.width, *sizes)
@@ -114,7 +114,9 @@ class PLACE(Alignment):
         if self.extractor is not None:
             observations = self._observations(self.extractor(image.local, image.grid).features)
             sentences = self._said(text, batch.text)
-            terms |= observation_terms(observations, sentences, self.soft, config, exclusion.pairs)
+            # Not by the epoch in a validation: each is compared with the others.
+            soft = config.matching == "soft" or (self.soft and self.training)
+            terms |= observation_terms(observations, sentences, soft, config, exclusion.pairs)
             if config.diversity_weight > 0:
                 terms["loss/diversity"] = diversity_penalty(observations)
         if self.correlation is not None:
@@ -191,7 +193,7 @@ class PLACE(Alignment):
 
     def on_progress(self, progress: Progress) -> None:
         """Soft matching in the first epochs; the teacher moves once a step."""
-        self.soft = self.config.matching == "soft" or progress.epoch < self.config.soft_epochs
+        self.soft = progress.epoch < self.config.soft_epochs
         if self.correlation is not None:
             self.correlation.new_step()
 
