@@ -1,10 +1,12 @@
 """Files and folders that appear under their final name only when they are complete and on disk."""
 
+import glob
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,6 +14,8 @@ from shards.errors import DataError
 
 TEMPORARY_SUFFIX = ".tmp"
 _PARTIAL_SUFFIX = ".partial"
+#: Seconds without a write after which a temporary file of another host has no writer any more.
+_FOREIGN_SECONDS = 3600
 
 
 @contextmanager
@@ -48,9 +52,22 @@ def atomic_write(path: Path, data: bytes) -> None:
 
 
 def remove_leftovers(folder: Path, name: str) -> None:
-    """Delete temporary files that a killed writer of `folder / name` left behind."""
-    for leftover in folder.glob(f".{name}.*{TEMPORARY_SUFFIX}"):
-        leftover.unlink(missing_ok=True)
+    """Delete temporary files that a killed writer of `folder / name` left behind.
+
+    Those of living processes of this host stay, and those of other hosts that were written to within the last
+    hour: of these nobody here knows whether their process lives.
+    """
+    start = f".{name}."
+    for leftover in folder.glob(f"{glob.escape(start)}*{TEMPORARY_SUFFIX}"):
+        writer = leftover.name.removeprefix(start).removesuffix(TEMPORARY_SUFFIX)
+        host, _, process = writer.rpartition("-")
+        with suppress(FileNotFoundError):  # its writer has ended, or another one clears up too
+            if host == socket.gethostname():
+                left = not _lives(process)
+            else:
+                left = time.time() - leftover.stat().st_mtime > _FOREIGN_SECONDS
+            if left:
+                leftover.unlink()
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Source: a folder of DICOM files, with a report for each study where there is one."""
 
+import codecs
 import json
 import os
 import sqlite3
@@ -68,7 +69,7 @@ class DicomSource(ArchiveSource):
         origin="where the images are kept",
     )
     options: DicomOptions
-    reading = 7
+    reading = 8
 
     def prepare(self) -> None:
         """No labels, no published numbers."""
@@ -185,15 +186,18 @@ class DicomSource(ArchiveSource):
         if not record["text"]:
             return ""
         data = read_member(self.files.listed(_path(record["text"])), _REPORT_LIMIT)
+        # Windows' Notepad writes "Unicode", which is UTF-16, with a mark.
+        utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         try:
-            text = data.decode("utf-8-sig")
+            text, latin = data.decode("utf-16" if utf16 else "utf-8-sig"), False
         except UnicodeDecodeError:
-            self.notes[_LATIN] += 1
-            text = data.decode("latin-1")
+            text, latin = data.decode("latin-1"), True
         if "\0" in text:
             raise record.error("the text file with its report is no text")
         if not text.strip():
             self.notes["images have an empty text file in place of a report"] += 1
+        if latin:
+            self.notes[_LATIN] += 1
         return text.strip()
 
 

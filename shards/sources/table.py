@@ -293,7 +293,8 @@ class _Survey:
         self._cells = CellReader(table_map.encoding, table_map.format.missing)
         self._rules = {name: rule for name, rule in labels.items() if rule.text is not None}
         self._matches: Counter[str] = Counter()
-        self._matches_ignoring_case: Counter[str] = Counter()
+        #: Rows that count as 0 but hold the text in another spelling.
+        self._almost: Counter[str] = Counter()
         # 16 bytes a row instead of its identifier.
         self._digests = bytearray()
 
@@ -345,19 +346,18 @@ class _Survey:
         return sorted(self._box_labels)
 
     def remarks(self) -> list[str]:
-        """A line for each rule whose text no row of the table holds, and for groups that are divided."""
+        """A line for each rule that some rows almost fit or none does, and for groups that are divided."""
         lines = []
         for name, rule in self._rules.items():
-            if self._matches[name]:
-                continue
             how = "equals" if rule.contains is None else "contains"
             line = f"label {name!r}: no row's {rule.column!r} {how} {rule.text!r}"
-            if self._cells.is_missing(rule.text or ""):
-                line += "; it is a word for missing (set `missing` in the map)"
-            elif self._matches_ignoring_case[name]:
-                count = self._matches_ignoring_case[name]
-                line += f"; {count:,} rows hold it in other upper and lower case"
-            lines.append(line)
+            almost = f"{self._almost[name]:,} rows hold it in another spelling (capitals, separators)"
+            if self._matches[name] and self._almost[name]:
+                lines.append(f"label {name!r} {how} {rule.text!r}: {almost}, and count as absent")
+            elif not self._matches[name] and self._cells.is_missing(rule.text or ""):
+                lines.append(f"{line}; it is a word for missing (set `missing` in the map)")
+            elif not self._matches[name]:
+                lines.append(f"{line}; {almost}" if self._almost[name] else line)
         return lines + self.splits.remarks()
 
     def _see_places(self, row: Row) -> None:
@@ -375,9 +375,7 @@ class _Survey:
 
     def _count(self, row: Row) -> None:
         for name, rule in self._rules.items():
-            texts = rule.texts(row[rule.column])
-            self._matches[name] += rule.text in texts
-            # Only needed where nothing fits, so it is not counted once something does.
-            if not self._matches[name] and rule.text is not None:
-                folded = rule.text.casefold()
-                self._matches_ignoring_case[name] += any(text.casefold() == folded for text in texts)
+            cell = row[rule.column]
+            fits = rule.text in rule.texts(cell)
+            self._matches[name] += fits
+            self._almost[name] += not fits and rule.almost_fits(cell)

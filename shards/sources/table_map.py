@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,12 @@ class LabelRule:
     def texts(self, cell: str) -> list[str]:
         """The texts of a cell that the rule compares with its own."""
         return [cell] if self.contains is None else [part.strip() for part in cell.split(self.separator)]
+
+    def almost_fits(self, cell: str) -> bool:
+        """Whether the cell holds the text in another spelling: in capitals, or behind another separator."""
+        folded = (self.text or "").casefold()
+        parts = [cell] if self.contains is None else re.split(r"[|,;/\n]", cell.replace(self.separator, "\n"))
+        return any(part.strip().casefold() == folded for part in parts)
 
 
 _SECTION_FIELDS = [item.name for item in fields(TableMap) if item.name in SECTION_NAMES]

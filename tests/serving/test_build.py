@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -247,6 +248,7 @@ def test_a_failed_build_leaves_what_was_there(
     before = {name: (folder_of(run) / name).read_bytes() for name in (SNAPSHOT, REPORT)}
     leftover = folder_of(run) / f".{SNAPSHOT}.elsewhere-1.tmp"
     leftover.touch()
+    os.utime(leftover, (0, 0))
     monkeypatch.setattr(Snapshot, "to_bytes", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         build(SnapshotOptions(run, limit=4, workers=0), quiet)

@@ -1,14 +1,16 @@
-"""Folders that are whole or not there, whoever else writes to the same place."""
+"""Files and folders that are whole or not there, whoever else writes to the same place."""
 
 from __future__ import annotations
 
+import os
 import socket
+import time
 from pathlib import Path
 
 import pytest
 
 from shards import atomic
-from shards.atomic import atomic_folder
+from shards.atomic import atomic_file, atomic_folder, remove_leftovers
 
 NO_PROCESS = (1 << 22) + 1  # above the largest process id of Linux
 
@@ -47,3 +49,22 @@ def test_only_what_a_dead_writer_of_this_host_left_is_cleared_away(tmp_path: Pat
     with pytest.raises(FileNotFoundError), atomic_folder(tmp_path / "out") as folder:
         (folder / "missing").read_bytes()
     assert set(tmp_path.iterdir()) == {living, elsewhere}
+
+
+def test_the_file_of_a_living_writer_is_no_leftover(tmp_path: Path) -> None:
+    """Two builds of one folder: the second one must not end the first."""
+    host, hours_ago = socket.gethostname(), time.time() - 7200
+    places = {
+        writer: tmp_path / f".shard.tar.{writer}.tmp"
+        for writer in (f"{host}-{NO_PROCESS}", f"{host}-1", "other-host-77", "third-host-77")
+    }
+    for place in places.values():
+        place.touch()
+    os.utime(places["third-host-77"], (hours_ago, hours_ago))
+    os.utime(places[f"{host}-1"], (hours_ago, hours_ago))
+    with atomic_file(tmp_path / "shard.tar") as file:
+        file.write(b"of the first")
+        remove_leftovers(tmp_path, "shard.tar")
+    assert (tmp_path / "shard.tar").read_bytes() == b"of the first"
+    left = {writer for writer, place in places.items() if place.exists()}
+    assert left == {f"{host}-1", "other-host-77"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -100,7 +101,9 @@ def test_killed_build_goes_on_and_gives_the_same_bytes(
     unfinished = "train-000001" if kept.stem == "train-000000" else "train-000000"
     (out / ".build" / f"{unfinished}.json").unlink(missing_ok=True)
     for name in (f"{unfinished}.tar", f"{unfinished}.idx", "index.json"):
-        (out / f".{name}.node-1.tmp").write_bytes(b"left by a killed writer")
+        left = out / f".{name}.node-1.tmp"
+        left.write_bytes(b"left by a killed writer")
+        os.utime(left, (0, 0))
 
     build(SOURCE, out, OPTIONS)
     assert folder_bytes(out) == folder_bytes(phantom_dataset)

@@ -144,12 +144,39 @@ def test_a_rule_that_fits_no_row_is_said(
     source = TableSource(write_csv(tmp_path / "t.csv", rows), image_folder, map_file(more))
     summary = build(source, tmp_path / "out")
     assert summary.remarks == [
-        "label 'a': no row's 'finding' equals 'Edema'; 12 rows hold it in other upper and lower case",
+        "label 'a': no row's 'finding' equals 'Edema'; 12 rows hold it in another spelling "
+        "(capitals, separators)",
         "label 'b': no row's 'finding' equals 'null'; it is a word for missing (set `missing` in the map)",
         "label 'c': no row's 'finding' contains 'mass'",
     ]
     assert summary.labels["d"] == {1: 12}
     assert build(source, tmp_path / "out").remarks == summary.remarks
+
+
+@pytest.mark.parametrize(
+    ("rule", "cells", "almost"),
+    [
+        ("equals: Edema", ["Edema", "edema", "No", ""], 3),
+        ("contains: Edema", ["Edema|Mass", "mass; edema", "Mass , Edema", "Pulmonary Edema"], 6),
+    ],
+)
+def test_rows_that_almost_fit_a_rule_are_told(
+    rule: str, cells: list[str], almost: int,
+    tmp_path: Path, image_folder: Path, rows: Rows, map_file: MapWriter,
+) -> None:  # fmt: skip
+    """They count as absent, as the rest of the table does that spells the text otherwise."""
+    for number, row in enumerate(rows):
+        row["found"] = cells[number % 4]
+    more = f"labels: {{a: {{column: found, {rule}}}}}\n"
+    summary = build(
+        TableSource(write_csv(tmp_path / "t.csv", rows), image_folder, map_file(more)), tmp_path / "out"
+    )
+    assert summary.labels["a"][1] == 3
+    how = rule.replace(": ", " '") + "'"
+    assert summary.remarks == [
+        f"label 'a' {how}: {almost} rows hold it in another spelling (capitals, separators), and count as "
+        "absent"
+    ]
 
 
 @pytest.mark.parametrize(("separator", "sign"), [(None, "|"), ("';'", ";"), ("', '", ", ")])

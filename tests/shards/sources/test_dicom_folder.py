@@ -91,6 +91,27 @@ def test_other_modalities_on_request(tmp_path: Path) -> None:
     assert studies["5"].license == "CC BY 4.0"
 
 
+@pytest.mark.parametrize("byte_order", ["utf-16-le", "utf-16-be"])
+def test_a_report_of_a_windows_editor_is_read_by_its_mark(byte_order: str, tmp_path: Path) -> None:
+    root = fixture.write(tmp_path)
+    (root / "b" / "1.2.2.TXT").write_bytes("\ufeffImpression: Opacité à gauche.".encode(byte_order))
+    source = DicomSource(DicomOptions(root=root))
+    assert outcome(source)[0]["3"].sections == {"impression": "Opacité à gauche."}
+    (root / "b" / "1.2.2.TXT").write_bytes("Impression: Opacité à gauche.".encode(byte_order))  # and no mark
+    assert "the text file with its report is no text" in str(outcome(source)[1])
+    assert source.take_notes() == {}
+
+
+def test_one_report_above_two_studies_is_nobodys(tmp_path: Path) -> None:
+    root = fixture.write(tmp_path)
+    (root / "b" / "report.txt").write_text("Whose?")
+    (root / "b" / "1.2.2.TXT").unlink()
+    studies, reasons = outcome(DicomSource(DicomOptions(root=root)))
+    assert "3" not in studies
+    assert any("lies above files of several studies" in reason for reason in reasons.values())
+    assert studies["4"].sections == {"findings": "No effusion."}  # named like its image
+
+
 @pytest.mark.parametrize("first", ["A/IM1.dcm", "p1.zip"])
 def test_images_of_one_name_in_a_zip_and_elsewhere_are_all_read(first: str, tmp_path: Path) -> None:
     images = [fixture.image(1, "1.2.1", "P1"), fixture.image(2, "1.2.2", "P2")]
