@@ -109,3 +109,15 @@ def test_nothing_starts_and_nothing_is_queued(command: list[str], tmp_path: Path
     assert result.exception.exit_code == 2
     assert "no loss is left" in str(result.exception)
     assert not run.exists()
+
+
+@pytest.mark.parametrize("wrong", ["optimizer.lr=-1", "zero.stage=5", "checkpoint.keep_best=valid/los"])
+def test_a_config_without_places_is_checked_too(wrong: str) -> None:
+    """Files of `configs/methods` name neither dataset nor run folder."""
+    file = "configs/methods/mgca.yaml"
+    printed = CliRunner().invoke(app, ["config", file])
+    assert printed.exit_code == 0, printed.output
+    assert "root: ???" in printed.output
+    result = CliRunner().invoke(app, ["config", file, wrong])
+    assert isinstance(result.exception, ConfigError), result.output
+    assert wrong.split("=")[0] in str(result.exception)
