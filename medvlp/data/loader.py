@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from medvlp.config import Config, DataConfig
@@ -26,6 +27,9 @@ from shards.errors import DataError
 from shards.reader import ShardReader
 
 logger = logging.getLogger(__name__)
+
+#: Share of the reports that may lose their end without a warning: those of published methods do.
+_MOST_CUT = 0.2
 
 #: Tokens of whose multiples reports are long where a model is compiled.
 _COMPILED_MULTIPLE = 32
@@ -174,11 +178,8 @@ def build_loader(
             f"no sample of split {data.split} is left to train on: {told(store.excluded, data)}; "
             "`medvlp shards view` shows the sections there are, `medvlp shards info` the views"
         )
-    if rank == 0 and samples is None and not mask.all():
-        logger.warning(
-            "%d of %d samples of split %s are not trained on: %s",
-            int((~mask).sum()), len(store), data.split, told(store.excluded, data),
-        )  # fmt: skip
+    if rank == 0 and samples is None:
+        _tell_what_is_lost(store, mask, data)
     drawable, studies = np.flatnonzero(mask), None
     if samples is None and data.images_per_study == "one":
         studies = StudyImages(store.studies, mask, config.train.seed)
@@ -190,6 +191,23 @@ def build_loader(
     sampler = MicroBatchSampler(order, trainable, config, world_size, rank, micro_batch, start_step, studies)
     dataset = TrainingDataset(reader, data.split, store, tokenizer, data, opened, config.train.seed, drawable)
     return TrainingLoader(dataset, sampler, data)
+
+
+def _tell_what_is_lost(store: SampleStore, mask: NDArray[np.bool_], data: DataConfig) -> None:
+    """Warn of samples that the rules leave out, and of reports of which the end is cut off."""
+    if not mask.all():
+        logger.warning(
+            "%d of %d samples of split %s are not trained on: %s",
+            int((~mask).sum()), len(store), data.split, told(store.excluded, data),
+        )  # fmt: skip
+    tokens = np.diff(store.rows.offsets)[mask] + 2  # [CLS] and [SEP]
+    cut = int((tokens > data.max_tokens).sum())
+    if cut > _MOST_CUT * len(tokens):
+        logger.warning(
+            "%d of %d reports of split %s are longer than data.max_tokens=%d and lose their end (half have "
+            "%d tokens or more): raise it, or take a tokenizer that knows more words",
+            cut, len(tokens), data.split, data.max_tokens, int(np.median(tokens)),
+        )  # fmt: skip
 
 
 class EvaluationLoader:

@@ -177,6 +177,20 @@ def test_samples_without_text_are_left_out_and_said(
     )
 
 
+def test_reports_that_lose_their_end_are_told(
+    dataset: Path, make_config: ConfigFactory, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A small dataset's vocabulary spells most words by pieces, and reports of ordinary length do not fit."""
+    reader = ShardReader(dataset)
+    build_loader(make_config(max_tokens=512), reader, tokenizer, 0, 1, 16)
+    assert "lose their end" not in caplog.text
+    loader = build_loader(make_config(max_tokens=8), reader, tokenizer, 0, 1, 16)
+    total = reader.sample_count("train")
+    assert f"of {total} reports of split train are longer than data.max_tokens=8 and lose" in caplog.text
+    batch = next(iter(loader))
+    assert (batch.text.attention_mask.sum(1) == 8).any()
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_reads_the_split_in_order(
     dataset: Path, make_config: ConfigFactory, tokenizer: Tokenizer, workers: int
