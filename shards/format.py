@@ -198,7 +198,8 @@ class Index:
             return cls.from_json(read_remote(where, INDEX_LIMIT, stall_seconds), where)
         path = Path(where)
         if not path.parent.is_dir():
-            raise DataError(f"data folder {path.parent} does not exist")
+            seen_from = "" if path.is_absolute() else f" below {Path.cwd()}"
+            raise DataError(f"data folder {path.parent} does not exist{seen_from}")
         try:
             return cls.from_json(read_limited(path, INDEX_LIMIT), where)
         except FileNotFoundError as error:

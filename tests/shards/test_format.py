@@ -97,11 +97,16 @@ def test_remote_roots_and_their_files() -> None:
     assert locate("/data", "a.tar") == "/data/a.tar"
 
 
-def test_missing_folder_and_unfinished_build_are_told_apart(tmp_path: Path) -> None:
+def test_missing_folder_and_unfinished_build_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(DataError, match="does not exist"):
         Index.load(tmp_path / "nowhere")
     with pytest.raises(DataError, match="not finished"):
         Index.load(tmp_path)
+    monkeypatch.chdir(tmp_path)  # as from another folder than that of the training
+    with pytest.raises(DataError, match=f"data folder pairs does not exist below {tmp_path}"):
+        Index.load("pairs")
 
 
 @pytest.mark.parametrize(
