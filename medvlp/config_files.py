@@ -118,6 +118,17 @@ def merge(
     return _merged(_sources(files, overrides, tasks), schemas, tasks)
 
 
+def given_keys(files: Sequence[File], overrides: Sequence[str], tasks: Tasks = None) -> dict[str, str]:
+    """Every `section.key` that these say, with the file or override it stands in; errors as `load`."""
+    return {
+        f"{section}.{key}": source.name
+        for source in _sources(files, overrides, tasks)
+        for section, values in source.values.items()
+        if isinstance(values, Mapping)
+        for key in values
+    }
+
+
 def defaults(tasks: Tasks) -> Config:
     """The whole schema: a config with the default keys of every task."""
     return Config(

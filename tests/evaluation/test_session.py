@@ -3,14 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
 from medvlp.config import TaskConfig
+from medvlp.evaluation.evaluate import EvaluationOptions, evaluate
 from medvlp.evaluation.session import View
 from medvlp.evaluation.task import Facts, Needs, Role, Task, TaskResult, Unit, register, tasks
+from medvlp.runs.errors import RunFolderError
+from shards.errors import UsageError
 from tests.evaluation.prepared import Prepared, make_splits
+
+
+@pytest.mark.parametrize(
+    ("key", "own"),
+    [
+        ("train.epochs", "training.train.epochs"),
+        ("optimizer.lr", "training.optimizer.lr"),
+        ("validation.every_epochs", "training.validation.every_epochs"),
+        ("checkpoint.keep_last", "training.checkpoint.keep_last"),
+        ("finetune.fraction", "fractions"),
+    ],
+)
+def test_keys_of_the_run_that_nothing_reads_are_refused(key: str, own: str, tmp_path: Path) -> None:
+    """Tasks trained with their own, and evaluation.json said the others."""
+    file = tmp_path / "settings.yaml"
+    section, _, name = key.partition(".")
+    file.write_text(f"{section}: {{{name}: 1}}\nevaluation: {{seed: 3}}\n")
+    for given in ({"overrides": [f"{key}=1"]}, {"files": [file]}):
+        with pytest.raises(UsageError, match=f"{key} of the run changes nothing") as caught:
+            evaluate(EvaluationOptions(tmp_path, tasks=["zero-shot", "fine-tuning"], **given), print)
+        assert str(caught.value).endswith(f"evaluation.tasks.fine-tuning.{own}")
+    own_keys = [f"evaluation.tasks.fine-tuning.training.{key}=1", "train.seed=3", "data.max_tokens=9"]
+    with pytest.raises(RunFolderError):  # the folder is empty
+        evaluate(EvaluationOptions(tmp_path, overrides=own_keys), print)
+
 
 ROLES: tuple[Role, ...] = ("train", "selection", "evaluated")
 
