@@ -134,7 +134,10 @@ def grid(evaluations: Mapping[str, Evaluation], task: str, findings: bool = Fals
     if len(tables) > 1:
         raise EvaluationError("; ".join(apart(tables[0], tables[1], task)))
     cells: dict[str, Metrics] = {}
+    models = {model for evaluation in evaluations.values() for model in evaluation.results.get(task, {})}
     for name, evaluation in evaluations.items():
+        if name in models:  # "prior" is a baseline, and a likely name of a run
+            name = f"{name} (run)"
         if task not in evaluation.results:
             raise EvaluationError(
                 f"{name}: task {task} has not been evaluated (medvlp evaluate ... --task {task})"

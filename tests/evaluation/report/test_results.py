@@ -128,6 +128,19 @@ def test_a_baseline_with_other_numbers_gets_a_row_of_its_own() -> None:
     assert grid.cells["pixels"]["auroc/macro"].value == 0.62
 
 
+@pytest.mark.parametrize("names", [("mgca", "pixels"), ("pixels", "mgca"), ("chance", "pixels")])
+def test_a_run_that_is_named_like_a_baseline_takes_no_baselines_place(names: tuple[str, str]) -> None:
+    """`runs/prior` is a likely folder, and a baseline of grounding."""
+    cells = comparison.grid(dict(zip(names, (make(0.8), make(0.9)), strict=True)), "zero-shot").cells
+    assert cells["pixels"]["auroc/macro"].value == 0.62
+    assert cells["chance"]["auroc/macro"].value == 0.5
+    for name, value in zip(names, (0.8, 0.9), strict=True):
+        shown = name if name == "mgca" else f"{name} (run)"
+        assert cells[shown]["auroc/macro"].value == value
+        assert cells[f"{shown}, untrained"]["auroc/macro"].value == 0.5
+    assert list(cells)[-2:] == ["pixels", "chance"]
+
+
 def with_settings(**settings: object) -> Evaluation:
     made = make(0.9)
     made.settings |= settings
