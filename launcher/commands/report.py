@@ -36,6 +36,8 @@ def report(
     from medvlp.run_page.showable import Asked
     from shards.atomic import atomic_write
 
+    if len({run.resolve() for run in runs}) < len(runs):
+        raise UsageError("a run is named twice")
     console = Console(stderr=True)
     asked = Asked(samples, data, include_samples)
     parts: list[RunPart] = []
@@ -46,8 +48,6 @@ def report(
                 f"{part.history.name}: {reason}", style="dim", markup=False, highlight=False, soft_wrap=True
             )
         parts.append(part)
-    if len({part.history.name for part in parts}) < len(parts):
-        raise UsageError("a run is named twice")
     atomic_write(out, render(parts).encode())
     typer.echo(str(out))
 

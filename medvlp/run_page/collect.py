@@ -28,9 +28,7 @@ def collect(run: Path, result: Path, asked: Asked, taken: set[str]) -> RunPart:
         MedvlpError: it is no run folder, or a file of it cannot be read.
     """
     history = read_history(run)
-    if history.name in taken:
-        folder = run.resolve()
-        history.name = f"{history.name} ({folder.parent.name}/{folder.name})"
+    history.name = _told_apart(history.name, run.resolve(), taken)
     part = RunPart(history, results.read(result) if result.is_file() else None)
     try:
         part.samples = _samples(part, run, asked)
@@ -42,6 +40,13 @@ def collect(run: Path, result: Path, asked: Asked, taken: set[str]) -> RunPart:
         part.examples = {task: of for task, of in found.items() if of is not None}
     part.clusters = cluster_part(history, asked)
     return part
+
+
+def _told_apart(name: str, folder: Path, taken: set[str]) -> str:
+    """A name that is not taken: with the shortest end of its folder that tells it apart, if it has to be."""
+    ends = ["/".join(folder.parts[-count:]) for count in range(2, len(folder.parts))]
+    names = [name, *(f"{name} ({end})" for end in [*ends, folder])]
+    return next(free for free in names if free not in taken)
 
 
 def _samples(part: RunPart, run: Path, asked: Asked) -> list[Shown]:

@@ -18,7 +18,7 @@ import medvlp
 from launcher.main import app
 from medvlp.evaluation.report import results, scores
 from medvlp.evaluation.task import Scores
-from medvlp.run_page import history, samples
+from medvlp.run_page import collect, history, samples
 from medvlp.run_page.charts import line_chart
 from medvlp.run_page.page import results_parts
 from medvlp.runs.errors import RunFolderError
@@ -112,6 +112,17 @@ def test_runs_stand_beside_each_other(run: Path, make: Callable[..., Path], tmp_
     assert "first: loss/word" in text
     result = invoke(run, run, run, "--out", tmp_path / "b.html", "--samples", 0)
     assert isinstance(result.exception, UsageError)
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    """Of three folders runs/x the page was refused after all was computed."""
+    taken: set[str] = set()
+    for parent in ("a/runs", "b/runs", "c/runs", "a/other"):
+        history_name = collect._told_apart("x", tmp_path / parent / "x", taken)
+        assert history_name not in taken
+        taken.add(history_name)
+    assert taken == {"x", "x (runs/x)", "x (c/runs/x)", "x (other/x)"}
+    assert collect._told_apart("x", Path("/x"), taken) == "x (/x)"
 
 
 def test_retrieval_among_other_texts_stands_in_a_part_of_its_own(tmp_path: Path) -> None:
