@@ -1,6 +1,7 @@
 """Keys of a config that are more than name and value: moved, of files, of networks, and texts."""
 
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,17 +86,18 @@ def _without_options(sections: Sequence[dict[str, Any]]) -> None:
 
 
 def anchor_files(values: dict[str, Any], folder: Path, schema: Any) -> None:
-    """Make relative paths of files that lie beside a config file absolute: a run may start anywhere.
+    """Make relative paths of files and folders beside a config file absolute: a run may start anywhere.
 
     Args:
         values: of the config file, changed in place.
         folder: where it lies.
-        schema: instance of a config dataclass; `key(..., file=True)` marks what names a file.
+        schema: instance of a config dataclass; `key(..., file=True)` marks what names one.
     """
     for *path, name in _file_keys(schema):
         section = section_at(values, path)
         named = section.get(name) if section is not None else None
-        if section is not None and isinstance(named, str) and (folder / named).is_file():
+        # `Path.exists` raises where a name is too long.
+        if section is not None and named and isinstance(named, str) and os.path.exists(folder / named):  # noqa: PTH110
             section[name] = str((folder / named).resolve())
 
 

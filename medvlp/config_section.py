@@ -32,8 +32,8 @@ def key(
     """A config key: its default and what `configs/reference.yaml` says beside it.
 
     A number, or every number of a list, lies in the closed range from `low` to `high`; both are needed. A
-    list has from `items[0]` to `items[1]` values. A key that names a `file` is looked for beside the config
-    file first.
+    list has from `items[0]` to `items[1]` values. A key that names a `file` or folder is looked for
+    beside the config file first.
     """
     metadata = {"help": meaning, "low": low, "high": high, "items": items, "file": file}
     if isinstance(default, (list, dict)):

@@ -61,6 +61,23 @@ def test_files_beside_a_config_file_are_found_from_anywhere(tmp_path: Path) -> N
     assert config.image.weights == "elsewhere.pth"
 
 
+def test_a_folder_beside_a_config_file_is_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the working directory holds another one of that name, training began with its weights."""
+    for folder in ("mine/base", "elsewhere/base"):
+        (tmp_path / folder).mkdir(parents=True)
+    file = tmp_path / "mine" / "c.yaml"
+    file.write_text("train: {start: base}\n")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert load(files=(file,)).train.start == str((tmp_path / "mine" / "base").resolve())
+    file.write_text("image: {weights: ''}\n")
+    with pytest.raises(ConfigError, match=r"image\.weights is empty"):
+        load(files=(file,))
+    file.write_text(f"train: {{start: {'a' * 3000}}}\n")
+    assert load(files=(file,)).train.start == "a" * 3000
+
+
 def test_nothing_takes_the_options_of_earlier_files_away(tmp_path: Path) -> None:
     """Merged, the options of one network would be given to another."""
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"

@@ -81,9 +81,21 @@ def describe_run(config: Config, world_size: int, identity: RunIdentity, tokeniz
         raise RunFolderError(problem)
 
 
+def _from_anywhere(config: Config) -> Config:
+    """The config with absolute paths of what training began with, which an evaluation reads again."""
+    start, weights = (
+        path and str(Path(path).absolute()) for path in (config.train.start, config.image.weights)
+    )
+    return dataclasses.replace(
+        config,
+        train=dataclasses.replace(config.train, start=start),
+        image=dataclasses.replace(config.image, weights=weights),
+    )
+
+
 def _write_description(config: Config, world_size: int) -> None:
     folder = Path(config.run.dir)
-    text = to_yaml(config)
+    text = to_yaml(_from_anywhere(config))
     if (folder / CONFIG).exists():
         changed = changed_keys((folder / CONFIG).read_text(encoding="utf-8", errors="replace"), text)
         if changed:

@@ -1,10 +1,15 @@
 """The run folder: what it tells, when it is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
+import yaml
 
-from medvlp.runs.run_folder import changed_keys
+from medvlp.config import Config
+from medvlp.published.run import no_words
+from medvlp.runs.identity import RunIdentity
+from medvlp.runs.run_folder import changed_keys, describe_run
 from tests.training.runs import read_metrics, train, train_expecting_error, train_from_file
 
 
@@ -13,6 +18,20 @@ def test_changed_keys_are_named():
     assert changed_keys(before, after) == ["a.b"]
     for unreadable in ("a: [", "- no config", ""):
         assert "cannot be read" in changed_keys(unreadable, after)[0]
+
+
+def test_what_training_began_with_is_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, tokenizer = Config(), no_words()
+    config.run.dir, config.data.root = str(tmp_path / "run"), "data"
+    config.train.start, config.image.weights = "runs/base", "w.pth"
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path)
+    describe_run(config, 1, RunIdentity(tokenizer.content, tokenizer.special, None, ()), tokenizer)
+    stored = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert stored["train"]["start"] == str(tmp_path / "runs" / "base")
+    assert stored["image"]["weights"] == str(tmp_path / "w.pth")
 
 
 @pytest.mark.dist
