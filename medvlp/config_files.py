@@ -18,6 +18,7 @@ from medvlp.config import ConfigError as ConfigError  # the readers of files kno
 from medvlp.config_combinations import check_combinations, check_deepspeed, check_heard
 from medvlp.config_keys import (
     anchor_files,
+    expand_home,
     forget_options,
     keep_texts,
     move_keys,
@@ -137,14 +138,14 @@ def defaults(tasks: Tasks) -> Config:
 
 
 def _sources(files: Sequence[File], overrides: Sequence[str], tasks: Tasks) -> list[_Source]:
-    sources, own = [], []
+    sources, own, schema = [], [], defaults(tasks)
     for given in files:
         if isinstance(given, Layer):
             sources.append(_Source(given.name, cast(dict[str, Any], trust.escaped(given.values)), {}))
             continue
         file = given.path if isinstance(given, RunFile) else Path(given)
         values, written = _read(file)  # first, for it refuses paths that no file has
-        anchor_files(values, file.parent, defaults(tasks))
+        anchor_files(values, file.parent, schema)
         folder = given.run if isinstance(given, RunFile) else trust.run_folder_of(file)
         if folder is not None and (keys := trust.look_ups(values)):
             raise trust.TrustError(
@@ -160,6 +161,7 @@ def _sources(files: Sequence[File], overrides: Sequence[str], tasks: Tasks) -> l
         for old, new in moved_keys(source.values) if source.folder is None else ():
             raise ConfigError(f"{source.name}: unknown key {old!r}: its name is {new}")
         move_keys(source.values)
+        expand_home(source.values, schema)
         move_keys(source.written)
         stored = section_at(source.values, ("evaluation", "tasks")) if source.folder is not None else None
         if stored is not None and tasks is not None:

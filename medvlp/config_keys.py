@@ -17,6 +17,11 @@ MOVED = {
     ("evaluation", "prompts"): ("evaluation", "tasks", "zero-shot", "prompts"),
 }
 
+#: Keys that name a folder or file, beside those that `key(..., file=True)` marks.
+_PATHS = (
+    ("run", "dir"), ("data", "root"), ("data", "tokenizer"), ("data", "cache_dir"), ("text", "name"),
+    ("finetune", "run"),
+)  # fmt: skip
 #: Section -> the keys that name the network whose `options` it holds, with their defaults.
 _NETWORKS: Mapping[str, Mapping[str, Any]] = {
     "image": {"name": ImageConfig().name},
@@ -99,6 +104,20 @@ def anchor_files(values: dict[str, Any], folder: Path, schema: Any) -> None:
         # `Path.exists` raises where a name is too long.
         if section is not None and named and isinstance(named, str) and os.path.exists(folder / named):  # noqa: PTH110
             section[name] = str((folder / named).resolve())
+
+
+def expand_home(values: dict[str, Any], schema: Any) -> None:
+    """Replace a `~` at the beginning of paths by the home directory: shells do not behind `run.dir=`.
+
+    Args:
+        values: of a source, changed in place.
+        schema: see `anchor_files`.
+    """
+    for *path, name in (*_PATHS, *_file_keys(schema)):
+        section = section_at(values, path)
+        named = section.get(name) if section is not None else None
+        if section is not None and isinstance(named, str):
+            section[name] = os.path.expanduser(named)  # noqa: PTH111 (it leaves `~nobody` as it is)
 
 
 def _file_keys(section: Any) -> Iterator[tuple[str, ...]]:

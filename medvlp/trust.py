@@ -75,7 +75,7 @@ GUARDS = (
     Guard("monitor.share_samples", _is_given, "report text may leave the run folder"),
     Guard(
         "run.dir",
-        lambda value, folder: Path(value).expanduser().resolve() != folder.resolve(),
+        lambda value, folder: Path(value).resolve() != folder.resolve(),
         "the run is written there, not into its own folder",
     ),
 )

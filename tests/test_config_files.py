@@ -78,6 +78,28 @@ def test_a_folder_beside_a_config_file_is_found_from_anywhere(
     assert load(files=(file,)).train.start == "a" * 3000
 
 
+def test_a_path_in_the_home_directory_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No shell expands `~` behind `run.dir=`: a folder of that name was made where the command ran."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / "c.yaml"
+    file.write_text("data: {root: ~/shards, cache_dir: ~/cache, tokenizer: ~/bert}\nfinetune: {run: ~/x}\n")
+    words = ["run.dir=~/runs/x", "train.start=~/base", "image.weights=~/w", "text.name=~/bert", "task=a-task"]
+    words += ["evaluation.tasks.a-task.prompts=~/p.yaml"]
+    config = config_files.load([file], words, SCHEMAS, tasks=TASKS)
+    found = [
+        config.run.dir,
+        config.data.root,
+        config.data.cache_dir,
+        config.data.tokenizer,
+        config.finetune.run,
+    ]
+    found += [config.train.start, config.image.weights, config.text.name]
+    found += [config.evaluation.tasks["a-task"].prompts]
+    expected = ["runs/x", "shards", "cache", "bert", "x", "base", "w", "bert", "p.yaml"]
+    assert found == [str(tmp_path / name) for name in expected]
+    assert load("data.root=pipe:cat ~/{}", "run.dir=a~b").data.root == "pipe:cat ~/{}"
+
+
 def test_nothing_takes_the_options_of_earlier_files_away(tmp_path: Path) -> None:
     """Merged, the options of one network would be given to another."""
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"

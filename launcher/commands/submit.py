@@ -230,5 +230,5 @@ def _checked_config(arguments: list[str], ranks: int, device: str) -> Any:
     config = config_files.load(files, overrides, schemas(), tasks=task.schemas())
     divide_batch(config, ranks)
     check_device(config, device, here=False)
-    config.run.dir = str(Path(config.run.dir).expanduser().absolute())
+    config.run.dir = str(Path(config.run.dir).absolute())
     return config
