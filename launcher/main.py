@@ -6,7 +6,6 @@ from contextlib import suppress
 from typing import NoReturn
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from launcher.command_words import CommandGroup
@@ -31,6 +30,7 @@ from launcher.commands import (
     submit_prototypes,
     submit_shards,
 )
+from launcher.console import Console
 from medvlp.lifetime import end_within
 from shards.errors import MedvlpError
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from launcher.console import Console, echo
 from shards.errors import UsageError
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def checkpoints(
         for convert, out in ((to_universal, universal), (to_safetensors, plain)):
             if out is not None:
                 convert(source, out)
-                typer.echo(f"{source.name} -> {out}")
+                echo(f"{source.name} -> {out}")
     damaged = _list(run, verify)
     if damaged:
         raise CheckpointError(f"{len(damaged)} of the checkpoints in {folder} cannot be used: {damaged[0]}")
@@ -150,4 +150,4 @@ def _delete(run: Path, keep_last: int | None) -> None:
         config.keep_last = keep_last
     # Damaged ones count for nothing; what lies beyond the newest good one is damaged.
     for folder in prune(newest.folder.parent, newest.step, config):
-        typer.echo(f"deleted {folder}")
+        echo(f"deleted {folder}")

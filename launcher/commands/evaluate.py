@@ -5,17 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperCommand
 
 from launcher.command_words import split_arguments
 from launcher.commands.pretrain import train_config
+from launcher.console import Console, echo, for_tables
 from launcher.run_state import CONFIG, PARTS_FOLDER
 from shards.errors import UsageError
 
@@ -24,6 +23,8 @@ if TYPE_CHECKING:
     from medvlp.evaluation.report.results import Evaluation
 
 RESULT_NAME = "evaluation.json"
+#: What the tables need to stay on one line a row.
+_WIDTH = 110
 
 
 Fractions = Annotated[
@@ -149,7 +150,7 @@ def evaluate(
         return
     results.write(evaluation if out else joining.with_earlier(evaluation, target, _say), target)
     _print_tables({evaluation.model["name"]: evaluation}, findings)
-    typer.echo(str(target))
+    echo(str(target))
 
 
 def _say(line: str) -> None:
@@ -242,7 +243,7 @@ def _print_differences(sources: Sequence[Path], against: Sequence[Path], markdow
         for names, group in groups.items():
             reasons = differences.not_comparable(group, task)
             for reason in reasons:
-                typer.echo(f"- {reason}")
+                echo(f"- {reason}")
             if not reasons:
                 found[names] = differences.rows(group, task)
         if not found:
@@ -250,16 +251,16 @@ def _print_differences(sources: Sequence[Path], against: Sequence[Path], markdow
         header, *rows = tables.difference_rows(found, comparison.reading_of(task))
         title = f"{task}: {first.data['name']}, split {first.data['split']}, with − without"
         if markdown:
-            typer.echo(f"{title}\n\n{tables.markdown_rows([header, *rows])}")
+            echo(f"{title}\n\n{tables.markdown_rows([header, *rows])}")
         else:
-            _console().print(tables.rows_table(header, rows, title))
+            for_tables(_WIDTH).print(tables.rows_table(header, rows, title))
         for (ours, theirs), of in found.items():
             if not of:
-                typer.echo(f"- {task} of {ours} − {theirs}: not available")
+                echo(f"- {task} of {ours} − {theirs}: not available")
     for (ours, theirs), group in groups.items():
         keys = {key for pair in group for key in differences.different_keys(*(of.evaluation for of in pair))}
-        typer.echo(f"- {ours} − {theirs}: the configs differ in {', '.join(sorted(keys)) or 'nothing'}")
-    typer.echo(
+        echo(f"- {ours} − {theirs}: the configs differ in {', '.join(sorted(keys)) or 'nothing'}")
+    echo(
         "- *: the 95 % interval, by patient and seed, excludes 0. One seed claims nothing: its interval is "
         "by patient alone. Of metrics that do not differ, about one in twenty gets a star."
     )
@@ -276,16 +277,11 @@ def _print_published(
         rows = [tables.published_cells(*row) for row in compared.rows]
         header = ("task", "metric", name, "published", "by")
         if rows and markdown:
-            typer.echo(tables.markdown_rows([header, *rows]))
+            echo(tables.markdown_rows([header, *rows]))
         elif rows:
-            _console().print(tables.published_table(header, rows))
+            for_tables(_WIDTH).print(tables.published_table(header, rows))
         for line in compared.remarks:
-            typer.echo(f"{'- ' if markdown else ' '}{line}")
-
-
-def _console() -> Console:
-    """A pipe or log file has no width; the tables need this much to stay on one line a row."""
-    return Console() if sys.stdout.isatty() else Console(width=110)
+            echo(f"{'- ' if markdown else ' '}{line}")
 
 
 def _join_parts(run: Path) -> None:
@@ -302,21 +298,19 @@ def _print_tables(evaluations: dict[str, Evaluation], findings: bool, markdown: 
     from medvlp.evaluation.report import comparison, tables
 
     title = tables.caption(evaluations)
-    console = _console()
+    console = for_tables(_WIDTH)
     for task, (first, *others) in comparison.by_task(evaluations).items():
         having = [name for group in (first, *others) for name in group]
         without = [comparison.not_evaluated(name, task) for name in evaluations if name not in having]
         for group in (first, *others):
             lines = comparison.apart(first, group, task) + (without if group is first else [])
             if markdown:
-                typer.echo(
-                    tables.markdown_section(group, task, findings) + "".join(f"- {of}\n" for of in lines)
-                )
+                echo(tables.markdown_section(group, task, findings) + "".join(f"- {of}\n" for of in lines))
                 continue
             single = comparison.grid(group, task, findings=True)
             for grid in (comparison.grid(group, task), single if findings else single.by_finding()):
                 if grid is not None and grid.metrics:
                     console.print(tables.console_table(grid, f"{task}: {title}"))
             for line in [*tables.lines_under(group, task), *lines]:
-                typer.echo(f" {line}")
-            typer.echo()
+                echo(f" {line}")
+            echo()

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from launcher.commands.evaluate import RESULT_NAME
+from launcher.console import Console, echo
 
 if TYPE_CHECKING:
     from medvlp.export.card import Results
@@ -39,7 +39,7 @@ def export(
         data,
         results,
     )
-    typer.echo(str(folder))
+    echo(str(folder))
 
 
 def _results(file: Path) -> Results | None:

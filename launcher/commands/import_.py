@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from launcher.command_words import CommandGroup
+from launcher.console import Console, echo
 
 #: The default, written out because importing it would import torch.
 CLINICAL_BERT = "emilyalsentzer/Bio_ClinicalBERT"
@@ -82,7 +82,7 @@ def timm(
     """An image backbone alone, for probes and as a start."""
     from medvlp.published.backbones import import_timm
 
-    typer.echo(str(import_timm(named, out, _say())))
+    echo(str(import_timm(named, out, _say())))
 
 
 @app.command("huggingface")
@@ -93,13 +93,13 @@ def huggingface(
     """A text model of transformers alone, as a start."""
     from medvlp.published.backbones import import_huggingface
 
-    typer.echo(str(import_huggingface(named, out, _say())))
+    echo(str(import_huggingface(named, out, _say())))
 
 
 def _import(kind: str, file: Path, out: Path, **sources: object) -> None:
     from medvlp.published.run import Sources, import_checkpoint
 
-    typer.echo(str(import_checkpoint(kind, file, out, Sources(**sources), _say())))  # type: ignore[arg-type]
+    echo(str(import_checkpoint(kind, file, out, Sources(**sources), _say())))  # type: ignore[arg-type]
 
 
 def _say() -> Callable[[str], None]:

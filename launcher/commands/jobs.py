@@ -2,7 +2,6 @@
 
 import getpass
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +9,10 @@ from typing import Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from launcher.console import echo, for_tables
 from launcher.number_text import duration_text, number_text
 from launcher.slurm.run_jobs import (
     TRAINING,
@@ -61,19 +60,17 @@ def jobs(
         found = list(current_jobs(None if everybody else getpass.getuser()))
     rows = [_values(job) for job in found]
     if as_json:
-        typer.echo(json.dumps(rows, indent=1))
+        echo(json.dumps(rows, indent=1))
         return
     if not rows:
-        typer.echo("no jobs of `medvlp submit` are known to Slurm; `medvlp runs` lists runs")
+        echo("no jobs of `medvlp submit` are known to Slurm; `medvlp runs` lists runs")
         return
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in _COLUMNS:
         table.add_column(column, overflow="fold")
     for values in rows:
         table.add_row(*_cells(values))
-    # A pipe or log file has no width.
-    console = Console() if sys.stdout.isatty() else Console(width=200)
-    console.print(table)
+    for_tables(200).print(table)
 
 
 def _values(entry: RunJob) -> dict[str, Any]:
@@ -154,19 +151,19 @@ def logs(
     folder, job_id, task = named
     is_over = _end_of(named) if follow else None
     if is_over is not None and job_id is not None:
-        log_reader.wait_for_output(folder, job_id, is_over, lambda line: typer.echo(line, err=True), task)
+        log_reader.wait_for_output(folder, job_id, is_over, lambda line: echo(line, err=True), task)
     files = log_reader.log_files(folder, job_id, task)
     position = 0
     for path in files:
         if len(files) > 1:
-            typer.echo(f"==> {path} <==")
+            echo(f"==> {path} <==")
         shown, position = log_reader.tail(path, lines, rank)
         for line in shown:
-            typer.echo(log_reader.without_controls(line))
+            echo(line)
     # Of an array, the last task's output is followed.
     if is_over is not None:
         for line in log_reader.of_rank(log_reader.follow(files[-1], position, is_over), rank):
-            typer.echo(log_reader.without_controls(line))
+            echo(line)
 
 
 def _end_of(named: Target) -> Callable[[], bool]:
@@ -193,17 +190,15 @@ def cancel(
     named = find(target)
     folder, chosen = named.folder, jobs_to_cancel(named)
     for job in chosen.foreign:
-        typer.echo(
-            f"left out: job {submitted_id(job)} ({job.name}), which {folder} names, is not of it", err=True
-        )
+        echo(f"left out: job {submitted_id(job)} ({job.name}), which {folder} names, is not of it", err=True)
     if not chosen.jobs and not chosen.others:
-        typer.echo(f"no job of {folder} waits or runs")
+        echo(f"no job of {folder} waits or runs")
         return
     lost = []
-    for ended in cancel_jobs(named, chosen.jobs, now, timeout, lambda line: typer.echo(line, err=True)):
+    for ended in cancel_jobs(named, chosen.jobs, now, timeout, lambda line: echo(line, err=True)):
         what = f"job {named.label if named.task is not None else submitted_id(ended.job)} ended"
         if not ended.asked:
-            typer.echo(f"{what} ({ended.job.state.lower()} before)")
+            echo(f"{what} ({ended.job.state.lower()} before)")
         elif ended.unsaved:
             older = (
                 "there is no checkpoint"
@@ -212,9 +207,9 @@ def cancel(
             )
             lost.append(f"{what} without saving: {ended.unsaved}; {older}")
         elif ended.step is None:
-            typer.echo(f"{what}; it had not trained far enough for a checkpoint")
+            echo(f"{what}; it had not trained far enough for a checkpoint")
         else:
-            typer.echo(f"{what}; step {ended.step} is saved: medvlp resume {folder}")
+            echo(f"{what}; step {ended.step} is saved: medvlp resume {folder}")
     if lost:
         raise AttemptError("; ".join(lost))
     if chosen.others:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from launcher.console import echo
 from medvlp.ranks import detect
 from shards.errors import MedvlpError, UsageError
 
@@ -57,7 +58,7 @@ def predict(
     if overlays is not None:
         write_overlays(model, images, names, overlays)
     atomic_write(out, table.to_csv(float_format="%.6f").encode())
-    typer.echo(str(out))
+    echo(str(out))
 
 
 def embed(
@@ -93,7 +94,7 @@ def embed(
         code = local.launch(words, ranks, has_cuda)
     if code:
         raise typer.Exit(code)
-    typer.echo(str(out))
+    echo(str(out))
 
 
 def _embed_rank(run: Path, data: str, out: Path, split: str | None, features: bool, batch: int) -> int:

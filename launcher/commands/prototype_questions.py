@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from launcher.console import echo, for_tables
 from shards.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -69,7 +68,7 @@ def nearest(
             if text is not None
             else asked.nearest_image([file], clusters, samples)
         )
-    typer.echo(f"version {reply.version}, {reply.fingerprint}")
+    echo(f"version {reply.version}, {reply.fingerprint}")
     table = Table(title="nearest clusters")
     table.add_column("cluster", justify="right")
     table.add_column("cosine", justify="right")
@@ -118,7 +117,7 @@ def cluster(
     with _ask(run, server, token_file, tls_ca, insecure_network, offline) as asked:
         reply = asked.cluster(number)
     names = ("cluster", "images", "reports", "mean cosine", "purity", "findings")
-    typer.echo(f"version {reply.version}, {reply.fingerprint}")
+    echo(f"version {reply.version}, {reply.fingerprint}")
     table = Table(show_header=False)
     for name, value in zip(names, _summary(reply.cluster, 20), strict=True):
         table.add_row(name, value)
@@ -143,8 +142,7 @@ def _summary(cluster: ClusterSummary, findings: int) -> tuple[str, ...]:
 
 
 def _print(table: Table) -> None:
-    # A pipe or log file has no width.
-    (Console() if sys.stdout.isatty() else Console(width=140)).print(table)
+    for_tables(140).print(table)
 
 
 def _ask(

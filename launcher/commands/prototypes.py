@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from launcher.command_words import CommandGroup
 from launcher.commands import prototype_questions
+from launcher.console import Console, echo
 from shards.errors import UsageError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def build(
     from medvlp.serving.build import SnapshotOptions, build
 
     options = SnapshotOptions(source, data, split, limit, clusters, out, device)
-    typer.echo(str(build(options, _say())))
+    echo(str(build(options, _say())))
 
 
 @app.command()
@@ -82,7 +82,7 @@ def gallery(
     config = saved_run.load_config(source, [], data)
     page = write_gallery(members, config.data, folder, images, clusters)
     _share(page, members, source, config)
-    typer.echo(str(page))
+    echo(str(page))
 
 
 #: Sheets of the largest clusters that are sent to W&B.
@@ -132,7 +132,7 @@ def export(
     if samples not in (None, "image", "report"):
         raise UsageError(f"--samples {samples}: there are image and report")
     rows = export_index(Snapshot.read(folder_of(run) / SNAPSHOT), out, samples)
-    typer.echo(f"{out}: {rows} rows")
+    echo(f"{out}: {rows} rows")
 
 
 @app.command()

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from launcher.commands.evaluate import RESULT_NAME
+from launcher.console import Console, echo
 from shards.errors import UsageError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def report(
             )
         parts.append(part)
     atomic_write(out, render(parts).encode())
-    typer.echo(str(out))
+    echo(str(out))
 
 
 def _missing(part: RunPart) -> list[str]:

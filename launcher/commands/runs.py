@@ -10,10 +10,10 @@ from typing import Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from launcher.console import echo, for_tables
 from launcher.number_text import bytes_text, duration_text, number_text
 from launcher.run_state import RunState, find_runs, read_run
 from medvlp.runs.errors import RunFolderError
@@ -50,23 +50,21 @@ def runs(
             states = {job.state for job in unfinished(of_run)}
             run = read_run(path, bool(states - {"PENDING"}) or None, sizes)
         except OSError as error:  # somebody else's
-            typer.echo(f"{path}: left out, {error.filename} cannot be read: {error.strerror}", err=True)
+            echo(f"{path}: left out, {error.filename} cannot be read: {error.strerror}", err=True)
             continue
         found.append(replace(run, state="queued", reason="") if states == {"PENDING"} else run)
     if sync:
         _upload(found, dry_run)
         return
     if as_json:
-        typer.echo(json.dumps([_values(run) for run in found], indent=1))
+        echo(json.dumps([_values(run) for run in found], indent=1))
         return
     table = Table(title=escape(f"runs in {folder}"), title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("run", "method", "state", "step", "best", "checkpoint", "W&B", "size"):
         table.add_column(column, justify="right" if column in ("step", "size") else "left", overflow="fold")
     for run in found:
         table.add_row(*_row(run, folder))
-    # A pipe or log file has no width.
-    console = Console() if sys.stdout.isatty() else Console(width=160)
-    console.print(table)
+    for_tables(160).print(table)
 
 
 def _upload(found: Sequence[RunState], dry_run: bool) -> None:
@@ -78,17 +76,15 @@ def _upload(found: Sequence[RunState], dry_run: bool) -> None:
     parts: list[Path] = []
     for run in found:
         if run.state == "running":
-            typer.echo(f"{run.folder}: still running, left out")
+            echo(f"{run.folder}: still running, left out")
         else:
             for part in sorted(run.folder.glob("wandb/offline-run-*")):
                 if _is_begun(part):
                     parts.append(part)
                 else:
-                    typer.echo(
-                        f"{part}: holds nothing (its machine was lost before W&B had written), left out"
-                    )
+                    echo(f"{part}: holds nothing (its machine was lost before W&B had written), left out")
     if not parts:
-        typer.echo("nothing was logged offline")
+        echo("nothing was logged offline")
         return
     command = [sys.executable, "-m", "wandb", "sync", "--yes", *(["--dry-run"] if dry_run else [])]
     code = subprocess.run([*command, *map(str, parts)], stdin=subprocess.DEVNULL).returncode

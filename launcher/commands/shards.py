@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from launcher.command_words import CommandGroup
 from launcher.commands import shards_build
+from launcher.console import Console, echo
 from shards.atomic import atomic_write
 from shards.entities.annotate import annotate as annotate_dataset
 from shards.errors import DataError, UsageError
@@ -48,9 +48,9 @@ def annotate(
     if rules == (radgraph is not None):
         raise UsageError("choose one of --radgraph FILE and --rules")
     summary = annotate_dataset(dataset, out, radgraph, overwrite, workers or default_workers())
-    typer.echo(f"{out}: {summary.annotated:,} of {summary.samples:,} samples have entities")
+    echo(f"{out}: {summary.annotated:,} of {summary.samples:,} samples have entities")
     if summary.unmatched:
-        typer.echo(f"{summary.unmatched:,} samples have no report in {radgraph}")
+        echo(f"{summary.unmatched:,} samples have no report in {radgraph}")
 
 
 @app.command("merge")
@@ -64,10 +64,10 @@ def verify_command(dataset: Dataset, workers: Workers = None) -> None:
     """Check hashes, offsets, images, metadata, duplicate keys, and patients and images in two splits."""
     problems = verify(dataset, workers or default_workers())
     for problem in problems:
-        typer.echo(problem)
+        echo(problem)
     if problems:
         raise DataError(f"{dataset}: {len(problems)} problems")
-    typer.echo(f"{dataset}: ok")
+    echo(f"{dataset}: ok")
 
 
 @app.command("info")
@@ -88,7 +88,7 @@ def info_command(
         return
     atomic_write(out, dataset_page(reader, samples).encode())
     shown = "it holds images and report text" if samples else "it holds no image and no report text"
-    typer.echo(f"{out}: {shown}")
+    echo(f"{out}: {shown}")
 
 
 @app.command("overlap")
@@ -122,14 +122,14 @@ def overlap_command(
     if found:
         Console().print(table)
     else:
-        typer.echo("nothing is shared")
+        echo("nothing is shared")
     if out is not None:
         write_pairs(out, found, dataset, other)
-        typer.echo(f"{out}: {sum(len(common.samples) for common in found):,} lines")
+        echo(f"{out}: {sum(len(common.samples) for common in found):,} lines")
     if patients is not None:
         ids = shared_patients(found, dataset)
         atomic_write(patients, "".join(f"{patient}\n" for patient in ids).encode())
-        typer.echo(f"{patients}: {len(ids):,} patients; it holds their ids")
+        echo(f"{patients}: {len(ids):,} patients; it holds their ids")
 
 
 @app.command("view")
@@ -147,4 +147,4 @@ def view_command(
         sheet.save(out, format="PNG")
     except OSError as error:
         raise DataError(f"cannot write {out}: {error.strerror}") from error
-    typer.echo(f"{out}: {sheet.width} x {sheet.height} pixels")
+    echo(f"{out}: {sheet.width} x {sheet.height} pixels")

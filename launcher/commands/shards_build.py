@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from launcher.command_words import CommandGroup, options_of_dataclasses
+from launcher.console import Console, echo
 from shards.build import BuildOptions, build_shards
 from shards.errors import DataError, UsageError
 from shards.identifiers import KEY_VARIABLE, read_key
@@ -146,7 +146,7 @@ def _build(source: Any, settings: BuildSettings) -> None:
     if settings.part is None:
         report(merge(settings.out), settings.out, settings.max_rejected)
     else:
-        typer.echo(f"part {settings.part} is built; when all are, run: medvlp shards merge {settings.out}")
+        echo(f"part {settings.part} is built; when all are, run: medvlp shards merge {settings.out}")
 
 
 def report(summary: BuildSummary, out: Path, max_rejected: float) -> None:

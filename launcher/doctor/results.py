@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Generic, Literal, TypeVar
 
-from rich.console import Console
 from rich.markup import escape
 
+from launcher.console import Console
 from shards.errors import MedvlpError
 
 Status = Literal["ok", "warn", "fail"]

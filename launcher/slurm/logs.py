@@ -124,8 +124,3 @@ def follow(path: Path, position: int, is_over: Callable[[], bool]) -> Iterator[s
             over, asked = is_over(), time.monotonic()
         elif not lines:
             time.sleep(_POLL_SECONDS)
-
-
-def without_controls(line: str) -> str:
-    """A line without control characters, which could do things to the terminal of whoever looks."""
-    return "".join(character for character in line if character.isprintable() or character == "\t")
