@@ -210,7 +210,7 @@ class Model:
     def zero_shot(
         self,
         images: ImageLike | Sequence[ImageLike],
-        findings: Sequence[str] | Mapping[str, Prompts],
+        findings: str | Sequence[str] | Mapping[str, Prompts],
         prompts: str | Path | None = None,
     ) -> pd.DataFrame:
         """Scores of findings as `medvlp evaluate --task zero-shot` has them: stated against denied.
@@ -219,7 +219,7 @@ class Model:
 
         Args:
             images: see the class.
-            findings: names, or name -> `medvlp.Prompts` of one's own.
+            findings: one name, several, or name -> `medvlp.Prompts` of one's own.
             prompts: YAML file of prompts (see `medvlp.evaluation.prompts`); default: templates.
 
         Returns:
@@ -234,11 +234,12 @@ class Model:
         import pandas as pd
 
         self._check_aligned("zero_shot")
+        names = [findings] if isinstance(findings, str) else list(findings)
         if isinstance(findings, Mapping):
             chosen = dict(findings)
         else:
-            chosen = prompts_of(prompt_files.read(prompts), findings)
-        if without := [name for name in findings if name not in chosen]:
+            chosen = prompts_of(prompt_files.read(prompts), names)
+        if without := [name for name in names if name not in chosen]:
             raise UsageError(f"no prompts for {without[0]!r}: name a finding, or give its prompts")
         ensemble, given = Ensemble.of(chosen), images_of(images)
         if self.method.scores_by_embedding:
@@ -248,7 +249,8 @@ class Model:
             own = self.similarity(given, ensemble.sentences)
             arrays, texts = ModelArrays(scores={tuple(ensemble.sentences): own}), None
         scores = finding_scores(arrays, texts, ensemble, list(chosen))
-        return pd.DataFrame(scores, index=pd.Index(_names(given), name="image"), columns=list(chosen))
+        rows = pd.Index(_names(given), name="image", dtype=object)  # pandas' own texts hold UTF-8 names only
+        return pd.DataFrame(scores, index=rows, columns=list(chosen))
 
     def ground(self, image: ImageLike, phrase: str) -> Grounding:
         """Where in one image a phrase is seen.

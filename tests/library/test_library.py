@@ -166,6 +166,10 @@ def test_zero_shot_scores_are_those_of_the_task(run: Path, films: list[Path]) ->
     assert table.index.tolist() == [str(film) for film in films]
     with pytest.raises(UsageError, match="no prompts for 'Other'"):
         loaded.zero_shot(films, ["Other"])
+    one = loaded.zero_shot(films, "edema")
+    assert one.equals(loaded.zero_shot(films, ["edema"])), "a column, not one for each letter"
+    with pytest.raises(UsageError, match="no prompts for 'Other'"):
+        loaded.zero_shot(films, "Other")
 
 
 RESNET = "image.name=test_resnet"
