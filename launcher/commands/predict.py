@@ -57,7 +57,8 @@ def predict(
     table = model.zero_shot(images, names, prompts)
     if overlays is not None:
         write_overlays(model, images, names, overlays)
-    atomic_write(out, table.to_csv(float_format="%.6f").encode())
+    # A name that is not UTF-8 stands in the table as the bytes it has on the disk.
+    atomic_write(out, table.to_csv(float_format="%.6f").encode(errors="surrogateescape"))
     echo(str(out))
 
 

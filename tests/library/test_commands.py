@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,6 +40,19 @@ def test_predict_writes_a_table_and_overlays(run: Path, films: list[Path], tmp_p
     assert isinstance(invoke("predict", run, *films, "--out", out).exception, UsageError)
     taken = invoke("predict", run, *films, "--findings", "edema", "--out", out, "--overlays", films[0])
     assert "is not an empty folder" in str(taken.exception)
+
+
+def test_predict_names_images_whose_names_are_not_utf8(run: Path, films: list[Path], tmp_path: Path) -> None:
+    """Latin-1 names ended it after all the work, without a table."""
+    named = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png"))
+    shutil.copy(films[0], named)
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xe9t\xe9"))
+    folder.mkdir()
+    words = ("--findings", "edema", "--out", folder / "table.csv", "--overlays", folder / "seen")
+    result = CliRunner().invoke(app, ["predict", str(run), str(named), *map(str, words), "--device", "cpu"])
+    assert result.exit_code == 0, result.exception
+    assert b"/caf\xe9.png," in (folder / "table.csv").read_bytes()
+    assert [file.name for file in (folder / "seen").iterdir()] == ["0000-caf--edema.png"]
 
 
 def check(file: Path, run: Path, data: Path) -> None:
