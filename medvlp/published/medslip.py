@@ -65,6 +65,7 @@ def recipe(keys: Collection[str]) -> Recipe:
         },
         "image": {
             "name": "resnet50",
+            "options": {"zero_init_last": False},
             "local_stage": 3,
             "mean": [0.485, 0.456, 0.406],
             "std": [0.229, 0.224, 0.225],

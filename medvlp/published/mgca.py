@@ -49,6 +49,8 @@ def recipe(keys: Collection[str]) -> Recipe:
     values = {
         "data": {
             "image_size": 224,
+            "views": ["PA", "AP"],
+            "min_tokens": 3,
             "sections": ["impression", "findings"],
             "cleaning": "mgca",
             "max_tokens": 112,
@@ -63,6 +65,7 @@ def recipe(keys: Collection[str]) -> Recipe:
             "prototypes": 500,
             "batch_norm": "local",
             "negatives": "local",
+            "same_study": "negatives",
             "normalise_patch_context": kind == "resnet",
             "separator_word": True,
             "padding_negatives": True,

@@ -56,7 +56,7 @@ _UNUSED = {
     r"global_text_projection\..+": "built and never called in the published code",
     rf"{_DECODER}\.embeddings\.word_embeddings\.weight": "the decoder reads queries, not words",
 }
-_TRANSFORM = {"crop": "none", "flip": 0.5}
+_TRANSFORM = {"crop": "none", "flip": 0.5, "rotate": 5}
 _IMAGE = {"name": "resnet50", "in_channels": 1, "mean": 0.4755, "std": 0.3011}
 _LICENCE = (
     "The repository's LICENSE file was not at hand: look there before you pass these weights on. They were "
@@ -102,6 +102,9 @@ def recipe(keys: Collection[str]) -> Recipe:
         "data": {
             "image_size": 224,
             "transform": _TRANSFORM,
+            "views": ["PA", "AP"],
+            "min_sentences": 4,
+            "images_per_study": "one",
             "sections": ["impression", "findings"],
             "shuffle_sentences": True,
             "max_tokens": 256,
@@ -116,6 +119,7 @@ def recipe(keys: Collection[str]) -> Recipe:
             "prototypes": 512,
             "queries": 16,
             "temperature": 0.01,
+            "temperature_min": 0,
             # Published inference draws noise, so that no score is the same twice; here only training does.
             "bank_noise": "training",
             "local_layout": "official_view",
@@ -140,6 +144,8 @@ def recipe(keys: Collection[str]) -> Recipe:
             "The config holds the published code's behaviour, quirks included "
             "(configs/methods/prior-official.yaml lists them), apart from the noise at test time: "
             "method.bank_noise=always brings that back.",
+            "Further training with this config is stage 3 alone: 100 epochs at a rate of up to 5e-6. "
+            "configs/methods/prior.yaml has all three stages.",
             "method.zero_shot=official scores as the published code: a score depends on the other prompts of "
             "the call. method.zero_shot=embedding compares embeddings.",
             "method.local_layout=official_view: patches are slices of the channel-major buffer and have no "
