@@ -47,6 +47,7 @@ class Card:
         results: the run's evaluation, or None.
         stored: side of the square that images are fitted into before the view of the network is cut.
         origin: of imported weights, where they come from (`RunIdentity.origin`); {} of trained ones.
+        start_origin: of trained ones, that of the run they began with (`RunIdentity.start_origin`).
     """
 
     name: str
@@ -59,6 +60,7 @@ class Card:
     results: Results | None
     stored: int
     origin: Mapping[str, str] = field(default_factory=dict)
+    start_origin: Mapping[str, str] = field(default_factory=dict)
 
 
 def model_card(card: Card) -> str:
@@ -285,6 +287,8 @@ def _licence(card: Card) -> str:
     started += ["weights from a local file (image)"] if image.weights else []
     if card.text is not None and text.name is not None:
         started.append("a published text model (`text.name` in config.yaml)")
+    if card.config.train.start is not None:
+        started.append(_start(card.start_origin))
     start = (
         f"Training started from {', '.join(started)}."
         if started
@@ -294,6 +298,20 @@ def _licence(card: Card) -> str:
         f"{start} This program chooses no licence for the result: the terms of the data and of such weights "
         "hold. Set one here before you publish, and look through config.yaml, which names paths of the "
         "machine it was trained on.\n"
+    )
+
+
+def _start(origin: Mapping[str, str]) -> str:
+    """The run of `train.start`; versions before stored nothing of it."""
+    run = f"the run {origin['run']}" if "run" in origin else "another run"
+    said = f"the weights of {run} (`train.start`), whose own terms and training data hold too"
+    if "licence" not in origin:
+        return said
+    sha256 = f", sha256 `{origin['sha256']}`" if origin.get("sha256") else ""
+    return (
+        f"{said}. It goes back to {origin.get('title', 'imported weights')} "
+        f"({origin.get('file', 'a file')}{sha256}), whose training data are not stored here; licence of "
+        f"those weights: {origin['licence'].rstrip('.')}"
     )
 
 

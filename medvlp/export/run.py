@@ -83,7 +83,7 @@ def export(
             header = {STORED_SIDE: str(stored)} | ({} if window is None else {WINDOW: window})
             safetensors.torch.save_file(heads, folder / HEADS, header)
             (folder / CONFIG).write_bytes((source.run / CONFIG).read_bytes())
-            origin = {} if source.stored is None else source.stored[0].origin
+            identity = None if source.stored is None else source.stored[0]
             card = Card(
                 source.name(config),
                 config,
@@ -94,7 +94,8 @@ def export(
                 heads,
                 results,
                 stored,
-                origin,
+                {} if identity is None else identity.origin,
+                {} if identity is None else identity.start_origin,
             )
             (folder / "README.md").write_text(model_card(card), encoding="utf-8")
             advance(1)

@@ -146,6 +146,8 @@ class RunIdentity:
             (see `medvlp.runs.encoder_records`).
         start: "text", "image" and "run" -> hash of the weights that training began with: published ones, or
             those of another run (`train.start`).
+        start_origin: of the run of `train.start`: "run", its name, and where it was imported, or began itself
+            with imported weights, what is known of these ("title", "file", "sha256", "licence"); else {}.
         origin: of imported weights: where they come from (`medvlp.published`); {} of trained ones.
         lesson: what is learned of the dataset, by config key (the order of samples; a fine-tuning's task,
             fraction, ...); {} of versions that did not store it.
@@ -159,6 +161,7 @@ class RunIdentity:
     start: dict[str, str] = field(default_factory=dict)
     origin: dict[str, str] = field(default_factory=dict)
     lesson: dict[str, str] = field(default_factory=dict)
+    start_origin: dict[str, str] = field(default_factory=dict)
 
     def summary(self) -> dict[str, str]:
         """What a checkpoint's manifest repeats."""
@@ -166,7 +169,11 @@ class RunIdentity:
             "data": self.data[-1].content if self.data else _NO_DATA,
             "tokenizer": self.tokenizer,
             "encoders": _hash(
-                [self.encoders, self.start, *(said for said in (self.origin, self.lesson) if said)]
+                [
+                    self.encoders,
+                    self.start,
+                    *(said for said in (self.origin, self.lesson, self.start_origin) if said),
+                ]
             ),
         }
 
@@ -230,6 +237,10 @@ class RunIdentity:
             values["data"] = tuple(to_record(record, DataRecord) for record in values["data"])
             values["special"] = tuple(values["special"])
             identity = cls(**values)
+            if not all(
+                isinstance(of, str) for of in (*identity.origin.values(), *identity.start_origin.values())
+            ):
+                raise TypeError("an origin is told in texts")
             stored = read_limited(run / TOKENIZER_NAME, _LIMIT)
             tokenizer = Tokenizer.from_json(stored, str(run / TOKENIZER_NAME), identity.special)
             known = [record.content for record in identity.data] or [_NO_DATA]

@@ -53,6 +53,7 @@ class TakenUp:
         step: int,
         started_from: Callable[[], Mapping[str, str]] = dict,
         lesson: Callable[[], Mapping[str, str]] = dict,
+        start_origin: Callable[[], Mapping[str, str]] = dict,
     ) -> RunIdentity:
         """What the run is made from now on.
 
@@ -61,7 +62,7 @@ class TakenUp:
             objective: as it was built, before its first step or a load.
             step: finished steps.
             started_from: checksums of weights it starts from beside published ones, asked for at step 0.
-            lesson: see `RunIdentity.lesson`.
+            lesson, start_origin: see `RunIdentity`.
         """
         if self.stored is not None and not self.changes:
             return self.stored
@@ -81,6 +82,7 @@ class TakenUp:
             describe_encoders(objective, config),
             {**starting_weights(objective, config), **started_from()} if step == 0 else {},
             lesson=dict(lesson()),
+            start_origin=dict(start_origin()) if step == 0 else {},
         )
 
 

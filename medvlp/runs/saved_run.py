@@ -220,6 +220,8 @@ def check_data(
                 f"{config.data.root} stores {index.image_size}: build it with --image-size {side} to compare"
             )
         return
+    if title := identity.start_origin.get("title"):
+        say(f"{source.run} began with {title}: whether that has seen {config.data.root} is not known here")
     changes = then.differences(DataRecord.of(index, config.data.split))
     if not changes:
         return

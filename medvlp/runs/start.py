@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 #: Where every method keeps the weights of its encoders.
 ENCODERS = {"image encoder": "image_encoder.backbone.", "text encoder": "text_encoder.model."}
 
+#: Of the origin of imported weights, what a run keeps that begins with them.
+_TOLD = ("title", "file", "sha256", "licence")
+
 
 @dataclass(frozen=True)
 class Start:
@@ -45,6 +48,16 @@ class Start:
     def weights(self) -> str:
         """Checksum of the weights."""
         return self.source.weights
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """See `RunIdentity.start_origin`."""
+        name = self.source.run.resolve().name
+        if self.source.stored is None:
+            return {"run": name}
+        identity = self.source.stored[0]
+        known = identity.origin or identity.start_origin
+        return {key: known[key] for key in _TOLD if key in known} | {"run": name}
 
     def tokenizer(self, config: Config) -> Tokenizer:
         """The start's tokenizer, whose ids its text encoder knows.

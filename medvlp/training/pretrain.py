@@ -43,6 +43,10 @@ class Pretraining(Recipe):
         """See `Recipe.started_from`."""
         return {} if self._start is None else {"run": self._start.weights}
 
+    def start_origin(self) -> Mapping[str, str]:
+        """See `Recipe.start_origin`."""
+        return {} if self._start is None else self._start.origin
+
     def start(self, objective: Objective, batches: Callable[[], TrainingLoader]) -> None:
         """Take over the weights of `train.start`, then start learned prototypes of the first phase, where the
         config has them start from k-means."""

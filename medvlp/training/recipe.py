@@ -96,6 +96,10 @@ class Recipe(abc.ABC):
         """Checksums of weights that a new run begins with, for its identity, beside published ones."""
         return {}
 
+    def start_origin(self) -> Mapping[str, str]:
+        """Where these come from, as far as it is known (see `RunIdentity.start_origin`)."""
+        return {}
+
     def lesson(self) -> Mapping[str, str]:
         """What is learned beside what the method says, by config key: a run folder is of one lesson.
 

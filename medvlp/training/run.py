@@ -270,7 +270,9 @@ def _build(
     buildable = config if checkpoint is None else described(config, taken_up.stored)
     objective = together(lambda: recipe.build(replace(learned, config=buildable)))
     step = 0 if checkpoint is None else checkpoint.step
-    identity = taken_up.identity(learned.reader, config, objective, step, recipe.started_from, recipe.lesson)
+    identity = taken_up.identity(
+        learned.reader, config, objective, step, recipe.started_from, recipe.lesson, recipe.start_origin
+    )
     objective = objective.to(device)
     objective.prepare(learned.tokenizer)
     return objective, identity

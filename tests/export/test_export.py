@@ -6,12 +6,14 @@ import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import yaml
 from torch import Tensor
 from typer.testing import Result
 
@@ -21,12 +23,15 @@ from medvlp.data.text import Tokenizer
 from medvlp.encoders.image import ImageEncoder
 from medvlp.evaluation.metrics.bootstrap import Estimate
 from medvlp.evaluation.report import results
+from medvlp.export.card import _start as card_start
 from medvlp.export.folder import ExportError, new_folder
 from medvlp.methods.base import Method, StepOutput
 from medvlp.methods.mgca.config import MGCAConfig
 from medvlp.methods.registry import REGISTRY, Entry
 from medvlp.prototypes.table import PrototypeTable
 from medvlp.runs.errors import CheckpointError, RunFolderError
+from medvlp.runs.identity import RunIdentity
+from medvlp.runs.start import Start
 from shards.reader import ShardReader
 from tests.export.saved import save_run
 from tests.training.tiny import TinyMethod
@@ -100,6 +105,43 @@ def test_the_card_says_what_was_trained_on_what(run: Path, data: Path, tmp_path:
             for private in (sample["patient_id"], sample["study_id"], *sample["sentences"]):
                 assert private not in card
                 assert private.encode() not in config
+
+
+def test_the_card_names_the_run_that_training_began_with(
+    run: Path, data: Path, tmp_path: Path, export
+) -> None:
+    """It said "trained from scratch", and the licence of an import was lost at the first further training."""
+    imported = {
+        "title": "MGCA",
+        "file": "vit.ckpt",
+        "sha256": "0a1b",
+        "licence": "ask its authors.",
+        "stored_side": "256",
+    }
+    tokenizer = Tokenizer.load(None, data)
+    content = tokenizer.content, tokenizer.special, None, ()
+    first = RunIdentity(*content, origin=imported)
+    began = Start(SimpleNamespace(run=tmp_path / "import", stored=(first, tokenizer))).origin
+    told = {key: of for key, of in imported.items() if key != "stored_side"}
+    assert began == {"run": "import", **told}
+    second = RunIdentity(*content, start_origin=began)
+    again = Start(SimpleNamespace(run=tmp_path / "tuned", stored=(second, tokenizer))).origin
+    assert again == {"run": "tuned", **told}
+    assert Start(SimpleNamespace(run=tmp_path / "old", stored=None)).origin == {"run": "old"}
+    assert second.summary() != RunIdentity(*content).summary(), "the manifest vouches for it"
+
+    copy = shutil.copytree(run, tmp_path / "run")
+    config = yaml.safe_load((copy / "config.yaml").read_text())
+    config["train"]["start"] = "runs/import"
+    (copy / "config.yaml").write_text(yaml.safe_dump(config))
+    assert export(copy, tmp_path / "out").exit_code == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Training started from the weights of another run (`train.start`)" in card
+    assert "from scratch" not in card
+    said = card_start(again)
+    assert "the weights of the run tuned" in said
+    assert "goes back to MGCA (vit.ckpt, sha256 `0a1b`)" in said
+    assert said.endswith("licence of those weights: ask its authors")
 
 
 @pytest.mark.parametrize(
