@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from tests.distributed_pool import Pools
@@ -23,6 +24,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # What users have said (medvlp.trust) is remembered in their home directory; tests have one of their own.
 _state = tempfile.TemporaryDirectory(prefix="medvlp-state-")
 os.environ["XDG_STATE_HOME"] = _state.name
+
+# How long an example takes says something of the machine, and nothing of the code.
+settings.register_profile("medvlp", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("medvlp")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -91,13 +91,13 @@ def test_a_hostile_value_of_any_key_is_one_line_or_a_value_in_range(section: Any
                     assert item.metadata["low"] <= number <= item.metadata["high"], item.name
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.sampled_from(["run.name", "optimizer.lr", "data.sections", "deepspeed", "method"]), st.text())
 def test_any_text_as_a_value_is_one_line_or_accepted(key: str, value: str) -> None:
     attempt(f"{key}={value}")
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.text(max_size=40))
 def test_any_text_as_an_override_is_one_line_or_accepted(text: str) -> None:
     attempt(text)

@@ -21,7 +21,7 @@ def config(global_batch, micro_batch=None):
     return made
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(ranks=st.integers(1, 16), accumulation=st.integers(1, 8), micro=st.integers(1, 32))
 def test_the_parts_make_the_whole(ranks, accumulation, micro):
     sizes = divide_batch(config(ranks * accumulation * micro, micro), ranks)

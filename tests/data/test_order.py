@@ -12,7 +12,7 @@ from medvlp.data.order import SampleOrder, rank_rows
 
 shard_sizes = st.lists(st.integers(0, 60), min_size=1, max_size=12).filter(lambda sizes: sum(sizes) >= 8)
 seeds = st.integers(0, 2**32)
-quick = settings(deadline=None, max_examples=50)
+quick = settings(max_examples=50)
 
 
 @quick

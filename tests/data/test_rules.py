@@ -146,7 +146,7 @@ def test_images_of_one_study_are_known_and_one_of_them_can_be_drawn(
     assert torch.equal(torch.cat([next(iter(half)).sample for half in halves]), seen[3])
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(data=st.data(), count=st.integers(1, 30), seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 1000))
 def test_a_draw_is_an_image_of_its_study(data: st.DataObject, count: int, seed: int, epoch: int) -> None:
     groups = data.draw(st.lists(st.integers(0, 5), min_size=count, max_size=count))

@@ -26,7 +26,7 @@ def sentences_of(rows: TokenRows, report: int) -> list[tuple[int, ...]]:
     return [tuple(ids[numbers == number].tolist()) for number in np.unique(numbers)]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     reports=st.lists(st.lists(st.integers(1, 4), max_size=5), min_size=1, max_size=4),
     seed=st.integers(0, 100),

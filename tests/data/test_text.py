@@ -67,7 +67,7 @@ def test_text_equals_the_token_by_token_reference(tokenizer: Tokenizer, max_toke
     assert all(part.dtype == torch.int64 for part in text.tensors().values())
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     st.lists(
         st.lists(st.text("abceffusion .,-3é中#", min_size=1).map(str.strip).filter(bool), max_size=4),
@@ -102,7 +102,6 @@ def test_lengths_say_how_far_each_text_has_to_be_padded(tokenizer: Tokenizer) ->
     assert text.padded(60).lengths == text.lengths
 
 
-@settings(deadline=None)
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=12), count=st.integers(1, 14))
 def test_groups_hold_every_text_and_no_more_than_they_need(lengths: list[int], count: int) -> None:
     ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)

@@ -16,7 +16,7 @@ def text_of(sentence_index: torch.Tensor) -> Text:
     return Text(*[torch.zeros_like(sentence_index)] * 3, sentence_index)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     index=st.lists(st.lists(st.integers(-1, 5), min_size=7, max_size=7), min_size=1, max_size=3),
     sentences=st.integers(1, 7),

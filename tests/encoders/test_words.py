@@ -78,7 +78,7 @@ def by_loop(hidden: np.ndarray, index: np.ndarray, sentences: np.ndarray) -> np.
     return output
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=4), st.integers(0, 2**20))
 def test_equals_a_loop_over_tokens(lengths: list[int], seed: int) -> None:
     generator = np.random.default_rng(seed)

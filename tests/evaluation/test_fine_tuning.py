@@ -176,7 +176,7 @@ def test_a_class_without_a_number_of_its_own_competes_and_its_images_count() -> 
         assert list(found.scores.findings) == (names if kind == "multi_class" else ["a", "b"])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10**6), st.integers(2, 4), st.integers(1, 30))
 def test_scores_of_classes_are_those_of_sklearn(seed: int, classes: int, samples: int) -> None:
     rng = np.random.default_rng(seed)

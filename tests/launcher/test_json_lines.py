@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from launcher import json_lines
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     lines=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), max_size=20),
     block=st.integers(1, 40),

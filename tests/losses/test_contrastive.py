@@ -19,7 +19,7 @@ def test_by_hand() -> None:
     torch.testing.assert_close(paired_cross_entropy(logits, 0, excluded), expected)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     rows=st.integers(1, 5),
     ranks=st.integers(1, 3),

@@ -60,7 +60,7 @@ def reference_weights(attention: torch.Tensor, valid: torch.Tensor, quantile: fl
     return output
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(1, 5), st.integers(1, 12), st.integers(0, 500), st.sampled_from([0.0, 0.1, 0.3]))
 def test_clamped_weights_equal_a_loop(batch: int, tokens: int, seed: int, quantile: float) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -70,7 +70,7 @@ def test_clamped_weights_equal_a_loop(batch: int, tokens: int, seed: int, quanti
     torch.testing.assert_close(weights, reference_weights(attention, valid, quantile), rtol=1e-5, atol=1e-7)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     batch=st.integers(1, 4),
     words=st.integers(1, 6),

@@ -27,7 +27,7 @@ def by_cross_entropy(
     return losses
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     batch=st.integers(1, 3),
     length=st.integers(1, 6),

@@ -110,7 +110,7 @@ def by_loop(boxes: torch.Tensor, anchors: torch.Tensor, side: int) -> tuple[torc
     return present, offset
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 3), st.integers(1, 6), st.integers(1, 7), st.integers(0, 1000))
 def test_targets_equal_a_loop(batch: int, count: int, side: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

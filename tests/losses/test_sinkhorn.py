@@ -45,7 +45,7 @@ def test_over_ranks_equals_the_concatenated_batch(golden: Golden, gloo_pool) -> 
     np.testing.assert_allclose(np.stack(local), golden("out_code_local"), rtol=2e-5, atol=1e-6)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     batch=st.integers(1, 9),
     prototypes=st.integers(1, 12),

@@ -65,7 +65,7 @@ def figures_by_loop(clusters: list[int], labels: list[list[float]]) -> tuple[flo
     return len(inside) / max(1, count * (count - 1)), precision
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     samples=st.lists(
         st.tuples(

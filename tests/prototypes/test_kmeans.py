@@ -101,7 +101,7 @@ def test_randomness_comes_from_seed_and_version() -> None:
     assert not torch.equal(runs[0], runs[2])
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(rows=st.integers(1, 20), count=st.integers(1, 6), same=st.booleans(), seed=st.integers(0, 99))
 def test_any_rows_give_unit_centroids(rows: int, count: int, same: bool, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -166,7 +166,7 @@ def test_nan_is_refused_on_all_ranks_alike(gloo_pool) -> None:
     assert gloo_pool(2).run(bad_rows, 1) == [message, message]
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 99), steps=st.integers(1, 6), count=st.integers(1, 9))
 def test_sums_follow_moving_rows(seed: int, steps: int, count: int) -> None:
     generator = np.random.default_rng(seed)

@@ -81,7 +81,7 @@ def test_another_version_takes_another_sample() -> None:
     assert counts[0] != counts[1]
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(count=st.integers(1, 300), limit=st.integers(1, 310), seed=st.integers(0, 99))
 def test_the_smallest_keys_are_chosen(count: int, limit: int, seed: int) -> None:
     keys = row_keys(seed, torch.arange(count))

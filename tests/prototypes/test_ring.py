@@ -33,7 +33,7 @@ def check_whole(rows: BankRows) -> None:
     assert torch.equal(rows.labels, rows.sample % 7)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(capacity=st.integers(1, 12), counts=st.lists(st.integers(0, 30), max_size=8))
 def test_the_last_rows_are_kept_oldest_first(capacity: int, counts: list[int]) -> None:
     ring = EmbeddingRing(capacity, WIDTH)

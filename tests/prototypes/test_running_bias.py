@@ -95,7 +95,7 @@ def test_starts_from_the_first_table_only() -> None:
     assert first.balanced_by(bias).fingerprint == first.fingerprint
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     rows=st.integers(1, 3),
     clusters=st.integers(1, 2000),

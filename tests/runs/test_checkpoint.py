@@ -162,7 +162,7 @@ def test_saving_over_a_damaged_one_replaces_it_and_drops_an_abandoned_future(tmp
     assert not (tmp_path / "checkpoints" / step_folder(15)).exists()
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(
     steps=st.sets(st.integers(1, 40), min_size=1, max_size=6),
     last=st.integers(0, 3),

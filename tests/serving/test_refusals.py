@@ -143,7 +143,7 @@ def test_an_oversized_message_is_refused(start: Callable[..., PrototypeServer]) 
     assert call(server, "Nearest", request(ROWS))[0] is Code.OK
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from(METHODS), st.binary(max_size=200))
 @example("Nearest", b"")
 @example("Clusters", b"\x08\xff\xff\xff\xff\x0f")

@@ -288,7 +288,7 @@ def test_nothing_of_this_machine_is_stored(phantom_dataset: Path) -> None:
             assert (member.mtime, member.mode) == (0, 0o644)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 7), st.text(min_size=1, max_size=8))
 def test_plan_holds_each_record_once_and_no_patient_twice(
     studies: int, per_shard: int, parts: int, seed: str

@@ -181,7 +181,7 @@ def test_a_missing_decoder_names_the_package(tmp_path: Path) -> None:
     assert "pip install pylibjpeg pylibjpeg-libjpeg" in done.stdout
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_damage_gives_pixels_or_one_clear_error(data: st.DataObject) -> None:
     """Bytes replaced anywhere: never another exception, never a value of the header in the message."""

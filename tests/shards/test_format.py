@@ -159,7 +159,7 @@ def test_unknown_split_names_those_there_are() -> None:
         INDEX.split_shards("valid")
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(SIZES, max_size=8))
 def test_shard_index_comes_back(sizes: list[dict[str, int]]) -> None:
     samples = lay_out(sizes)
@@ -167,7 +167,7 @@ def test_shard_index_comes_back(sizes: list[dict[str, int]]) -> None:
     assert [(key, index.members(row)) for row, key in enumerate(index.keys)] == samples
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(0, 200), st.binary(max_size=9))
 def test_damaged_shard_index_is_a_data_error(cut: int, tail: bytes) -> None:
     data = ShardIndex.from_members([("a", {"jpg": (512, 9)}), ("b", {"jpg": (1536, 7)})]).to_bytes()

@@ -76,7 +76,7 @@ def test_fit_square_equals_mgca_golden(golden_dir: Path) -> None:
                 assert 0 in (left, top)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(8, 64))
 def test_fit_square_pads_symmetrically_with_zeros(height: int, width: int, size: int) -> None:
     fitted, _, left, top = fit_square(np.full((height, width), 200, np.uint8), size)
@@ -183,7 +183,7 @@ def test_bad_file_is_one_data_error(data: bytes, message: str) -> None:
         decode_image(data)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     st.binary(max_size=200), st.sampled_from([b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"II*\0", b"MM\0*"])
 )

@@ -46,7 +46,7 @@ def test_sentences(text: str, sentences: list[str]) -> None:
     assert split_sentences(text) == sentences
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(REPORTS)
 def test_sentences_lose_nothing_but_white_space(text: str) -> None:
     sentences = split_sentences(text)
@@ -107,7 +107,7 @@ def test_sections_of_free_text_repeated_headings_and_aliases() -> None:
     }
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(REPORTS)
 @example("__0__")
 def test_sections_keep_all_text_but_headings(report: str) -> None:

@@ -100,7 +100,7 @@ def test_words_are_counted_by_patient_not_by_report() -> None:
 WORDS = st.sampled_from(["clear", "clearing", "lung", "lungs", "anna", "hannah", "x", "2.5", "Café"])
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     st.lists(st.tuples(st.sampled_from("abcdef"), st.lists(WORDS, max_size=6).map(" ".join)), max_size=30),
     st.integers(1, 4),

@@ -90,7 +90,7 @@ def test_a_job_whose_time_is_too_short_for_a_step_stops() -> None:
     assert (decision.action, "10 starts without a step" in decision.reason) == ("stop", True)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.tuples(CODES, st.integers(0, 2), st.booleans()), min_size=1, max_size=12),
     st.integers(0, 5),
@@ -120,7 +120,7 @@ def test_a_job_always_ends(ends: list[Any], max_requeues: int) -> None:
     assert len(failures) == len(set(failures))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.tuples(st.floats(0, 9), st.sampled_from([0, 3, 6, 75, 137])), max_size=5))
 def test_the_first_cause_over_nodes(ends: list[tuple[float, int]]) -> None:
     cause = first_cause(ends)

@@ -44,7 +44,7 @@ def bash(script: str, **environment: str) -> str:
     ).stdout
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.text(st.characters(blacklist_characters="\x00\r", blacklist_categories=["Cs"]), max_size=30))
 def test_only_names_of_variables_live_in_a_quoted_value(text: str) -> None:
     plain = text.replace("$", "")

@@ -31,7 +31,7 @@ def test_the_published_schedule_is_met(golden_dir: Path) -> None:
             np.testing.assert_allclose(rates[cycle], golden[name], rtol=1e-12)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(steps=st.integers(1, 300), share=st.floats(0, 0.999))
 def test_it_rises_then_falls_between_the_limits(steps: int, share: float) -> None:
     warmup = int(share * steps)
@@ -86,7 +86,7 @@ def test_a_warmup_by_epochs_ends_with_epoch_zero() -> None:
     np.testing.assert_allclose(rates[10:], np.repeat([0.75, 0.25], 10))
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(per_epoch=st.integers(1, 40), epochs=st.integers(1, 6), share=st.floats(0, 0.9))
 def test_a_phase_follows_the_published_rule(per_epoch: int, epochs: int, share: float) -> None:
     phase = PhaseConfig(epochs=epochs, lr=1e-5, start_lr=1e-7, warmup_epochs=share * epochs)

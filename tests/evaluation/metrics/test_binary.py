@@ -10,7 +10,7 @@ from sklearn import metrics as reference
 
 from medvlp.evaluation.metrics.binary import accuracy, auroc, average_precision, best_f1_threshold, f1
 
-FEW = settings(deadline=None, max_examples=50)
+FEW = settings(max_examples=50)
 
 
 @st.composite

@@ -17,7 +17,7 @@ def mean_of(values: np.ndarray):
     return lambda weights: weights @ values / weights.sum(axis=1)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.integers(0, 8), min_size=1, max_size=40), st.integers(1, 20), st.integers(0, 1000))
 def test_patients_are_drawn_whole(patients: list[int], resamples: int, seed: int) -> None:
     names = np.array([f"p{number}" for number in patients])

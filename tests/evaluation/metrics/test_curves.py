@@ -51,7 +51,7 @@ def test_what_is_said_truly_lies_on_the_diagonal() -> None:
     assert curves.probabilities(np.array([[0.0, -2000.0]]), exclusive=False).tolist() == [[0.5, 0.0]]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 10**6), st.floats(-2, 2))
 def test_every_known_sample_is_counted_once(seed: int, threshold: float) -> None:
     rng = np.random.default_rng(seed)

@@ -79,7 +79,7 @@ def random_images(seed: int, count: int, hedged: bool, ties: bool) -> Images:
     return images
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(0, 10_000), st.integers(1, 12), st.booleans(), st.booleans())
 def test_precision_equals_pycocotools(seed: int, count: int, hedged: bool, ties: bool) -> None:
     images = random_images(seed, count, hedged, ties)
@@ -98,7 +98,7 @@ def test_precision_equals_pycocotools(seed: int, count: int, hedged: bool, ties:
                 assert ours[f"{measure}/{name}"] == pytest.approx(expected, abs=1e-9)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(st.integers(0, 10_000), st.booleans())
 def test_precision_equals_torchmetrics(seed: int, hedged: bool) -> None:
     images = random_images(seed, 8, hedged, ties=False)
@@ -116,7 +116,7 @@ def test_precision_equals_torchmetrics(seed: int, hedged: bool) -> None:
     assert ours is None or ours == pytest.approx(expected, abs=1e-6)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(st.integers(0, 10_000), st.booleans())
 def test_a_weight_is_so_many_copies_of_the_image(seed: int, hedged: bool) -> None:
     images, rng = random_images(seed, 6, hedged, ties=False), np.random.default_rng(seed)
@@ -220,7 +220,7 @@ def froc_by_loop(images: Images, kind: int) -> float:
     return float(np.mean([count / total for count in best.values()]))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(0, 10_000), st.integers(1, 9), st.booleans())
 def test_froc_equals_a_loop(seed: int, count: int, hedged: bool) -> None:
     images = random_images(seed, count, hedged, ties=False)

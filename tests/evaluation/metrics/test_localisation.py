@@ -24,7 +24,7 @@ from medvlp.evaluation.metrics.pairs import weighted_mean
 from medvlp.evaluation.places import paint
 
 SIDE = 6
-FEW = settings(max_examples=25, deadline=None)
+FEW = settings(max_examples=25)
 
 
 @st.composite

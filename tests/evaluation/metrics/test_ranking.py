@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from medvlp.evaluation.metrics import ranking
 
-FEW = settings(deadline=None, max_examples=50)
+FEW = settings(max_examples=50)
 
 
 @st.composite

@@ -64,7 +64,7 @@ def by_loop(called: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
     return 2 * sum(inside) / (sum(inside) + sum(either)), sum(inside) / sum(either)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(0, 10_000), st.integers(1, 5), st.sampled_from([0.0, 0.1, 0.5, 1.0]))
 def test_numbers_of_an_image_equal_a_loop_and_torchmetrics(seed: int, side: int, share: float) -> None:
     rng = np.random.default_rng(seed)
@@ -129,7 +129,7 @@ def test_intervals_are_by_patient() -> None:
     assert wide.high - wide.low > narrow.high - narrow.low
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(0, 10_000))
 def test_the_threshold_is_the_best_of_a_loop(seed: int) -> None:
     rng = np.random.default_rng(seed)

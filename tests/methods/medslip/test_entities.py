@@ -45,7 +45,7 @@ def contrast_by_loop(
     return torch.stack(losses).mean()
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), normalise=st.booleans(), temperature=st.sampled_from([0.1, 1.0]))
 def test_prototype_contrast_is_the_loop(seed: int, normalise: bool, temperature: float) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -64,7 +64,7 @@ def test_prototype_contrast_is_the_loop(seed: int, normalise: bool, temperature:
     torch.testing.assert_close(*gradients)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), number=st.integers(1, A + 2))
 def test_negatives_are_distinct_and_never_positive(seed: int, number: int) -> None:
     positives = random_matrix(seed).transpose(1, 2) == 1

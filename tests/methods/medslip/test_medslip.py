@@ -41,7 +41,7 @@ TERMS = {
 }  # fmt: skip
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(
     fill=st.lists(st.sampled_from(["random", -1, 0, 1]), min_size=1, max_size=3),
     official=st.booleans(),

@@ -39,7 +39,7 @@ TERMS = {
 }
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(
     words=st.lists(st.sampled_from([-1, 0, 1, 2, 5, 10]), min_size=1, max_size=5),
     official=st.booleans(),

@@ -71,7 +71,7 @@ def test_patches_are_hidden_evenly() -> None:
     assert (share - 0.75).abs().max() < 4 * math.sqrt(0.75 * 0.25 / 4000)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(patches=st.integers(1, 60), ratio=st.floats(0, 0.99))
 def test_share_of_patches_is_exact(patches: int, ratio: float) -> None:
     mask = draw_patches(sample_noise(torch.arange(3), patches, 0, 0, 0), ratio)
@@ -82,7 +82,7 @@ def test_share_of_patches_is_exact(patches: int, ratio: float) -> None:
         assert hidden == sorted(hidden)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     words=st.lists(st.integers(1, 3), max_size=12),
     ratio=st.floats(0, 1),
@@ -131,7 +131,7 @@ def test_nothing_but_padding(ratio: float) -> None:
     assert not draw_words(text, sample_noise(torch.arange(2), 5, 0, 0, 1), ratio).any()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     words=st.lists(st.integers(1, 4), min_size=1, max_size=40),
     ratio=st.floats(0.05, 0.9),

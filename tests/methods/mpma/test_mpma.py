@@ -37,7 +37,7 @@ def changed(batch: Batch, **text: torch.Tensor) -> Batch:
     return dataclasses.replace(batch, text=dataclasses.replace(batch.text, **text))
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(
     words=st.lists(st.sampled_from([-1, 0, 1, 2, 5, 10]), min_size=1, max_size=4),
     ablation=st.sampled_from(ABLATIONS),

@@ -78,7 +78,7 @@ def fast_loss(pairs: ObservationPairs, scope: str, threshold: float | None, temp
     return mean_of_reports(losses.view(reports, slots), pairs.kept)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 10_000),
     reports=st.integers(1, 4),
@@ -107,7 +107,7 @@ def test_features_that_are_alike() -> None:
     assert not alike(features, features, kept, 1.0, 0.9).any()
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), share=st.sampled_from([0.0, 0.3, 0.5]), count=st.integers(1, 12))
 def test_alike_is_never_more_than_a_share(seed: int, share: float, count: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -24,7 +24,7 @@ def slow_correlation(image: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     return np.array([[np.corrcoef(a, b)[0, 1] for b in cells] for a in cells])
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(rows=st.integers(1, 4), columns=st.integers(1, 4), side=st.integers(2, 5), seed=st.integers(0, 10_000))
 def test_equals_numpy(rows: int, columns: int, side: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

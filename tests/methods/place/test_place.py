@@ -55,7 +55,7 @@ def hard_place(image: str = "vit", **method: Any) -> Any:
     return model
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(
     reports=st.lists(
         st.sampled_from([[], [1], [4], [1, 1, 2], [2, 1, 1, 1, 1, 1, 2]]), min_size=1, max_size=4

@@ -41,7 +41,7 @@ METRICS = {"loss", "retrieval/top1", "retrieval/top5", "temperature/global", "te
 REPORTS = [[3, 2], [1, 4, 2, 1], [5], [2, 2, 2], [1], [3, 3]]
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(
     reports=st.lists(st.lists(st.integers(1, 4), max_size=6), min_size=1, max_size=4),
     stage=st.sampled_from([1, 2, 3]),

@@ -241,7 +241,7 @@ WORDS = (
 )
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.lists(st.sampled_from(WORDS), max_size=40), st.text(max_size=40))
 def test_any_text_gives_well_formed_entities_once(words: list[str], text: str) -> None:
     for report in (" ".join(words), text):

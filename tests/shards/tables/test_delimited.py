@@ -99,7 +99,7 @@ WORDS = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     rows=st.lists(st.tuples(WORDS, st.sampled_from(["quoted", "raw", "all"])), min_size=1, max_size=12),
     sign=st.sampled_from([",", "\t", ";"]),
