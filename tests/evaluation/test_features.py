@@ -162,7 +162,7 @@ def test_all_of_a_task_is_made_so(tmp_path: Path) -> None:
 
     task: Any = SimpleNamespace(fit=look, measure=measure)
     session: Any = SimpleNamespace(view=lambda *given: None, source=SimpleNamespace(run=tmp_path))
-    stored: Any = SimpleNamespace(folder=tmp_path)
+    stored: Any = SimpleNamespace(folder=tmp_path, work=tmp_path)
     nothing: Any = None
     with pytest.raises(EvaluationError, match="enough"):
         evaluate._run(task, nothing, stored, nothing, session)

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from medvlp.prototypes.table import PrototypeTable
+from tests.distributed_pool import Pools
 from tests.training.runs import Overrides, train
+
+pytestmark = pytest.mark.dist
+
+#: Version of a table -> a bias of its clusters.
+Biases = dict[int, Tensor]
 
 #: A run with a new table after each step, whose clusters decide which samples are no negatives.
 WORDS = [
@@ -18,9 +24,9 @@ WORDS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("source", ["learned", "clusters"])
-def test_a_bias_that_nothing_moves_is_that_of_each_table(overrides: Overrides, source: str) -> None:
-    assign, own, taken = PrototypeTable.assign, dict[int, Tensor](), dict[int, Tensor]()
+def biases(overrides: list[str]) -> tuple[int, Biases, Biases]:
+    """Of a whole run on this rank: exit code, the bias of each table itself, and the one it assigned by."""
+    assign, own, taken = PrototypeTable.assign, Biases(), Biases()
 
     def watched(table: PrototypeTable, embeddings: Tensor) -> Tensor:
         own[table.version] = table.log_bias.clone()
@@ -28,7 +34,15 @@ def test_a_bias_that_nothing_moves_is_that_of_each_table(overrides: Overrides, s
         return assign(table, embeddings)
 
     with mock.patch.object(PrototypeTable, "assign", watched):
-        assert train(overrides(*WORDS, f"method.prototype_source={source}")) == 0
+        return train(overrides), own, taken
+
+
+@pytest.mark.parametrize("source", ["learned", "clusters"])
+def test_a_bias_that_nothing_moves_is_that_of_each_table(
+    gloo_pool: Pools, overrides: Overrides, source: str
+) -> None:
+    [(code, own, taken)] = gloo_pool(1).run(biases, overrides(*WORDS, f"method.prototype_source={source}"))
+    assert code == 0
     assert sorted(own) == [1, 2, 3]
     assert not torch.equal(own[1], own[3])
     if source == "learned":
