@@ -230,10 +230,18 @@ class ShardReader:
 
     def _make_room(self) -> None:
         """Close what stands in no folder any more (a cache has evicted it), then the longest unused."""
-        for name in [name for name, file in self._open_files.items() if os.fstat(file).st_nlink == 0]:
+        for name in [name for name, file in self._open_files.items() if _is_gone(file)]:
             self._forget(name)
         while len(self._open_files) >= self._most_open:
             os.close(self._open_files.popitem(last=False)[1])
+
+
+def _is_gone(descriptor: int) -> bool:
+    """Whether an open file stands in no folder any more, or its handle of a network file system is stale."""
+    try:
+        return os.fstat(descriptor).st_nlink == 0
+    except OSError:
+        return True
 
 
 def _read_at(descriptor: int, size: int, start: int) -> bytes:

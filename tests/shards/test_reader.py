@@ -213,6 +213,24 @@ def test_a_stale_file_is_opened_again(copied: Path, monkeypatch: pytest.MonkeyPa
     assert open_files(copied) == 1
 
 
+def test_a_stale_file_keeps_no_other_from_being_opened(
+    phantom_dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, reader = read_all(ShardReader(phantom_dataset)), ShardReader(phantom_dataset)
+    reader.image("train", 0)
+    (stale,) = reader._open_files.values()
+    fstat = os.fstat
+
+    def fails(descriptor: int) -> os.stat_result:
+        if descriptor == stale and descriptor in reader._open_files.values():
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return fstat(descriptor)
+
+    monkeypatch.setattr(os, "fstat", fails)
+    assert reader.read("train", len(expected) - 1)[:2] == expected[-1]
+    assert list(reader._open_files) == [reader.index.split_shards("train")[-1].file]
+
+
 @pytest.mark.parametrize(
     ("error", "passes"), [(errno.ESTALE, True), (errno.EACCES, True), (errno.EIO, False)]
 )
