@@ -62,7 +62,7 @@ class DataRecord:
         licences: `license` fields of samples, sorted; "" where a sample says nothing.
         asked: number of samples they were read from; 0 for remote data, which nothing is fetched of.
         window: how DICOM films get the grey levels that its images have (`shards.dicom_windows.Window`);
-            None: a version recorded it that did not say.
+            None: the index, or the version that recorded it, does not say.
         trained_tokenizer: what its tokenizer was trained on, if that was its own reports: "patients" of its
             training split, and "min_patients" that share a word (None: words of single patients are in it).
     """
@@ -114,11 +114,13 @@ class DataRecord:
         return found
 
 
-def _dicom_window(index: Index) -> str:
-    """As the dataset was built from DICOM; its JPEG files were equalised before they were ours."""
+def _dicom_window(index: Index) -> str | None:
+    """As the dataset was built from DICOM; MIMIC-CXR's JPEG files were equalised before they were ours."""
     source = index.arguments.get("source", {})
-    said = source.get("options", {}).get("window", "auto")
-    return "equalize" if source.get("name") == "mimic-cxr" else str(said)
+    options = source.get("options", {}) if isinstance(source, dict) else None
+    if not isinstance(options, dict):  # not an index of ours
+        return None
+    return "equalize" if source.get("name") == "mimic-cxr" else str(options.get("window", "auto"))
 
 
 def _trained_tokenizer(index: Index) -> dict[str, int | None] | None:

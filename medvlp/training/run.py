@@ -201,7 +201,7 @@ def _train(
 
     data = loader(step)
     _check_order(config, data)
-    # Other data have another order.
+    # Where the data themselves have changed, which samples are drawn has too.
     changes = taken_up.changes or check_drawn(config, checkpoint, data.drawn, data.samples)
     watchdog.mark("building what is trained")
     objective, identity = _build(recipe, learned, taken_up, checkpoint, device)

@@ -294,6 +294,8 @@ def test_images_of_mimic_cxr_jpg_were_equalised(data: Path) -> None:
     assert DataRecord.of(index, "train").window == "auto"
     index = replace(index, arguments={"source": {"name": "mimic-cxr", "options": {}}})
     assert DataRecord.of(index, "train").window == "equalize"
+    for strange in ({"source": "mimic-cxr"}, {"source": {"name": "dicom", "options": ["max"]}}):
+        assert DataRecord.of(replace(index, arguments=strange), "train").window is None
 
 
 def test_what_is_outside_the_crop_has_no_value() -> None:
