@@ -142,10 +142,10 @@ class TableSource(Source):
         """Split that the table names for record `i`, its patient or group; None where it names none."""
         if self._map.split is None:
             return None
-        row = self._rows.read(self._numbers(i)[0], [self._map.split])
+        row = self._rows.read(self._numbers(i)[0], [self._map.split, self._map.patient_id])
         if isinstance(row, BadRow):
             return None
-        return stated_split(row, self._map.split) or self._splits.split_of(self.split_key(i))
+        return stated_split(row, self._map.split) or self._splits.split_of(row[self._map.patient_id])
 
     def load(self, i: int) -> list[Study]:
         """The image of record `i` with its text and targets.

@@ -32,7 +32,8 @@ class PatientGroups:
     def see(self, number: int, row: Row) -> None:
         """Take in row `number` of the table."""
         if self._group is not None and row[self._patient] and row[self._group]:
-            self._digests += digest_of(row[self._patient]) + digest_of(row[self._group])
+            # A group may be called like a patient: both are numbers in many tables.
+            self._digests += digest_of(row[self._patient]) + digest_of(f"\0{row[self._group]}")
             self._places.extend((number, row.line))
 
     def have_seen(self) -> None:
@@ -54,7 +55,7 @@ class PatientGroups:
 
     def row_of(self, patient: str) -> int | None:
         """Number of a row that names the patient's group; None where no row does."""
-        place = place_of(patient, self._patients)
+        place = place_of(digest_of(patient), self._patients)
         return None if place is None else int(self._rows[place])
 
     def units(self, patients: Digests) -> Digests:
@@ -74,8 +75,8 @@ def digest_of(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
-def place_of(text: str, digests: Digests) -> int | None:
-    """Where the digest of a text stands in sorted ones; None where it does not."""
-    digest = np.frombuffer(digest_of(text), "V16")
-    place = int(np.searchsorted(digests, digest)[0])
-    return place if place < len(digests) and digests[place] == digest[0] else None
+def place_of(digest: bytes, digests: Digests) -> int | None:
+    """Where a digest stands in sorted ones; None where it does not."""
+    sought = np.frombuffer(digest, "V16")
+    place = int(np.searchsorted(digests, sought)[0])
+    return place if place < len(digests) and digests[place] == sought[0] else None

@@ -72,9 +72,10 @@ class PatientSplits:
         self._divided = self._patient_groups.count(divided)
         self._digests, self._lines, self._codes = bytearray(), array("q"), array("i")
 
-    def split_of(self, unit: str) -> str | None:
-        """Split of a patient without a group, or of a group; None where no row names one."""
-        place = place_of(unit, self._units)
+    def split_of(self, patient: str) -> str | None:
+        """Split of a patient, or of his group where he has one; None where no row names one."""
+        unit = self._patient_groups.units(np.frombuffer(digest_of(patient), "V16"))
+        place = place_of(unit.tobytes(), self._units)
         return None if place is None else list(self._names)[self._splits[place]]
 
     def remarks(self) -> list[str]:

@@ -294,6 +294,26 @@ def test_a_split_that_some_rows_of_a_patient_name_is_that_of_all(
     assert source.remarks() == []
 
 
+def test_a_patient_called_like_a_group_of_others_has_a_split_of_his_own(
+    tmp_path: Path, image_folder: Path, rows: Rows, map_file: MapWriter
+) -> None:
+    """Both are numbers in many tables."""
+    for number, row in enumerate(rows):
+        row["patient"] = str(number // 2)
+        row["group"] = "1" if number < 2 else ""
+        row["split"] = {0: "test", 2: "train"}.get(number, "")
+    source = TableSource(
+        write_csv(tmp_path / "t.csv", rows), image_folder, map_file("split: split\ngroup: group\n")
+    )
+    splits = [source.prescribed_split(n) for n in range(12)]
+    assert splits == ["test"] * 2 + ["train"] * 2 + [None] * 8
+    rows[2]["split"] = ""
+    source = TableSource(
+        write_csv(tmp_path / "t.csv", rows), image_folder, map_file("split: split\ngroup: group\n")
+    )
+    assert [source.prescribed_split(n) for n in range(12)] == ["test"] * 2 + [None] * 10
+
+
 @pytest.mark.parametrize(("group", "line"), [("", 12), ("family", 13)])
 def test_a_row_without_a_split_whose_patient_or_group_has_two_stops_the_build(
     group: str, line: int, tmp_path: Path, image_folder: Path, rows: Rows, map_file: MapWriter
