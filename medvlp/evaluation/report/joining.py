@@ -52,7 +52,7 @@ def join(parts: Mapping[Path, Evaluation]) -> Evaluation:
                     f"{file}: {task}, unit {twice[0]} is in another file too; delete one of them"
                 )
             stored |= units
-        joined.notes |= part.notes
+        joined.notes = part.notes | joined.notes  # a task that was left out may have been done elsewhere
         for task in part.settings["tasks"]:
             _add_settings(joined, part, task)
         joined.data["splits"] |= part.data["splits"]
@@ -191,7 +191,7 @@ def _decides(section: str, key: str, trains: bool) -> bool:
         section in NETWORKS
         or (section == "data" and key not in PLACES)
         or (section, key) == ("train", "seed")
-        or (section == "precision" and trains)
+        or (section in ("precision", "deepspeed") and trains)
     )
 
 

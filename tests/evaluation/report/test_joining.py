@@ -52,12 +52,23 @@ def test_tasks_notes_and_splits_are_put_together() -> None:
         (part("retrieval", config={"data": {"image_size": 64}}), "another data.image_size than a.json"),
         (part("retrieval", config={"train": {"seed": 1}}), "another train.seed than a.json"),
         (part("fine-tuning", config={"precision": "bf16"}), "another precision than a.json"),
+        (part("fine-tuning", config={"deepspeed": {"x": 1}}), "another deepspeed.x than a.json"),
         (part("zero-shot"), "zero-shot is in another file too"),
     ],
 )
 def test_what_does_not_belong_together_is_refused(other: Evaluation, message: str) -> None:
     with pytest.raises(EvaluationError, match=message):
         join({Path("a.json"): part("zero-shot"), Path("b.json"): other})
+
+
+def test_a_task_that_was_left_out_of_one_file_is_that_of_the_other() -> None:
+    done, without = part("zero-shot"), part("retrieval")
+    without.settings["tasks"].append("zero-shot")
+    without.notes["zero-shot"] = {"left_out": "no label can be scored"}
+    for files in ((done, without), (without, done)):
+        joined = join({Path(str(number)): of for number, of in enumerate(files)})
+        assert joined.notes["zero-shot"] == {"threshold_split": "test"}
+        assert joined.results["zero-shot"] == done.results["zero-shot"]
 
 
 def probe(fraction: float, fractions: tuple[float, ...] = (0.1, 1.0)) -> Evaluation:
