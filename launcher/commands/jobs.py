@@ -210,10 +210,10 @@ def cancel(
             echo(f"{what}; it had not trained far enough for a checkpoint")
         else:
             echo(f"{what}; step {ended.step} is saved: medvlp resume {folder}")
+    others = [
+        f"job {submitted_id(job)} of {folder} belongs to {job.user}: not cancelled" for job in chosen.others
+    ]
     if lost:
-        raise AttemptError("; ".join(lost))
-    if chosen.others:
-        raise NotOwnError(
-            "; ".join(f"job {submitted_id(job)} of {folder} belongs to {job.user}" for job in chosen.others)
-            + ": not cancelled"
-        )
+        raise AttemptError("; ".join([*lost, *others]))
+    if others:
+        raise NotOwnError("; ".join(others))

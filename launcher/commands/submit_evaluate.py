@@ -1,5 +1,6 @@
 """`medvlp submit evaluate RUN ...`: evaluations as an array, and a job that joins and compares them."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -103,8 +104,10 @@ def finished_units(run: Path, part: Sequence[str]) -> list[str]:
     from medvlp.runs.manifest import MANIFEST
 
     named = dict(zip(part[::2], part[1::2], strict=True))
-    within = ["-path", f"*/{named['--unit']}-*/*"] if "--unit" in named else []
     folder = run / FOLDER / named.get("--task", "")
+    # From the first folder on, whose own name may look like a unit's; `find` takes it for a pattern.
+    literal = re.sub(r"[\\*?\[]", r"\\\g<0>", str(folder))
+    within = ["-path", f"{literal}/{named['--unit']}-*/*"] if "--unit" in named else []
     return [str(folder), *within, "(", "-name", RESULT, "-o", "-name", MANIFEST, ")"]
 
 

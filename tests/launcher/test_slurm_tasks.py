@@ -242,10 +242,11 @@ def test_a_cancelled_job_that_has_not_saved_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int | None
 ) -> None:
     """It was said to have saved what an older checkpoint holds."""
-    run = submitted(tmp_path / "run", {"job_id": 12, "kind": "pretrain"})
+    run = submitted(tmp_path / "run", {"job_id": 12, "kind": "pretrain"}, {"job_id": 13})
     (run / "config.yaml").write_text("")
     start_attempt(run, 9, slurm := {"SLURM_JOB_ID": "12"})
-    monkeypatch.setattr(slurm_commands, "list_jobs", lambda ids=None, user=None: [own_job(run)])
+    jobs = [own_job(run)] if code == 75 else [own_job(run), replace(own_job(run), id=13, user="somebody")]
+    monkeypatch.setattr(slurm_commands, "list_jobs", lambda ids=None, user=None: jobs)
     monkeypatch.setattr(slurm_commands, "update_job", lambda job_id, **values: None)
     monkeypatch.setattr(slurm_commands, "has_ended", lambda job_id, task: True)
 
@@ -260,6 +261,7 @@ def test_a_cancelled_job_that_has_not_saved_says_so(
     else:
         assert isinstance(result.exception, AttemptError)
         assert "job 12 ended without saving: cancelled on request" in str(result.exception)
+        assert f"job 13 of {run} belongs to somebody: not cancelled" in str(result.exception)
 
 
 def test_waiting_for_a_job_asks_for_it_alone_and_bears_a_controller_that_is_away(

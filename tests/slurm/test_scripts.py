@@ -41,7 +41,8 @@ class Script:
     """
 
     def __init__(self, folder: Path):
-        self.folder, self.run = folder, folder / "run"
+        # A name that looks like that of a unit, and holds a pattern.
+        self.folder, self.run = folder, folder / "seed-1-[a]"
         (self.run / "slurm").mkdir(parents=True)
         self.left("1:00:00")
         self._program("srun", SRUN)
