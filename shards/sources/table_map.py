@@ -154,7 +154,9 @@ class LabelRule:
     def almost_fits(self, cell: str) -> bool:
         """Whether the cell holds the text in another spelling: in capitals, or behind another separator."""
         folded = (self.text or "").casefold()
-        parts = [cell] if self.contains is None else re.split(r"[|,;/\n]", cell.replace(self.separator, "\n"))
+        parts = self.texts(cell)  # its own text may hold a separator: "Mass/Nodule"
+        if self.contains is not None:
+            parts += re.split(r"[|,;/\n]", cell.replace(self.separator, "\n"))
         return any(part.strip().casefold() == folded for part in parts)
 
 

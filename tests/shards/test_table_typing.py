@@ -158,6 +158,7 @@ def test_a_rule_that_fits_no_row_is_said(
     [
         ("equals: Edema", ["Edema", "edema", "No", ""], 3),
         ("contains: Edema", ["Edema|Mass", "mass; edema", "Mass , Edema", "Pulmonary Edema"], 6),
+        ("contains: Mass/Nodule", ["Mass/Nodule", "mass/nodule|Edema", "Mass", ""], 3),
     ],
 )
 def test_rows_that_almost_fit_a_rule_are_told(
