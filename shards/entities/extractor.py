@@ -103,7 +103,7 @@ def stated_words(text: str) -> tuple[str, list[StatedWords]]:
     """A text in lower case with one space between words, and where in it observations are stated.
 
     Sentences that `statements` puts together anew (rows of tables, answers apart from their question) have
-    entities and no place.
+    entities and no place, and so have those of which one word states a value for each side (`apart`).
     """
     shown, found, begin = _plain(text), list[StatedWords](), 0
     for statement in statements(text):
@@ -112,6 +112,8 @@ def stated_words(text: str) -> tuple[str, list[StatedWords]]:
         if place < 0:
             continue
         begin = place + len(sentence)
+        if apart(sentence) != sentence:
+            continue
         found += [
             StatedWords(place + mention.start, place + mention.end, tuple(mention.term.observations), value)
             for mention, value, _ in _stating(sentence, _mentions(sentence))

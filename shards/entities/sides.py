@@ -6,7 +6,12 @@ from shards.entities.lexicon import SIZE, TERM_PATTERN
 
 _SIDE = r"(?:left|right|[lr]t)(?:[- ]sided)?"
 _SIZES = rf"(?:(?:{SIZE}|stable|unchanged|persistent|possible|probable)(?:[- ](?:sized|to))*[- ])"
-_HALF = rf"(?:no {_SIZES}*|(?:a )?{_SIZES}+){_SIDE}"
+#: Words that take nothing from a "no".
+_ANY = (
+    r"(?:(?:evidence|signs?) of (?:an? )?|(?:significant|definite|residual|obvious|convincing|appreciable|"
+    r"visible|discernible|discrete|focal|acute|recurrent|further) )"
+)
+_HALF = rf"(?:no {_ANY}*{_SIZES}*|(?:a )?{_SIZES}+){_SIDE}"
 #: Two sides before their finding, each with "no" or a size; "no left or right" is one statement.
 _BEFORE = re.compile(rf"\b(?P<one>{_HALF})(?:,? (?:and|but)|,) (?P<two>{_HALF}) (?=[a-z])")
 #: Words between the sides and their finding: "left pleural effusion".
@@ -26,15 +31,17 @@ def apart(sentence: str) -> str:
     """The same sentence, in lower case, with a statement for each side where one is denied."""
     if match := _BEFORE.search(sentence):
         finding = TERM_PATTERN.search(sentence, match.end())
-        halves = (match["one"], match["two"])
+        halves = [match["one"], match["two"]]
         if (
             finding is not None
             and _BETWEEN.fullmatch(sentence, match.end(), finding.start())
             and any(half.startswith("no ") for half in halves)
         ):
-            phrase = sentence[match.end() : finding.end()]
+            phrase, rest = sentence[match.end() : finding.end()], sentence[finding.end() :]
+            if re.match(r",? or ", rest):  # goes on with what is denied
+                halves = sorted(halves, key=lambda half: half.startswith("no "))
             said = "; ".join(f"{half} {phrase}" for half in halves)
-            return f"{sentence[: match.start()]}{said}{sentence[finding.end() :]}"
+            return f"{sentence[: match.start()]}{said}{rest}"
     if (match := _BEHIND.search(sentence)) and TERM_PATTERN.search(match["finding"]):
         one, two = (_answer(match[part]) for part in ("one", "two"))
         if one and two and one[0] != two[0] and "no" in (one[1], two[1]):

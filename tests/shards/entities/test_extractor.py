@@ -183,6 +183,8 @@ def test_phrases_that_turn_a_finding_over_or_name_its_side(sentence: str, expect
         "No right, small left pleural effusion.",
         "Small left and no right effusion.",
         "Trace left, but no right pleural effusion.",
+        "No significant right and small left effusion.",
+        "No evidence of a right, but small left effusion.",
         "No right effusion and small left effusion.",
         "No right effusion and new moderate left effusion is seen.",
         "No effusion on the right and small effusion on the left.",
@@ -199,6 +201,14 @@ def test_a_finding_on_one_side_that_is_denied_on_the_other(sentence: str) -> Non
         (landmark(entity.anatomy), observation_class(entity.observation), entity.value)
         for entity in extract({"findings": sentence})
     } == expected
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    ["No right and small left effusion or pneumothorax.", "Small left, no right effusion or pneumothorax."],
+)
+def test_what_goes_on_with_or_is_denied_as_well(sentence: str) -> None:
+    assert NO_PNEUMOTHORAX in triples(sentence)
 
 
 @pytest.mark.parametrize("sentence", ["No right or left effusion.", "No right and no left effusion."])
@@ -268,3 +278,5 @@ def test_the_words_that_state_something_have_their_place() -> None:
     assert found[0] == StatedWords(3, 11, ("effusion",), 0)
     # A question and its answer are put together anew: there is no place to mark.
     assert stated_words("Effusion?\nNone.")[1] == []
+    # One word that is there and not there: whichever value it had would contradict the entities.
+    assert stated_words("Small left and no right effusion.")[1] == []
