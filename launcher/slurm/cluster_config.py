@@ -104,7 +104,7 @@ def load_cluster(file: Path | str | None) -> ClusterConfig:
         if not option.startswith("-"):
             raise ConfigError(f"{file}: {option!r} is no option: write --name=value")
     for option in config.sbatch.extra:
-        if option.partition("=")[0] == "--clusters" or option.startswith("-M"):
+        if re.match(r"-M|--clusters?(=|\s|$)", option):
             raise ConfigError(
                 f"{file}: sbatch.extra: {option}: jobs of another cluster are not watched from here; "
                 "submit from its own login node, or with its SLURM_CONF"

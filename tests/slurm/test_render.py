@@ -236,6 +236,7 @@ def test_the_examples_render(name: str, tmp_path: Path) -> None:
         ("environment: {MY-NAME: x}", "is no name of a variable"),
         ("srun: [overlap]", "is no option"),
         ("sbatch: {extra: [--clusters=gpu]}", "--clusters=gpu: jobs of another cluster"),
+        ("sbatch: {extra: [--cluster gpu]}", "--cluster gpu: jobs of another cluster"),
         ("sbatch: {extra: [-Mgpu]}", "-Mgpu: jobs of another cluster"),
         ("- a", "not a list"),
     ],

@@ -204,6 +204,14 @@ def test_an_evaluation_goes_on_as_long_as_its_starts_finish_something(
     assert len(play(script, script.evaluation(work, unit=["--unit", "seed-1"]), 3)) == starts
 
 
+def test_starts_that_finish_nothing_count_in_a_row(script: Script) -> None:
+    script.left("0:50")
+    file, count = script.run / "evaluation-units/probe/whole-0f/result.json", script.folder / "count"
+    second = f"sleep 0.1; mkdir -p {file.parent}; touch {file}"
+    work = f"echo >>{count}; [ $(wc -l <{count}) -ne 2 ] || {{ {second}; }}; echo working; exec sleep 60"
+    assert len(play(script, script.evaluation(work), 5)) == 4
+
+
 def test_an_evaluation_that_is_preempted_early_is_not_too_long(script: Script) -> None:
     script.left("30:00")
     assert len(play(script, script.evaluation("echo working; exec sleep 60"), 3)) == 3
