@@ -26,8 +26,9 @@ LEAST_INSIDE = 0.01
 FEWEST_LEVELS = 32
 _NEARLY_ALL = 0.99
 #: So does one from 0 to all that so many bits can hold, which nobody chose for a film, where most pixels lie
-#: beyond it, or it goes on where the file's own bits end.
+#: beyond it, or all that the file's own bits can hold has less than this share of the grey levels.
 _DEPTHS = range(8, 17)
+_LEAST_REACHED = 0.4  # half is one bit too many, a quarter are two
 _NEAR = 2  # 127/255, 128/256 and 127.5/254 all mean 8 bits
 
 #: Values that occur [V] and how often each does; from them every step is computed.
@@ -69,8 +70,9 @@ def _auto(values: Values, counts: Counts, header: Any) -> Shown:
     held = _held(header)
     plain = _by_percentiles(values, film) if header.BitsStored > 8 else _stretched(values, *held)
     ignored = False
-    for shown, low, high in _of_the_file(values, header):
-        if _fits(shown, low, high, values, film, plain, held[1]):
+    for everything, low, high in _of_the_file(np.append(values, np.linspace(*held, 256)), header):
+        shown, reached = everything[: len(values)], float(np.ptp(everything[len(values) :]))
+        if _fits(shown, low, high, values, film, plain, reached):
             return Shown(shown, ignored)
         ignored = True
     return Shown(plain, ignored)
@@ -91,7 +93,7 @@ def _of_the_file(values: Values, header: Any) -> Iterator[tuple[Values, float, f
 
 
 def _fits(
-    shown: Values, low: float, high: float, values: Values, film: Counts, plain: Values, most: float
+    shown: Values, low: float, high: float, values: Values, film: Counts, plain: Values, reached: float
 ) -> bool:
     """Whether what is made for values from `low` to `high` fits the pixels of a film.
 
@@ -100,13 +102,13 @@ def _fits(
 
     Args:
         shown: what is made. values, film: those there are, and how often each is in the film.
-        plain: what is shown instead. most: what the file's bits can hold.
+        plain: what is shown instead. reached: share of the grey levels for all that the file's bits can hold.
     """
     beyond = film[values < low].sum(), film[values > high].sum()
     if sum(beyond) > (1 - LEAST_INSIDE) * film.sum():
         return False
     is_of_depth = abs(low) <= _NEAR and any(abs(high - (1 << bits)) <= _NEAR for bits in _DEPTHS)
-    if is_of_depth and (max(beyond) > film.sum() / 2 or high > 2 * (most + 1) + _NEAR):
+    if is_of_depth and (max(beyond) > film.sum() / 2 or reached < _LEAST_REACHED):
         return False
     levels, at_best = _levels(shown, film), _levels(plain, film)
     return not (levels < FEWEST_LEVELS <= at_best or levels == 1 < at_best)

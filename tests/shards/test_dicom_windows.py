@@ -94,6 +94,17 @@ def test_a_table_for_fewer_bits_gives_way_as_well() -> None:
     close(read(both), linear(film, 2000, 3500))
 
 
+@pytest.mark.parametrize("entries", [16384, 65535])
+def test_a_table_that_has_entries_beyond_the_files_bits_is_kept(entries: int) -> None:
+    film = body(600, 3900, 40, 0.27)
+    rising = np.minimum(np.arange(entries), 4095) * 16
+    found = read_dicom(dicom.write(film, bits=12, VOILUTSequence=[dicom.table(rising, 0, 16)]))
+    close(found.pixels, film / 4096 * 255)
+    assert found.notes == ()
+    flat = dicom.table(np.arange(entries) * (65535 // entries), 0, 16)  # its end shows nothing of 12 bits
+    assert read_dicom(dicom.write(film, bits=12, VOILUTSequence=[flat])).notes
+
+
 def raw_detector() -> np.ndarray:
     """Direct exposure in most of the film, and anatomy in an eighth of the range of its values."""
     film = body(200, 2000, 0, 0.7)
