@@ -138,18 +138,17 @@ def begin_again(method: Method, config: Config, identity: RunIdentity | None) ->
     All ranks call this together.
 
     Raises:
-        IdentityError: `train.start` holds other weights today, or cannot be read.
+        IdentityError: `train.start` names other weights today or none, or cannot be read.
     """
     try:
         start = Start.of(config)
     except CheckpointError as error:
         raise IdentityError(f"the network before training needs train.start ({error})") from error
-    if start is None:
-        return
     then = None if identity is None else identity.start.get("run")
-    if then is not None and then != start.weights:
+    if then is not None and (start is None or then != start.weights):
         raise IdentityError(
-            f"train.start={config.train.start} holds other weights than those the run was started from, so "
-            "the network before training cannot stand beside it: give the old ones with train.start=PATH"
+            f"train.start={config.train.start or 'null'} does not hold the weights that the run was started "
+            "from, so the network before training cannot stand beside it: give them with train.start=PATH"
         )
-    together(partial(start.weights_into, method, config))
+    if start is not None:
+        together(partial(start.weights_into, method, config))

@@ -176,5 +176,8 @@ def test_a_run_starts_from_another_and_remembers_it(data: Path, tmp_path: Path, 
     for name, value in untrained_head(second.run, data, tmp_path).named_parameters():
         assert torch.equal(weights[0][name], value), name
     identity.start["run"] = "0"
-    with pytest.raises(IdentityError, match="holds other weights"):
+    with pytest.raises(IdentityError, match="first does not hold the weights that the run was started from"):
+        begin_again(untrained, config, identity)
+    config.train.start = None
+    with pytest.raises(IdentityError, match="train.start=null does not hold the weights"):
         begin_again(untrained, config, identity)
