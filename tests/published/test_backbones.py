@@ -179,5 +179,5 @@ def test_a_run_starts_from_another_and_remembers_it(data: Path, tmp_path: Path, 
     with pytest.raises(IdentityError, match="first does not hold the weights that the run was started from"):
         begin_again(untrained, config, identity)
     config.train.start = None
-    with pytest.raises(IdentityError, match="train.start=null does not hold the weights"):
+    with pytest.raises(IdentityError, match=r"train\.start=null does not hold the weights"):
         begin_again(untrained, config, identity)
