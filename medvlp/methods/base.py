@@ -79,6 +79,15 @@ class Objective(nn.Module, abc.ABC):
     def on_progress(self, progress: Progress) -> None:
         """Called before every optimiser step."""
 
+    @property
+    def loss_variant(self) -> str:
+        """Which of its losses the next step takes, where `on_progress` changes from one to another.
+
+        The values of two variants are different quantities: nothing compares them
+        (`medvlp.training.step_guard`).
+        """
+        return ""
+
     def parameters_without_decay(self) -> set[str]:
         """Names of parameters that never get weight decay, not even with `optimizer.decay_all`.
 

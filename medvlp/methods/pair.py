@@ -63,6 +63,11 @@ class Alignment(PrototypeUser, nn.Module, abc.ABC):
     def on_progress(self, progress: Progress) -> None:
         """See `Method.on_progress`."""
 
+    @property
+    def loss_variant(self) -> str:
+        """See `Method.loss_variant`."""
+        return ""
+
     def parameters_without_decay(self) -> set[str]:
         """See `Method.parameters_without_decay`; names inside the alignment."""
         return set()
@@ -179,6 +184,10 @@ class PairMethod(DividedMethod):
 
     def on_progress(self, progress: Progress) -> None:
         self.alignment.on_progress(progress)
+
+    @property
+    def loss_variant(self) -> str:
+        return self.alignment.loss_variant
 
     def parameters_without_decay(self) -> set[str]:
         return {f"alignment.{name}" for name in self.alignment.parameters_without_decay()}

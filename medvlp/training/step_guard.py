@@ -28,7 +28,8 @@ class StepGuard:
     `undo`.
 
     A spike is a mean loss over all ranks more than `sigma` standard deviations above the mean of the last
-    accepted steps (exponential, about `WINDOW` of them). Looking for spikes costs one reduction of a number
+    accepted steps (exponential, about `WINDOW` of them) with the same loss: where a planned change makes it
+    another quantity, the statistics begin anew. Looking for spikes costs one reduction of a number
     over ranks in each step, on the group of the gradients; with `sigma` 0 there is none.
 
     Args:
@@ -47,6 +48,14 @@ class StepGuard:
         self._mean = torch.zeros((), dtype=torch.float64, device=device)
         self._variance, self._count = self._mean.clone(), self._mean.clone()
         self._loss = self._spike = self._mean
+        self._variant: str | None = None
+
+    def expect(self, variant: str) -> None:
+        """Which loss the coming steps take; that of another variant is another quantity."""
+        if variant != self._variant:
+            self._variant = variant
+            for value in (self._mean, self._variance, self._count):
+                value.zero_()
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -97,14 +106,10 @@ class StepGuard:
         loss = float(self._loss)
         return StepVerdict(loss, bool(torch.isfinite(self._loss)), bool(self._spike))
 
-    def forget(self) -> None:
-        """Start the statistics anew: the loss of another phase is another quantity."""
-        for value in (self._mean, self._variance, self._count):
-            value.zero_()
-
     def state_dict(self) -> dict[str, Any]:
         """The statistics, the same on all ranks when spikes are looked for."""
-        return {"mean": self._mean, "variance": self._variance, "count": self._count}
+        statistics = {"mean": self._mean, "variance": self._variance, "count": self._count}
+        return statistics | {"variant": self._variant}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
@@ -112,3 +117,4 @@ class StepGuard:
             self._mean, self._variance, self._count = (
                 state[name].to(self._mean.device) for name in ("mean", "variance", "count")
             )
+            self._variant = state.get("variant")

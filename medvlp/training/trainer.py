@@ -110,10 +110,11 @@ class Trainer:
         logged = self._is_logged()
         if self.schedule.restarts_at(self.step):
             self.engine.restart_optimizer()
-            self.guard.forget()
         phase = int(self.schedule.phases[self.step])
         self.engine.objective.on_progress(Progress(epoch, self.step, self.schedule.steps, phase))
         self.engine.set_learning_rate(learning_rate)
+        clusters = "without clusters" if self._clusters is None else "with clusters"
+        self.guard.expect(f"phase {phase}, {clusters}, {self.engine.objective.loss_variant}")
         self.guard.begin()
         passes = self._exact_passes() if self.engine.exact else self._plain_passes()
         if not self.engine.applied:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from medvlp.config import PhaseConfig
 from medvlp.config_files import ConfigError
 from medvlp.methods.base import Method, Progress, StepOutput
 from tests.methods import small_mgca
@@ -122,6 +123,21 @@ def test_a_validation_measures_the_same_at_any_time(name: str) -> None:
         torch.manual_seed(0)
         measured.append({term: value.item() for term, value in method(batch).named.items()})
     assert measured == [measured[0]] * 3
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_change_of_the_loss_is_told(name: str) -> None:
+    config = small_config(name)
+    if config.method.name in ("prior", "combination"):
+        config.optimizer.phases = [PhaseConfig(1, 1e-3) for _ in range(3)]
+    method = built(config)
+    losses: dict[str, set[float]] = {}
+    for epoch, phase in (0, 0), (1, 0), (2, 1), (9, 2):
+        method.on_progress(Progress(epoch, 7, 100, phase))
+        losses.setdefault(method.loss_variant, set()).add(step_of(method).loss.item())
+    assert all(len(values) == 1 for values in losses.values()), losses
+    assert len(set.union(*losses.values())) == len(losses)
+    assert (len(losses) > 1) == (config.method.training_loss_changes(config) is not None)
 
 
 @pytest.mark.parametrize("name", names())

@@ -36,11 +36,16 @@ class Poisoned(TinyMethod):
         assert self.norm.running_mean is not None
         embedded = self.norm(self.encode_image(batch.image).to(self.norm.running_mean.dtype)).float()
         loss = output.loss + embedded.square().mean()
-        if self.progress[-1][1] >= BAD_STEP and distributed.rank() == 1:
+        step = self.progress[-1][1]
+        if step >= BAD_STEP and distributed.rank() == 1:
             loss = self._poisoned(loss)
-        elif self.progress[-1][1] == BAD_STEP and self.poison == "spike":
+        elif {"spike": step == BAD_STEP, "another loss": step >= BAD_STEP}.get(self.poison, clusters):
             loss = loss + 100
         return output._replace(loss=loss)
+
+    @property
+    def loss_variant(self) -> str:
+        return "later" if self.poison == "another loss" and self.progress[-1][1] >= BAD_STEP else ""
 
     def _poisoned(self, loss: Tensor) -> Tensor:
         persistent = self.poison == "for ever"
@@ -59,7 +64,7 @@ class Poisoned(TinyMethod):
 
 def run_steps(
     run_dir: str, poison: str, stage: int, precision: Precision, micro: int, clip: float = 0.0,
-    steps: int = 5, limit: int = 3, sigma: float = 0.0, skip_seed: bool = False,
+    steps: int = 5, limit: int = 3, sigma: float = 0.0, skip_seed: bool = False, refresh: Any = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train; the state afterwards. `skip_seed`: without poison and without the batches of the bad step."""
     from medvlp.data.batch_sizes import divide_batch
@@ -97,7 +102,9 @@ def run_steps(
         for part in range(sizes.accumulation)
     )
     schedule = Schedule(np.full(steps - skip_seed, 1e-3), np.zeros(steps, dtype=np.int64))
-    trainer = Trainer(engine, batches, schedule, 3, [Applied(), bad], guard, Watchdog(run_dir, 1, 1))
+    trainer = Trainer(
+        engine, batches, schedule, 3, [Applied(), bad], guard, Watchdog(run_dir, 1, 1), refresh=refresh
+    )  # fmt: skip
     text = ""
     try:
         with Interrupts() as interrupts:
@@ -178,15 +185,35 @@ def test_a_spike_is_skipped_by_all_ranks_when_asked(
     assert line["ranks"][0]["loss"] > 90 > line["ranks"][1]["loss"]
 
 
-def spike_after_two_steps(run_dir: str, sigma: float) -> dict[str, Any]:
+def spike_after_two_steps(run_dir: str, sigma: float, kind: str = "spike") -> dict[str, Any]:
     """Rank 0's loss leaps at the third step; two steps are enough to know a spike here."""
     from medvlp.training import step_guard
 
     usual, step_guard.WARMUP = step_guard.WARMUP, 2
     try:
-        return run_steps(run_dir, "spike", 2, "fp32", 4, sigma=sigma)
+        refresh = FirstClusters() if kind == "clusters" else None
+        return run_steps(run_dir, kind, 2, "fp32", 4, sigma=sigma, refresh=refresh)
     finally:
         step_guard.WARMUP = usual
+
+
+class FirstClusters:
+    """As the callback of the prototype service: clusters from the third step on."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    @property
+    def table(self) -> object:
+        return self if self.steps >= BAD_STEP else None
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("kind", ["another loss", "clusters"])
+def test_a_leap_to_another_loss_is_no_spike(gloo_pool: Pools, tmp_path: Path, kind: str) -> None:
+    results = gloo_pool(2).run(spike_after_two_steps, str(tmp_path), 8.0, kind)
+    assert [result["applied"] for result in results] == [[True] * 5] * 2
+    assert not (tmp_path / "events.jsonl").exists()
 
 
 def test_the_running_statistics_are_those_of_accepted_losses() -> None:
@@ -198,17 +225,31 @@ def test_the_running_statistics_are_those_of_accepted_losses() -> None:
         assert guard.allowance(torch.tensor(loss)).item() == 1
     assert guard.state_dict()["mean"].item() == pytest.approx(losses.mean())
     assert guard.state_dict()["variance"].item() == pytest.approx(losses.var())
-    before = {name: value.item() for name, value in guard.state_dict().items()}
+    before = [guard.state_dict()[name].item() for name in ("mean", "variance", "count")]
     assert guard.allowance(torch.tensor(2.9)).isnan()
     assert guard.verdict().spike
     assert guard.allowance(torch.tensor(torch.inf)).isnan()
-    assert {name: value.item() for name, value in guard.state_dict().items()} == before
+    assert [guard.state_dict()[name].item() for name in ("mean", "variance", "count")] == before
     assert guard.allowance(torch.tensor(0.1)).item() == 1  # low losses are welcome
     other = StepGuard(torch.nn.Linear(1, 1), 5.0, torch.device("cpu"))
     other.load_state_dict(guard.state_dict())
     assert other.allowance(torch.tensor(9.0)).isnan()
-    other.forget()
+    other.expect("another loss")
     assert other.allowance(torch.tensor(9.0)).item() == 1
+
+
+def test_statistics_are_those_of_one_loss_over_a_resume_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("medvlp.training.step_guard.WARMUP", 2)
+    device = torch.device("cpu")
+    guard = StepGuard(torch.nn.Linear(1, 1), 5.0, device)
+    for loss in (1.0, 1.1, 1.0):
+        guard.expect("soft matching")
+        assert guard.allowance(torch.tensor(loss)).item() == 1
+    for variant, taken in (("soft matching", False), ("hungarian matching", True)):
+        resumed = StepGuard(torch.nn.Linear(1, 1), 5.0, device)
+        resumed.load_state_dict(guard.state_dict())
+        resumed.expect(variant)
+        assert bool(resumed.allowance(torch.tensor(9.0)).isfinite()) is taken
 
 
 def test_buffers_of_several_types_are_kept_in_lists_of_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,6 +109,11 @@ class Combination(Alignment):
         for part in self._parts().values():
             part.on_progress(progress)
 
+    @property
+    def loss_variant(self) -> str:
+        """Those of the parts that have several."""
+        return ", ".join(filter(None, (part.loss_variant for part in self._parts().values())))
+
     def parameters_without_decay(self) -> set[str]:
         return {
             f"parts.{name}.{parameter}"

@@ -115,7 +115,7 @@ class PLACE(Alignment):
             observations = self._observations(self.extractor(image.local, image.grid).features)
             sentences = self._said(text, batch.text)
             # Not by the epoch in a validation: each is compared with the others.
-            soft = config.matching == "soft" or (self.soft and self.training)
+            soft = self._matching == "soft" if self.training else config.matching == "soft"
             terms |= observation_terms(observations, sentences, soft, config, exclusion.pairs)
             if config.diversity_weight > 0:
                 terms["loss/diversity"] = diversity_penalty(observations)
@@ -196,6 +196,15 @@ class PLACE(Alignment):
         self.soft = progress.epoch < self.config.soft_epochs
         if self.correlation is not None:
             self.correlation.new_step()
+
+    @property
+    def loss_variant(self) -> str:
+        """How sentences get their observation."""
+        return "" if self.extractor is None else f"{self._matching} matching"
+
+    @property
+    def _matching(self) -> str:
+        return "soft" if self.soft else self.config.matching
 
     def embedding_width(self) -> int | None:
         return self.config.embedding if self.embeds else None

@@ -165,6 +165,11 @@ class PRIOR(Alignment):
         for slot, value in enumerate((stage, progress.step, progress.steps)):
             self.reached[slot].fill_(value)  # a copy from the host would wait for the device
 
+    @property
+    def loss_variant(self) -> str:
+        """The stage."""
+        return f"stage {self.objective.stage}"
+
     def embedding_width(self) -> int | None:
         return self.config.embedding if self.config.embeds(self.stages) else None
 
