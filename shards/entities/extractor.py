@@ -44,7 +44,9 @@ _LOCATIVE = re.compile(
 )
 _BOUNDARY = re.compile(r"[;:]|\b(?:but|however|although|while|whereas)\b")
 _SIDE_AFTER = re.compile(
-    r"[^,;:.]{0,40}?(?:\b(?:on|in|to) the (left|right)\b(?! \w*(?:lung|lobe|side of))|\b(bilaterally))"
+    r"[^,;:.]{0,40}?(?:\b(?:on|in|to) the "
+    r"((?:left|right)(?: (?:and|or) (?:the )?(?:left|right)(?=[,;:.]|$))?)\b"
+    r"(?! \w*(?:lung|lobe|side of))|\b(bilaterally))"
 )
 
 
@@ -216,7 +218,11 @@ class _Linker:
 
     def _attached(self, number: int) -> tuple[str, ...]:
         """Anatomies right before the mention ("left basilar atelectasis") and after its preposition."""
-        before, after = self._before(self.mentions[number]), self._after(number)
+        mention = self.mentions[number]
+        # "Pleural effusion on the left": the side stands behind.
+        sides = self._sides_after(mention)
+        before = [sided for name in self._before(mention) for sided in with_sides(name, sides)]
+        after = self._after(number)
         if before:  # "pleural thickening at the chest wall": the second says no more
             after = tuple(name for name in after if landmark(name) != OTHER)
         return tuple(dict.fromkeys((*before, *after)))
@@ -297,9 +303,12 @@ class _Linker:
         for pair in _BOTH_SIDES.finditer(before):
             if pair.end() >= len(before) - len(phrase):
                 phrase = before[pair.start() :]
-        after = _SIDE_AFTER.match(self.sentence, mention.end)
-        sides = f"{phrase} {after[1] or after[2] if after else ''}"
-        names = with_sides(mention.term.site, sides)
+        names = with_sides(mention.term.site, f"{phrase} {self._sides_after(mention)}")
         if mention.term.both_sides and mention.value != ABSENT and names == (mention.term.site,):
             return with_sides(mention.term.site, "bilateral")
         return names
+
+    def _sides_after(self, mention: _Mention) -> str:
+        """The sides that are named behind a mention: "on the left", "bilaterally"; "" where none is."""
+        after = _SIDE_AFTER.match(self.sentence, mention.end)
+        return after[1] or after[2] if after else ""

@@ -253,9 +253,16 @@ _ZONE = r"(?:upper|mid-?|middle|lower|apical|basal|basilar)"
 _LUNG = r"(?:lobes?|lungs?(?: (?:zones?|fields?|bases?|apex|apices))?|zones?|lung)"
 _AND = r"(?:\s?/\s?|,? and (?:the )?|,? or |, )"
 #: How large or new a finding is.
-SIZE = r"(?:trace|tiny|small|minimal|mild|moderate|large|severe|new|increased|decreased)"
+SIZE = (
+    r"(?:trace|tiny|small|minimal|mild|moderate|large|severe|new|increased|decreased|residual|stable|"
+    r"unchanged|persistent)"
+)
+#: Behind "on the" a side stands alone: "effusion on the right and left lower lobe opacity".
+_NO_NOUN = r"(?<!\bon the )"
+#: The first of two sides: "right and ", "left greater than ".
+_FIRST_SIDE = rf"{_NO_NOUN}{_SIDE}(?:{_AND}| (?:greater|larger|more|worse) than (?:the )?)"
 #: Two sides of one finding, each with its size: the beginning of "right and moderate left pleural effusions".
-SIZED_SIDES = rf"{_SIDE},? (?:and|or) (?:a )?(?:{SIZE}(?:[- ](?:sized|to|{SIZE}))* )?(?={_SIDE} )"
+SIZED_SIDES = rf"{_NO_NOUN}{_SIDE},? (?:and|or) (?:a )?(?:{SIZE}(?:[- ](?:sized|to|{SIZE}))* )?(?={_SIDE} )"
 _PART = (
     r"(?: (?:size|silhouettes?|contours?|shadow|structures?|outline|configuration|region|angles?|"
     r"sulc(?:us|i)|spaces?|surfaces?|arch|knob))"
@@ -268,8 +275,8 @@ _ORDINAL = (
 
 #: Anatomy name -> its forms, with sides, zones and parts; tried in this order.
 ANATOMY_PATTERNS: dict[str, str] = {
-    "zonal": rf"(?:{_SIDE}{_AND})?(?:{_SIDE} )?{_ZONE}(?:{_AND}(?:{_SIDE} )?{_ZONE})* {_LUNG}|"
-    rf"(?:{_SIDE}{_AND})?(?:{_SIDE} )?mid-?(?:lungs?|zones?)",
+    "zonal": rf"(?:{_FIRST_SIDE})?(?:{_SIDE} )?{_ZONE}(?:{_AND}(?:{_SIDE} )?{_ZONE})* {_LUNG}|"
+    rf"(?:{_FIRST_SIDE})?(?:{_SIDE} )?mid-?(?:lungs?|zones?)",
     "lobe": r"r[uml]l|l[ul]l",
     "lung volumes": r"lung volumes?|pulmonary volumes?",
     "cavoatrial junction": r"(?:cavo-?\s?atrial|svc[/ -]ra|atrio-?caval|cavo-?atrial) junction",
@@ -283,20 +290,20 @@ ANATOMY_PATTERNS: dict[str, str] = {
     "right ventricle": r"right ventric(?:le|ular)",
     "pericardium": r"pericardi(?:al|um)",
     "heart": rf"(?:heart|cardiac)(?! failure){_PART}*(?: and {_PART[3:-1]})?",
-    "hilum": rf"(?:{_SIDE}{_AND})?(?:{_SIDE} )?(?:peri|infra|supra|para)?-?(?:hil(?:um|ar|a)){_PART}*",
-    "costophrenic angle": rf"(?:{_SIDE}{_AND})?(?:{_SIDE} )?(?:\w+ )?costophrenic{_PART}*",
+    "hilum": rf"(?:{_FIRST_SIDE})?(?:{_SIDE} )?(?:peri|infra|supra|para)?-?(?:hil(?:um|ar|a)){_PART}*",
+    "costophrenic angle": rf"(?:{_FIRST_SIDE})?(?:{_SIDE} )?(?:\w+ )?costophrenic{_PART}*",
     "cardiophrenic angle": rf"(?:{_SIDE} )?cardiophrenic{_PART}*",
-    "hemidiaphragm": rf"(?:{_SIDE}{_AND})?(?:{_SIDE} )?(?:hemi-?)?diaphragm(?:s|atic)?",
+    "hemidiaphragm": rf"(?:{_FIRST_SIDE})?(?:{_SIDE} )?(?:hemi-?)?diaphragm(?:s|atic)?",
     "rib": rf"(?:{_SIDE} )?(?:{_ORDINAL}(?:, and |, | and | through | ))*ribs?(?: cage)?",
     "clavicle": rf"(?:{_SIDE} )?(?:\w+ )?clavic(?:les?|ular)",
     "lingula": r"lingula|lingular",
     "bibasilar": r"bi-?basilar|bibasal",
     "biapical": r"bi-?apical",
-    "lung base": rf"(?:{_SIDE}{_AND})?(?:{_SIDE} )?(?:lung )?(?:bases?|basilar|basal)",
-    "lung apex": rf"(?:{_SIDE}{_AND})?(?:{_SIDE} )?(?:lung )?(?:apex|apices|apical)",
-    "pleural space": rf"(?:{SIZED_SIDES}|{_SIDE}{_AND})?(?:{_SIDE} )?(?:{_ZONE} )?pleura(?:l|e)?{_PART}*",
+    "lung base": rf"(?:{_FIRST_SIDE})?(?:{_SIDE} )?(?:lung )?(?:bases?|basilar|basal)",
+    "lung apex": rf"(?:{_FIRST_SIDE})?(?:{_SIDE} )?(?:lung )?(?:apex|apices|apical)",
+    "pleural space": rf"(?:{SIZED_SIDES}|{_FIRST_SIDE})?(?:{_SIDE} )?(?:{_ZONE} )?pleura(?:l|e)?{_PART}*",
     "hemithorax": rf"(?:{_SIDE} )?hemi-?thora(?:x|ces)",
-    "lung": rf"(?:{_SIDE}{_AND})?(?:{_SIDE} )?lungs?(?: (?:zones?|fields?))?",
+    "lung": rf"(?:{_FIRST_SIDE})?(?:{_SIDE} )?lungs?(?: (?:zones?|fields?))?",
     "trachea": r"tracheal?",
     "spine": r"(?:(?:thoracic|cervical|lumbar|thoracolumbar|mid|lower|upper) )*"
     r"(?:spine|spinal|vertebrae?l?|t-spine)(?: bod(?:y|ies))?",

@@ -37,8 +37,8 @@ _CUES: dict[str, tuple[str, ...]] = {
         rf"(?:(?:has|have|had|{_BE}) (?:been |since |now )?)?{_PARTLY}(?: |-)(?:interval |complete(?:ly)? |"
         r"total(?:ly)? )?(?:resol(?:ved|ution)|clear(?:ed|ing)|disappeared)(?: of)?",
         r"without (?:\w+ )?(?:change|resolution|improvement)(?: (?:in|of))?",
-        r"(?:has|have|had) not (?:\w+ )?(?:resolved|cleared|changed|improved)",
-        r"not (?:\w+ ){0,2}?(?:changed|different|resolved|without|free of|clear of)",
+        r"(?:has|have|had) not (?:\w+ )?(?:resolved|cleared|changed|improved|removed)",
+        r"not (?:\w+ ){0,2}?(?:changed|different|removed|resolved|without|free of|clear of)",
         r"not (?:only|necessarily)",
         r"no(?:t)? (?:longer )?(?:\w+ )?(?:excluded|ruled out) ?$",
         r"(?:consistent|compatible|associated|in keeping) with",
@@ -61,6 +61,8 @@ _CUES: dict[str, tuple[str, ...]] = {
         r", (?:now |since |completely |fully )+(?:resolved|cleared)(?=\s*(?:[.;,]|$))",
         rf"(?:{_BE} )?no longer (?:\w+ )?{_SEEN}",
         rf"{_BE} (?:\w+ )?(?:absent|resolved|excluded|ruled out)",
+        r"(?:has|have|had|is|are|was|were) (?:(?!to |not )\w+ ){0,2}?removed",
+        r"(?<!\bbe )removed(?=\s*(?:[.;,]|$))",
     ),
     # Not about this patient now: what follows is left out.
     "elsewhere": (
@@ -91,23 +93,30 @@ _CUES: dict[str, tuple[str, ...]] = {
         r"no evidence (?:of|for)", r"no (?:signs?|indication|radiographic (?:evidence|findings?)) of",
         r"(?:neg(?:ative)?|clear|free) (?:for|of)", r"absence of", r"absent(?= \w)", r"nil(?= \w)",
         r"without(?: evidence of)?", r"resolved",
-        r"resolution of", r"clearing of", r"non[- ]?visuali[sz]ation(?: of)?", r"inconsistent with",
+        r"resolution of", r"clearing of",
+        r"(?<!recommend )(?<!consider )(?<!before )(?<!prior to )removal of",
+        r"non[- ]?visuali[sz]ation(?: of)?", r"inconsistent with",
         r"neither", r"nor", r"not", r"no", r"never", r"lacks?",
         r"rather than",
     ),
     "boundary": (
         r"[;:]", r"\b(?:but|however|although|though|except|otherwise|while|whereas|yet|nevertheless)\b",
         r"\b(?:aside|apart|other than)(?: from)?\b", r"\bthere (?:is|are|has|have)\b", r"\bwith\b",
-        r"\band (?=(?:the|there|a|an|is|are|stable|unchanged|normal|clear|unremarkable|persistent|mild|low)"
-        r"\b)",
-        # "No effusion and small left pneumothorax", "... and small effusion on the left".
-        rf"\band (?=(?:a )?{SIZE}(?:[- ](?:to|sized|{SIZE}))* (?:{_SIDED}|(?:\w+ ){{1,2}}(?:on|in) the "
-        rf"{_SIDED}))",
+        r"\band (?=(?:the|there|a|an|only|is|are|stable|unchanged|normal|clear|unremarkable|persistent|mild|"
+        r"low)\b)",
         r"\bdue to\b", r"\bin (?:the setting|this patient)\b", r"\bsecondary to\b", r"\.(?=\s|$)",
         # "No pneumothorax following placement of a chest tube": the tube is there.
-        r"\b(?:following|after) (?:the )?(?:\w+ ){0,2}?(?:placement|insertion|advancement|exchange)\b",
+        r"\b(?:following|after|and) (?:the )?(?:\w+ ){0,2}?(?:placement|insertion|advancement|exchange)\b",
+        # "Pneumothorax after the chest tube was removed": the pneumothorax is there.
+        r"\b(?:after|since|once|when) (?=(?:\w+ ){0,5}?(?:has|have|had|was|were) (?:been )?removed\b)",
         r"\((?=[^()]*\bpresent\b)", r"(?<=enlargement) of (?=(?:the |this |that )?(?:\w+ ){0,2}?(?:"
         r"(?:hydro)?pneumothora|effusion|nodul|mass|lesion|opaci|consolidation|collection))",
+    ),
+    # Ends a denial, not a doubt: nobody denies "and moderate cardiomegaly". One of a "large" or new finding
+    # goes on, unless a side is named: "no effusion and large left pneumothorax", "... on the left".
+    "denied_until": (
+        r"and(?= (?:trace|tiny|small|minimal|moderate|severe|decreased|residual) )",
+        rf"and(?= {SIZE}(?:[- ](?:to|sized|{SIZE}))* (?:{_SIDED}|(?:\w+ ){{1,2}}(?:on|in) the {_SIDED}))",
     ),
 }  # fmt: skip
 
@@ -123,12 +132,12 @@ def _cue_pattern() -> re.Pattern[str]:
 
 _CUE = _cue_pattern()
 _LIST_ITEM = re.compile(r"\s*(?:or|nor)\b|[^;:]*?,?\s(?:or|nor)\s")
-_VERB = re.compile(r"\b(?:is|are|was|were|appears?|remains?|shows?|demonstrates?|has|have)\b")
+_VERB = re.compile(r"\b(?:is|are|was|were|appears?|remains?|shows?|demonstrates?|has|have|removed)\b")
 # How a new statement opens after a comma, instead of the next item of a list.
 _OPENS = re.compile(
     r"\s*(?:and )?(?:the|there|a|an|this|these|with|new|stable|unchanged|small|mild|moderate|minimal|trace|"
-    r"tiny|persistent|increas\w+|decreas\w+|worsening|improv\w+|possibl[ey]|probabl[ey]|likely|questionable|"
-    r"normal|clear|unremarkable|low|bibasilar|left|right|bilateral|which|suggest\w*|consistent|compatible)\b"
+    r"tiny|only|persistent|increas\w+|decreas\w+|worsening|improv\w+|possibl[ey]|probabl[ey]|likely|"
+    r"questionable|normal|clear|unremarkable|low|bibasilar|left|right|bilateral|which|suggest\w*|consistent|compatible)\b"
 )
 
 
@@ -197,7 +206,7 @@ def _state_at(sentence: str, position: int, cues: Sequence[_Cue]) -> int | None:
     for cue in cues:
         if cue.start >= position:
             break
-        if cue.kind == "boundary":
+        if cue.kind == "boundary" or (cue.kind == "denied_until" and state == ABSENT):
             state = PRESENT
         elif cue.kind == "absent" or (
             cue.kind == "absent_next" and sentence[cue.end : position] in ("-", " ")

@@ -1,17 +1,22 @@
-"""A finding that is denied on one side and there on the other: "no right and small left pleural effusion"."""
+"""A finding of which a sentence says one thing on one side, and another on the other.
+
+"No right and small left pleural effusion", "small right and possible left effusion".
+"""
 
 import re
 
 from shards.entities.lexicon import SIZE, TERM_PATTERN
 
 _SIDE = r"(?:left|right|[lr]t)(?:[- ]sided)?"
-_SIZES = rf"(?:(?:{SIZE}|stable|unchanged|persistent|possible|probable)(?:[- ](?:sized|to))*[- ])"
+_DOUBT = r"(?:possible|probable|likely|questionable|suspected)"
+_SIZES = rf"(?:(?:{SIZE}|only|a|{_DOUBT})(?:[- ](?:sized|to))*[- ])"
 #: Words that take nothing from a "no".
 _ANY = (
     r"(?:(?:evidence|signs?) of (?:an? )?|(?:significant|definite|residual|obvious|convincing|appreciable|"
     r"visible|discernible|discrete|focal|acute|recurrent|further) )"
 )
 _HALF = rf"(?:no {_ANY}*{_SIZES}*|(?:a )?{_SIZES}+){_SIDE}"
+_IN_DOUBT = re.compile(rf"no |.*{_DOUBT} ")
 #: Two sides before their finding, each with "no" or a size; "no left or right" is one statement.
 _BEFORE = re.compile(rf"\b(?P<one>{_HALF})(?:,? (?:and|but)|,) (?P<two>{_HALF}) (?=[a-z])")
 #: Words between the sides and their finding: "left pleural effusion".
@@ -28,14 +33,14 @@ _CONFIRMS = {"yes", "present", "positive"}
 
 
 def apart(sentence: str) -> str:
-    """The same sentence, in lower case, with a statement for each side where one is denied."""
+    """The same sentence, in lower case, with a statement for each side where one is denied or doubted."""
     if match := _BEFORE.search(sentence):
         finding = TERM_PATTERN.search(sentence, match.end())
         halves = [match["one"], match["two"]]
         if (
             finding is not None
             and _BETWEEN.fullmatch(sentence, match.end(), finding.start())
-            and any(half.startswith("no ") for half in halves)
+            and any(_IN_DOUBT.match(half) for half in halves)
         ):
             phrase, rest = sentence[match.end() : finding.end()], sentence[finding.end() :]
             if re.match(r",? or ", rest):  # goes on with what is denied

@@ -109,6 +109,8 @@ def test_sentence(sentence: str, expected: Triples) -> None:
 
 LUNG, PLEURA = "lung_volumes", "pleural_unspec"
 BOTH_EFFUSIONS = {("left_pleural", "effusion", 1), ("right_pleural", "effusion", 1)}
+ONE_EFFUSION = {("left_pleural", "effusion", 1), ("right_pleural", "effusion", 0)}
+TUBE, NO_TUBE = {("right_pleural", "tube", 1)}, {("right_pleural", "tube", 0)}
 
 
 @pytest.mark.parametrize(
@@ -146,6 +148,26 @@ BOTH_EFFUSIONS = {("left_pleural", "effusion", 1), ("right_pleural", "effusion",
             {NO_PNEUMOTHORAX, ("left_pleural", "tube", 0)},
         ),
         ("No effusion (pneumothorax present).", {NO_EFFUSION, (PLEURA, "pneumothorax", 1)}),
+        ("No pneumothorax and moderate cardiomegaly.", {NO_PNEUMOTHORAX, ("heart_size", "cardiomegaly", 1)}),
+        ("No right effusion, and only a tiny left effusion.", ONE_EFFUSION),
+        ("No right effusion and minimal residual left effusion.", ONE_EFFUSION),
+        (
+            "Possible pneumonia and small left effusion.",
+            {(LUNG, "pneumonia", -1), ("left_pleural", "effusion", -1)},
+        ),
+        # What was taken out is gone; what stands beside it is not.
+        ("Interval removal of the right chest tube.", NO_TUBE),
+        ("Right chest tube has been removed.", NO_TUBE),
+        ("No pneumothorax, right chest tube removed.", {NO_PNEUMOTHORAX, *NO_TUBE}),
+        ("Pneumothorax after the right chest tube was removed.", {(PLEURA, "pneumothorax", 1), *NO_TUBE}),
+        ("Small pneumothorax, right chest tube removed.", {(PLEURA, "pneumothorax", 1), *NO_TUBE}),
+        ("The right chest tube has not been removed.", TUBE),
+        ("The right chest tube should be removed.", TUBE),
+        ("Consider removal of the right chest tube.", TUBE),
+        (
+            "Removal of the right chest tube and placement of left pigtail catheter.",
+            {*NO_TUBE, ("left_pleural", "tube", 1)},
+        ),
         # Doubt and denial in other words.
         ("Unlikely pneumonia.", {(LUNG, "pneumonia", -1)}),
         ("Doubt pneumonia.", {(LUNG, "pneumonia", -1)}),
@@ -160,6 +182,24 @@ BOTH_EFFUSIONS = {("left_pleural", "effusion", 1), ("right_pleural", "effusion",
         ("Effusion: none on the right; small heart.", {(PLEURA, "effusion", 0)}),
         ("Small right and moderate left pleural effusions.", BOTH_EFFUSIONS),
         ("Small right and moderate left effusions.", BOTH_EFFUSIONS),
+        ("Left greater than right pleural effusions.", BOTH_EFFUSIONS),
+        (
+            "Left greater than right hilar opacity.",
+            {("left_hilar", "opacity", 1), ("right_hilar", "opacity", 1)},
+        ),
+        ("Effusions on the right and left.", BOTH_EFFUSIONS),
+        ("New right and stable left pleural effusions.", BOTH_EFFUSIONS),
+        ("Pleural effusion on the left.", {("left_pleural", "effusion", 1)}),
+        ("No pleural effusion on the right, small effusion on the left.", ONE_EFFUSION),
+        (
+            "Pleural effusion on the left and right lower lobe opacity.",
+            {("left_pleural", "effusion", 1), ("lower_right_lobe", "opacity", 1)},
+        ),
+        (
+            "No consolidation on the right, left lower lobe consolidation is present.",
+            {("right_lung_unspec", "consolidation", 0), ("lower_left_lobe", "consolidation", 1)},
+        ),
+        ("No effusion on the right and small left pleural effusion.", ONE_EFFUSION),
         ("RLL pneumonia.", {("lower_right_lobe", "pneumonia", 1)}),
         ("LUL opacity.", {("upper_left_lobe", "opacity", 1)}),
         ("RML opacity.", {("middle_right_lobe", "opacity", 1)}),
@@ -187,6 +227,7 @@ def test_phrases_that_turn_a_finding_over_or_name_its_side(sentence: str, expect
         "No evidence of a right, but small left effusion.",
         "No right effusion and small left effusion.",
         "No right effusion and new moderate left effusion is seen.",
+        "No right-sided and only a small left-sided effusion.",
         "No effusion on the right and small effusion on the left.",
         "Effusion: none on the right; small on the left.",
         "Pleural effusion: none on the right, trace on the left.",
@@ -196,11 +237,10 @@ def test_phrases_that_turn_a_finding_over_or_name_its_side(sentence: str, expect
     ],
 )
 def test_a_finding_on_one_side_that_is_denied_on_the_other(sentence: str) -> None:
-    expected = {("right_pleural", "effusion", 0), ("left_pleural", "effusion", 1)}
     assert {
         (landmark(entity.anatomy), observation_class(entity.observation), entity.value)
         for entity in extract({"findings": sentence})
-    } == expected
+    } == ONE_EFFUSION
 
 
 @pytest.mark.parametrize(
@@ -209,6 +249,18 @@ def test_a_finding_on_one_side_that_is_denied_on_the_other(sentence: str) -> Non
 )
 def test_what_goes_on_with_or_is_denied_as_well(sentence: str) -> None:
     assert NO_PNEUMOTHORAX in triples(sentence)
+
+
+@pytest.mark.parametrize(
+    ("sentence", "right", "left"),
+    [
+        ("Possible right and small left effusion.", -1, 1),
+        ("Large right, possible left pleural effusion.", 1, -1),
+        ("Possible right and left effusions.", -1, -1),
+    ],
+)
+def test_a_finding_that_is_doubted_on_one_side(sentence: str, right: int, left: int) -> None:
+    assert triples(sentence) == {("right_pleural", "effusion", right), ("left_pleural", "effusion", left)}
 
 
 @pytest.mark.parametrize("sentence", ["No right or left effusion.", "No right and no left effusion."])
