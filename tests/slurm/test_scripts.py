@@ -44,7 +44,7 @@ class Script:
         # A name that looks like that of a unit, and holds a pattern.
         self.folder, self.run = folder, folder / "seed-1-[a]"
         (self.run / "slurm").mkdir(parents=True)
-        self.left("1:00:00")
+        self.left("7 1:00:00")
         self._program("srun", SRUN)
         self._program("squeue", f"#!/bin/bash\ncat {folder}/left\n")
         self._program("scontrol", f'#!/bin/bash\necho "$@" >>{folder}/requeued\n')
@@ -58,7 +58,7 @@ class Script:
         return path
 
     def left(self, text: str) -> None:
-        """What squeue answers from now on."""
+        """What squeue answers from now on: job and time left, a line for each component."""
         (self.folder / "left").write_text(f"{text}\n")
 
     def site(self, work: str, setup: Sequence[str] = ()) -> ClusterConfig:
@@ -137,7 +137,7 @@ def test_ranks_that_save_longer_than_the_warning_have_the_time_that_is_left(scri
 
 
 def test_ranks_that_still_save_at_the_time_limit_are_ended_before_it(script: Script) -> None:
-    script.left("0:01")
+    script.left("7 0:01")
     job = script.start(script.pretrain(SAVES.format(600)))
     script.await_word("working")
     job.send_signal(signal.SIGUSR1)
@@ -149,21 +149,24 @@ def test_ranks_that_still_save_at_the_time_limit_are_ended_before_it(script: Scr
 @pytest.mark.parametrize(
     ("left", "answer"),
     [
-        ("9:08", "548 0"),
-        ("01:00:09", "3609 0"),
-        ("2-03:00:00", "183600 0"),
-        ("  0:00", "0 0"),
-        ("UNLIMITED", " 0"),
-        ("INVALID", " 1"),
-        ("NOT_SET", " 1"),
+        ("7 9:08", "548 0"),
+        ("7 01:00:09", "3609 0"),
+        ("7 2-03:00:00", "183600 0"),
+        ("7   0:00", "0 0"),
+        ("7 UNLIMITED", " 0"),
+        ("7 INVALID", " 1"),
+        ("7 NOT_SET", " 1"),
         ("", " 1"),
+        ("8 2:52\n7 5:52", "352 0"),
+        ("8 UNLIMITED\n7 5:52", "352 0"),
+        ("8 2:52", " 1"),
     ],
 )
 def test_the_time_left_is_read_as_slurm_writes_it(script: Script, left: str, answer: str) -> None:
     script.left(left)
     function = "seconds_left() {" + script.pretrain("").partition("seconds_left() {")[2].partition("\n}\n")[0]
     command = ["bash", "-c", f'{function}\n}}\nleft=$(seconds_left); echo "$left $?"']
-    environment = {"PATH": f"{script.folder}/bin:/usr/bin:/bin"}
+    environment = {"PATH": f"{script.folder}/bin:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
     assert subprocess.check_output(command, text=True, env=environment) == f"{answer}\n"
 
 
@@ -179,7 +182,7 @@ def play(script: Script, text: str, starts: int) -> list[int]:
 
 
 def test_an_evaluation_whose_time_is_too_short_for_a_unit_is_started_twice(script: Script) -> None:
-    script.left("0:50")
+    script.left("7 0:50")
     text = script.evaluation("echo working; exec sleep 60", unit=["--unit", "seed-1"])
     assert play(script, text, 4) == [138, 138]
     assert "2 starts up to the time limit finished nothing" in (script.folder / "log").read_text()
@@ -198,14 +201,14 @@ def test_an_evaluation_whose_time_is_too_short_for_a_unit_is_started_twice(scrip
 def test_an_evaluation_goes_on_as_long_as_its_starts_finish_something(
     script: Script, place: str, starts: int
 ) -> None:
-    script.left("0:50")
+    script.left("7 0:50")
     file = script.run / "evaluation-units/probe" / place
     work = f"sleep 0.1; mkdir -p {file.parent}; touch {file}; echo working; exec sleep 60"
     assert len(play(script, script.evaluation(work, unit=["--unit", "seed-1"]), 3)) == starts
 
 
 def test_starts_that_finish_nothing_count_in_a_row(script: Script) -> None:
-    script.left("0:50")
+    script.left("7 0:50")
     file, count = script.run / "evaluation-units/probe/whole-0f/result.json", script.folder / "count"
     second = f"sleep 0.1; mkdir -p {file.parent}; touch {file}"
     work = f"echo >>{count}; [ $(wc -l <{count}) -ne 2 ] || {{ {second}; }}; echo working; exec sleep 60"
@@ -213,5 +216,5 @@ def test_starts_that_finish_nothing_count_in_a_row(script: Script) -> None:
 
 
 def test_an_evaluation_that_is_preempted_early_is_not_too_long(script: Script) -> None:
-    script.left("30:00")
+    script.left("7 30:00")
     assert len(play(script, script.evaluation("echo working; exec sleep 60"), 3)) == 3
