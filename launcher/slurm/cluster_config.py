@@ -73,7 +73,10 @@ class ClusterConfig:
 
     sbatch: SbatchDefaults = field(default_factory=SbatchDefaults)
     modules: list[str] = key([], "environment modules to load, in this order, after a purge")
-    setup: list[str] = key([], "lines of shell run in the job script before anything else")
+    setup: list[str] = key(
+        [],
+        "lines of shell run in the job script first; one that must not fail ends in `|| exit 2`",
+    )
     command: list[str] = key(
         [], "how a job calls this program; default: the Python of the submitting environment"
     )

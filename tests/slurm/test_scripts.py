@@ -61,14 +61,15 @@ class Script:
         """What squeue answers from now on: job and time left, a line for each component."""
         (self.folder / "left").write_text(f"{text}\n")
 
-    def site(self, work: str, setup: Sequence[str] = ()) -> ClusterConfig:
+    def site(self, work: str, setup: Sequence[str] = (), modules: Sequence[str] = ()) -> ClusterConfig:
         real = f'case "$1" in attempt) exec {sys.executable} -m launcher.main "$@" ;; esac'
         program = self._program("program", f"#!/bin/bash\n{real}\n{work}\n")
-        return ClusterConfig(command=[str(program)], setup=list(setup))
+        return ClusterConfig(command=[str(program)], setup=list(setup), modules=list(modules))
 
-    def pretrain(self, work: str, setup: Sequence[str] = ()) -> str:
+    def pretrain(self, work: str, setup: Sequence[str] = (), modules: Sequence[str] = ()) -> str:
         request = SlurmRequest("a", Path("/out"), signal_seconds=4)
-        return PretrainJob(request, self.site(work, setup), self.run, "a: 1", 1, max_requeues=3).script()
+        site = self.site(work, setup, modules)
+        return PretrainJob(request, site, self.run, "a: 1", 1, max_requeues=3).script()
 
     def evaluation(self, work: str, setup: Sequence[str] = (), unit: Sequence[str] = ()) -> str:
         request = SlurmRequest("a", Path("/out"), signal_seconds=4)
@@ -124,6 +125,33 @@ def test_a_job_that_is_preempted_while_modules_are_loaded_is_requeued(script: Sc
     assert job.wait(120) == 75
     assert script.requeues == ["requeue 7"]
     assert "working" not in (script.folder / "log").read_text()
+
+
+#: As the shell function of Lmod, or of Environment Modules before version 4, which always ends with 0.
+MODULE = """module() {{
+    [ "$1" = load ] || return 0
+    [ "$2" = python/3.11 ] || {{ echo "unknown: $2" >&2; return {code}; }}
+    export LOADEDMODULES=${{LOADEDMODULES:-}}:$2
+}}"""
+
+
+@pytest.mark.parametrize(
+    ("setup", "modules", "code", "said"),
+    [
+        ([MODULE.format(code=1)], ["python/3.11", "cuda/99"], 2, "the module 'cuda/99' (modules of the"),
+        ([MODULE.format(code=0)], ["python/3.11", "cuda/99"], 0, "'cuda/99' was loaded already, or is not"),
+        ([MODULE.format(code=1)], ["python/3.11"], 0, ""),
+        (["unset -f module"], ["python/3.11"], 2, "no command 'module'"),
+    ],
+)
+def test_a_module_that_is_not_there_ends_the_job(
+    script: Script, setup: Sequence[str], modules: Sequence[str], code: int, said: str
+) -> None:
+    assert script.start(script.pretrain("echo working", setup, modules)).wait(120) == code
+    log = (script.folder / "log").read_text()
+    assert ("working" in log) is (code == 0)
+    assert said in log
+    assert ("module" in log) is bool(said)
 
 
 def test_ranks_that_save_longer_than_the_warning_have_the_time_that_is_left(script: Script) -> None:
