@@ -203,23 +203,29 @@ class RunLock:
         )
 
     def _beat(self) -> None:
-        path = self.folder / str(self._number)
+        path, touched = self.folder / str(self._number), time.time()
         while not self._ended.wait(BEAT_SECONDS):
             try:
                 newest = _newest(self.folder)
                 if newest > self._number:
-                    self._lose(newest)
+                    self._lose(newest, time.time() - touched)
                 os.utime(path)
+                touched = time.time()
             except OSError as error:  # a file server that does not answer now may at the next beat
                 logger.warning("the lock %s cannot be touched: %s", path, error.strerror)
 
-    def _lose(self, newest: int) -> None:
+    def _lose(self, newest: int, silent: float) -> None:
+        """End this process, whose last sign of life was `silent` seconds ago.
+
+        What the new holder went by (its patience, what Slurm said) is not known here.
+        """
         if self._ended.is_set():
             return
         print(
             f"error: {_name(_read(self.folder / str(newest)))} has taken over "
-            f"{self.key}={self.folder.parent}, because this process gave no sign of "
-            f"life for {DEAD_SECONDS:g} s; it ends",
+            f"{self.key}={self.folder.parent}, for it took this process for dead: it was stopped, cut off "
+            "from the folder's file system, or its Slurm job is said to be over. The last sign of life it "
+            f"gave was {max(silent, 0):.0f} s ago; it ends",
             file=sys.stderr,
             flush=True,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -225,7 +226,10 @@ def test_a_holder_that_was_taken_over_ends(tmp_path):
     write_holder(tmp_path, elsewhere(), number=2)
     assert process.wait(60) == 4
     assert process.stderr is not None
-    assert "on gpu07, since" in process.stderr.read()
+    said = process.stderr.read()
+    assert "on gpu07, since" in said
+    assert "took this process for dead" in said
+    assert re.search(r"The last sign of life it gave was [0-5] s ago; it ends", said)
 
 
 def test_a_damaged_lock_is_judged_by_its_age(tmp_path, monkeypatch):
