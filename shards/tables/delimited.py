@@ -82,24 +82,29 @@ def _rows(lines: _Lines, delimiter: str, header: list[str], key: str | None) -> 
             lines.give_back(rest if any(map(forms.could_be_row, rest)) else [])
             yield BadRow(record.line, f"row has {len(record.cells)} cells, the header {len(header)}")
         else:
-            forms.learn(record.cells)
+            if record.line > lines.returned:  # what was in a cell may be prose with as many commas
+                forms.learn(record.cells)
             yield Record(record.line, record.cells)
 
 
 class _Lines:
-    """Lines of a file with their ends; `number` is that of the last one. Lines can be given back."""
+    """Lines of a file with their ends; `number` is that of the last one.
+
+    Lines can be given back; `returned` is the number of the last that was.
+    """
 
     def __init__(self, file: TextIO, table: TableFile) -> None:
         self._file = file
         self._table = table
-        self._returned: deque[str] = deque()
+        self._again: deque[str] = deque()
         self.number = 0
+        self.returned = 0
 
     def __iter__(self) -> _Lines:
         return self
 
     def __next__(self) -> str:
-        line = self._returned.popleft() if self._returned else self._file.readline(MAX_RECORD + 1)
+        line = self._again.popleft() if self._again else self._file.readline(MAX_RECORD + 1)
         if not line:
             raise StopIteration
         self.number += 1
@@ -111,7 +116,8 @@ class _Lines:
 
     def give_back(self, lines: list[str]) -> None:
         """Read `lines`, the last that were read, once more."""
-        self._returned.extendleft(reversed(lines))
+        self._again.extendleft(reversed(lines))
+        self.returned = max(self.returned, self.number)
         self.number -= len(lines)
 
 

@@ -79,6 +79,17 @@ def test_a_signature_of_as_many_cells_as_the_header_is_no_row(key: str, tmp_path
     ]  # fmt: skip
 
 
+def test_prose_that_is_read_as_rows_teaches_nothing_about_rows(tmp_path: Path) -> None:
+    text = (
+        'image,patient,report\n0.png,p,"Clear.\n1,2,3\nNormal heart, clear lungs, no effusion"\n'
+        '4.png,p,"Clear.\nDOE,JOHN,MD"\n5.png,p,"See a.\nLarge heart, old fracture, no effusion\nDone."\n'
+    )
+    found = read(tmp_path / "t.csv", text)
+    assert found[2] == SWALLOWED
+    assert found[5] == "Clear.\nDOE,JOHN,MD"
+    assert found[7] == "See a.\nLarge heart, old fracture, no effusion\nDone."
+
+
 def test_a_line_is_a_row_where_keys_need_no_digit(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_text('image,patient,report\nnobody,p,"Clear.\nDOE,JOHN,MD"\n')
