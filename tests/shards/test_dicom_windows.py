@@ -56,6 +56,13 @@ def body(least: int, most: int, air: int, share_of_air: float) -> np.ndarray:
     return film.reshape(100, 100).astype(np.uint16)
 
 
+def with_specks(film: np.ndarray, share: float) -> np.ndarray:
+    """The same film with some of its last pixels in all values from 0 to 90."""
+    count = round(share * film.size)
+    film.reshape(-1)[-count:] = np.linspace(0, 90, count).round()
+    return film
+
+
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
 @pytest.mark.parametrize(
     ("film", "bits", "center", "width"),
@@ -69,6 +76,7 @@ def body(least: int, most: int, air: int, share_of_air: float) -> np.ndarray:
         (body(2000, 15000, 300, 0.2), 14, 32768, 65536),
         (body(2000, 15000, 300, 0.2), 14, 2048, 4096),
         (body(600, 3900, 40, 0.27), 12, 40, 100),  # of no bit depth: black and white
+        (with_specks(body(600, 3900, 40, 0.02), 0.005), 12, 40, 100),  # and a few pixels in between
     ],
 )
 def test_a_window_of_another_bit_depth_gives_way_to_percentiles(
@@ -118,6 +126,8 @@ def raw_detector() -> np.ndarray:
         (raw_detector(), 14, 1100, 1800, "MONOCHROME1"),
         (body(600, 3900, 40, 0.27), 12, 1500, 1000, "MONOCHROME2"),
         (body(600, 3900, 40, 0.27), 12, 2048, 4096, "MONOCHROME2"),
+        (body(600, 3900, 40, 0.27), 12, 4096, 8192, "MONOCHROME2"),  # one bit too many
+        (body(2100, 3900, 40, 0.6), 12, 3072, 2048, "MONOCHROME2"),  # ends where a bit depth does
         (body(600, 2000, 4095, 0.6), 12, 1300, 1800, "MONOCHROME2"),  # a white border
         (body(100, 700, 40, 0.27), 16, 2048, 4096, "MONOCHROME2"),
         (body(0, 20, 0, 0.5), 12, 2048, 4096, "MONOCHROME2"),  # has no more levels than that
@@ -140,6 +150,28 @@ def test_a_window_that_holds_the_padding_alone_is_not_the_films() -> None:
     inner = dicom.write(film, bits=12, PixelPaddingValue=40)
     np.testing.assert_array_equal(read(padded), read(inner))
     assert len(read_dicom(padded).notes) == 2
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"WindowCenter": 1500, "WindowWidth": 100},  # between two of its values
+        {"VOILUTSequence": [dicom.table(np.full(4096, 7), 0, 8)]},
+    ],
+)
+def test_a_film_of_few_levels_keeps_them(fields: dict[str, Any]) -> None:
+    film = body(0, 20, 0, 0.5) * 200
+    found = read_dicom(dicom.write(film, bits=12, **fields))
+    np.testing.assert_array_equal(found.pixels, read(dicom.write(film, bits=12)))
+    assert len(found.notes) == 1
+
+
+def test_a_table_for_signed_values_may_say_its_first_without_a_sign() -> None:
+    film = RAMP.astype(np.int16) - 2048
+    item = dicom.table(np.arange(4096)[::-1], 65536 - 2048, 12)
+    found = read_dicom(dicom.write(film, bits=12, VOILUTSequence=[item]))
+    close(found.pixels, (4095.0 - RAMP) / 4095 * 255)
+    assert found.notes == ()
 
 
 def test_a_deep_outlier_does_not_flatten_the_anatomy() -> None:
@@ -237,7 +269,7 @@ def test_a_constant_table_is_ignored() -> None:
 
 
 def test_padding_does_not_move_the_window() -> None:
-    film = RAMP.copy()
+    film = RAMP // 2
     film[:, :40] = 4000
     with_padding = read(dicom.write(film, bits=12, PixelPaddingValue=4000))
     part = film[:, 40:]
@@ -277,3 +309,12 @@ def test_saturated_pixels_inside_the_film_are_no_padding() -> None:
     found = read(dicom.write(film, bits=12, PixelPaddingValue=4095))
     assert not found[:4].any()
     assert (found[20:30, 20:30] == 255).all()
+
+
+@pytest.mark.parametrize("window", ["max", "equalize"])
+def test_other_windows_show_the_padding_as_it_is_stored(window: Any) -> None:
+    film = np.clip(RAMP, 10, 4000)
+    film[:4] = 4095
+    padded = read_dicom(dicom.write(film, bits=12, PixelPaddingValue=4095), window)
+    np.testing.assert_array_equal(padded.pixels, read(dicom.write(film, bits=12), window=window))
+    assert padded.notes == ()
