@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from medvlp.config import Config, ConfigError, FinetuneConfig, ImageConfig
@@ -81,7 +82,7 @@ def check_combinations(config: Config) -> None:
 
 
 def check_heard(config: Config, sources: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-    """Refuse what the user says and nothing would read.
+    """Refuse what the user says and nothing would read, in the place that says what stands above it or later.
 
     Args:
         config: the merged config.
@@ -93,9 +94,10 @@ def check_heard(config: Config, sources: Sequence[tuple[str, Mapping[str, Any]]]
         if getattr(getattr(config, section), name) in (None, []):
             continue
         saying = [number for number, (_, values) in enumerate(sources) if _says(values, above)]
-        first, origin = (saying[-1] + 1, sources[saying[-1]][0]) if saying else (0, "a run folder")
+        first, origin = (saying[-1], sources[saying[-1]][0]) if saying else (0, "a run folder")
         for source, values in sources[first:]:
-            if without := [key for key in ignored if _says(values, key)]:
+            without = [key for key in ignored if _says(values, key)]
+            if without and not _is_printed(values):
                 raise ConfigError(
                     f"{source}: {without[0]} changes nothing, for {above} (of {origin}) stands above it: "
                     f"change that, or take it away with {above}={'[]' if name == 'phases' else 'null'}"
@@ -107,6 +109,11 @@ def check_heard(config: Config, sources: Sequence[tuple[str, Mapping[str, Any]]]
                     f"{source}: finetune.{next(iter(keys))} changes nothing, for no task is trained: use "
                     "`medvlp finetune RUN --task NAME`, or leave it out"
                 )
+
+
+def _is_printed(values: Mapping[str, Any]) -> bool:
+    """Whether these have every section, as what `medvlp config` prints: they say each key, read or not."""
+    return values.keys() >= {section.name for section in fields(Config)}
 
 
 def _says(values: Mapping[str, Any], key: str) -> bool:

@@ -142,6 +142,44 @@ def test_what_would_change_nothing_is_refused(
     assert config_files.load([whole], [], schemas()) == before, "what one file says of all keys is no wish"
 
 
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("optimizer: {lr: 1, phases: [{epochs: 1, lr: 1}]}", ["optimizer.lr changes", "optimizer.phases=[]"]),
+        ("train: {epochs: 3}\noptimizer: {phases: [{epochs: 1, lr: 1}]}", ["train.epochs changes nothing"]),
+        ("train: {epochs: 3, steps: 9}", ["train.epochs changes nothing", "train.steps=null"]),
+        ("optimizer: {warmup: 0.1, warmup_steps: 9}", ["optimizer.warmup changes nothing"]),
+    ],
+)
+def test_one_file_that_says_both_is_refused(tmp_path: Path, text: str, parts: list[str]) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load(files=(file,))
+    assert all(part in str(caught.value) for part in ["mine.yaml: ", *parts]), str(caught.value)
+
+
+def test_no_file_of_configs_says_what_nothing_reads(repository: Path) -> None:
+    folder = repository / "configs"
+    runs = [[folder / "demo.yaml"], [folder / "tasks" / "pretrain-small.yaml"]]
+    for file in sorted((folder / "methods").glob("*.yaml")):
+        base = file.with_stem(file.stem.removesuffix("-official"))
+        runs.append([base] if base == file else [base, file])
+    on_top = [folder / "benchmarks" / "phantom.yaml", folder / "benchmarks" / "methods.yaml"]
+    first = {name: folder / "benchmarks" / f"{name}.yaml" for name in schemas()}
+    for file in sorted((folder / "benchmarks").glob("*.yaml")):
+        name, _, kind = file.stem.partition("-")
+        if name == "prototypes":
+            runs.append([on_top[0], first["mgca"], file])
+        elif name in first:
+            compared = folder / "benchmarks" / f"{name}-compared.yaml"
+            between = [compared] if compared.exists() and kind not in ("", "compared") else []
+            runs.append([*on_top, first[name], *between, *([file] if kind else [])])
+    assert len(runs) > 25
+    for files in runs:
+        config_files.load(files, COMPLETE, schemas(), tasks=task.schemas())
+
+
 def test_what_is_said_in_place_of_what_stood_above_is_taken(repository: Path) -> None:
     prior = repository / "configs" / "methods" / "prior.yaml"
     words = ["optimizer.lr=0.5", "train.epochs=2", "optimizer.phases=[]"]
