@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import inspect
+import os
+import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,9 +14,20 @@ from typing import Any
 import typer.main
 from typer.core import TyperGroup
 
+#: A path in the home directory as a word: `~/x`, `--data=~/x`, `run.dir=~/x`, `--split-list=test=~/x`.
+_IN_HOME = re.compile(r"((?:--)?(?:[\w.-]+=){0,2})(~/.*)", re.DOTALL)
+
 
 class CommandGroup(TyperGroup):
-    """A group whose help shows what each command does in full sentences, not cut after half a line."""
+    """A group whose help shows what each command does in full sentences, not cut after half a line.
+
+    In every word of its commands a `~/` at the beginning of a path is the home directory: a shell leaves the
+    one behind `=`, and a program that starts another leaves all.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """See click; also of the words that commands below this group get."""
+        return super().parse_args(ctx, [_in_home(word) for word in args])
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write a line or more for each command that is not hidden."""
@@ -22,6 +35,11 @@ class CommandGroup(TyperGroup):
         rows = [(name, of.get_short_help_str(1000)) for name, of in commands if of and not of.hidden]
         with formatter.section("Commands"):
             formatter.write_dl(rows)
+
+
+def _in_home(word: str) -> str:
+    found = _IN_HOME.fullmatch(word)
+    return word if found is None else found[1] + os.path.expanduser(found[2])  # noqa: PTH111 (never raises)
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
