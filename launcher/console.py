@@ -1,23 +1,13 @@
 """What commands say: names and configs of strangers must do nothing to the terminal that shows them."""
 
 import sys
-import unicodedata
 from collections.abc import Iterable
 
 import typer
 from rich import console
 from rich.segment import Segment
 
-
-def without_controls(text: str) -> str:
-    """A text without control characters but line ends and tabs; bytes of a name that are no UTF-8 are `�`."""
-    return "".join(map(_shown, text))
-
-
-def _shown(character: str) -> str:
-    if character.isprintable() or character in "\n\t" or unicodedata.category(character) == "Zs":
-        return character
-    return "�" if unicodedata.category(character) == "Cs" else ""
+from shards.errors import without_controls
 
 
 def echo(text: object = "", err: bool = False) -> None:

@@ -206,7 +206,7 @@ def _resolved(tree: DictConfig) -> Any:
         return OmegaConf.to_object(tree)
     except (OmegaConfBaseException, RecursionError) as error:
         key = getattr(error, "full_key", None) or "a value"
-        raise ConfigError(f"{key}: {_one_line(error)}") from error
+        raise ConfigError(f"{key}: {_one_line(error)}") from None
 
 
 def _check_values(config: Any) -> None:
@@ -215,7 +215,10 @@ def _check_values(config: Any) -> None:
 
 
 def _one_line(error: BaseException) -> str:
-    """The first line of an error of OmegaConf or YAML, at most 200 characters."""
+    """The first line of an error of OmegaConf or YAML, at most 200 characters.
+
+    Raise what holds it `from None`: the error itself repeats values as they are, control characters too.
+    """
     lines = str(error).splitlines() or [type(error).__name__]
     return lines[0][:200]
 
@@ -231,7 +234,7 @@ def _merge_sources(tree: Any, sources: Sequence[_Source]) -> DictConfig:
             tree.merge_with(values)  # `OmegaConf.merge` would copy the whole tree for each override
         except (OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
             key = getattr(error, "full_key", None) or "a section"
-            raise ConfigError(f"{name}: {key}: {_one_line(error)}") from error
+            raise ConfigError(f"{name}: {key}: {_one_line(error)}") from None
     OmegaConf.set_struct(tree, True)
     return cast(DictConfig, tree)
 
@@ -252,7 +255,7 @@ def missing(tree: DictConfig) -> list[str]:
     try:
         return sorted(OmegaConf.missing_keys(tree))
     except (OmegaConfBaseException, RecursionError) as error:
-        raise ConfigError(f"{getattr(error, 'full_key', None) or 'a value'}: {_one_line(error)}") from error
+        raise ConfigError(f"{getattr(error, 'full_key', None) or 'a value'}: {_one_line(error)}") from None
 
 
 def to_yaml(config: Config | DictConfig) -> str:
@@ -269,7 +272,7 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         values = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
     except (OmegaConfBaseException, OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{file}: {_one_line(error)}") from error
+        raise ConfigError(f"{file}: {_one_line(error)}") from None
     return _mapping(values, file), yaml_as_written(text) or {}
 
 
@@ -319,7 +322,7 @@ def _parse_override(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
             written = {part: written}
         return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist([text]))), written
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"override {text[:200]!r}: {_one_line(error)}") from error
+        raise ConfigError(f"override {text[:200]!r}: {_one_line(error)}") from None
 
 
 def _method_schema(sources: Sequence[_Source], schemas: Mapping[str, type[MethodConfig]]) -> MethodConfig:
@@ -379,7 +382,7 @@ def _check_items(values: Any, schema: Any, source: str, path: str) -> None:
             OmegaConf.merge(tree, item)
         except (OmegaConfBaseException, ValueError, TypeError) as error:
             key = f"{where}.{getattr(error, 'full_key', None) or 'a key'}"
-            raise ConfigError(f"{source}: {key}: {_one_line(error)}") from error
+            raise ConfigError(f"{source}: {key}: {_one_line(error)}") from None
 
 
 def _suggestion(word: str, candidates: Sequence[str]) -> str:

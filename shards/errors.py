@@ -1,13 +1,20 @@
 """Errors a user can do something about, and the name that was meant; shown as one line and an exit code."""
 
 import difflib
+import unicodedata
 from collections.abc import Collection
 
 
 class MedvlpError(Exception):
-    """Base of every error that says what was wrong, where, and what to do about it."""
+    """Base of every error that says what was wrong, where, and what to do about it.
+
+    Its text holds no control characters, whatever name or value of a stranger it repeats.
+    """
 
     exit_code: int = 1
+
+    def __str__(self) -> str:
+        return without_controls(super().__str__())
 
 
 class UsageError(MedvlpError):
@@ -39,6 +46,17 @@ class NotFiniteError(MedvlpError, ValueError):
         super().__init__(
             f"{what} are NaN or infinite: if training has diverged, evaluate an earlier checkpoint"
         )
+
+
+def without_controls(text: str) -> str:
+    """A text without control characters but line ends and tabs; bytes of a name that are no UTF-8 are `�`."""
+    return "".join(map(_shown, text))
+
+
+def _shown(character: str) -> str:
+    if character.isprintable() or character in "\n\t" or unicodedata.category(character) == "Zs":
+        return character
+    return "�" if unicodedata.category(character) == "Cs" else ""
 
 
 def nearest(name: str, names: Collection[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -194,6 +195,28 @@ def test_a_wrong_key_names_its_file(tmp_path: Path) -> None:
     file.write_text("checkpoint: {every_step: 5}\n")
     with pytest.raises(ConfigError, match=r"mine\.yaml: unknown key 'checkpoint\.every_step'.*every_steps"):
         load(files=(file,))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'train: {seed: "\\e]0;PWNED\\a\\e[2J"}',
+        'optimizer: {phases: [{epochs: "\\e[2J", lr: 1}]}',
+        'image: {options: {"\\e[2J": "\\e[2J"}}',
+        'method: {name: "\\e[2J"}',
+        '"\\e[2J": 1',
+        "train: {seed: ${oc.env:\u202e}}",
+    ],
+)
+def test_an_exception_repeats_no_control_characters(tmp_path: Path, text: str) -> None:
+    """Who calls the library has no console that takes them out; tracebacks show causes as well."""
+    file = tmp_path / "evil\x1b[31m.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load(files=(file,))
+    shown = "".join(traceback.format_exception(caught.value, limit=0))
+    assert "evil[31m.yaml" in str(caught.value) or "[2J" in str(caught.value)
+    assert not any(character in shown for character in "\x1b\x07\u202e"), shown
 
 
 @pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "\x00"])

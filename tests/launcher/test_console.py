@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher import main
-from launcher.console import Console, echo, without_controls
+from launcher.console import Console, echo
+from shards.errors import without_controls
 
 EVIL = "m\x1b]0;PWNED\x07\x1b[2J\x9b2J\u202ez"
 
