@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -128,7 +129,6 @@ def evaluate(
 ) -> None:
     """Evaluate a run and write evaluation.json: every number with a 95 % interval, beside its baselines."""
     from medvlp.evaluation.evaluate import EvaluationOptions, evaluate
-    from medvlp.evaluation.report import joining, results
 
     def train(config: Config) -> int:
         return train_config(config, nproc, apart=True)
@@ -144,11 +144,13 @@ def evaluate(
     changes += [f"evaluation.split={split}"] if split else []
     asked = EvaluationOptions(
         source, data, task or (), unit or (), label or (), files, changes, uncertain, device, fresh, train,  # type: ignore[arg-type]
+        partial(_kept, target, with_earlier=out is None),
     )  # fmt: skip
     evaluation = evaluate(asked, _say)
     if unit and out is None:
         return
-    results.write(evaluation if out else joining.with_earlier(evaluation, target, _say), target)
+    if unit:
+        _kept(target, evaluation, with_earlier=False)
     _print_tables({evaluation.model["name"]: evaluation}, findings)
     echo(str(target))
 
@@ -290,8 +292,16 @@ def _join_parts(run: Path) -> None:
     files = sorted((run / PARTS_FOLDER).glob("*.json"))
     if not files:
         raise UsageError(f"--join: there are no files {run / PARTS_FOLDER}/*.json")
-    joined, target = joining.join({file: results.read(file) for file in files}), run / RESULT_NAME
-    results.write(joining.with_earlier(joined, target, _say), target)
+    _kept(run / RESULT_NAME, joining.join({file: results.read(file) for file in files}), with_earlier=True)
+
+
+def _kept(target: Path, evaluation: Evaluation, with_earlier: bool) -> Evaluation:
+    """Write an evaluation, with the tasks that the file holds from before or without; what was written."""
+    from medvlp.evaluation.report import joining, results
+
+    whole = joining.with_earlier(evaluation, target, _say) if with_earlier else evaluation
+    results.write(whole, target)
+    return whole
 
 
 def _print_tables(evaluations: dict[str, Evaluation], findings: bool, markdown: bool = False) -> None:

@@ -45,6 +45,8 @@ class EvaluationOptions:
         device: "auto", "cpu" or "cuda".
         fresh: do finished units again.
         train: trains the run that a config describes and gives its exit code; default: in this process.
+        keep: stores an evaluation of whole tasks, and gives all that is stored, earlier tasks too: what the
+            W&B run is told. Default: it is not stored.
     """
 
     source: Path
@@ -58,6 +60,7 @@ class EvaluationOptions:
     device: str = "auto"
     fresh: bool = False
     train: Callable[[Config], int] = train_here
+    keep: Callable[[Evaluation], Evaluation] = lambda evaluation: evaluation
 
     def check(self) -> None:
         """Raise UsageError for a value that does not exist, LaunchError where GPUs of a job are gone."""
@@ -153,7 +156,7 @@ def evaluate(options: EvaluationOptions, say: Callable[[str], None]) -> Evaluati
     evaluation.results = {name: evaluation.results[name] for name in names if name in evaluation.results}
     if not options.units:
         session.config.monitor.share_samples = _shares(options, session)
-        track(evaluation, session.source, session.config, session.reader)
+        track(options.keep(evaluation), session.source, session.config, session.reader)
     return evaluation
 
 

@@ -117,6 +117,18 @@ def test_an_evaluation_joins_the_wandb_run_of_its_training(
     assert shown["auroc/edema", "trained"] == trained["auroc/edema"].value
     assert len(curves) == 2, "ROC, precision and recall; zero-shot says no probabilities"
     assert {line for table in curves for _, line, _ in table["data"]} == {"trained", "untrained", "pixels"}
+    # A second evaluation of another task: W&B has what evaluation.json has.
+    shutil.rmtree(folder / "wandb")
+    other = [*arguments[:4], "--task", "retrieval", *arguments[6:]]
+    assert medvlp(*other, "monitor.wandb=offline").exit_code == 0
+    stored = results.read(folder / "evaluation.json").results
+    assert set(stored) == {"zero-shot", "retrieval"}
+    found = records(folder / "wandb")
+    summary = {name: value for record in found["summary"] for name, value in record["update"].items()}
+    assert summary["evaluation/test/zero-shot/auroc/macro"] == trained["auroc/macro"].value
+    assert summary["evaluation/test/retrieval/image_to_text/R@1"] == (
+        stored["retrieval"]["trained"]["image_to_text/R@1"].value
+    )
     # A folder from elsewhere does not choose the account.
     shutil.rmtree(folder / "wandb")
     config = yaml.safe_load((folder / "config.yaml").read_text())
