@@ -326,6 +326,8 @@ def test_a_row_without_a_split_whose_patient_or_group_has_two_stops_the_build(
     source = TableSource(write_csv(tmp_path / "t.csv", rows), image_folder, more)  # it says what it wants
     told = ["1 groups are in more than one split, as column 'split' has it"]
     assert source.remarks() == (told if group else [])
+    rows[line - 2]["split"] = "no name"  # that row alone is rejected
+    TableSource(write_csv(tmp_path / "t.csv", rows), image_folder, more)
     rows[line - 2]["split"] = ""
     named = f"lines {2 if group else 8} and 9"
     with pytest.raises(DataError, match=f"line {line} names no split, and {named}, of the same patient or"):
