@@ -51,20 +51,21 @@ def test_only_what_a_dead_writer_of_this_host_left_is_cleared_away(tmp_path: Pat
     assert set(tmp_path.iterdir()) == {living, elsewhere}
 
 
-def test_the_file_of_a_living_writer_is_no_leftover(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["shard.tar", "copy [1]*.tar"])
+def test_the_file_of_a_living_writer_is_no_leftover(name: str, tmp_path: Path) -> None:
     """Two builds of one folder: the second one must not end the first."""
     host, hours_ago = socket.gethostname(), time.time() - 7200
     places = {
-        writer: tmp_path / f".shard.tar.{writer}.tmp"
+        writer: tmp_path / f".{name}.{writer}.tmp"
         for writer in (f"{host}-{NO_PROCESS}", f"{host}-1", "other-host-77", "third-host-77")
     }
     for place in places.values():
         place.touch()
     os.utime(places["third-host-77"], (hours_ago, hours_ago))
     os.utime(places[f"{host}-1"], (hours_ago, hours_ago))
-    with atomic_file(tmp_path / "shard.tar") as file:
+    with atomic_file(tmp_path / name) as file:
         file.write(b"of the first")
-        remove_leftovers(tmp_path, "shard.tar")
-    assert (tmp_path / "shard.tar").read_bytes() == b"of the first"
+        remove_leftovers(tmp_path, name)
+    assert (tmp_path / name).read_bytes() == b"of the first"
     left = {writer for writer, place in places.items() if place.exists()}
     assert left == {f"{host}-1", "other-host-77"}

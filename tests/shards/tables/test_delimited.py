@@ -90,9 +90,10 @@ def test_prose_that_is_read_as_rows_teaches_nothing_about_rows(tmp_path: Path) -
     assert found[7] == "See a.\nLarge heart, old fracture, no effusion\nDone."
 
 
-def test_a_line_is_a_row_where_keys_need_no_digit(tmp_path: Path) -> None:
-    path = tmp_path / "t.csv"
-    path.write_text('image,patient,report\nnobody,p,"Clear.\nDOE,JOHN,MD"\n')
+@pytest.mark.parametrize(("earlier", "key"), [("1", "nobody"), ("nobody", "1")])
+def test_a_line_is_a_row_where_keys_need_no_digit(earlier: str, key: str, tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"  # "Doe-" has not the form of a key
+    path.write_text(f'image,patient,report\n{earlier},p,Clear.\n{key},p,"Clear.\nDoe-,JOHN,MD"\n')
     rows = list(read_rows(path, HEADER, FORM))
     assert [row.reason for row in rows if isinstance(row, BadRow)][:1] == [SWALLOWED]
     assert "write the table as JSON lines" in SWALLOWED
