@@ -37,7 +37,7 @@ _CUES: dict[str, tuple[str, ...]] = {
         rf"(?:(?:has|have|had|{_BE}) (?:been |since |now )?)?{_PARTLY}(?: |-)(?:interval |complete(?:ly)? |"
         r"total(?:ly)? )?(?:resol(?:ved|ution)|clear(?:ed|ing)|disappeared)(?: of)?",
         r"without (?:\w+ )?(?:change|resolution|improvement)(?: (?:in|of))?",
-        r"(?:has|have|had) not (?:\w+ )?(?:resolved|cleared|changed|improved|removed)",
+        r"(?:has|have|had) not (?:\w+ )?(?:resolved|cleared|changed|improved)",
         r"not (?:\w+ ){0,2}?(?:changed|different|removed|resolved|without|free of|clear of)",
         r"not (?:only|necessarily)",
         r"no(?:t)? (?:longer )?(?:\w+ )?(?:excluded|ruled out) ?$",

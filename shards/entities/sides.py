@@ -33,7 +33,7 @@ _CONFIRMS = {"yes", "present", "positive"}
 
 
 def apart(sentence: str) -> str:
-    """The same sentence, in lower case, with a statement for each side where one is denied or doubted."""
+    """The same sentence, in lower case, with a statement for each side of which it says something."""
     if match := _BEFORE.search(sentence):
         finding = TERM_PATTERN.search(sentence, match.end())
         halves = [match["one"], match["two"]]
@@ -49,7 +49,7 @@ def apart(sentence: str) -> str:
             return f"{sentence[: match.start()]}{said}{rest}"
     if (match := _BEHIND.search(sentence)) and TERM_PATTERN.search(match["finding"]):
         one, two = (_answer(match[part]) for part in ("one", "two"))
-        if one and two and one[0] != two[0] and "no" in (one[1], two[1]):
+        if one and two:
             said = "; ".join(" ".join((given, side, match["finding"])).strip() for side, given in (one, two))
             return f"{sentence[: match.start()]}{said}{sentence[match.end() :]}"
     return sentence
@@ -66,4 +66,6 @@ def _answer(text: str) -> tuple[str, str] | None:
         return sides[0], "no"
     if set(given) <= _CONFIRMS:
         return sides[0], ""
-    return (sides[0], " ".join(given)) if all(re.fullmatch(SIZE, word) for word in given) else None
+    return (
+        (sides[0], " ".join(given)) if all(re.fullmatch(f"{SIZE}|{_DOUBT}", word) for word in given) else None
+    )

@@ -150,6 +150,7 @@ TUBE, NO_TUBE = {("right_pleural", "tube", 1)}, {("right_pleural", "tube", 0)}
         ("No effusion (pneumothorax present).", {NO_EFFUSION, (PLEURA, "pneumothorax", 1)}),
         ("No pneumothorax and moderate cardiomegaly.", {NO_PNEUMOTHORAX, ("heart_size", "cardiomegaly", 1)}),
         ("No right effusion, and only a tiny left effusion.", ONE_EFFUSION),
+        ("No right effusion, only a tiny left effusion.", ONE_EFFUSION),
         ("No right effusion and minimal residual left effusion.", ONE_EFFUSION),
         (
             "Possible pneumonia and small left effusion.",
@@ -160,7 +161,7 @@ TUBE, NO_TUBE = {("right_pleural", "tube", 1)}, {("right_pleural", "tube", 0)}
         ("Right chest tube has been removed.", NO_TUBE),
         ("No pneumothorax, right chest tube removed.", {NO_PNEUMOTHORAX, *NO_TUBE}),
         ("Pneumothorax after the right chest tube was removed.", {(PLEURA, "pneumothorax", 1), *NO_TUBE}),
-        ("Small pneumothorax, right chest tube removed.", {(PLEURA, "pneumothorax", 1), *NO_TUBE}),
+        ("Pneumothorax, chest tube removed.", {(PLEURA, "pneumothorax", 1), (PLEURA, "tube", 0)}),
         ("The right chest tube has not been removed.", TUBE),
         ("The right chest tube should be removed.", TUBE),
         ("Consider removal of the right chest tube.", TUBE),
@@ -180,6 +181,12 @@ TUBE, NO_TUBE = {("right_pleural", "tube", 1)}, {("right_pleural", "tube", 0)}
         # Sides.
         ("Effusion: none; small heart.", {NO_EFFUSION}),
         ("Effusion: none on the right; small heart.", {(PLEURA, "effusion", 0)}),
+        (
+            "Effusion: none on the right; left lung clear.",
+            {(PLEURA, "effusion", 0), ("left_lung_unspec", "clear", 1)},
+        ),
+        ("Effusion: small on the right; moderate on the left.", BOTH_EFFUSIONS),
+        ("Small right, no left apex and effusion.", {NO_EFFUSION}),  # nothing of the sides is theirs
         ("Small right and moderate left pleural effusions.", BOTH_EFFUSIONS),
         ("Small right and moderate left effusions.", BOTH_EFFUSIONS),
         ("Left greater than right pleural effusions.", BOTH_EFFUSIONS),
@@ -256,6 +263,7 @@ def test_what_goes_on_with_or_is_denied_as_well(sentence: str) -> None:
     [
         ("Possible right and small left effusion.", -1, 1),
         ("Large right, possible left pleural effusion.", 1, -1),
+        ("Effusion: possible on the left, none on the right.", 0, -1),
         ("Possible right and left effusions.", -1, -1),
     ],
 )
@@ -330,5 +338,6 @@ def test_the_words_that_state_something_have_their_place() -> None:
     assert found[0] == StatedWords(3, 11, ("effusion",), 0)
     # A question and its answer are put together anew: there is no place to mark.
     assert stated_words("Effusion?\nNone.")[1] == []
+    assert len(stated_words("Small right and moderate left effusion.")[1]) == 1
     # One word that is there and not there: whichever value it had would contradict the entities.
     assert stated_words("Small left and no right effusion.")[1] == []
