@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,8 @@ def merge(out: Path) -> BuildSummary:
     shards = [state.shard for state in states if state.shard is not None]
     if not shards:
         raise DataError(
-            f"none of the {plan.records} records could be used; {out / REJECTED_NAME} has the reasons"
+            f"none of the {plan.records} records could be used{_most_frequent(rejections)}; "
+            f"{out / REJECTED_NAME} has the reasons"
         )
     tokenizer, vocabulary = _write_tokenizer(out, plan, shards)
     labels: dict[str, Counter[LabelValue]] = {name: Counter() for name in plan.label_names}
@@ -123,8 +124,34 @@ def merge(out: Path) -> BuildSummary:
         labels=labels,
         vocabulary=vocabulary,
         published_counts=plan.published_counts,
-        remarks=[*plan.remarks, *(f"{note}: {count:,}" for note, count in sorted(notes.items()))],
+        remarks=[
+            *plan.remarks,
+            *(f"{note}: {count:,}" for note, count in sorted(notes.items())),
+            *_remarks_on_splits(plan, splits),
+        ],
     )
+
+
+def _most_frequent(rejections: list[Rejection]) -> str:
+    """The reason of most rejections, how many have it, and where the first of them is; "" without any."""
+    if not rejections:
+        return ""
+    ((reason, count),) = Counter(entry.reason for entry in rejections).most_common(1)
+    first = next(entry for entry in rejections if entry.reason == reason)
+    where = f"record {first.record}" if first.line is None else f"line {first.line:,}"
+    return f": {count:,} x {reason} (first in {where})"
+
+
+def _remarks_on_splits(plan: BuildPlan, splits: Mapping[str, SplitTotals]) -> list[str]:
+    """Say where a small dataset has no split but train, though others were asked for."""
+    shares = plan.arguments.get("split")
+    asked = [split for split, share in shares.items() if share] if isinstance(shares, dict) else []
+    if set(splits) != {_TRAIN} or asked == [_TRAIN]:
+        return []
+    return [
+        "every patient is in train, so that nothing can be validated or evaluated: build more patients, or "
+        "give the other splits larger shares (--split train=0.6,valid=0.2,test=0.2)"
+    ]
 
 
 def _all_states(out: Path, plan: BuildPlan) -> list[ShardState]:

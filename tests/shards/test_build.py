@@ -67,6 +67,31 @@ def test_merged_parts_give_the_bytes_of_a_single_build(phantom_dataset: Path, tm
     assert folder_bytes(out) == folder_bytes(phantom_dataset)
 
 
+def test_a_build_of_which_nothing_is_left_says_why(tmp_path: Path) -> None:
+    class Hopeless(Picky):
+        def load(self, i: int) -> list[Study]:
+            raise RejectedRecord("no image" if i == 3 else "no good", i, 2 + i)
+
+    with pytest.raises(
+        DataError, match=r"the 40 records could be used: 39 x no good \(first in line 2\); .*rej"
+    ):
+        build(Hopeless(set()), tmp_path, OPTIONS)
+    with pytest.raises(DataError, match=r"40 x no good \(first in record 0\)"):
+        build(Picky(set(range(40))), tmp_path / "without lines", OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("split", "is_told"),
+    [("train=0.999999,valid=0.000001", True), ("train=1", False), ("train=0.5,valid=0.5", False)],
+)
+def test_a_dataset_with_nothing_but_train_is_told(tmp_path: Path, split: str, is_told: bool) -> None:
+    source = PhantomSource(4, 64, 0)
+    summary = build(source, tmp_path, replace(OPTIONS, fractions=parse_fractions(split)))
+    assert (set(summary.splits) == {"train"}) is (split != "train=0.5,valid=0.5")
+    told = [line for line in summary.remarks if "every patient is in train" in line]
+    assert len(told) == is_told
+
+
 def test_merge_refuses_a_shard_whose_file_is_gone(tmp_path: Path) -> None:
     build_shards(SOURCE, tmp_path, OPTIONS, 1, Part(0, 1))
     tar = tmp_path / "train-000001.tar"
