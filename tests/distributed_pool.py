@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing
 import os
 import pickle
@@ -64,6 +65,7 @@ def imported() -> ForkServerContext:
 
 
 def _serve(rank: int, environment: dict[str, str], port: int, connection: Connection) -> None:
+    gc.freeze()  # as a training does, for the first one and for what is no training
     sys.path.insert(0, str(ROOT))
     os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     world_size = int(environment["WORLD_SIZE"])

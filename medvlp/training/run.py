@@ -1,5 +1,6 @@
 """One run on this rank: join the group, build everything, train, close."""
 
+import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -83,6 +84,10 @@ def train(
     Raises:
         MedvlpError: anything the user can mend; see `medvlp.runs.errors` and `shards.errors`.
     """
+    # The imports have made a million objects that stay; full collections, of which DeepSpeed asks for some, need not
+    # look through them each time, for half a second.
+    gc.collect()
+    gc.freeze()
     config, ranks = recipe.config, detect()
     console = configure_logging(ranks.rank)
     sizes = divide_batch(config, ranks.world_size)

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.launcher.forked_command import ForkedCommand
 from tests.training.runs import TINY
 
 #: Bounds of what is waited for, reached by nothing but a fault: machines may be busy.
@@ -45,13 +46,17 @@ class Run:
     ):
         self.folder, self.ranks = folder, ranks
         command = [
-            sys.executable, "-m", "launcher.main", "pretrain", *TINY, f"data.root={data}",
-            f"run.dir={folder}", "train.steps=100000", *more, "--nproc", str(ranks),
+            "pretrain", *TINY, f"data.root={data}", f"run.dir={folder}", "train.steps=100000", *more,
+            "--nproc", str(ranks),
         ]  # fmt: skip
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env=environment() | variables,
-        )  # fmt: skip
+        self.process: ForkedCommand | subprocess.Popen[str]
+        if "PYTHONPATH" in variables:  # what Python reads at its start
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "launcher.main", *command], stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT, text=True, env=environment() | variables,
+            )  # fmt: skip
+        else:
+            self.process = ForkedCommand(*command, environment=environment() | variables)
         deadline = time.monotonic() + PATIENCE
         while self.steps() < steps:
             if time.monotonic() > deadline or self.process.poll() is not None:
@@ -67,7 +72,7 @@ class Run:
         if self.ranks == 1:
             return psutil.Process(self.process.pid)
         children = psutil.Process(self.process.pid).children()
-        return next(child for child in children if child.environ().get("RANK") == str(number))
+        return sorted(children, key=psutil.Process.create_time)[number]
 
     def events(self) -> list[dict[str, Any]]:
         lines = (self.folder / "events.jsonl").read_text().splitlines()
@@ -116,15 +121,15 @@ def test_a_killed_rank_ends_the_job_at_once(data, tmp_path):
     assert "error: rank 1 was killed by SIGKILL" in output
 
 
-def loads_images(worker: psutil.Process) -> bool:
-    """Data workers are the forked children, with their parent's command line."""
-    return worker.is_running() and "pretrain" in worker.cmdline()
+def data_workers(rank: psutil.Process) -> list[psutil.Process]:
+    """The forked children, which have their parent's command line."""
+    return [child for child in rank.children() if child.cmdline() == rank.cmdline()]
 
 
 # All numbers of ranks and workers are drilled: tests/drills/faults.py.
 def test_a_killed_data_worker_is_named(data, tmp_path):
     run = Run(data, tmp_path / "run", "data.workers=2", ranks=1)
-    victim = [child for child in run.rank(0).children() if loads_images(child)][-1]
+    victim = data_workers(run.rank(0))[-1]
     os.kill(victim.pid, signal.SIGKILL)
     code, output, seconds = run.end()
     print(f"data worker killed: ended after {seconds:.1f} s")
@@ -153,7 +158,7 @@ def test_an_error_nobody_foresaw_in_a_data_worker_is_named(data, tmp_path, ranks
 
 def test_a_stopped_data_worker_does_not_keep_an_ending_run(data, tmp_path):
     run = Run(data, tmp_path / "run", "data.workers=2", ranks=1)
-    stopped, victim = (child for child in run.rank(0).children() if loads_images(child))
+    stopped, victim = data_workers(run.rank(0))
     os.kill(stopped.pid, signal.SIGSTOP)
     os.kill(victim.pid, signal.SIGKILL)
     code, output, _ = run.end()
