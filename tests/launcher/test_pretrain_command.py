@@ -21,6 +21,7 @@ from launcher.main import app
 from launcher.placement import Node
 from medvlp.config_files import ConfigError
 from medvlp.ranks import LaunchError
+from tests.launcher.forked_command import ForkedCommand
 from tests.training.runs import TINY, read_metrics
 
 pytestmark = pytest.mark.dist
@@ -29,10 +30,9 @@ pytestmark = pytest.mark.dist
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("phantoms") / "data"
-    finished = medvlp(
-        "shards", "build", "phantom", "--out", str(root), "--studies", "60", "--image-size", "64"
-    )
-    assert finished.returncode == 0, finished.stderr
+    build = ["shards", "build", "phantom", "--out", str(root), "--studies", "60", "--image-size", "64"]
+    result = CliRunner().invoke(app, build)
+    assert result.exit_code == 0, result.output
     return root
 
 
@@ -43,9 +43,11 @@ def environment() -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 
-def medvlp(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "launcher.main", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=150, env=environment())
+def medvlp(*arguments: str) -> tuple[int | None, str]:
+    """Exit code and output of a command, which has two minutes and a half."""
+    command = ForkedCommand(*arguments, environment=environment())
+    output = command.communicate(timeout=150)[0]
+    return command.returncode, output
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
@@ -55,7 +57,7 @@ def start(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def wait_for_steps(run: Path, steps: int, process: subprocess.Popen[str]) -> None:
+def wait_for_steps(run: Path, steps: int, process: subprocess.Popen[str] | ForkedCommand) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         if (run / "metrics.jsonl").exists() and len(
@@ -85,10 +87,10 @@ def test_two_ranks_are_stopped_resumed_and_leave_a_whole_run_folder(data, tmp_pa
     assert 3 <= stopped < 400
     assert (run / "checkpoints/latest").read_text().strip() == f"step-{stopped:08d}"
 
-    resumed = medvlp(*command[:-2], f"train.steps={stopped + 2}", "--nproc", "2")
-    assert resumed.returncode == 0, resumed.stderr
-    assert f"after step {stopped} of {stopped + 2}" in resumed.stderr
-    assert "config differs from the last start" in resumed.stderr
+    code, output = medvlp(*command[:-2], f"train.steps={stopped + 2}", "--nproc", "2")
+    assert code == 0, output
+    assert f"after step {stopped} of {stopped + 2}" in output
+    assert "config differs from the last start" in output
     assert [line["step"] for line in read_metrics(run)] == list(range(1, stopped + 3))
     told = json.loads((run / "environment.json").read_text())
     assert told["world_size"] == 2
@@ -113,9 +115,9 @@ def test_mistakes_in_the_config_end_before_anything_starts(tmp_path, more, messa
 
 
 def test_a_mistake_found_by_the_ranks_is_one_clear_line(data, tmp_path):
-    finished = medvlp(*arguments(data, tmp_path / "run", "data.root=/nowhere", "--nproc", "2"))
-    assert finished.returncode == 3, finished.stderr
-    assert finished.stderr.strip().splitlines() == ["error: data folder /nowhere does not exist"]
+    code, output = medvlp(*arguments(data, tmp_path / "run", "data.root=/nowhere", "--nproc", "2"))
+    assert code == 3, output
+    assert output.strip().splitlines() == ["error: data folder /nowhere does not exist"]
     assert not (tmp_path / "run").exists()
 
 
@@ -140,7 +142,9 @@ def test_two_launchers_are_two_nodes_of_a_run(data, tmp_path):
     command = arguments(
         data, tmp_path / "run", "train.steps=2", "--nproc", "1", "--nodes", "2", "--meet", meet
     )
-    nodes = [start(*command, "--node-rank", str(index)) for index in (1, 0)]
+    nodes = [
+        ForkedCommand(*command, "--node-rank", str(index), environment=environment()) for index in (1, 0)
+    ]
     outputs = [node.communicate(timeout=150)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
     assert len(read_metrics(tmp_path / "run")) == 2

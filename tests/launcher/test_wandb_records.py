@@ -14,14 +14,15 @@ from typer.testing import CliRunner
 
 from launcher.main import app
 from medvlp import trust
-from tests.launcher.test_pretrain_command import arguments, medvlp, start, wait_for_steps
+from tests.launcher.forked_command import ForkedCommand
+from tests.launcher.test_pretrain_command import arguments, environment, medvlp, wait_for_steps
 from tests.launcher.test_pretrain_command import data as data
 from tests.serving.runs import save_run
 from tests.training.runs import read_metrics
 from tests.training.test_monitor import records
 
 
-def kill_all(process: Any) -> None:
+def kill_all(process: ForkedCommand) -> None:
     """SIGKILL to a process and everything below it at once, W&B's own service too, as a lost node does."""
     whole = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     for one in whole:
@@ -43,20 +44,20 @@ def as_read(parts: list[dict[str, list[dict[str, Any]]]]) -> list[dict[str, Any]
 def test_a_run_that_was_killed_resumed_and_evaluated_is_one_run(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     options = ["monitor.wandb=offline", "checkpoint.every_steps=2", "train.steps=400", "run.name=killed"]
-    process = start(*arguments(data, run, *options, "--nproc", "1"))
+    process = ForkedCommand(*arguments(data, run, *options, "--nproc", "1"), environment=environment())
     wait_for_steps(run, 5, process)
     while not (run / "checkpoints" / "latest").is_file() and process.poll() is None:
         time.sleep(0.1)
     kill_all(process)
     last = read_metrics(run)[-1]["step"] + 4
     options[2] = f"train.steps={last}"
-    resumed = medvlp(*arguments(data, run, *options, "--nproc", "1"))
-    assert resumed.returncode == 0, resumed.stderr
-    told = re.search(rf"after step (\d+) of {last}\b", resumed.stderr)
-    assert told, resumed.stderr
+    code, output = medvlp(*arguments(data, run, *options, "--nproc", "1"))
+    assert code == 0, output
+    told = re.search(rf"after step (\d+) of {last}\b", output)
+    assert told, output
     saved = int(told[1])
-    evaluated = medvlp("evaluate", str(run), "--task", "retrieval", "evaluation.bootstrap=20")
-    assert evaluated.returncode == 0, evaluated.stderr
+    code, output = medvlp("evaluate", str(run), "--task", "retrieval", "evaluation.bootstrap=20")
+    assert code == 0, output
 
     folders = sorted((run / "wandb").glob("offline-run-*"), key=lambda folder: folder.stat().st_mtime)
     parts = [records(folder) for folder in folders]
