@@ -84,7 +84,7 @@ def train(
     Raises:
         MedvlpError: anything the user can mend; see `medvlp.runs.errors` and `shards.errors`.
     """
-    # The imports have made a million objects that stay; full collections, of which DeepSpeed asks for some, need not
+    # Imports have made a million objects that stay. Full collections, of which DeepSpeed asks for some, would
     # look through them each time, for half a second.
     gc.collect()
     gc.freeze()

@@ -1,8 +1,8 @@
-"""`medvlp` commands whose processes are forked from one that has imported everything, a quarter of a minute each.
+"""`medvlp` commands whose processes are forked from one that has imported everything, for 15 s of a core.
 
-Launcher and ranks are processes like those of a shell, with their own signals, sessions and exit codes; only the
-start of Python is left out. Tests of that start (environment variables read at an import, other launchers) start
-`python -m launcher.main`.
+Launcher and ranks are processes like those of a shell, with their own signals, sessions and exit codes; only
+the start of Python is left out. Tests of that start (variables that are read at an import, other launchers)
+start `python -m launcher.main`.
 """
 
 from __future__ import annotations
