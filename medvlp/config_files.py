@@ -21,6 +21,7 @@ from medvlp.config_keys import (
     expand_home,
     forget_options,
     keep_texts,
+    meant,
     move_keys,
     moved_keys,
     section_at,
@@ -347,8 +348,7 @@ def _check_keys(values: Mapping[str, Any], tree: DictConfig, source: str, prefix
         path = f"{prefix}{key}"
         # "in tree" is false for keys that still need a value.
         if not isinstance(key, str) or key not in tree.keys():  # noqa: SIM118
-            nearest = _suggestion(path, [f"{prefix}{sibling}" for sibling in map(str, tree)])
-            raise ConfigError(f"{source}: unknown key {path!r}{nearest}")
+            raise ConfigError(f"{source}: unknown key {path!r}{meant(str(key), prefix, tree)}")
         node = tree._get_node(key)
         if isinstance(node, ListConfig) and dataclasses.is_dataclass(node._metadata.element_type):
             _check_items(value, node._metadata.element_type, source, path)
@@ -358,6 +358,8 @@ def _check_keys(values: Mapping[str, Any], tree: DictConfig, source: str, prefix
             _check_keys(value, cast(DictConfig, node), source, f"{path}.")
         elif is_section:
             raise ConfigError(f"{source}: {path} is a section with keys of its own, not a value")
+        elif isinstance(node, DictConfig) and not isinstance(value, Mapping):
+            raise ConfigError(f"{source}: {path} is a mapping: write {{name: value, ...}}, or {{}} for none")
 
 
 def _is_section(node: Any) -> bool:

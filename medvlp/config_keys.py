@@ -1,12 +1,13 @@
 """Keys of a config that are more than name and value: moved, of files, of networks, and texts."""
 
 import dataclasses
+import difflib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, StringNode
+from omegaconf import DictConfig, ListConfig, OmegaConf, StringNode
 
 from medvlp.config import ImageConfig, TextConfig
 
@@ -22,6 +23,8 @@ _PATHS = (
     ("run", "dir"), ("data", "root"), ("data", "tokenizer"), ("data", "cache_dir"), ("text", "name"),
     ("finetune", "run"),
 )  # fmt: skip
+#: Most keys that an error says may have been meant.
+_MOST_MEANT = 4
 #: Section -> the keys that name the network whose `options` it holds, with their defaults.
 _NETWORKS: Mapping[str, Mapping[str, Any]] = {
     "image": {"name": ImageConfig().name},
@@ -134,6 +137,34 @@ def inner_sections(name: str, value: Any) -> Iterator[tuple[tuple[str, ...], Any
         yield (name,), value
     elif isinstance(value, dict):
         yield from (((name, at), inner) for at, inner in value.items() if dataclasses.is_dataclass(inner))
+
+
+def meant(key: str, prefix: str, tree: DictConfig) -> str:
+    """What an error adds about a key that a section lacks: " (did you mean ...?)", or the section's keys.
+
+    Args:
+        key: that was given. prefix: of the section's keys ("train."); "" of the whole config.
+        tree: the section, in the whole config.
+    """
+    names = [str(name) for name in tree]
+    found = [f"{prefix}{name}" for name in difflib.get_close_matches(key, names, n=1, cutoff=0.75)]
+    if not found:  # its name in another section, or a word of it in this one
+        words = set(key.split("_"))
+        same = [path for path in _paths_of(tree._get_root()) if path.rpartition(".")[2] == key]
+        alike = [f"{prefix}{name}" for name in names if words & set(name.split("_"))]
+        found = same + alike if len(same + alike) <= _MOST_MEANT else same[:_MOST_MEANT]
+    if not found:
+        return f"; there are {', '.join(names)}"
+    *most, last = map(repr, found)
+    return f" (did you mean {' or '.join(filter(None, [', '.join(most), last]))}?)"
+
+
+def _paths_of(section: Any, prefix: str = "") -> Iterator[str]:
+    for name in map(str, section):
+        yield f"{prefix}{name}"
+        node = section._get_node(name)
+        if isinstance(node, DictConfig) and dataclasses.is_dataclass(OmegaConf.get_type(node)):
+            yield from _paths_of(node, f"{prefix}{name}.")
 
 
 def keep_texts(values: dict[str, Any], written: Any, tree: DictConfig) -> None:

@@ -190,6 +190,31 @@ def test_what_is_said_in_place_of_what_stood_above_is_taken(repository: Path) ->
     assert task.fraction == 0.1
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (
+            "monitor.every_steps=1",
+            "'checkpoint.every_steps', 'validation.every_steps' or 'monitor.log_every'?)",
+        ),
+        ("train.lr=1", "(did you mean 'optimizer.lr'?)"),
+        ("lr=1", "(did you mean 'optimizer.lr'?)"),
+        ("train.step=1", "(did you mean 'train.steps'?)"),
+        ("zero.sharding=1", "; there are stage, offload_optimizer, offload_parameters"),
+        (
+            "optimizer.phases=[{epochs: 1, lr: 1, rate: 2}]",
+            "; there are epochs, lr, start_lr, min_lr, warmup_",
+        ),
+        ("image.options=5", "image.options is a mapping: write {name: value, ...}, or {} for none"),
+        ("deepspeed=[1]", "deepspeed is a mapping"),
+    ],
+)
+def test_a_wrong_key_or_mapping_says_what_may_be_meant(override: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(override)
+    assert said in str(caught.value)
+
+
 def test_a_wrong_key_names_its_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("checkpoint: {every_step: 5}\n")
