@@ -20,6 +20,8 @@ _SEEN = (
     r"(?:seen|identified|visuali[sz]ed|noted|demonstrated|evident|present|appreciated|apparent|detected|"
     r"found)"
 )
+#: What one view alone does not show is there.
+_ON_BOTH_VIEWS = r"(?! on (?:the |this )?(?:lateral|frontal|ap|pa)\b)"
 _BE = r"(?:is|are|was|were|be|been|being)"
 _SIDED = r"(?:left|right|bilateral|[lr]t)\b"
 _PARTLY = (
@@ -51,12 +53,12 @@ _CUES: dict[str, tuple[str, ...]] = {
         rf"{_BE} (?:also )?(?:possible|suspected|questioned|suggested|considered|likely|probable|favou?red|"
         r"doubtful)",
         r"(?!^)(?:(?:is|are|appears?) )?(?:un|less )likely",
-        r"(?:may|might|could) be present",
+        r"(?:may|might|could) be present", rf"(?:may|might) not be {_SEEN}",
         r"\?",
     ),
     "absent_before": (
-        rf"(?:{_BE} |has |have )?not (?:\w+ ){{0,2}}?{_SEEN}",
-        rf"(?:cannot|can't|couldn't) be {_SEEN}(?! on (?:the )?(?:lateral|frontal))",
+        rf"(?:{_BE} |has |have )?not (?!as )(?:\w+[ -]){{0,2}}?{_SEEN}{_ON_BOTH_VIEWS}",
+        rf"(?:cannot|can't|couldn't) be (?:\w+[ -])?{_SEEN}{_ON_BOTH_VIEWS}",
         r"(?:has|have|had) (?:\w+ )?(?:resolved|cleared|disappeared)",
         r", (?:now |since |completely |fully )+(?:resolved|cleared)(?=\s*(?:[.;,]|$))",
         rf"(?:{_BE} )?no longer (?:\w+ )?{_SEEN}",
@@ -104,6 +106,9 @@ _CUES: dict[str, tuple[str, ...]] = {
         r"\b(?:aside|apart|other than)(?: from)?\b", r"\bthere (?:is|are|has|have)\b", r"\bwith\b",
         r"\band (?=(?:the|there|a|an|only|is|are|stable|unchanged|normal|clear|unremarkable|persistent|mild|"
         r"low)\b)",
+        # "The heart is not enlarged and mediastinal contours are normal."
+        r"\band (?=(?:(?!and\b|or\b)[\w-]+ ){1,4}(?:is|are|appears?|remains?) (?:\w+ ){0,2}?(?:normal|clear|"
+        r"unremarkable|stable|unchanged|intact)\b)",
         r"\bdue to\b", r"\bin (?:the setting|this patient)\b", r"\bsecondary to\b", r"\.(?=\s|$)",
         # "No pneumothorax following placement of a chest tube": the tube is there.
         r"\b(?:following|after|and) (?:the )?(?:\w+ ){0,2}?(?:placement|insertion|advancement|exchange)\b",
@@ -132,6 +137,7 @@ def _cue_pattern() -> re.Pattern[str]:
 
 _CUE = _cue_pattern()
 _LIST_ITEM = re.compile(r"\s*(?:or|nor)\b|[^;:]*?,?\s(?:or|nor)\s")
+_LAST_OF_LIST = re.compile(r"\s*and\b(?:(?!\b(?:is|was|has)\b)[^;:,.])*\b(?:have|are|were)\b")
 _VERB = re.compile(r"\b(?:is|are|was|were|appears?|remains?|shows?|demonstrates?|has|have|removed)\b")
 # How a new statement opens after a comma, instead of the next item of a list.
 _OPENS = re.compile(
@@ -206,7 +212,7 @@ def _state_at(sentence: str, position: int, cues: Sequence[_Cue]) -> int | None:
     for cue in cues:
         if cue.start >= position:
             break
-        if cue.kind == "boundary" or (cue.kind == "denied_until" and state == ABSENT):
+        if cue.kind in ("boundary", "last of list") or (cue.kind == "denied_until" and state == ABSENT):
             state = PRESENT
         elif cue.kind == "absent" or (
             cue.kind == "absent_next" and sentence[cue.end : position] in ("-", " ")
@@ -220,14 +226,25 @@ def _state_at(sentence: str, position: int, cues: Sequence[_Cue]) -> int | None:
 
 
 def _cues(sentence: str) -> Iterator[_Cue]:
-    """Cues in order; a comma that ends the reach of what is before it comes as a boundary."""
+    """Cues in order; a comma that ends the reach of what is before it comes as a boundary.
+
+    The one before the last of several findings ends no reach of what stands behind them: "a, b, and c have
+    cleared".
+    """
     for match in _CUE.finditer(sentence):
         kind = match.lastgroup or ""
         if kind == "comma":
             if _ends_statement(sentence[match.end() :]):
-                yield _Cue(match.start(), match.end(), "boundary")
+                last = _LAST_OF_LIST.match(sentence, match.end()) and _is_list(sentence[: match.start()])
+                yield _Cue(match.start(), match.end(), "last of list" if last else "boundary")
         elif kind != "pseudo":
             yield _Cue(match.start(), match.end(), kind)
+
+
+def _is_list(text: str) -> bool:
+    """Whether the last statement of a text names several findings and has no verb yet."""
+    last = re.split(r"[;:]|\.\s", text)[-1]
+    return "," in last and not _VERB.search(last)
 
 
 def _ends_statement(rest: str) -> bool:

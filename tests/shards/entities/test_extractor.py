@@ -107,7 +107,7 @@ def test_sentence(sentence: str, expected: Triples) -> None:
     assert triples(sentence) == expected
 
 
-LUNG, PLEURA = "lung_volumes", "pleural_unspec"
+LUNG, LEFT_LUNG, PLEURA = "lung_volumes", "left_lung_unspec", "pleural_unspec"
 BOTH_EFFUSIONS = {("left_pleural", "effusion", 1), ("right_pleural", "effusion", 1)}
 ONE_EFFUSION = {("left_pleural", "effusion", 1), ("right_pleural", "effusion", 0)}
 TUBE, NO_TUBE = {("right_pleural", "tube", 1)}, {("right_pleural", "tube", 0)}
@@ -156,6 +156,18 @@ TUBE, NO_TUBE = {("right_pleural", "tube", 1)}, {("right_pleural", "tube", 0)}
             "Possible pneumonia and small left effusion.",
             {(LUNG, "pneumonia", -1), ("left_pleural", "effusion", -1)},
         ),
+        (
+            "The heart is not enlarged and mediastinal contours are normal.",
+            {("heart_size", "enlarge", 0), ("heart_size", "cardiomegaly", 0), ("mediastinal", "normal", 1)},
+        ),
+        (
+            "Consolidation, effusion, and pneumothorax are absent.",
+            {NO_CONSOLIDATION, NO_EFFUSION, NO_PNEUMOTHORAX},
+        ),
+        (
+            "Atelectasis, mass, and edema of the left lung was resolved.",
+            {(LEFT_LUNG, "atelectasis", 1), (LEFT_LUNG, "mass", 1), (LEFT_LUNG, "edema", 0)},
+        ),
         # What was taken out is gone; what stands beside it is not.
         ("Interval removal of the right chest tube.", NO_TUBE),
         ("Right chest tube has been removed.", NO_TUBE),
@@ -178,12 +190,16 @@ TUBE, NO_TUBE = {("right_pleural", "tube", 1)}, {("right_pleural", "tube", 0)}
         ("R/o pneumonia.", set()),
         ("Pneumothorax cannot be identified.", {NO_PNEUMOTHORAX}),
         ("Opacity cannot be well seen on the lateral view.", {(LUNG, "opacity", 1)}),
+        ("Opacity on the frontal view, not seen on the lateral view.", {(LUNG, "opacity", 1)}),
+        ("Opacity is not well-seen.", {(LUNG, "opacity", 0)}),
+        ("Opacity is not as well seen as before.", {(LUNG, "opacity", 1)}),
+        ("Fractures may not be demonstrated.", {("other", "fracture", -1)}),
         # Sides.
         ("Effusion: none; small heart.", {NO_EFFUSION}),
         ("Effusion: none on the right; small heart.", {(PLEURA, "effusion", 0)}),
         (
             "Effusion: none on the right; left lung clear.",
-            {(PLEURA, "effusion", 0), ("left_lung_unspec", "clear", 1)},
+            {(PLEURA, "effusion", 0), (LEFT_LUNG, "clear", 1)},
         ),
         ("Effusion: small on the right; moderate on the left.", BOTH_EFFUSIONS),
         ("Small right, no left apex and effusion.", {NO_EFFUSION}),  # nothing of the sides is theirs
