@@ -2,15 +2,18 @@
 
 import difflib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from medvlp.config import ImageConfig
 from medvlp.tensor_files import TensorFileError, read_torch_file
 from shards.errors import MedvlpError
 
@@ -26,6 +29,27 @@ def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
     if OmegaConf.is_config(options):
         return OmegaConf.to_container(options, resolve=True)  # type: ignore[return-value]
     return dict(options)
+
+
+def at_size(name: str, size: int, options: Mapping[str, Any]) -> Any:
+    """A timm model with these options, for images of `size` pixels where it has an input size."""
+    try:
+        return timm.create_model(name, **{"img_size": size, **options})
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+    return timm.create_model(name, **options)
+
+
+def wrong_option(config: ImageConfig, size: int) -> str:
+    """Of the options of a timm model that cannot be built the one without which it can; else all of them."""
+    given = plain_options(config.options)
+    for name, value in given.items():
+        others = {of: given[of] for of in given if of != name}
+        with suppress(Exception), torch.device("meta"):  # what timm raises differs by network
+            at_size(config.name, size, {"num_classes": 0, "in_chans": config.in_channels, **others})
+            return f"image.options.{name}={str(value)[:100]}, without which it can"
+    return "image.options"
 
 
 #: Keys under which training scripts wrap a model's weights.

@@ -12,7 +12,14 @@ from timm.layers.attention import Attention
 from torch import Tensor, nn
 
 from medvlp.config import ImageConfig
-from medvlp.encoders.backbones import EncoderError, plain_options, read_weights, unknown_model
+from medvlp.encoders.backbones import (
+    EncoderError,
+    at_size,
+    plain_options,
+    read_weights,
+    unknown_model,
+    wrong_option,
+)
 from medvlp.encoders.batch_norm import convert_batch_norms
 from medvlp.hub import hub_reason, quiet_hub
 
@@ -327,9 +334,9 @@ def _create_backbone(config: ImageConfig, size: int) -> Any:
         options["pretrained_cfg_overlay"] = {"state_dict": dict(weights), "custom_load": False}
     try:
         with quiet_hub():
-            model = _at_size(config.name, size, options)
+            model = at_size(config.name, size, options)
     except (TypeError, ValueError, RuntimeError, AssertionError, OSError, KeyError) as error:
-        where = f"image.weights={config.weights}" if config.weights else "image.options"
+        where = f"image.weights={config.weights}" if config.weights else wrong_option(config, size)
         raise EncoderError(
             f"image.name={config.name} cannot be built ({where}): {hub_reason(error)}"
         ) from error
@@ -343,15 +350,6 @@ def _create_backbone(config: ImageConfig, size: int) -> Any:
                 f"image.gradient_checkpointing=true: {config.name} does not support it"
             ) from error
     return model
-
-
-def _at_size(name: str, size: int, options: dict[str, Any]) -> Any:
-    try:
-        return timm.create_model(name, **{"img_size": size, **options})
-    except TypeError as error:
-        if "img_size" not in str(error):
-            raise
-    return timm.create_model(name, **options)
 
 
 def _check_patch_size(model: Any, config: ImageConfig, size: int) -> None:

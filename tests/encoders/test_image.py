@@ -226,6 +226,16 @@ def test_bad_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     [
         (ImageConfig(name="resnet51"), 32, "not a timm model"),
         (dataclasses.replace(RESNET, options={"colour": 1}), 32, "colour"),
+        (
+            dataclasses.replace(RESNET, options={**RESNET.options, "layers": 3}),
+            32,
+            r"\(image.options.layers=3, without which it can\): 'int' object is not iterable",
+        ),
+        (
+            dataclasses.replace(RESNET, options={"layers": 3, "channels": 4}),
+            32,
+            r"resnet10t cannot be built \(image.options\)",
+        ),
         (dataclasses.replace(RESNET, local_stage=9), 32, "local_stage"),
         (VIT, 36, "patches of 8 pixels"),
         (dataclasses.replace(VIT, options={**VIT.options, "patch_drop_rate": 0.75}), 32, "form no grid"),
