@@ -296,7 +296,7 @@ class _Linker:
 
     def _implied_site(self, mention: _Mention) -> tuple[str, ...]:
         """The site the term implies, on the sides that its noun phrase names."""
-        if not mention.term.site:
+        if not mention.term.site or self._is_of_hardware(mention):
             return (UNSPECIFIED,)
         before = self.sentence[: mention.start]
         phrase = re.split(rf"[^a-z0-9\s/-]|\b{_STOP}\b", before)[-1]
@@ -307,6 +307,13 @@ class _Linker:
         if mention.term.both_sides and mention.value != ABSENT and names == (mention.term.site,):
             return with_sides(mention.term.site, "bilateral")
         return names
+
+    def _is_of_hardware(self, mention: _Mention) -> bool:
+        """Whether "intact" may be said of wires or leads, and so implies no bones."""
+        return "intact" in mention.term.observations and (
+            any(other.term.is_device or other.term.site == GENERAL_DEVICE_SITE for other in self.mentions)
+            or "sternotomy" in self.sentence
+        )
 
     def _sides_after(self, mention: _Mention) -> str:
         """The sides that are named behind a mention: "on the left", "bilaterally"; "" where none is."""

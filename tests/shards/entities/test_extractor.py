@@ -168,6 +168,10 @@ TUBE, NO_TUBE = {("right_pleural", "tube", 1)}, {("right_pleural", "tube", 0)}
             "Atelectasis, mass, and edema of the left lung was resolved.",
             {(LEFT_LUNG, "atelectasis", 1), (LEFT_LUNG, "mass", 1), (LEFT_LUNG, "edema", 0)},
         ),
+        # Wires are no bones.
+        ("Leads are intact.", {("other", "lead", 1), ("unspecified", "intact", 1)}),
+        ("Sternotomy sutures are intact.", {("unspecified", "intact", 1)}),
+        ("Bones are intact.", {("other", "intact", 1), ("other", "fracture", 0)}),
         # What was taken out is gone; what stands beside it is not.
         ("Interval removal of the right chest tube.", NO_TUBE),
         ("Right chest tube has been removed.", NO_TUBE),
