@@ -12,8 +12,9 @@ from medvlp.config import Config
 Precision = Literal["fp32", "bf16", "fp16"]
 OptimizerName = Literal["adamw", "sgd"]
 
-#: A run of a second: two layers an encoder take a fifth more at ZeRO stage 3. The wide initialisation keeps the untrained text encoder's [CLS] outputs apart: with
-#: BERT's 0.02 they differ by 1/500 of their mean, and batch norm then magnifies float32's rounding as much.
+#: A run of a second; a second layer in each encoder takes a fifth more at ZeRO stage 3. The wide
+#: initialisation keeps the untrained text encoder's [CLS] outputs apart: with BERT's 0.02 they differ by
+#: 1/500 of their mean, and batch norm then magnifies float32's rounding as much.
 TINY = [
     "data.image_size=32", "data.max_tokens=24", "data.workers=0",
     "image.name=test_vit.r160_in1k", "image.options={depth: 1}",
