@@ -280,7 +280,8 @@ class Report(TrainedTask):
         said = self._meteor(result, models, references)
         result.notes = {"reports": len(rows), "meteor": said, "normal": fitted.chosen.normals}
         self._clinical(result, dataset, sample, models, references, bootstrap)
-        _write(view.folder / "reports.csv", _keys(dataset, sample), models["trained"], references)
+        if self.settings.ce_labels is None:  # else they are there, perhaps with these labels beside them
+            _write(view.folder / "reports.csv", _keys(dataset, sample), models["trained"], references)
         result.examples = Examples(
             "Evenly spread over the split, whatever the network wrote.",
             texts=[
@@ -350,6 +351,10 @@ class Report(TrainedTask):
             table = read_labels(Path(settings.ce_labels), dict(zip(keys, models["trained"], strict=True)))
             have = {plain(name) for name in table.names}
             names, tables = [name for name in self.findings(known) if plain(name) in have], {"trained": table}
+            if not names:
+                raise EvaluationError(
+                    f"{settings.ce_labels}: no column is one of the labels {', '.join(self.findings(known))}"
+                )
         if not names:
             result.notes["clinical"] = []
             return

@@ -34,7 +34,7 @@ from medvlp.evaluation.report import examples, results
 from medvlp.evaluation.report.joining import complete
 from medvlp.evaluation.report_baselines import Baselines, is_normal, unit_rows
 from medvlp.evaluation.supervised import Supervised, finetuning_config, train_here
-from medvlp.evaluation.task import TaskResult
+from medvlp.evaluation.task import EvaluationError, TaskResult
 from medvlp.evaluation.tasks.report import Report, ReportConfig
 from medvlp.runs import saved_run
 from shards.errors import NotFiniteError, UsageError
@@ -199,6 +199,14 @@ def test_labels_of_another_labeller_are_scored_without_training_again(run: Path,
         assert found.models["trained"]["bleu-1@100%"] == before["bleu-1@100%"]
         values[name] = found.models["trained"]["ce-recall@100%/edema"].value
     assert values == {"labels": 1, "others": 0}
+    own = next(run.rglob("reports.csv"))
+    own.write_bytes(labelled := (tmp_path / "labels.csv").read_bytes())
+    found = ask(run, f"{WHERE}.ce_labels={own}", train=lambda config: pytest.fail("trained again"))
+    assert found.models["trained"]["ce-recall@100%/edema"].value == 1
+    assert own.read_bytes() == labelled  # they took somebody's time
+    file.write_bytes(labelled.replace(b"edema,mass", b"a,b", 1))
+    with pytest.raises(EvaluationError, match=r"others\.csv: no column is one of the labels .*edema"):
+        ask(run, f"{WHERE}.ce_labels={file}", train=lambda config: pytest.fail("trained again"))
 
 
 def test_cut_references_with_unknown_words_raise_bleu(run: Path) -> None:
