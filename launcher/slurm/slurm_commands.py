@@ -80,20 +80,26 @@ class Job:
         return self.state in FINAL_STATES
 
 
+#: With these Slurm's programs speak of other clusters.
+_CLUSTER_VARIABLES = ("SBATCH_CLUSTERS", "SLURM_CLUSTERS")
+
+
 def is_installed() -> bool:
     """Whether this machine has Slurm's programs for users."""
     return shutil.which("sbatch") is not None and shutil.which("squeue") is not None
 
 
 def run_command(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
-    """Standard output of one of Slurm's programs.
+    """Standard output of one of Slurm's programs, about the cluster of this machine whatever variables say.
 
     Raises:
         SlurmError: it is not installed, does not answer, or ends with an error.
     """
+    given = os.environ if environment is None else environment
+    own = {name: value for name, value in given.items() if name not in _CLUSTER_VARIABLES}
     try:
         finished = subprocess.run(
-            list(arguments), capture_output=True, timeout=ANSWER_SECONDS, env=environment,
+            list(arguments), capture_output=True, timeout=ANSWER_SECONDS, env=own,
             encoding="utf-8", errors="replace",  # names of anybody's jobs, in whatever they wrote them
         )  # fmt: skip
     except FileNotFoundError:
@@ -154,9 +160,10 @@ def submit(script: Path, arguments: Sequence[str] = ()) -> int:
         UsageError: the environment names other clusters.
         SlurmError: the script was refused.
     """
-    for name in ("SBATCH_CLUSTERS", "SLURM_CLUSTERS"):
-        if os.environ.get(name):
-            raise UsageError(f"{name}={os.environ[name]}: {_OTHER_CLUSTER}; unset {name}")
+    for name in _CLUSTER_VARIABLES:
+        said = os.environ.get(name)
+        if said and said != configuration().get("ClusterName"):  # modules of some sites name the own one
+            raise UsageError(f"{name}={said}: {_OTHER_CLUSTER}; unset {name}")
     environment = submission_environment(script.read_text(encoding="utf-8"), os.environ)
     command = ["sbatch", "--parsable", *arguments, str(script)]
     answer = run_command(command, environment).strip().splitlines()[-1]

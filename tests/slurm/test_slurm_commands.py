@@ -124,11 +124,23 @@ def test_a_job_in_another_cluster_is_refused(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(SlurmError, match="job 12 to cluster other, where it was cancelled"):
         slurm_commands.submit(script)
     assert asked[-1] == ["scancel", "--clusters=other", "12"]
+    answers["sbatch"] = "12\n"
     for name in ("SBATCH_CLUSTERS", "SLURM_CLUSTERS"):
         monkeypatch.setenv(name, "other")
         with pytest.raises(UsageError, match=f"{name}=other"):
             slurm_commands.submit(script)
+        monkeypatch.setenv(name, "own")
+        assert slurm_commands.submit(script) == 12
         monkeypatch.delenv(name)
+
+
+def test_slurm_is_asked_about_the_cluster_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_CLUSTERS", "other")
+    monkeypatch.setenv("SLURM_CONF", "/here")
+    shown = slurm_commands.run_command(["env"]).splitlines()
+    assert "SLURM_CONF=/here" in shown
+    assert not [line for line in shown if line.startswith("SLURM_CLUSTERS")]
+    assert slurm_commands.run_command(["env"], {"SBATCH_CLUSTERS": "other", "A": "b"}) == "A=b\n"
 
 
 @pytest.mark.slurm

@@ -113,7 +113,8 @@ class ReportConfig(TrainedTaskConfig):
 
 
 def _remarks(notes: Mapping[str, Any]) -> list[str]:
-    lines = [f"{notes['reports']} reports; METEOR: {notes['meteor']}"] if "reports" in notes else []
+    meteor = "; ".join(dict.fromkeys(own["meteor"] for _, own in by_unit(notes) if "meteor" in own))
+    lines = [f"{notes['reports']} reports; METEOR: {meteor}"] if "reports" in notes else []
     for unit, own in by_unit(notes):
         if "normal" in own:
             of = f"the most frequent of {own['normal']} normal training images"

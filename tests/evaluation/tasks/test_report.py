@@ -266,6 +266,8 @@ def test_every_fraction_says_where_its_normal_report_is_from() -> None:
         f"{small}: normal: a sentence of this program: no image is known to be",
         f"{large}: normal: the most frequent of 7 normal training images",
     ]
+    parts[task.units()[0]].notes["meteor"] = "not available: java"
+    assert Report.reading.remarks(task.join(parts).notes)[0] == "9 reports; METEOR: not available: java; none"
 
 
 @pytest.mark.parametrize(
