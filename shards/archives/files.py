@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -20,10 +19,6 @@ from shards.format import IMAGE_LIMIT
 _GZIP = ".gz"
 _PACKED = (".tar", ".tar.gz", ".tgz", ".rar", ".7z")
 _DRIVE = re.compile(r"[A-Za-z]:")
-
-
-class MissingFileError(DataError):
-    """A file that an importer needs is not there."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +60,6 @@ class ArchiveFiles:
         origin: where the archive is to be had, for messages.
         deep: look in the folders below the root and in zips too; not for a file that the user names.
 
-    Attributes:
-        lacking: names of what is asked for and not there, while files are only looked for (`ArchiveTexts`
-            gives empty ones, and none is listed); None: they are read.
-
     Raises:
         DataError: `root` is neither.
     """
@@ -77,7 +68,6 @@ class ArchiveFiles:
         self.root = root
         self.origin = origin
         self._deep = deep
-        self.lacking: list[str] | None = None
         self._zips: list[ZipIndex] | None = None
         if root.is_dir():
             self._folder: Path | None = root
@@ -106,8 +96,7 @@ class ArchiveFiles:
         """The one file that has one of these paths, the first of them that is there.
 
         Raises:
-            MissingFileError: there is none, it says where to get it.
-            DataError: it is in several folders.
+            DataError: there is none, it says where to get it; or it is in several folders.
         """
         for path in paths:
             for wanted in _forms(path, or_gzip):
@@ -116,24 +105,9 @@ class ArchiveFiles:
                     raise DataError(f"{found[0]} and {found[1]} are both there; let --root name one release")
                 if found:
                     return found[0]
+        names = " or ".join(paths)
         gzip = f" (or {_GZIP})" if or_gzip and not paths[0].endswith(_GZIP) else ""
-        name = f"{' or '.join(paths)}{gzip}"
-        if self.lacking is not None and name not in self.lacking:
-            self.lacking.append(name)
-        raise MissingFileError(self.without([name]))
-
-    def without(self, names: Sequence[str]) -> str:
-        """What an error says of files that are not there."""
-        them = "it" if len(names) == 1 else "them"
-        return f"{self.root} has no {', no '.join(names)}; get {them} from {self.origin}{self._hint()}"
-
-    def looks_for(self, *paths: str) -> bool:
-        """Whether files are only looked for at present; one of these paths is, then."""
-        if self.lacking is None:
-            return False
-        with suppress(DataError):  # noted
-            self.get(*paths)
-        return True
+        raise DataError(f"{self.root} has no {names}{gzip}; get it from {self.origin}{self._hint()}")
 
     def read(self, path: str, most: int = IMAGE_LIMIT) -> bytes:
         """Content of a file of at most `most` bytes.
@@ -157,8 +131,6 @@ class ArchiveFiles:
             DataError: a folder cannot be listed.
         """
         suffix = suffix.casefold()
-        if self.lacking is not None:
-            return
         if self._folder is not None:
             for name in walk(self._folder):
                 if name.casefold().endswith(suffix) and not is_companion(name):

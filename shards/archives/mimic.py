@@ -110,8 +110,6 @@ def check_scene_graphs(texts: ArchiveTexts) -> None:
         for record in islice(table, _TRIED):
             if not record.problem and texts.files.find(_scene_graph(record["dicom_id"])) is not None:
                 return
-    if texts.files.lacking is not None:  # no list was read
-        return
     raise DataError(
         f"{texts.files.root} has none of the scene graphs (scene_graph/<dicom_id>_SceneGraph.json, or "
         f"scene_graph.zip with that folder in it); get them from {IMAGENOME_ORIGIN}"

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -14,7 +13,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.archives.files import ArchiveFiles, MissingFileError
+from shards.archives.files import ArchiveFiles
 from shards.archives.id_lists import UserLists
 from shards.archives.records import Join, Record, temporary_database
 from shards.archives.texts import ArchiveTexts
@@ -115,17 +114,16 @@ class ArchiveSource(Source):
     def __init__(self, options: ArchiveOptions) -> None:
         self.options = options
         self.published: dict[str, int] = {}
-        self.found, self.notes = Counter[str](), Counter[str]()
-        self._texts, self._joins = list[ArchiveTexts](), list[Join]()
+        self.found: Counter[str] = Counter()
+        self.notes: Counter[str] = Counter()
+        self._texts: list[ArchiveTexts] = []
+        self._joins: list[Join] = []
         self.texts = self.open(options.root)
         self.files = self.texts.files
-        try:
-            self.prepare()
-            lists = UserLists(options.split_list, options.exclude, self.list_id)
-            survey = _Survey(self, lists)
-            self._rows = RowStore(survey.rows(), _COLUMNS)
-        except MissingFileError as first:
-            raise self._with_others_missing(first) from None
+        self.prepare()
+        lists = UserLists(options.split_list, options.exclude, self.list_id)
+        survey = _Survey(self, lists)
+        self._rows = RowStore(survey.rows(), _COLUMNS)
         self._remarks = survey.remarks()
         self._remarks += [remark for texts in self._texts for remark in texts.remarks]
         self._remarks += [
@@ -178,8 +176,6 @@ class ArchiveSource(Source):
         """Files of another folder or zip that belongs to the archive; `deep` as `ArchiveFiles` has it."""
         texts = ArchiveTexts(ArchiveFiles(root, origin or self.facts.origin, deep=deep))
         self._texts.append(texts)
-        if self._texts[0].files.lacking is not None:
-            texts.files.lacking = []
         return texts
 
     def join(self) -> Join:
@@ -253,15 +249,6 @@ class ArchiveSource(Source):
             PublishedCount(self._count_name(name), count, self.found[name])
             for name, count in self.published.items()
         ]
-
-    def _with_others_missing(self, first: MissingFileError) -> MissingFileError:
-        """An error about all files that are asked for and not there: the importer runs on empty ones."""
-        self.files.lacking = []
-        for step in (self.prepare, lambda: deque(self.records(), maxlen=0)):
-            with suppress(Exception):  # what an importer makes of nothing
-                step()
-        said = [files.without(files.lacking) for texts in self._texts if (files := texts.files).lacking]
-        return MissingFileError("; ".join(said)) if said else first
 
     def _count_name(self, name: str) -> str:
         return f"{name} {self.facts.unit}" if name == "all" or name in SPLITS else name

@@ -52,20 +52,17 @@ class Table:
         name: of its file, without folders; for messages.
         columns: that its records hold.
         absent: optional columns that the file lacks; its records hold "" there.
-        file: None where it is only looked for: there are no rows.
     """
 
     name: str
     columns: tuple[str, ...]
     absent: tuple[str, ...]
-    file: _Named | None
+    file: _Named
     form: TableFormat
     origin: str
 
     def __iter__(self) -> Iterator[Record]:
         """Every row; a row that cannot be read is a `Record` whose `problem` says why."""
-        if self.file is None:
-            return
         empty = dict.fromkeys(self.absent, "")
         for row in read_rows(self.file, self.columns, self.form):
             if isinstance(row, BadRow):
@@ -125,9 +122,6 @@ class ArchiveTexts:
         Raises:
             DataError: it is missing, cannot be read, or lacks a column.
         """
-        origin = self.files.origin
-        if self.files.looks_for(*names):
-            return Table(names[0], (*columns, *optional), (), None, TableFormat(), origin)
         member = self.files.get(*names)
         ending = ".gz" if member.name.lower().endswith(".gz") else ""
         file = _Named(member, f"table{kind}{ending}" if kind else member.name)
@@ -138,6 +132,7 @@ class ArchiveTexts:
             key=key or columns[0],
             name_columns=plain_header,
         )
+        origin = self.files.origin
         present = self._header(file, form, columns) if optional or table_kind(file) != ".jsonl" else None
         absent = () if present is None else tuple(name for name in optional if name not in present)
         held = (*columns, *(name for name in optional if name not in absent))
@@ -149,8 +144,6 @@ class ArchiveTexts:
         Raises:
             DataError: it is missing, or its last line is `ended` by nothing: the file has been cut off.
         """
-        if self.files.looks_for(*names):
-            return
         file = _Named(member := self.files.get(*names), member.name)
         with open_text(file, self._inspect(file, names[0])) as text:
             for number, line in enumerate(text, start=1):
@@ -168,8 +161,6 @@ class ArchiveTexts:
         Raises:
             DataError: it is missing, is no JSON, or names something twice.
         """
-        if self.files.looks_for(*names):
-            return []
         file = _Named(member := self.files.get(*names), member.name)
         self._inspect(file, names[0])
         with open_bytes(file) as content:

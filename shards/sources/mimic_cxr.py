@@ -88,14 +88,14 @@ class MimicSource(ArchiveSource):
             if options.no_reports:
                 raise UsageError("--no-reports reads none of --reports: give one of the two")
             self._reports = self.open(options.reports, mimic.REPORTS_ORIGIN).files
+        if not options.no_reports:
+            self._check_reports()
         self._imagenome = self._regions = None
         if options.imagenome is not None:
             self._imagenome = self.open(mimic.imagenome_root(options.imagenome), mimic.IMAGENOME_ORIGIN)
             mimic.check_scene_graphs(self._imagenome)
             self._regions = self._imagenome.files
         self._ms_cxr_patients: set[str] = set()
-        if not options.no_reports:
-            self._check_reports()
 
     def records(self) -> Iterator[Record]:
         """Every image, with its split, the labels of its study, phrases and entities."""
@@ -242,18 +242,15 @@ class MimicSource(ArchiveSource):
         """Lists of Chest ImaGenome: "known" images, those of them that are "test", "gold" patients."""
         if self._imagenome is None:
             return None
-        tables = [
-            (name, column, self._imagenome.table(f"splits/{file}.csv", columns=[column]))
-            for name, column, files in (
-                ("known", "dicom_id", ("train", "valid", "test")),
-                ("test", "dicom_id", ("test",)),
-                ("gold", "subject_id", ("images_to_avoid",)),
-            )
-            for file in files
-        ]
         lists = IdLists(self.list_id)
-        for name, column, table in tables:
-            lists.add(name, table.cells(column), table.name)
+        for name, column, files in (
+            ("known", "dicom_id", ("train", "valid", "test")),
+            ("test", "dicom_id", ("test",)),
+            ("gold", "subject_id", ("images_to_avoid",)),
+        ):
+            for file in files:
+                table = self._imagenome.table(f"splits/{file}.csv", columns=[column])
+                lists.add(name, table.cells(column), table.name)
         return lists
 
 

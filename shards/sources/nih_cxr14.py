@@ -63,9 +63,8 @@ class NihSource(ArchiveSource):
         )  # fmt: skip
         boxes = self.texts.table(_BOXES, columns=["Image Index", "Finding Label", *_BOX_COLUMNS])
         splits = IdLists()
-        listed = {split: [text for _, text in self.texts.lines(file)] for split, file in _LISTS.items()}
         for split, file in _LISTS.items():
-            splits.add(split, listed[split], file)
+            splits.add(split, (text for _, text in self.texts.lines(file)), file)
         join = self.join()
         join.add("boxes", boxes, key="Image Index")
         for record in join.records(films, boxes="Image Index"):

@@ -103,7 +103,7 @@ class VindrSource(ArchiveSource):
                 ["image_id", *reader, *(name for name in self.label_names if name not in _OTHER)],
                 optional=_OTHER,
             )
-            if labels.file is not None and len(labels.absent) != 1:
+            if len(labels.absent) != 1:
                 raise DataError(
                     f"{labels.name} has not one column of {' and '.join(_OTHER)}; {labels.again()}"
                 )

@@ -182,21 +182,6 @@ def test_each_missing_file_is_named_with_where_to_get_it(name: str, tmp_path: Pa
         assert "\n" not in message
 
 
-def test_all_missing_files_are_named_at_once(name: str, tmp_path: Path) -> None:
-    if name in ("covidx", "iu-xray", "vqa-rad/mevf"):
-        pytest.skip("its files tell in which form it comes: without them another form is asked for")
-    archive = write(name, tmp_path / "archive")
-    gone = archive.tables[1:] if len(archive.tables) > 2 else archive.tables
-    for table in gone:
-        table.unlink()
-    with pytest.raises(DataError) as error:
-        open_archive(name, archive)
-    message = str(error.value)
-    assert [table.name for table in gone if table.name.removesuffix(".gz") not in message] == []
-    assert "get it from" in message or "get them from" in message
-    assert "\n" not in message
-
-
 def noise(data: bytes) -> bytes:
     return bytes(range(256)) * 4
 
