@@ -159,6 +159,21 @@ def test_tasks_evaluated_before_stay_beside_the_new_one(tmp_path: Path) -> None:
     assert results.read(file) == found
 
 
+def test_a_task_that_is_left_out_now_stays_with_the_settings_of_its_numbers(tmp_path: Path) -> None:
+    file = tmp_path / "evaluation.json"
+    before, new = (part("zero-shot"), part("retrieval"))
+    before.settings["options"] = {"zero-shot": {"prompts": "a.yaml"}}
+    before = stored(file, before)
+    new.settings["tasks"].append("zero-shot")
+    new.settings["options"] = {"zero-shot": {"prompts": "b.yaml"}}
+    new.notes["zero-shot"] = {"left_out": "b.yaml cannot be read"}
+    found = with_earlier(stored(tmp_path / "new.json", new), file, lambda line: None)
+    assert found.results["zero-shot"] == before.results["zero-shot"]
+    assert found.notes["zero-shot"] == before.notes["zero-shot"]
+    assert found.settings["options"] == {"zero-shot": {"prompts": "a.yaml"}}
+    assert sorted(found.settings["tasks"]) == ["retrieval", "zero-shot"]
+
+
 @pytest.mark.parametrize(
     ("new", "by", "reason"),
     [
