@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from medvlp.config import Config, ConfigError, FinetuneConfig, ImageConfig
+from medvlp.config_keys import section_at
 
 #: Least standard deviation of a channel.
 MIN_STD = 1e-6
@@ -109,6 +110,30 @@ def check_heard(config: Config, sources: Sequence[tuple[str, Mapping[str, Any]]]
                     f"{source}: finetune.{next(iter(keys))} changes nothing, for no task is trained: use "
                     "`medvlp finetune RUN --task NAME`, or leave it out"
                 )
+
+
+def forget_unheard(sources: Sequence[Mapping[str, Any]]) -> None:
+    """Take away what earlier sources say of the training of tasks where a later one's key stands above it.
+
+    `evaluation.tasks.*.training` is merged before it becomes a source of its own, in which nobody could tell
+    any more what was said later.
+
+    Args:
+        sources: values of what is merged, earliest first, changed in place.
+    """
+    of_tasks: dict[str, list[dict[str, Any]]] = {}
+    for values in sources:
+        for task, settings in (section_at(values, ("evaluation", "tasks")) or {}).items():
+            if (training := section_at(settings, ("training",))) is not None:
+                of_tasks.setdefault(task, []).append(training)
+    for trainings in of_tasks.values():
+        for above, ignored in _STANDS_ABOVE.items():
+            saying = [number for number, values in enumerate(trainings) if _says(values, above)]
+            section, name = above.split(".")
+            if saying and trainings[saying[-1]][section][name] not in (None, []):
+                for values in trainings[: saying[-1]]:
+                    for section, name in (key.split(".") for key in ignored if _says(values, key)):
+                        del values[section][name]
 
 
 def _is_printed(values: Mapping[str, Any]) -> bool:

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from medvlp import trust
 from medvlp.config import Config, EvaluationConfig, MethodConfig, TaskConfig
 from medvlp.config import ConfigError as ConfigError  # the readers of files know it under this name
-from medvlp.config_combinations import check_combinations, check_deepspeed, check_heard
+from medvlp.config_combinations import check_combinations, check_deepspeed, check_heard, forget_unheard
 from medvlp.config_keys import (
     anchor_files,
     expand_home,
@@ -158,6 +158,7 @@ def _sources(files: Sequence[File], overrides: Sequence[str], tasks: Tasks) -> l
     typed = [_Source(f"override {text!r}", *_parse_override(text)) for text in overrides]
     forget_options(own, [source.values for source in typed])
     sources += typed
+    forget_unheard([source.values for source in sources])
     for source in sources:
         for old, new in moved_keys(source.values) if source.folder is None else ():
             raise ConfigError(f"{source.name}: unknown key {old!r}: its name is {new}")

@@ -190,6 +190,26 @@ def test_what_is_said_in_place_of_what_stood_above_is_taken(repository: Path) ->
     assert task.fraction == 0.1
 
 
+def test_a_later_word_on_the_training_of_a_task_stands_above_an_earlier_one(tmp_path: Path) -> None:
+    """Merged, they were two keys of one source, and no word took the earlier one away."""
+    file, name = tmp_path / "mine.yaml", "evaluation.tasks.fine-tuning.training"
+    file.write_text(
+        "evaluation: {tasks: {fine-tuning: {training: {train: {epochs: 3}}},"
+        " segmentation: {training: {train: {epochs: 4}}}}}\n"
+    )
+
+    def said(*overrides: str) -> list[object]:
+        words = [*COMPLETE, *(f"{name}.{override}" for override in overrides)]
+        known = config_files.load([file], words, SCHEMAS, tasks=task.schemas()).evaluation.tasks
+        return [known[of].training["train"] for of in ("fine-tuning", "segmentation")]
+
+    assert said() == [{"epochs": 3}, {"epochs": 4}]
+    assert said("train.steps=9") == [{"steps": 9}, {"epochs": 4}]
+    assert said("train.steps=9", "train.epochs=2")[0] == {"steps": 9, "epochs": 2}, "is refused as a source"
+    assert said("train.steps=9", "train.steps=null")[0] == {"steps": None, "epochs": 3}
+    assert said("optimizer.phases=[]", "optimizer.warmup_steps=5")[0] == {"epochs": 3}
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
