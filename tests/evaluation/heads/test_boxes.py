@@ -139,6 +139,28 @@ def test_a_box_that_no_anchor_overlaps_matches_none() -> None:
     assert found.tolist() == [0, -1]
 
 
+def test_anchors_match_no_box_of_another_finding() -> None:
+    anchors = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])
+    for real, expected in (([True, False], [0, -1]), ([False, False], [-1, -1])):
+        assert match_anchors(anchors, torch.tensor(real), anchors, 0.4, 0.5).tolist() == expected
+
+
+def test_retinanet_moves_no_anchor_to_a_hedged_box_and_divides_by_none() -> None:
+    torch.manual_seed(0)
+    encoder = ImageEncoder(RESNET, SIZE)
+    head: Any = build_head("retinanet", encoder, 1)
+    levels = list(head.levels(head.look(encoder, images(1))).values())
+    anchors = head.net.anchor_generator(_images(levels[0], SIZE), levels)[0]
+    outputs = {
+        "cls_logits": torch.zeros(1, len(anchors), 1),
+        "bbox_regression": torch.randn(1, len(anchors), 4),
+    }
+    certain = boxes([8, 8, 24, 24, 0], classes=1)
+    found, alone = (head._losses(outputs, anchors, of)["bbox_regression"] for of in (HELD, certain))
+    assert alone > 0
+    torch.testing.assert_close(found, alone)
+
+
 def test_retinanet_learns_nothing_at_anchors_of_a_hedged_box() -> None:
     encoder = ImageEncoder(RESNET, SIZE)
     head: Any = build_head("retinanet", encoder, 1)
