@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Mapping
 from multiprocessing.reduction import DupFd
 from typing import Any, NoReturn
@@ -45,7 +46,9 @@ class ForkedCommand:
         """Exit code, -N for signal N, None before the end."""
         return self._process.exitcode
 
-    poll = returncode.fget
+    def poll(self) -> int | None:
+        """The same."""
+        return self.returncode
 
     def send_signal(self, number: int) -> None:
         """As `os.kill`."""
@@ -87,7 +90,7 @@ def _command(arguments: tuple[str, ...], environment: dict[str, str], output: An
 
 
 class _ForkedRank(subprocess.Popen):  # type: ignore[type-arg]
-    """A rank: a copy of its launcher in place of a new interpreter."""
+    """A rank: a copy of its launcher in place of a new interpreter, which torch would start."""
 
     def __init__(self, args: tuple[str, ...], env: dict[str, str], **options: Any):
         self._started = args, env
@@ -108,6 +111,8 @@ class _ForkedRank(subprocess.Popen):  # type: ignore[type-arg]
             _run(arguments[3:], environment)  # after python -m launcher.main
         except SystemExit as ended:
             code = ended.code if isinstance(ended.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -123,4 +128,4 @@ def _run(arguments: tuple[str, ...], environment: dict[str, str]) -> NoReturn:
     try:
         main.run()
     finally:
-        atexit._run_exitfuncs()
+        atexit._run_exitfuncs()  # a child of multiprocessing, and what it forks, would end without them
