@@ -226,7 +226,7 @@ def test_workers_keep_out_of_the_signals_of_their_rank(
     assert all(os.getpgid(worker.pid) != os.getpgid(0) for worker in workers)
     del stream
     for worker in workers:
-        worker.join(timeout=10)
+        worker.join(timeout=100)
     assert not any(worker.is_alive() for worker in workers)
 
 

@@ -62,7 +62,7 @@ class ForkedCommand:
         """Until it has ended; others may still hold its output."""
         self._process.join()
 
-    def communicate(self, timeout: float = 60.0) -> tuple[str, None]:
+    def communicate(self, timeout: float = 400.0) -> tuple[str, None]:
         """What it and its children have written, once all have ended.
 
         Raises:

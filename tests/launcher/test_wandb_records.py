@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from launcher.main import app
 from medvlp import trust
 from tests.launcher.forked_command import ForkedCommand
-from tests.launcher.test_pretrain_command import arguments, environment, medvlp, wait_for_steps
+from tests.launcher.test_pretrain_command import PATIENCE, arguments, environment, medvlp, wait_for_steps
 from tests.launcher.test_pretrain_command import data as data
 from tests.serving.runs import save_run
 from tests.training.runs import read_metrics
@@ -27,8 +27,8 @@ def kill_all(process: ForkedCommand) -> None:
     whole = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     for one in whole:
         one.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
-    psutil.wait_procs(whole, timeout=60)
+    process.communicate(timeout=PATIENCE)
+    psutil.wait_procs(whole, timeout=PATIENCE)
 
 
 def as_read(parts: list[dict[str, list[dict[str, Any]]]]) -> list[dict[str, Any]]:
@@ -41,6 +41,7 @@ def as_read(parts: list[dict[str, list[dict[str, Any]]]]) -> list[dict[str, Any]
 
 
 @pytest.mark.dist
+@pytest.mark.timeout(3 * PATIENCE)
 def test_a_run_that_was_killed_resumed_and_evaluated_is_one_run(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     options = ["monitor.wandb=offline", "checkpoint.every_steps=2", "train.steps=400", "run.name=killed"]

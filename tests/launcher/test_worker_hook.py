@@ -13,7 +13,7 @@ from medvlp.prototypes.board import BOARD, WAITING, Board
 
 
 def find_worker() -> psutil.Process:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 100
     while time.monotonic() < deadline:
         for child in psutil.Process().children():
             if "medvlp.prototypes.worker" in child.cmdline():
