@@ -133,13 +133,14 @@ def _parts(
     from omegaconf import OmegaConf
 
     from medvlp import config_files
-    from medvlp.evaluation.task import schemas, tasks
+    from medvlp.evaluation.task import check_used, schemas, tasks
     from medvlp.methods import registry
 
     known = tasks()
     for name in names:
         if name not in known:
             raise UsageError(f"--task {name}: there are {', '.join(known)}")
+    check_used(files, overrides, names)
     if not names:
         return {"": []}
     # A run that has only been submitted has the config of its job.

@@ -10,7 +10,7 @@ from typing import get_args
 
 import torch
 
-from medvlp import config_files, trust
+from medvlp import trust
 from medvlp.config import Config
 from medvlp.data.cache import open_reader
 from medvlp.evaluation.features import exact_kernels
@@ -21,7 +21,7 @@ from medvlp.evaluation.report.results import Evaluation, UnitResult
 from medvlp.evaluation.report.tracking import track
 from medvlp.evaluation.session import Session
 from medvlp.evaluation.supervised import train_here
-from medvlp.evaluation.task import EvaluationError, Task, Unit, schemas, tasks
+from medvlp.evaluation.task import EvaluationError, Task, Unit, check_used, schemas, tasks
 from medvlp.evaluation.trained import TrainedTask, with_labels_of
 from medvlp.evaluation.units import StoredUnit, files_of
 from medvlp.ranks import refuse_lost_gpus
@@ -110,7 +110,7 @@ def evaluate(options: EvaluationOptions, say: Callable[[str], None]) -> Evaluati
         MedvlpError: something needed is missing or wrong (see `saved_run`, `splits` and the tasks).
     """
     options.check()
-    _check_used(options)
+    check_used(options.files, options.overrides, options.tasks)
     session = _open(options, say)
     wanted = options.tasks or quick_tasks()
     chosen = [_task(name, options, session.config, say) for name in wanted]
@@ -180,29 +180,6 @@ def _shares(options: EvaluationOptions, session: Session) -> bool:
         return True
     session.say(f"no images in W&B: {key} is the run folder's word alone; say {key}=true to share them")
     return False
-
-
-#: Sections of a run's config that say how it was trained: what a task trains has its own.
-_OF_TRAINING = ("train", "optimizer", "validation", "checkpoint", "finetune")
-#: Of these the keys that the network before training depends on.
-_USED = ("train.seed", "train.start")
-
-
-def _check_used(options: EvaluationOptions) -> None:
-    """Refuse keys that nothing of an evaluation reads.
-
-    Raises:
-        UsageError: one was given.
-    """
-    for key, where in config_files.given_keys(options.files, options.overrides, schemas()).items():
-        section, _, name = key.partition(".")
-        if section in _OF_TRAINING and key not in _USED:
-            trained = [task for task in options.tasks if tasks()[task].trains] or ["TASK"]
-            own = "fractions" if section == "finetune" else f"training.{section}.{name}"
-            raise UsageError(
-                f"{where}: {key} of the run changes nothing that is evaluated; what a task trains is set by "
-                f"evaluation.tasks.{trained[0]}.{own}"
-            )
 
 
 def _open(options: EvaluationOptions, say: Callable[[str], None]) -> Session:

@@ -19,10 +19,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
+from medvlp import config_files
 from medvlp.config import TaskConfig
 from medvlp.evaluation.examples import Examples
 from medvlp.evaluation.metrics.bootstrap import Estimate
-from shards.errors import MedvlpError
+from shards.errors import MedvlpError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -276,3 +277,29 @@ def tasks() -> dict[str, type[Task]]:
 def schemas() -> dict[str, type[TaskConfig]]:
     """Config class of every task by name (what `medvlp.config_files.load` checks `evaluation.tasks` with)."""
     return {name: task.config for name, task in tasks().items()}
+
+
+#: Sections of a run's config that say how it was trained: what a task trains has its own.
+_OF_TRAINING = ("train", "optimizer", "validation", "checkpoint", "finetune")
+#: Of these the keys that the network before training depends on.
+_USED = ("train.seed", "train.start")
+
+
+def check_used(files: Sequence[config_files.File], overrides: Sequence[str], names: Sequence[str]) -> None:
+    """Refuse keys that no evaluation reads, before one is started or queued.
+
+    Args:
+        files, overrides: over the config of the run. names: of the tasks that were asked for.
+
+    Raises:
+        UsageError: one was given.
+    """
+    for key, where in config_files.given_keys(files, overrides, schemas()).items():
+        section, _, name = key.partition(".")
+        if section in _OF_TRAINING and key not in _USED:
+            trained = [task for task in names if tasks()[task].trains] or ["TASK"]
+            own = "fractions" if section == "finetune" else f"training.{section}.{name}"
+            raise UsageError(
+                f"{where}: {key} of the run changes nothing that is evaluated; what a task trains is set by "
+                f"evaluation.tasks.{trained[0]}.{own}"
+            )

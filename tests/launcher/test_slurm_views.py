@@ -235,6 +235,8 @@ def test_an_array_of_evaluations_has_a_case_for_each(tmp_path: Path) -> None:
     assert "--unit fraction-1-seed-5 --out" in result.output
     assert isinstance(medvlp("submit", "evaluate", tmp_path / "none").exception, RunFolderError)
     assert isinstance(medvlp("submit", "evaluate", "x=1").exception, UsageError)
+    unused = medvlp("submit", "evaluate", runs[0], "train.epochs=3", "--task", "retrieval", "--dry-run")
+    assert "train.epochs of the run changes nothing that is evaluated" in str(unused.exception)
 
 
 def test_a_second_component_asks_for_itself(tmp_path: Path) -> None:
