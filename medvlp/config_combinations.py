@@ -97,7 +97,7 @@ def check_heard(config: Config, sources: Sequence[tuple[str, Mapping[str, Any]]]
         saying = [number for number, (_, values) in enumerate(sources) if _says(values, above)]
         first, origin = (saying[-1], sources[saying[-1]][0]) if saying else (0, "a run folder")
         for source, values in sources[first:]:
-            without = [key for key in ignored if _says(values, key)]
+            without = [key for key in ignored if _value(values, key)]  # "at least 0 steps" asks for nothing
             if without and not _is_printed(values):
                 raise ConfigError(
                     f"{source}: {without[0]} changes nothing, for {above} (of {origin}) stands above it: "
@@ -144,6 +144,11 @@ def _is_printed(values: Mapping[str, Any]) -> bool:
 def _says(values: Mapping[str, Any], key: str) -> bool:
     section, name = key.split(".")
     return isinstance(keys := values.get(section), Mapping) and name in keys
+
+
+def _value(values: Mapping[str, Any], key: str) -> Any:
+    section, name = key.split(".")
+    return values[section][name] if _says(values, key) else None
 
 
 def check_deepspeed(config: Config) -> None:

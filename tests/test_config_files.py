@@ -190,6 +190,15 @@ def test_what_is_said_in_place_of_what_stood_above_is_taken(repository: Path) ->
     assert task.fraction == 0.1
 
 
+def test_what_asks_for_nothing_may_stand_beside_any_key(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("train: {steps: 40, min_steps: 0}\n")
+    assert config_files.load([file], COMPLETE, schemas()).train.steps == 40
+    file.write_text("train: {steps: 40, min_steps: 9}\n")
+    with pytest.raises(ConfigError, match=r"train\.min_steps changes nothing"):
+        config_files.load([file], COMPLETE, schemas())
+
+
 def test_a_later_word_on_the_training_of_a_task_stands_above_an_earlier_one(tmp_path: Path) -> None:
     """Merged, they were two keys of one source, and no word took the earlier one away."""
     file, name = tmp_path / "mine.yaml", "evaluation.tasks.fine-tuning.training"
