@@ -61,21 +61,26 @@ def test_a_run_that_was_killed_resumed_and_evaluated_is_one_run(data: Path, tmp_
     assert code == 0, output
 
     folders = sorted((run / "wandb").glob("offline-run-*"), key=lambda folder: folder.stat().st_mtime)
-    parts = [records(folder) for folder in folders]
-    assert len(parts) == 3
+    assert len(folders) == 3
+    # W&B's service writes behind the command, and may outlive it: its last record says the exit code.
+    deadline = time.monotonic() + PATIENCE
+    while "exit" not in (second := records(folders[1])) or "exit" not in (third := records(folders[2])):
+        assert time.monotonic() < deadline, folders
+        time.sleep(0.5)
+    parts = [records(folders[0]), second, third]
     # W&B's service was killed too: of the first part nothing may have reached the disk.
     begun = [record for part in parts for record in part.get("run", [])]
     (run_id,) = {record["run_id"] for record in begun}
     assert all(folder.name.endswith(f"-{run_id}") for folder in folders)
     assert [record["job_type"] for record in begun][-2:] == ["train", "evaluation"]
-    second = [item["item"]["_step"] for item in parts[1]["history"]]
-    assert second == list(range(1, last + 1)), "those before the checkpoint, then those after it"
+    steps = [item["item"]["_step"] for item in second["history"]]
+    assert steps == list(range(1, last + 1)), "those before the checkpoint, then those after it"
     rows = [row for row in as_read(parts) if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, last + 1)), "every step once, none lost"
     losses = {line["step"]: line["loss"] for line in read_metrics(run)}
     assert [row["loss"] for row in rows] == pytest.approx([losses[row["step"]] for row in rows])
     assert all(0 <= row["system/node-0/memory_percent"] <= 100 for row in rows[saved:])
-    summary = {name: of for record in parts[2]["summary"] for name, of in record["update"].items()}
+    summary = {name: of for record in third["summary"] for name, of in record["update"].items()}
     assert summary["evaluation/step"] == last
     assert 0 <= summary["evaluation/test/retrieval/image_to_text/R@1"] <= 1
 
