@@ -186,6 +186,8 @@ def test_what_is_said_in_place_of_what_stood_above_is_taken(repository: Path) ->
     words = ["optimizer.lr=0.5", "train.epochs=2", "optimizer.phases=[]"]
     config = config_files.load([prior], [*COMPLETE, *words], schemas())
     assert (config.optimizer.lr, config.train.epochs) == (0.5, 2)
+    again = config_files.load([], [*COMPLETE, "train.steps=1", "train.epochs=5", "train.steps=2"], schemas())
+    assert again.train.steps == 2
     task = load("finetune.fraction=0.1", "task=fine-tuning").finetune
     assert task.fraction == 0.1
 

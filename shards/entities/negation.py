@@ -138,6 +138,13 @@ def _cue_pattern() -> re.Pattern[str]:
 _CUE = _cue_pattern()
 _LIST_ITEM = re.compile(r"\s*(?:or|nor)\b|[^;:]*?,?\s(?:or|nor)\s")
 _LAST_OF_LIST = re.compile(r"\s*and\b(?:(?!\b(?:is|was|has)\b)[^;:,.])*\b(?:have|are|were)\b")
+# "No a, b, and c are seen" denies c too, unlike "no a, b, and the lungs are clear" and "no a, no b, and c is
+# seen".
+_DENIED_LIST = re.compile(r"\s*(?:no|without)\b(?!.*\bno\b)")
+_LAST_SEEN = re.compile(
+    rf"\s*and (?!(?:the|there|no)\b)(?:(?!(?:is|are|was|were|has|have)\b)[\w/-]+ ){{1,4}}"
+    rf"(?:is|are|was|were|(?:has|have) been) (?:\w+ )?{_SEEN}(?=\s*(?:[.;]|$))"
+)
 _VERB = re.compile(r"\b(?:is|are|was|were|appears?|remains?|shows?|demonstrates?|has|have|removed)\b")
 # How a new statement opens after a comma, instead of the next item of a list.
 _OPENS = re.compile(
@@ -234,17 +241,20 @@ def _cues(sentence: str) -> Iterator[_Cue]:
     for match in _CUE.finditer(sentence):
         kind = match.lastgroup or ""
         if kind == "comma":
-            if _ends_statement(sentence[match.end() :]):
-                last = _LAST_OF_LIST.match(sentence, match.end()) and _is_list(sentence[: match.start()])
+            before, rest = sentence[: match.start()], sentence[match.end() :]
+            if _LAST_SEEN.match(rest) and _DENIED_LIST.match(_list_at_end(before)):
+                continue
+            if _ends_statement(rest):
+                last = _LAST_OF_LIST.match(rest) and _list_at_end(before)
                 yield _Cue(match.start(), match.end(), "last of list" if last else "boundary")
         elif kind != "pseudo":
             yield _Cue(match.start(), match.end(), kind)
 
 
-def _is_list(text: str) -> bool:
-    """Whether the last statement of a text names several findings and has no verb yet."""
+def _list_at_end(text: str) -> str:
+    """The last statement of a text where it names several findings and has no verb yet, else nothing."""
     last = re.split(r"[;:]|\.\s", text)[-1]
-    return "," in last and not _VERB.search(last)
+    return last if "," in last and not _VERB.search(last) else ""
 
 
 def _ends_statement(rest: str) -> bool:

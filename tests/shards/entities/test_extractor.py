@@ -160,6 +160,19 @@ TUBE, NO_TUBE = {("right_pleural", "tube", 1)}, {("right_pleural", "tube", 0)}
             "The heart is not enlarged and mediastinal contours are normal.",
             {("heart_size", "enlarge", 0), ("heart_size", "cardiomegaly", 0), ("mediastinal", "normal", 1)},
         ),
+        # What is seen behind the last comma of a denied list is denied too, where the list goes on to it.
+        (
+            "No consolidation, effusion, and pneumothorax are seen.",
+            {NO_CONSOLIDATION, (PLEURA, "effusion", 0), NO_PNEUMOTHORAX},
+        ),
+        (
+            "No consolidation, no effusion, and cardiomegaly is seen.",
+            {NO_CONSOLIDATION, (PLEURA, "effusion", 0), ("heart_size", "cardiomegaly", 1)},
+        ),
+        (
+            "No effusion, consolidation, and the heart is normal.",
+            {(PLEURA, "effusion", 0), NO_CONSOLIDATION, *NORMAL_HEART},
+        ),
         (
             "Consolidation, effusion, and pneumothorax are absent.",
             {NO_CONSOLIDATION, NO_EFFUSION, NO_PNEUMOTHORAX},
