@@ -49,7 +49,7 @@ def aggregate_words(
     Returns:
         The words. Everything has the shape given by L alone, so nothing waits for the device.
     """
-    batch, length, width = hidden.shape
+    length = hidden.shape[1]
     index = text.word_index
     if drop_last_word:
         last = index[:, -1:]
@@ -58,14 +58,23 @@ def aggregate_words(
         index = index.masked_fill((index > 0) & (text.sentence_index < 0), -1)
     if shift_attention:
         attention = torch.cat([attention[:, 1:], torch.zeros_like(attention[:, :1])], 1)
-    # Tokens outside every word go to one slot more, which is cut off.
-    slot = index.masked_fill(index < 0, length)
-    features = hidden.new_zeros((batch, length + 1, width))
-    features = features.scatter_add(1, slot[:, :, None].expand(-1, -1, width), hidden)
-    summed = attention.new_zeros((batch, length + 1)).scatter_add(1, slot, attention)
-    filled = torch.zeros((batch, length + 1), dtype=torch.bool, device=hidden.device)
-    filled = filled.scatter(1, slot, torch.ones_like(slot, dtype=torch.bool))
-    return Words(hidden[:, 0], features[:, 1:length], summed[:, 1:length], filled[:, 1:length])
+    belongs = _belongs(index, 1, length)
+    return Words(
+        hidden[:, 0],
+        belongs.to(hidden.dtype) @ hidden,
+        (belongs.to(attention.dtype) @ attention[:, :, None])[:, :, 0],
+        belongs.any(2),
+    )
+
+
+def _belongs(index: Tensor, start: int, stop: int) -> Tensor:
+    """[B, stop - start, L] bool, which tokens have the numbers `start` to `stop` - 1 in `index` [B, L].
+
+    A product with it sums over tokens: many times as fast as `scatter_add` and its way back, and on a GPU
+    always in the same order.
+    """
+    numbers = torch.arange(start, stop, device=index.device)
+    return index[:, None, :] == numbers[:, None]
 
 
 def sentence_means(hidden: Tensor, text: Text, max_sentences: int) -> tuple[Tensor, Tensor]:
@@ -81,18 +90,10 @@ def sentence_means(hidden: Tensor, text: Text, max_sentences: int) -> tuple[Tens
         in empty slots; and valid [B, S] bool, slots of sentences with at least one token. Both shapes
         follow from the arguments alone, so nothing waits for the device and all ranks' shapes agree.
     """
-    batch, _, width = hidden.shape
-    index = text.sentence_index
-    # Tokens outside every kept sentence go to one slot more, which is cut off.
-    slot = torch.where((index >= 0) & (index < max_sentences), index, max_sentences)
     values = at_least_float32(hidden)
-    sums = values.new_zeros((batch, max_sentences + 1, width))
-    sums = sums.scatter_add(1, slot[:, :, None].expand(-1, -1, width), values)
-    counts = values.new_zeros((batch, max_sentences + 1)).scatter_add(
-        1, slot, torch.ones_like(values[..., 0])
-    )
-    sums, counts = sums[:, :max_sentences], counts[:, :max_sentences]
-    return (sums / counts.clamp(min=1)[:, :, None]).to(hidden.dtype), counts > 0
+    belongs = _belongs(text.sentence_index, 0, max_sentences).to(values.dtype)
+    counts = belongs.sum(2, keepdim=True)
+    return (belongs @ values / counts.clamp(min=1)).to(hidden.dtype), counts[:, :, 0] > 0
 
 
 def sentence_identity(text: Text, max_sentences: int) -> Tensor:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from medvlp.losses.normalise import unit_norm
 from medvlp.losses.parts import MEMORY, mean_in_parts
@@ -78,7 +79,7 @@ def word_loss(
     def part(
         start: int, words: Tensor, patches: Tensor, weights: Tensor, negatives: Tensor | None
     ) -> tuple[Tensor]:
-        attention = (words @ patches.transpose(1, 2) / attention_temperature).softmax(2)
+        attention = (words / attention_temperature @ patches.transpose(1, 2)).softmax(2)
         context = unit_norm(attention @ patches)
         return (own_context_loss(words, context, weights, negatives, temperature),)
 
@@ -113,9 +114,10 @@ def patch_loss(
 
     def part(start: int, patches: Tensor, words: Tensor, weights: Tensor, valid: Tensor) -> tuple[Tensor]:
         some = valid.any(1)
-        attended = valid | ~some[:, None]
-        scores = patches @ words.transpose(1, 2) / attention_temperature
-        attention = scores.masked_fill(~attended[:, None, :], -torch.inf).softmax(2)
+        # Added, not filled in: the way back through a sum costs nothing.
+        hidden = words.new_zeros(valid.shape).masked_fill_(some[:, None] & ~valid, -torch.inf)
+        scores = torch.baddbmm(hidden[:, None], patches, (words / attention_temperature).transpose(1, 2))
+        attention = scores.softmax(2)
         context = attention @ words
         if normalise_context:
             context = unit_norm(context)
@@ -174,9 +176,10 @@ class _SharedExponentials(torch.autograd.Function):
     def forward(
         context_: Any, tokens: Tensor, context: Tensor, valid: Tensor | None, temperature: float
     ) -> Tensor:
-        scaled = tokens / temperature
-        shift = scaled.new_full((1, 1, 1), -1 / temperature)
-        exponentials = torch.baddbmm(shift, scaled, context.transpose(1, 2)).exp_()
+        # Without the usual maximum before exp(): `diagonal_contrast` has made sure that nothing overflows.
+        exponentials = torch.baddbmm(
+            tokens.new_empty(()), tokens, context.transpose(1, 2), beta=0, alpha=1 / temperature
+        ).exp_()
         if valid is not None:
             exponentials *= valid[:, :, None]
             exponentials *= valid[:, None, :]
@@ -184,18 +187,19 @@ class _SharedExponentials(torch.autograd.Function):
         rows, columns = exponentials.sum(2), exponentials.sum(1)
         if valid is not None:
             own, rows, columns = (values.where(valid, 1.0) for values in (own, rows, columns))
-        context_.save_for_backward(scaled, context, valid, exponentials, rows, columns)
+        context_.save_for_backward(tokens, context, valid, exponentials, rows, columns)
         context_.temperature = temperature
         # Quotients: a sum is never below its own part, so that not even rounding makes the loss negative.
         return -(own / rows).log() - (own / columns).log()
 
     @staticmethod
+    @once_differentiable
     def backward(context_: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        scaled, context, valid, exponentials, rows, columns = context_.saved_tensors
+        tokens, context, valid, exponentials, rows, columns = context_.saved_tensors
+        gradient = gradient / context_.temperature
         if valid is not None:
             gradient = gradient.where(valid, 0.0)
-        to_logits = exponentials * (gradient / rows)[:, :, None]
-        to_logits.addcmul_(exponentials, (gradient / columns)[:, None, :])
-        own = -2 * gradient[:, :, None]
-        to_tokens = torch.baddbmm(own * context, to_logits, context) / context_.temperature
-        return to_tokens, torch.baddbmm(own * scaled, to_logits.transpose(1, 2), scaled), None, None
+        to_logits = (gradient / rows)[:, :, None] + (gradient / columns)[:, None, :]
+        to_logits *= exponentials
+        to_logits.diagonal(dim1=1, dim2=2).sub_(2 * gradient)
+        return to_logits @ context, to_logits.transpose(1, 2) @ tokens, None, None

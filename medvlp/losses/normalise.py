@@ -1,7 +1,10 @@
 """Precision and length of embeddings before a loss."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -20,7 +23,24 @@ def unit_norm(tensor: Tensor, epsilon: float = 1e-12) -> Tensor:
     Returns:
         [..., D] unit vectors.
     """
-    tensor = at_least_float32(tensor)
-    length = torch.linalg.vector_norm(tensor, dim=-1, keepdim=True)
-    short = length <= epsilon  # NaN stays NaN
-    return tensor * torch.where(short, 0.0, 1.0 / torch.where(short, 1.0, length))
+    scaled: Tensor = _UnitNorm.apply(at_least_float32(tensor), epsilon)
+    return scaled
+
+
+class _UnitNorm(torch.autograd.Function):
+    """By hand: autograd goes through memory twice as often, and these are most of what a loss reads."""
+
+    @staticmethod
+    def forward(context: Any, tensor: Tensor, epsilon: float) -> Tensor:
+        length = torch.linalg.vector_norm(tensor, dim=-1, keepdim=True)
+        factor = length.reciprocal().masked_fill_(length <= epsilon, 0.0)  # NaN stays NaN
+        unit: Tensor = tensor * factor
+        context.save_for_backward(unit, factor)
+        return unit
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        unit, factor = context.saved_tensors
+        along = torch.linalg.vecdot(gradient, unit)[..., None]
+        return torch.addcmul(gradient, unit, along, value=-1.0).mul_(factor), None

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -43,9 +44,11 @@ def mean_in_parts(
     parts = parts_of(count, width, memory)
     if len(parts) == 1:
         return function(0, *rows)
+    sizes = [where.stop - where.start for where in parts]
+    # One split in place of slices: the way back through a slice fills a tensor of all rows.
+    split = [[None] * len(parts) if value is None else torch.split(value, sizes) for value in rows]
     total: list[Tensor] = []
-    for where in parts:
-        own = [None if value is None else value[where] for value in rows]
+    for where, *own in zip(parts, *split, strict=True):
         share = (where.stop - where.start) / count
         found = [share * value for value in recomputed(function, where.start, *own)]
         total = found if not total else [a + b for a, b in zip(total, found, strict=True)]

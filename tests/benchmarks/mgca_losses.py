@@ -168,9 +168,7 @@ def main() -> int:
     options = parser.parse_args()
     batch = options.batch
     comparisons = [
-        Comparison(
-            "all losses", partial(objective_by_loop, batch), partial(objective_vectorised, batch), 1.5
-        ),
+        Comparison("all losses", partial(objective_by_loop, batch), partial(objective_vectorised, batch), 3),
         Comparison("pieces to words", partial(words_by_loop, batch), partial(words_vectorised, batch), 1),
     ]
     reached = compare(comparisons, f"MGCA, batch of {batch}", options.rounds, options.threads)

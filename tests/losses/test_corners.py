@@ -32,6 +32,14 @@ def test_unit_norm_equals_torch_and_is_float32() -> None:
     assert unit_norm(vectors.double()).dtype == torch.float64
 
 
+def test_gradients_of_unit_norm_are_right_and_have_no_gradients() -> None:
+    vectors = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert torch.autograd.gradcheck(unit_norm, vectors.requires_grad_())
+    (gradient,) = torch.autograd.grad(unit_norm(vectors).pow(3).sum(), vectors, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 def test_contrast_is_zero_for_one_pair_and_small_for_true_pairs() -> None:
     one = unit_norm(torch.randn(1, 4))
     assert paired_cross_entropy(contrastive_logits(one, one, 0.07)) == 0

@@ -113,7 +113,7 @@ class LocalCrossAttention(nn.Module):
             valid: [B, S] or [1, S] bool, slots that hold a sentence.
         """
         kept = valid[:, None].to(patches.dtype)
-        scores = (self.scale * self.query1(patches)) @ self.key2(sentences).transpose(1, 2)
+        scores = self.query1(patches) @ (self.scale * self.key2(sentences)).transpose(1, 2)
         image_weights = scores.sigmoid() * kept
         scores = (self.scale * self.query2(sentences)) @ self.key1(patches).transpose(1, 2)
         text_weights = scores.sigmoid()

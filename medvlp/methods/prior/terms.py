@@ -19,7 +19,8 @@ def negative_cosine(predicted: Tensor, target: Tensor) -> Tensor:
     Returns:
         [...] in [-1, 1].
     """
-    return -(unit_norm(predicted) * unit_norm(target.detach())).sum(-1)
+    cosine: Tensor = torch.linalg.vecdot(unit_norm(predicted), unit_norm(target.detach()))
+    return -cosine
 
 
 def simsiam(first: Tensor, second: Tensor, first_predicted: Tensor, second_predicted: Tensor) -> Tensor:
