@@ -4,7 +4,6 @@ import codecs
 import json
 import os
 import sqlite3
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -28,7 +27,16 @@ from shards.text.sections import split_sections
 _ENDINGS = (".dcm", ".dicom", ".ima")
 _REPORT = "report.txt"
 _REPORT_LIMIT = 1 << 20
-_NO_ROW, _EMPTY = "no row", "an empty report"
+#: Notes on images that are stored without a report.
+_NONE_BESIDE, _EMPTY_TEXT, _NO_ROW, _EMPTY_ROW = (
+    f"images have {lack}"
+    for lack in (
+        "no report beside them",
+        "an empty text file in place of a report",
+        "no row in the table of --reports",
+        "an empty report in the table of --reports",
+    )
+)
 _LATIN = "reports are not UTF-8 and were read as Latin-1"
 #: Stands for several studies in one folder, of which none is meant.
 _SEVERAL = "*"
@@ -84,22 +92,13 @@ class DicomSource(ArchiveSource):
         for number, path in enumerate(self.files.names(""), start=1):
             self._look_at(scan, number, path)
         digest = xxhash.xxh3_128()
-        lacking: Counter[str] = Counter()
         join = self._reports_table()
         records = scan.records(with_files=join is None)
         for record in records if join is None else join.records(records, report="study"):
             digest.update(record.to_json().encode())
-            if join is not None and not record.problem:
-                rows = record.joined["report"]
-                lacking["" if any(row["report"] for row in rows) else _EMPTY if rows else _NO_ROW] += 1
             yield record
         self.texts.hashes["DICOM headers"] = f"xxh3:{digest.hexdigest()}"
         self.texts.remarks += scan.remarks(with_files=join is None)
-        self.texts.remarks += [
-            f"{lacking[lack]:,} of {lacking.total():,} DICOM files have {lack} in the table of --reports"
-            for lack in (_NO_ROW, _EMPTY)
-            if lacking[lack]
-        ]
 
     def identify(self, record: Record) -> Identity:
         """As the header has it; the unique ids are those of DICOM."""
@@ -181,9 +180,14 @@ class DicomSource(ArchiveSource):
         return join
 
     def _report(self, record: Record) -> str:
-        if rows := record.joined.get("report"):
-            return rows[0]["report"]
+        if self.options.reports is not None:
+            rows = record.joined["report"]
+            text = rows[0]["report"] if rows else ""
+            if not text:
+                self.notes[_EMPTY_ROW if rows else _NO_ROW] += 1
+            return text
         if not record["text"]:
+            self.notes[_NONE_BESIDE] += 1
             return ""
         data = read_member(self.files.listed(_path(record["text"])), _REPORT_LIMIT)
         # Windows' Notepad writes "Unicode", which is UTF-16, with a mark.
@@ -195,7 +199,7 @@ class DicomSource(ArchiveSource):
         if "\0" in text:
             raise record.error("the text file with its report is no text")
         if not text.strip():
-            self.notes["images have an empty text file in place of a report"] += 1
+            self.notes[_EMPTY_TEXT] += 1
         if latin:
             self.notes[_LATIN] += 1
         return text.strip()
@@ -206,7 +210,6 @@ class _Scan:
 
     def __init__(self) -> None:
         self.others = 0
-        self._with_text = self._without_text = 0
         self._database = sqlite3.connect("", isolation_level=None)
         for table in (
             "paths (path TEXT PRIMARY KEY) WITHOUT ROWID",
@@ -268,17 +271,12 @@ class _Scan:
                 except DataError as error:
                     yield Record("DICOM file", number, {}, problem=str(error))
                     continue
-                self._with_text += bool(text)
-                self._without_text += not text
             yield Record("DICOM file", number, found | {"path": path, "text": text, "mixed": mixed})
 
     def remarks(self, with_files: bool) -> list[str]:
-        """Files that were passed over, images without a report, text files that are nobody's."""
+        """Files that were passed over, and text files that are nobody's."""
         lines = [f"{self.others:,} files that are no DICOM images were passed over"] if self.others else []
         if with_files:
-            if self._without_text:
-                count = self._with_text + self._without_text
-                lines.append(f"{self._without_text:,} of {count:,} DICOM files have no report beside them")
             (unused,) = self._database.execute("SELECT count(*) FROM texts WHERE used = 0").fetchone()
             if unused:
                 lines.append(f"{unused:,} text files are the report of no DICOM file by their names")

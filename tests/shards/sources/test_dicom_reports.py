@@ -46,11 +46,16 @@ def test_images_without_a_report_in_the_table_are_told(tmp_path: Path) -> None:
     root = fixture.write(tmp_path / "root")
     rows = [("1.2.1", "Normal."), ("1.2.2", ""), ("1.2.3", "nan")]
     table = write_table(tmp_path / "reports.csv", "StudyInstanceUID,report", rows)
-    source = DicomSource(DicomOptions(root=root, reports=table))
-    assert [line for line in source.remarks() if "--reports" in line] == [
-        "5 of 10 DICOM files have no row in the table of --reports",
-        "2 of 10 DICOM files have an empty report in the table of --reports",
-    ]
+    excluded = tmp_path / "excluded.txt"
+    excluded.write_text("1.2.3\n")
+    for lists, empty in (([], 2), ([excluded], 1)):
+        source = DicomSource(DicomOptions(root=root, reports=table, exclude=lists))
+        outcome(source)
+        assert source.take_notes() == {  # of images in the dataset: 1.2.4 is a CT slice, 1.2.6 has no patient
+            "images have no row in the table of --reports": 2,
+            "images have an empty report in the table of --reports": empty,
+        }
+        assert not any("--reports" in line for line in source.remarks())
 
 
 def test_an_empty_text_file_in_place_of_a_report_is_told(tmp_path: Path) -> None:
