@@ -1,7 +1,9 @@
 """YAML files and `key=value` overrides -> a checked `Config`."""
 
+import copy
 import dataclasses
 import difflib
+import functools
 import io
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -176,9 +178,17 @@ def _sources(files: Sequence[File], overrides: Sequence[str], tasks: Tasks) -> l
 def _merged(
     sources: Sequence[_Source], schemas: Mapping[str, type[MethodConfig]], tasks: Tasks
 ) -> DictConfig:
-    tree = OmegaConf.structured(defaults(tasks))
-    tree.method = OmegaConf.structured(_method_schema(sources, schemas))
-    return _merge_sources(tree, sources)
+    method = _method_name(sources, schemas)
+    tree = _schema_tree((method, schemas[method]), *(tasks or {}).items())
+    return _merge_sources(copy.deepcopy(tree), sources)
+
+
+@functools.cache  # a copy takes a fifth of the time
+def _schema_tree(method: tuple[str, type[MethodConfig]], *tasks: tuple[str, type[TaskConfig]]) -> DictConfig:
+    name, schema = method
+    tree = OmegaConf.structured(defaults(dict(tasks)))
+    tree.method = OmegaConf.structured(schema(name=name))
+    return cast(DictConfig, tree)
 
 
 def load_schema(file: Path | str, schema: type[Schema]) -> Schema:
@@ -327,8 +337,8 @@ def _parse_override(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ConfigError(f"override {text[:200]!r}: {_one_line(error)}") from None
 
 
-def _method_schema(sources: Sequence[_Source], schemas: Mapping[str, type[MethodConfig]]) -> MethodConfig:
-    """The config object of the method that the last source naming one chooses."""
+def _method_name(sources: Sequence[_Source], schemas: Mapping[str, type[MethodConfig]]) -> str:
+    """The method that the last source naming one chooses."""
     chosen, origin = MethodConfig().name, "the default"
     for source in sources:
         section, name = source.values.get("method"), source.name
@@ -336,11 +346,12 @@ def _method_schema(sources: Sequence[_Source], schemas: Mapping[str, type[Method
             chosen, origin = section["name"], name
     if not isinstance(chosen, str) or chosen not in schemas:
         given = str(chosen)[:100]
+        nearest = difflib.get_close_matches(given, schemas, n=1, cutoff=0.5)
+        hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
         raise ConfigError(
-            f"{origin}: method.name: no method {given!r}{_suggestion(given, list(schemas))}; "
-            f"there are {', '.join(sorted(schemas))}"
+            f"{origin}: method.name: no method {given!r}{hint}; there are {', '.join(sorted(schemas))}"
         )
-    return schemas[chosen](name=chosen)
+    return chosen
 
 
 def _check_keys(values: Mapping[str, Any], tree: DictConfig, source: str, prefix: str) -> None:
@@ -386,8 +397,3 @@ def _check_items(values: Any, schema: Any, source: str, path: str) -> None:
         except (OmegaConfBaseException, ValueError, TypeError) as error:
             key = f"{where}.{getattr(error, 'full_key', None) or 'a key'}"
             raise ConfigError(f"{source}: {key}: {_one_line(error)}") from None
-
-
-def _suggestion(word: str, candidates: Sequence[str]) -> str:
-    nearest = difflib.get_close_matches(word, candidates, n=1, cutoff=0.5)
-    return f" (did you mean {nearest[0]!r}?)" if nearest else ""

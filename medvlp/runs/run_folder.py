@@ -1,6 +1,7 @@
 """The run folder: identity, config, environment, and the rule that a fresh run needs an empty one."""
 
 import dataclasses
+import functools
 import json
 import logging
 import platform
@@ -133,6 +134,11 @@ def changed_keys(before: str, after: str) -> list[str]:
 
 def library_versions() -> dict[str, str]:
     """Installed versions of `PACKAGES`."""
+    return dict(_versions())
+
+
+@functools.cache  # of a process they do not change, and reading them takes as long as a small config
+def _versions() -> dict[str, str]:
     versions = {}
     for package in PACKAGES:
         try:
