@@ -299,9 +299,10 @@ def _kept(target: Path, evaluation: Evaluation, with_earlier: bool) -> Evaluatio
     """Write an evaluation, with the tasks that the file holds from before or without; what was written."""
     from medvlp.evaluation.report import joining, results
 
-    whole = joining.with_earlier(evaluation, target, _say) if with_earlier else evaluation
-    results.write(whole, target)
-    return whole
+    if with_earlier:
+        return joining.store(evaluation, target, _say)
+    results.write(evaluation, target)
+    return evaluation
 
 
 def _print_tables(evaluations: dict[str, Evaluation], findings: bool, markdown: bool = False) -> None:

@@ -5,10 +5,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from medvlp.evaluation.report import results
 from medvlp.evaluation.report.differences import different_keys
 from medvlp.evaluation.report.results import KEPT, NETWORKS, OF_TASKS, PLACES, Evaluation, KeptFile
 from medvlp.evaluation.task import EvaluationError, Task, TaskResult, tasks
+from shards.errors import DataError
 
 #: Of settings by task, what errors say where they differ.
 _OTHER = {
@@ -104,6 +107,23 @@ def with_earlier(evaluation: Evaluation, file: Path, say: Callable[[str], None])
         for task in names:
             _add_settings(whole, part, task)
     return whole
+
+
+def store(evaluation: Evaluation, file: Path, say: Callable[[str], None]) -> Evaluation:
+    """Write an evaluation and what `with_earlier` keeps of the file; what was written.
+
+    Evaluations of one run that end at the same time wait for each other, so that no task is lost.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    try:  # with a mode by which the next evaluation may be another user's
+        with FileLock(file.with_name(f".{file.name}.lock"), mode=0o666):
+            whole = with_earlier(evaluation, file, say)
+            results.write(whole, file)
+            return whole
+    except OSError as error:
+        raise DataError(f"cannot write {file}: {error.strerror}; mend that, then run it again") from error
 
 
 def complete(evaluation: Evaluation) -> Evaluation:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +12,10 @@ import pytest
 
 from medvlp.evaluation.metrics.bootstrap import Estimate
 from medvlp.evaluation.report import results
-from medvlp.evaluation.report.joining import join, made_by, with_earlier
+from medvlp.evaluation.report.joining import join, made_by, store, with_earlier
 from medvlp.evaluation.report.results import Evaluation, KeptFile, UnitResult
 from medvlp.evaluation.task import EvaluationError, tasks
+from shards.errors import DataError
 
 
 def part(task: str, split: str = "test", **changes: Any) -> Evaluation:
@@ -219,3 +223,29 @@ def test_a_file_that_is_none_is_replaced_with_a_word(tmp_path: Path) -> None:
     assert with_earlier(new, file, said.append) == new
     assert "not an evaluation.json of this program" in said[0]
     assert said[0].endswith("it is replaced")
+
+
+def test_evaluations_of_a_run_that_end_at_the_same_time_lose_no_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, read, both = tmp_path / "evaluation.json", results.read, threading.Barrier(2)
+    stored(file, part("masked-words"))
+    ended = [stored(tmp_path / f"{task}.json", part(task)) for task in ("zero-shot", "retrieval")]
+
+    def read_before_either_writes(path: Path) -> Evaluation:
+        earlier = read(path)
+        with suppress(threading.BrokenBarrierError):
+            both.wait(timeout=1)
+        return earlier
+
+    monkeypatch.setattr(results, "read", read_before_either_writes)
+    with ThreadPoolExecutor() as pool:
+        for evaluation in ended:
+            pool.submit(store, evaluation, file, lambda line: None)
+    assert read(file).results.keys() == {"masked-words", "zero-shot", "retrieval"}
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"cannot write .*evaluation\.json: "):
+        store(part("zero-shot"), tmp_path / "file" / "evaluation.json", lambda line: None)
