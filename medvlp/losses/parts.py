@@ -1,4 +1,4 @@
-"""Means over the rows of large matrices, part by part; the backward pass computes each part again."""
+"""Means and sums over rows of large matrices, part by part; the backward pass computes each part again."""
 
 from collections.abc import Callable, Sequence
 
@@ -53,3 +53,17 @@ def mean_in_parts(
         found = [share * value for value in recomputed(function, where.start, *own)]
         total = found if not total else [a + b for a, b in zip(total, found, strict=True)]
     return tuple(total)
+
+
+def sums_in_parts(
+    function: Callable[..., tuple[Tensor, ...]], rows: Sequence[Tensor], number: int
+) -> tuple[Tensor, ...]:
+    """What `function(*rows)`, sums over the [N, ...] rows, gives for all of them, from `number` parts.
+
+    That many calls even of fewer rows; a single part is not computed again.
+    """
+    if number == 1:
+        return function(*rows)
+    parts = zip(*(value.tensor_split(number) for value in rows), strict=True)
+    found = [recomputed(function, *part) for part in parts]
+    return tuple(torch.stack(values).sum() for values in zip(*found, strict=True))

@@ -80,7 +80,8 @@ class StepWork:
     """Operations (two for each multiply-add) of forward and backward passes, and the peak of the GPU.
 
     Passes that are made again to save memory do not count. Between two lengths of reports the number follows
-    a line: what grows with their square is below a hundredth.
+    a line: what grows with their square is below a hundredth. What a method leaves out of a batch's shorter
+    reports (MPMA's vocabulary) counts as if they were padded.
 
     Attributes:
         lines: by optimiser phase: of a sample without a report, and of each token of its padded report.

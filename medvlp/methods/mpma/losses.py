@@ -48,8 +48,8 @@ def masked_token_loss(logits: Tensor, tokens: Tensor, hidden: Tensor, count: Ten
     """Cross entropy of the hidden tokens, and of no others.
 
     Args:
-        logits: [B, L, V] (V may exceed the vocabulary).
-        tokens: [B, L] int64 true tokens. hidden: [B, L] bool.
+        logits: [..., V] (V may exceed the vocabulary).
+        tokens: [...] int64 true tokens. hidden: [...] bool.
         count: 0-d, what the sum is divided by (the mean number of hidden tokens of a rank, so that the mean
             over ranks is that of all tokens); default: the hidden tokens here.
 
@@ -60,7 +60,7 @@ def masked_token_loss(logits: Tensor, tokens: Tensor, hidden: Tensor, count: Ten
         count = hidden.sum()
     target = tokens.masked_fill(~hidden, -100)
     total = F.cross_entropy(
-        at_least_float32(logits).flatten(0, 1), target.flatten(), ignore_index=-100, reduction="sum"
+        at_least_float32(logits).flatten(0, -2), target.flatten(), ignore_index=-100, reduction="sum"
     )
     return total / count.to(total.dtype).clamp(min=torch.finfo(total.dtype).tiny)
 
@@ -68,4 +68,4 @@ def masked_token_loss(logits: Tensor, tokens: Tensor, hidden: Tensor, count: Ten
 @torch.no_grad()
 def right_tokens(logits: Tensor, tokens: Tensor, hidden: Tensor) -> Tensor:
     """How many hidden tokens have the highest logit; 0-d. Arguments as in `masked_token_loss`."""
-    return ((logits.argmax(2) == tokens) & hidden).sum()
+    return ((logits.argmax(-1) == tokens) & hidden).sum()

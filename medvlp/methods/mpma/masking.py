@@ -96,24 +96,28 @@ def draw_words(text: Text, noise: Tensor, ratio: float) -> Tensor:
     return words & chosen.gather(1, slot.clamp(max=length - 1))
 
 
+def most_scored(length: int, ratio: float) -> int:
+    """How many of a report's `length` tokens are scored at most, where `ratio` of its words are hidden."""
+    return min(length, int(length * ratio) + length // 8 + 8)
+
+
 def scored_positions(text: Text, hidden: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
-    """Where hidden tokens are predicted: a static number of positions, so that nothing waits for the device.
+    """Where hidden tokens are predicted: as many positions as reports of such lengths can need.
+
+    The lengths that the host knows (`Text.lengths`) say how many, so that nothing waits for the device.
 
     Args:
         text: the reports. hidden: [B, L] bool, from `draw_words` with `ratio`.
 
     Returns:
-        places [B, T] int64, positions of the report with the hidden ones first (all as they stand where T is
-        L), and [B, T] bool, which of them are scored. T is about ratio * L. A report of m tokens has at most
-        ratio * m + m / 8 + 8 scored ones, whatever the padding; more are hidden only where few long words
-        were drawn.
+        places [T] int64, positions among all B * L with the scored ones first, and [T] bool, which of them
+        are scored. A report of m tokens has at most ratio * m + m / 8 + 8 scored ones, whatever the padding;
+        more are hidden only where few long words were drawn.
     """
-    length = hidden.shape[1]
-    slots = min(length, int(length * ratio) + length // 8 + 9)
     tokens = is_word(text).sum(1, keepdim=True)
     most = (tokens.double() * ratio).long() + tokens // 8 + 8
-    scored = hidden & (hidden.cumsum(1) <= most)
-    if slots == length:
-        return torch.arange(length, device=hidden.device).expand_as(hidden), scored
-    places = hidden.byte().argsort(dim=1, descending=True, stable=True)[:, :slots]
-    return places, scored.gather(1, places)
+    scored = (hidden & (hidden.cumsum(1) <= most)).flatten()
+    lengths = text.lengths or (hidden.shape[1],) * len(hidden)
+    slots = sum(most_scored(length, ratio) for length in lengths)
+    places = scored.byte().argsort(descending=True, stable=True)[:slots]
+    return places, scored[places]

@@ -20,7 +20,7 @@ from medvlp.encoders.backbones import EncoderError
 from medvlp.encoders.image import ImageFeatures
 from medvlp.encoders.text import TextFeatures
 from medvlp.losses.contrastive import are_accuracies_read
-from medvlp.losses.parts import parts_of, recomputed
+from medvlp.losses.parts import parts_of, sums_in_parts
 from medvlp.methods.base import DividedMethod, Progress, StepOutput
 from medvlp.methods.mpma.alignment import Aligned, GlobalLocalAlignment
 from medvlp.methods.mpma.config import MPMAConfig
@@ -40,6 +40,7 @@ from medvlp.methods.mpma.masking import (
     draw_patches,
     draw_words,
     is_word,
+    most_scored,
     sample_noise,
     scored_positions,
     visible_patches,
@@ -105,6 +106,7 @@ class MPMA(DividedMethod, PrototypeUser):
         config: keys of the method.
         image, text: the encoders.
         seed: of the masks.
+        longest: tokens that a report has at most.
 
     Raises:
         EncoderError: widths and heads that do not fit, a word embedding that cannot be tied, or no patch that
@@ -112,10 +114,10 @@ class MPMA(DividedMethod, PrototypeUser):
     """
 
     def __init__(
-        self, config: MPMAConfig, image: MaskedImageEncoder, text: MaskedTextEncoder, seed: int
+        self, config: MPMAConfig, image: MaskedImageEncoder, text: MaskedTextEncoder, seed: int, longest: int
     ) -> None:
         super().__init__()
-        self.config, self.seed, self.step, self.steps = config, seed, 0, 0
+        self.config, self.seed, self.longest, self.step, self.steps = config, seed, longest, 0, 0
         self.image_encoder, self.text_encoder = image, text
         image.reads_patches = config.summary == "mean" or config.global_weight == 0
         self.decoder: ImageDecoder | None = None
@@ -338,8 +340,7 @@ class MPMA(DividedMethod, PrototypeUser):
         text = batch.text
         fused = fusion(views.masked_text.hidden, _tokens(views.image), text.attention_mask > 0)
         places, scored = scored_positions(text, masks.words, self.config.text_mask_ratio)
-        chosen = fused.gather(1, places[:, :, None].expand(-1, -1, fused.shape[2]))
-        tokens = text.input_ids.gather(1, places)
+        chosen, tokens = fused.flatten(0, 1).index_select(0, places), text.input_ids.flatten()[places]
         count = distributed.sum_over_ranks(scored.sum().float()) / distributed.world_size()
 
         read = are_accuracies_read()  # here: parts run again in the backward pass
@@ -349,12 +350,10 @@ class MPMA(DividedMethod, PrototypeUser):
             loss = masked_token_loss(logits, tokens, scored, count)
             return (loss, right_tokens(logits.detach(), tokens, scored)) if read else (loss,)
 
-        parts = parts_of(len(chosen), places.shape[1] * self.vocabulary, self.config.loss_memory)
-        if len(parts) == 1:
-            sums = list(part(chosen, tokens, scored))
-        else:
-            found = [recomputed(part, chosen[rows], tokens[rows], scored[rows]) for rows in parts]
-            sums = [torch.stack(values).sum() for values in zip(*found, strict=True)]
+        # As many on every rank, whatever its reports: with ZeRO-3 each part gathers the head's weights.
+        most = most_scored(self.longest, self.config.text_mask_ratio) * self.vocabulary
+        number = len(parts_of(len(fused), most, self.config.loss_memory))
+        sums = sums_in_parts(part, (chosen, tokens, scored), number)
         terms = {"loss/report": sums[0]}
         return terms | ({"report/accuracy": sums[1] / scored.sum().clamp(min=1)} if read else {})
 
@@ -397,4 +396,4 @@ def build(config: Config, vocab_size: int) -> MPMA:
         config,
         vocab_size,
     )
-    return MPMA(method, image, text, config.train.seed)
+    return MPMA(method, image, text, config.train.seed, config.data.max_tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -10,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medvlp.data.batch import Text
-from medvlp.methods.mpma.masking import draw_patches, draw_words, is_word, sample_noise, scored_positions
+from medvlp.methods.mpma.masking import (
+    draw_patches,
+    draw_words,
+    is_word,
+    most_scored,
+    sample_noise,
+    scored_positions,
+)
 
 WORD = 1 << 64
 
@@ -145,8 +153,8 @@ def test_scored_positions_are_the_hidden_ones_whatever_the_padding(
         text = report(words, sum(words) + 2 + extra)
         hidden = draw_words(text, sample_noise(torch.tensor([5]), text.input_ids.shape[1], 0, 3, 1), ratio)
         places, scored = scored_positions(text, hidden, ratio)
-        assert len(set(places[0].tolist())) == places.shape[1]
-        found.append(sorted(places[0][scored[0]].tolist()))
+        assert len(set(places.tolist())) == len(places)
+        found.append(sorted(places[scored].tolist()))
         everything = hidden[0].nonzero()[:, 0].tolist()
         most = int(sum(words) * ratio) + sum(words) // 8 + 8
         assert found[-1] == everything[:most]
@@ -156,4 +164,20 @@ def test_scored_positions_are_the_hidden_ones_whatever_the_padding(
 def test_the_vocabulary_is_asked_at_few_positions() -> None:
     text = report([1] * 126, 128)
     places, _ = scored_positions(text, draw_words(text, torch.arange(128)[None], 0.5), 0.5)
-    assert places.shape == (1, 64 + 16 + 9)
+    assert places.shape == (64 + 16 + 8,)
+
+
+@pytest.mark.parametrize("ratio", [0.15, 0.5, 1.0])
+def test_short_reports_are_asked_at_fewer_positions_than_long_ones(ratio: float) -> None:
+    reports = [report([1] * words, 128) for words in (126, 14, 30)]
+    columns = zip(*(one.tensors().values() for one in reports), strict=True)
+    unknown = Text(*(torch.cat(rows) for rows in columns))
+    known = dataclasses.replace(unknown, lengths=(128, 16, 32))
+    hidden = draw_words(unknown, sample_noise(torch.arange(3), 128, 0, 3, 1), ratio)
+    (all_places, all_scored), (places, scored) = (
+        scored_positions(t, hidden, ratio) for t in (unknown, known)
+    )
+    assert len(all_places) == 3 * most_scored(128, ratio)
+    assert len(places) == sum(most_scored(length, ratio) for length in (128, 16, 32))
+    assert torch.equal(places[scored], all_places[all_scored])
+    assert torch.equal(places[scored], hidden.flatten().nonzero()[:, 0])

@@ -54,8 +54,10 @@ def test_local_negatives_are_one_ranks_own(gloo_pool) -> None:
     assert abs(np.mean([own["loss/global"] for own, _ in results]) - whole["loss/global"]) > 1e-2
 
 
-def train_with_deepspeed(stage: int, precision: str, method: dict) -> dict[str, np.ndarray]:
-    """Weights on rank 0 after three steps."""
+def train_with_deepspeed(
+    stage: int, precision: str, method: dict, padded: tuple[int, int] = (12, 12)
+) -> dict[str, np.ndarray]:
+    """Weights on rank 0 after three steps; the reports of each rank are `padded` to so many tokens."""
     config = small_config(**method)
     config.zero.stage, config.precision = stage, precision
     # Adam would scale the rounding noise in the gradients of key biases, which are 0, to full steps.
@@ -64,7 +66,7 @@ def train_with_deepspeed(stage: int, precision: str, method: dict) -> dict[str, 
     config.deepspeed = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if stage == 3 else {}
     model = small_mpma(**method)
     engine = Engine(model, config, BatchSizes(8, 4, 1, 2), torch.device("cpu"))
-    own = rows_of(small_batch(WORDS), rank() * 4, rank() * 4 + 4)
+    own = rows_of(small_batch(WORDS, padded[rank()]), rank() * 4, rank() * 4 + 4, trim=False)
     for step in range(3):
         model.on_progress(Progress(0, step, 3))
         engine.set_learning_rate(0.05)
@@ -96,6 +98,15 @@ def test_every_zero_stage_trains_alike(gloo_pool, method: dict) -> None:
     unmoved = (*NO_GRADIENT, "running_mean", "running_var", "num_batches_tracked")
     still = {name for name in set(expected) - set(moved) if not name.endswith(unmoved)}
     assert still == {fixed}
+
+
+def test_ranks_make_as_many_parts_whatever_the_length_of_their_reports(gloo_pool) -> None:
+    # Parts that one rank alone makes would have it gather the head's weights from a rank that makes none.
+    method, padded = {"loss_memory": 0.006}, (10, 40)
+    expected = gloo_pool(2).run(train_with_deepspeed, 0, "fp32", method, padded)[0]
+    found = gloo_pool(2).run(train_with_deepspeed, 3, "fp32", method, padded)[0]
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, atol=2e-5, err_msg=name)
 
 
 def test_sixteen_bit_at_stage_three(gloo_pool) -> None:
