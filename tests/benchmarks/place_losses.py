@@ -2,9 +2,9 @@
 
     python tests/benchmarks/place_losses.py [--batch 32] [--rounds 5] [--threads 2]
 
-Observations: from unmatched observations and sentences to the contrast of the batch, sentences of equal tokens
-being no negatives. The loop matches one sample after the other by scipy and contrasts one anchor after the
-other; it leaves empty slots out. Correlations: from pixels and patch tokens to the error of the predicted
+Observations: from unmatched observations and sentences to the contrast of the batch, sentences of equal
+tokens being no negatives. The loop matches one sample after the other by scipy and contrasts one anchor after
+the other; it leaves empty slots out. Correlations: from pixels and patch tokens to the error of the predicted
 correlations; the loop takes one image after the other and lets `torch.corrcoef` correlate the cells. Both
 sides compute the same numbers (checked before timing). Exits with 1 if a goal is missed.
 """
