@@ -82,23 +82,29 @@ def check_combinations(config: Config) -> None:
             )
 
 
-def check_heard(config: Config, sources: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+def check_heard(config: Config, sources: Sequence[tuple[str, Mapping[str, Any]]], files: int) -> None:
     """Refuse what the user says and nothing would read, in the place that says what stands above it or later.
 
     Args:
         config: the merged config.
         sources: (what errors call it, its values) of what is merged, earliest first; no values for what is
             not the user's, whose old mistakes need not end what reads them.
+        files: how many of them are files, which stand above earlier ones. The overrides behind them are said
+            at once: of two that contradict each other none is the later one.
     """
     for above, ignored in _STANDS_ABOVE.items():
         section, name = above.split(".")
         if getattr(getattr(config, section), name) in (None, []):
             continue
         saying = [number for number, (_, values) in enumerate(sources) if _says(values, above)]
-        first, origin = (saying[-1], sources[saying[-1]][0]) if saying else (0, "a run folder")
-        for source, values in sources[first:]:
-            without = [key for key in ignored if _value(values, key)]  # "at least 0 steps" asks for nothing
-            if without and not _is_printed(values):
+        first, origin = (min(saying[-1], files), sources[saying[-1]][0]) if saying else (0, "a run folder")
+        for number, (source, values) in enumerate(sources):
+            if number < first or _is_printed(values):
+                continue
+            later = [of for _, of in sources[number + 1 :]]
+            # "At least 0 steps" asks for nothing.
+            said = [key for key in ignored if _value(values, key)]
+            if without := [key for key in said if not any(_says(of, key) for of in later)]:
                 raise ConfigError(
                     f"{source}: {without[0]} changes nothing, for {above} (of {origin}) stands above it: "
                     f"change that, or take it away with {above}={'[]' if name == 'phases' else 'null'}"
@@ -112,28 +118,29 @@ def check_heard(config: Config, sources: Sequence[tuple[str, Mapping[str, Any]]]
                 )
 
 
-def forget_unheard(sources: Sequence[Mapping[str, Any]]) -> None:
-    """Take away what earlier sources say of the training of tasks where a later one's key stands above it.
+def forget_unheard(sources: Sequence[Mapping[str, Any]], files: int) -> None:
+    """Take away what earlier files say of the training of tasks where a later one's key stands above it.
 
     `evaluation.tasks.*.training` is merged before it becomes a source of its own, in which nobody could tell
     any more what was said later.
 
     Args:
         sources: values of what is merged, earliest first, changed in place.
+        files: as of `check_heard`.
     """
-    of_tasks: dict[str, list[dict[str, Any]]] = {}
-    for values in sources:
+    of_tasks: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+    for number, values in enumerate(sources):
         for task, settings in (section_at(values, ("evaluation", "tasks")) or {}).items():
             if (training := section_at(settings, ("training",))) is not None:
-                of_tasks.setdefault(task, []).append(training)
+                of_tasks.setdefault(task, []).append((number, training))
     for trainings in of_tasks.values():
         for above, ignored in _STANDS_ABOVE.items():
-            saying = [number for number, values in enumerate(trainings) if _says(values, above)]
-            section, name = above.split(".")
-            if saying and trainings[saying[-1]][section][name] not in (None, []):
-                for values in trainings[: saying[-1]]:
-                    for section, name in (key.split(".") for key in ignored if _says(values, key)):
-                        del values[section][name]
+            saying = [of for of in trainings if _says(of[1], above)]
+            if not saying or _value(saying[-1][1], above) in (None, []):
+                continue
+            for values in (values for number, values in trainings if number < min(saying[-1][0], files)):
+                for section, name in (key.split(".") for key in ignored if _says(values, key)):
+                    del values[section][name]
 
 
 def _is_printed(values: Mapping[str, Any]) -> bool:

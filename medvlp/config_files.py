@@ -100,7 +100,8 @@ def load(
     config = cast(Config, _resolved(merged))
     _check_values(config)
     check_combinations(config)
-    check_heard(config, [(source.name, source.values if source.folder is None else {}) for source in sources])
+    said = [(source.name, source.values if source.folder is None else {}) for source in sources]
+    check_heard(config, said, len(files))
     if "deepspeed" not in unused:  # runs of earlier versions can still be read
         check_deepspeed(config)
     config.method.check(config)
@@ -160,7 +161,7 @@ def _sources(files: Sequence[File], overrides: Sequence[str], tasks: Tasks) -> l
     typed = [_Source(f"override {text!r}", *_parse_override(text)) for text in overrides]
     forget_options(own, [source.values for source in typed])
     sources += typed
-    forget_unheard([source.values for source in sources])
+    forget_unheard([source.values for source in sources], len(files))
     for source in sources:
         for old, new in moved_keys(source.values) if source.folder is None else ():
             raise ConfigError(f"{source.name}: unknown key {old!r}: its name is {new}")

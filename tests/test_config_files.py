@@ -186,8 +186,8 @@ def test_what_is_said_in_place_of_what_stood_above_is_taken(repository: Path) ->
     words = ["optimizer.lr=0.5", "train.epochs=2", "optimizer.phases=[]"]
     config = config_files.load([prior], [*COMPLETE, *words], schemas())
     assert (config.optimizer.lr, config.train.epochs) == (0.5, 2)
-    again = config_files.load([], [*COMPLETE, "train.steps=1", "train.epochs=5", "train.steps=2"], schemas())
-    assert again.train.steps == 2
+    again = ["train.min_steps=5", "train.steps=1", "train.min_steps=0", "train.steps=2"]
+    assert config_files.load([], [*COMPLETE, *again], schemas()).train.steps == 2
     task = load("finetune.fraction=0.1", "task=fine-tuning").finetune
     assert task.fraction == 0.1
 
@@ -216,7 +216,8 @@ def test_a_later_word_on_the_training_of_a_task_stands_above_an_earlier_one(tmp_
 
     assert said() == [{"epochs": 3}, {"epochs": 4}]
     assert said("train.steps=9") == [{"steps": 9}, {"epochs": 4}]
-    assert said("train.steps=9", "train.epochs=2")[0] == {"steps": 9, "epochs": 2}, "is refused as a source"
+    for words in (["train.steps=9", "train.epochs=2"], ["train.epochs=2", "train.steps=9"]):
+        assert said(*words)[0] == {"steps": 9, "epochs": 2}, "is refused as a source"
     assert said("train.steps=9", "train.steps=null")[0] == {"steps": None, "epochs": 3}
     assert said("optimizer.phases=[]", "optimizer.warmup_steps=5")[0] == {"epochs": 3}
 

@@ -111,10 +111,8 @@ def config_of(values: Mapping[str, Any], out: Path, overrides: Sequence[str] = (
     Raises:
         ConfigError: values that cannot stand together.
     """
-    # Flow YAML is a superset of JSON.
-    sections = [f"{name}={json.dumps(value)}" for name, value in values.items()]
-    given = [*sections, f"run.dir={json.dumps(str(out))}", "data.root=unknown", *overrides]
-    return config_files.load([], given, schemas())
+    given = [f"run.dir={json.dumps(str(out))}", "data.root=unknown", *overrides]
+    return config_files.load([config_files.Layer("published recipe", values)], given, schemas())
 
 
 def no_words() -> Tokenizer:

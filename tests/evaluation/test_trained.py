@@ -255,11 +255,13 @@ def test_a_network_has_the_parts_of_all_phases_it_was_trained_in(shards: Path, t
     """PRIOR's stage 1 alone has no bank and no decoders; the three phases together have them."""
     phases = "optimizer.phases=[{epochs: 1, lr: 1e-4}, {epochs: 1, lr: 1e-4}, {epochs: 1, lr: 1e-4}]"
     words = [
-        "method.name=prior", "method.stage=1", "prototypes.init=random", "method.prototypes=8",
+        "method.name=prior", "prototypes.init=random", "method.prototypes=8",
         "method.decoder_heads=2", "method.decoder_layers=1", "method.decoder_hidden=16",
         "method.image_decoder_width=16", phases,
     ]  # fmt: skip
     run = make_run(shards, tmp_path / "staged", *words, without=frozenset({"method.head_hidden"}))
+    file = run / "config.yaml"
+    file.write_text(file.read_text().replace("stage: 3", "stage: 1"))
     config = finetuning_config(
         run, "fine-tuning", 1.0, 0, False, [], [f"run.dir={tmp_path / 'tuned'}", "train.steps=1", *FAST[1:4]]
     )

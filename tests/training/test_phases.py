@@ -18,6 +18,11 @@ PHASES = [
 ]  # fmt: skip
 
 
+def phased(overrides: list[str]) -> list[str]:
+    """Without the one rate of the tiny run, which phases stand above."""
+    return [text for text in overrides if not text.startswith("optimizer.lr=")]
+
+
 def cut_after(run_dir: Path, copy: Path, step: int) -> None:
     """Copy a run without the checkpoints after `step`."""
     shutil.copytree(run_dir, copy)
@@ -36,7 +41,7 @@ def test_resuming_at_and_after_a_boundary_is_bit_identical(
 ) -> None:
     options = [*PHASES, f"zero.stage={stage}", f"precision={precision}"]
     pool = gloo_pool(2)
-    assert pool.run(train, overrides(*options, run="whole")) == [0, 0]
+    assert pool.run(train, phased(overrides(*options, run="whole"))) == [0, 0]
     lines = read_metrics(tmp_path / "whole")
     rates = [line["lr"] for line in lines]
     boundary = rates.index(1e-5)
@@ -46,7 +51,7 @@ def test_resuming_at_and_after_a_boundary_is_bit_identical(
     last = len(rates)
     for step in (boundary, boundary + 1):
         cut_after(tmp_path / "whole", tmp_path / f"from{step}", step)
-        assert pool.run(train, overrides(*options, run=f"from{step}")) == [0, 0]
+        assert pool.run(train, phased(overrides(*options, run=f"from{step}"))) == [0, 0]
         assert weights(tmp_path / f"from{step}", last) == weights(tmp_path / "whole", last)
 
 
@@ -55,7 +60,7 @@ def test_the_optimizer_restarts_in_a_run(gloo_pool: Pools, overrides: Overrides,
     import torch
     from safetensors.torch import load
 
-    assert gloo_pool(1).run(train, overrides(*PHASES, "optimizer.weight_decay=0")) == [0]
+    assert gloo_pool(1).run(train, phased(overrides(*PHASES, "optimizer.weight_decay=0"))) == [0]
     boundary = [line["lr"] for line in read_metrics(tmp_path / "run")].index(1e-5)
     before, after = (load(weights(tmp_path / "run", step)) for step in (boundary, boundary + 1))
     moved = torch.cat([(after[n] - before[n]).abs().flatten() for n in before if n.endswith(".weight")])
