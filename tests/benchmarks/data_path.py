@@ -52,10 +52,11 @@ DECODE_SHARE, PLAIN_MULTIPLE = 0.60, 5.0
 
 Contender = Callable[[], int]
 DECODERS = ("simplejpeg", "cv2", "torchvision")
-LOADER, WORKER, PLAIN = (
+LOADER, WORKER, PLAIN, OPEN_CLIP = (
     "medvlp loader",
     "medvlp loader, one worker process",
     "WebDataset + PIL + ToTensor + tokenizer",
+    "WebDataset + open_clip's transform + tokenizer",
 )
 PREAD, RAW = "medvlp, raw bytes", "WebDataset, raw bytes"
 
@@ -105,12 +106,11 @@ def loader_contender(root: Path, tokenizer: Tokenizer, workers: int) -> Contende
     return run
 
 
-def plain_contender(urls: list[str], tokenizer_folder: Path) -> Contender:
-    """What a short tutorial builds: WebDataset decodes with PIL, ToTensor, one tokenizer call a report."""
+def plain_contender(
+    urls: list[str], tokenizer_folder: Path, transform: Callable[[object], torch.Tensor], decoded: str
+) -> Contender:
+    """What a short tutorial builds: WebDataset decodes with PIL, a transform, one tokenizer call a report."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(tokenizer_folder))
-    transform = torchvision.transforms.Compose(
-        [torchvision.transforms.RandomCrop(CROP), torchvision.transforms.ToTensor()]
-    )
 
     def prepare(sample: tuple[object, dict[str, dict[str, str]]]) -> tuple[torch.Tensor, ...]:
         image, metadata = sample
@@ -121,11 +121,25 @@ def plain_contender(urls: list[str], tokenizer_folder: Path) -> Contender:
         return transform(image), tokens["input_ids"][0], tokens["attention_mask"][0]
 
     def run() -> int:
-        # "pill" is grayscale PIL: the plain pipeline is spared the conversion to RGB.
-        samples = webdataset.WebDataset(urls, shardshuffle=False).decode("pill").to_tuple("jpg", "json")
+        samples = webdataset.WebDataset(urls, shardshuffle=False).decode(decoded).to_tuple("jpg", "json")
         return sum(len(batch[0]) for batch in samples.map(prepare).batched(BATCH))
 
     return run
+
+
+def plain_contenders(urls: list[str], tokenizer_folder: Path, console: Console) -> dict[str, Contender]:
+    """The plain pipeline, and the same with the training transform of open_clip where that is installed."""
+    crop = torchvision.transforms.RandomCrop(CROP)
+    transform = torchvision.transforms.Compose([crop, torchvision.transforms.ToTensor()])
+    # "pill" is grayscale PIL: the plain pipeline is spared the conversion to RGB.
+    contenders = {PLAIN: plain_contender(urls, tokenizer_folder, transform, "pill")}
+    try:
+        import open_clip
+    except ImportError:
+        console.print("open_clip is not installed (pip install open_clip_torch): its transform is left out")
+        return contenders
+    theirs = open_clip.image_transform(CROP, is_train=True)
+    return contenders | {OPEN_CLIP: plain_contender(urls, tokenizer_folder, theirs, "pilrgb")}
 
 
 def measure(contenders: dict[str, Contender], rounds: int) -> dict[str, list[float]]:
@@ -151,7 +165,7 @@ def report(rates: dict[str, list[float]], console: Console) -> bool:
     """Print the table; whether both targets are met."""
     table = Table("contender", "samples/s", "of the decode limit", "of the plain pipeline")
     for name in rates:
-        whole = name in (LOADER, WORKER, PLAIN)
+        whole = name in (LOADER, WORKER, PLAIN, OPEN_CLIP)
         table.add_row(
             name,
             f"{median(rates[name]):,.0f}",
@@ -192,7 +206,7 @@ def run(root: Path, rounds: int, console: Console) -> bool:
             **decoder_contenders(images),
             LOADER: loader_contender(root, tokenizer, workers=0),
             WORKER: loader_contender(root, tokenizer, workers=1),
-            PLAIN: plain_contender(urls, Path(folder)),
+            **plain_contenders(urls, Path(folder), console),
             PREAD: lambda: consume(reader.image(SPLIT, i) for i in range(count)),
             RAW: lambda: consume(webdataset.WebDataset(urls, shardshuffle=False)),
         }
