@@ -56,6 +56,9 @@ _OTHER_SIDE = re.compile(
     rf"[^.;:]*{_SIZE}|(?=[^.;:]*\b(?:left|right)\b)[^.;:]*;(?=[^.;:]*{_ON_SIDE})[^.;:]*{_SIZE}"
 )
 _LIST = re.compile(r"\s*(?:,|/|&|\bor\b|\band\b|,\s*(?:and|or)\b)\s*(?:[a-z-]+\s+){0,2}")
+# "A, b, and c has resolved" is said of c, whatever "a, b, and c is not seen" denies.
+_SINGULAR = re.compile(r"has\b")
+_LAST_ALONE = re.compile(r"\s*,\s*and\b")
 
 _CHECKED = re.compile(r"\[[xX✓✔]\]|\([xX✓✔]\)|[☒☑✅✔]")
 _BOX = r"(?:\[\s*\]|\(\s*\)|☐)"
@@ -100,16 +103,22 @@ def find_answers(sentence: str, mentions: Sequence[tuple[int, int]], listed: Seq
         value = {"absent": 0, "uncertain": -1, "present": 1}.get(kind)
         if value == 0 and _OTHER_SIDE.match(sentence[:following], match.end()):
             value = 1
-        found.append(Answer(end, match.end(), value, _sharing(number, sentence, mentions, listed)))
+        ends = _LAST_ALONE if _SINGULAR.match(match[match.lastgroup or 0]) else None
+        found.append(Answer(end, match.end(), value, _sharing(number, sentence, mentions, listed, ends)))
     return found
 
 
 def _sharing(
-    number: int, sentence: str, mentions: Sequence[tuple[int, int]], listed: Sequence[bool]
+    number: int,
+    sentence: str,
+    mentions: Sequence[tuple[int, int]],
+    listed: Sequence[bool],
+    ends: re.Pattern[str] | None,
 ) -> tuple[int, ...]:
     first = number
     while first > 0 and listed[first] and listed[first - 1]:
-        if not _LIST.fullmatch(sentence, mentions[first - 1][1], mentions[first][0]):
+        gap = (mentions[first - 1][1], mentions[first][0])
+        if not _LIST.fullmatch(sentence, *gap) or (ends is not None and ends.match(sentence, *gap)):
             break
         first -= 1
     return tuple(range(first, number + 1))

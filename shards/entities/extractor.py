@@ -23,7 +23,7 @@ from shards.errors import DataError
 from shards.study import Entity
 
 #: Raise when rules or lexicon change: annotated datasets record it.
-VERSION = 4
+VERSION = 5
 
 #: Sections that say what this study shows.
 SECTIONS = ("findings", "impression", "addendum", "preliminary")

@@ -117,10 +117,10 @@ _CUES: dict[str, tuple[str, ...]] = {
         r"\((?=[^()]*\bpresent\b)", r"(?<=enlargement) of (?=(?:the |this |that )?(?:\w+ ){0,2}?(?:"
         r"(?:hydro)?pneumothora|effusion|nodul|mass|lesion|opaci|consolidation|collection))",
     ),
-    # Ends a denial, not a doubt: nobody denies "and moderate cardiomegaly". One of a "large" or new finding
-    # goes on, unless a side is named: "no effusion and large left pneumothorax", "... on the left".
+    # Ends a denial, not a doubt: nobody denies "and moderate cardiomegaly". One of a new finding goes on,
+    # unless a side is named: "no effusion and new left pneumothorax", "... on the left".
     "denied_until": (
-        r"and(?= (?:trace|tiny|small|minimal|moderate|severe|decreased|residual) )",
+        r"and(?= (?:trace|tiny|small|minimal|moderate|large|severe|decreased|residual) )",
         rf"and(?= {SIZE}(?:[- ](?:to|sized|{SIZE}))* (?:{_SIDED}|(?:\w+ ){{1,2}}(?:on|in) the {_SIDED}))",
     ),
 }  # fmt: skip

@@ -26,6 +26,11 @@ _BEHIND = re.compile(
     r"(?:(?<=\. )|^)(?P<finding>[^:;,.]{3,60}): (?P<one>[^:;,.]{3,60})(?:[;,]|,? (?:and|but)) "
     r"(?P<two>[^:;,.]{3,60})(?=[.;]|$)"
 )
+#: What a finding on one side looks like, in words that say nothing else: "loculated on the left".
+_LOOK = (
+    r"(?:(?:multi)?loculated|layering|subpulmonic|complex|dense|hazy|patchy|streaky|linear|nodular|focal|"
+    r"diffuse|extensive|subtle|slight|chronic|acute|recurrent|evolving|bigger|larger|smaller|and)"
+)
 _SIDES = {"left": "left", "right": "right", "lt": "left", "rt": "right"}
 _FILLERS = {"on", "in", "at", "the", "side", "sided", "is", "a", "seen", "sized", "to"}
 _DENIALS = {"none", "no", "nil", "absent", "negative"}
@@ -56,7 +61,7 @@ def apart(sentence: str) -> str:
 
 
 def _answer(text: str) -> tuple[str, str] | None:
-    """Side and size, or "no", of an answer such as "none on the right"; None where it is no such answer."""
+    """Side and size or look, or "no", of an answer such as "none on the right"; None where it is none."""
     words = [word for word in re.findall(r"[^\s-]+", text) if word not in _FILLERS]
     sides = [_SIDES[word] for word in words if word in _SIDES]
     given = [word for word in words if word not in _SIDES]
@@ -66,6 +71,5 @@ def _answer(text: str) -> tuple[str, str] | None:
         return sides[0], "no"
     if set(given) <= _CONFIRMS:
         return sides[0], ""
-    return (
-        (sides[0], " ".join(given)) if all(re.fullmatch(f"{SIZE}|{_DOUBT}", word) for word in given) else None
-    )
+    known = all(re.fullmatch(f"{SIZE}|{_DOUBT}|{_LOOK}", word) for word in given)
+    return (sides[0], " ".join(given)) if known else None

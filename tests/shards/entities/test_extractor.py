@@ -149,6 +149,8 @@ TUBE, NO_TUBE = {("right_pleural", "tube", 1)}, {("right_pleural", "tube", 0)}
         ),
         ("No effusion (pneumothorax present).", {NO_EFFUSION, (PLEURA, "pneumothorax", 1)}),
         ("No pneumothorax and moderate cardiomegaly.", {NO_PNEUMOTHORAX, ("heart_size", "cardiomegaly", 1)}),
+        ("No pneumothorax and large effusion.", {NO_PNEUMOTHORAX, (PLEURA, "effusion", 1)}),
+        ("No pneumothorax or large effusion.", {NO_PNEUMOTHORAX, NO_EFFUSION}),
         ("No right effusion, and only a tiny left effusion.", ONE_EFFUSION),
         ("No right effusion, only a tiny left effusion.", ONE_EFFUSION),
         ("No right effusion and minimal residual left effusion.", ONE_EFFUSION),
@@ -180,6 +182,14 @@ TUBE, NO_TUBE = {("right_pleural", "tube", 1)}, {("right_pleural", "tube", 0)}
         (
             "Atelectasis, mass, and edema of the left lung was resolved.",
             {(LEFT_LUNG, "atelectasis", 1), (LEFT_LUNG, "mass", 1), (LEFT_LUNG, "edema", 0)},
+        ),
+        (
+            "Consolidation, effusion, and pneumothorax has resolved.",
+            {(LUNG, "consolidation", 1), (PLEURA, "effusion", 1), NO_PNEUMOTHORAX},
+        ),
+        (
+            "Consolidation, effusion, and pneumothorax is not seen.",
+            {NO_CONSOLIDATION, NO_EFFUSION, NO_PNEUMOTHORAX},
         ),
         # Wires are no bones.
         ("Leads are intact.", {("other", "lead", 1), ("unspecified", "intact", 1)}),
@@ -219,6 +229,8 @@ TUBE, NO_TUBE = {("right_pleural", "tube", 1)}, {("right_pleural", "tube", 0)}
             {(PLEURA, "effusion", 0), (LEFT_LUNG, "clear", 1)},
         ),
         ("Effusion: small on the right; moderate on the left.", BOTH_EFFUSIONS),
+        ("Effusion: loculated on the right; small and layering on the left.", BOTH_EFFUSIONS),
+        ("Effusion: none on the right; obscured on the left.", {NO_EFFUSION, ("unspecified", "obscure", 1)}),
         ("Small right, no left apex and effusion.", {NO_EFFUSION}),  # nothing of the sides is theirs
         ("Small right and moderate left pleural effusions.", BOTH_EFFUSIONS),
         ("Small right and moderate left effusions.", BOTH_EFFUSIONS),
@@ -272,6 +284,7 @@ def test_phrases_that_turn_a_finding_over_or_name_its_side(sentence: str, expect
         "Effusion: none on the right; small on the left.",
         "Pleural effusion: none on the right, trace on the left.",
         "Effusion: present on the left; none on the right.",
+        "Effusion: none on the right; loculated on the left.",
         "Effusion: small left, none right.",
         "Effusion: right none, left small.",
     ],
