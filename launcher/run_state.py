@@ -12,7 +12,7 @@ from typing import Any
 from launcher.json_lines import newest, newest_first
 from medvlp.runs.errors import CheckpointError, UnreadableError
 from medvlp.runs.events import EVENTS
-from medvlp.runs.manifest import Manifest, step_folders
+from medvlp.runs.manifest import EXPORTED_HEADS, Manifest, step_folders
 from shards.strict_json import read_limited
 from shards.strict_yaml import YAML_LIMIT, parse_yaml
 
@@ -122,8 +122,12 @@ class RunState:
 
 
 def is_run_folder(folder: Path) -> bool:
-    """Whether a run was started in this folder, or submitted to it (its config lies in slurm/ then)."""
-    return (folder / CONFIG).is_file() or (folder / SLURM_FOLDER / CONFIG).is_file()
+    """Whether a run was started in this folder, or submitted to it (its config lies in slurm/ then).
+
+    An export has a config too, and is none.
+    """
+    started = (folder / CONFIG).is_file() and not (folder / EXPORTED_HEADS).is_file()
+    return started or (folder / SLURM_FOLDER / CONFIG).is_file()
 
 
 def find_runs(root: Path) -> Iterator[Path]:

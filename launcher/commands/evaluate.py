@@ -17,6 +17,7 @@ from launcher.command_words import split_arguments
 from launcher.commands.pretrain import train_config
 from launcher.console import Console, echo, for_tables
 from launcher.run_state import CONFIG, PARTS_FOLDER
+from medvlp.runs.manifest import step_folders
 from shards.errors import UsageError
 
 if TYPE_CHECKING:
@@ -214,6 +215,7 @@ def compare(
         if findings or from_memory or published is not None:
             raise UsageError("--against shows differences: leave --findings, --published, --from-memory out")
         _print_differences(sources, against, markdown)
+        _tell_outdated([*sources, *against])
         return
     evaluations: dict[str, Evaluation] = {}
     for source in sources:
@@ -223,8 +225,23 @@ def compare(
     if from_memory and published is None:
         raise UsageError("--from-memory chooses among published numbers: give --published FILE too")
     _print_tables(evaluations, findings, markdown)
+    _tell_outdated(sources)
     if published is not None:
         _print_published(evaluations, published, from_memory, markdown)
+
+
+def _tell_outdated(sources: Sequence[Path]) -> None:
+    """Name the runs that were trained on after their evaluation: its numbers are not those of the run."""
+    from medvlp.evaluation.report import results
+
+    for run in filter(Path.is_dir, sources):
+        step = results.read(run / RESULT_NAME).model["step"]
+        newest = max((found for found, _ in step_folders(run / "checkpoints")), default=step)
+        if newest > step:
+            _say(
+                f"{run} was evaluated at step {step} and has a checkpoint of step {newest} by now: "
+                "`medvlp evaluate` measures that"
+            )
 
 
 def _print_differences(sources: Sequence[Path], against: Sequence[Path], markdown: bool) -> None:

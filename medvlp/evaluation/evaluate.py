@@ -193,8 +193,9 @@ def _open(options: EvaluationOptions, say: Callable[[str], None]) -> Session:
     tokenizer = saved_run.load_tokenizer(source, config)
     if options.data is not None:
         config.data.root = options.data
-    reader = open_reader(config.data)
     said = options.data is not None or any(text.startswith("data.root=") for text in options.overrides)
+    saved_run.check_place(source, config, said)
+    reader = open_reader(config.data)
     saved_run.check_data(source, config, reader.index, said, say)
     device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
     return Session(

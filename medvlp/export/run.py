@@ -16,11 +16,10 @@ from medvlp.export.folder import ExportError, check_free, new_folder
 from medvlp.methods.base import Method
 from medvlp.runs import saved_run
 from medvlp.runs.identity import STORED_SIDE, WINDOW
+from medvlp.runs.manifest import EXPORTED_HEADS
 from medvlp.runs.run_folder import CONFIG
 from shards.progress import meter
 
-#: Everything of the method that is in neither encoder; `STORED_SIDE` and `WINDOW` stand in its header.
-HEADS = "heads.safetensors"
 #: Of an export: the checkpoint is loaded, each encoder is written and read back, the rest is written.
 STEPS = 4
 #: Where the encoders' weights stand in a method's state dict.
@@ -81,7 +80,7 @@ def export(
             advance(1)
             window = saved_run.dicom_window(source)
             header = {STORED_SIDE: str(stored)} | ({} if window is None else {WINDOW: window})
-            safetensors.torch.save_file(heads, folder / HEADS, header)
+            safetensors.torch.save_file(heads, folder / EXPORTED_HEADS, header)
             (folder / CONFIG).write_bytes((source.run / CONFIG).read_bytes())
             identity = None if source.stored is None else source.stored[0]
             card = Card(

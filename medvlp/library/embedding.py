@@ -67,6 +67,7 @@ def embed_dataset(request: Request) -> None:
     try:
         source = saved_run.locate(request.run)
         config = saved_run.load_config(source, [], request.data)
+        saved_run.check_place(source, config, request.data is not None)
         tokenizer = saved_run.load_tokenizer(source, config)
         method = saved_run.load_method(source, config, tokenizer).to(device)
         reader = open_reader(config.data)

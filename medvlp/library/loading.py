@@ -22,6 +22,7 @@ from medvlp.methods.base import Method
 from medvlp.methods.registry import build_method, schemas
 from medvlp.runs import saved_run
 from medvlp.runs.identity import STORED_SIDE, WINDOW
+from medvlp.runs.manifest import EXPORTED_HEADS
 from medvlp.runs.run_folder import CONFIG
 from medvlp.runs.saved_run import SavedRun
 from medvlp.trust import KEYS
@@ -30,7 +31,6 @@ from shards.errors import MedvlpError
 
 logger = logging.getLogger(__name__)
 
-HEADS = "heads.safetensors"
 #: Of an export: folder -> where its weights stand in the method.
 PARTS = {"image": "image_encoder.backbone.", "text": "text_encoder.model."}
 
@@ -72,7 +72,7 @@ def read_model(place: Path) -> Loaded:
     Raises:
         MedvlpError: it is none of them, is damaged, or names models beyond itself.
     """
-    if (place / HEADS).is_file():
+    if (place / EXPORTED_HEADS).is_file():
         return _read_export(place)
     source = saved_run.locate(place)
     config = saved_run.load_config(source, [], reads_data=False)
@@ -149,17 +149,17 @@ def _read_export(folder: Path) -> Loaded:
 def _seen_by(folder: Path) -> tuple[int, Window | None]:
     """What `saved_run.stored_side` and `dicom_window` said of the run."""
     try:
-        with safe_open(folder / HEADS, "pt") as file:
+        with safe_open(folder / EXPORTED_HEADS, "pt") as file:
             header = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise LoadError(f"{folder} cannot be read as an export ({error}); export the run again") from error
     said, window = header.get(STORED_SIDE, ""), header.get(WINDOW)
     if window is not None and window not in get_args(Window):
-        raise LoadError(f"{folder / HEADS} names no way to show DICOM films: export the run again")
+        raise LoadError(f"{folder / EXPORTED_HEADS} names no way to show DICOM films: export the run again")
     if not re.fullmatch("[1-9][0-9]{0,3}", said):
         raise LoadError(
-            f"{folder / HEADS} does not say which part of an image the network sees (an export of an earlier "
-            "version): export the run again"
+            f"{folder / EXPORTED_HEADS} does not say which part of an image the network sees (an export of "
+            "an earlier version): export the run again"
         )
     return int(said), window
 
@@ -167,7 +167,7 @@ def _seen_by(folder: Path) -> tuple[int, Window | None]:
 def _weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of an export under their names in the method."""
     try:
-        weights = safetensors.torch.load_file(folder / HEADS)
+        weights = safetensors.torch.load_file(folder / EXPORTED_HEADS)
         for part, prefix in PARTS.items():
             found = safetensors.torch.load_file(folder / part / "model.safetensors")
             weights |= {f"{prefix}{name}": value for name, value in found.items()}

@@ -19,6 +19,9 @@ from medvlp.runs.errors import CheckpointError, UnreadableError
 from shards.strict_json import JsonError, parse_json, read_limited, to_record
 
 MANIFEST = "manifest.json"
+#: Only a folder of `medvlp export` has it: everything of the method that is in neither encoder. What an
+#: evaluation needs to know of the images (`identity.STORED_SIDE`, `WINDOW`) stands in its header.
+EXPORTED_HEADS = "heads.safetensors"
 #: All weights of the method, whole and in float32, whatever the ZeRO stage and precision.
 WEIGHTS = "weights.safetensors"
 #: In `Manifest.identity`: fingerprints of the samples that the run draws, and of what its validations measure

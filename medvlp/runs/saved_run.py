@@ -30,9 +30,10 @@ from medvlp.runs.identity import (
     check_tokenizer,
     unchecked,
 )
-from medvlp.runs.manifest import MANIFEST, WEIGHTS, Manifest
+from medvlp.runs.manifest import EXPORTED_HEADS, MANIFEST, WEIGHTS, Manifest
 from medvlp.runs.run_folder import CONFIG
-from shards.format import Index
+from shards.errors import DataError
+from shards.format import Index, is_remote
 
 if TYPE_CHECKING:
     from shards.dicom_windows import Window
@@ -96,6 +97,11 @@ def locate(path: Path) -> SavedRun:
     if run == path:
         newest = Checkpoint.find(path)
         if newest is None:
+            if (path / CONFIG).is_file() and (path / EXPORTED_HEADS).is_file():
+                raise RunFolderError(
+                    f"{path} is what `medvlp export` wrote, which is for medvlp.load, timm and transformers: "
+                    "name the run it was exported from"
+                )
             raise RunFolderError(f"{path}: no checkpoint in its folder checkpoints/; train a step first")
         return SavedRun(path, newest)
     return SavedRun(run, together(lambda: Checkpoint.open(path, [WEIGHTS])))
@@ -186,6 +192,24 @@ def load_tokenizer(source: SavedRun, config: Config) -> Tokenizer:
             f"{source.run} holds no copy of its tokenizer, and it cannot be read where the config says "
             f"({error}): say where the training data are now with data.root=PLACE"
         ) from error
+
+
+def check_place(source: SavedRun, config: Config, said: bool) -> None:
+    """Look at whether the run's own dataset is still where its config names it.
+
+    Args:
+        source: run and checkpoint.
+        config: of the run, with overrides.
+        said: the user named the dataset for this.
+
+    Raises:
+        DataError: it is not.
+    """
+    root = config.data.root
+    if not said and not is_remote(root) and not Path(root).is_dir():
+        raise DataError(
+            f"data folder {root} does not exist; if the dataset of {source.run} was moved, say --data FOLDER"
+        )
 
 
 def check_data(

@@ -41,6 +41,8 @@ class RunModel:
     ) -> None:
         self.source, self.device = source, device
         self.config: Config = saved_run.load_config(source, [], data, reads_data)
+        if reads_data:
+            saved_run.check_place(source, self.config, data is not None)
         self.tokenizer: Tokenizer = saved_run.load_tokenizer(source, self.config)
         self.method: Method = saved_run.load_method(source, self.config, self.tokenizer).to(device)
         if not self.method.embeds_images:

@@ -192,6 +192,12 @@ def test_runs_are_found_below_a_folder_and_not_inside_each_other(tmp_path: Path)
     assert read_run(tmp_path / "c").state == "new"
 
 
+def test_an_export_is_no_run(tmp_path: Path) -> None:
+    for name in ("config.yaml", "heads.safetensors"):
+        (tmp_path / name).touch()
+    assert not list(find_runs(tmp_path))
+
+
 def test_looking_at_runs_needs_no_torch(tmp_path: Path) -> None:
     write_run(tmp_path / "runs" / "a", [10], {10: 0.5}).note("start", 0, steps=20)
     code = (
