@@ -99,7 +99,7 @@ def locate(path: Path) -> SavedRun:
         if newest is None:
             if (path / CONFIG).is_file() and (path / EXPORTED_HEADS).is_file():
                 raise RunFolderError(
-                    f"{path} is what `medvlp export` wrote, which is for medvlp.load, timm and transformers: "
+                    f"{path} is what `medvlp export` wrote, for medvlp.load, predict, timm and transformers: "
                     "name the run it was exported from"
                 )
             raise RunFolderError(f"{path}: no checkpoint in its folder checkpoints/; train a step first")
