@@ -12,6 +12,7 @@ from medvlp.evaluation.metrics.bootstrap import Estimate
 from medvlp.evaluation.report import results
 from medvlp.evaluation.report.results import Evaluation
 from medvlp.evaluation.task import EvaluationError
+from medvlp.runs.manifest import step_folder
 from tests.evaluation.report.test_differences import TASK, measured
 from tests.evaluation.report.test_results import make, of_texts
 
@@ -86,3 +87,16 @@ def test_differences_are_of_all_tasks_that_both_sides_have(tmp_path: Path) -> No
         assert result.exit_code == 0, result.exception
         assert f"- retrieval of {runs[0]}: not evaluated (medvlp evaluate" in result.output
         assert f"{TASK}: phantom" in result.output
+
+
+def test_a_run_that_was_trained_on_after_its_evaluation_is_named(tmp_path: Path) -> None:
+    item = measured(tmp_path, "mgca", 0, [1, 2, 3, 4])
+    item.evaluation.data["name"], item.evaluation.model["step"] = "phantom", 3
+    results.write(item.evaluation, item.run / "evaluation.json")
+    told = f"{item.run} was evaluated at step 3 and has a checkpoint of step 8 by now"
+    for saved in (3, 8):
+        (item.run / "checkpoints" / step_folder(saved)).mkdir(parents=True)
+        for words in ((item.run,), (item.run, "--against", item.run)):
+            result = compare(*words)
+            assert result.exit_code == 0, result.exception
+            assert (told in result.stderr) == (saved == 8)

@@ -343,23 +343,9 @@ def test_data_that_were_moved_are_asked_for(run: Path, shards: Path, medvlp, tmp
     special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(shards / "tokenizer.json"), **special)
     tokenizer.save_pretrained(tmp_path / "tokenizer")  # a run of these tests stores none
-    words = [f"data.tokenizer={tmp_path / 'tokenizer'}", "--task", "zero-shot"]
-    error = str(medvlp("evaluate", moved, *words).exception)
+    error = str(medvlp("evaluate", moved, f"data.tokenizer={tmp_path / 'tokenizer'}").exception)
     assert error.startswith("data folder /nowhere/pairs does not exist")
     assert "say --data FOLDER" in error
-
-
-def test_a_run_that_was_trained_on_after_its_evaluation_is_named(
-    run: Path, shards: Path, medvlp, tmp_path: Path
-) -> None:
-    grown = Path(shutil.copytree(run, tmp_path / "run"))
-    arguments = ["--data", shards, "--task", "retrieval", "--out", grown / "evaluation.json"]
-    medvlp("evaluate", grown / "checkpoints" / "step-00000004", *arguments)
-    told = f"{grown} was evaluated at step 4 and has a checkpoint of step 9 by now"
-    assert told in medvlp("compare", grown).stderr
-    assert told in medvlp("compare", grown, "--against", grown).stderr
-    medvlp("evaluate", grown, *arguments)
-    assert "by now" not in medvlp("compare", grown).stderr
 
 
 @pytest.fixture
