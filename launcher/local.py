@@ -25,6 +25,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from launcher.placement import Node, route_to
 from launcher.slurm.attempts import note_node_exit
 from medvlp import distributed
+from medvlp.device import uses_cuda
 from medvlp.lifetime import die_with
 from medvlp.prototypes.supervisor import WorkerSupervisor
 from medvlp.ranks import (
@@ -63,7 +64,7 @@ def ranks_here(nproc: int | None) -> tuple[int, bool]:
         UsageError: more than there are GPUs, of which NCCL takes one for each rank.
         LaunchError: Slurm gave this job GPUs here and torch finds none.
     """
-    has_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    has_cuda = uses_cuda()
     gpus = torch.cuda.device_count() if has_cuda else 0
     if not has_cuda:
         refuse_lost_gpus()

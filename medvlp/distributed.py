@@ -19,7 +19,8 @@ import torch.distributed as dist
 from packaging.version import Version
 from torch import Tensor
 
-from medvlp.ranks import Ranks, detect, refuse_lost_gpus, tell_deepspeed
+from medvlp.device import choose_device
+from medvlp.ranks import Ranks, detect, tell_deepspeed
 
 #: How long a collective may wait for another rank before the run is declared dead.
 TIMEOUT = timedelta(minutes=30)
@@ -183,20 +184,6 @@ def shutdown(graceful: bool = True) -> None:
 def is_lost_peer(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank has ended (gloo and NCCL tell it in words only)."""
     return any(text in str(error) for text in _LOST_PEER)
-
-
-def uses_cuda() -> bool:
-    """Whether this process computes on a GPU: there is one, and DS_ACCELERATOR does not say cpu."""
-    return os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
-
-
-def choose_device(local_rank: int) -> torch.device:
-    """The CUDA device of this local rank, or the CPU; LaunchError where a job has lost its GPUs."""
-    if not uses_cuda():
-        refuse_lost_gpus()
-        return torch.device("cpu")
-    # Slurm may show each task only its own GPU, which then is number 0 for all of them.
-    return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
 def is_initialized() -> bool:

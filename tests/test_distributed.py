@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from medvlp import distributed
+from medvlp import device, distributed
 from medvlp.config import DataConfig
 from medvlp.data.workers import WorkerLoader
 from medvlp.ranks import LAUNCHER_LOCAL_RANK, Ranks, detect, tell_deepspeed
@@ -196,7 +196,7 @@ def device_bound_by(release: tuple[int, int, int]) -> str:
     found: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distributed, "_TORCH", release)
-        patch.setattr(distributed, "uses_cuda", lambda: True)
+        patch.setattr(device, "uses_cuda", lambda: True)
         patch.setattr(torch.cuda, "device_count", lambda: 2)
         patch.setattr(torch.cuda, "set_device", lambda device: None)
         patch.setattr(distributed.dist, "new_group", lambda **named: None)
@@ -242,9 +242,9 @@ def test_deepspeed_is_told_the_gpu_and_the_launcher_keeps_its_number(monkeypatch
     monkeypatch.setenv(LAUNCHER_LOCAL_RANK, "")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
-    device = distributed.choose_device(2)
-    tell_deepspeed(detect(), device.index)
-    assert os.environ["LOCAL_RANK"] == str(device.index) == str(2 % visible)
+    chosen = device.choose_device(2)
+    tell_deepspeed(detect(), chosen.index)
+    assert os.environ["LOCAL_RANK"] == str(chosen.index) == str(2 % visible)
     assert detect().local_rank == 2
 
 

@@ -1,7 +1,6 @@
 """A real all-reduce over the ranks that a run would have: gloo between CPUs, NCCL between GPUs."""
 
 import json
-import os
 import subprocess
 import time
 from collections.abc import Iterator
@@ -95,8 +94,9 @@ def _on_this_machine() -> tuple[list[str], str]:
 
     from launcher.local import meet_here, rank_environment
     from launcher.placement import Node
+    from medvlp.device import uses_cuda
 
-    has_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    has_cuda = uses_cuda()
     ranks = torch.cuda.device_count() if has_cuda else 2
     store, node, meeting = meet_here(Node())
     processes = [

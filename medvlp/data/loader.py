@@ -21,7 +21,7 @@ from medvlp.data.rules import told
 from medvlp.data.sample_store import SampleStore
 from medvlp.data.text import Tokenizer
 from medvlp.data.workers import WorkerLoader
-from medvlp.distributed import uses_cuda
+from medvlp.device import uses_cuda
 from medvlp.ranks import detect, threads_of_rank
 from shards.errors import DataError
 from shards.reader import ShardReader

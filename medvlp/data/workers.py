@@ -19,7 +19,7 @@ from medvlp.config import DataConfig
 from medvlp.data.batch import Batch
 from medvlp.data.dataset import ImageReportDataset
 from medvlp.data.packing import PackedBatch, Slots
-from medvlp.distributed import uses_cuda
+from medvlp.device import uses_cuda
 from shards.errors import DataError
 
 #: Seconds to wait for a killed data worker; only one that waits for a dead disk takes longer.

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-import torch
-
 from medvlp import trust
 from medvlp.config import Config
 from medvlp.data.cache import open_reader
+from medvlp.device import device_named
 from medvlp.evaluation.features import exact_kernels
 from medvlp.evaluation.labels import Uncertain
 from medvlp.evaluation.report import resamples
@@ -24,7 +23,6 @@ from medvlp.evaluation.supervised import train_here
 from medvlp.evaluation.task import EvaluationError, Task, Unit, check_used, schemas, tasks
 from medvlp.evaluation.trained import TrainedTask, with_labels_of
 from medvlp.evaluation.units import StoredUnit, files_of
-from medvlp.ranks import refuse_lost_gpus
 from medvlp.runs import saved_run
 from shards.errors import MedvlpError, NotFiniteError, UsageError
 
@@ -67,16 +65,12 @@ class EvaluationOptions:
         choices: dict[str, tuple[Sequence[str], Sequence[str]]] = {
             "--task": (self.tasks, list(tasks())),
             "--uncertain": ((self.uncertain,), get_args(Uncertain)),
-            "--device": ((self.device,), ("auto", "cpu", "cuda")),
         }
         for option, (values, known) in choices.items():
             for value in values:
                 if value not in known:
                     raise UsageError(f"{option} {value}: there are {', '.join(known)}")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise UsageError("--device cuda: this machine has no usable CUDA device")
-        if self.device == "auto" and not torch.cuda.is_available():
-            refuse_lost_gpus()
+        device_named(self.device)
         if self.units and len(self.tasks) != 1:
             raise UsageError("--unit is of one task: name it with --task")
 
@@ -197,7 +191,7 @@ def _open(options: EvaluationOptions, say: Callable[[str], None]) -> Session:
     saved_run.check_place(source, config, said)
     reader = open_reader(config.data)
     saved_run.check_data(source, config, reader.index, said, say)
-    device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
+    device = device_named(options.device)
     return Session(
         source, config, tokenizer, device, reader, options.labels, options.uncertain, say, options.train
     )

@@ -16,6 +16,7 @@ from torch import Tensor
 from medvlp.data.batch import Text
 from medvlp.data.report import report_sentences
 from medvlp.data.transforms import evaluation_crop
+from medvlp.device import device_named
 from medvlp.evaluation import prompts as prompt_files
 from medvlp.evaluation.features import ModelArrays, exact_kernels
 from medvlp.evaluation.heads.report import ReportObjective
@@ -23,7 +24,6 @@ from medvlp.evaluation.prompts import Prompts
 from medvlp.evaluation.tasks.zero_shot import Ensemble, finding_scores, prompts_of
 from medvlp.library.images import ImageLike, Seen, images_of, is_dicom, see, stacked
 from medvlp.library.loading import Loaded, read_model
-from medvlp.serving.run_model import choose_device
 from shards.dicom_windows import Window
 from shards.errors import NotFiniteError, UsageError
 from shards.progress import tracked
@@ -112,7 +112,7 @@ class Model:
         """See `medvlp.load`."""
         if window is not None and window not in get_args(Window):
             raise UsageError(f"window {window}: there are {', '.join(get_args(Window))}")
-        chosen, loaded = choose_device(device or "auto"), read_model(Path(place))
+        chosen, loaded = device_named(device or "auto"), read_model(Path(place))
         return cls(loaded if window is None else replace(loaded, window=cast("Window", window)), chosen)
 
     @property

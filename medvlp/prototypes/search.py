@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from medvlp import distributed
 from medvlp.config import PrototypesConfig
+from medvlp.device import uses_cuda
 from medvlp.prototypes.supervisor import NO_GPU
 
 logger = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ def _say(reason: str) -> None:
 
 def _gpu_count() -> int:
     """GPUs that this process may use; asking makes no context on any."""
-    return torch.cuda.device_count() if distributed.uses_cuda() else 0
+    return torch.cuda.device_count() if uses_cuda() else 0
 
 
 def _faiss_has_gpus() -> bool:

@@ -6,7 +6,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from medvlp.distributed import uses_cuda
+from medvlp.device import uses_cuda
 
 
 def seed_weights(seed: int) -> None:

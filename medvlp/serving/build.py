@@ -16,6 +16,7 @@ from medvlp.data.batch import Batch
 from medvlp.data.cache import open_reader
 from medvlp.data.loader import evaluation_loader
 from medvlp.data.sample_store import SampleStore
+from medvlp.device import device_named
 from medvlp.losses.normalise import unit_norm
 from medvlp.prototypes.kmeans import spherical_kmeans
 from medvlp.prototypes.learned import LearnedPrototypes
@@ -28,7 +29,7 @@ from medvlp.runs.saved_run import SavedRun
 from medvlp.serving import snapshot as snapshots
 from medvlp.serving.cluster_report import Members, report_of
 from medvlp.serving.layout import PrototypeFilesError, folder_of
-from medvlp.serving.run_model import RunModel, choose_device
+from medvlp.serving.run_model import RunModel
 from medvlp.serving.snapshot import UNKNOWN, Origin, Snapshot, Source
 from shards.progress import tracked
 
@@ -76,7 +77,7 @@ def build(options: SnapshotOptions, say: Callable[[str], None]) -> Path:
         MedvlpError: run, checkpoint, data or folder cannot be used, another build writes the folder, or there
             are too few samples.
     """
-    device = choose_device(options.device)
+    device = device_named(options.device)
     source = saved_run.locate(options.source)
     folder = options.out or folder_of(source.run)
     with sole_builder(folder, "--out"):

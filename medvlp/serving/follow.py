@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from medvlp.data.cache import open_reader
+from medvlp.device import device_named
 from medvlp.runs import saved_run
 from medvlp.runs.manifest import MANIFEST, step_folders
 from medvlp.runs.saved_run import SavedRun
@@ -16,7 +17,7 @@ from medvlp.serving.answers import Answers
 from medvlp.serving.build import SnapshotOptions, make_snapshot, sole_builder, store
 from medvlp.serving.layout import SNAPSHOT, DamagedFileError, PrototypeFilesError, folder_of
 from medvlp.serving.limits import Limits
-from medvlp.serving.run_model import RunModel, checkpoint_of, choose_device
+from medvlp.serving.run_model import RunModel, checkpoint_of
 from medvlp.serving.snapshot import Origin, Snapshot
 from shards.errors import MedvlpError
 
@@ -43,7 +44,7 @@ class Source:
         self.folder = folder_of(run)
         # A process that serves has threads, and a data worker forked from it could find their locks taken.
         self._options = replace(options, source=run, out=None, workers=0)
-        self._device = choose_device(options.device)
+        self._device = device_named(options.device)
         self._seen: tuple[int, int] | None = None
         self._newest = _NONE
         self._problem = ""

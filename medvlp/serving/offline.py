@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
+from medvlp.device import device_named
 from medvlp.serving.answers import Answers
 from medvlp.serving.layout import SNAPSHOT, folder_of
 from medvlp.serving.questions import (
@@ -15,7 +16,7 @@ from medvlp.serving.questions import (
     TableAnswer,
     Wanted,
 )
-from medvlp.serving.run_model import RunModel, checkpoint_of, choose_device
+from medvlp.serving.run_model import RunModel, checkpoint_of
 from medvlp.serving.snapshot import Snapshot
 
 
@@ -35,7 +36,7 @@ class RunFiles:
 
         @cache
         def model() -> RunModel:
-            return RunModel(checkpoint_of(run, snapshot.origin), choose_device(device), reads_data=False)
+            return RunModel(checkpoint_of(run, snapshot.origin), device_named(device), reads_data=False)
 
         self._answers = Answers(snapshot, model)
 

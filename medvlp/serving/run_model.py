@@ -12,13 +12,12 @@ from medvlp.data.report import report_sentences
 from medvlp.data.text import Tokenizer
 from medvlp.data.transforms import evaluation_crop, evaluation_view
 from medvlp.methods.base import Method
-from medvlp.ranks import refuse_lost_gpus
 from medvlp.runs import saved_run
 from medvlp.runs.saved_run import SavedRun
 from medvlp.serving.layout import PrototypeFilesError
 from medvlp.serving.questions import RequestError, check_texts
 from medvlp.serving.snapshot import Origin
-from shards.errors import DataError, UsageError
+from shards.errors import DataError
 from shards.images import MAX_PIXELS, decode_image, fit_square
 
 
@@ -117,19 +116,3 @@ def checkpoint_of(run: Path, origin: Origin) -> SavedRun:
             "medvlp prototypes build RUN"
         )
     return found
-
-
-def choose_device(name: str) -> torch.device:
-    """ "auto", "cpu" or "cuda" -> device.
-
-    Raises:
-        UsageError: no such device.
-        LaunchError: no GPU for "auto", and Slurm gave this job some.
-    """
-    if name not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"--device {name}: there are auto, cpu and cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: this machine has no usable CUDA device")
-    if name == "auto" and not torch.cuda.is_available():
-        refuse_lost_gpus()
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

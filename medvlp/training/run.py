@@ -19,6 +19,7 @@ from medvlp.data.batch import Batch
 from medvlp.data.batch_sizes import BatchSizes, divide_batch
 from medvlp.data.loader import TrainingLoader, build_loader
 from medvlp.data.workers import LoaderError, kill_workers, worker_death
+from medvlp.device import choose_device
 from medvlp.lifetime import end_within
 from medvlp.methods.base import Method, Objective
 from medvlp.prototypes.anchors import AnchorEncoder
@@ -91,7 +92,7 @@ def train(
     config, ranks = recipe.config, detect()
     console = configure_logging(ranks.rank)
     sizes = divide_batch(config, ranks.world_size)
-    check_device(config, distributed.choose_device(ranks.local_rank).type)
+    check_device(config, choose_device(ranks.local_rank).type)
     torch.set_num_threads(config.train.threads or threads_of_rank(ranks))
     run_dir, start_seconds = Path(config.run.dir), 60 * config.train.start_timeout_minutes
     distributed.record_flights(run_dir)

@@ -27,9 +27,9 @@ class Place:
     @property
     def device(self) -> torch.device:
         """The GPU; on a dry run the CPU."""
-        from medvlp import distributed
+        from medvlp.device import choose_device
 
-        return distributed.choose_device(0)
+        return choose_device(0)
 
     def join(self) -> torch.device:
         """Be the one rank of a process group that lasts as long as the process, as DeepSpeed expects."""

@@ -21,9 +21,9 @@ import torch.numa.binding
 from launcher import local
 from launcher.placement import Node, Route, route_to
 from medvlp import distributed
+from medvlp.device import choose_device, device_named
 from medvlp.evaluation.evaluate import EvaluationOptions
 from medvlp.ranks import FIRST_ERROR, LaunchError, claim_first_error, first_error
-from medvlp.serving import run_model
 from medvlp.training.hangs import lost_rank
 from shards.errors import UsageError
 
@@ -168,19 +168,30 @@ def test_gpus_that_slurm_gave_and_torch_does_not_find_are_no_cpu(monkeypatch: py
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     choices: list[Callable[[], object]] = [
         lambda: local.ranks_here(8),
-        lambda: distributed.choose_device(0),  # ranks that srun or torchrun has started
-        lambda: run_model.choose_device("auto"),
+        lambda: choose_device(0),  # ranks that srun or torchrun has started
+        lambda: device_named("auto"),
         EvaluationOptions(Path("run")).check,
     ]
     for choose in choices:
         with pytest.raises(LaunchError, match=r"8 GPUs on .*, and torch finds none"):
             choose()
-    assert run_model.choose_device("cpu").type == "cpu"
+    assert device_named("cpu").type == "cpu"
     EvaluationOptions(Path("run"), device="cpu").check()
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     for choose in choices:
         choose()
     assert local.ranks_here(8) == (8, False)
+
+
+def test_what_shall_not_use_a_gpu_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    assert [device_named(name).type for name in ("auto", "cpu", "cuda")] == ["cuda", "cpu", "cuda"]
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert device_named("auto").type == "cpu"
+    for ask in (lambda: device_named("cuda"), EvaluationOptions(Path("run"), device="cuda").check):
+        with pytest.raises(UsageError, match="--device cuda: DS_ACCELERATOR=cpu forbids it"):
+            ask()
 
 
 def test_settings_of_the_allocator_are_the_users_if_there_are_any() -> None:

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from medvlp.serving.answers import Answers
 from medvlp.serving.build import SnapshotOptions, build
 from medvlp.serving.client import Connection, PrototypeClient
 from medvlp.serving.layout import SNAPSHOT, folder_of
 from medvlp.serving.limits import Limits
-from medvlp.serving.run_model import RunModel, checkpoint_of, choose_device
+from medvlp.serving.run_model import RunModel, checkpoint_of
 from medvlp.serving.server import Address, PrototypeServer
 from medvlp.serving.snapshot import Snapshot
 from shards.build import BuildOptions, build_shards
@@ -67,7 +68,7 @@ def snapshot(built: Path) -> Snapshot:
 @pytest.fixture(scope="module")
 def model(built: Path, snapshot: Snapshot) -> RunModel:
     """The run's method."""
-    return RunModel(checkpoint_of(built, snapshot.origin), choose_device("cpu"))
+    return RunModel(checkpoint_of(built, snapshot.origin), torch.device("cpu"))
 
 
 @pytest.fixture
