@@ -116,6 +116,7 @@ class Comparison:
         name: row of the table.
         loops, vectorised: both sides; module-level functions, because they run in processes of their own.
         faster: ratio of times to reach. smaller: ratio of memory to reach (0: none).
+        floor: share of the matmul floor to reach (0: none).
     """
 
     name: str
@@ -123,6 +124,7 @@ class Comparison:
     vectorised: Build
     faster: float
     smaller: float = 0.0
+    floor: float = 0.0
 
 
 def compare(comparisons: Sequence[Comparison], title: str, rounds: int, threads: int) -> bool:
@@ -136,7 +138,8 @@ def compare(comparisons: Sequence[Comparison], title: str, rounds: int, threads:
         torch.testing.assert_close(*values, rtol=1e-4, atol=1e-5)
         measured = times(item.loops, item.vectorised, rounds, threads)
         heavy, light = (memory(build, threads) for build in (item.loops, item.vectorised))
-        reached = reached and measured.ratio >= item.faster and heavy >= item.smaller * light
+        reached &= measured.ratio >= item.faster and heavy >= item.smaller * light
+        reached &= measured.floor >= item.floor
         table.add_row(
             item.name,
             f"{1e3 * measured.loops:.0f} ms",

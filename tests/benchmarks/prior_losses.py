@@ -116,8 +116,9 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     sizes = {
-        "published size": (Size(width=768, patches=49, tokens=256, longest=25), 2.0),
-        "small size": (Size(width=128, patches=16, tokens=48, longest=6), 5.0),
+        # The goal is 0.8 of the floor; runs on one machine differ by 0.05.
+        "published size": (Size(width=768, patches=49, tokens=256, longest=25), 2.0, 0.75),
+        "small size": (Size(width=128, patches=16, tokens=48, longest=6), 5.0, 0.0),
     }
     comparisons = [
         Comparison(
@@ -125,8 +126,9 @@ def main() -> int:
             functools.partial(build, by_loop, size, options.batch),
             functools.partial(build, vectorised, size, options.batch),
             faster=goal,
+            floor=floor,
         )
-        for name, (size, goal) in sizes.items()
+        for name, (size, goal, floor) in sizes.items()
     ]
     reached = compare(
         comparisons, f"PRIOR's local alignment, batch of {options.batch}", options.rounds, options.threads
