@@ -258,7 +258,8 @@ def describe(
              "each)"),
             ("logits with other GPUs", gib(plan.logits(batch))),
         ]  # fmt: skip
-    hours = plan.hours(samples, tflops, mfu)
+    hours, size = plan.hours(samples, tflops, mfu), config.train.global_batch
+    steps = samples / size
     return [
         *lines,
         (
@@ -267,5 +268,5 @@ def describe(
         ),
         ("largest micro-batch", str(plan.largest) if plan.largest else "none: not even one sample fits"),
         ("operations of a sample", f"{plan.flops / 1e9:.1f} GFLOP forward and backward"),
-        (f"time at {100 * mfu:.0f} % of {tflops:g} TFLOP/s", f"{hours:.1f} h for {samples:,.0f} samples"),
+        (f"time at {100 * mfu:.0f} % of {tflops:g} TFLOP/s", f"{hours:.1f} h for {steps:,.0f} steps of {size} samples"),
     ]

@@ -273,7 +273,7 @@ def test_the_command(phantom_data: Path) -> None:
     result = CliRunner().invoke(app, [*arguments, "--gpus", "2"])
     assert result.exit_code == 0, result.output
     assert "largest micro-batch" in result.output
-    assert "for 64 samples" in result.output
+    assert "for 4 steps of 16 samples" in result.output
     assert "heads, losses of" not in result.output
     result = CliRunner().invoke(app, [*arguments, "train.micro_batch=2", "--gpus", "1"])
     assert "heads, losses of 16 samples at once" in result.output
