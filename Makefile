@@ -14,7 +14,7 @@ SEEDS ?= 0
 
 help:
 	@echo "make demo    phantom studies -> shards -> 2-rank ZeRO-2 pre-training -> evaluation -> page, all in $(DEMO)"
-	@echo "make test    every test"
+	@echo "make test    every test; WORKERS=2: so many at a time"
 	@echo "make checks  format, lint, types, import arrows, sizes, config reference"
 	@echo "make bench   benchmarks: ratios against named rivals"
 	@echo "make bench-methods  every method beside its ablation: the same phantoms, budget and seeds, and the differences"
@@ -40,11 +40,13 @@ demo: $(INSTALLED)
 	$(BIN)/medvlp prototypes build $(DEMO)/run --split test
 	$(BIN)/medvlp report $(DEMO)/run --out $(DEMO)/report.html
 
+# Tests that wait for processes and clocks leave a core free: one worker more than there are cores, at most 4.
+WORKERS ?= $(shell cores=$$(nproc); echo $$((cores < 3 ? cores + 1 : 4)))
 # Files go to workers whole, in the order of tests/conftest.py: their tests share pools of processes. The tests that need a Slurm share one cluster of
 # several nodes, so they come after the others and one by one.
 test: $(INSTALLED)
 	status=0; \
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m "not slurm" || status=1; \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slurm" || status=1; \
 	$(BIN)/python -m pytest -m slurm || status=1; \
 	exit $$status
 
