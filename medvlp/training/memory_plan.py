@@ -268,5 +268,8 @@ def describe(
         ),
         ("largest micro-batch", str(plan.largest) if plan.largest else "none: not even one sample fits"),
         ("operations of a sample", f"{plan.flops / 1e9:.1f} GFLOP forward and backward"),
-        (f"time at {100 * mfu:.0f} % of {tflops:g} TFLOP/s", f"{hours:.1f} h for {steps:,.0f} steps of {size} samples"),
+        (
+            f"time at {100 * mfu:.0f} % of {tflops:g} TFLOP/s",
+            f"{hours:.1f} h for {steps:,.0f} steps of {size} samples",
+        ),
     ]
