@@ -110,7 +110,9 @@ def test_a_rank_that_wakes_adds_no_error_of_its_own(
 ) -> None:
     """Rank 0 was stopped; when it is woken to be ended the other ranks are gone, for it nobody answers."""
     ended: list[int] = []
+    flights: list[Path] = []
     monkeypatch.setattr("os._exit", ended.append)
+    monkeypatch.setattr(distributed, "write_flight_record", flights.append)
     monkeypatch.setattr(Watchdog, "_places", lambda self: {})
     monkeypatch.setattr(Watchdog, "_interval", lambda self: 0.05)
     monkeypatch.setenv("MEDVLP_FIRST_ERROR", str(tmp_path / "first"))
@@ -126,6 +128,7 @@ def test_a_rank_that_wakes_adds_no_error_of_its_own(
         dog._investigate()
     distributed.shutdown()
     assert ended == [7]
+    assert flights == [tmp_path], "what NCCL remembers of this rank, whoever speaks"
     assert capsys.readouterr().err.count("error: ") == (told == "by nobody")
     assert alerts == (["hang"] if told == "by nobody" else [])
 
@@ -144,7 +147,9 @@ def test_a_rank_that_died_ends_the_others(
 ) -> None:
     """As a launcher tells it; under NCCL the main thread would wait until its collective times out."""
     codes: list[int] = []
+    flights: list[Path] = []
     ended = threading.Event()
+    monkeypatch.setattr(distributed, "write_flight_record", flights.append)
 
     def end(code: int) -> None:
         codes.append(code)
@@ -163,6 +168,7 @@ def test_a_rank_that_died_ends_the_others(
             assert ended.wait(60)
     distributed.shutdown()
     assert codes == ([6] if main_thread == "waits for ever" else [])
+    assert flights == [tmp_path] * len(codes)
     said = (
         "rank 0 lost rank 3 (node 1), which was killed by SIGKILL (it waits in forward and backward of step"
     )
