@@ -13,6 +13,9 @@ from medvlp.evaluation.report.results import KEPT, NETWORKS, OF_TASKS, PLACES, E
 from medvlp.evaluation.task import EvaluationError, Task, TaskResult, tasks
 from shards.errors import DataError
 
+#: How long an evaluation waits for another one's merge of milliseconds. On a disk without locks of the system
+#: that of a killed evaluation can stay.
+_MERGE_SECONDS = 300
 #: Of settings by task, what errors say where they differ.
 _OTHER = {
     "options": "other settings",
@@ -115,15 +118,16 @@ def store(evaluation: Evaluation, file: Path, say: Callable[[str], None]) -> Eva
     Evaluations of one run that end at the same time wait for each other, so that no task is lost.
 
     Raises:
-        DataError: it cannot be written.
+        DataError: it cannot be written, or another evaluation holds it for minutes.
     """
     try:  # with a mode by which the next evaluation may be another user's
-        with FileLock(file.with_name(f".{file.name}.lock"), mode=0o666):
+        with FileLock(file.with_name(f".{file.name}.lock"), _MERGE_SECONDS, mode=0o666):
             whole = with_earlier(evaluation, file, say)
             results.write(whole, file)
             return whole
     except OSError as error:
-        raise DataError(f"cannot write {file}: {error.strerror}; mend that, then run it again") from error
+        why = error.strerror or error  # a lock that is not to be had says so in its text
+        raise DataError(f"cannot write {file}: {why}; mend that, then run it again") from error
 
 
 def complete(evaluation: Evaluation) -> Evaluation:

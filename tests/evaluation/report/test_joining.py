@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from medvlp.evaluation.metrics.bootstrap import Estimate
-from medvlp.evaluation.report import results
+from medvlp.evaluation.report import joining, results
 from medvlp.evaluation.report.joining import join, made_by, store, with_earlier
 from medvlp.evaluation.report.results import Evaluation, KeptFile, UnitResult
 from medvlp.evaluation.task import EvaluationError, tasks
@@ -243,6 +244,15 @@ def test_evaluations_of_a_run_that_end_at_the_same_time_lose_no_task(
         for evaluation in ended:
             pool.submit(store, evaluation, file, lambda line: None)
     assert read(file).results.keys() == {"masked-words", "zero-shot", "retrieval"}
+
+
+def test_a_lock_that_is_never_given_back_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joining, "_MERGE_SECONDS", 0.1)
+    with (
+        FileLock(tmp_path / ".evaluation.json.lock"),
+        pytest.raises(DataError, match=r"cannot write .*evaluation\.json: .*lock.* could not be acquired"),
+    ):
+        store(part("zero-shot"), tmp_path / "evaluation.json", lambda line: None)
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
