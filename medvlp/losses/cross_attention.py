@@ -115,8 +115,8 @@ def patch_loss(
     def part(start: int, patches: Tensor, words: Tensor, weights: Tensor, valid: Tensor) -> tuple[Tensor]:
         some = valid.any(1)
         # Added, not filled in: the way back through a sum costs nothing.
-        hidden = words.new_zeros(valid.shape).masked_fill_(some[:, None] & ~valid, -torch.inf)
-        scores = torch.baddbmm(hidden[:, None], patches, (words / attention_temperature).transpose(1, 2))
+        unseen = words.new_zeros(valid.shape).masked_fill_(some[:, None] & ~valid, -torch.inf)
+        scores = torch.baddbmm(unseen[:, None], patches, (words / attention_temperature).transpose(1, 2))
         attention = scores.softmax(2)
         context = attention @ words
         if normalise_context:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import multiprocessing
 import time
@@ -18,6 +19,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 #: Makes the inputs from a seed and returns (forward pass to a scalar, leaves with gradient).
 Build = Callable[[], tuple[Callable[[], Tensor], list[Tensor]]]
+
+
+def options(document: str, batch: int, threads: int = 2) -> argparse.Namespace:
+    """The command line of a loss benchmark with this docstring: `batch`, `rounds` and `threads`."""
+    parser = argparse.ArgumentParser(description=document.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=batch)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=threads)
+    return parser.parse_args()
 
 
 @dataclass(frozen=True)

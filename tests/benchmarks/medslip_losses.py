@@ -12,12 +12,12 @@ or needs more than a twentieth of the memory.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import _measure
 import torch
 import torch.nn.functional as F
 from _measure import Comparison, compare
@@ -95,11 +95,7 @@ def build(side: str, batch: int) -> tuple[Callable[[], Tensor], list[Tensor]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
+    options = _measure.options(__doc__, batch=64)
     loops, vectorised = (partial(build, side, options.batch) for side in ("by_loop", "vectorised"))
     reached = compare(
         [Comparison("prototype losses", loops, vectorised, faster=100, smaller=20)],

@@ -9,11 +9,11 @@ padding out, which on a CPU saves them a third of the arithmetic. Exits with 1 i
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
 
+import _measure
 import torch
 from _measure import Comparison, compare
 from torch import Tensor
@@ -161,11 +161,7 @@ def words_by_loop(batch: int) -> tuple[Callable[[], Tensor], list[Tensor]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=72)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
+    options = _measure.options(__doc__, batch=72)
     batch = options.batch
     comparisons = [
         Comparison("all losses", partial(objective_by_loop, batch), partial(objective_vectorised, batch), 3),

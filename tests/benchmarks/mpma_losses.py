@@ -12,12 +12,12 @@ goal is missed.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Callable
 from functools import partial
 
+import _measure
 import torch
 from _measure import Comparison, compare
 from mgca_losses import TOKENS, make_text
@@ -135,11 +135,7 @@ def local_by_loop(batch: int) -> tuple[Callable[[], Tensor], list[Tensor]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
+    options = _measure.options(__doc__, batch=32)
     rival, ours, loop, local = (
         partial(side, options.batch)
         for side in (words_everywhere, words_vectorised, local_by_loop, local_vectorised)

@@ -11,11 +11,11 @@ sides compute the same numbers (checked before timing). Exits with 1 if a goal i
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
 
+import _measure
 import torch
 from _measure import Comparison, compare
 from scipy.optimize import linear_sum_assignment
@@ -118,11 +118,7 @@ def correlations_by_loop(batch: int) -> tuple[Callable[[], Tensor], list[Tensor]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
+    options = _measure.options(__doc__, batch=32)
     sides = {
         "observations": (observations_by_loop, observations_vectorised, 4),
         "correlations": (correlations_by_loop, correlations_vectorised, 1),

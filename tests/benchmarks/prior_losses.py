@@ -12,12 +12,12 @@ the published one (width 768, 49 patches, texts padded to 256 tokens), and that 
 
 from __future__ import annotations
 
-import argparse
 import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import _measure
 import torch
 import torch.nn.functional as F
 from _measure import Comparison, compare
@@ -110,11 +110,7 @@ def build(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
+    options = _measure.options(__doc__, batch=32, threads=1)
     sizes = {
         # The goal is 0.8 of the floor; runs on one machine differ by 0.05.
         "published size": (Size(width=768, patches=49, tokens=256, longest=25), 2.0, 0.75),
