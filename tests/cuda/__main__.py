@@ -7,13 +7,16 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from tests.cuda.place import Place
 from tests.cuda.plan import CHECKS, FIGURES
-from tests.cuda.runner import run_checks
+from tests.cuda.runner import Check, run_checks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+#: What a check may take on a dry run.
+DRY_SECONDS = 240.0
 
 
 def main() -> int:
@@ -27,21 +30,34 @@ def main() -> int:
     good = True
     with tempfile.TemporaryDirectory(prefix="medvlp-cuda-") as scratch:
         data = arguments.data or _build_phantoms(Path(scratch) / "data")
-        for name, plan, seconds in (
-            ("checks", CHECKS, arguments.seconds),
-            ("figures", FIGURES, arguments.figures),
-        ):
-            if seconds <= 0:
-                continue
-            place = Place(arguments.dry, str(Path(scratch) / name), str(data))
-            wanted = [check for check in plan if not arguments.only or check.name in arguments.only]
-            report = arguments.out / f"{name}.json"
-            report.with_suffix(".log").unlink(missing_ok=True)
-            results = run_checks(wanted, place, report, seconds)
+        place = Place(arguments.dry, scratch, str(data))
+        for plans, seconds in _calls(arguments):
+            results = run_checks(plans, place, seconds)
             passed = sum(result.outcome == "passed" for result in results)
-            print(f"{passed} of {len(results)} {name}: {report}", flush=True)
+            print(f"{passed} of {len(results)}: {', '.join(map(str, plans))}", flush=True)
             good = good and passed == len(results)
     return 0 if good else 1
+
+
+def _calls(arguments: argparse.Namespace) -> list[tuple[dict[Path, list[Check]], float]]:
+    """Plans by report, and the seconds for them; each call has a process, whose memory is its own."""
+    calls: list[tuple[dict[Path, list[Check]], float]] = []
+    for name, plan, seconds in (
+        ("checks", CHECKS, arguments.seconds),
+        ("figures", FIGURES, arguments.figures),
+    ):
+        wanted = [check for check in plan if not arguments.only or check.name in arguments.only]
+        if seconds > 0 and wanted:
+            calls.append(({arguments.out / f"{name}.json": wanted}, seconds))
+    if not arguments.dry:
+        return calls
+    # One process: there imports take longest, and a check waits for a core as well.
+    plans = {
+        report: [replace(check, seconds=DRY_SECONDS) for check in plan]
+        for of_call, _ in calls
+        for report, plan in of_call.items()
+    }
+    return [(plans, DRY_SECONDS * sum(map(len, plans.values())))] if plans else []
 
 
 def _build_phantoms(root: Path) -> Path:

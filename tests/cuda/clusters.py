@@ -109,7 +109,7 @@ def worker(place: Place, note: Note) -> None:
         ring.add(centers.repeat(rows // clusters, 1) + noise, torch.arange(rows), "image", 1)
         started = time.monotonic()
         board.request(0, 1, ring.written)
-        _wait_for(lambda: board.answered()[0] == 1)
+        _wait_for(lambda: board.answered()[0] == 1, 200.0 if place.dry else 40.0)
         note("first_refresh_seconds", time.monotonic() - started)
         assert board.answered()[1] == READY
         table, metrics = read_table(board, board.other_slot)
@@ -123,7 +123,7 @@ def worker(place: Place, note: Note) -> None:
             assert str(supervisor.worker_pid) not in users, "the worker holds memory of the GPU"
 
 
-def _wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+def _wait_for(condition: Callable[[], bool], seconds: float) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "the worker did not answer"

@@ -17,7 +17,7 @@ from tests.distributed_pool import GlooPool
 
 def two_ranks(place: Place, note: Note) -> None:
     """Batch norm over ranks and the gather with gradient give what one process gives on all rows."""
-    pool = GlooPool(2, timeout=60, environment={} if place.dry else of_ranks(os.environ))
+    pool = GlooPool(2, timeout=200 if place.dry else 50, environment=of_ranks(os.environ))
     try:
         compare(pool.run(on_rank, str(place.device)), note)
     finally:
@@ -26,7 +26,11 @@ def two_ranks(place: Place, note: Note) -> None:
 
 def of_ranks(environment: Mapping[str, str]) -> dict[str, str]:
     """What has ranks see the GPUs of this process, which may be given another than the machine's first."""
-    return {"DS_ACCELERATOR": "cuda", "CUDA_VISIBLE_DEVICES": environment.get("CUDA_VISIBLE_DEVICES", "0")}
+    accelerator = environment.get("DS_ACCELERATOR", "cuda")
+    return {
+        "DS_ACCELERATOR": accelerator,
+        "CUDA_VISIBLE_DEVICES": environment.get("CUDA_VISIBLE_DEVICES", "0"),
+    }
 
 
 def compare(results: list[dict[str, torch.Tensor]], note: Note) -> None:

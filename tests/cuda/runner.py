@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any
 from tests.cuda.place import Place
 
 #: Seconds the process of the checks gets to import torch and DeepSpeed, on a machine that has just started.
-START_SECONDS = 90.0
+START_SECONDS = 120.0
 LOOK_SECONDS = 0.1
 
 
@@ -47,27 +47,36 @@ class Result:
 
 
 def run_checks(
-    checks: Sequence[Check], place: Place, report: Path, seconds: float, show: Callable[[str], None] = print
+    plans: Mapping[Path, Sequence[Check]],
+    place: Place,
+    seconds: float,
+    show: Callable[[str], None] = print,
 ) -> list[Result]:
-    """Run checks within `seconds` in all; `report` is written anew after every step of every check.
+    """Run checks within `seconds` in all; reports are written anew after every step of every check.
+
+    Args:
+        plans: the checks of each report; no two of one name. Beside the first report lies the log of all.
 
     Returns:
         one result for each check, in order; those there was no time for are "not run".
     """
-    results = {check.name: Result(check.name) for check in checks}
+    waiting = [check for checks in plans.values() for check in checks]
+    results = {check.name: Result(check.name) for check in waiting}
     started = time.monotonic()
+    log = next(iter(plans)).with_suffix(".log")
+    log.unlink(missing_ok=True)
 
     def write() -> None:
-        found = {"dry": place.dry, "seconds": round(time.monotonic() - started, 1)}
-        found["checks"] = [asdict(result) for result in results.values()]
-        part = report.with_suffix(".part")
-        part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        part.replace(report)
+        for report, checks in plans.items():
+            found = {"dry": place.dry, "seconds": round(time.monotonic() - started, 1)}
+            found["checks"] = [asdict(results[check.name]) for check in checks]
+            part = report.with_suffix(".part")
+            part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            part.replace(report)
 
-    waiting = list(checks)
     write()
     while waiting and time.monotonic() - started < seconds:
-        process = _Process(waiting, place, report.with_suffix(".log"))
+        process = _Process(waiting, place, log)
         try:
             waiting = _follow(process, waiting, results, started + seconds, write, show)
         finally:

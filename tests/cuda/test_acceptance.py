@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
-import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -26,39 +24,52 @@ from tests.cuda.figures import batches_per_second, busy_seconds, on_device
 from tests.cuda.machine import environment
 from tests.cuda.place import Place, free_memory
 from tests.cuda.plan import CHECKS, FIGURES
-from tests.cuda.ranks import compare, of_ranks, on_rank
+from tests.cuda.ranks import of_ranks
 from tests.cuda.runner import Check, run_checks
 from tests.distributed_pool import Pools
 from tests.methods.small import built, small_batch, small_config
 
-#: Tested apart from the rest: they start processes of their own.
-APART = ("two ranks", "worker")
+REPOSITORY = Path(__file__).resolve().parents[2]
+#: Seconds for the whole run, on a machine that is busy with other tests.
+PATIENCE = 600
 
 
-def run_dry(function: str, scratch: str, data: str) -> dict[str, Any]:
-    """What a check notes."""
-    module, _, name = function.partition(":")
-    found: dict[str, Any] = {}
-    getattr(importlib.import_module(module), name)(Place(True, scratch, data), found.__setitem__)
-    return found
-
-
-@pytest.mark.dist
-@pytest.mark.parametrize(
-    "check", [check for check in (*CHECKS, *FIGURES) if check.name not in APART], ids=lambda c: c.name
-)
-def test_checks_and_figures(gloo_pool: Pools, phantom_data: Path, tmp_path: Path, check: Check) -> None:
-    [found] = gloo_pool(1).run(run_dry, check.function, str(tmp_path), str(phantom_data))
-    assert found or check.name == "group"
-    json.dumps(found)
+@pytest.fixture(scope="module")
+def reports(phantom_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What `make gpu DRY=1` leaves, by file; run once, because it takes half a minute of a core."""
+    out = tmp_path_factory.mktemp("gpu") / "new"
+    command = [str(REPOSITORY / "tests" / "cuda" / "run"), str(out), "--dry", "--data", str(phantom_data)]
+    subprocess.run(command, cwd=out.parent, timeout=PATIENCE)
+    found = {name: json.loads((out / f"{name}.json").read_text()) for name in ("checks", "figures")}
+    return found | {"log": (out / "checks.log").read_text()}
 
 
 @pytest.mark.dist
-def test_two_ranks(gloo_pool: Pools) -> None:
-    noted: dict[str, Any] = {}
-    compare(gloo_pool(2).run(on_rank, "cpu"), noted.__setitem__)
-    assert len(noted) == 8
-    assert max(noted.values()) < 1e-5
+@pytest.mark.timeout(2 * PATIENCE)
+@pytest.mark.parametrize(("name", "plan"), [("checks", CHECKS), ("figures", FIGURES)])
+def test_a_dry_run_passes_and_its_reports_are_whole(
+    reports: dict[str, Any], name: str, plan: tuple[Check, ...]
+) -> None:
+    report = reports[name]
+    assert report["dry"]
+    assert [check["name"] for check in report["checks"]] == [check.name for check in plan]
+    failed = {check["name"]: check["error"] for check in report["checks"] if check["outcome"] != "passed"}
+    assert not failed, f"{failed}\n{reports['log'][-3000:]}"
+    silent = [check["name"] for check in report["checks"] if not check["figures"]]
+    assert silent == (["group"] if name == "checks" else [])
+
+
+@pytest.mark.dist
+def test_two_ranks_tell_how_far_they_are_apart(reports: dict[str, Any]) -> None:
+    [found] = [check["figures"] for check in reports["checks"]["checks"] if check["name"] == "two ranks"]
+    assert len(found) == 8
+    assert max(found.values()) < 1e-5
+
+
+def test_make_starts_it() -> None:
+    command = ["make", "--dry-run", "--no-print-directory", "gpu", "DRY=1", "GPU=there"]
+    printed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    assert printed.split() == ["tests/cuda/run", "there", "--dry"]
 
 
 def test_kernels_count_once_and_those_of_two_streams_together() -> None:
@@ -148,7 +159,8 @@ def test_what_is_compared_in_float32_is_made_in_float32(monkeypatch: pytest.Monk
 
 def test_ranks_share_the_gpu_that_was_given() -> None:
     assert of_ranks({"CUDA_VISIBLE_DEVICES": "3"})["CUDA_VISIBLE_DEVICES"] == "3"
-    assert of_ranks({})["CUDA_VISIBLE_DEVICES"] == "0"
+    assert of_ranks({}) == {"DS_ACCELERATOR": "cuda", "CUDA_VISIBLE_DEVICES": "0"}
+    assert of_ranks({"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""})["DS_ACCELERATOR"] == "cpu"
 
 
 def test_any_faiss_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,20 +264,12 @@ def test_the_memory_of_each_engine_is_counted_by_itself(monkeypatch: pytest.Monk
         assert called == ["freed", "made"]
 
 
-def test_the_command(phantom_data: Path, tmp_path: Path) -> None:
-    options = ["--dry", "--data", str(phantom_data), "--only", "environment", "--figures", "0"]
-    command = [sys.executable, "-m", "tests.cuda", "--out", str(tmp_path), *options]
-    assert subprocess.run(command, timeout=120).returncode == 0
-    report = json.loads((tmp_path / "checks.json").read_text())
-    assert [check["outcome"] for check in report["checks"]] == ["passed"]
-
-
 def test_a_check_that_fails_dies_or_hangs_costs_itself(tmp_path: Path) -> None:
     names = ["passes", "dies", "hangs", "fails"]
     checks = [Check(name, f"tests.cuda.toy_checks:{name}", 1.0) for name in names]
     checks.append(Check("last", "tests.cuda.toy_checks:passes", 1.0))
     report = tmp_path / "checks.json"
-    results = run_checks(checks, Place(True, str(tmp_path), "here"), report, 100, lambda line: None)
+    results = run_checks({report: checks}, Place(True, str(tmp_path), "here"), 100, lambda line: None)
     assert [result.outcome for result in results] == ["passed", "died", "cut off", "failed", "passed"]
     assert [result.figures for result in results] == [
         {"place": "here"},
@@ -281,8 +285,10 @@ def test_a_check_that_fails_dies_or_hangs_costs_itself(tmp_path: Path) -> None:
 
 
 def test_a_report_without_time_names_what_was_not_run(tmp_path: Path) -> None:
-    checks = [Check("first", "tests.cuda.toy_checks:hangs", 60.0), Check("second", "-", 1.0)]
-    results = run_checks(
-        checks, Place(True, str(tmp_path), ""), tmp_path / "checks.json", 4, lambda line: None
-    )
+    first, second = Check("first", "tests.cuda.toy_checks:hangs", 60.0), Check("second", "-", 1.0)
+    plans = {tmp_path / "checks.json": [first], tmp_path / "figures.json": [second]}
+    results = run_checks(plans, Place(True, str(tmp_path), ""), 4, lambda line: None)
     assert [result.outcome for result in results] == ["cut off", "not run"]
+    for report, result in zip(plans, results, strict=True):
+        [written] = json.loads(report.read_text())["checks"]
+        assert written["outcome"] == result.outcome
