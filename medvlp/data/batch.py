@@ -37,6 +37,10 @@ class _TensorRecord:
         """Return the record in page-locked memory (called by `DataLoader(pin_memory=True)`)."""
         return self._map(lambda tensor: tensor.pin_memory())
 
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keep the memory of every tensor, made on another CUDA stream, until `stream` has read it."""
+        self._map(lambda tensor: tensor.record_stream(stream))
+
     def rows(self, start: int, stop: int) -> Self:
         """Samples start to stop - 1 of every tensor (views)."""
         return self._map(lambda values: values[start:stop], (Tensor, tuple))

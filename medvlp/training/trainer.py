@@ -16,6 +16,7 @@ from medvlp.training.consensus import reach
 from medvlp.training.engine import Engine
 from medvlp.training.hangs import Watchdog
 from medvlp.training.interrupts import Interrupts
+from medvlp.training.on_device import on_device
 from medvlp.training.prototype_refresh import PrototypeRefresh
 from medvlp.training.schedule import Schedule
 from medvlp.training.step_guard import StepGuard
@@ -53,7 +54,7 @@ class Trainer:
         agree_every: int = 1,
     ):
         self.engine = engine
-        self.batches = batches
+        self.batches = on_device(batches, engine.device)
         self.schedule = schedule
         self.steps_per_epoch = steps_per_epoch
         self.callbacks = callbacks
@@ -141,8 +142,8 @@ class Trainer:
         passes, accumulation = _Passes(), self.engine.sizes.accumulation
         found: dict[str, list[torch.Tensor]] = {}
         for number in range(1, accumulation + 1):
-            batch = self._load(passes)
-            output = self.engine.forward(batch.to(self.engine.device), self._clusters)
+            batch, there = self._load(passes)
+            output = self.engine.forward(there, self._clusters)
             for name, value in output.named.items():
                 found.setdefault(name, []).append(value.detach().float())
             loss = output.loss
@@ -160,9 +161,9 @@ class Trainer:
         passes = _Passes()
         parts = [self._load(passes) for _ in range(self.engine.sizes.accumulation)]
         # Joined where they go: what the host joins is not pinned, and its copy would be waited for.
-        there = join([part.to(self.engine.device) for part in parts])
+        there = join([part for _, part in parts])
         output = exact_passes(self.engine, there, self._clusters, self.guard)
-        batch = there if self.engine.device.type == "cpu" else join(parts)
+        batch = there if self.engine.device.type == "cpu" else join([part for part, _ in parts])
         passes.losses = {name: value.detach().float() for name, value in output.named.items()}
         self.engine.step()
         for callback in self.callbacks:
@@ -173,16 +174,16 @@ class Trainer:
     def _clusters(self) -> PrototypeTable | None:
         return None if self.refresh is None else self.refresh.table
 
-    def _load(self, passes: "_Passes") -> Batch:
-        """This rank's next micro-batch."""
+    def _load(self, passes: "_Passes") -> tuple[Batch, Batch]:
+        """This rank's next micro-batch, on the host and on the device."""
         self.watchdog.mark("loading data", self.step)
         asked = time.perf_counter()
-        batch = next(self.batches)
+        batch, there = next(self.batches)
         passes.waited += time.perf_counter() - asked
         self.watchdog.mark("forward and backward", self.step)
         passes.keys += batch.keys
         passes.skipped += batch.skipped
-        return batch
+        return batch, there
 
 
 def mean_of(term: str, values: Sequence[torch.Tensor]) -> torch.Tensor:

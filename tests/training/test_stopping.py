@@ -16,6 +16,7 @@ from medvlp.training.consensus import reach
 from medvlp.training.interrupts import EXIT_INTERRUPTED, Interrupts
 from tests.distributed_pool import Pools
 from tests.training.runs import Overrides, read_metrics, train
+from tests.training.test_on_device import copying_ahead
 
 
 def test_a_signal_is_noted_and_the_handlers_come_back() -> None:
@@ -65,7 +66,7 @@ def test_the_time_is_a_request_too() -> None:
 
 
 def train_and_signal_one_rank(overrides: list[str], stop_at: int) -> int:
-    """A run in which rank 1 gets SIGTERM during step `stop_at`."""
+    """A run in which rank 1 gets SIGTERM during step `stop_at`; the next batch has been read by then."""
     from medvlp.training import trainer
 
     original = trainer.Trainer._train_step
@@ -75,7 +76,7 @@ def train_and_signal_one_rank(overrides: list[str], stop_at: int) -> int:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self)
 
-    with mock.patch.object(trainer.Trainer, "_train_step", step):
+    with mock.patch.object(trainer.Trainer, "_train_step", step), copying_ahead():
         return train(overrides)
 
 
