@@ -16,9 +16,23 @@ class DeviceMemoryError(MedvlpError):
     exit_code = 2
 
 
+#: Errors of CUDA's libraries about memory, told apart by their words only. NCCL has its memory from CUDA, not
+#: from torch.
+_WORDS = "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED", "Failed to CUDA calloc"
+#: What NCCL says of any error of CUDA, at times without the reason; with so little left, memory it is.
+_UNEXPLAINED, _FULL = "unhandled cuda error", 256 << 20
+
+
+def is_memory_error(error: RuntimeError) -> bool:
+    """Whether torch, or a library of CUDA, lacked memory of the GPU."""
+    if isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in _WORDS):
+        return True
+    return _UNEXPLAINED in str(error) and torch.cuda.is_available() and torch.cuda.mem_get_info()[0] < _FULL
+
+
 @contextmanager
 def naming_memory(part: str, config: Config, micro_batch: int) -> Iterator[None]:
-    """Turn torch's error about memory into one that says what to change.
+    """Turn an error about the GPU's memory into one that says what to change.
 
     Args:
         part: of a step. config: of the run. micro_batch: samples of a forward pass.
@@ -28,8 +42,31 @@ def naming_memory(part: str, config: Config, micro_batch: int) -> Iterator[None]
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_memory_error(error):
+            raise
         raise DeviceMemoryError(_story(part, config, micro_batch)) from error
+
+
+@contextmanager
+def naming_setup(config: Config) -> Iterator[None]:
+    """The same before the first step, when weights, masters and buffers come to the GPU and samples do not.
+
+    Raises:
+        DeviceMemoryError: in place of torch's.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_memory_error(error):
+            raise
+        remedies = ["See with nvidia-smi whether another process holds memory of it"]
+        if config.zero.stage < 3 and distributed.world_size() > 1:
+            remedies.append(f"raise zero.stage to 3 (it is {config.zero.stage})")
+        if not config.zero.offload_optimizer:
+            remedies.append("set zero.offload_optimizer=true")
+        place = _place("set-up of weights and optimiser")
+        raise DeviceMemoryError(f"{place}. {'; '.join(remedies)}") from error
 
 
 @contextmanager
@@ -41,7 +78,9 @@ def naming_validation(config: Config) -> Iterator[None]:
     """
     try:
         yield
-    except (torch.OutOfMemoryError, DeviceMemoryError) as error:
+    except (RuntimeError, DeviceMemoryError) as error:
+        if isinstance(error, RuntimeError) and not is_memory_error(error):
+            raise
         batch = config.validation.batch
         remedy = f"lower validation.batch (it is {batch})" if batch > 1 else "use a GPU with more memory"
         raise DeviceMemoryError(f"{_place('validation')}; {remedy}") from error

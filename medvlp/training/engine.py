@@ -21,7 +21,7 @@ from medvlp.prototypes.table import PrototypeTable
 from medvlp.runs.optimizer_files import OptimizerFiles
 from medvlp.training.accumulation import accumulates_exactly, weighted_sum
 from medvlp.training.deepspeed_config import deepspeed_json, is_plain, parameter_groups
-from medvlp.training.device_memory import naming_memory
+from medvlp.training.device_memory import naming_memory, naming_setup
 from medvlp.training.loss_scale import LossScale
 from medvlp.training.optimizer_fragments import (
     Fragment,
@@ -58,6 +58,7 @@ class Engine:
 
         Raises:
             ConfigError: exact accumulation with an offloaded optimiser.
+            DeviceMemoryError: what is kept between steps does not fit the GPU.
         """
         self.objective = objective
         self.device = device
@@ -73,16 +74,17 @@ class Engine:
         self._precision, self._config = config.precision, config
         if device.type == "cuda":
             choose_kernels(config.train.tf32)
-        objective.to(device)
-        groups, self._scales = parameter_groups(objective, config.optimizer)
         _refuse_shared_memory_collectives()
         deepspeed.init_distributed(dist_init_required=False)
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=objective,
-            model_parameters=groups,
-            config=deepspeed_json(config, sizes, device.type),
-            dist_init_required=False,
-        )
+        with naming_setup(config):
+            objective.to(device)
+            groups, self._scales = parameter_groups(objective, config.optimizer)
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(
+                model=objective,
+                model_parameters=groups,
+                config=deepspeed_json(config, sizes, device.type),
+                dist_init_required=False,
+            )
         self._masters: dict[int, Tensor] = {}
         if config.zero.stage == 0 and config.precision != "fp32":
             self._repair_stage_zero()

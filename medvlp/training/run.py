@@ -42,6 +42,7 @@ from medvlp.training.bad_steps import BadSteps
 from medvlp.training.callbacks import Callback
 from medvlp.training.checkpointing import CheckpointCallback
 from medvlp.training.deepspeed_config import check_device
+from medvlp.training.device_memory import naming_setup
 from medvlp.training.engine import Engine
 from medvlp.training.hangs import Watchdog
 from medvlp.training.interrupts import EXIT_INTERRUPTED, Interrupts
@@ -279,7 +280,8 @@ def _build(
     identity = taken_up.identity(
         learned.reader, config, objective, step, recipe.started_from, recipe.lesson, recipe.start_origin
     )
-    objective = objective.to(device)
+    with naming_setup(config):
+        objective = objective.to(device)
     objective.prepare(learned.tokenizer)
     return objective, identity
 
