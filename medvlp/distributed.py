@@ -36,6 +36,10 @@ def _set_timeout(limit: timedelta, group: Any) -> None:
     (getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout)(limit, group)
 
 
+#: Size and file of NCCL's flight recorder; torch 2.8 renamed them, and warns about the old names.
+_FLIGHT_NAMES = "TORCH_FR_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE"
+_FLIGHT_NAMES_BEFORE = "TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"
+
 #: What gloo and NCCL say when the process at the other end is gone.
 _LOST_PEER = (
     "Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited",
@@ -94,14 +98,14 @@ def record_flights(folder: Path) -> None:
     """Have NCCL remember its last collectives, and write them into `folder` when one times out.
 
     Call it before `initialize`; what the user has set stands. NCCL's part has never run for lack of a machine
-    with several GPUs; elsewhere it changes nothing. (Before torch 2.14 two of them had other names;
-    torch warns about those.)
+    with several GPUs; elsewhere it changes nothing.
     """
+    size, file = _FLIGHT_NAMES if _TORCH >= (2, 8) else _FLIGHT_NAMES_BEFORE
     for name, value in {
-        "TORCH_FR_BUFFER_SIZE": "2000",
+        size: "2000",
+        file: str(folder / "flight-"),
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
         "TORCH_NCCL_PROPAGATE_ERROR": "1",
-        "TORCH_FR_DUMP_TEMP_FILE": str(folder / "flight-"),
     }.items():
         os.environ.setdefault(name, value)
 
@@ -125,8 +129,16 @@ def set_timeout(seconds: float | None) -> None:
 
 
 def shared_store() -> Any:
-    """The store the ranks met in: `set`, `check` and `multi_get`, on a connection of its own."""
-    return dist.distributed_c10d._get_default_store().clone()
+    """The store the ranks met in, as their launchers know it: without the prefix of torch's own keys.
+
+    On a connection of its own, so that nobody waits for who waits in it.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    while hasattr(store, "underlying_store"):
+        store = store.underlying_store
+    # Not `clone`, which is new in torch 2.8.
+    of_other_process = isinstance(store, dist.TCPStore)  # type: ignore[attr-defined]
+    return connect_store(store.host, store.port, store.timeout) if of_other_process else store
 
 
 def host_store() -> Any:

@@ -28,16 +28,8 @@ _DUMP_SECONDS = 30.0
 _LOST = "medvlp/lost"
 
 
-def meeting_store() -> Any:
-    """The store the ranks met in as the launchers know it: without the prefix of torch's own keys."""
-    store = distributed.shared_store()
-    while hasattr(store, "underlying_store"):
-        store = store.underlying_store
-    return store
-
-
 def announce_lost(store: Any, text: str) -> None:
-    """Tell all ranks which of them has ended and how; the first word stands. `store`: the meeting store."""
+    """Tell all ranks which of them has ended and how; the first word stands. `store`: where they met."""
     store.compare_set(_LOST, "", text)
 
 
@@ -123,7 +115,7 @@ class Watchdog:
 
     def __enter__(self) -> Self:
         """Start watching; needs the process group."""
-        self._store, self._meeting = distributed.shared_store(), meeting_store()
+        self._store = distributed.shared_store()
         self._rank, self._ranks = distributed.rank(), distributed.world_size()
         self._since = time.monotonic()
         self._earlier_events = _size(self.run_dir / EVENTS)
@@ -148,7 +140,7 @@ class Watchdog:
             heartbeat += 1
             try:
                 self._store.set(_key(self._rank), json.dumps(self._place._replace(heartbeat=heartbeat)))
-                lost = lost_rank(self._meeting)
+                lost = lost_rank(self._store)
             except RuntimeError:
                 lost = "rank 0, which kept the store of the process group"
             if lost:

@@ -136,7 +136,7 @@ def load_fragments(fragments: Iterable[Fragment], optimizer: Any, files: Optimiz
 
 def _counter(step: float, owner: Tensor, optimizer: Any) -> Tensor | int:
     """The counter as the optimiser keeps it: torch's a tensor, DeepSpeed's CPU Adam an int."""
-    if not isinstance(optimizer, torch.optim.Adam):
+    if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):  # before torch 2.7 not one class
         return int(step)
     defaults = optimizer.defaults
     on_device = defaults.get("fused") or defaults.get("capturable")

@@ -16,7 +16,6 @@ from typing import Any
 import psutil
 import pytest
 import torch
-import torch.numa.binding
 
 from launcher import local
 from launcher.placement import Node, Route, route_to
@@ -240,6 +239,7 @@ def two_sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ranks_are_bound_to_the_socket_of_their_gpu_where_torch_can(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    pytest.importorskip("torch.numa.binding", reason="torch binds from 2.9 on")
     options = local._near_their_gpus()["numa_options"]
     assert options.affinity_mode.value == "node"
     assert options.should_fall_back_if_binding_fails
@@ -257,8 +257,9 @@ def test_ranks_are_bound_to_the_socket_of_their_gpu_where_torch_can(
 @pytest.mark.usefixtures("two_sockets")
 def test_a_rank_that_cannot_be_bound_costs_a_line(caplog: pytest.LogCaptureFixture) -> None:
     """Torch says it with the traceback, twice, for each rank; here it finds no GPU to ask for its place."""
+    binding = pytest.importorskip("torch.numa.binding", reason="torch binds from 2.9 on")
     options = local._near_their_gpus()["numa_options"]
-    wrap = torch.numa.binding._maybe_wrap_command_args_with_numa_binding
+    wrap = binding._maybe_wrap_command_args_with_numa_binding
     assert wrap(("medvlp",), device_index=0, numa_options=options) == ("medvlp",)
     [record] = caplog.records
     assert record.exc_info is None

@@ -16,7 +16,7 @@ from medvlp.config import Config
 from medvlp.config_files import ConfigError
 from medvlp.runs.events import EventLog
 from medvlp.training import hangs, run
-from medvlp.training.hangs import RankStatus, Watchdog, announce_lost, meeting_store
+from medvlp.training.hangs import RankStatus, Watchdog, announce_lost
 from medvlp.training.pretrain import Pretraining
 from tests.distributed_pool import imported
 
@@ -137,7 +137,7 @@ def test_a_rank_that_wakes_adds_no_error_of_its_own(
 def lost_only_here() -> Iterator[None]:
     """A single process keeps its group, and the word in it that a rank is lost: no later run reads it."""
     yield
-    meeting_store().delete_key(hangs._LOST)
+    distributed.shared_store().delete_key(hangs._LOST)
 
 
 @pytest.mark.usefixtures("lost_only_here")
@@ -162,8 +162,8 @@ def test_a_rank_that_died_ends_the_others(
     distributed.initialize()
     with Watchdog(tmp_path, 1800, 60) as dog:
         dog.mark("forward and backward", 41)
-        announce_lost(meeting_store(), "rank 3 (node 1), which was killed by SIGKILL")
-        announce_lost(meeting_store(), "rank 4, which ended because of it")
+        announce_lost(distributed.shared_store(), "rank 3 (node 1), which was killed by SIGKILL")
+        announce_lost(distributed.shared_store(), "rank 4, which ended because of it")
         if main_thread == "waits for ever":
             assert ended.wait(60)
     distributed.shutdown()
