@@ -81,13 +81,14 @@ def doctor_node(
     cache: Path | None = None,
     cache_gigabytes: float = 0.0,
     remote_data: Annotated[bool, typer.Option("--remote-data")] = False,
+    offload: Annotated[bool, typer.Option("--offload")] = False,
 ) -> None:
     """One node's part of `medvlp doctor`, started there by srun."""
     from launcher.doctor.checks import Surroundings
     from launcher.doctor.nodes import NodeSurroundings, print_report, report_node
 
     folder = cache or Surroundings(token.parent).node.cache
-    print_report(report_node(token, NodeSurroundings(folder, cache_gigabytes, remote_data)))
+    print_report(report_node(token, NodeSurroundings(folder, cache_gigabytes, remote_data, offload)))
 
 
 def doctor_summary(token: Path, reports: Path, since: float, bad_nodes: Path, names: list[str]) -> None:

@@ -180,14 +180,15 @@ class Surroundings:
 
     @property
     def node(self) -> NodeSurroundings:
-        """What is looked at on each node: the cache that a run would use."""
+        """What is looked at on each node: the cache that a run would use, and what it would compile with."""
         from medvlp.config import DataConfig
         from medvlp.data.cache import cache_folder
         from shards.format import is_remote
 
         data = DataConfig() if self.config is None else self.config.data
         remote = self.data is not None and is_remote(self.data)
-        return NodeSurroundings(cache_folder(data), data.cache_gigabytes, remote)
+        offload = self.config is not None and self.config.zero.offload_optimizer
+        return NodeSurroundings(cache_folder(data), data.cache_gigabytes, remote, offload)
 
 
 def _memory(here: Surroundings) -> Iterator[Result]:
@@ -197,8 +198,9 @@ def _memory(here: Surroundings) -> Iterator[Result]:
 
 def _nodes(here: Surroundings) -> Iterator[Result]:
     cache = here.node
-    remote = ["--remote-data"] if cache.remote_data else []
-    arguments = ["--cache", str(cache.cache), "--cache-gigabytes", str(cache.cache_gigabytes), *remote]
+    arguments = ["--cache", str(cache.cache), "--cache-gigabytes", str(cache.cache_gigabytes)]
+    arguments += ["--remote-data"] if cache.remote_data else []
+    arguments += ["--offload"] if cache.offload else []
     return check_nodes(here.folder, arguments, here.environment)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from launcher.doctor.machine import check_machine
 from launcher.doctor.results import Check, Result, examine, fail, ok
-from launcher.doctor.software import check_software
+from launcher.doctor.software import check_offload, check_software
 from launcher.doctor.storage import CLOCK_SECONDS, check_cache, existing_parent, probe_name
 from launcher.placement import Route, route_to
 from medvlp.ranks import NODE_LAUNCH, first_node
@@ -57,11 +57,15 @@ def inside_job(environment: Mapping[str, str]) -> int:
 
 @dataclass(frozen=True)
 class NodeSurroundings:
-    """What of a node is looked at: its cache, the gigabytes that may take, and whether shards go there."""
+    """What of a node is looked at: its cache, the gigabytes that may take, and whether shards go there.
+
+    `offload`: whether the run keeps its optimiser's state in the memory of the CPU.
+    """
 
     cache: Path
     cache_gigabytes: float
     remote_data: bool
+    offload: bool = False
 
 
 #: What is looked at on every node.
@@ -80,6 +84,12 @@ NODE_CHECKS: tuple[Check[NodeSurroundings], ...] = (
         "node cache",
         lambda here: [check_cache(here.cache, here.cache_gigabytes, here.remote_data)],
         "set data.cache_dir to a node-local folder",
+    ),
+    Check(
+        "offload",
+        lambda here: [check_offload()],
+        "DeepSpeed has to be importable, or zero.offload_optimizer to be off",
+        lambda here: here.offload,
     ),
 )
 

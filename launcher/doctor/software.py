@@ -40,6 +40,23 @@ def check_software() -> list[Result]:
     return results
 
 
+def check_offload() -> Result:
+    """Whether DeepSpeed's CPU Adam can be compiled, where there are GPUs that a run would offload from."""
+    import torch
+
+    from medvlp.training.deepspeed_config import missing_build_tools
+
+    missing = missing_build_tools()
+    if not missing:
+        return ok("offload", "a C++ compiler and ninja are here")
+    detail = "zero.offload_optimizer makes DeepSpeed compile its CPU Adam at the first start; there is no "
+    detail += " and no ".join(each.partition(":")[0] for each in missing)
+    remedy = "; ".join(each.partition(": ")[2] for each in missing)
+    if not torch.cuda.is_available():
+        return warn("offload", detail, f"where the run's nodes are like this one: {remedy}")
+    return fail("offload", detail, f"{remedy}; or turn it off")
+
+
 def _project() -> dict[str, Any]:
     """The `project` table of the checkout (it may be newer than what was installed), or what pip knows."""
     checkout = Path(__file__).resolve().parents[2] / "pyproject.toml"

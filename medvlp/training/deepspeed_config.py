@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medvlp.config import Config, OptimizerConfig
@@ -25,7 +27,7 @@ def check_device(config: Config, device_type: str, here: bool = True) -> None:
         here: whether it will run on this machine, so that its programs can be looked for.
 
     Raises:
-        ConfigError: fp16 or offload without CUDA, offload without a C++ compiler, or stage 1 with exact
+        ConfigError: fp16 or offload without CUDA, offload without what compiles it, or stage 1 with exact
             accumulation and `overlap_comm`.
     """
     zero = config.deepspeed.get("zero_optimization", {})
@@ -36,10 +38,10 @@ def check_device(config: Config, device_type: str, here: bool = True) -> None:
             "encoders; use zero.stage=2, or leave it out"
         )
     if device_type == "cuda":
-        if here and config.zero.offload_optimizer and shutil.which(os.environ.get("CXX", "c++")) is None:
+        if here and config.zero.offload_optimizer and (missing := missing_build_tools()):
             raise ConfigError(
                 "zero.offload_optimizer: DeepSpeed compiles its CPU Adam at the first start, and there is no "
-                "C++ compiler here (c++, or what CXX names): install g++ in the image, or turn it off"
+                f"{' and no '.join(missing)}; or turn it off"
             )
         return
     if config.precision == "fp16":
@@ -48,6 +50,22 @@ def check_device(config: Config, device_type: str, here: bool = True) -> None:
         raise ConfigError(
             "zero.offload_* moves state from a GPU to the CPU, and there is no CUDA device here; turn it off"
         )
+
+
+def missing_build_tools() -> list[str]:
+    """What is not here to compile DeepSpeed's CPU Adam with, each with a remedy."""
+    from deepspeed.git_version_info import installed_ops
+
+    if installed_ops.get("cpu_adam"):  # it came compiled (DS_BUILD_CPU_ADAM=1)
+        return []
+    missing = []
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        missing.append("C++ compiler here (c++, or what CXX names): install g++ in the image")
+    if shutil.which("ninja") is None:
+        beside = Path(sys.executable).with_name("ninja")
+        remedy = f"add {beside.parent} to PATH" if beside.exists() else "pip install ninja"
+        missing.append(f"ninja here: {remedy}")
+    return missing
 
 
 def deepspeed_json(config: Config, sizes: BatchSizes, device_type: str) -> dict[str, Any]:

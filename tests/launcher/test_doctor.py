@@ -14,12 +14,13 @@ import pytest
 from typer.testing import CliRunner
 
 from launcher.doctor import checks, machine, nodes, results, software, storage
-from launcher.doctor.checks import CHECKS
+from launcher.doctor.checks import CHECKS, Surroundings
 from launcher.doctor.nodes import NodeReport
 from launcher.doctor.results import BadNodesError, Check, Result, UnhealthyError, examine, fail, ok, warn
 from launcher.doctor.slurm_limits import check_partition, check_settings, check_slurm, minutes_of
 from launcher.main import app
 from launcher.slurm import slurm_commands
+from medvlp.config import Config
 from shards.errors import UsageError
 
 INFINITE = resource.RLIM_INFINITY
@@ -37,6 +38,41 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build = ["shards", "build", "phantom", "--out", str(root), "--studies", "12", "--image-size", "32"]
     assert CliRunner().invoke(app, [*build, "--workers", "1"]).exit_code == 0
     return root
+
+
+@pytest.mark.parametrize(("gpu", "status"), [(True, "fail"), (False, "warn")])
+def test_what_offload_compiles_with_is_looked_for_where_a_run_offloads(
+    gpu: bool, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A login node without GPUs may lack what the nodes of the job have."""
+    config = Config()
+    monkeypatch.setattr(nodes, "NODE_CHECKS", nodes.NODE_CHECKS[-1:])
+    assert examine(nodes.NODE_CHECKS, Surroundings(tmp_path, config=config).node) == []
+    config.zero.offload_optimizer = True
+    here = Surroundings(tmp_path, config=config).node
+    for name in ("c++", "ninja"):
+        (tmp_path / name).touch(mode=0o755)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert statuses(examine(nodes.NODE_CHECKS, here)) == {"offload": "ok"}
+    (tmp_path / "c++").unlink()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    (found,) = examine(nodes.NODE_CHECKS, here)
+    assert found.status == status
+    assert "there is no C++ compiler here" in found.detail
+    assert "install g++ in the image" in found.remedy
+
+
+def test_each_node_is_told_that_the_run_offloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, asked = Config(), []
+    config.zero.offload_optimizer = True
+    monkeypatch.setattr(checks, "check_nodes", lambda folder, arguments, environment: asked.append(arguments))
+    checks._nodes(Surroundings(tmp_path, config=config))
+    assert "--offload" in asked[0]
+    monkeypatch.setattr(nodes, "report_node", lambda token, here: here.offload)
+    monkeypatch.setattr(nodes, "print_report", lambda offload: print("offload", offload))
+    told = CliRunner().invoke(app, ["doctor-node", str(tmp_path / "token"), *asked[0]])
+    assert "offload True" in told.output
 
 
 def test_this_installation_satisfies_the_project() -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.git_version_info import installed_ops
 from deepspeed.runtime.config import DeepSpeedConfig
 
 from medvlp.config import Config, OptimizerConfig
@@ -49,9 +50,17 @@ def test_offload_needs_a_compiler_where_it_runs(tmp_path: Path, monkeypatch: pyt
     config.zero.offload_optimizer = True
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ConfigError, match=r"no C\+\+ compiler here"):
+    with pytest.raises(ConfigError, match=r"no C\+\+ compiler here.* and no ninja here: add"):
         check_device(config, "cuda")
     check_device(config, "cuda", here=False)
+    for name in ("c++", "ninja"):
+        (tmp_path / name).touch(mode=0o755)
+    check_device(config, "cuda")
+    (tmp_path / "ninja").unlink()
+    with pytest.raises(ConfigError, match=r"there is no ninja here"):
+        check_device(config, "cuda")
+    monkeypatch.setitem(installed_ops, "cpu_adam", True)
+    check_device(config, "cuda")
 
 
 def names_by_group(method: Method, config: OptimizerConfig) -> list[tuple[float, float, set[str]]]:
