@@ -133,7 +133,7 @@ def shared_store() -> Any:
 
     On a connection of its own, so that nobody waits for who waits in it.
     """
-    store = dist.distributed_c10d._get_default_store()
+    store: Any = dist.distributed_c10d._get_default_store()
     while hasattr(store, "underlying_store"):
         store = store.underlying_store
     # Not `clone`, which is new in torch 2.8.
