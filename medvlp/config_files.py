@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from medvlp import trust
@@ -20,12 +20,15 @@ from medvlp.config import ConfigError as ConfigError  # the readers of files kno
 from medvlp.config_combinations import check_combinations, check_deepspeed, check_heard, forget_unheard
 from medvlp.config_keys import (
     anchor_files,
+    check_keys,
     expand_home,
+    file_keys,
     forget_options,
+    is_section,
     keep_texts,
-    meant,
     move_keys,
     moved_keys,
+    one_line,
     section_at,
 )
 from medvlp.config_values import value_problem
@@ -142,14 +145,14 @@ def defaults(tasks: Tasks) -> Config:
 
 
 def _sources(files: Sequence[File], overrides: Sequence[str], tasks: Tasks) -> list[_Source]:
-    sources, own, schema = [], [], defaults(tasks)
+    sources, own, naming = [], [], tuple(file_keys(defaults(tasks)))
     for given in files:
         if isinstance(given, Layer):
             sources.append(_Source(given.name, cast(dict[str, Any], trust.escaped(given.values)), {}))
             continue
         file = given.path if isinstance(given, RunFile) else Path(given)
         values, written = _read(file)  # first, for it refuses paths that no file has
-        anchor_files(values, file.parent, schema)
+        anchor_files(values, file.parent, naming)
         folder = given.run if isinstance(given, RunFile) else trust.run_folder_of(file)
         if folder is not None and (keys := trust.look_ups(values)):
             raise trust.TrustError(
@@ -166,7 +169,7 @@ def _sources(files: Sequence[File], overrides: Sequence[str], tasks: Tasks) -> l
         for old, new in moved_keys(source.values) if source.folder is None else ():
             raise ConfigError(f"{source.name}: unknown key {old!r}: its name is {new}")
         move_keys(source.values)
-        expand_home(source.values, schema)
+        expand_home(source.values, naming)
         move_keys(source.written)
         stored = section_at(source.values, ("evaluation", "tasks")) if source.folder is not None else None
         if stored is not None and tasks is not None:
@@ -219,7 +222,7 @@ def _resolved(tree: DictConfig) -> Any:
         return OmegaConf.to_object(tree)
     except (OmegaConfBaseException, RecursionError) as error:
         key = getattr(error, "full_key", None) or "a value"
-        raise ConfigError(f"{key}: {_one_line(error)}") from None
+        raise ConfigError(f"{key}: {one_line(error)}") from None
 
 
 def _check_values(config: Any) -> None:
@@ -227,29 +230,31 @@ def _check_values(config: Any) -> None:
         raise ConfigError(problem)
 
 
-def _one_line(error: BaseException) -> str:
-    """The first line of an error of OmegaConf or YAML, at most 200 characters.
-
-    Raise what holds it `from None`: the error itself repeats values as they are, control characters too.
-    """
-    lines = str(error).splitlines() or [type(error).__name__]
-    return lines[0][:200]
-
-
 def _merge_sources(tree: Any, sources: Sequence[_Source]) -> DictConfig:
     """The tree with all values in it; it is changed."""
     for source in sources:
         name, values = source.name, source.values
-        _check_keys(values, tree, name, prefix="")
+        check_keys(values, tree, name, prefix="")
         keep_texts(values, source.written, tree)
         try:
             _empty(values, tree)
-            tree.merge_with(values)  # `OmegaConf.merge` would copy the whole tree for each override
+            _merge(values, tree)
         except (OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
             key = getattr(error, "full_key", None) or "a section"
-            raise ConfigError(f"{name}: {key}: {_one_line(error)}") from None
+            raise ConfigError(f"{name}: {key}: {one_line(error)}") from None
     OmegaConf.set_struct(tree, True)
     return cast(DictConfig, tree)
+
+
+def _merge(values: Mapping[str, Any], tree: DictConfig) -> None:
+    """Into the innermost section that holds all values: OmegaConf goes through everything it merges into, and
+    `OmegaConf.merge` would copy it as well."""
+    key, value = next(iter(values.items()), ("", None))
+    node = tree._get_node(key) if len(values) == 1 else None
+    if is_section(node) and isinstance(value, Mapping):
+        _merge(value, cast(DictConfig, node))
+    else:
+        tree.merge_with(values)
 
 
 def _empty(values: Mapping[str, Any], tree: DictConfig) -> None:
@@ -257,7 +262,7 @@ def _empty(values: Mapping[str, Any], tree: DictConfig) -> None:
     removes a key, and the options of one network are not those of another."""
     for key, value in values.items():
         node = tree._get_node(key)
-        if _is_section(node) and isinstance(value, Mapping):
+        if is_section(node) and isinstance(value, Mapping):
             _empty(value, cast(DictConfig, node))
         elif isinstance(node, DictConfig) and value == {}:
             tree[key] = {}
@@ -268,7 +273,7 @@ def missing(tree: DictConfig) -> list[str]:
     try:
         return sorted(OmegaConf.missing_keys(tree))
     except (OmegaConfBaseException, RecursionError) as error:
-        raise ConfigError(f"{getattr(error, 'full_key', None) or 'a value'}: {_one_line(error)}") from None
+        raise ConfigError(f"{getattr(error, 'full_key', None) or 'a value'}: {one_line(error)}") from None
 
 
 def to_yaml(config: Config | DictConfig) -> str:
@@ -285,7 +290,7 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         values = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
     except (OmegaConfBaseException, OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{file}: {_one_line(error)}") from None
+        raise ConfigError(f"{file}: {one_line(error)}") from None
     return _mapping(values, file), yaml_as_written(text) or {}
 
 
@@ -335,7 +340,7 @@ def _parse_override(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
             written = {part: written}
         return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist([text]))), written
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"override {text[:200]!r}: {_one_line(error)}") from None
+        raise ConfigError(f"override {text[:200]!r}: {one_line(error)}") from None
 
 
 def _method_name(sources: Sequence[_Source], schemas: Mapping[str, type[MethodConfig]]) -> str:
@@ -353,48 +358,3 @@ def _method_name(sources: Sequence[_Source], schemas: Mapping[str, type[MethodCo
             f"{origin}: method.name: no method {given!r}{hint}; there are {', '.join(sorted(schemas))}"
         )
     return chosen
-
-
-def _check_keys(values: Mapping[str, Any], tree: DictConfig, source: str, prefix: str) -> None:
-    """Refuse keys the schema does not have, naming the nearest valid one."""
-    for key, value in values.items():
-        path = f"{prefix}{key}"
-        # "in tree" is false for keys that still need a value.
-        if not isinstance(key, str) or key not in tree.keys():  # noqa: SIM118
-            raise ConfigError(f"{source}: unknown key {path!r}{meant(str(key), prefix, tree)}")
-        node = tree._get_node(key)
-        if isinstance(node, ListConfig) and dataclasses.is_dataclass(node._metadata.element_type):
-            _check_items(value, node._metadata.element_type, source, path)
-            continue
-        is_section = _is_section(node)
-        if is_section and isinstance(value, Mapping):
-            _check_keys(value, cast(DictConfig, node), source, f"{path}.")
-        elif is_section:
-            raise ConfigError(f"{source}: {path} is a section with keys of its own, not a value")
-        elif isinstance(node, DictConfig) and not isinstance(value, Mapping):
-            raise ConfigError(f"{source}: {path} is a mapping: write {{name: value, ...}}, or {{}} for none")
-
-
-def _is_section(node: Any) -> bool:
-    """Whether a node has a fixed set of keys: it is made from a dataclass, or maps names to such."""
-    if not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
-        return False
-    inner = [node._get_node(name) for name in node]
-    return dataclasses.is_dataclass(OmegaConf.get_type(node)) or (
-        bool(inner) and all(map(_is_section, inner))
-    )
-
-
-def _check_items(values: Any, schema: Any, source: str, path: str) -> None:
-    """`_check_keys` for a list whose items are sections of one schema."""
-    if not isinstance(values, list) or not all(isinstance(item, Mapping) for item in values):
-        raise ConfigError(f"{source}: {path} is a list of sections: [{{key: value, ...}}, ...]")
-    for number, item in enumerate(values):
-        where = f"{path}[{number}]"
-        tree = OmegaConf.structured(schema)
-        _check_keys(item, tree, source, f"{where}.")
-        try:
-            OmegaConf.merge(tree, item)
-        except (OmegaConfBaseException, ValueError, TypeError) as error:
-            key = f"{where}.{getattr(error, 'full_key', None) or 'a key'}"
-            raise ConfigError(f"{source}: {key}: {_one_line(error)}") from None

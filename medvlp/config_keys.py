@@ -1,15 +1,16 @@
-"""Keys of a config that are more than name and value: moved, of files, of networks, and texts."""
+"""Keys of a config: which there are, and those that are moved, of files, of networks, and texts."""
 
 import dataclasses
 import difflib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, ListConfig, OmegaConf, StringNode
+from omegaconf.errors import OmegaConfBaseException
 
-from medvlp.config import ImageConfig, TextConfig
+from medvlp.config import ConfigError, ImageConfig, TextConfig
 
 #: Old path -> new path. The config in a run folder is read under the new names; a user's own file or
 #: override is refused, naming the new one.
@@ -93,15 +94,15 @@ def _without_options(sections: Sequence[dict[str, Any]]) -> None:
         section.pop("options", None)
 
 
-def anchor_files(values: dict[str, Any], folder: Path, schema: Any) -> None:
+def anchor_files(values: dict[str, Any], folder: Path, keys: Collection[tuple[str, ...]]) -> None:
     """Make relative paths of files and folders beside a config file absolute: a run may start anywhere.
 
     Args:
         values: of the config file, changed in place.
         folder: where it lies.
-        schema: instance of a config dataclass; `key(..., file=True)` marks what names one.
+        keys: `file_keys` of the schema.
     """
-    for *path, name in _file_keys(schema):
+    for *path, name in keys:
         section = section_at(values, path)
         named = section.get(name) if section is not None else None
         # `Path.exists` raises where a name is too long.
@@ -109,26 +110,27 @@ def anchor_files(values: dict[str, Any], folder: Path, schema: Any) -> None:
             section[name] = str((folder / named).resolve())
 
 
-def expand_home(values: dict[str, Any], schema: Any) -> None:
+def expand_home(values: dict[str, Any], keys: Collection[tuple[str, ...]]) -> None:
     """Replace a `~` at the beginning of paths by the home directory: shells do not behind `run.dir=`.
 
     Args:
         values: of a source, changed in place.
-        schema: see `anchor_files`.
+        keys: `file_keys` of the schema.
     """
-    for *path, name in (*_PATHS, *_file_keys(schema)):
+    for *path, name in (*_PATHS, *keys):
         section = section_at(values, path)
         named = section.get(name) if section is not None else None
         if section is not None and isinstance(named, str):
             section[name] = os.path.expanduser(named)  # noqa: PTH111 (it leaves `~nobody` as it is)
 
 
-def _file_keys(section: Any) -> Iterator[tuple[str, ...]]:
+def file_keys(section: Any) -> Iterator[tuple[str, ...]]:
+    """Paths of the keys of a config dataclass that `key(..., file=True)` marks: these name files."""
     for item in dataclasses.fields(section):
         if item.metadata.get("file"):
             yield (item.name,)
         for path, inner in inner_sections(item.name, getattr(section, item.name)):
-            yield from ((*path, *rest) for rest in _file_keys(inner))
+            yield from ((*path, *rest) for rest in file_keys(inner))
 
 
 def inner_sections(name: str, value: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -191,3 +193,64 @@ def keep_texts(values: dict[str, Any], written: Any, tree: DictConfig) -> None:
 
 def _as_text(value: Any, written: Any) -> Any:
     return written if isinstance(value, bool | int | float) and isinstance(written, str) else value
+
+
+def check_keys(values: Mapping[str, Any], tree: DictConfig, source: str, prefix: str) -> None:
+    """Refuse keys the schema does not have, naming the nearest valid one.
+
+    Args:
+        values: of a source. tree: the schema, or a section of it.
+        source: what errors call the place the values come from. prefix: of the section's keys ("train.").
+
+    Raises:
+        ConfigError: an unknown key, a value in the place of a section, or a section in that of a value.
+    """
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        # "in tree" is false for keys that still need a value.
+        if not isinstance(key, str) or key not in tree.keys():  # noqa: SIM118
+            raise ConfigError(f"{source}: unknown key {path!r}{meant(str(key), prefix, tree)}")
+        node = tree._get_node(key)
+        if isinstance(node, ListConfig) and dataclasses.is_dataclass(node._metadata.element_type):
+            _check_items(value, node._metadata.element_type, source, path)
+            continue
+        section = is_section(node)
+        if section and isinstance(value, Mapping):
+            check_keys(value, cast(DictConfig, node), source, f"{path}.")
+        elif section:
+            raise ConfigError(f"{source}: {path} is a section with keys of its own, not a value")
+        elif isinstance(node, DictConfig) and not isinstance(value, Mapping):
+            raise ConfigError(f"{source}: {path} is a mapping: write {{name: value, ...}}, or {{}} for none")
+
+
+def is_section(node: Any) -> bool:
+    """Whether a node has a fixed set of keys: it is made from a dataclass, or maps names to such."""
+    if not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
+        return False
+    if dataclasses.is_dataclass(OmegaConf.get_type(node)):
+        return True
+    return bool(len(node)) and all(is_section(node._get_node(name)) for name in node)
+
+
+def _check_items(values: Any, schema: Any, source: str, path: str) -> None:
+    """`check_keys` for a list whose items are sections of one schema."""
+    if not isinstance(values, list) or not all(isinstance(item, Mapping) for item in values):
+        raise ConfigError(f"{source}: {path} is a list of sections: [{{key: value, ...}}, ...]")
+    for number, item in enumerate(values):
+        where = f"{path}[{number}]"
+        tree = OmegaConf.structured(schema)
+        check_keys(item, tree, source, f"{where}.")
+        try:
+            OmegaConf.merge(tree, item)
+        except (OmegaConfBaseException, ValueError, TypeError) as error:
+            key = f"{where}.{getattr(error, 'full_key', None) or 'a key'}"
+            raise ConfigError(f"{source}: {key}: {one_line(error)}") from None
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error of OmegaConf or YAML, at most 200 characters.
+
+    Raise what holds it `from None`: the error itself repeats values as they are, control characters too.
+    """
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0][:200]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 import os
@@ -11,7 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import typer.testing
 from hypothesis import HealthCheck, settings
+
+from tests.drawn_once import phantoms
 
 if TYPE_CHECKING:
     from tests.distributed_pool import Pools
@@ -31,6 +35,9 @@ os.environ["XDG_STATE_HOME"] = _state.name
 # How long an example takes says something of the machine, and nothing of the code.
 settings.register_profile("medvlp", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("medvlp")
+
+# Else every `CliRunner.invoke` makes all commands anew, for 35 ms.
+typer.testing._get_command = functools.cache(typer.testing._get_command)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -97,15 +104,7 @@ def gloo_pool() -> Iterator[Pools]:
 @pytest.fixture(scope="session")
 def phantom_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """64-pixel phantoms of 80 studies, as shards."""
-    from typer.testing import CliRunner
-
-    from launcher.main import app
-
-    root = tmp_path_factory.mktemp("phantoms") / "data"
-    arguments = ["--out", str(root), "--studies", "80", "--image-size", "64", "--seed", "0", "--workers", "1"]
-    result = CliRunner().invoke(app, ["shards", "build", "phantom", *arguments])
-    assert result.exit_code == 0, result.output
-    return root
+    return phantoms(tmp_path_factory.mktemp("phantoms") / "data", studies=80, image_size=64)
 
 
 @pytest.fixture

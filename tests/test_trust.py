@@ -24,6 +24,7 @@ from medvlp.serving.client import connection_of
 from medvlp.trust import TrustError
 from shards.errors import DataError, MedvlpError
 from shards.format import Index
+from tests.drawn_once import phantoms
 from tests.training.runs import TINY, train
 
 
@@ -44,10 +45,7 @@ def command(*words: object) -> Result:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("trust") / "data"
-    words = ["--out", root, "--studies", 60, "--image-size", 64, "--seed", 0, "--workers", 1]
-    assert command("shards", "build", "phantom", *words).exit_code == 0
-    return root
+    return phantoms(tmp_path_factory.mktemp("trust") / "data", studies=60, image_size=64)
 
 
 @pytest.fixture(scope="module")

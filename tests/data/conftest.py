@@ -16,17 +16,20 @@ from shards.plan import Part
 from shards.reader import ShardReader
 from shards.sample import StoredImage
 from shards.sources.phantom import PhantomSource
+from tests.drawn_once import drawn_once
 
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of 90 phantom studies at 64 pixels in shards of at most 16; not to be changed by a test."""
-    root = tmp_path_factory.mktemp("phantom") / "shards"
-    root.mkdir()
-    options = BuildOptions(image=StoredImage(size=64), records_per_shard=16, vocab_size=800)
-    build_shards(PhantomSource(90, 64, 0), root, options, 1, Part(1, 1))
-    merge(root)
-    return root
+
+    def draw(root: Path) -> None:
+        root.mkdir()
+        options = BuildOptions(image=StoredImage(size=64), records_per_shard=16, vocab_size=800)
+        build_shards(PhantomSource(90, 64, 0), root, options, 1, Part(1, 1))
+        merge(root)
+
+    return drawn_once("small-shards", draw, tmp_path_factory.mktemp("phantom") / "shards")
 
 
 @pytest.fixture

@@ -9,16 +9,13 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from launcher.main import app
+from tests.drawn_once import phantoms
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """32-pixel phantoms of 24 studies, as shards."""
-    root = tmp_path_factory.mktemp("phantoms") / "data"
-    arguments = ["--out", str(root), "--studies", "24", "--image-size", "32", "--workers", "1"]
-    result = CliRunner().invoke(app, ["shards", "build", "phantom", *arguments])
-    assert result.exit_code == 0, result.output
-    return root
+    return phantoms(tmp_path_factory.mktemp("phantoms") / "data", studies=24, image_size=32)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ start `python -m launcher.main`.
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import select
 import signal
@@ -79,6 +80,7 @@ class ForkedCommand:
 
 
 def _command(arguments: tuple[str, ...], environment: dict[str, str], output: Any) -> None:
+    gc.freeze()  # as in `tests.distributed_pool`: each rank would look through all imports at its start
     descriptor = output.detach()
     for number in (1, 2):
         os.dup2(descriptor, number)

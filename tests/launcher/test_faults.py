@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.drawn_once import phantoms
 from tests.launcher.forked_command import ForkedCommand
 from tests.training.runs import TINY
 
@@ -27,10 +28,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.timeout(3 * PATIENCE)]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("phantoms") / "data"
-    build = ["shards", "build", "phantom", "--out", str(root), "--studies", "60", "--image-size", "64"]
-    subprocess.run([sys.executable, "-m", "launcher.main", *build], check=True, env=environment())
-    return root
+    return phantoms(tmp_path_factory.mktemp("phantoms") / "data", studies=60, image_size=64)
 
 
 def environment() -> dict[str, str]:

@@ -21,6 +21,7 @@ from launcher.main import app
 from launcher.placement import Node
 from medvlp.config_files import ConfigError
 from medvlp.ranks import LaunchError
+from tests.drawn_once import phantoms
 from tests.launcher.forked_command import ForkedCommand
 from tests.training.runs import TINY, read_metrics
 
@@ -31,11 +32,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.timeout(3 * PATIENCE)]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("phantoms") / "data"
-    build = ["shards", "build", "phantom", "--out", str(root), "--studies", "60", "--image-size", "64"]
-    result = CliRunner().invoke(app, build)
-    assert result.exit_code == 0, result.output
-    return root
+    return phantoms(tmp_path_factory.mktemp("phantoms") / "data", studies=60, image_size=64)
 
 
 def environment() -> dict[str, str]:

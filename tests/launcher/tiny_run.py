@@ -20,6 +20,7 @@ from shards.plan import Part
 from shards.sample import StoredImage
 from shards.sources.base import Source
 from shards.sources.phantom import PhantomSource
+from tests.drawn_once import drawn_once
 
 TINY = [
     "data.image_size=32",
@@ -46,7 +47,10 @@ def build(source: Source, out: Path, **options) -> Path:
 
 
 def make_shards(folder: Path) -> Path:
-    return build(PhantomSource(studies=160, image_size=32, seed=3), folder, vocab_size=300)
+    def draw(out: Path) -> None:
+        build(PhantomSource(studies=160, image_size=32, seed=3), out, vocab_size=300)
+
+    return drawn_once("tiny", draw, folder)
 
 
 def save(config: Config, step: int, seed: int) -> None:

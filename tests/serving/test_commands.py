@@ -133,20 +133,21 @@ def test_a_server_that_is_gone_is_told_from_one_that_refuses(served: Path) -> No
     assert "--tls-ca" in str(medvlp("clusters", "--run", served).exception)
 
 
-@pytest.mark.parametrize("question", [("clusters",), ("cluster", "1"), ("nearest", "--text", "Clear lungs.")])
-def test_offline_questions_need_no_protobuf(question: tuple[str, ...], built: Path) -> None:
+def test_offline_questions_need_no_protobuf(built: Path) -> None:
     """Neither gRPC nor protobuf can be imported in that process."""
+    offline = ["--run", str(built), "--offline"]
+    questions = [["clusters"], ["cluster", "1"], ["nearest", "--text", "Clear lungs."]]
     program = (
         "import sys\n"
         "for name in ('grpc', 'google.protobuf', 'medvlp.serving.wire', 'medvlp.serving.messages'):\n"
         "    sys.modules[name] = None\n"
-        "from launcher.main import run\n"
-        "run()\n"
+        "from launcher.main import app\n"
+        f"for question in {questions}:\n"
+        f"    app(['prototypes', *question, *{offline}], standalone_mode=False)\n"
     )
-    words = ["prototypes", *question, "--run", str(built), "--offline"]
-    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == medvlp(*question, "--run", built, "--offline").stdout
+    assert done.stdout == "".join(medvlp(*question, *offline).stdout for question in questions)
 
 
 def test_texts_need_the_checkpoint_and_clusters_do_not(run: Path) -> None:

@@ -179,6 +179,7 @@ def peak_of_steps(name: str, stage: int, precision: Precision, accumulate: str) 
 
 
 @pytest.mark.dist
+@pytest.mark.usefixtures("measured_once")
 @pytest.mark.parametrize(
     ("name", "stage", "precision", "accumulate"),
     [
