@@ -18,6 +18,7 @@ _TAGS = frozenset(
 )
 # libyaml's parser reads a config in milliseconds, the one in Python takes a tenth of a second.
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_TEXT_LOADER: Any = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
 
 
 class YamlError(ValueError):
@@ -66,7 +67,7 @@ def yaml_as_written(text: str) -> Any:
         YamlError: see `check_yaml`.
     """
     check_yaml(text)
-    return yaml.load(text, Loader=yaml.BaseLoader)
+    return yaml.load(text, Loader=_TEXT_LOADER)
 
 
 def _size(node: yaml.Node | None, sizes: dict[int, int], depth: int) -> int:
