@@ -58,6 +58,11 @@ def check_combinations(config: Config) -> None:
             f"data.transform.area_min={transform.area_min} is above data.transform.area_max="
             f"{transform.area_max}"
         )
+    if transform.reduced_decoding and transform.crop not in ("area", "none"):
+        raise ConfigError(
+            f"data.transform.reduced_decoding=true does nothing with data.transform.crop={transform.crop}, "
+            "which takes stored pixels as they are: choose crop=area or none, or leave it out"
+        )
     _check_normalisation(config.image)
     _check_validation(config)
     if config.train.micro_batch and config.train.global_batch % config.train.micro_batch:

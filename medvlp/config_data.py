@@ -30,6 +30,11 @@ class TransformConfig:
     interpolation: Literal["area", "bicubic"] = key(
         "area", "how a random part is resized: area averages (bilinear where it grows), or Pillow's bicubic"
     )
+    reduced_decoding: bool = key(
+        False,
+        "true: with crop area or none, a JPEG of which training sees twice the pixels a side that it takes, "
+        "or more, is decoded at 1/2, 1/4 or 1/8 (faster; pixels differ a little)",
+    )
     rotate: float = key(0.0, "largest rotation of training images in degrees, to either side", 0, 180)
     rand_augment: int = key(0, "operations of RandAugment on a training image (MeDSLIP: 2); 0: none", 0, 10)
     rand_augment_level: float = key(7.0, "their strength, up to 10", 0, 10)

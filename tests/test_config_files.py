@@ -77,6 +77,7 @@ def test_a_stored_config_reads_back(tmp_path: Path) -> None:
         ("zero.stage=4", ["zero.stage=4", "3"]),
         ("train=3", ["train is a section"]),
         ("data.transform.flip=1.5", ["data.transform.flip=1.5"]),
+        ("data.transform.reduced_decoding=true", ["data.transform.crop=random", "crop=area or none"]),
         ("optimizer.lr=nan", ["optimizer.lr"]),
         ("justaword", ["section.key=value"]),
         ("zero.offload_parameters=true", ["zero.stage=3"]),

@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 
 from medvlp.config import TransformConfig
-from medvlp.data.views import Image, View
+from medvlp.data.views import Image, Reduced, View
 
 #: Tries of a crop that fits, as torchvision's; each takes an area and a shape.
 _TRIES = 10
@@ -33,18 +33,20 @@ def moves_freely(config: TransformConfig) -> bool:
     return config.rotate > 0 or config.rand_augment > 0
 
 
-def area_crop(image: Image, config: TransformConfig, uniform: list[float]) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a part of the whole image [H, W], drawn by area and shape.
+def area_crop(
+    shape: tuple[int, int], config: TransformConfig, uniform: list[float]
+) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a part of a whole image of [H, W] pixels, drawn by area and shape.
 
     (torchvision's RandomResizedCrop: a uniform share of the area, a log-uniform ratio of width to height; of
     ten draws the first that fits, else the largest central part of an allowed ratio.)
     """
-    rows, columns = image.shape
+    rows, columns = shape
     bound = math.log(config.ratio_max)
     for number in range(_TRIES):
-        share, shape = uniform[2 * number], uniform[2 * number + 1]
+        share, ratio_draw = uniform[2 * number], uniform[2 * number + 1]
         area = rows * columns * (config.area_min + share * (config.area_max - config.area_min))
-        ratio = math.exp(bound * (2 * shape - 1))
+        ratio = math.exp(bound * (2 * ratio_draw - 1))
         width, height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < width <= columns and 0 < height <= rows:
             top, left = uniform[2 * _TRIES], uniform[2 * _TRIES + 1]
@@ -54,11 +56,35 @@ def area_crop(image: Image, config: TransformConfig, uniform: list[float]) -> tu
     return (rows - height) // 2, (columns - width) // 2, height, width
 
 
-def area_view(image: Image, size: int, config: TransformConfig, uniform: list[float]) -> tuple[Image, View]:
-    """The part that `area_crop` draws, at [size, size]."""
-    top, left, height, width = area_crop(image, config, uniform)
-    part = image[top : top + height, left : left + width]
-    return resize(part, size, config.interpolation), View(left, top, width, height, size)
+def reduction(shape: tuple[int, int], size: int, config: TransformConfig, uniform: list[float] | None) -> int:
+    """By what a stored image of [H, W] pixels may be decoded smaller: 8, 4, 2 or 1.
+
+    What training takes of it keeps at least `size` pixels a side, so nothing is enlarged that would not be
+    otherwise. `uniform` is that of `area_crop`, which asks for it.
+    """
+    if config.crop == "area":
+        assert uniform is not None, "asked for by draws"
+        shape = area_crop(shape, config, uniform)[2:]
+    elif config.crop != "none":
+        return 1  # stored pixels are taken as they are
+    return next((factor for factor in (8, 4, 2) if factor * size <= min(shape)), 1)
+
+
+def area_view(
+    image: Image,
+    size: int,
+    config: TransformConfig,
+    uniform: list[float],
+    reduced: Reduced | None = None,
+) -> tuple[Image, View]:
+    """The part that `area_crop` draws, at [size, size]; of an image decoded smaller, up to a pixel of it."""
+    shape, factor = reduced or (image.shape, 1)
+    top, left, height, width = area_crop(shape, config, uniform)
+    first_row, first_column = top // factor, left // factor
+    part = image[first_row : (top + height) // factor, first_column : (left + width) // factor]
+    rows, columns = part.shape
+    view = View(first_column * factor, first_row * factor, columns * factor, rows * factor, size)
+    return resize(part, size, config.interpolation), view
 
 
 def resize(image: Image, size: int, interpolation: str = "area") -> Image:

@@ -1,6 +1,7 @@
 """Map-style datasets whose item is a whole micro-batch: read, decode, crop, look up token ids."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch.utils.data import Dataset
 
 from medvlp.config import DataConfig
 from medvlp.data.augment import draws as augmentation_draws
+from medvlp.data.augment import reduction
 from medvlp.data.batch import Batch, Text
 from medvlp.data.fields import Field
 from medvlp.data.order import Positions
@@ -24,6 +26,7 @@ from medvlp.data.transforms import (
     evaluation_view,
     training_view,
 )
+from medvlp.data.views import Reduced
 from shards.errors import DataError, UnavailableError
 from shards.images import decode_image
 from shards.reader import ShardReader
@@ -72,14 +75,29 @@ class ImageReportDataset(Dataset[Batch]):
         Raises:
             DataError: the sample cannot be read or decoded; names shard and key.
         """
+        return self.decode_reduced(position, None)[0]
+
+    def decode_reduced(
+        self, position: int, by: Callable[[tuple[int, int]], int] | None
+    ) -> tuple[NDArray[np.uint8], Reduced | None]:
+        """As `decode`, of a JPEG each side divided by what `by` says of the stored [H, W] (1, 2, 4 or 8).
+
+        A factor of the discrete cosine transform, which computes the smaller image at once.
+        """
         if position in self._unreadable:
             raise self._fault(position, "its metadata cannot be read")
         data = self.reader.image(self.split, position)
         try:
             if not data.startswith(b"\xff\xd8"):
-                return decode_image(data)
-            pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "GRAY", buffer=self._pixels)
-            return pixels[:, :, 0]
+                return decode_image(data), None
+            least, reduced = {}, None
+            if by is not None:
+                height, width, *_ = simplejpeg.decode_jpeg_header(data)
+                if max(height, width) <= len(self._pixels) and (factor := by((height, width))) > 1:
+                    reduced = Reduced((height, width), factor)
+                    least = {"min_height": -(-height // factor), "min_width": -(-width // factor)}
+            pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "GRAY", buffer=self._pixels, **least)
+            return pixels[:, :, 0], reduced
         except (DataError, ValueError) as error:
             raise self._fault(position, f"its image cannot be decoded ({error})") from error
 
@@ -154,9 +172,9 @@ class TrainingDataset(ImageReportDataset):
         """
         epoch, positions = request
         random = SampleRandom(self.seed, epoch)
-        count = augmentation_draws(self.config.transform)
+        size, transform = self.config.image_size, self.config.transform
+        count = augmentation_draws(transform)
         wilder = SampleRandom(self.seed, epoch, stream=1)
-        size = self.config.image_size
         images = np.empty((len(positions), size, size), dtype=np.uint8)
         rows = positions.copy()
         known: list[Mapping[str, Any]] = []
@@ -166,9 +184,12 @@ class TrainingDataset(ImageReportDataset):
                 draws = random.uniform(candidate, DRAWS)
                 # A stream of its own, so that these changes leave the draws of all else as they are.
                 more = wilder.uniform(candidate, count) if count else None
+                by = None
+                if transform.reduced_decoding:
+                    by = partial(reduction, size=size, config=transform, uniform=more)
                 try:
-                    pixels = self.decode(candidate)
-                    images[row], view = training_view(pixels, size, self.config.transform, draws, more)
+                    pixels, reduced = self.decode_reduced(candidate, by)
+                    images[row], view = training_view(pixels, size, transform, draws, more, reduced)
                     known.append(self._known(candidate, view))
                 except UnavailableError:
                     raise

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from medvlp.config import TransformConfig
 from medvlp.data.augment import area_view, rand_augment, resize, rotate
-from medvlp.data.views import Image
+from medvlp.data.views import Image, Reduced
 from medvlp.data.views import View as View
 
 #: Uniform numbers one sample draws: crop side, crop top, crop left, flip, brightness, contrast.
@@ -63,6 +63,7 @@ def training_view(
     config: TransformConfig,
     uniform: list[float],
     more: list[float] | None = None,
+    reduced: Reduced | None = None,
 ) -> tuple[Image, View]:
     """The augmented [size, size] view of an image [H, W].
 
@@ -76,6 +77,7 @@ def training_view(
         config: what to change, and how much.
         uniform: `DRAWS` numbers in [0, 1) of this sample.
         more: the numbers of `medvlp.data.augment.draws`, where it asks for some.
+        reduced: how the image was decoded smaller, by `medvlp.data.augment.reduction`; None: it was not.
 
     Returns:
         The pixels, and where they come from (before rotation and RandAugment).
@@ -83,9 +85,11 @@ def training_view(
     draw_side, draw_top, draw_left, draw_flip, draw_brightness, draw_contrast = uniform
     if config.crop == "area":
         assert more is not None, "asked for by augment.draws"
-        image, view = area_view(image, size, config, more)
+        image, view = area_view(image, size, config, more, reduced)
     elif config.crop != "random":
         image, view = evaluation_view(image, size, config.crop)
+        if reduced is not None:  # of the whole
+            view = replace(view, height=reduced.shape[0], width=reduced.shape[1])
     else:
         height, width = image.shape
         if image.shape[0] < size or image.shape[1] < size:

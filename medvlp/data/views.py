@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 Image = NDArray[np.uint8]
 Coordinates = NDArray[np.float64]
+
+
+class Reduced(NamedTuple):
+    """How a stored image was decoded smaller: `shape` [H, W] of what is stored, sides by `factor`."""
+
+    shape: tuple[int, int]
+    factor: int
 
 
 @dataclass(frozen=True)

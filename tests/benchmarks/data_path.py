@@ -61,12 +61,12 @@ LOADER, WORKER, PLAIN, OPEN_CLIP = (
 PREAD, RAW = "medvlp, raw bytes", "WebDataset, raw bytes"
 
 
-def build_dataset(folder: Path, studies: int) -> None:
-    """Write 256-pixel phantom shards with as many processes as there are cores."""
+def build_dataset(folder: Path, studies: int, side: int = 256) -> None:
+    """Write phantom shards of `side` pixels with as many processes as there are cores."""
     folder.mkdir(parents=True)
-    options = BuildOptions(image=StoredImage(size=256))
+    options = BuildOptions(image=StoredImage(size=side))
     workers = os.cpu_count() or 1
-    build_shards(PhantomSource(studies, 256, 0), folder, options, workers, Part(1, 1))
+    build_shards(PhantomSource(studies, side, 0), folder, options, workers, Part(1, 1))
     merge(folder)
 
 
