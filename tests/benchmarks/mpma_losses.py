@@ -29,6 +29,7 @@ from medvlp.data.batch import Batch, Text
 from medvlp.encoders.image import ImageFeatures
 from medvlp.encoders.text import TextFeatures
 from medvlp.losses.normalise import unit_norm
+from medvlp.losses.parts import MEMORY
 from medvlp.methods.mpma.alignment import GlobalLocalAlignment
 from medvlp.methods.mpma.config import MPMAConfig
 from medvlp.methods.mpma.masking import WORDS, PatchMask, draw_words, is_word, sample_noise
@@ -50,28 +51,30 @@ def masked_reports(batch: int) -> tuple[Text, Tensor]:
     return text, draw_words(text, noise, MPMAConfig().text_mask_ratio)
 
 
-def reading_method() -> MPMA:
+def reading_method(memory: float) -> MPMA:
     """A method whose report head has the published size; its encoders and its fusion are never called."""
     torch.manual_seed(0)
     config = Config()
     config.image.name, config.image.options = "vit_tiny_patch16_224", {"depth": 1}
     config.text.options = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 12}
-    config.method = MPMAConfig(image_weight=0, global_weight=0, local_weight=0, fusion_layers=1)
+    config.method = MPMAConfig(
+        image_weight=0, global_weight=0, local_weight=0, fusion_layers=1, loss_memory=memory
+    )
     method = build_method(config, VOCABULARY)
     assert isinstance(method, MPMA)
     return method
 
 
-def words_case(batch: int) -> tuple[MPMA, Tensor, Text, Tensor, list[Tensor]]:
+def words_case(batch: int, memory: float = MEMORY) -> tuple[MPMA, Tensor, Text, Tensor, list[Tensor]]:
     """The method, fused tokens, reports, hidden tokens and the leaves."""
-    method = reading_method()
+    method = reading_method(memory)
     text, hidden = masked_reports(batch)
     fused = torch.randn(batch, TOKENS, WIDTH, requires_grad=True)
     return method, fused, text, hidden, [fused, *method.report_head.parameters()]
 
 
-def words_vectorised(batch: int) -> tuple[Callable[[], Tensor], list[Tensor]]:
-    method, fused, text, hidden, leaves = words_case(batch)
+def words_vectorised(batch: int, memory: float = MEMORY) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    method, fused, text, hidden, leaves = words_case(batch, memory)
     nothing = torch.zeros(batch, 0, dtype=torch.long)
     masks = PairMasks(PatchMask(nothing, nothing), hidden)
     image = ImageFeatures(torch.zeros(batch, 1), torch.zeros(batch, 0, 1), (0, 0))

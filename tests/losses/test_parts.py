@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from medvlp.methods.base import Progress
 from medvlp.methods.place.config import PLACEConfig
 from medvlp.methods.place.losses import Sentences, observation_terms
 from medvlp.training.memory_passes import LiveBytes
+from tests.losses.emulated_ranks import Ranks
 from tests.methods.small import built, names, small_batch, small_config
 
 MIB = 2**20
@@ -67,26 +67,6 @@ def test_parts_change_no_term_and_no_gradient_of_any_method(name: str) -> None:
         torch.testing.assert_close(found[key], value, rtol=0, atol=1e-6 * largest, msg=key)
 
 
-class Ranks:
-    """Gathers of several ranks that all hold what this one holds."""
-
-    def __init__(self, ranks: int) -> None:
-        self.ranks = ranks
-
-    def gather(self, tensor: Tensor) -> Tensor:
-        return tensor.repeat(self.ranks, *[1] * (tensor.ndim - 1))
-
-    def __enter__(self) -> None:
-        names = ("gather_with_gradient", "gather_rows")
-        self.patches = [mock.patch.object(distributed, name, self.gather) for name in names]
-        for patch in self.patches:
-            patch.start()
-
-    def __exit__(self, *error: object) -> None:
-        for patch in self.patches:
-            patch.stop()
-
-
 def peak(function: Callable[[], Tensor]) -> tuple[int, float]:
     """Bytes that forward and backward pass hold at most, and the loss."""
     with LiveBytes() as live:
@@ -109,6 +89,24 @@ def contrast(memory: float) -> Tensor:
     torch.manual_seed(0)
     rows = unit_norm(torch.randn(256, 8, requires_grad=True))
     return ranked_contrast(rows, distributed.gather_with_gradient(rows), 0.1, memory=memory)[0]
+
+
+def test_thousands_of_rows_have_the_gradient_of_exact_arithmetic() -> None:
+    """A rank with the batch of a step to itself; 256 parts of 16 rows."""
+    torch.manual_seed(0)
+    rows, others = (unit_norm(torch.randn(4096, 8)).requires_grad_() for _ in range(2))
+    loss, *accuracies = ranked_contrast(rows, others, 0.07, memory=16 * 4096 * 4 / MIB)
+    loss.backward()
+    exact = [value.detach().double().requires_grad_() for value in (rows, others)]
+    expected, *expected_accuracies = ranked_contrast(exact[0], exact[1], 0.07, memory=1000.0)
+    expected.backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(accuracies, expected_accuracies)
+    for value, reference in zip((rows, others), exact, strict=True):
+        assert value.grad is not None
+        assert reference.grad is not None
+        largest = reference.grad.abs().max().item()
+        torch.testing.assert_close(value.grad.double(), reference.grad, rtol=0, atol=1e-6 * largest)
 
 
 @pytest.mark.parametrize("ranks", [8, 32])
