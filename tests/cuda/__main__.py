@@ -13,6 +13,7 @@ from pathlib import Path
 from tests.cuda.place import Place
 from tests.cuda.plan import CHECKS, FIGURES
 from tests.cuda.runner import Check, run_checks
+from tests.cuda.verdicts import verdicts
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 #: What a check may take on a dry run.
@@ -34,6 +35,9 @@ def main() -> int:
         for plans, seconds in _calls(arguments):
             results = run_checks(plans, place, seconds)
             passed = sum(result.outcome == "passed" for result in results)
+            judged = {} if place.dry else verdicts({result.name: result.figures for result in results})
+            for text, verdict in judged.items():
+                print(f"{verdict:8} {text}")
             print(f"{passed} of {len(results)}: {', '.join(map(str, plans))}", flush=True)
             good = good and passed == len(results)
     return 0 if good else 1

@@ -8,25 +8,24 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from medvlp.config import Config
 from medvlp.data.batch import Batch, Text
 from medvlp.data.batch_sizes import divide_batch
-from medvlp.losses.matching import match
-from medvlp.losses.sinkhorn import sinkhorn
-from medvlp.methods.instance_contrast import instance_contrast
-from medvlp.methods.registry import schemas
+from medvlp.methods.base import Method
+from medvlp.methods.registry import build_method, schemas
 from medvlp.training.device_memory import DeviceMemoryError
 from medvlp.training.engine import Engine, choose_kernels
+from medvlp.training.operations import peak_tflops
 from tests.cuda.place import Place, free_memory
 from tests.cuda.runner import Note
-from tests.methods.small import built, small_config
+from tests.methods.small import small_config
 
 #: Steps before the clock starts, and those it times; on a dry run.
 WARM_UP, TIMED = 3, 10
 DRY_STEPS = (1, 1)
+VOCABULARY = 28_996
 #: Batches of each data worker while the clock runs.
 ROUNDS = 3
 
@@ -47,8 +46,14 @@ def published(dry: bool) -> Config:
     config.method = schemas()["mgca"](name="mgca")
     config.image.name = "vit_base_patch16_224"
     config.text.options = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
-                           "intermediate_size": 3072, "vocab_size": 28996}  # fmt: skip
+                           "intermediate_size": 3072}  # fmt: skip
     return config
+
+
+def networks(config: Config) -> Method:
+    """Those of a config, for the words of Bio_ClinicalBERT: shards have fewer."""
+    torch.manual_seed(0)
+    return build_method(config, VOCABULARY)
 
 
 def random_batch(config: Config, rows: int, device: torch.device) -> Batch:
@@ -64,31 +69,48 @@ def random_batch(config: Config, rows: int, device: torch.device) -> Batch:
     return Batch(image, text, torch.arange(rows), labels, [str(row) for row in range(rows)]).to(device)
 
 
-def _engine(place: Place, precision: str, stage: int, rows: int) -> tuple[Engine, Config]:
+def make_engine(
+    place: Place,
+    precision: str,
+    stage: int,
+    rows: int,
+    deepspeed: dict[str, Any] | None = None,
+    prepare: Callable[[Method, torch.device], Any] | None = None,
+) -> tuple[Engine, Config]:
+    """An engine of the published networks, and their config.
+
+    Args:
+        place, precision, stage: where and how. rows: of a micro-batch.
+        deepspeed: keys over ours. prepare: is given the networks, on the device, before DeepSpeed.
+    """
     free_memory(place.device)
     config = published(place.dry)
     config.precision, config.zero.stage = precision, stage  # type: ignore[assignment]
-    config.train.global_batch = rows
-    engine = Engine(built(config), config, divide_batch(config, 1), place.join())
+    config.train.global_batch, config.deepspeed = rows, deepspeed or {}
+    device, method = place.join(), networks(config)
+    if prepare is not None:
+        prepare(method.to(device), device)
+    engine = Engine(method, config, divide_batch(config, 1), device)
     engine.objective.train()
     return engine, config
 
 
-def _step(engine: Engine, batch: Batch) -> None:
+def train_once(engine: Engine, batch: Batch) -> None:
+    """One step of one micro-batch."""
     engine.set_learning_rate(1e-6)
     engine.backward(engine.forward(batch).loss)
     engine.step()
 
 
-def _measure(action: Callable[[], Any], place: Place) -> Speed:
-    """Mean seconds of an action after some that do not count."""
+def measure(action: Callable[[], Any], place: Place, steps: tuple[int, int] | None = None) -> Speed:
+    """Mean seconds of an action after some that do not count; `steps`: how many of either."""
     cuda = place.device.type == "cuda"
-    warm_up, timed = DRY_STEPS if place.dry else (WARM_UP, TIMED)
+    warm_up, timed = steps or (DRY_STEPS if place.dry else (WARM_UP, TIMED))
     for _ in range(warm_up):
         action()
     if cuda:
-        torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
     for _ in range(timed):
         action()
@@ -100,12 +122,32 @@ def _measure(action: Callable[[], Any], place: Place) -> Speed:
     return Speed(seconds, torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20)
 
 
+def speeds(found: Speed, rows: int, flop: float = 0.0, peak: float | None = None) -> dict[str, float]:
+    """What a report says of a measurement.
+
+    Args:
+        found: of steps of `rows` samples. flop: operations of a sample, where they are known.
+        peak: 10^12 operations a second of this GPU, where that is known.
+    """
+    per_second = rows / found.seconds
+    told = found._asdict() | {"samples_per_second": per_second}
+    if flop:
+        told["tflop_per_second"] = flop * per_second / 1e12
+        if peak:
+            told["mfu"] = told["tflop_per_second"] / peak
+    return told
+
+
+def _peak(place: Place, precision: str = "bf16", tf32: bool = True) -> float | None:
+    return peak_tflops(torch.cuda.get_device_name(), precision, tf32) if place.device.type == "cuda" else None
+
+
 def throughput(place: Place, note: Note) -> None:
     """Samples a second in bf16 at ZeRO-1 by micro-batch, and the floating-point operations of a sample."""
     sizes = [4, 8] if place.dry else [64, 128, 256, 512]
-    engine, config = _engine(place, "bf16", 1, sizes[0])
+    engine, config = make_engine(place, "bf16", 1, sizes[0])
     with FlopCounterMode(display=False) as counter:
-        _step(engine, random_batch(config, sizes[0], engine.device))
+        train_once(engine, random_batch(config, sizes[0], engine.device))
     flops = counter.get_total_flops() / sizes[0]
     note("gflop_per_sample", flops / 1e9)
     for rows in sizes:
@@ -113,11 +155,7 @@ def throughput(place: Place, note: Note) -> None:
         if found is None:
             note(f"micro-batch {rows}", "out of memory")
             break
-        speed = rows / found.seconds
-        note(
-            f"micro-batch {rows}",
-            found._asdict() | {"samples_per_second": speed, "tflop_per_second": flops * speed / 1e12},
-        )
+        note(f"micro-batch {rows}", speeds(found, rows, flops, _peak(place)))
     engine.close()
 
 
@@ -125,7 +163,7 @@ def _measure_if_it_fits(place: Place, engine: Engine, config: Config, rows: int)
     """Of steps of a micro-batch; None where the GPU has too little memory for one."""
     try:
         batch = random_batch(config, rows, engine.device)
-        return _measure(lambda: _step(engine, batch), place)
+        return measure(lambda: train_once(engine, batch), place)
     except (torch.OutOfMemoryError, DeviceMemoryError):
         return None
 
@@ -133,18 +171,19 @@ def _measure_if_it_fits(place: Place, engine: Engine, config: Config, rows: int)
 def kernels(place: Place, note: Note) -> None:
     """What three steps spend on the GPU, kernel by kernel, and for how long it idles."""
     rows, cuda = 4 if place.dry else 256, place.device.type == "cuda"
-    engine, config = _engine(place, "bf16", 1, rows)
+    engine, config = make_engine(place, "bf16", 1, rows)
     batch = random_batch(config, rows, engine.device)
     for _ in range(1 if place.dry else WARM_UP):
-        _step(engine, batch)
+        train_once(engine, batch)
     kinds = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[kinds.CPU, *([kinds.CUDA] if cuda else [])]) as profile:
         started = time.perf_counter()
         for _ in range(3):
-            _step(engine, batch)
+            train_once(engine, batch)
         if cuda:
             torch.cuda.synchronize()
         wall = time.perf_counter() - started
+    note("step_milliseconds", 1e3 * wall / 3)
     note("idle_share", max(0.0, 1 - busy_seconds(on_device(profile.events(), cuda)) / wall))
     column = "self_device_time_total" if cuda else "self_cpu_time_total"
     found = on_device(profile.key_averages(), cuda)
@@ -176,38 +215,50 @@ def float32(place: Place, note: Note) -> None:
     rows = 4 if place.dry else 64
     for tf32 in (False, True):
         found = _measure_float32(place, rows, tf32)
-        note("TF32" if tf32 else "exact", found._asdict() | {"samples_per_second": rows / found.seconds})
+        note("TF32" if tf32 else "exact", speeds(found, rows))
 
 
 def _measure_float32(place: Place, rows: int, tf32: bool) -> Speed:
     """By an engine that ends with the call, as its memory must not count for the next one."""
-    engine, config = _engine(place, "fp32", 0, rows)
+    engine, config = make_engine(place, "fp32", 0, rows)
     if not place.dry:
         choose_kernels(tf32)
     batch = random_batch(config, rows, engine.device)
-    found = _measure(lambda: _step(engine, batch), place)
+    found = measure(lambda: train_once(engine, batch), place)
     engine.close()
     return found
 
 
 def loader(place: Place, note: Note) -> None:
-    """How many samples the data workers bring, without a network that takes them."""
+    """Samples a second of the data workers alone, and of training from them beside training without."""
     from medvlp.data.cache import open_reader
     from medvlp.data.loader import build_loader
     from medvlp.data.text import Tokenizer
     from tests.training.runs import load_config
 
-    workers, rows = (1, 8) if place.dry else (14, 256)
-    config = load_config(
-        place.overrides("loader", f"data.workers={workers}", f"train.global_batch={min(rows, 16)}")
-    )
-    config.train.global_batch, config.data.image_size = rows, 64 if place.dry else 224
-    config.data.tail = "wrap"
+    workers, rows = (1, 4) if place.dry else (14, 256)
+    engine, trained = make_engine(place, "bf16", 1, rows)
+    config = load_config(place.overrides("loader", f"data.workers={workers}", "train.global_batch=4"))
+    config.train.global_batch, config.data.tail = rows, "wrap"
+    config.data.image_size, config.data.max_tokens = trained.data.image_size, trained.data.max_tokens
     reader = open_reader(config.data)
     tokenizer = Tokenizer.load(None, config.data.root)
-    batches = iter(build_loader(config, reader, tokenizer, 0, 1, rows))
-    note("samples_per_second", rows * batches_per_second(batches, workers))
     note("workers", workers)
+
+    def stream() -> Iterator[Batch]:
+        return iter(build_loader(config, reader, tokenizer, 0, 1, rows))
+
+    batch = next(stream()).to(engine.device)
+    alone = measure(lambda: train_once(engine, batch), place)
+    # New workers, and their speed first: it leaves none of the batches that wait for the consumer.
+    batches = stream()
+    note("samples_per_second", rows * batches_per_second(batches, workers))
+    steps = (0, ROUNDS * workers)
+    fed = measure(lambda: train_once(engine, next(batches).to(engine.device)), place, steps)
+    note("training on one batch", speeds(alone, rows))
+    note("training from the loader", speeds(fed, rows))
+    note("share", alone.seconds / fed.seconds)
+    engine.close()
 
 
 def batches_per_second(batches: Iterator[Any], workers: int) -> float:
@@ -220,35 +271,10 @@ def batches_per_second(batches: Iterator[Any], workers: int) -> float:
     return ROUNDS * workers / (time.perf_counter() - started)
 
 
-def losses(place: Place, note: Note) -> None:
-    """Milliseconds forward and backward of loss heads alone, and the memory they take beside their inputs."""
-    free_memory(place.device)
-    device, rows, candidates = place.device, 8 if place.dry else 256, 16 if place.dry else 8192
-    generator = torch.Generator().manual_seed(0)
-
-    def unit(*shape: int) -> torch.Tensor:
-        return F.normalize(torch.randn(*shape, generator=generator), dim=-1).to(device).requires_grad_()
-
-    image, text, many, scores = unit(rows, 128), unit(rows, 128), unit(candidates, 128), unit(rows, 500)
-    costs, valid = unit(rows, 16, 16).detach(), torch.ones(rows, 16, dtype=torch.bool, device=device)
-    actions: dict[str, Callable[[], Any]] = {
-        "instance contrast": lambda: instance_contrast(image, text, 0.07, "global")[0].backward(),
-        f"logits of {candidates} candidates": lambda: F.cross_entropy(
-            image @ many.T / 0.07, torch.arange(rows, device=device)
-        ).backward(),
-        "sinkhorn of 500 prototypes": lambda: sinkhorn(scores.detach()),
-        "matching (waits for the host)": lambda: match(costs, valid),
-    }
-    for name, action in actions.items():
-        given = torch.cuda.memory_allocated() >> 20 if device.type == "cuda" else 0
-        found = _measure(action, place)
-        note(name, {"milliseconds": 1e3 * found.seconds, "peak_mib": found.allocated - given})
-
-
 def matrices(place: Place, note: Note) -> None:
     """How fast this GPU multiplies large bf16 matrices: what the figures above can be held against."""
     size = 256 if place.dry else 8192
     left, right = (torch.randn(size, size, device=place.device, dtype=torch.bfloat16) for _ in range(2))
-    found = _measure(lambda: left @ right, place)
+    found = measure(lambda: left @ right, place)
     note("tflop_per_second", 2 * size**3 / found.seconds / 1e12)
     note("device", torch.cuda.get_device_name() if place.device.type == "cuda" else "cpu")

@@ -19,6 +19,8 @@ CHECKS = (
     Check("assignment", "tests.cuda.clusters:assignment", 30),
     Check("worker", "tests.cuda.clusters:worker", 45),
     Check("two ranks", "tests.cuda.ranks:two_ranks", 60),
+    Check("compile", "tests.cuda.compilers:blocks", 60),
+    Check("offload", "tests.cuda.compilers:offload", 60),
 )
 
 #: Together within 200 s, on the machine that has just run the checks.
@@ -26,7 +28,9 @@ FIGURES = (
     Check("matrices", "tests.cuda.figures:matrices", 15),
     Check("throughput", "tests.cuda.figures:throughput", 70),
     Check("kernels", "tests.cuda.figures:kernels", 40),
-    Check("float32", "tests.cuda.figures:float32", 40),
+    Check("variants", "tests.cuda.variants:variants", 60),
     Check("loader", "tests.cuda.figures:loader", 40),
-    Check("losses", "tests.cuda.figures:losses", 15),
+    Check("losses", "tests.cuda.heads:losses", 20),
+    Check("float32", "tests.cuda.figures:float32", 40),
+    Check("compiled", "tests.cuda.variants:compiled", 75),
 )

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.cuda.place import Place
+from tests.cuda.verdicts import verdicts
 
 #: Seconds the process of the checks gets to import torch and DeepSpeed, on a machine that has just started.
 START_SECONDS = 120.0
@@ -68,7 +69,9 @@ def run_checks(
 
     def write() -> None:
         for report, checks in plans.items():
-            found = {"dry": place.dry, "seconds": round(time.monotonic() - started, 1)}
+            found: dict[str, Any] = {"dry": place.dry, "seconds": round(time.monotonic() - started, 1)}
+            if not place.dry:
+                found["verdicts"] = verdicts({check.name: results[check.name].figures for check in checks})
             found["checks"] = [asdict(results[check.name]) for check in checks]
             part = report.with_suffix(".part")
             part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -26,6 +26,7 @@ from tests.cuda.place import Place, free_memory
 from tests.cuda.plan import CHECKS, FIGURES
 from tests.cuda.ranks import of_ranks
 from tests.cuda.runner import Check, run_checks
+from tests.cuda.verdicts import verdicts
 from tests.distributed_pool import Pools
 from tests.methods.small import built, small_batch, small_config
 
@@ -72,6 +73,60 @@ def test_make_starts_it() -> None:
     assert printed.split() == ["tests/cuda/run", "there", "--dry"]
 
 
+def test_published_networks_can_be_built() -> None:
+    """A dry run has others."""
+    with torch.device("meta"):
+        of_figures = figures.networks(figures.published(dry=False))
+        of_checkpoint = built(runs._large_config())
+    for method, words in (of_figures, figures.VOCABULARY), (of_checkpoint, 314):
+        sizes = {name: value.shape for name, value in method.named_parameters()}
+        assert sizes["text_encoder.model.embeddings.word_embeddings.weight"] == (words, 768)
+        assert len(method.get_submodule("image_encoder.backbone.blocks")) == 12  # type: ignore[arg-type]
+
+
+def test_figures_are_judged() -> None:
+    fast, slow = {"samples_per_second": 1600.0}, {"samples_per_second": 1400.0}
+    kernels = [["nvjet_tst_128x256", 40.0, 9], ["pytorch_flash::flash_fwd_kernel", 20.0, 9], ["gelu", 5.0, 9]]
+    good: dict[str, Any] = {
+        "throughput": {"micro-batch 256": fast},
+        "kernels": {"kernels": kernels, "step_milliseconds": 100.0},
+        "variants": {"stage 1": fast, "stage 1, DeepSpeed's timers": slow},
+        "loader": {"share": 0.97},
+        "matrices": {"tflop_per_second": 700.0},
+    }
+    assert list(verdicts(good).values()) == ["go"] * 4
+    bad: dict[str, Any] = {
+        "throughput": {"micro-batch 256": slow},
+        "kernels": {"kernels": [*kernels, ["copy", 10.5, 9]], "step_milliseconds": 100.0},
+        "variants": {"stage 1": slow, "stage 1, DeepSpeed's timers": fast},
+        "loader": {"share": 0.9},
+    }
+    assert list(verdicts(bad).values()) == ["no-go"] * 4
+    missing = {"throughput": {"micro-batch 256": "out of memory"}, "loader": {}}
+    assert list(verdicts(missing).values()) == ["unknown"] * 2
+
+
+def test_names_that_are_judged_are_those_of_the_figures(reports: dict[str, Any]) -> None:
+    found = {check["name"]: check["figures"] for check in reports["figures"]["checks"]}
+    for name in ("variants", "kernels", "loader"):
+        assert all(verdict != "unknown" for verdict in verdicts({name: found[name]}).values())
+    assert "verdicts" not in reports["figures"]  # of toy sizes
+
+
+def test_a_report_of_a_gpu_has_verdicts(tmp_path: Path) -> None:
+    plans = {tmp_path / "figures.json": [Check("throughput", "tests.cuda.toy_checks:passes", 1.0)]}
+    run_checks(plans, Place(False, str(tmp_path), ""), 20, lambda line: None)
+    found = json.loads((tmp_path / "figures.json").read_text())["verdicts"]
+    assert list(found.values()) == ["unknown"]
+
+
+def test_a_speed_says_how_much_of_the_peak_it_is() -> None:
+    told = figures.speeds(figures.Speed(0.1, 1, 2), rows=256, flop=167e9, peak=989.0)
+    assert told["samples_per_second"] == pytest.approx(2560)
+    assert told["mfu"] == pytest.approx(167e9 * 2560 / 989e12)
+    assert "mfu" not in figures.speeds(figures.Speed(0.1, 1, 2), rows=256, flop=167e9)
+
+
 def test_kernels_count_once_and_those_of_two_streams_together() -> None:
     def event(kind: str, start: float, end: float, annotation: bool = False) -> Any:
         return SimpleNamespace(
@@ -108,7 +163,7 @@ def test_a_micro_batch_that_does_not_fit_is_a_figure(monkeypatch: pytest.MonkeyP
         with naming_memory("forward pass", Config(), 512):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(figures, "_step", step)
+    monkeypatch.setattr(figures, "train_once", step)
     engine: Any = SimpleNamespace(device=torch.device("cpu"))
     place = Place(True, "", "")
     assert figures._measure_if_it_fits(place, engine, figures.published(dry=True), 4) is None
@@ -231,7 +286,7 @@ def test_a_step_that_overflows_after_a_refused_one_is_no_failure(monkeypatch: py
 def is_held() -> bool:
     """Whether an engine's networks are still there when the next one is made."""
     place = Place(True, "", "")
-    engine, _ = figures._engine(place, "bf16", 1, 4)
+    engine, _ = figures.make_engine(place, "bf16", 1, 4)
     networks = weakref.ref(engine.objective)
     engine.close()
     del engine
@@ -256,7 +311,7 @@ def test_the_memory_of_each_engine_is_counted_by_itself(monkeypatch: pytest.Monk
     monkeypatch.setattr(Place, "join", lambda self: torch.device("cpu"))
     place: Any = Place(True, "", "")
     for make in (
-        lambda: figures._engine(place, "bf16", 1, 4), lambda: steps._engine(place, "mgca", "fp32", 0)
+        lambda: figures.make_engine(place, "bf16", 1, 4), lambda: steps._engine(place, "mgca", "fp32", 0)
     ):  # fmt: skip
         called.clear()
         with suppress(AttributeError):  # it has none of an engine's parts
