@@ -10,11 +10,12 @@ METHODS := infonce mgca prior mpma medslip place combination
 PROTOTYPES := none learned clusters masks
 SEEDS ?= 0
 
-.PHONY: help demo test checks bench bench-methods bench-mpma bench-tasks bench-prototypes bench-shards drill gpu gpu-prepare clean
+.PHONY: help demo test test-floor checks bench bench-methods bench-mpma bench-tasks bench-prototypes bench-shards drill gpu gpu-prepare clean
 
 help:
 	@echo "make demo    phantom studies -> shards -> 2-rank ZeRO-2 pre-training -> evaluation -> page, all in $(DEMO)"
 	@echo "make test    every test; WORKERS=2: so many at a time"
+	@echo "make test-floor  the tests that tell torches apart, on the lowest torch that pyproject.toml allows; in .floor"
 	@echo "make checks  format, lint, types, import arrows, sizes, config reference"
 	@echo "make bench   benchmarks: ratios against named rivals"
 	@echo "make bench-methods  every method beside its ablation: the same phantoms, budget and seeds, and the differences"
@@ -49,6 +50,20 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slurm" || status=1; \
 	$(BIN)/python -m pytest -m slurm || status=1; \
 	exit $$status
+
+# The lowest torch that pyproject.toml allows, in an environment of its own (6 GB), and the tests that tell torches apart.
+FLOOR ?= .floor
+LOWEST = $(shell sed -nE 's/^ *"(torch|torchvision)>=([0-9.]+)",.*/\1==\2/p' pyproject.toml)
+FLOOR_TESTS ?= tests/test_distributed.py tests/losses tests/methods tests/encoders tests/prototypes $(addprefix tests/training/test_, \
+  engine.py hangs.py resume.py checkpoint_elastic.py zero_agreement.py phases.py compile.py loss_scale.py bad_steps.py)
+test-floor: $(FLOOR)/.installed
+	$(FLOOR)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slurm" $(FLOOR_TESTS)
+
+$(FLOOR)/.installed: pyproject.toml .ci/constraints.txt
+	$(PYTHON) -m venv $(FLOOR)
+	grep -vE '^(torch|torchvision|sympy)==' .ci/constraints.txt >$(FLOOR)/constraints.txt
+	$(FLOOR)/bin/pip install --quiet --disable-pip-version-check --constraint $(FLOOR)/constraints.txt --editable '.[cpu,dev]' $(LOWEST)
+	touch $@
 
 checks: $(INSTALLED)
 	$(BIN)/ruff format --check .

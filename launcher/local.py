@@ -22,7 +22,7 @@ from packaging.version import Version
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, start_processes
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from launcher.placement import Node, route_to
+from launcher.placement import Node
 from launcher.slurm.attempts import note_node_exit
 from medvlp import distributed
 from medvlp.device import uses_cuda
@@ -266,8 +266,6 @@ def rank_environment(rank: int, ranks: int, node: Node, has_cuda: bool) -> dict[
         "MASTER_PORT": str(node.port),
         PARENT: str(os.getpid()),
     }
-    if node.count > 1 and (interface := route_to(node.address).interface):
-        environment["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", interface)
     return dict(os.environ) | environment | library_environment(ranks, has_cuda, os.environ)
 
 

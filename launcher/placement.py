@@ -1,12 +1,9 @@
 """Which node of a run this machine is, and where the nodes meet. No torch."""
 
-import ipaddress
 import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-import psutil
 
 from launcher.slurm import slurm_commands
 from medvlp.ranks import NODE_LAUNCH, LaunchError, first_node, job_port
@@ -82,35 +79,3 @@ def _reachable(node: str) -> str:
             ) from None
         return address
     return node
-
-
-@dataclass(frozen=True)
-class Route:
-    """How this machine reaches another: its own address on the way, and the interface that has it.
-
-    Attributes:
-        address: "" where there is no way. interface: "" of a loopback address, or of none.
-    """
-
-    address: str = ""
-    interface: str = ""
-
-    @property
-    def is_loopback(self) -> bool:
-        """Whether it leads to this machine and no other."""
-        return bool(self.address) and ipaddress.ip_address(self.address).is_loopback
-
-
-def route_to(host: str) -> Route:
-    """The way to a host, by the system's routing table; nothing is sent."""
-    try:
-        kind, _, _, _, place = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(kind, socket.SOCK_DGRAM) as probe:
-            probe.connect(place)
-            address = str(probe.getsockname()[0])
-    except OSError:
-        return Route()
-    if ipaddress.ip_address(address).is_loopback:
-        return Route(address)
-    names = [name for name, own in psutil.net_if_addrs().items() if address in {one.address for one in own}]
-    return Route(address, names[0] if names else "")

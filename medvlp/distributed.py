@@ -20,7 +20,8 @@ from packaging.version import Version
 from torch import Tensor
 
 from medvlp.device import choose_device
-from medvlp.ranks import Ranks, detect, tell_deepspeed
+from medvlp.network import tell_gloo
+from medvlp.ranks import LostPeerError, Ranks, detect, tell_deepspeed
 
 #: How long a collective may wait for another rank before the run is declared dead.
 TIMEOUT = timedelta(minutes=30)
@@ -35,10 +36,6 @@ def _set_timeout(limit: timedelta, group: Any) -> None:
     """`dist.set_timeout`, which torch has since 2.14; before, only under a private name."""
     (getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout)(limit, group)
 
-
-#: Size and file of NCCL's flight recorder; torch 2.8 renamed them, and warns about the old names.
-_FLIGHT_NAMES = "TORCH_FR_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE"
-_FLIGHT_NAMES_BEFORE = "TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"
 
 #: What gloo and NCCL say when the process at the other end is gone.
 _LOST_PEER = (
@@ -73,6 +70,7 @@ def initialize(ranks: Ranks | None = None, timeout: timedelta = TIMEOUT) -> torc
     if device.type == "cuda":
         torch.cuda.set_device(device)
     tell_deepspeed(ranks, device.index)
+    tell_gloo(ranks)
     if not is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         if ranks.world_size == 1:
@@ -92,22 +90,6 @@ def initialize(ranks: Ranks | None = None, timeout: timedelta = TIMEOUT) -> torc
     if _bookkeeping is None:
         _bookkeeping = dist.new_group(backend="gloo", timeout=timeout)
     return device
-
-
-def record_flights(folder: Path) -> None:
-    """Have NCCL remember its last collectives, and write them into `folder` when one times out.
-
-    Call it before `initialize`; what the user has set stands. NCCL's part has never run for lack of a machine
-    with several GPUs; elsewhere it changes nothing.
-    """
-    size, file = _FLIGHT_NAMES if _TORCH >= (2, 8) else _FLIGHT_NAMES_BEFORE
-    for name, value in {
-        size: "2000",
-        file: str(folder / "flight-"),
-        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-        "TORCH_NCCL_PROPAGATE_ERROR": "1",
-    }.items():
-        os.environ.setdefault(name, value)
 
 
 def write_flight_record(folder: Path) -> None:
@@ -193,9 +175,15 @@ def shutdown(graceful: bool = True) -> None:
     _owns_default_group = False
 
 
-def is_lost_peer(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank has ended (gloo and NCCL tell it in words only)."""
-    return any(text in str(error) for text in _LOST_PEER)
+def is_lost_peer(error: BaseException | None) -> bool:
+    """Whether an error follows from the end of another rank (gloo and NCCL tell it in words only)."""
+    while error is not None:
+        if isinstance(error, LostPeerError):
+            return True
+        if isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST_PEER):
+            return True
+        error = error.__cause__
+    return False
 
 
 def is_initialized() -> bool:

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -214,36 +213,6 @@ def test_nccl_is_told_its_gpu_where_that_does_not_hang(fresh):
     assert fresh(device_bound_by, (2, 6, 0)) == "cuda:1"
     assert fresh(device_bound_by, (2, 7, 0)) == "None"
     assert fresh(device_bound_by, (2, 7, 1)) == "cuda:1"
-
-
-@pytest.mark.parametrize(
-    ("release", "size", "file"),
-    [
-        ((2, 7, 1), "TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"),
-        ((2, 8, 0), "TORCH_FR_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE"),
-    ],
-)
-def test_the_flight_recorder_is_asked_for_under_the_names_of_each_torch(
-    release: tuple[int, ...], size: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One name each: torch warns about an old name that is set beside the new one."""
-    environment = {size: "9"}
-    monkeypatch.setattr(os, "environ", environment)
-    monkeypatch.setattr(distributed, "_TORCH", release)
-    distributed.record_flights(tmp_path)
-    named = {"TORCH_NCCL_DUMP_ON_TIMEOUT": "1", "TORCH_NCCL_PROPAGATE_ERROR": "1"}
-    assert environment == named | {size: "9", file: str(tmp_path / "flight-")}
-
-
-def test_this_torch_knows_its_flight_recorder_by_the_name_it_is_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    environment: dict[str, str] = {}
-    monkeypatch.setattr(os, "environ", environment)
-    distributed.record_flights(tmp_path)
-    header = Path(torch.__file__).parent / "include" / "torch" / "csrc" / "distributed" / "c10d"
-    names = re.findall(r'"(TORCH_\w+_BUFFER_SIZE)"', (header / "FlightRecorder.hpp").read_text())
-    assert names[0] in environment
 
 
 def record_of_nccl(folder: Path) -> bool:

@@ -17,7 +17,7 @@ from launcher.doctor.machine import check_machine
 from launcher.doctor.results import Check, Result, examine, fail, ok
 from launcher.doctor.software import check_offload, check_software
 from launcher.doctor.storage import CLOCK_SECONDS, check_cache, existing_parent, probe_name
-from launcher.placement import Route, route_to
+from medvlp.network import Route, route_to
 from medvlp.ranks import NODE_LAUNCH, first_node
 
 #: How to start `medvlp` on a node, where that is not this Python: a container's command, for example.

@@ -11,26 +11,57 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+import torch
+from packaging.version import Version
+
 from medvlp import distributed
 from medvlp.ranks import LostPeerError, claim_first_error
 from medvlp.runs.events import EVENTS, EventLog
+from medvlp.training.neighbours import Neighbours
 from shards.errors import MedvlpError
 
 #: Seconds to wait for the store's answer, and that the ranks which do not speak leave to the one that does.
 _STORE_SECONDS, _SPEAKER_SECONDS = 5.0, 10.0
+#: Seconds that a launcher has to say how a rank ended before a neighbour says that it did.
+_LAUNCHER_SECONDS = 1.0
+#: Seconds in which who lost a rank waits for its name.
+_NAMING_SECONDS = 3.0
 #: Seconds in which the main thread may find out by itself that a rank has died (gloo tells it, NCCL waits).
 _OWN_SECONDS = 5.0
 #: Seconds that NCCL may take to tell what it remembers.
 _DUMP_SECONDS = 30.0
 
 
-#: Key of the meeting store under which a launcher says which rank of its node has ended.
-_LOST = "medvlp/lost"
+#: Size and file of NCCL's flight recorder; torch 2.8 renamed them, and warns about the old names.
+_FLIGHT_NAMES = "TORCH_FR_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE"
+_FLIGHT_NAMES_BEFORE = "TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"
+_TORCH = Version(torch.__version__).release
+
+
+def record_flights(folder: Path) -> None:
+    """Have NCCL remember its last collectives, and write them into `folder` when one times out.
+
+    Call it before `distributed.initialize`; what the user has set stands. NCCL's part has never run for lack
+    of a machine with several GPUs; elsewhere it changes nothing.
+    """
+    size, file = _FLIGHT_NAMES if _TORCH >= (2, 8) else _FLIGHT_NAMES_BEFORE
+    for name, value in {
+        size: "2000",
+        file: str(folder / "flight-"),
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_NCCL_PROPAGATE_ERROR": "1",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def _lost_key() -> str:
+    """Under which the store of the ranks has the rank that ended; torchrun's serves later starts as well."""
+    return f"medvlp/lost/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 def announce_lost(store: Any, text: str) -> None:
     """Tell all ranks which of them has ended and how; the first word stands. `store`: where they met."""
-    store.compare_set(_LOST, "", text)
+    store.compare_set(_lost_key(), "", text)
 
 
 def lost_rank(store: Any) -> str:
@@ -39,7 +70,8 @@ def lost_rank(store: Any) -> str:
     Raises:
         RuntimeError: the store is gone, and with it the process that kept it.
     """
-    return store.get(_LOST).decode(errors="replace") if store.check([_LOST]) else ""
+    key = _lost_key()
+    return store.get(key).decode(errors="replace") if store.check([key]) else ""
 
 
 class HangError(MedvlpError):
@@ -73,8 +105,8 @@ class Watchdog:
     others wait for. Every rank then ends with `HangError.exit_code`; the first that still answers says why. A
     rank that was stopped and is woken to be ended adds nothing to what was said of it.
 
-    A rank that died is named by the launcher of its node; every other rank then ends with
-    `LostPeerError.exit_code`, in seconds and whatever its main thread waits for.
+    A rank that died is named by the launcher of its node, or by a neighbour (`Neighbours`); every other rank
+    then ends with `LostPeerError.exit_code`, in seconds and whatever its main thread waits for.
 
     Args:
         run_dir: the run folder, for `events.jsonl`.
@@ -83,6 +115,7 @@ class Watchdog:
 
     Attributes:
         alert: takes a title and a text for the people who watch the run; None on ranks that cannot tell them.
+        lost: name of the rank that ended, once that has ended the block; "" where nobody said it.
     """
 
     def __init__(self, run_dir: Path | str, start_seconds: float, step_seconds: float):
@@ -90,6 +123,8 @@ class Watchdog:
         self.limit = start_seconds
         self.start_seconds, self.step_seconds = start_seconds, step_seconds
         self.alert: Callable[[str, str], None] | None = None
+        self.lost = ""
+        self._neighbours = Neighbours(self._announce)
         self._place = RankStatus(0, None, "the start", 0)
         self._since = time.monotonic()
         self._done = threading.Event()
@@ -114,7 +149,8 @@ class Watchdog:
             distributed.set_timeout(seconds or None)
 
     def __enter__(self) -> Self:
-        """Start watching; needs the process group."""
+        """Start watching; needs the process group, and all ranks."""
+        self._neighbours.meet()
         self._store = distributed.shared_store()
         self._rank, self._ranks = distributed.rank(), distributed.world_size()
         self._since = time.monotonic()
@@ -127,9 +163,28 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        lost_peer = error is not None and distributed.is_lost_peer(error)
+        if lost_peer:
+            self.lost = self._await_name()
+        self._neighbours.leave(goodbye=error is None or lost_peer)
         self._done.set()
         for thread in self._threads:
             thread.join(timeout=_STORE_SECONDS)  # the publisher may wait for a store that is gone
+
+    def _announce(self, rank: int) -> None:
+        """A neighbour is gone; in a thread of `Neighbours`."""
+        if not self._done.wait(_LAUNCHER_SECONDS):
+            with suppress(RuntimeError):  # the store is gone too, which tells the others as much
+                announce_lost(self._store, f"{self._neighbours.name(rank)}, which is gone")
+
+    def _await_name(self) -> str:
+        """Who is lost, as somebody will have said soon."""
+        until = time.monotonic() + _NAMING_SECONDS
+        with suppress(RuntimeError):
+            while not (lost := lost_rank(self._store)) and time.monotonic() < until:
+                time.sleep(0.1)
+            return lost
+        return ""
 
     def _interval(self) -> float:
         return min(5.0, max(0.2, (self.limit or 60.0) / 20))

@@ -44,7 +44,7 @@ from medvlp.training.checkpointing import CheckpointCallback
 from medvlp.training.deepspeed_config import check_device
 from medvlp.training.device_memory import naming_setup
 from medvlp.training.engine import Engine
-from medvlp.training.hangs import Watchdog
+from medvlp.training.hangs import Watchdog, record_flights
 from medvlp.training.interrupts import EXIT_INTERRUPTED, Interrupts
 from medvlp.training.monitor import Monitor, SampleLog
 from medvlp.training.node_metrics import NodeMetrics
@@ -96,16 +96,17 @@ def train(
     check_device(config, choose_device(ranks.local_rank).type)
     torch.set_num_threads(config.train.threads or threads_of_rank(ranks))
     run_dir, start_seconds = Path(config.run.dir), 60 * config.train.start_timeout_minutes
-    distributed.record_flights(run_dir)
+    record_flights(run_dir)
     lock = RunLock(run_dir, this_process(launcher), job_is_over)
+    watchdog = Watchdog(run_dir, start_seconds, config.train.step_timeout_seconds)
     with Interrupts(config.train.max_minutes) as interrupts:
         device = _join(ranks, start_seconds)
         try:
-            with Watchdog(run_dir, start_seconds, config.train.step_timeout_seconds) as watchdog:
+            with watchdog:
                 shown = console if config.monitor.progress else None
                 _train(recipe, sizes, device, interrupts, watchdog, shown, fresh, lock)
         except Exception as error:
-            named = _named(error, ranks.rank)
+            named = _named(error, ranks.rank, watchdog.lost)
             code = named.exit_code if isinstance(named, MedvlpError) else 1
             closed = end_within(_CLOSING_SECONDS, code, str(named))
             kill_workers()
@@ -137,20 +138,21 @@ def _join(ranks: Ranks, seconds: float) -> torch.device:
         ) from error
 
 
-def _named(error: Exception, rank: int) -> Exception:
-    """The error a user can act on, or the one given."""
+def _named(error: Exception, rank: int, lost: str) -> Exception:
+    """The error a user can act on, or the one given; `lost`: the rank that ended, where that is known."""
     if isinstance(error, LoaderError):
         return LoaderError(f"rank {rank}: {error}")
     if isinstance(error, LostPeerError):
         return error
     if isinstance(error.__cause__, RuntimeError):  # an ended process may have been taken for something else
-        named = _named(error.__cause__, rank)
+        named = _named(error.__cause__, rank, lost)
         return error if named is error.__cause__ else named
     if not isinstance(error, RuntimeError):
         return error
     if distributed.is_lost_peer(error):
         reason = " ".join(str(error).split())[:200]
-        return LostPeerError(f"rank {rank} lost another rank, whose own message says why ({reason})")
+        other = lost or "another rank"
+        return LostPeerError(f"rank {rank} lost {other}; its own message says why ({reason})")
     death = worker_death(error)
     return error if death is None else LoaderError(f"rank {rank}: {death}")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -13,12 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
 from launcher import local
-from launcher.placement import Node, Route, route_to
+from launcher.placement import Node
 from medvlp import distributed
 from medvlp.device import choose_device, device_named
 from medvlp.evaluation.evaluate import EvaluationOptions
@@ -200,30 +198,6 @@ def test_settings_of_the_allocator_are_the_users_if_there_are_any() -> None:
     for name in kinds:
         assert not set(kinds) & local.library_environment(2, True, {name: "max_split_size_mb:64"}).keys()
     assert not set(kinds) & local.library_environment(2, False, {}).keys()
-
-
-def test_gloo_uses_the_interface_between_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
-    monkeypatch.setattr(local, "route_to", lambda host: Route("10.1.2.3", "ib7"))
-    node = Node(2, 1, "gpu01", 29500)
-    assert local.rank_environment(0, 1, node, False)["GLOO_SOCKET_IFNAME"] == "ib7"
-    assert "GLOO_SOCKET_IFNAME" not in local.rank_environment(0, 1, Node(1, 0, "127.0.0.1", 1), False)
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth5")
-    assert local.rank_environment(0, 1, node, False)["GLOO_SOCKET_IFNAME"] == "eth5"
-
-
-def test_the_way_to_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert route_to("127.0.0.1") == Route("127.0.0.1", "")
-    assert route_to("127.0.0.1").is_loopback
-    assert route_to("no-such-host.invalid") == Route()
-    own = {
-        name: address.address
-        for name, addresses in psutil.net_if_addrs().items()
-        for address in addresses
-        if address.family == socket.AF_INET and not Route(address.address).is_loopback
-    }
-    for name, address in own.items():
-        assert route_to(address) == Route(address, name)
 
 
 @pytest.fixture

@@ -3,12 +3,16 @@
 import json
 import logging
 import os
+import re
+import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from launcher.local import free_port
 from medvlp import distributed
@@ -16,7 +20,7 @@ from medvlp.config import Config
 from medvlp.config_files import ConfigError
 from medvlp.runs.events import EventLog
 from medvlp.training import hangs, run
-from medvlp.training.hangs import RankStatus, Watchdog, announce_lost
+from medvlp.training.hangs import RankStatus, Watchdog, announce_lost, record_flights
 from medvlp.training.pretrain import Pretraining
 from tests.distributed_pool import imported
 
@@ -137,7 +141,7 @@ def test_a_rank_that_wakes_adds_no_error_of_its_own(
 def lost_only_here() -> Iterator[None]:
     """A single process keeps its group, and the word in it that a rank is lost: no later run reads it."""
     yield
-    distributed.shared_store().delete_key(hangs._LOST)
+    distributed.shared_store().delete_key(hangs._lost_key())
 
 
 @pytest.mark.usefixtures("lost_only_here")
@@ -175,6 +179,36 @@ def test_a_rank_that_died_ends_the_others(
     assert (said in capsys.readouterr().err) == (main_thread == "waits for ever")
 
 
+@pytest.mark.parametrize(
+    ("release", "size", "file"),
+    [
+        ((2, 7, 1), "TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"),
+        ((2, 8, 0), "TORCH_FR_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE"),
+    ],
+)
+def test_the_flight_recorder_is_asked_for_under_the_names_of_each_torch(
+    release: tuple[int, ...], size: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One name each: torch warns about an old name that is set beside the new one."""
+    environment = {size: "9"}
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setattr(hangs, "_TORCH", release)
+    record_flights(tmp_path)
+    named = {"TORCH_NCCL_DUMP_ON_TIMEOUT": "1", "TORCH_NCCL_PROPAGATE_ERROR": "1"}
+    assert environment == named | {size: "9", file: str(tmp_path / "flight-")}
+
+
+def test_this_torch_knows_its_flight_recorder_by_the_name_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment: dict[str, str] = {}
+    monkeypatch.setattr(os, "environ", environment)
+    record_flights(tmp_path)
+    header = Path(torch.__file__).parent / "include" / "torch" / "csrc" / "distributed" / "c10d"
+    names = re.findall(r'"(TORCH_\w+_BUFFER_SIZE)"', (header / "FlightRecorder.hpp").read_text())
+    assert names[0] in environment
+
+
 def rank_that_fails(rank: int, port: int, folder: Path) -> None:
     """A rank whose run raises, and which then waits for ever to leave its process group, as NCCL may."""
     place = {
@@ -197,6 +231,61 @@ def rank_that_fails(rank: int, port: int, folder: Path) -> None:
         patch.setattr(run, "_CLOSING_SECONDS", 0.5)
         patch.setattr("torch.distributed.destroy_process_group", lambda: threading.Event().wait())
         run.train(Pretraining(config))
+
+
+def rank_of_torchrun(rank: int, port: int, folder: Path, end: str) -> None:
+    """One of three ranks that no launcher watches; the last ends as told, the others wait for ever."""
+    place = {
+        "RANK": rank,
+        "WORLD_SIZE": 3,
+        "LOCAL_RANK": rank,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    os.environ.update({name: str(value) for name, value in place.items()})
+    os.environ.pop("MEDVLP_FIRST_ERROR", None)
+    os.dup2(os.open(folder / f"said-{rank}", os.O_WRONLY | os.O_CREAT), 2)
+    distributed.initialize()
+    with Watchdog(folder, 1800, 600) as dog:
+        dog.mark("forward and backward", 7)
+        distributed.barrier()
+        if rank == 2:
+            worker = os.fork()  # as the loader's: it outlives its rank for a while
+            if not worker:
+                time.sleep(60)
+                os._exit(0)
+            (folder / "worker").write_text(str(worker))
+        if end == "killed" and rank == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif end == "an error" and rank == 2:
+            raise ConfigError("planned")
+        elif end == "killed" or (end == "an error" and rank < 2):
+            threading.Event().wait()  # as under NCCL
+        elif rank == 2:
+            time.sleep(hangs._LAUNCHER_SECONDS + 2)  # the others have long left, without a word of a loss
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("end", ["killed", "an error", "done"])
+def test_a_rank_that_ends_is_noticed_whoever_started_it(end: str, tmp_path: Path) -> None:
+    """Torchrun's agents tell nobody on other nodes; under NCCL the ranks there would wait for minutes."""
+    port, context = free_port(), imported()
+    ranks = [context.Process(target=rank_of_torchrun, args=(rank, port, tmp_path, end)) for rank in range(3)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    alive = [process.is_alive() for process in ranks]
+    for process in ranks:
+        process.kill()
+    os.kill(int((tmp_path / "worker").read_text()), signal.SIGKILL)
+    assert alive == [False] * 3
+    codes = [process.exitcode for process in ranks]
+    assert codes == {"killed": [6, 6, -9], "an error": [6, 6, 1], "done": [0, 0, 0]}[end]
+    for rank in (0, 1):
+        said = (tmp_path / f"said-{rank}").read_text()
+        named = f"rank {rank} lost rank 2 on {socket.gethostname()}, which is gone (it waits in forward"
+        assert (named in said) == (end != "done")
 
 
 def test_an_error_ends_a_rank_that_cannot_leave_its_group(tmp_path: Path) -> None:
