@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ from medvlp.config import PrototypesConfig
 from medvlp.distributed import rank
 from medvlp.losses.normalise import unit_norm
 from medvlp.prototypes import refresh
+from medvlp.prototypes.kmeans import build_search
 from medvlp.prototypes.refresh import density_temperatures, refresh_table
 from medvlp.prototypes.ring import BankRows
 from medvlp.prototypes.sampling import row_keys, smallest
+from medvlp.prototypes.search import CentroidSearch
 from tests.prototypes.test_kmeans import mixture
 
 CONFIG = PrototypesConfig(iterations=5)
@@ -90,6 +93,21 @@ def test_the_smallest_keys_are_chosen(count: int, limit: int, seed: int) -> None
     chosen = smallest(keys, limit)
     assert chosen.sum() == min(count, limit)
     assert set(keys[chosen].tolist()) == set(keys.sort().values[:limit].tolist())
+
+
+@pytest.mark.parametrize("ends_on", ["a GPU", "the CPU, in the middle of it", "the CPU"])
+def test_it_is_logged_whether_a_gpu_did_the_work(ends_on: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def on_cpu_when_it_runs_out_of_memory(*sizes: int) -> CentroidSearch:
+        search = build_search(*sizes[:3], CONFIG)
+        search.on_gpu = ends_on != "the CPU"
+        if "middle" in ends_on:
+            search._index = Mock(search=Mock(side_effect=RuntimeError("out of memory")))
+        return search
+
+    monkeypatch.setattr(refresh, "build_search", on_cpu_when_it_runs_out_of_memory)
+    table, metrics = refresh_table(bank(mixture(4, 20)), None, CONFIG, 4, 0)
+    assert table is not None
+    assert metrics["prototypes/on_gpu"] == (ends_on == "a GPU")
 
 
 def test_too_few_rows_put_a_refresh_off() -> None:

@@ -7,8 +7,10 @@ import logging
 import subprocess
 import sys
 import tomllib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import faiss
 import numpy as np
@@ -17,9 +19,11 @@ import torch
 
 from medvlp.config import PrototypesConfig
 from medvlp.prototypes import search as module
+from medvlp.prototypes import worker
+from medvlp.prototypes.board import WorkerSettings
 from medvlp.prototypes.kmeans import spherical_kmeans
 from medvlp.prototypes.search import CentroidSearch, TorchIndex
-from medvlp.prototypes.supervisor import NO_GPU
+from medvlp.prototypes.supervisor import BOARD, NO_GPU, SUPERVISOR
 from tests.prototypes.test_kmeans import mixture
 
 COUNT, WIDTH = 12, 8
@@ -99,6 +103,25 @@ def test_a_gpu_of_its_own_within_the_budget(machine: Machine) -> None:
     assert search.on_gpu
     assert machine.calls == [("asked", 2), ("memory", (512 << 20) - 4 * COUNT * WIDTH), ("gpu", 2)]
     assert is_exact(search)
+
+
+def test_the_cluster_worker_takes_the_last_ranks_gpu(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever LOCAL_RANK its supervisor has: none (the launcher), or that of rank 0."""
+    place = (0, 1, "", 4, 64, WIDTH, COUNT, 1, 1 << 20)
+    settings = WorkerSettings(*place, asdict(PrototypesConfig(worker_threads=1)))
+    board = Mock(read_settings=lambda: settings)
+    for name in ("die_with", "_send_heartbeats"):
+        monkeypatch.setattr(worker, name, lambda *_: None)
+    monkeypatch.setattr(worker, "Board", lambda path: board)
+    monkeypatch.setattr(worker, "Worker", lambda *_: Mock(run=lambda: build("gpu")))
+    for name in ("os.nice", "signal.signal", "torch.set_num_threads", "logging.basicConfig"):
+        monkeypatch.setattr(name, lambda *_, **__: None)
+    for name, value in {SUPERVISOR: "1", BOARD: "board", "OMP_NUM_THREADS": "1", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    worker.main()
+    assert ("gpu", 3) in machine.calls
 
 
 def test_auto_weighs_the_work(machine: Machine) -> None:

@@ -1,10 +1,14 @@
 """The engine itself, on real ranks: Adam's first step, the learning rate, whole weights."""
 
+from typing import Any
+
 import pytest
 import torch
+from deepspeed import comm
 
 from medvlp import distributed
 from medvlp.config import Config
+from medvlp.data.batch_sizes import divide_batch
 from medvlp.training.engine import Engine
 from tests.distributed_pool import Pools
 from tests.training.runs import OptimizerName, Precision
@@ -55,6 +59,41 @@ def test_whole_weights_are_the_methods_at_every_stage(gloo_pool: Pools) -> None:
         before, _ = gloo_pool(2).run(first_update, stage, "fp32")[0]
         assert before.keys() == expected.keys()
         assert all(torch.equal(before[name], expected[name]) for name in expected)
+
+
+def types_between_ranks(stage: int, deepspeed: dict[str, str]) -> set[torch.dtype]:
+    """Types in which one step's gradients travel in bf16."""
+    found: set[torch.dtype] = set()
+    config = Config()
+    config.zero.stage, config.precision, config.train.global_batch = stage, "bf16", 8
+    config.deepspeed = dict(deepspeed)
+    device = distributed.initialize()
+    engine = Engine(TinyMethod(), config, divide_batch(config, distributed.world_size()), device)
+    outputs = engine.forward(random_batch(0, 8, distributed.rank(), distributed.world_size()))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_reduce", "reduce", "reduce_scatter_tensor", "reduce_scatter_fn"):
+            original = getattr(comm, name)
+
+            def noting(*given: Any, original: Any = original, **named: Any) -> Any:
+                tensors = [t for t in (*given, *named.values()) if isinstance(t, torch.Tensor)]
+                found.update(t.dtype for t in tensors if t.numel() > 1000)
+                return original(*given, **named)
+
+            patch.setattr(comm, name, noting)
+        engine.backward(outputs.loss)
+        engine.step()
+    engine.close()
+    return found
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_gradients_of_bf16_travel_in_the_models_type_or_as_deepspeed_is_told(
+    gloo_pool: Pools, stage: int
+) -> None:
+    pool = gloo_pool(2)
+    assert pool.run(types_between_ranks, stage, {}) == [{torch.bfloat16}] * 2
+    told = {"communication_data_type": "fp32"}
+    assert pool.run(types_between_ranks, stage, told) == [{torch.float32}] * 2
 
 
 def update_after_idle_steps(

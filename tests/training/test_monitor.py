@@ -5,14 +5,18 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from medvlp.config import MonitorConfig
 from medvlp.runs.errors import RunFolderError
 from medvlp.runs.metrics_file import MetricsFile, last_lines
+from medvlp.training.callbacks import StepRecord
+from medvlp.training.monitor import Monitor
 from medvlp.training.wandb_run import WandbRun, resolve_mode
 from tests.distributed_pool import Pools
 from tests.training.runs import Overrides, read_metrics, train
@@ -93,6 +97,26 @@ def test_metrics_of_a_run_and_its_offline_wandb_files(
     for item in history[:4]:
         assert 0 < item["system/node-0/memory_percent"] <= 100
         assert 0 <= item["system/node-0/cpu_percent"] <= 100
+
+
+def test_memory_that_the_allocator_holds_is_told_beside_what_it_gave_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The difference is what fragments cost; on a CPU there is no allocator to ask."""
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 << 29)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 5 << 29)
+    for step, kind in enumerate(("cuda", "cpu"), 1):
+        engine: Any = SimpleNamespace(device=torch.device(kind), gradient_norm=lambda: 1.0)
+        monitor = Monitor(tmp_path / f"{kind}.jsonl", 3, None, None)
+        monitor.on_start(0)
+        loss = {"loss": torch.tensor(0.5)}
+        monitor.on_step(StepRecord(step, 0, False, True, True, loss, [], 1e-3, 8, 0, 0.1, 0.0, engine))
+        monitor.on_end()
+        [line] = [json.loads(text) for text in (tmp_path / f"{kind}.jsonl").read_text().splitlines()]
+        if kind == "cuda":
+            assert (line["memory_gib"], line["memory_reserved_gib"]) == (1.5, 2.5)
+        else:
+            assert "memory_reserved_gib" not in line
 
 
 @pytest.mark.dist
