@@ -1,4 +1,4 @@
-"""Notices at once that a neighbouring rank has died, whoever started it. No torch."""
+"""Notices at once that a neighbouring rank has died, whoever started it."""
 
 import os
 import secrets
