@@ -26,6 +26,7 @@ from medvlp.training.callbacks import Callback, StepRecord
 from medvlp.training.engine import Engine
 from medvlp.training.interrupts import Interrupts
 from medvlp.training.monitor import Monitor
+from medvlp.training.on_device import on_device
 from medvlp.training.schedule import Schedule
 from medvlp.training.step_guard import StepGuard
 from medvlp.training.trainer import Trainer
@@ -115,7 +116,8 @@ def test_micro_batches_go_to_the_device_one_by_one(monkeypatch: pytest.MonkeyPat
     trainer: Any = object.__new__(Trainer)
     sizes = SimpleNamespace(accumulation=2)
     trainer.engine = SimpleNamespace(sizes=sizes, device=torch.device("meta"), step=lambda: None)
-    trainer.batches, trainer.watchdog = iter(parts), SimpleNamespace(mark=lambda *told: None)
+    trainer.batches = on_device(iter(parts), trainer.engine.device)
+    trainer.watchdog = SimpleNamespace(mark=lambda *told: None)
     trainer.callbacks = [SimpleNamespace(on_micro_batch=lambda batch, *rest: told.append(batch))]
     trainer.guard, trainer.refresh, trainer.step = None, None, 0
     trainer._exact_passes()
