@@ -55,7 +55,7 @@ test: $(INSTALLED)
 FLOOR ?= .floor
 LOWEST = $(shell sed -nE 's/^ *"(torch|torchvision)>=([0-9.]+)",.*/\1==\2/p' pyproject.toml)
 FLOOR_TESTS ?= tests/test_distributed.py tests/losses tests/methods tests/encoders tests/prototypes $(addprefix tests/training/test_, \
-  engine.py hangs.py resume.py checkpoint_elastic.py zero_agreement.py phases.py compile.py loss_scale.py bad_steps.py)
+  engine.py hangs.py resume.py checkpoint_elastic.py zero_agreement.py phases.py loss_scale.py bad_steps.py)
 test-floor: $(FLOOR)/.installed
 	$(FLOOR)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slurm" $(FLOOR_TESTS)
 

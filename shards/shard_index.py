@@ -1,6 +1,7 @@
 """The `.idx` file beside a tar: byte offsets and sizes of every member, so that any sample is one `pread`."""
 
 import json
+import mmap
 import os
 import re
 import struct
@@ -36,12 +37,14 @@ def map_shard_index(path: Path) -> memoryview:
         OSError: it cannot be read.
         JsonError: a pipe, device or folder, empty, or larger than `SHARD_INDEX_LIMIT`.
     """
-    import pyarrow  # a tenth of a second of imports; Python's own mapping would keep a descriptor each
-
     with open(open_regular(path), "rb") as file:  # noqa: PTH123 - a descriptor, not a path
         size = os.fstat(file.fileno()).st_size
         if not 0 < size <= SHARD_INDEX_LIMIT:
             raise JsonError(f"{size} bytes, not 1 to {SHARD_INDEX_LIMIT}")
+        try:
+            import pyarrow  # a tenth of a second of imports
+        except ImportError:  # a bare GPU machine (tests/cuda): Python's own mapping keeps a descriptor each
+            return memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
         with pyarrow.memory_map(str(path)) as mapped:
             return memoryview(mapped.read_buffer(size))
 

@@ -7,6 +7,7 @@ import http.server
 import json
 import os
 import struct
+import sys
 import threading
 import tracemalloc
 from collections.abc import Iterator
@@ -211,6 +212,18 @@ def test_a_header_that_claims_gigabytes_is_refused() -> None:
     for data in (b"MVLPIDX1\xff\xff\xff\xff{}", b"MVLPIDX1", b"MVLPIDX1\x02\0\0\0[]"):
         with pytest.raises(DataError, match="damaged shard index"):
             ShardIndex.from_bytes(data, "x.idx", 10240)
+
+
+def test_an_index_is_mapped_also_where_there_is_no_pyarrow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU machine without a network, which trains and builds no shards (tests/cuda)."""
+    index = ShardIndex.from_members([("a-0", {"jpg": (512, 400)})])
+    (tmp_path / "x.idx").write_bytes(index.to_bytes())
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    mapped = map_shard_index(tmp_path / "x.idx")
+    assert mapped.readonly
+    assert ShardIndex.from_bytes(mapped, "x.idx", 10240).members(0) == index.members(0)
 
 
 def test_an_opened_index_takes_ten_bytes_a_sample_of_this_process(tmp_path: Path) -> None:
