@@ -98,7 +98,8 @@ def assignment(place: Place, note: Note) -> None:
 def worker(place: Place, note: Note) -> None:
     """A cluster worker finds the clusters of the ring; for few of them it makes no context on the GPU."""
     clusters, rows = 8, 512
-    config = PrototypesConfig(sync=False, bank_rows=rows, iterations=5, worker_timeout_seconds=60)
+    patience = 500.0 if place.dry else 40.0
+    config = PrototypesConfig(sync=False, bank_rows=rows, iterations=5, worker_timeout_seconds=patience)
     with WorkerSupervisor() as supervisor:
         board = Board(supervisor.path)
         size = EmbeddingRing.size(rows, WIDTH)
@@ -110,7 +111,7 @@ def worker(place: Place, note: Note) -> None:
         ring.add(centers.repeat(rows // clusters, 1) + noise, torch.arange(rows), "image", 1)
         started = time.monotonic()
         board.request(0, 1, ring.written)
-        _wait_for(lambda: board.answered()[0] == 1, 200.0 if place.dry else 40.0)
+        _wait_for(lambda: board.answered()[0] == 1, patience)
         note("first_refresh_seconds", time.monotonic() - started)
         assert board.answered()[1] == READY
         table, metrics = read_table(board, board.other_slot)

@@ -32,7 +32,7 @@ from tests.methods.small import built, small_batch, small_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 #: Seconds for the whole run, on a machine that is busy with other tests.
-PATIENCE = 600
+PATIENCE = 900
 
 
 @pytest.fixture(scope="module")
