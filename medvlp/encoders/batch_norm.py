@@ -1,13 +1,14 @@
 """Batch normalisation over all ranks and over the valid positions only."""
 
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from medvlp.distributed import gather_with_gradient, world_size
+from medvlp.distributed import gather_rows, sum_over_ranks, world_size
 from medvlp.losses.normalise import at_least_float32
 
 
@@ -86,33 +87,33 @@ class GlobalBatchNorm(nn.SyncBatchNorm):
 
     def _any_ranks(self, input: Tensor, mask: Tensor | None, use_batch: bool) -> Tensor:
         values = at_least_float32(input)
+        weight, bias = (
+            None if value is None else value.to(values.dtype) for value in (self.weight, self.bias)
+        )
         if use_batch:
-            mean, variance = self._batch_statistics(values, mask)
-        else:
-            assert self.running_mean is not None
-            assert self.running_var is not None
-            mean, variance = self.running_mean.to(values.dtype), self.running_var.to(values.dtype)
-        scale = torch.rsqrt(variance + self.eps)
-        if self.affine:
-            scale = scale * self.weight.to(values.dtype)
+            return self._by_batch(values, mask, weight, bias).to(input.dtype)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        scale = torch.rsqrt(self.running_var.to(values.dtype) + self.eps)
+        scale = scale if weight is None else scale * weight
         shape = (1, -1, *([1] * (input.ndim - 2)))
-        output = (values - mean.view(shape)) * scale.view(shape)
-        if self.affine:
-            output = output + self.bias.to(values.dtype).view(shape)
-        return output.to(input.dtype)
+        output = (values - self.running_mean.to(values.dtype).view(shape)) * scale.view(shape)
+        return (output if bias is None else output + bias.view(shape)).to(input.dtype)
 
-    def _batch_statistics(self, values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Mean [C] and biased variance [C] over the valid positions; moves the running averages."""
-        rows = values.movedim(1, -1).reshape(-1, values.shape[1])
+    def _by_batch(
+        self, values: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        """Normalise by the statistics of the valid positions; moves the running averages."""
+        moved = values.movedim(1, -1)
+        rows = moved.reshape(-1, values.shape[1])
         valid = torch.ones_like(rows[:, :1]) if mask is None else mask.reshape(-1, 1).to(rows.dtype)
-        count = valid.sum()
-        mean = (rows * valid).sum(0) / count.clamp(min=1)
-        squares = ((rows - mean).square() * valid).sum(0)
-        if self.synchronise and world_size() > 1:
-            count, mean, squares = _merge_ranks(count, mean, squares)
+        normalise = _across_ranks if self.synchronise and world_size() > 1 else _NormaliseRows.apply
+        output, count, mean, squares = normalise(rows, valid, weight, bias, self.eps)
         if self.training and self.running_mean is not None:
             self._move_running_averages(count, mean, squares)
-        return mean, squares / count.clamp(min=1)
+        result: Tensor = output.view(moved.shape).movedim(-1, 1)
+        # Where channels are not last, in memory as it came.
+        return result.contiguous() if values.is_contiguous() else result
 
     @torch.no_grad()
     def _move_running_averages(self, count: Tensor, mean: Tensor, squares: Tensor) -> None:
@@ -141,10 +142,61 @@ class GlobalBatchNorm(nn.SyncBatchNorm):
         return self
 
 
+class _NormaliseRows(torch.autograd.Function):
+    """By hand: autograd goes through memory nearly three times as often, and keeps as many copies."""
+
+    @staticmethod
+    def forward(
+        context: Any,
+        rows: Tensor,
+        valid: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        shared: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """[N, C] rows normalised, and count, mean [C] and centred squares [C] of the valid ones ([N, 1])."""
+        count, centred = valid.sum(), rows * valid
+        mean = centred.sum(0) / count.clamp(min=1)
+        torch.sub(rows, mean, out=centred)
+        output = centred.square()
+        squares = output.mul_(valid).sum(0)
+        if shared:
+            count, merged, squares = _merge_ranks(count, mean, squares)
+            centred -= merged - mean
+            mean = merged
+        spread = torch.rsqrt(squares / count.clamp(min=1) + eps)
+        scale = spread if weight is None else spread * weight
+        torch.mul(centred, scale, out=output)
+        context.save_for_backward(centred, valid, spread, scale, count)
+        context.shared, context.affine = shared, weight is not None
+        context.mark_non_differentiable(count, mean, squares)
+        return output if bias is None else output.add_(bias), count, mean, squares
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, gradient: Tensor, *nothing: Tensor) -> tuple[Tensor | None, ...]:
+        centred, valid, spread, scale, count = context.saved_tensors
+        result = gradient * centred
+        own = torch.stack([gradient.sum(0), result.sum(0)])
+        # Every rank's rows move the statistics that normalise those of all.
+        total, along = (sum_over_ranks(own) if context.shared else own) * (scale / count.clamp(min=1))
+        torch.mul(centred, -along * spread.square(), out=result)
+        result.sub_(total).mul_(valid).addcmul_(gradient, scale)
+        affine = (own[1] * spread, own[0]) if context.affine else (None, None)
+        return result, None, *affine, None, None
+
+
+# Not compiled: collectives inside a graph have to be torch's own functional ones.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
+def _across_ranks(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = _NormaliseRows.apply(*arguments, True)
+    return result
+
+
 def _merge_ranks(count: Tensor, mean: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Statistics of the union of all ranks' rows from each rank's (count, mean [C], centred squares [C])."""
-    packed = gather_with_gradient(torch.cat([count[None], mean, squares])[None])
+    packed = gather_rows(torch.cat([count[None], mean, squares])[None])
     counts, means, all_squares = packed[:, :1], packed[:, 1 : 1 + len(mean)], packed[:, 1 + len(mean) :]
     total = counts.sum()
     merged = (counts * means).sum(0) / total.clamp(min=1)

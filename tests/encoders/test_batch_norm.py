@@ -42,11 +42,15 @@ def on_ranks(values: np.ndarray, mask: np.ndarray | None, edges: list[int], conv
     own = slice(edges[rank()], edges[rank() + 1])
     inputs = torch.from_numpy(values[own]).requires_grad_()
     norm = GlobalBatchNorm(values.shape[1]).double()
+    with torch.no_grad():
+        norm.weight.copy_(torch.linspace(0.5, 2, len(norm.weight)))
     valid = None if mask is None else torch.from_numpy(mask[own])
     output = norm(inputs, valid)
     weights = torch.arange(values[0].size, dtype=torch.float64).reshape(values[0].shape)
     (output * weights).square().sum().backward()
-    return output.detach().numpy(), inputs.grad.numpy(), norm.running_mean.numpy(), norm.running_var.numpy()
+    averages = norm.running_mean.numpy(), norm.running_var.numpy()
+    learned = torch.stack([norm.weight.grad, norm.bias.grad]).numpy()
+    return output.detach().numpy(), inputs.grad.numpy(), *averages, learned
 
 
 @pytest.mark.dist
@@ -64,6 +68,25 @@ def test_ranks_with_unequal_rows_equal_one_process(gloo_pool, masked: bool) -> N
     for result in results:
         np.testing.assert_allclose(result[2], expected[2], atol=1e-12)
         np.testing.assert_allclose(result[3], expected[3], atol=1e-12)
+    np.testing.assert_allclose(sum(r[4] for r in results), expected[4], rtol=1e-10)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", [(7, 3), (2, 3, 4)])
+def test_gradients_with_a_mask_are_those_of_the_formula(shape: tuple[int, ...], affine: bool) -> None:
+    """Against finite differences; invalid positions are normalised too, but do not count."""
+    generator = torch.Generator().manual_seed(0)
+    norm = GlobalBatchNorm(3, affine).double()
+    values = (torch.randn(shape, generator=generator, dtype=torch.float64) + 2).requires_grad_()
+    mask = torch.rand((shape[0], *shape[2:]), generator=generator) < 0.6
+    learned = tuple(norm.parameters())
+
+    def run(values: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        given = dict(zip(("weight", "bias"), parameters, strict=False))
+        return torch.func.functional_call(norm, given, (values, mask))
+
+    assert torch.autograd.gradcheck(run, (values, *learned))
+    assert run(values, *learned).is_contiguous()
 
 
 def test_large_offset_keeps_precision() -> None:
