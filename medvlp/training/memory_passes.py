@@ -18,7 +18,7 @@ from medvlp.config import Config
 from medvlp.data.batch import Batch
 from medvlp.methods.base import DividedMethod, Method
 from medvlp.training.accumulation import Encodings, weighted_sum
-from medvlp.training.operations import example_batch
+from medvlp.training.operations import example_batch, fake_tensors
 
 #: Micro-batches of the fake passes; memory in between and beyond follows a line through them.
 _SMALL, _LARGE = 4, 8
@@ -64,7 +64,7 @@ def measure_passes(method: Method, config: Config, share: int, gpu: bool) -> Pas
     """
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
     method = method.to(kind)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, _kernels(gpu):
+    with fake_tensors() as mode, _kernels(gpu):
         _become_fake(method, mode)
         whole = _line(method, config, lambda batch: method(batch, None).loss.backward())
         if not isinstance(method, DividedMethod):

@@ -172,7 +172,8 @@ def test_weights_add_up(name: str, key: str) -> None:
             method = built(config).double()
         except ConfigError:
             pytest.skip(f"{name} needs {key}: without it the rest of the config is refused")
-        shared = {k: v for k, v in whole.state_dict().items() if k in method.state_dict()}
+        own = method.state_dict()
+        shared = {name: value for name, value in whole.state_dict().items() if name in own}
         method.load_state_dict(shared)
         output = step_of(method)
         losses.append(output.loss.item())

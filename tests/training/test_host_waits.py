@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import medvlp.methods.place.terms
@@ -27,6 +26,7 @@ from medvlp.training.engine import Engine
 from medvlp.training.interrupts import Interrupts
 from medvlp.training.monitor import Monitor
 from medvlp.training.on_device import on_device
+from medvlp.training.operations import fake_tensors
 from medvlp.training.schedule import Schedule
 from medvlp.training.step_guard import StepGuard
 from medvlp.training.trainer import Trainer
@@ -69,7 +69,7 @@ def _matched(cost: Tensor, *rest: Any) -> Tensor:
 
 def waits_of_a_pass(objective: Objective, batch: Batch) -> list[str]:
     """What waits in a forward pass on a fake device, of which another has been made before."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with fake_tensors() as mode:
         for module in objective.modules():
             for name, value in module._parameters.items():
                 if value is not None:
