@@ -192,6 +192,11 @@ def _schema_tree(method: tuple[str, type[MethodConfig]], *tasks: tuple[str, type
     return cast(DictConfig, tree)
 
 
+@functools.cache
+def _structured(schema: type[Schema]) -> DictConfig:
+    return cast(DictConfig, OmegaConf.structured(schema))
+
+
 def load_schema(file: Path | str, schema: type[Schema]) -> Schema:
     """Read one YAML file into a dataclass that is no run's config, with the same checks and messages.
 
@@ -204,7 +209,8 @@ def load_schema(file: Path | str, schema: type[Schema]) -> Schema:
     """
     values, written = _plain_values(Path(file))
     values = trust.escaped(values)  # a job's shell reads `${NAME}`, not this program
-    tree = _merge_sources(OmegaConf.structured(schema), [_Source(str(file), values, written)])
+    tree = copy.deepcopy(_structured(schema))  # type: ignore[arg-type]  # classes are hashable
+    tree = _merge_sources(tree, [_Source(str(file), values, written)])
     loaded = cast(Schema, _resolved(tree))
     try:
         _check_values(loaded)
