@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import yaml
-from omegaconf import DictConfig, OmegaConf, ValueNode
+from omegaconf import MISSING, DictConfig, OmegaConf, ValueNode
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from medvlp import trust
@@ -261,7 +261,8 @@ def _merge(values: Mapping[str, Any], tree: DictConfig) -> None:
         if is_section(node) and isinstance(value, Mapping):
             _merge(value, cast(DictConfig, node))
         elif isinstance(node, ValueNode) and not isinstance(value, Mapping | list):
-            OmegaConf.update(tree, key, value)
+            if value != MISSING:  # a template leaves what others have said
+                OmegaConf.update(tree, key, value)
         else:
             tree.merge_with({key: value})
 

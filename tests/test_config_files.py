@@ -51,6 +51,18 @@ def test_later_sources_win(tmp_path: Path) -> None:
     assert config.image.options == {"depth": 2, "embed_dim": 8}
 
 
+def test_a_template_leaves_what_others_have_said(tmp_path: Path) -> None:
+    template = tmp_path / "template.yaml"
+    template.write_text("data:\n  root: ???\ntrain:\n  seed: ???\n")
+    site = tmp_path / "site.yaml"
+    site.write_text("train: {seed: 4}\n")
+    for files in ([site, template], [template, site]):
+        config = config_files.load(files, COMPLETE, SCHEMAS)
+        assert (config.data.root, config.train.seed) == ("data", 4)
+    with pytest.raises(ConfigError, match=r"no value for data\.root"):
+        config_files.load([template], COMPLETE[:1], SCHEMAS)
+
+
 def test_the_method_brings_its_own_keys() -> None:
     config = load("method.name=other", "method.temperature=0.5")
     assert isinstance(config.method, OtherConfig)

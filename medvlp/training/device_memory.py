@@ -27,7 +27,16 @@ def is_memory_error(error: RuntimeError) -> bool:
     """Whether torch, or a library of CUDA, lacked memory of the GPU."""
     if isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in _WORDS):
         return True
-    return _UNEXPLAINED in str(error) and torch.cuda.is_available() and torch.cuda.mem_get_info()[0] < _FULL
+    return _UNEXPLAINED in str(error) and torch.cuda.is_available() and _is_full()
+
+
+def _is_full() -> bool:
+    """Whether hardly any memory is left beside what torch keeps for its own later use."""
+    try:
+        spare = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info()[0] + spare < _FULL
+    except RuntimeError:  # after some errors the GPU answers nothing any more
+        return False
 
 
 @contextmanager

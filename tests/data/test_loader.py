@@ -308,9 +308,9 @@ def test_an_end_that_was_taken_for_something_else_is_named() -> None:
     ):
         taken = EncoderError("cannot take images")
         taken.__cause__ = error
-        assert type(_named(taken, 1)) is type(_named(error, 1)) is not EncoderError
+        assert type(_named(taken, 1, "")) is type(_named(error, 1, "")) is not EncoderError
     taken.__cause__ = RuntimeError("sizes do not match")
-    assert _named(taken, 1) is taken
+    assert _named(taken, 1, "") is taken
     missed = LostPeerError("not all ranks met")
     missed.__cause__ = RuntimeError("Timed out waiting")
-    assert _named(missed, 1) is missed
+    assert _named(missed, 1, "") is missed

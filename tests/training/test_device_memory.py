@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -53,16 +54,29 @@ def test_a_library_of_cuda_without_memory_is_named_like_torch(words: str) -> Non
         raise RuntimeError(words)
 
 
-@pytest.mark.parametrize("free", [10 << 20, 10 << 30])
+@pytest.mark.parametrize(("free", "spare"), [(10 << 20, 0), (10 << 30, 0), (10 << 20, 20 << 30)])
 def test_an_error_that_nccl_does_not_explain_is_of_memory_on_a_full_gpu_only(
-    free: int, monkeypatch: pytest.MonkeyPatch
+    free: int, spare: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """What torch keeps for its own later use is not used."""
+    full = free + spare < 1 << 30
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 80 << 30))
-    told = pytest.raises(DeviceMemoryError if free < 1 << 30 else RuntimeError)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: spare + (1 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1 << 30)
+    told = pytest.raises(DeviceMemoryError if full else RuntimeError)
     with told as raised, naming_memory("backward pass", Config(), 64):
         raise RuntimeError(NCCL)
-    assert ("80.0 of 80.0 GiB in use" in str(raised.value)) == (free < 1 << 30)
+    assert ("80.0 of 80.0 GiB in use" in str(raised.value)) == full
+
+
+def test_a_gpu_that_answers_nothing_any_more_keeps_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", mock.Mock(side_effect=RuntimeError("device-side assert")))
+    with pytest.raises(RuntimeError, match="unhandled"), naming_memory("backward pass", Config(), 64):
+        raise RuntimeError(NCCL)
 
 
 @pytest.mark.parametrize(
