@@ -16,6 +16,7 @@ from packaging.version import Version
 
 from medvlp import distributed
 from medvlp.ranks import LostPeerError, claim_first_error
+from medvlp.runs.errors import AgreedError
 from medvlp.runs.events import EVENTS, EventLog
 from medvlp.training.neighbours import Neighbours
 from shards.errors import MedvlpError
@@ -54,24 +55,32 @@ def record_flights(folder: Path) -> None:
         os.environ.setdefault(name, value)
 
 
-def _lost_key() -> str:
-    """Under which the store of the ranks has the rank that ended; torchrun's serves later starts as well."""
-    return f"medvlp/lost/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+def _lost_key(run: str = "") -> str:
+    return f"medvlp/lost/{run}"
 
 
-def announce_lost(store: Any, text: str) -> None:
-    """Tell all ranks which of them has ended and how; the first word stands. `store`: where they met."""
-    store.compare_set(_lost_key(), "", text)
+def announce_lost(store: Any, text: str, run: str = "") -> None:
+    """Tell all ranks which of them has ended and how; the first word stands.
+
+    Args:
+        store: where they met.
+        text: which and how.
+        run: of a rank, its start (`Neighbours.run`): torchrun's store serves later ones too. A launcher
+            serves one.
+    """
+    store.compare_set(_lost_key(run), "", text)
 
 
-def lost_rank(store: Any) -> str:
-    """What `announce_lost` was told; "" as long as all ranks live.
+def lost_rank(store: Any, run: str = "") -> str:
+    """What `announce_lost` was told by the launcher, or by a rank of `run`; "" as long as all ranks live.
 
     Raises:
         RuntimeError: the store is gone, and with it the process that kept it.
     """
-    key = _lost_key()
-    return store.get(key).decode(errors="replace") if store.check([key]) else ""
+    for key in (_lost_key(), _lost_key(run)):
+        if store.check([key]):
+            return str(store.get(key).decode(errors="replace"))
+    return ""
 
 
 class HangError(MedvlpError):
@@ -150,9 +159,9 @@ class Watchdog:
 
     def __enter__(self) -> Self:
         """Start watching; needs the process group, and all ranks."""
-        self._neighbours.meet()
         self._store = distributed.shared_store()
         self._rank, self._ranks = distributed.rank(), distributed.world_size()
+        self._neighbours.meet()  # from here on one may be lost, which the store is told
         self._since = time.monotonic()
         self._earlier_events = _size(self.run_dir / EVENTS)
         for target in (self._publish, self._watch):
@@ -166,7 +175,8 @@ class Watchdog:
         lost_peer = error is not None and distributed.is_lost_peer(error)
         if lost_peer:
             self.lost = self._await_name()
-        self._neighbours.leave(goodbye=error is None or lost_peer)
+        # An agreed error is every rank's: none has lost another.
+        self._neighbours.leave(goodbye=error is None or lost_peer or isinstance(error, AgreedError))
         self._done.set()
         for thread in self._threads:
             thread.join(timeout=_STORE_SECONDS)  # the publisher may wait for a store that is gone
@@ -174,17 +184,24 @@ class Watchdog:
     def _announce(self, rank: int) -> None:
         """A neighbour is gone; in a thread of `Neighbours`."""
         if not self._done.wait(_LAUNCHER_SECONDS):
-            with suppress(RuntimeError):  # the store is gone too, which tells the others as much
-                announce_lost(self._store, f"{self._neighbours.name(rank)}, which is gone")
+            text = f"{self._neighbours.name(rank)}, which is gone"
+            # A store that does not answer is gone too, which tells the others as much.
+            _within(_STORE_SECONDS, lambda: announce_lost(self._store, text, self._neighbours.run))
 
     def _await_name(self) -> str:
         """Who is lost, as somebody will have said soon."""
+        said: list[str] = []
         until = time.monotonic() + _NAMING_SECONDS
-        with suppress(RuntimeError):
-            while not (lost := lost_rank(self._store)) and time.monotonic() < until:
-                time.sleep(0.1)
-            return lost
-        return ""
+
+        def look() -> None:
+            while not said and time.monotonic() < until:
+                if lost := lost_rank(self._store, self._neighbours.run):
+                    said.append(lost)
+                else:
+                    time.sleep(0.1)
+
+        _within(_NAMING_SECONDS, look)
+        return said[0] if said else ""
 
     def _interval(self) -> float:
         return min(5.0, max(0.2, (self.limit or 60.0) / 20))
@@ -195,7 +212,7 @@ class Watchdog:
             heartbeat += 1
             try:
                 self._store.set(_key(self._rank), json.dumps(self._place._replace(heartbeat=heartbeat)))
-                lost = lost_rank(self._store)
+                lost = lost_rank(self._store, self._neighbours.run)
             except RuntimeError:
                 lost = "rank 0, which kept the store of the process group"
             if lost:

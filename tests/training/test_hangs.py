@@ -18,9 +18,12 @@ from launcher.local import free_port
 from medvlp import distributed
 from medvlp.config import Config
 from medvlp.config_files import ConfigError
+from medvlp.ranks import LostPeerError
+from medvlp.runs.errors import AgreedError
 from medvlp.runs.events import EventLog
 from medvlp.training import hangs, run
-from medvlp.training.hangs import RankStatus, Watchdog, announce_lost, record_flights
+from medvlp.training.hangs import RankStatus, Watchdog, announce_lost, lost_rank, record_flights
+from medvlp.training.neighbours import Neighbours
 from medvlp.training.pretrain import Pretraining
 from tests.distributed_pool import imported
 
@@ -177,6 +180,74 @@ def test_a_rank_that_died_ends_the_others(
         "rank 0 lost rank 3 (node 1), which was killed by SIGKILL (it waits in forward and backward of step"
     )
     assert (said in capsys.readouterr().err) == (main_thread == "waits for ever")
+
+
+def test_a_word_of_an_earlier_start_ends_no_later_one() -> None:
+    """Torchrun's store serves all rounds of a job, and not every new round counts as a restart."""
+    store = distributed.host_store()
+    announce_lost(store, "rank 3 on gone, which is gone", "an earlier start")
+    assert lost_rank(store, "this start") == ""
+    announce_lost(store, "rank 1 on here, which is gone", "this start")
+    announce_lost(store, "rank 2 on here, which ended because of it", "this start")
+    assert lost_rank(store, "this start") == "rank 1 on here, which is gone"
+    announce_lost(store, "rank 1 (node 0), which was killed by SIGKILL")
+    assert lost_rank(store, "this start") == "rank 1 (node 0), which was killed by SIGKILL"
+
+
+@pytest.mark.parametrize(
+    ("error", "goodbye"),
+    [
+        (None, True),
+        (ConfigError("of this rank"), False),
+        (AgreedError("of all ranks"), True),
+        (LostPeerError("of another rank"), True),
+    ],
+)
+def test_who_ends_with_an_error_of_its_own_says_no_goodbye(
+    error: Exception | None, goodbye: bool, watchdog: Watchdog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[bool] = []
+    monkeypatch.setattr(watchdog._neighbours, "leave", lambda goodbye: said.append(goodbye))
+    monkeypatch.setattr(watchdog, "_await_name", lambda: "")
+    watchdog.__exit__(None if error is None else type(error), error, None)
+    assert said == [goodbye]
+
+
+def test_a_store_that_does_not_answer_holds_nobody_up(
+    watchdog: Watchdog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of a machine that is gone: a call of it may wait for as long as the run's own limits."""
+
+    class Gone:
+        def waits(self, *_: object) -> None:
+            threading.Event().wait(60)
+
+        check = compare_set = waits
+
+    for name in ("_STORE_SECONDS", "_NAMING_SECONDS", "_LAUNCHER_SECONDS"):
+        monkeypatch.setattr(hangs, name, 0.1)
+    watchdog._store = Gone()
+    watchdog._neighbours._machines = ["here", "gone"]
+    began = time.monotonic()
+    watchdog._announce(1)
+    assert watchdog._await_name() == ""
+    assert time.monotonic() - began < 30
+
+
+def test_a_neighbour_may_die_as_soon_as_it_is_met(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hangs, "_LAUNCHER_SECONDS", 0.0)
+    monkeypatch.setattr(hangs, "_OWN_SECONDS", 60.0)
+
+    def meet(self: Neighbours) -> None:
+        self._machines, self.run = ["here", "there"], "a start of this test"
+        self._lost(1)
+
+    monkeypatch.setattr(Neighbours, "meet", meet)
+    distributed.initialize()
+    with pytest.raises(LostPeerError), Watchdog(tmp_path, 1800, 60) as dog:
+        raise LostPeerError("of another rank")
+    assert dog.lost == "rank 1 on there, which is gone"
+    distributed.shutdown()
 
 
 @pytest.mark.parametrize(
