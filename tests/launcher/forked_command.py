@@ -1,8 +1,8 @@
 """`medvlp` commands whose processes are forked from one that has imported everything, for 15 s of a core.
 
 Launcher and ranks are processes like those of a shell, with their own signals, sessions and exit codes; only
-the start of Python is left out. Tests of that start (variables that are read at an import, other launchers)
-start `python -m launcher.main`.
+the start of Python is left out, but for `sitecustomize`. Tests of that start (variables that are read at an
+import, other launchers) start `python -m launcher.main`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import gc
 import os
+import runpy
 import select
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import time
 import traceback
 from collections.abc import Mapping
 from multiprocessing.reduction import DupFd
+from pathlib import Path
 from typing import Any, NoReturn
 
 from tests.distributed_pool import imported
@@ -126,6 +128,10 @@ def _run(arguments: tuple[str, ...], environment: dict[str, str]) -> NoReturn:
 
     os.environ.clear()
     os.environ |= environment
+    for folder in filter(None, environment.get("PYTHONPATH", "").split(os.pathsep)):
+        if (customisation := Path(folder) / "sitecustomize.py").is_file():  # as Python at its start
+            runpy.run_path(str(customisation))
+            break
     sys.argv = ["medvlp", *arguments]
     try:
         main.run()

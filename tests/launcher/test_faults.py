@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -47,14 +46,7 @@ class Run:
             "pretrain", *TINY, f"data.root={data}", f"run.dir={folder}", "train.steps=100000", *more,
             "--nproc", str(ranks),
         ]  # fmt: skip
-        self.process: ForkedCommand | subprocess.Popen[str]
-        if "PYTHONPATH" in variables:  # what Python reads at its start
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "launcher.main", *command], stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, text=True, env=environment() | variables,
-            )  # fmt: skip
-        else:
-            self.process = ForkedCommand(*command, environment=environment() | variables)
+        self.process = ForkedCommand(*command, environment=environment() | variables)
         deadline = time.monotonic() + PATIENCE
         while self.steps() < steps:
             if time.monotonic() > deadline or self.process.poll() is not None:
@@ -143,7 +135,7 @@ def test_an_error_nobody_foresaw_in_a_data_worker_is_named(data, tmp_path, ranks
     poison = str(Path(__file__).parents[1] / "drills" / "poison")
     run = Run(
         data, tmp_path / "run", f"data.workers={workers}", steps=0, ranks=ranks,
-        PYTHONPATH=os.pathsep.join([poison, str(Path(__file__).parents[2])]), MEDVLP_DRILL_FAIL="40",
+        PYTHONPATH=poison, MEDVLP_DRILL_FAIL="40",
     )  # fmt: skip
     code, output, _ = run.end()
     assert code == 3, output
