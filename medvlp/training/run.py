@@ -2,12 +2,13 @@
 
 import gc
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from rich.console import Console
@@ -157,15 +158,34 @@ def _named(error: Exception, rank: int, lost: str) -> Exception:
     return error if death is None else LoaderError(f"rank {rank}: {death}")
 
 
+class _Passing(logging.Handler):
+    """Lets the end of a data worker through, which torch raises wherever the process is at that moment.
+
+    Logging takes what is raised in it for its own error, shows a traceback and goes on.
+    """
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        error = sys.exc_info()[1]
+        if isinstance(error, RuntimeError) and worker_death(error):
+            raise error
+        super().handleError(record)
+
+
+class _Console(_Passing, RichHandler): ...
+
+
+class _Lines(_Passing, logging.StreamHandler[TextIO]): ...
+
+
 def configure_logging(rank: int) -> Console:
     """Rank 0 tells what happens, the others only warn."""
     console = Console(stderr=True)
     handler: logging.Handler
     if rank == 0 and console.is_terminal:
-        handler = RichHandler(console=console, show_path=False, markup=False)
+        handler = _Console(console=console, show_path=False, markup=False)
         handler.setFormatter(logging.Formatter("%(message)s"))
     else:
-        handler = logging.StreamHandler()
+        handler = _Lines()
         prefix = "" if rank == 0 else f"rank {rank}: "
         handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
     for name in ("medvlp", "shards"):

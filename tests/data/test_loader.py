@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import multiprocessing
 import os
 import pickle
+import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +27,7 @@ from medvlp.data.transforms import DRAWS, SampleRandom, evaluation_view, trainin
 from medvlp.data.workers import kill_workers, worker_death
 from medvlp.encoders.backbones import EncoderError
 from medvlp.ranks import LostPeerError
-from medvlp.training.run import _named
+from medvlp.training.run import _named, configure_logging
 from shards.errors import DataError
 from shards.images import decode_image
 from shards.reader import ShardReader
@@ -314,3 +317,20 @@ def test_an_end_that_was_taken_for_something_else_is_named() -> None:
     missed = LostPeerError("not all ranks met")
     missed.__cause__ = RuntimeError("Timed out waiting")
     assert _named(missed, 1, "") is missed
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_end_of_a_worker_during_a_message_is_no_error_of_logging(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def write(text: str) -> int:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    stream = SimpleNamespace(write=write, flush=lambda: None, isatty=lambda: terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", stream)
+        configure_logging(0)
+        with pytest.raises(RuntimeError, match="DataLoader worker"):
+            logging.getLogger("medvlp").warning("a message")
+    assert "Logging error" not in capfd.readouterr().err
