@@ -1,7 +1,7 @@
 """A GPU that is out of memory: one error that names the keys which help."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -32,11 +32,10 @@ def is_memory_error(error: RuntimeError) -> bool:
 
 def _is_full() -> bool:
     """Whether hardly any memory is left beside what torch keeps for its own later use."""
-    try:
+    with suppress(RuntimeError):  # after some errors the GPU answers nothing any more
         spare = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return torch.cuda.mem_get_info()[0] + spare < _FULL
-    except RuntimeError:  # after some errors the GPU answers nothing any more
-        return False
+    return False
 
 
 @contextmanager
@@ -49,12 +48,8 @@ def naming_memory(part: str, config: Config, micro_batch: int) -> Iterator[None]
     Raises:
         DeviceMemoryError: in place of torch's.
     """
-    try:
+    with _naming(lambda: _story(part, config, micro_batch)):
         yield
-    except RuntimeError as error:
-        if not is_memory_error(error):
-            raise
-        raise DeviceMemoryError(_story(part, config, micro_batch)) from error
 
 
 @contextmanager
@@ -64,18 +59,18 @@ def naming_setup(config: Config) -> Iterator[None]:
     Raises:
         DeviceMemoryError: in place of torch's.
     """
+    with _naming(lambda: _story_of_setup(config)):
+        yield
+
+
+@contextmanager
+def _naming(told: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
         if not is_memory_error(error):
             raise
-        remedies = ["See with nvidia-smi whether another process holds memory of it"]
-        if config.zero.stage < 3 and distributed.world_size() > 1:
-            remedies.append(f"raise zero.stage to 3 (it is {config.zero.stage})")
-        if not config.zero.offload_optimizer:
-            remedies.append("set zero.offload_optimizer=true")
-        place = _place("set-up of weights and optimiser")
-        raise DeviceMemoryError(f"{place}. {'; '.join(remedies)}") from error
+        raise DeviceMemoryError(told()) from error
 
 
 @contextmanager
@@ -98,9 +93,19 @@ def naming_validation(config: Config) -> Iterator[None]:
 def _place(part: str) -> str:
     used = ""
     if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        used = f" ({(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB in use)"
+        with suppress(RuntimeError):  # after some errors the GPU answers nothing any more
+            free, total = torch.cuda.mem_get_info()
+            used = f" ({(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB in use)"
     return f"rank {distributed.rank()}: the GPU is out of memory in the {part}{used}"
+
+
+def _story_of_setup(config: Config) -> str:
+    remedies = ["See with nvidia-smi whether another process holds memory of it"]
+    if config.zero.stage < 3 and distributed.world_size() > 1:
+        remedies.append(f"raise zero.stage to 3 (it is {config.zero.stage})")
+    if not config.zero.offload_optimizer:
+        remedies.append("set zero.offload_optimizer=true")
+    return f"{_place('set-up of weights and optimiser')}. {'; '.join(remedies)}"
 
 
 def _story(part: str, config: Config, micro_batch: int) -> str:

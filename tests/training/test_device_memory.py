@@ -70,13 +70,20 @@ def test_an_error_that_nccl_does_not_explain_is_of_memory_on_a_full_gpu_only(
     assert ("80.0 of 80.0 GiB in use" in str(raised.value)) == full
 
 
-def test_a_gpu_that_answers_nothing_any_more_keeps_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [(NCCL, r"unhandled cuda error"), (OF_LIBRARIES[2], r"out of memory in the backward pass\.")],
+)
+def test_a_gpu_that_answers_nothing_any_more_keeps_its_error(
+    words: str, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", mock.Mock(side_effect=RuntimeError("device-side assert")))
-    with pytest.raises(RuntimeError, match="unhandled"), naming_memory("backward pass", Config(), 64):
-        raise RuntimeError(NCCL)
+    told = pytest.raises((RuntimeError, DeviceMemoryError), match=named)
+    with told, naming_memory("backward pass", Config(), 64):
+        raise RuntimeError(words)
 
 
 @pytest.mark.parametrize(

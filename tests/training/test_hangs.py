@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -336,12 +336,10 @@ def rank_of_torchrun(rank: int, port: int, folder: Path, end: str) -> None:
             time.sleep(hangs._LAUNCHER_SECONDS + 2)  # the others have long left, without a word of a loss
 
 
-@pytest.mark.dist
-@pytest.mark.parametrize("end", ["killed", "an error", "done"])
-def test_a_rank_that_ends_is_noticed_whoever_started_it(end: str, tmp_path: Path) -> None:
-    """Torchrun's agents tell nobody on other nodes; under NCCL the ranks there would wait for minutes."""
+def exit_codes(rank: Callable[..., None], count: int, *arguments: object) -> list[int | None]:
+    """Of the processes that run `rank(number, port, *arguments)`, once they have ended by themselves."""
     port, context = free_port(), imported()
-    ranks = [context.Process(target=rank_of_torchrun, args=(rank, port, tmp_path, end)) for rank in range(3)]
+    ranks = [context.Process(target=rank, args=(number, port, *arguments)) for number in range(count)]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -349,9 +347,16 @@ def test_a_rank_that_ends_is_noticed_whoever_started_it(end: str, tmp_path: Path
     alive = [process.is_alive() for process in ranks]
     for process in ranks:
         process.kill()
+    assert alive == [False] * count
+    return [process.exitcode for process in ranks]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("end", ["killed", "an error", "done"])
+def test_a_rank_that_ends_is_noticed_whoever_started_it(end: str, tmp_path: Path) -> None:
+    """Torchrun's agents tell nobody on other nodes; under NCCL the ranks there would wait for minutes."""
+    codes = exit_codes(rank_of_torchrun, 3, tmp_path, end)
     os.kill(int((tmp_path / "worker").read_text()), signal.SIGKILL)
-    assert alive == [False] * 3
-    codes = [process.exitcode for process in ranks]
     assert codes == {"killed": [6, 6, -9], "an error": [6, 6, 1], "done": [0, 0, 0]}[end]
     for rank in (0, 1):
         said = (tmp_path / f"said-{rank}").read_text()
@@ -360,17 +365,7 @@ def test_a_rank_that_ends_is_noticed_whoever_started_it(end: str, tmp_path: Path
 
 
 def test_an_error_ends_a_rank_that_cannot_leave_its_group(tmp_path: Path) -> None:
-    port, context = free_port(), imported()
-    ranks = [context.Process(target=rank_that_fails, args=(rank, port, tmp_path / "run")) for rank in (0, 1)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(120)
-    alive = [process.is_alive() for process in ranks]
-    for process in ranks:
-        process.kill()
-    assert alive == [False, False]
-    assert [process.exitcode for process in ranks] == [ConfigError.exit_code] * 2
+    assert exit_codes(rank_that_fails, 2, tmp_path / "run") == [ConfigError.exit_code] * 2
     for rank in (0, 1):
         assert f"error: planned error of rank {rank}" in (tmp_path / f"said-{rank}").read_text()
 
