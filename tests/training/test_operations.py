@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from medvlp.config import PhaseConfig
 from medvlp.data.batch import join
 from medvlp.methods.registry import build_method
-from medvlp.training.operations import count_operations, example_batch, peak_tflops, step_work
+from medvlp.training.operations import count_operations, example_batch, fake_tensors, peak_tflops, step_work
 from medvlp.training.schedule import Schedule
 from tests.distributed_pool import Pools
 from tests.methods.small import small_config
@@ -134,3 +134,10 @@ def test_metrics_of_a_run_hold_operations_and_their_share_of_the_peak(
         assert line["mfu"] == pytest.approx(speed / 0.001, rel=1e-3)
     gloo_pool(2).run(train, overrides("train.steps=3", "monitor.peak_tflops=null"))
     assert "mfu" not in read_metrics(tmp_path / "run")[-1]
+
+
+def test_torch_is_asked_for_gpus_again_after_fake_tensors() -> None:
+    before = torch.cuda.is_available
+    with pytest.raises(RuntimeError, match="planned"), fake_tensors():
+        raise RuntimeError("planned")
+    assert torch.cuda.is_available is before
