@@ -211,7 +211,7 @@ class TrainConfig:
         "precision=fp32, of losses and batch norms in 16 bit; false: exact and slower",
     )
     compile: bool = key(False, "torch.compile for transformer blocks and projection heads (ZeRO 0 to 2)")
-    agree_every: int = key(1, "steps between agreements of all ranks on stopping and new clusters", 1, 10**6)
+    agree_every: int = key(1, "steps behind which the ranks agree on stopping and new clusters", 1, 10**6)
     rehearse: bool | None = key(
         None,
         "before the first step, one forward and backward pass of every later phase of optimizer.phases, so "

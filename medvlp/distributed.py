@@ -7,7 +7,7 @@ these never queue behind, or wait for, work on the GPU.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
@@ -370,10 +370,23 @@ def greatest_over_ranks(values: list[float]) -> list[float]:
     return [float(number) for number in _reduced(numbers, dist.ReduceOp.MAX, _bookkeeping)]
 
 
-def greatest_integers(values: list[int]) -> list[int]:
-    """Maximum of each 64-bit integer over ranks (bookkeeping group), exactly."""
+def greatest_integers_later(values: list[int]) -> Callable[[], list[int]]:
+    """Maximum of each 64-bit integer over ranks (bookkeeping group), exactly, by a thread of the group's.
+
+    Returns:
+        What waits for the other ranks, and gives the maxima.
+    """
     numbers = torch.tensor(values, dtype=torch.int64)
-    return [int(number) for number in _reduced(numbers, dist.ReduceOp.MAX, _bookkeeping)]
+    work = (
+        dist.all_reduce(numbers, dist.ReduceOp.MAX, _bookkeeping, async_op=True) if world_size() > 1 else None
+    )
+
+    def result() -> list[int]:
+        if work is not None:
+            work.wait()
+        return numbers.tolist()
+
+    return result
 
 
 @torch.no_grad()

@@ -172,12 +172,15 @@ class AsynchronousService(PrototypeService):
                 return 0, number
         return number * (outcome == PUT_OFF), number * (outcome == FAILED)
 
-    def agree(self, greatest: list[int]) -> bool:
+    def agree(self, greatest: list[int], step: int) -> bool:
         """Swap, discard or go on, as all ranks do; see `proposal`.
+
+        The proposals may be some steps old: a request made since then has another number than they speak of.
 
         Returns:
             False while a request is open, the table is stale and `prototypes.stale` is "block".
         """
+        self._step = step
         number, negative, fingerprint, negative_fingerprint, put_off, failed, restarts, dropped = greatest
         self._greatest = {
             "prototypes/worker_restarts": float(restarts),

@@ -71,8 +71,12 @@ class PrototypeService(ABC):
         """Numbers of this rank for the agreement after `step` steps (see `medvlp.training.consensus`)."""
         return []
 
-    def agree(self, greatest: list[int]) -> bool:
-        """Take the greatest of all ranks' proposals, maybe a new table; false: training has to wait."""
+    def agree(self, greatest: list[int], step: int) -> bool:
+        """Take the greatest of all ranks' latest proposals after `step` steps, maybe a new table.
+
+        Returns:
+            False: training has to wait.
+        """
         return True
 
     def metrics(self) -> dict[str, float]:

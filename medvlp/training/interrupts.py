@@ -33,7 +33,7 @@ _TIME_IS_OVER = 1000
 class Interrupts:
     """Context manager that catches `SIGNALS`; the previous handlers are restored on leaving.
 
-    The first signal asks for a checkpoint at the next step boundary. A second SIGTERM or SIGINT ends the
+    The first signal asks for a checkpoint between two steps. A second SIGTERM or SIGINT ends the
     process at once with 128 + its number. A thread listens for them, so that this works while the main
     thread waits in a collective or for a disk, where Python runs no signal handlers.
 
@@ -98,7 +98,7 @@ class Interrupts:
         over = not self._received and distributed.is_main() and self._time_is_over()
         return [_TIME_IS_OVER if over else self._received]
 
-    def agree(self, greatest: list[int]) -> bool:
+    def agree(self, greatest: list[int], step: int) -> bool:
         """Take the wish of all ranks into `stopped_by`; training never waits for it."""
         (number,) = greatest
         if number:

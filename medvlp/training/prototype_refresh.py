@@ -58,9 +58,9 @@ class PrototypeRefresh(Callback):
         """See `PrototypeService`."""
         return self.service.proposal(step)
 
-    def agree(self, greatest: list[int]) -> bool:
+    def agree(self, greatest: list[int], step: int) -> bool:
         """See `PrototypeService`."""
-        return self.service.agree(greatest)
+        return self.service.agree(greatest, step)
 
     def on_step(self, record: StepRecord) -> None:
         """Remember the step's embeddings; refresh when due. All ranks swap tables at the same step."""

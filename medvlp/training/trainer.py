@@ -12,7 +12,7 @@ from medvlp.methods.base import Progress, is_metric
 from medvlp.prototypes.table import PrototypeTable
 from medvlp.training.accumulation import exact_passes
 from medvlp.training.callbacks import Callback, StepRecord
-from medvlp.training.consensus import reach
+from medvlp.training.consensus import Consensus
 from medvlp.training.engine import Engine
 from medvlp.training.hangs import Watchdog
 from medvlp.training.interrupts import Interrupts
@@ -36,7 +36,7 @@ class Trainer:
         log_every: steps between those at which metrics are read.
         step: finished steps.
         refresh: the callback that has the table of the prototype service; None: there is no service.
-        agree_every: steps between agreements of the ranks; the last step has one.
+        agree_every: steps between agreements of the ranks (see `Consensus`); the last step has one.
     """
 
     def __init__(
@@ -68,6 +68,7 @@ class Trainer:
     def train(self, interrupts: Interrupts) -> None:
         """Run until the last step, or until the ranks agree on an interrupt."""
         self.engine.objective.train()
+        consensus = Consensus(interrupts, self.callbacks, self.agree_every, self._mark_agreement)
         try:
             for callback in self.callbacks:
                 callback.on_start(self.step)
@@ -75,7 +76,7 @@ class Trainer:
                 with accuracies_read(self._is_logged()):
                     record = self._train_step()
                 record.finished = self.step == self.schedule.steps
-                stops = self._agrees() and self._reach(interrupts)
+                stops = consensus.reach(self.step, record.finished)
                 record.last = stops or record.finished
                 for callback in self.callbacks:
                     self.watchdog.mark(f"the callback {callback.name!r}", record.step - 1)
@@ -88,15 +89,6 @@ class Trainer:
             self.watchdog.last_step_is_done()
             for callback in reversed(self.callbacks):
                 callback.on_end()
-
-    def _agrees(self) -> bool:
-        """Whether all ranks speak to each other after the finished step."""
-        return self.step % self.agree_every == 0 or self.step == self.schedule.steps
-
-    def _reach(self, interrupts: Interrupts) -> bool:
-        """Let the ranks agree; whether training stops."""
-        self._mark_agreement()
-        return reach(interrupts, self.callbacks, self.step, self._mark_agreement)
 
     def _mark_agreement(self) -> None:
         self.watchdog.mark("the agreement on going on", self.step - 1)

@@ -51,7 +51,7 @@ def build(board: Callable[[], str], **changes: Any) -> tuple[AsynchronousService
 
 def end_step(service: AsynchronousService, step: int) -> bool:
     """What the training loop does after a step; whether training goes on."""
-    goes_on = service.agree(distributed.greatest_integers(service.proposal(step)))
+    goes_on = service.agree(distributed.greatest_integers_later(service.proposal(step))(), step)
     if service.refresh_due(step):
         service.refresh(step)
     return goes_on

@@ -167,7 +167,7 @@ def steps_of(name: str, folder: Path) -> list[tuple[set[str], set[str]]]:
 
 #: Where a step may wait: for the gradient's norm, by which DeepSpeed decides whether it counts, and for the
 #: agreement of the ranks, whose numbers never were on the device (a comprehension, until Python 3.12).
-_ALLOWED = {"engine.py:step", "distributed.py:greatest_integers", "distributed.py:<listcomp>"}
+_ALLOWED = {"engine.py:step"}
 
 
 @pytest.mark.dist

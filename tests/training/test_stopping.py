@@ -12,7 +12,7 @@ import pytest
 
 from medvlp import distributed
 from medvlp.training.callbacks import StepRecord
-from medvlp.training.consensus import reach
+from medvlp.training.consensus import Consensus
 from medvlp.training.interrupts import EXIT_INTERRUPTED, Interrupts
 from tests.distributed_pool import Pools
 from tests.training.runs import Overrides, read_metrics, train
@@ -22,9 +22,9 @@ from tests.training.test_on_device import copying_ahead
 def test_a_signal_is_noted_and_the_handlers_come_back() -> None:
     before = signal.getsignal(signal.SIGUSR1)
     with Interrupts() as interrupts:
-        assert not reach(interrupts)
+        assert not Consensus(interrupts).reach(1)
         os.kill(os.getpid(), signal.SIGUSR1)
-        wait_until(lambda: reach(interrupts))
+        wait_until(lambda: Consensus(interrupts).reach(1))
     assert interrupts.stopped_by == "SIGUSR1"
     assert signal.getsignal(signal.SIGUSR1) == before
 
@@ -59,20 +59,20 @@ def test_a_second_signal_ends_the_process_but_not_the_same_request_twice(
 
 def test_the_time_is_a_request_too() -> None:
     with Interrupts(max_minutes=60) as interrupts:
-        assert not reach(interrupts)
+        assert not Consensus(interrupts).reach(1)
     with Interrupts(max_minutes=0) as interrupts:
-        assert reach(interrupts)
+        assert Consensus(interrupts).reach(1)
     assert interrupts.stopped_by == "train.max_minutes"
 
 
-def train_and_signal_one_rank(overrides: list[str], stop_at: int) -> int:
-    """A run in which rank 1 gets SIGTERM during step `stop_at`; the next batch has been read by then."""
+def train_and_signal_one_rank(overrides: list[str], asked_at: int) -> int:
+    """A run in which rank 1 gets SIGTERM during step `asked_at`; the next batch has been read by then."""
     from medvlp.training import trainer
 
     original = trainer.Trainer._train_step
 
     def step(self: trainer.Trainer) -> StepRecord:
-        if self.step + 1 == stop_at and distributed.rank() == 1:
+        if self.step + 1 == asked_at and distributed.rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self)
 
@@ -86,7 +86,7 @@ def test_a_signal_to_one_rank_saves_on_all_and_resuming_is_identical(
 ) -> None:
     options = ["text.dropout=0.2", "train.steps=5"]
     pool = gloo_pool(2)
-    assert pool.run(train_and_signal_one_rank, overrides(*options), 3) == [EXIT_INTERRUPTED] * 2
+    assert pool.run(train_and_signal_one_rank, overrides(*options), 2) == [EXIT_INTERRUPTED] * 2
     assert (tmp_path / "run/checkpoints/latest").read_text().strip() == "step-00000003"
     assert pool.run(train, overrides(*options)) == [0, 0]
     pool.run(train, overrides(*options, run="whole"))
