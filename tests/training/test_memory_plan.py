@@ -122,11 +122,19 @@ def test_the_demo_takes_what_is_planned() -> None:
     assert plan.weights == 4 * plan.parameters
 
 
-@pytest.mark.parametrize("rows", [2, 32])
-def test_what_the_backward_pass_of_a_wide_mlp_takes_is_planned(rows: int) -> None:
+@pytest.fixture(scope="module")
+def wide_plan() -> MemoryPlan:
+    """Of one micro-batch of 32 samples in a step; the line of its passes holds for every other."""
     config = wide_config(8192)
     config.precision, config.zero.stage = "fp32", 0
-    plan = plan_memory(config, alone(rows), GIB, tokenizer(), device="cpu")
+    return plan_memory(config, alone(32), GIB, tokenizer(), device="cpu")
+
+
+@pytest.mark.parametrize("rows", [2, 32])
+def test_what_the_backward_pass_of_a_wide_mlp_takes_is_planned(wide_plan: MemoryPlan, rows: int) -> None:
+    config = wide_config(8192)
+    config.precision, config.zero.stage = "fp32", 0
+    plan = dataclasses.replace(wide_plan, micro_batch=rows, share=rows)
     planned = plan.total(rows) - plan.states
     assert planned == pytest.approx(allocated_peak(config, rows), rel=0.05)
 
@@ -218,12 +226,12 @@ def test_what_exact_accumulation_keeps_is_in_the_sum_and_can_refuse_a_run() -> N
     assert 4 <= plain.largest < 256
 
 
-def test_weights_count_once() -> None:
-    config = wide_config(8192)
-    plan = plan_memory(config, alone(2), GIB, tokenizer(), device="cpu")
-    assert plan.passes.whole.fixed < plan.weights / 4  # products look at weights through views
+def test_weights_count_once(wide_plan: MemoryPlan) -> None:
+    # products look at weights through views
+    assert wide_plan.passes.whole.fixed < wide_plan.weights / 4
 
 
+@pytest.mark.usefixtures("measured_once")
 @pytest.mark.parametrize("name", names())
 def test_every_method_can_be_planned_for_a_gpu_that_is_not_there(name: str) -> None:
     plan = plan_memory(small_config(name), BatchSizes(32, 4, 1, 8), GIB * 4, tokenizer())
