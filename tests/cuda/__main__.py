@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from tests.cuda.place import Place
-from tests.cuda.plan import CHECKS, FIGURES
-from tests.cuda.runner import Check, run_checks
+from tests.cuda.plan import CHECKS, CHECKS_SECONDS, FIGURES, FIGURES_SECONDS
+from tests.cuda.runner import NOT_RUN, Check, run_checks
 from tests.cuda.verdicts import verdicts
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -38,7 +38,10 @@ def main() -> int:
             judged = {} if place.dry else verdicts({result.name: result.figures for result in results})
             for text, verdict in judged.items():
                 print(f"{verdict:8} {text}")
+            late = ", ".join(result.name for result in results if result.outcome == NOT_RUN)
             print(f"{passed} of {len(results)}: {', '.join(map(str, plans))}", flush=True)
+            if late:
+                print(f"not run, for lack of time: {late}", flush=True)
             good = good and passed == len(results)
     return 0 if good else 1
 
@@ -86,8 +89,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for checks.json and figures.json")
     parser.add_argument("--dry", action="store_true", help="the same checks at toy size on the CPU")
     parser.add_argument("--data", type=Path, help="folder of phantom shards; default: made here")
-    parser.add_argument("--seconds", type=float, default=300.0, help="for all checks together; 0: no checks")
-    parser.add_argument("--figures", type=float, default=200.0, help="seconds for all figures; 0: none")
+    for option, seconds, what in (
+        ("--seconds", CHECKS_SECONDS, "all checks together; 0: no checks"),
+        ("--figures", FIGURES_SECONDS, "all figures together; 0: none"),
+    ):
+        parser.add_argument(option, type=float, default=seconds, help=f"seconds for {what}")
     parser.add_argument("--only", nargs="*", help="names of checks; default: all")
     return parser.parse_args()
 

@@ -26,8 +26,8 @@ from tests.methods.small import small_config
 WARM_UP, TIMED = 3, 10
 DRY_STEPS = (1, 1)
 VOCABULARY = 28_996
-#: Batches of each data worker while the clock runs.
-ROUNDS = 3
+#: Batches of the loader that are timed; on a dry run. As many steps are timed as each worker makes `ROUNDS`.
+BATCHES, DRY_BATCHES, ROUNDS = 200, 4, 3
 
 
 class Speed(NamedTuple):
@@ -230,10 +230,11 @@ def _measure_float32(place: Place, rows: int, tf32: bool) -> Speed:
 
 
 def loader(place: Place, note: Note) -> None:
-    """Samples a second of the data workers alone, and of training from them beside training without."""
+    """What the data workers alone bring to the device beside what a step needs, and training from them."""
     from medvlp.data.cache import open_reader
     from medvlp.data.loader import build_loader
     from medvlp.data.text import Tokenizer
+    from medvlp.training.on_device import on_device as ahead
     from tests.training.runs import load_config
 
     workers, rows = (1, 4) if place.dry else (14, 256)
@@ -248,27 +249,51 @@ def loader(place: Place, note: Note) -> None:
     def stream() -> Iterator[Batch]:
         return iter(build_loader(config, reader, tokenizer, 0, 1, rows))
 
-    batch = next(stream()).to(engine.device)
+    host = next(stream())
+    batch, size = host.to(engine.device), bytes_of(host) / 1e9
     alone = measure(lambda: train_once(engine, batch), place)
+    copies = measure(lambda: host.to(engine.device), place)
     # New workers, and their speed first: it leaves none of the batches that wait for the consumer.
     batches = stream()
-    note("samples_per_second", rows * batches_per_second(batches, workers))
-    steps = (0, ROUNDS * workers)
-    fed = measure(lambda: train_once(engine, next(batches).to(engine.device)), place, steps)
+    timed = math.ceil((DRY_BATCHES if place.dry else BATCHES) / workers) * workers
+    found = batches_per_second(batches, workers, timed, engine.device)
+    for name, value in {
+        "batches": timed,
+        "samples_per_second": rows * found,
+        "gigabytes_per_second": size * found,
+        "needed": {"samples_per_second": rows / alone.seconds, "gigabytes_per_second": size / alone.seconds},
+        "gigabytes_per_second of a copy": size / copies.seconds,
+    }.items():
+        note(name, value)
+    fetched = ahead(batches, engine.device)
+    fed = measure(lambda: train_once(engine, next(fetched)[1]), place, (0, ROUNDS * workers))
     note("training on one batch", speeds(alone, rows))
     note("training from the loader", speeds(fed, rows))
     note("share", alone.seconds / fed.seconds)
     engine.close()
 
 
-def batches_per_second(batches: Iterator[Any], workers: int) -> float:
-    """Of workers that all begin at once: their first batches come together, and count no time."""
-    for _ in range(workers):
-        next(batches)
-    started = time.perf_counter()
-    for _ in range(ROUNDS * workers):
-        next(batches)
-    return ROUNDS * workers / (time.perf_counter() - started)
+def bytes_of(batch: Batch) -> int:
+    """That travel to the device."""
+    sizes: list[int] = []
+    batch._map(lambda tensor: sizes.append(tensor.nbytes))
+    return sum(sizes)
+
+
+def batches_per_second(
+    batches: Iterator[Batch], workers: int, count: int, device: torch.device | None = None
+) -> float:
+    """Of workers that all begin at once, with their way to the device: their first batches count no time."""
+    moved: Batch | None = None
+    for number in range(workers + count):
+        if number == workers:
+            started = time.perf_counter()
+        batch = next(batches)
+        if device is not None:
+            moved = batch.to(device)
+    if moved is not None and moved.image.is_cuda:
+        torch.cuda.synchronize()
+    return count / (time.perf_counter() - started)
 
 
 def matrices(place: Place, note: Note) -> None:

@@ -16,9 +16,10 @@ from tests.distributed_pool import GlooPool
 
 
 def two_ranks(place: Place, note: Note) -> None:
-    """Batch norm over ranks and the gather with gradient give what one process gives on all rows."""
+    """Collectives are exact; batch norm over ranks and the gather give what one process does."""
     pool = GlooPool(2, timeout=200 if place.dry else 50, environment=of_ranks(os.environ))
     try:
+        judge(pool.run(carried, str(place.device)), note)
         compare(pool.run(on_rank, str(place.device)), note)
     finally:
         pool.close()
@@ -31,6 +32,54 @@ def of_ranks(environment: Mapping[str, str]) -> dict[str, str]:
         "DS_ACCELERATOR": accelerator,
         "CUDA_VISIBLE_DEVICES": environment.get("CUDA_VISIBLE_DEVICES", "0"),
     }
+
+
+def carried(device: str) -> dict[str, str]:
+    """What each collective of a training gave, "exact" or what was wrong, for each type of values."""
+    rank, found = distributed.rank(), {}
+
+    def ours(of: int, kind: torch.dtype) -> torch.Tensor:
+        return (torch.arange(4).view(2, 2) + 10 * of).to(device, kind)
+
+    for kind in torch.float32, torch.float16, torch.bfloat16, torch.int64:
+        first, second = ours(0, kind), ours(1, kind)
+        for name, run, expected in (
+            ("all-gather", distributed.gather_rows, torch.cat([first, second])),
+            ("reduce-scatter", _scattered, (first + second)[rank : rank + 1]),
+            ("sum", distributed.sum_over_ranks, first + second),
+            ("maximum", distributed.maximum_over_ranks, second),
+            ("broadcast", _of_first, first),
+        ):
+            try:
+                exact = torch.equal(run(ours(rank, kind)), expected)
+                found[f"{name}, {kind}"] = "exact" if exact else "other values"
+            except RuntimeError as error:  # gloo lacks it; of the others something is to be known too
+                found[f"{name}, {kind}"] = str(error)[:300]
+    return found
+
+
+def _scattered(values: torch.Tensor) -> torch.Tensor:
+    """As the gather with gradient does it in its backward pass."""
+    own = values.new_empty((1, 2))
+    distributed._reduce_scatter(own, values)
+    return own
+
+
+def _of_first(values: torch.Tensor) -> torch.Tensor:
+    torch.distributed.broadcast(values, src=0)
+    return values
+
+
+def judge(results: list[dict[str, str]], note: Note) -> None:
+    """Every collective must be exact: small whole numbers are, in every type."""
+    note("collectives", results[0])
+    wrong = {
+        f"{name} on rank {rank}": told
+        for rank, found in enumerate(results)
+        for name, told in found.items()
+        if told != "exact"
+    }
+    assert not wrong, f"gloo does not carry {wrong}"
 
 
 def compare(results: list[dict[str, torch.Tensor]], note: Note) -> None:

@@ -25,11 +25,19 @@ from tests.cuda.verdicts import verdicts
 #: Seconds the process of the checks gets to import torch and DeepSpeed, on a machine that has just started.
 START_SECONDS = 120.0
 LOOK_SECONDS = 0.1
+#: Seconds to wait for a process that was killed: one that stands in the GPU's driver may stay for ever.
+END_SECONDS = 3.0
+NOT_RUN = "not run"
 
 
 @dataclass(frozen=True)
 class Check:
-    """One check: `function` is "module:name" of a `function(place, note)`; `seconds` is its time box."""
+    """One check.
+
+    Attributes:
+        function: "module:name" of a `function(place, note)`.
+        seconds: its box: what it may take of the time of all, when those after it need the rest.
+    """
 
     name: str
     function: str
@@ -41,7 +49,7 @@ class Result:
     """What is known of a check: "passed", "failed", "cut off", "died", "running" or "not run"."""
 
     name: str
-    outcome: str = "not run"
+    outcome: str = NOT_RUN
     seconds: float = 0.0
     figures: dict[str, Any] = field(default_factory=dict)
     error: str = ""
@@ -69,7 +77,12 @@ def run_checks(
 
     def write() -> None:
         for report, checks in plans.items():
-            found: dict[str, Any] = {"dry": place.dry, "seconds": round(time.monotonic() - started, 1)}
+            found: dict[str, Any] = {
+                "dry": place.dry,
+                "seconds": round(time.monotonic() - started, 1),
+                "seconds_allowed": seconds,
+                "not_run": [check.name for check in checks if results[check.name].outcome == NOT_RUN],
+            }
             if not place.dry:
                 found["verdicts"] = verdicts({check.name: results[check.name].figures for check in checks})
             found["checks"] = [asdict(results[check.name]) for check in checks]
@@ -88,6 +101,12 @@ def run_checks(
     return list(results.values())
 
 
+def time_for(checks: Sequence[Check], left: float) -> float:
+    """Seconds for the first of these checks, of `left` for all: its box, or all that others spare."""
+    others = sum(check.seconds for check in checks[1:])
+    return min(left, max(checks[0].seconds, left - others))
+
+
 def _follow(
     process: _Process,
     checks: Sequence[Check],
@@ -97,24 +116,26 @@ def _follow(
     show: Callable[[str], None],
 ) -> list[Check]:
     """Take in what a process tells until it ends or must be ended; the checks that are left."""
-    boxes = {check.name: check.seconds for check in checks}
-    left, current, since = list(checks), None, time.monotonic()
+    left, current, since, allowed = list(checks), None, time.monotonic(), START_SECONDS
     while left:
         alive = process.is_alive()  # asked first: what it said before its end is read below
         for line in process.news():
             result = results[line["check"]]
             if line["event"] == "begin":
                 current, since, result.outcome = result, time.monotonic(), "running"
+                allowed = time_for(left, deadline - since)
             elif line["event"] == "figure":
                 result.figures[line["name"]] = line["value"]
             else:
                 result.outcome = "failed" if line["error"] else "passed"
                 result.error, result.seconds = line["error"], line["seconds"]
                 show(f"{result.outcome:8} {result.name}, {result.seconds:.1f} s {result.error[-300:]}")
-                current, since, left = None, time.monotonic(), left[1:]
+                current, since, left, allowed = None, time.monotonic(), left[1:], START_SECONDS
             write()
         now = time.monotonic()
-        late = now - since > (boxes[current.name] if current else START_SECONDS) or now > deadline
+        if now > deadline and current is None:
+            return []  # none of those left has begun
+        late = now - since > allowed or now > deadline
         if left and (late or not alive):
             result = current or results[left[0].name]
             result.outcome, result.seconds = "cut off" if alive else "died", round(now - since, 1)
@@ -158,7 +179,8 @@ class _Process:
     def end(self) -> None:
         with suppress(ProcessLookupError):  # it and its children have ended
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(END_SECONDS)
         self._news.unlink(missing_ok=True)
 
 

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,9 @@ from tests.cuda.place import Place
 from tests.cuda.runner import Note
 from tests.methods.small import REPORTS, built, small_batch, small_config
 from tests.training.runs import read_metrics, train
+
+#: A run of four steps on the CPU, most of it imports.
+CPU_SECONDS = 120
 
 
 def checkpoint(place: Place, note: Note) -> None:
@@ -102,19 +107,41 @@ def resume(place: Place, note: Note) -> None:
         _killed(whole, run)
         assert train(place.overrides(run.name, *more)) == 0
         _compare(note, kind, whole, run)
-    if not place.dry:
-        _change_devices(place, note, options)
+    _change_devices(place, note, options)
 
 
 def _change_devices(place: Place, note: Note, options: list[str]) -> None:
-    """Half on the CPU and half here."""
+    """Half on the CPU and half here, and the other way round; on a dry run both are the CPU."""
     steps = [*options, "text.dropout=0", "precision=fp32", "train.tf32=false"]
-    command = [sys.executable, "-m", "launcher.main", "pretrain", *place.overrides("cpu", *steps)]
-    subprocess.run(command, check=True, timeout=120, env=os.environ | {"DS_ACCELERATOR": "cpu"})
-    whole, run = Path(place.scratch) / "cpu", Path(place.scratch) / "from-cpu"
-    _killed(whole, run)
-    assert train(place.overrides(run.name, *steps)) == 0
-    _compare(note, "from a CPU", whole, run, 1e-3)
+    scratch = Path(place.scratch)
+    with _on_cpu(place, "cpu", steps) as end_of_run:
+        assert train(place.overrides("gpu", *steps)) == 0
+        assert end_of_run() == 0
+    _killed(scratch / "gpu", scratch / "from-gpu")
+    _killed(scratch / "cpu", scratch / "from-cpu")
+    with _on_cpu(place, "from-gpu", steps) as end_of_run:
+        assert train(place.overrides("from-cpu", *steps)) == 0
+        assert end_of_run() == 0
+    for device in "cpu", "gpu":
+        _compare(note, f"from the {device}", scratch / device, scratch / f"from-{device}", 1e-3)
+
+
+@contextmanager
+def _on_cpu(place: Place, run: str, options: list[str]) -> Iterator[Callable[[], int]]:
+    """A run on the CPU beside the block, in a process of its own; what is given waits for its exit code.
+
+    On a dry run it is made when it is waited for, in this process.
+    """
+    overrides = place.overrides(run, *options)
+    if place.dry:
+        yield lambda: train(overrides)
+        return
+    command = [sys.executable, "-m", "launcher.main", "pretrain", *overrides]
+    with subprocess.Popen(command, env=os.environ | {"DS_ACCELERATOR": "cpu"}) as process:
+        try:
+            yield lambda: process.wait(CPU_SECONDS)
+        finally:
+            process.kill()
 
 
 def _killed(whole: Path, run: Path) -> None:
@@ -126,7 +153,7 @@ def _compare(note: Note, kind: str, whole: Path, run: Path, allowed: float = 1e-
     expected, found = ([line["loss"] for line in read_metrics(folder)] for folder in (whole, run))
     assert len(expected) == len(found) == 4
     apart = max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
-    note(kind, {"losses": found, "expected": expected, "apart": apart})
+    note(kind, {"losses": found, "expected": expected, "apart": apart, "bit_equal": found == expected})
     assert apart < allowed, f"resumed ({kind}): losses {apart:.1e} apart"
 
 

@@ -19,7 +19,7 @@ import torch
 
 from medvlp.config import Config
 from medvlp.training.device_memory import naming_memory
-from tests.cuda import figures, runs, steps
+from tests.cuda import figures, ranks, runs, steps
 from tests.cuda.figures import batches_per_second, busy_seconds, on_device
 from tests.cuda.machine import environment
 from tests.cuda.place import Place, free_memory
@@ -63,8 +63,37 @@ def test_a_dry_run_passes_and_its_reports_are_whole(
 @pytest.mark.dist
 def test_two_ranks_tell_how_far_they_are_apart(reports: dict[str, Any]) -> None:
     [found] = [check["figures"] for check in reports["checks"]["checks"] if check["name"] == "two ranks"]
+    collectives = found.pop("collectives")
+    assert len(collectives) == 20
+    assert set(collectives.values()) == {"exact"}
     assert len(found) == 8
     assert max(found.values()) < 1e-5
+
+
+@pytest.mark.dist
+def test_a_collective_that_gloo_lacks_is_named() -> None:
+    good, lacking = {"sum, torch.int64": "exact"}, {"sum, torch.int64": "not implemented"}
+    noted: dict[str, Any] = {}
+    with pytest.raises(AssertionError, match=r"sum, torch\.int64 on rank 1': 'not implemented"):
+        ranks.judge([good, lacking], noted.__setitem__)
+    assert noted == {"collectives": good}
+
+
+@pytest.mark.dist
+def test_a_checkpoint_goes_from_one_device_to_the_other_and_back(reports: dict[str, Any]) -> None:
+    [found] = [check["figures"] for check in reports["checks"]["checks"] if check["name"] == "resume"]
+    assert {"from the cpu", "from the gpu"} <= set(found)
+    assert all(of_kind["bit_equal"] for of_kind in found.values())  # here both are the CPU
+
+
+@pytest.mark.dist
+def test_the_loader_is_timed_beside_what_a_step_needs(reports: dict[str, Any]) -> None:
+    [found] = [check["figures"] for check in reports["figures"]["checks"] if check["name"] == "loader"]
+    assert found["batches"] == figures.DRY_BATCHES
+    of_device = found["gigabytes_per_second"] / found["samples_per_second"]
+    of_step = found["needed"]["gigabytes_per_second"] / found["needed"]["samples_per_second"]
+    assert of_device == pytest.approx(of_step)
+    assert found["gigabytes_per_second of a copy"] > 0
 
 
 def test_make_starts_it() -> None:
@@ -153,7 +182,7 @@ def test_batches_that_were_made_before_the_clock_ran_do_not_count(monkeypatch: p
             yield number
 
     monkeypatch.setattr("tests.cuda.figures.time.perf_counter", lambda: clock)
-    assert batches_per_second(fourteen_workers_of_a_second(), 14) == pytest.approx(14)
+    assert batches_per_second(fourteen_workers_of_a_second(), 14, 42) == pytest.approx(14)
 
 
 def test_a_micro_batch_that_does_not_fit_is_a_figure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,6 +222,42 @@ def test_a_wait_is_whose_code_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> N
     assert [place.startswith(steps.OURS) for place in found] == [True, True, False, False]
 
 
+def runs_of_both_devices(
+    monkeypatch: pytest.MonkeyPatch, code: int
+) -> tuple[list[list[str]], list[tuple[str, str]]]:
+    """The runs that change devices make on a GPU, and on which device those in another process run.
+
+    Args:
+        code: what these end with.
+    """
+    commands, devices = list[list[str]](), list[tuple[str, str]]()
+
+    class Process:
+        def __init__(self, command: list[str], env: dict[str, str]):
+            commands.append(command)
+            run = next(word for word in command if word.startswith("run.dir="))
+            devices.append((Path(run.removeprefix("run.dir=")).name, env["DS_ACCELERATOR"]))
+
+        def __enter__(self) -> Process:
+            return self
+
+        def __exit__(self, *given: object) -> None:
+            self.kill()
+
+        def wait(self, seconds: float) -> int:
+            return code
+
+        def kill(self) -> None:
+            pass
+
+    monkeypatch.setattr(runs.subprocess, "Popen", Process)
+    monkeypatch.setattr(runs, "train", lambda overrides: commands.append(overrides) or 0)
+    for name in ("_killed", "_compare"):
+        monkeypatch.setattr(runs, name, lambda *given: None)
+    runs._change_devices(Place(False, "", ""), lambda name, value: None, ["zero.stage=2"])
+    return commands, devices
+
+
 def test_what_is_compared_in_float32_is_made_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not in TF32, the default: its ten bits of mantissa are what a thousandth allows."""
     made: list[bool] = []
@@ -203,13 +268,11 @@ def test_what_is_compared_in_float32_is_made_in_float32(monkeypatch: pytest.Monk
         with suppress(AttributeError):  # it has none of an engine's parts
             steps._engine(place, "mgca", precision, 0)
     assert made == [False, True]
-    commands: list[list[str]] = []
-    monkeypatch.setattr(runs.subprocess, "run", lambda command, **options: commands.append(command))
-    monkeypatch.setattr(runs, "train", lambda overrides: commands.append(overrides) or 0)
-    for name in ("_killed", "_compare"):
-        monkeypatch.setattr(runs, name, lambda *given: None)
-    runs._change_devices(place, lambda name, value: None, ["zero.stage=2"])
-    assert [[word for word in words if "tf32" in word] for words in commands] == [["train.tf32=false"]] * 2
+    commands, told = runs_of_both_devices(monkeypatch, code=0)
+    assert [[word for word in words if "tf32" in word] for words in commands] == [["train.tf32=false"]] * 4
+    assert told == [("cpu", "cpu"), ("from-gpu", "cpu")]
+    with pytest.raises(AssertionError):
+        runs_of_both_devices(monkeypatch, code=3)
 
 
 def test_ranks_share_the_gpu_that_was_given() -> None:
@@ -317,33 +380,3 @@ def test_the_memory_of_each_engine_is_counted_by_itself(monkeypatch: pytest.Monk
         with suppress(AttributeError):  # it has none of an engine's parts
             make()
         assert called == ["freed", "made"]
-
-
-def test_a_check_that_fails_dies_or_hangs_costs_itself(tmp_path: Path) -> None:
-    names = ["passes", "dies", "hangs", "fails"]
-    checks = [Check(name, f"tests.cuda.toy_checks:{name}", 1.0) for name in names]
-    checks.append(Check("last", "tests.cuda.toy_checks:passes", 1.0))
-    report = tmp_path / "checks.json"
-    results = run_checks({report: checks}, Place(True, str(tmp_path), "here"), 100, lambda line: None)
-    assert [result.outcome for result in results] == ["passed", "died", "cut off", "failed", "passed"]
-    assert [result.figures for result in results] == [
-        {"place": "here"},
-        {"before": 1},
-        {"before": 2},
-        {},
-        {"place": "here"},
-    ]
-    assert "exit code -6" in results[1].error
-    assert "a number is wrong" in results[3].error
-    written = json.loads(report.read_text())
-    assert [check["outcome"] for check in written["checks"]] == [result.outcome for result in results]
-
-
-def test_a_report_without_time_names_what_was_not_run(tmp_path: Path) -> None:
-    first, second = Check("first", "tests.cuda.toy_checks:hangs", 60.0), Check("second", "-", 1.0)
-    plans = {tmp_path / "checks.json": [first], tmp_path / "figures.json": [second]}
-    results = run_checks(plans, Place(True, str(tmp_path), ""), 4, lambda line: None)
-    assert [result.outcome for result in results] == ["cut off", "not run"]
-    for report, result in zip(plans, results, strict=True):
-        [written] = json.loads(report.read_text())["checks"]
-        assert written["outcome"] == result.outcome
