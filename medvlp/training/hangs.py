@@ -132,7 +132,7 @@ class Watchdog:
         self.limit = start_seconds
         self.start_seconds, self.step_seconds = start_seconds, step_seconds
         self.alert: Callable[[str, str], None] | None = None
-        self.lost = ""
+        self.lost = self._gone = ""
         self._neighbours = Neighbours(self._announce)
         self._place = RankStatus(0, None, "the start", 0)
         self._since = time.monotonic()
@@ -184,12 +184,12 @@ class Watchdog:
     def _announce(self, rank: int) -> None:
         """A neighbour is gone; in a thread of `Neighbours`."""
         if not self._done.wait(_LAUNCHER_SECONDS):
-            text = f"{self._neighbours.name(rank)}, which is gone"
+            text = self._gone = f"{self._neighbours.name(rank)}, which is gone"
             # A store that does not answer is gone too, which tells the others as much.
             _within(_STORE_SECONDS, lambda: announce_lost(self._store, text, self._neighbours.run))
 
     def _await_name(self) -> str:
-        """Who is lost, as somebody will have said soon."""
+        """Who is lost, as somebody will have said soon, or as this rank has seen."""
         said: list[str] = []
         until = time.monotonic() + _NAMING_SECONDS
 
@@ -201,7 +201,9 @@ class Watchdog:
                     time.sleep(0.1)
 
         _within(_NAMING_SECONDS, look)
-        return said[0] if said else ""
+        while not said and not self._gone and time.monotonic() < until:
+            time.sleep(0.1)
+        return said[0] if said else self._gone
 
     def _interval(self) -> float:
         return min(5.0, max(0.2, (self.limit or 60.0) / 20))
@@ -352,5 +354,7 @@ def _within(seconds: float, action: Callable[[], object]) -> bool:
             return
         ended.set()
 
-    threading.Thread(target=run, daemon=True).start()
-    return ended.wait(seconds)
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return ended.is_set()

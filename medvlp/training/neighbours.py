@@ -67,9 +67,9 @@ class Neighbours:
         # Who calls without its first half is no neighbour, nor is who does not answer with the second.
         token = secrets.token_hex(32)
         with ExitStack() as stack:
-            if server := _serve():
+            server, place = _serve() or (None, None)
+            if server:
                 stack.enter_context(server)
-            place = server.getsockname()[:2] if server else None
             told = distributed.gather_objects((socket.gethostname(), place, token))
             self._machines = [machine for machine, *_ in told]
             self.run = told[0][2]
@@ -78,8 +78,8 @@ class Neighbours:
             caller = pool.submit(_await, server, token) if server and rank + 1 < ranks else None
             if rank > 0 and not self._watch(_visit(*told[rank - 1][1:]), rank - 1):
                 logger.warning(
-                    "%s is not watched from rank %d, which cannot reach it (a firewall, or MASTER_ADDR leads "
-                    "to a loopback address there): where no launcher says that it died, a time-out does",
+                    "%s is not watched from rank %d, which cannot reach it (a firewall?): where no launcher "
+                    "says that it died, a time-out does",
                     self.name(rank - 1),
                     rank,
                 )
@@ -125,15 +125,19 @@ class Neighbours:
         return True
 
 
-def _serve() -> socket.socket | None:
-    """Where the next rank can call; None: nowhere."""
+def _serve() -> tuple[socket.socket, tuple[str, int]] | None:
+    """What the next rank can call, and by which name and port; None: nothing."""
     ranks = detect()
     route = route_to(ranks.address)
-    if not route.address or (route.is_loopback and ranks.world_size > ranks.local_world_size):
+    if not route.address:
         return None
+    # To rank 0's own machine its name may be a loopback address; to others it is what they reach rank 0 by.
+    elsewhere = route.is_loopback and ranks.world_size > ranks.local_world_size
     family = socket.AF_INET6 if ":" in route.address else socket.AF_INET
     with suppress(OSError):
-        return socket.create_server((route.address, 0), family=family, backlog=16)
+        address = "" if elsewhere else route.address
+        server = socket.create_server((address, 0), family=family, backlog=16)
+        return server, (ranks.address if elsewhere else route.address, server.getsockname()[1])
     return None
 
 

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from unittest import mock
 
+import psutil
 import pytest
 from torch.distributed import rendezvous
 from typer.testing import CliRunner
@@ -20,7 +21,7 @@ from launcher.local import free_port, meet_here
 from launcher.main import app
 from launcher.placement import Node
 from medvlp.config_files import ConfigError
-from medvlp.ranks import LaunchError
+from medvlp.ranks import LaunchError, LostPeerError
 from tests.drawn_once import phantoms
 from tests.launcher.forked_command import ForkedCommand
 from tests.training.runs import TINY, read_metrics
@@ -150,17 +151,30 @@ def test_two_launchers_are_two_nodes_of_a_run(data, tmp_path):
     assert json.loads((tmp_path / "run/environment.json").read_text())["world_size"] == 2
 
 
-def test_torchrun_is_joined(data, tmp_path):
+def test_torchruns_are_joined_and_a_killed_rank_is_named_on_the_other_node(data, tmp_path):
+    """Agents of torchrun tell each other nothing, and rank 0 takes the store along in which the ranks met."""
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
-        "--rdzv-endpoint", "127.0.0.1:0", "-m", "launcher.main",
-        *arguments(data, tmp_path / "run", "train.steps=2"),
+        sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
+        "--master-addr", "127.0.0.1", "--master-port", str(free_port()),
     ]  # fmt: skip
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=environment())
-    assert finished.returncode == 0, finished.stderr
-    assert len(read_metrics(tmp_path / "run")) == 2
-    told = json.loads((tmp_path / "run/environment.json").read_text())
-    assert told["world_size"] == 2
+    run = tmp_path / "run"
+    pretrain = ["-m", "launcher.main", *arguments(data, run, "train.steps=100000")]
+    agents = [
+        subprocess.Popen(
+            [*command, "--node-rank", str(node), *pretrain],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(),
+        )
+        for node in range(2)
+    ]  # fmt: skip
+    wait_for_steps(run, 2, agents[0])
+    assert json.loads((run / "environment.json").read_text())["world_size"] == 2
+    [first] = psutil.Process(agents[0].pid).children()
+    first.kill()
+    outputs = [agent.communicate(timeout=PATIENCE)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [1, 1], outputs
+    assert outputs[1].count("error: ") == 1, outputs[1]
+    assert f"error: rank 1 lost rank 0 on {socket.gethostname()}, which is gone" in outputs[1]
+    assert f"exitcode  : {LostPeerError.exit_code} " in outputs[1]
 
 
 def test_the_port_of_a_run_is_nobody_elses_before_its_ranks_are_up() -> None:
