@@ -173,6 +173,10 @@ def milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:,.1f} ms" if seconds >= 1e-3 else f"{1e3 * seconds:.2f} ms"
 
 
+def count_of_steps(steps: int) -> str:
+    return f"{steps:,} step{'s' * (steps > 1)}"
+
+
 def column(ranks: int, constants: Constants, options: argparse.Namespace) -> list[str]:
     """One size, a cell for each row of `ROWS`."""
     nodes, samples = ranks // RANKS_PER_NODE, ranks * options.gpu_samples
@@ -194,9 +198,9 @@ def column(ranks: int, constants: Constants, options: argparse.Namespace) -> lis
         f"{gathered / 1e6:,.1f} MB, {milliseconds(2 * gathered / DEVICE_BANDWIDTH)}",
         f"{logits / 1e6:,.0f} MB",
         f"{milliseconds(gradients)}, behind the backward pass",
-        f"{milliseconds(agreement)}, behind {math.ceil(agreement / step)} step(s)",
+        f"{milliseconds(agreement)}, behind {count_of_steps(math.ceil(agreement / step))}",
         *(
-            f"{seconds:.2g} s, within {steps:,} step{'s' * (steps > 1)}"
+            f"{seconds:.{0 if seconds >= 10 else 2}f} s, within {count_of_steps(steps)}"
             for seconds, steps in zip(refreshes, needed, strict=True)
         ),
         f"{milliseconds(stall)}; {saving:.1f} s to the disk = {math.ceil(saving / step):,} steps",
