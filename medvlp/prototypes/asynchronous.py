@@ -43,9 +43,9 @@ class AsynchronousService(PrototypeService):
     """Clusters of all ranks' latest embeddings, refreshed by one worker process on each node.
 
     A refresh is asked for, by the same number on all ranks, and goes on behind the training. All ranks swap
-    to its table at the same step boundary, the first at which all of them have read it and their fingerprints
-    are equal. Only one request is open at a time; it ends with a swap, a mismatch, too few rows, or the word
-    of any node's worker that it failed. The next one is then made at the next due step.
+    to its table at the same step boundary: when they hear that all of them have read it and that their
+    fingerprints are equal. Only one request is open at a time; it ends with a swap, a mismatch, too few rows,
+    or the word of any node's worker that it failed. The next one is then made at the next due step.
 
     Args:
         config: the `prototypes` section.

@@ -51,7 +51,7 @@ class StepRecord:
 class Callback(Party):
     """Something that happens between steps; does nothing by itself, subclasses override what they need.
 
-    All ranks have the same callbacks in the same order. What `proposal` says is agreed on before `on_step`.
+    All ranks have the same callbacks in the same order. What `proposal` says is agreed on later.
     """
 
     #: Key of this callback's state in a checkpoint.

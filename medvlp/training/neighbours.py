@@ -125,28 +125,33 @@ class Neighbours:
         return True
 
 
-def _serve() -> tuple[socket.socket, tuple[str, int]] | None:
-    """What the next rank can call, and by which name and port; None: nothing."""
+def _serve() -> tuple[socket.socket, tuple[str | None, int]] | None:
+    """What the next rank can call, its address (None: that rank's for rank 0) and port; None: nothing."""
     ranks = detect()
     route = route_to(ranks.address)
     if not route.address:
         return None
     # To rank 0's own machine its name may be a loopback address; to others it is what they reach rank 0 by.
     elsewhere = route.is_loopback and ranks.world_size > ranks.local_world_size
-    family = socket.AF_INET6 if ":" in route.address else socket.AF_INET
     with suppress(OSError):
-        address = "" if elsewhere else route.address
-        server = socket.create_server((address, 0), family=family, backlog=16)
-        return server, (ranks.address if elsewhere else route.address, server.getsockname()[1])
+        if elsewhere:  # whose name there may be of the other family
+            both = socket.has_dualstack_ipv6()
+            family = socket.AF_INET6 if both else socket.AF_INET
+            server = socket.create_server(("", 0), family=family, backlog=16, dualstack_ipv6=both)
+        else:
+            family = socket.AF_INET6 if ":" in route.address else socket.AF_INET
+            server = socket.create_server((route.address, 0), family=family, backlog=16)
+        return server, (None if elsewhere else route.address, server.getsockname()[1])
     return None
 
 
-def _visit(place: tuple[str, int] | None, token: str) -> socket.socket | None:
+def _visit(place: tuple[str | None, int] | None, token: str) -> socket.socket | None:
     """A connection to the rank that serves at `place`; None where it does not answer."""
     if place is None:
         return None
     with suppress(OSError):
-        connection = socket.create_connection(place, timeout=_MEETING_SECONDS)
+        address, port = place
+        connection = socket.create_connection((address or detect().address, port), timeout=_MEETING_SECONDS)
         hello, answer = _halves(token)
         connection.sendall(hello)
         # Longer than the other waits.

@@ -84,6 +84,8 @@ class Trainer:
                 self.watchdog.first_step_is_done()
                 if record.last:
                     break
+            if self.step < self.schedule.steps and interrupts.stopped_by is None:
+                consensus.reach(self.step, last=True)  # ended early: a request to stop may be on its way
         finally:
             self.watchdog.mark("the end")
             self.watchdog.last_step_is_done()

@@ -43,7 +43,7 @@ def agreement(width: int) -> Callable[[], object]:
     _, os.environ[BOARD] = new_board()
     service = AsynchronousService(PrototypesConfig(sync=False), 500, width)
     service.refresh(1)
-    return lambda: service.agree(service.proposal(2))
+    return lambda: service.agree(service.proposal(2), 2)
 
 
 def main() -> int:

@@ -165,8 +165,7 @@ def steps_of(name: str, folder: Path) -> list[tuple[set[str], set[str]]]:
     return listener.steps
 
 
-#: Where a step may wait: for the gradient's norm, by which DeepSpeed decides whether it counts, and for the
-#: agreement of the ranks, whose numbers never were on the device (a comprehension, until Python 3.12).
+#: Where a step may wait: for the gradient's norm, by which DeepSpeed decides whether it counts.
 _ALLOWED = {"engine.py:step"}
 
 
