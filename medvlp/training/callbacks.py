@@ -51,7 +51,8 @@ class StepRecord:
 class Callback(Party):
     """Something that happens between steps; does nothing by itself, subclasses override what they need.
 
-    All ranks have the same callbacks in the same order. What `proposal` says is agreed on later.
+    All ranks have the same callbacks in the same order. What `proposal` says is agreed on after a later
+    step (`medvlp.training.consensus`).
     """
 
     #: Key of this callback's state in a checkpoint.

@@ -27,6 +27,8 @@ _STORE_SECONDS, _SPEAKER_SECONDS = 5.0, 10.0
 _LAUNCHER_SECONDS = 1.0
 #: Seconds in which who lost a rank waits for its name.
 _NAMING_SECONDS = 3.0
+#: Who is lost where the store does not answer.
+_STORE_KEEPER = "rank 0, which kept the store of the process group"
 #: Seconds in which the main thread may find out by itself that a rank has died (gloo tells it, NCCL waits).
 _OWN_SECONDS = 5.0
 #: Seconds that NCCL may take to tell what it remembers.
@@ -132,7 +134,8 @@ class Watchdog:
         self.limit = start_seconds
         self.start_seconds, self.step_seconds = start_seconds, step_seconds
         self.alert: Callable[[str, str], None] | None = None
-        self.lost = self._gone = ""
+        self.lost = ""
+        self._gone: int | None = None
         self._neighbours = Neighbours(self._announce)
         self._place = RankStatus(0, None, "the start", 0)
         self._since = time.monotonic()
@@ -184,7 +187,7 @@ class Watchdog:
     def _announce(self, rank: int) -> None:
         """A neighbour is gone; in a thread of `Neighbours`."""
         if not self._done.wait(_LAUNCHER_SECONDS):
-            text = self._gone = f"{self._neighbours.name(rank)}, which is gone"
+            self._gone, text = rank, self._gone_rank(rank)
             # A store that does not answer is gone too, which tells the others as much.
             _within(_STORE_SECONDS, lambda: announce_lost(self._store, text, self._neighbours.run))
 
@@ -200,10 +203,18 @@ class Watchdog:
                 else:
                     time.sleep(0.1)
 
-        _within(_NAMING_SECONDS, look)
-        while not said and not self._gone and time.monotonic() < until:
+        answers = _within(_NAMING_SECONDS, look)
+        while not said and self._gone is None and time.monotonic() < until:
             time.sleep(0.1)
-        return said[0] if said else self._gone
+        if said:
+            return said[0]
+        # Without the store its keeper is lost: another that is gone has only followed it.
+        if not answers and self._gone != 0:
+            return _STORE_KEEPER
+        return "" if self._gone is None else self._gone_rank(self._gone)
+
+    def _gone_rank(self, rank: int) -> str:
+        return f"{self._neighbours.name(rank)}, which is gone"
 
     def _interval(self) -> float:
         return min(5.0, max(0.2, (self.limit or 60.0) / 20))
@@ -216,7 +227,7 @@ class Watchdog:
                 self._store.set(_key(self._rank), json.dumps(self._place._replace(heartbeat=heartbeat)))
                 lost = lost_rank(self._store, self._neighbours.run)
             except RuntimeError:
-                lost = "rank 0, which kept the store of the process group"
+                lost = _STORE_KEEPER
             if lost:
                 self._follow(lost)
                 return

@@ -174,6 +174,7 @@ def milliseconds(seconds: float) -> str:
 
 
 def count_of_steps(steps: int) -> str:
+    """With the noun's number."""
     return f"{steps:,} step{'s' * (steps > 1)}"
 
 

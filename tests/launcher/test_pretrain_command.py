@@ -151,27 +151,46 @@ def test_two_launchers_are_two_nodes_of_a_run(data, tmp_path):
     assert json.loads((tmp_path / "run/environment.json").read_text())["world_size"] == 2
 
 
-def test_torchruns_are_joined_and_a_killed_rank_is_named_on_the_other_node(data, tmp_path):
-    """Agents of torchrun tell each other nothing, and rank 0 takes the store along in which the ranks met."""
+def test_torchrun_is_joined(data, tmp_path):
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
+        "--rdzv-endpoint", "127.0.0.1:0", "-m", "launcher.main",
+        *arguments(data, tmp_path / "run", "train.steps=2"),
+    ]  # fmt: skip
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=environment())
+    assert finished.returncode == 0, finished.stderr
+    assert len(read_metrics(tmp_path / "run")) == 2
+    told = json.loads((tmp_path / "run/environment.json").read_text())
+    assert told["world_size"] == 2
+
+
+def torchrun_of_node(node: int, port: int, *pretrain: str) -> subprocess.Popen[str]:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
-        "--master-addr", "127.0.0.1", "--master-port", str(free_port()),
+        "--master-addr", "127.0.0.1", "--master-port", str(port), "--node-rank", str(node),
+        "-m", "launcher.main", *pretrain,
     ]  # fmt: skip
-    run = tmp_path / "run"
-    pretrain = ["-m", "launcher.main", *arguments(data, run, "train.steps=100000")]
-    agents = [
-        subprocess.Popen(
-            [*command, "--node-rank", str(node), *pretrain],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(),
-        )
-        for node in range(2)
-    ]  # fmt: skip
-    wait_for_steps(run, 2, agents[0])
-    assert json.loads((run / "environment.json").read_text())["world_size"] == 2
-    [first] = psutil.Process(agents[0].pid).children()
-    first.kill()
-    outputs = [agent.communicate(timeout=PATIENCE)[0] for agent in agents]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
+    )
+
+
+def test_a_killed_rank_is_named_on_the_other_node_of_torchrun(data, tmp_path):
+    """Its agents tell each other nothing, and rank 0 takes the store along in which the ranks met."""
+    run, port = tmp_path / "run", free_port()
+    pretrain = arguments(data, run, "train.steps=100000", "train.max_minutes=15")
+    agents = [torchrun_of_node(node, port, *pretrain) for node in range(2)]
+    try:
+        wait_for_steps(run, 2, agents[0])
+        [first] = psutil.Process(agents[0].pid).children()
+        first.kill()
+        outputs = [agent.communicate(timeout=PATIENCE)[0] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.terminate()  # and with it its rank, which would train for hours
+            agent.wait(PATIENCE)
     assert [agent.returncode for agent in agents] == [1, 1], outputs
+    assert json.loads((run / "environment.json").read_text())["world_size"] == 2
     assert outputs[1].count("error: ") == 1, outputs[1]
     assert f"error: rank 1 lost rank 0 on {socket.gethostname()}, which is gone" in outputs[1]
     assert f"exitcode  : {LostPeerError.exit_code} " in outputs[1]

@@ -229,8 +229,10 @@ def test_a_store_that_does_not_answer_holds_nobody_up(
     watchdog._store = Gone()
     watchdog._neighbours._machines = ["here", "gone"]
     began = time.monotonic()
-    watchdog._announce(1)
-    assert watchdog._await_name() == "rank 1 on gone, which is gone"  # as this rank has seen
+    watchdog._announce(1)  # it ended because it has lost rank 0 too
+    assert watchdog._await_name() == "rank 0, which kept the store of the process group"
+    watchdog._announce(0)
+    assert watchdog._await_name() == "rank 0 on here, which is gone"
     assert time.monotonic() - began < 30
 
 

@@ -102,14 +102,15 @@ def test_a_signal_to_one_rank_saves_on_all_and_resuming_is_identical(
 
 
 @pytest.mark.dist
-def test_a_signal_in_the_step_that_ends_a_run_early_is_heard(gloo_pool: Pools, overrides: Overrides) -> None:
+def test_a_signal_in_the_step_that_ends_a_run_early_is_heard(
+    gloo_pool: Pools, overrides: Overrides, tmp_path: Path
+) -> None:
     """An evaluation that trains heads would begin the next training."""
     early = [
-        "validation.every_steps=1",
-        "checkpoint.keep_best=valid/loss",
-        "train.patience=1",
-        "train.steps=9",
-    ]
-    early += ["optimizer.lr=1e-30"]  # so that nothing is better than the first
-    found = gloo_pool(2).run(train_and_signal_one_rank, overrides(*early), 2)
-    assert found == [EXIT_INTERRUPTED] * 2
+        "validation.every_steps=1", "checkpoint.keep_best=valid/loss", "train.patience=1", "train.steps=9",
+        "optimizer.lr=1e-30",  # so that nothing is better than the first
+    ]  # fmt: skip
+    pool = gloo_pool(2)
+    assert pool.run(train_and_signal_one_rank, overrides(*early), 2) == [EXIT_INTERRUPTED] * 2
+    assert pool.run(train, overrides(*early)) == [0, 0]
+    assert len(read_metrics(tmp_path / "run")) == 2  # it had ended
