@@ -236,6 +236,15 @@ def test_a_store_that_does_not_answer_holds_nobody_up(
     assert time.monotonic() - began < 30
 
 
+def test_a_connection_that_breaks_is_not_waited_for() -> None:
+    def breaks() -> None:
+        raise RuntimeError("connection reset")
+
+    began = time.monotonic()
+    assert not hangs._within(100, breaks)
+    assert time.monotonic() - began < 50
+
+
 def test_a_neighbour_may_die_as_soon_as_it_is_met(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hangs, "_LAUNCHER_SECONDS", 0.0)
     monkeypatch.setattr(hangs, "_OWN_SECONDS", 60.0)
