@@ -1,5 +1,7 @@
 """DeepSpeed around an objective: passes, steps, learning rate, gradient norm, state, whole weights."""
 
+import copy
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -86,6 +88,7 @@ class Engine:
                 dist_init_required=False,
             )
         self._masters: dict[int, Tensor] = {}
+        self._fetching: dict[str, Any] = {}  # by kind of pass
         if config.zero.stage == 0 and config.precision != "fp32":
             self._repair_stage_zero()
         self.loss_scale = LossScale(self._optimizer) if config.precision == "fp16" else None
@@ -103,12 +106,14 @@ class Engine:
             DeviceMemoryError: it does not fit the GPU; so do `backward` and `step`.
         """
         given = () if encodings is None else (encodings,)
+        self._expect_a_pass("loss")
         with naming_memory("forward pass", self._config, self.sizes.micro_batch):
             output: StepOutput = self._engine(batch, clusters, *given)
         return output
 
     def encode(self, batch: Batch) -> Any:
         """What `DividedMethod.encode` makes of a micro-batch."""
+        self._expect_a_pass("encoders" if torch.is_grad_enabled() else "encoders without gradient")
         with naming_memory("forward pass", self._config, self.sizes.micro_batch):
             return self._engine(batch, encode_only=True)
 
@@ -298,13 +303,29 @@ class Engine:
             weights |= {name: buffer.detach().cpu().clone() for name, buffer in self.buffers().items()}
         return weights
 
+    def _expect_a_pass(self, kind: str) -> None:
+        """At stage 3, with exact accumulation: have DeepSpeed fetch weights ahead in this pass's own order.
+
+        It keeps one order in which modules use them. Where passes of several kinds take turns, each is
+        another order than the last: it forgets that, compares the new one between ranks, and fetches nothing
+        ahead.
+        """
+        if self.exact and self.zero_stage == 3:
+            offload = self._optimizer.parameter_offload
+            if kind not in self._fetching:
+                self._fetching[kind] = copy.copy(offload.param_coordinator)  # what is in flight, all share
+                self._fetching[kind]._clear_trace_structures()
+            offload.param_coordinator = self._fetching[kind]
+
     def _repair_stage_zero(self) -> None:
         """At stage 0 in 16 bit DeepSpeed makes a step on zero gradients, and keeps its masters to itself.
 
         That step leaves Adam's counter at 1, so that its bias correction would make the first update 0.74 of
-        what it should be. (The JSON's learning rate of 0 keeps it from decaying weights.)
+        what it should be. (The JSON's learning rate of 0 keeps it from decaying weights.) It also waits for
+        the device once for each gradient, to see whether that is finite.
         """
         self._engine.basic_optimizer.state.clear()
+        self._optimizer.overflow_checker.has_overflow_serial = _any_not_finite
         for model_group, master_group in zip(
             self._optimizer.fp16_groups, self._optimizer.fp32_groups, strict=True
         ):
@@ -329,6 +350,11 @@ def _refuse_shared_memory_collectives() -> None:
     their segments by user and port, so that two runs on one machine can meet in them.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _any_not_finite(parameters: Sequence[nn.Parameter]) -> bool:
+    greatest = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], math.inf)
+    return not bool(torch.isfinite(greatest))
 
 
 def _full_parameter(parameter: nn.Parameter) -> Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import traceback
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -32,6 +34,8 @@ from medvlp.training.step_guard import StepGuard
 from medvlp.training.trainer import Trainer
 from tests.distributed_pool import Pools
 from tests.methods.small import built, names, small_batch, small_config
+from tests.training.runs import Precision
+from tests.training.test_loss_scale import fp16_on_cpu
 
 #: Operations whose result is on the host, or whose shape is known only after the kernel has run.
 _WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "item", "equal")
@@ -47,7 +51,8 @@ class HostWaits(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
-        if name in _WAITING or (name in ("_to_copy", "copy_") and _crosses(args, result)):
+        waits = name in _WAITING or (name in ("_to_copy", "copy_") and _crosses(args, result))
+        if waits and not _reads_a_counter():
             self.found.append(f"{name} at {_place()}")
         return result
 
@@ -55,6 +60,11 @@ class HostWaits(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _crosses(args: Any, result: Any) -> bool:
     sources = [value for value in args if isinstance(value, torch.Tensor)]
     return len({tensor.device.type for tensor in [*sources, result]}) > 1
+
+
+def _reads_a_counter() -> bool:
+    """Whether torch's Adam reads the number of its step, which lies on the host."""
+    return any(frame.name == "_get_value" for frame in traceback.extract_stack(limit=6))
 
 
 def _place() -> str:
@@ -128,45 +138,61 @@ def test_micro_batches_go_to_the_device_one_by_one(monkeypatch: pytest.MonkeyPat
     assert len(told[0].image) == sum(moved)
 
 
+class Waits(NamedTuple):
+    """Of one step: how often it waited where, the terms it had, whether it changed the weights."""
+
+    places: Counter[str]
+    terms: set[str]
+    applied: bool
+
+
 class Listener(Callback):
-    """Remembers of every step what waited in it, and the terms it had."""
+    """Remembers what every step did."""
 
     name = "listener"
 
     def __init__(self, waits: HostWaits) -> None:
         self.waits = waits
-        self.steps: list[tuple[set[str], set[str]]] = []
+        self.steps: list[Waits] = []
 
     def on_step(self, record: StepRecord) -> None:
-        self.steps.append((set(self.waits.found), set(record.losses)))
+        places = Counter(wait.split()[-1] for wait in self.waits.found)
+        self.steps.append(Waits(places, set(record.losses), record.applied))
         self.waits.found.clear()
 
 
-def steps_of(name: str, folder: Path) -> list[tuple[set[str], set[str]]]:
-    """Two steps of which nobody reads the metrics and a logged one, by the trainer on the CPU."""
+def steps_of(
+    name: str, folder: Path, precision: Precision, stage: int, steps: int, accumulation: int = 1
+) -> list[Waits]:
+    """Steps of which nobody reads the metrics, and a logged one at the end, by the trainer on the CPU."""
     device = distributed.initialize()
     config = small_config(name)
-    config.precision, config.zero.stage = "bf16", 1
+    config.precision, config.zero.stage = precision, stage
     method, batch = built(config), small_batch()
-    config.train.global_batch = len(batch.keys)
-    engine = Engine(method, config, divide_batch(config, 1), device)
-    schedule = Schedule(np.full(3, 1e-4), np.zeros(3, dtype=np.int64))
-    guard = StepGuard(method, 8.0, device)
-    with HostWaits() as waits:
-        monitor = Monitor(folder / "metrics.jsonl", 3, None, None)
-        listener = Listener(waits)
-        callbacks = [BadSteps(guard, 3, folder, monitor.add), monitor, listener]
-        idle: Any = SimpleNamespace(**dict.fromkeys(
-            ("mark", "first_step_is_done", "last_step_is_done"), lambda *told: None
-        ))  # fmt: skip
-        trainer = Trainer(engine, itertools.repeat(batch), schedule, 3, callbacks, guard, idle, log_every=3)
-        trainer.train(Interrupts())
-    engine.close()
+    config.train.global_batch = accumulation * len(batch.keys)
+    config.train.micro_batch = len(batch.keys)
+    with fp16_on_cpu() if precision == "fp16" else contextlib.nullcontext():
+        engine = Engine(method, config, divide_batch(config, 1), device)
+        if engine.loss_scale is not None:
+            engine.loss_scale.load_state_dict({"cur_scale": 256.0})  # small enough for every step to be made
+        schedule = Schedule(np.full(steps, 1e-4), np.zeros(steps, dtype=np.int64))
+        guard = StepGuard(method, 8.0, device)
+        with HostWaits() as waits:
+            monitor = Monitor(folder / "metrics.jsonl", steps, None, None)
+            listener = Listener(waits)
+            callbacks = [BadSteps(guard, 3, folder, monitor.add), monitor, listener]
+            idle: Any = SimpleNamespace(**dict.fromkeys(
+                ("mark", "first_step_is_done", "last_step_is_done"), lambda *told: None
+            ))  # fmt: skip
+            batches = itertools.repeat(batch)
+            trainer = Trainer(engine, batches, schedule, steps, callbacks, guard, idle, log_every=steps)
+            trainer.train(Interrupts())
+        engine.close()
     return listener.steps
 
 
 #: Where a step may wait: for the gradient's norm, by which DeepSpeed decides whether it counts.
-_ALLOWED = {"engine.py:step"}
+_NORM = "engine.py:step"
 
 
 @pytest.mark.dist
@@ -174,12 +200,46 @@ _ALLOWED = {"engine.py:step"}
 def test_a_whole_step_waits_for_the_norm_alone_and_measures_nothing_unasked(
     name: str, gloo_pool: Pools, tmp_path: Path
 ) -> None:
-    [steps] = gloo_pool(1).run(steps_of, name, tmp_path)
-    for waits, terms in steps[:2]:
-        assert {wait.split()[-1] for wait in waits} <= _ALLOWED, waits
-        assert not [term for term in terms if "retrieval/" in term or "accuracy" in term]
-    waits, terms = steps[2]
-    assert any(wait.endswith("engine.py:gradient_norm") for wait in waits)
+    [steps] = gloo_pool(1).run(steps_of, name, tmp_path, "bf16", 1, 3)
+    for step in steps[:2]:
+        assert step.places == {_NORM: 1}
+        assert not [term for term in step.terms if "retrieval/" in term or "accuracy" in term]
+    assert steps[2].places["engine.py:gradient_norm"] == 1
     if name != "medslip":  # it embeds no reports
         # Those of a combination bear the name of their part.
-        assert {"retrieval/top1", "retrieval/top5"} <= {term[term.find("retrieval/") :] for term in terms}
+        terms = {term[term.find("retrieval/") :] for term in steps[2].terms}
+        assert {"retrieval/top1", "retrieval/top5"} <= terms
+
+
+#: Waits of a step by precision and stage; all are for the norm, and all but the first DeepSpeed's. Where it
+#: waits twice it asks apart whether a gradient overflowed; at stage 0 also for the norm of two groups.
+_COUNTS: dict[Precision, tuple[int, int, int, int]] = {
+    "fp32": (1, 1, 1, 1),
+    "bf16": (6, 1, 2, 1),
+    "fp16": (6, 2, 2, 2),
+}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("precision", _COUNTS)
+def test_waits_of_a_step_are_few_and_for_the_norm_in_every_precision_at_every_stage(
+    precision: Precision, stage: int, gloo_pool: Pools, tmp_path: Path
+) -> None:
+    # In the first two steps of stage 3 DeepSpeed learns the order in which weights are used.
+    [steps] = gloo_pool(1).run(steps_of, "mgca", tmp_path, precision, stage, 5)
+    for step in steps[2:4]:
+        assert step.applied
+        assert step.places.keys() <= {_NORM, "engine.py:_prepare_plain_step", "engine.py:_any_not_finite"}
+        assert step.places.total() == _COUNTS[precision][stage]
+
+
+@pytest.mark.dist
+def test_stage_three_knows_the_order_of_weights_in_every_pass_of_exact_accumulation(
+    gloo_pool: Pools, tmp_path: Path
+) -> None:
+    """Else it compares orders between ranks in each step, and fetches no weights ahead."""
+    [steps] = gloo_pool(1).run(steps_of, "mgca", tmp_path, "bf16", 3, 6, 2)
+    # The loss's pass, the only one that comes once a step, is known after its second.
+    for step in steps[3:5]:
+        assert step.places == {_NORM: 1}
