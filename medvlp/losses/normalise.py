@@ -32,8 +32,7 @@ class _UnitNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(context: Any, tensor: Tensor, epsilon: float) -> Tensor:
-        length = torch.linalg.vector_norm(tensor, dim=-1, keepdim=True)
-        factor = length.reciprocal().masked_fill_(length <= epsilon, 0.0)  # NaN stays NaN
+        factor = _inverse_length(tensor, epsilon)
         unit: Tensor = tensor * factor
         context.save_for_backward(unit, factor)
         return unit
@@ -44,3 +43,44 @@ class _UnitNorm(torch.autograd.Function):
         unit, factor = context.saved_tensors
         along = torch.linalg.vecdot(gradient, unit)[..., None]
         return torch.addcmul(gradient, unit, along, value=-1.0).mul_(factor), None
+
+
+def paired_cosine(tensor: Tensor, target: Tensor, epsilon: float = 1e-12) -> Tensor:
+    """Cosine of each vector with the one at its place among targets, in float32 or better.
+
+    Args:
+        tensor: [..., D] vectors.
+        target: [..., D] vectors, which get no gradient.
+        epsilon: vectors no longer than this have cosine 0 with everything, and zero gradient.
+
+    Returns:
+        [...] in [-1, 1].
+    """
+    cosine: Tensor = _PairedCosine.apply(at_least_float32(tensor), at_least_float32(target.detach()), epsilon)
+    return cosine
+
+
+class _PairedCosine(torch.autograd.Function):
+    """By hand: no unit vectors are written, neither here nor for the backward pass."""
+
+    @staticmethod
+    def forward(context: Any, tensor: Tensor, target: Tensor, epsilon: float) -> Tensor:
+        factor, other = _inverse_length(tensor, epsilon), _inverse_length(target, epsilon)
+        cosine: Tensor = torch.linalg.vecdot(tensor, target)[..., None] * factor * other
+        context.save_for_backward(tensor, target, factor, other, cosine)
+        return cosine[..., 0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        tensor, target, factor, other, cosine = context.saved_tensors
+        along = gradient[..., None] * factor
+        towards: Tensor = target * (along * other)
+        return towards.addcmul_(tensor, along * cosine * factor, value=-1.0), None, None
+
+
+def _inverse_length(tensor: Tensor, epsilon: float) -> Tensor:
+    """[..., 1], 0 of vectors no longer than `epsilon`; NaN stays NaN."""
+    length = torch.linalg.vector_norm(tensor, dim=-1, keepdim=True)
+    inverse: Tensor = length.reciprocal().masked_fill_(length <= epsilon, 0.0)
+    return inverse

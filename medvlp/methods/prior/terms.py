@@ -7,20 +7,7 @@ from torch import Tensor
 
 from medvlp.losses.cross_attention import contrast_of_logits
 from medvlp.losses.matching import match
-from medvlp.losses.normalise import at_least_float32, unit_norm
-
-
-def negative_cosine(predicted: Tensor, target: Tensor) -> Tensor:
-    """Minus the cosine of each pair of vectors; the target gets no gradient.
-
-    Args:
-        predicted, target: [..., D]. A zero vector has cosine 0 with everything.
-
-    Returns:
-        [...] in [-1, 1].
-    """
-    cosine: Tensor = torch.linalg.vecdot(unit_norm(predicted), unit_norm(target.detach()))
-    return -cosine
+from medvlp.losses.normalise import at_least_float32, paired_cosine
 
 
 def simsiam(first: Tensor, second: Tensor, first_predicted: Tensor, second_predicted: Tensor) -> Tensor:
@@ -33,8 +20,7 @@ def simsiam(first: Tensor, second: Tensor, first_predicted: Tensor, second_predi
     Returns:
         [...] losses in [-1, 1]. (Chen & He 2021; PRIOR section 3.2 for patches and their contexts.)
     """
-    both = negative_cosine(first_predicted, second) + negative_cosine(second_predicted, first)
-    return 0.5 * both
+    return -0.5 * (paired_cosine(first_predicted, second) + paired_cosine(second_predicted, first))
 
 
 def sentence_contrast(sentences: Tensor, context: Tensor, valid: Tensor) -> Tensor:
