@@ -95,7 +95,7 @@ def _share(page: Path, members: "Members", source: "SavedRun", config: "Config")
     from medvlp.training.wandb_run import WandbRun, known_id
 
     key, entity = "monitor.share_samples", config.monitor.entity
-    run_id = source.manifest.wandb_run_id or known_id(source.run)
+    run_id = known_id(source.run, source.manifest.wandb_run_id)
     if run_id is None or not (config.monitor.share_samples and trust.is_said(key, True)):
         return
     if entity is not None and not trust.is_said("monitor.entity", entity):

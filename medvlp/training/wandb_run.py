@@ -21,9 +21,10 @@ logger = logging.getLogger(__name__)
 INIT_TIMEOUT = 30.0
 FINISH_TIMEOUT = 60.0
 
-#: In the run folder: id of its W&B run, until a checkpoint holds it.
+#: In the run folder: id of its W&B run, and the folder itself, by which a copy of it knows that it is one.
 ID_FILE = "wandb-run-id"
 _ID = re.compile(r"[0-9a-z]{4,64}")
+_NOTE_CHARACTERS = 8192
 
 
 def resolve_mode(mode: str) -> str:
@@ -72,8 +73,7 @@ class WandbRun:
             run_dir: W&B's files go below it.
             name: shown in W&B.
             settings: the resolved config, shown in W&B.
-            run_id: of the run to continue (a checkpoint knows it); None: that of an earlier start that ended
-                before its first checkpoint, else a new one.
+            run_id: of the run to continue, as a checkpoint knows it, where the folder does not; None: new.
             job_type: what W&B groups runs by beside `monitor.group`.
         """
         self._run: Any = None
@@ -84,7 +84,7 @@ class WandbRun:
             return
         import wandb  # here: it is slow to import, and a run without it needs no W&B installed
 
-        self.id = run_id or _remembered_id(run_dir)
+        self.id = _own_id(run_dir, run_id) if job_type == "train" else run_id
         arguments: dict[str, Any] = {
             "project": config.project,
             "entity": config.entity,
@@ -195,25 +195,43 @@ class WandbRun:
             self._run = None
 
 
-def known_id(run_dir: Path) -> str | None:
-    """The id an earlier start in this folder gave its W&B run; None if there was none."""
-    try:
-        known = (run_dir / ID_FILE).read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError):
-        return None
-    return known if _ID.fullmatch(known) else None
+def known_id(run_dir: Path, saved: str | None) -> str | None:
+    """The id of a folder's W&B run: its own note's, else its checkpoint's, else that of a note of before."""
+    known, folder = _noted(run_dir)
+    return known if folder == str(run_dir.resolve()) else saved or known
 
 
-def _remembered_id(run_dir: Path) -> str:
-    """The known id, else a new one, noted for the next start."""
-    if known := known_id(run_dir):
-        return known
-    path, new = run_dir / ID_FILE, secrets.token_hex(4)
+def _noted(run_dir: Path) -> tuple[str | None, str]:
+    """The id that an earlier start noted, and for which folder ("": not said, by a version of before)."""
     try:
-        path.write_text(new + "\n", encoding="ascii")
-    except OSError as error:
-        logger.warning("cannot note the W&B run in %s: %s", path, error.strerror or error)
-    return new
+        with (run_dir / ID_FILE).open(encoding="utf-8", errors="surrogateescape") as file:
+            known, _, folder = file.read(_NOTE_CHARACTERS).strip().partition("\n")
+    except (OSError, ValueError):
+        return None, ""
+    return (known, folder) if _ID.fullmatch(known) else (None, "")
+
+
+def _own_id(run_dir: Path, saved: str | None) -> str:
+    """The id to train under, noted for the next start: a new one in a first start and in a copy of a run.
+
+    A copy has another folder than the note says, where the noted one still has that run; a folder that was
+    moved takes its run along.
+    """
+    own = str(run_dir.resolve())
+    known, folder = _noted(run_dir)
+    is_copy = folder not in ("", own) and _noted(Path(folder)) == (known, folder)
+    if is_copy and not run_dir.samefile(folder):  # one folder may be mounted twice
+        logger.warning("%s is a copy of %s, to which its W&B run belongs: it gets a new one", run_dir, folder)
+        run_id = secrets.token_hex(4)
+    else:
+        run_id = known_id(run_dir, saved) or secrets.token_hex(4)
+    if (run_id, own) != (known, folder):
+        path = run_dir / ID_FILE
+        try:
+            path.write_text(f"{run_id}\n{own}\n", encoding="utf-8", errors="surrogateescape")
+        except OSError as error:
+            logger.warning("cannot note the W&B run in %s: %s", path, error.strerror or error)
+    return run_id
 
 
 def _settings() -> Any:

@@ -28,6 +28,16 @@ from tests.distributed_pool import imported
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
 
+#: Of the ranks of a pool, and of the W&B service of a test before, which would outlive the command.
+_OF_OTHERS = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "WANDB_SERVICE"}
+
+
+def environment() -> dict[str, str]:
+    """That of a command, whatever ran in this process before: one thread, and lines of 200 columns."""
+    kept = {name: value for name, value in os.environ.items() if name not in _OF_OTHERS}
+    return kept | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
+
 class ForkedCommand:
     """A running `medvlp ARGUMENTS`, with what tests use of `subprocess.Popen`; both outputs are one."""
 

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from tests.drawn_once import phantoms
-from tests.launcher.forked_command import ForkedCommand
+from tests.launcher.forked_command import ForkedCommand, environment
 from tests.training.runs import TINY
 
 #: Bounds of what is waited for, reached by nothing but a fault: machines may be busy.
@@ -28,11 +28,6 @@ pytestmark = [pytest.mark.dist, pytest.mark.timeout(3 * PATIENCE)]
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return phantoms(tmp_path_factory.mktemp("phantoms") / "data", studies=60, image_size=64)
-
-
-def environment() -> dict[str, str]:
-    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    return {name: value for name, value in os.environ.items() if name not in ranks} | {"OMP_NUM_THREADS": "1"}
 
 
 class Run:

@@ -23,7 +23,7 @@ from launcher.placement import Node
 from medvlp.config_files import ConfigError
 from medvlp.ranks import LaunchError, LostPeerError
 from tests.drawn_once import phantoms
-from tests.launcher.forked_command import ForkedCommand
+from tests.launcher.forked_command import ForkedCommand, environment
 from tests.training.runs import TINY, read_metrics
 
 #: Seconds until a command counts as hanging, reached by nothing but a fault: machines may be busy.
@@ -34,13 +34,6 @@ pytestmark = [pytest.mark.dist, pytest.mark.timeout(3 * PATIENCE)]
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return phantoms(tmp_path_factory.mktemp("phantoms") / "data", studies=60, image_size=64)
-
-
-def environment() -> dict[str, str]:
-    kept = {
-        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    }
-    return kept | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 
 def medvlp(*arguments: str) -> tuple[int | None, str]:

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from launcher.main import app
 from medvlp import trust
-from tests.launcher.forked_command import ForkedCommand
-from tests.launcher.test_pretrain_command import PATIENCE, arguments, environment, medvlp, wait_for_steps
+from tests.launcher.forked_command import ForkedCommand, environment
+from tests.launcher.test_pretrain_command import PATIENCE, arguments, medvlp, wait_for_steps
 from tests.launcher.test_pretrain_command import data as data
 from tests.serving.runs import save_run
 from tests.training.runs import read_metrics

@@ -17,7 +17,7 @@ from medvlp.runs.errors import RunFolderError
 from medvlp.runs.metrics_file import MetricsFile, last_lines
 from medvlp.training.callbacks import StepRecord
 from medvlp.training.monitor import Monitor
-from medvlp.training.wandb_run import WandbRun, resolve_mode
+from medvlp.training.wandb_run import WandbRun, known_id, resolve_mode
 from tests.distributed_pool import Pools
 from tests.training.runs import Overrides, read_metrics, train
 
@@ -194,19 +194,48 @@ def test_pictures_and_texts_are_sent_only_where_samples_are_shared(tmp_path: Pat
     assert any("an effusion" in file.read_text() for file in tmp_path.rglob("*.table.json")) == shares
 
 
-def test_a_start_before_the_first_checkpoint_continues_the_same_wandb_run(tmp_path: Path) -> None:
-    def start(given: str | None = None) -> str | None:
-        run = WandbRun(MonitorConfig(wandb="offline"), tmp_path, "name", {}, given)
-        run.finish()
-        return run.id
+def wandb_id(folder: Path, saved: str | None = None) -> str | None:
+    """The id under which a training in a folder, from a checkpoint with the id `saved`, logs."""
+    run = WandbRun(MonitorConfig(wandb="offline"), folder, "name", {}, saved)
+    run.finish()
+    return run.id
 
-    first = start()
-    assert start() == first
-    assert start("abcd1234") == "abcd1234"
+
+def test_a_start_before_the_first_checkpoint_continues_the_same_wandb_run(tmp_path: Path) -> None:
+    first = wandb_id(tmp_path)
+    assert wandb_id(tmp_path) == first
     (tmp_path / "wandb-run-id").write_text("../../elsewhere\n")
-    new = start()
-    assert new is not None
-    assert len(new) == 8
+    assert wandb_id(tmp_path, "abcd1234") == "abcd1234"
+    (tmp_path / "wandb-run-id").unlink()
+    new = wandb_id(tmp_path)
+    assert new not in (None, first)
+
+
+def test_a_copy_of_a_run_folder_is_another_wandb_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two trainings must not write into one; a moved folder takes its own along."""
+    run, copy, moved = (tmp_path / name for name in ("run", "copy", "moved"))
+    run.mkdir()
+    first = wandb_id(run)
+    assert first is not None
+    shutil.copytree(run, copy)
+    new = wandb_id(copy, saved=first)
+    assert new not in (None, first)
+    assert f"{copy} is a copy of {run}" in caplog.text
+    assert wandb_id(copy, saved=first) == new, "and stays that before its first checkpoint"
+    assert known_id(copy, first) == new
+    caplog.clear()
+    (tmp_path / "link").symlink_to(run)
+    assert wandb_id(tmp_path / "link", saved=first) == first
+    run.rename(moved)
+    assert wandb_id(moved, saved=first) == first
+    assert "is a copy" not in caplog.text
+
+
+def test_a_run_of_before_keeps_its_wandb_run(tmp_path: Path) -> None:
+    (tmp_path / "wandb-run-id").write_text("abcd1234\n")
+    assert wandb_id(tmp_path) == "abcd1234"
 
 
 def test_a_run_without_wandb_imports_none(tmp_path: Path) -> None:

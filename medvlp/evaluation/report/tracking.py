@@ -41,7 +41,7 @@ def track(evaluation: Evaluation, source: SavedRun, config: Config, reader: Shar
         config: its config, with the user's changes; `monitor.share_samples` is the user's word.
         reader: of the dataset that was evaluated, for the images of examples.
     """
-    run_id = source.manifest.wandb_run_id or known_id(source.run)
+    run_id = known_id(source.run, source.manifest.wandb_run_id)
     entity = config.monitor.entity
     if run_id is None or (entity is not None and not trust.is_said("monitor.entity", entity)):
         return
