@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -41,7 +41,7 @@ class Passes:
     """Bytes at the peak of passes, beside weights and the gradients of weights.
 
     Attributes:
-        whole: forward and backward pass of a micro-batch.
+        whole: forward and backward pass of a micro-batch, with its samples.
         encoders: with exact accumulation, its second pass, through the encoders alone; None: the method
             cannot be divided.
         losses: heads and losses of all micro-batches of a step at once, with the encodings they start from.
@@ -67,6 +67,9 @@ def measure_passes(method: Method, config: Config, share: int, gpu: bool) -> Pas
     with fake_tensors() as mode, _kernels(gpu):
         _become_fake(method, mode)
         whole = _line(method, config, lambda batch: method(batch, None).loss.backward())
+        samples = _bytes(_tensors(example_batch(config, 1, config.data.max_tokens)))
+        # On a GPU the next batch arrives while this one is computed.
+        whole = replace(whole, per_sample=whole.per_sample + samples * (2 if gpu else 1))
         if not isinstance(method, DividedMethod):
             return Passes(whole)
         trained = any(p.requires_grad for encoder in method.encoders for p in encoder.parameters())

@@ -122,6 +122,17 @@ def test_the_demo_takes_what_is_planned() -> None:
     assert plan.weights == 4 * plan.parameters
 
 
+@pytest.mark.parametrize(("gpu", "batches"), [(True, 2), (False, 1)])
+def test_samples_and_on_a_gpu_the_next_ones_are_planned(
+    gpu: bool, batches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_passes, "_line", lambda *_: memory_passes.Line(0.0, 0.0))
+    config = small_config("mgca")
+    passes = memory_passes.measure_passes(built(config), config, 1, gpu)
+    image = config.data.image_size**2
+    assert batches * image < passes.whole.per_sample < batches * (image + 64 * config.data.max_tokens)
+
+
 @pytest.fixture(scope="module")
 def wide_plan() -> MemoryPlan:
     """Of one micro-batch of 32 samples in a step; the line of its passes holds for every other."""
