@@ -34,8 +34,10 @@ OURS, DEEPSPEED = (f"{Path(package.__file__).parent}/" for package in (medvlp, d
 MICRO_BATCH = len(REPORTS)
 #: Steps on one batch, on a dry run, and those of fp16 that may be skipped before them to find the loss scale.
 STEPS, DRY_STEPS, SEARCH = 8, 5, 14
+#: How far gradients in float32 may be apart: those of the CPU are up to 1.04e-4 from double precision (MGCA).
+GRADIENTS = 3e-4
 #: How far the first gradient's norm may be from that of fp32 at stage 0; on the CPU bf16 is 2e-2 off.
-NORMS = {"fp32": 1e-3, "fp16": 5e-2, "bf16": 2e-1}
+NORMS = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 2e-1}
 
 
 def group(place: Place, note: Note) -> None:
@@ -67,9 +69,9 @@ def agreement(place: Place, note: Note) -> None:
         half, _ = _gradients(built(config).to(place.device, torch.bfloat16), batch.to(place.device))
         half_apart = abs(half["loss"] / expected_terms["loss"] - 1)
         note(name, {"terms": apart, "gradients": gradient, "bf16": half_apart})
-        assert apart < 1e-4, f"{name}: terms differ by {apart:.1e}"
-        assert gradient < 1e-3, f"{name}: gradients differ by {gradient:.1e} of their largest entry"
-        assert half_apart < 3e-2, f"{name}: the loss in bf16 is {half_apart:.1e} from that of the CPU"
+        assert apart < 2e-5, f"{name}: terms differ by {apart:.1e}"
+        assert gradient < GRADIENTS, f"{name}: gradients differ by {gradient:.1e} of their largest entry"
+        assert half_apart < 2e-2, f"{name}: the loss in bf16 is {half_apart:.1e} from that of the CPU"
 
 
 def gradients_apart(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
@@ -114,7 +116,7 @@ def precisions(place: Place, note: Note) -> None:
             assert apart < allowed, f"{precision}: stage {stage} is {apart:.1e} from stage 0"
             first.setdefault(precision, losses[0])
         apart = abs(first[precision] / first["fp32"] - 1)
-        assert apart < 3e-2, f"the first loss in {precision} is {apart:.1e} from that in fp32"
+        assert apart < 2e-2, f"the first loss in {precision} is {apart:.1e} from that in fp32"
 
 
 def _stages(dry: bool, precision: str) -> list[int]:
