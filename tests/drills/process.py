@@ -62,7 +62,8 @@ class Pretraining:
         variables: Mapping[str, str] | None = None,
         placement: Sequence[str] = (),
     ):
-        self.folder, self.ranks = folder, ranks
+        self.folder = folder
+        self._is_rank = ranks == 1 and not placement  # one on its own needs no launcher
         self.log = folder.with_name("-".join([folder.name, *placement]).replace(":", "-") + ".log")
         folder.parent.mkdir(parents=True, exist_ok=True)
         self._begin = self.log.stat().st_size if self.log.exists() else 0
@@ -116,7 +117,7 @@ class Pretraining:
 
     def rank(self, number: int) -> psutil.Process:
         """The process of a rank."""
-        if self.ranks == 1:  # which needs no process of its own
+        if self._is_rank:
             return psutil.Process(self.process.pid)
         for child in self._family():
             if child.environ().get("RANK") == str(number) and "launcher.main" in child.cmdline():
