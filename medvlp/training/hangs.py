@@ -27,8 +27,6 @@ _STORE_SECONDS, _SPEAKER_SECONDS = 5.0, 10.0
 _LAUNCHER_SECONDS = 1.0
 #: Seconds in which who lost a rank waits for its name.
 _NAMING_SECONDS = 3.0
-#: Who is lost where the store does not answer.
-_STORE_KEEPER = "rank 0, which kept the store of the process group"
 #: Seconds in which the main thread may find out by itself that a rank has died (gloo tells it, NCCL waits).
 _OWN_SECONDS = 5.0
 #: Seconds that NCCL may take to tell what it remembers.
@@ -209,8 +207,8 @@ class Watchdog:
         if said:
             return said[0]
         # Without the store its keeper is lost: another that is gone has only followed it.
-        if not answers and self._gone != 0:
-            return _STORE_KEEPER
+        if not answers and (_is_launchers_store() or self._gone != 0):
+            return _store_keeper()
         return "" if self._gone is None else self._gone_rank(self._gone)
 
     def _gone_rank(self, rank: int) -> str:
@@ -227,7 +225,7 @@ class Watchdog:
                 self._store.set(_key(self._rank), json.dumps(self._place._replace(heartbeat=heartbeat)))
                 lost = lost_rank(self._store, self._neighbours.run)
             except RuntimeError:
-                lost = _STORE_KEEPER
+                lost = _store_keeper()
             if lost:
                 self._follow(lost)
                 return
@@ -332,6 +330,17 @@ class Watchdog:
             parts = [f"rank {rank} is still in {_where(places[rank])}" for rank in behind]
             return head + "The others wait for it: " + "; ".join(parts)
         return head + "So have all ranks: the network between them, or a disk they share, does not answer"
+
+
+def _is_launchers_store() -> bool:
+    """Whether the ranks met in a store of their launcher (ours on one node), not of rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _store_keeper() -> str:
+    """Who is lost where the store does not answer."""
+    keeper = "the launcher" if _is_launchers_store() else "rank 0"
+    return f"{keeper}, which kept the store of the process group"
 
 
 def _write_flight_record(run_dir: Path) -> None:

@@ -51,6 +51,7 @@ def build_engine(config: Config, depth: int, checkpoint: Checkpoint | None = Non
 
     from medvlp import distributed
     from medvlp.data.batch_sizes import divide_batch
+    from medvlp.methods.base import StepOutput
     from medvlp.training.engine import Engine
 
     class OneTower(nn.Module):
@@ -61,8 +62,8 @@ def build_engine(config: Config, depth: int, checkpoint: Checkpoint | None = Non
         def parameters_without_decay(self) -> set[str]:
             return set()
 
-        def forward(self, image: Tensor) -> dict[str, Tensor]:
-            return {"loss": self.image_encoder(image).square().mean()}
+        def forward(self, image: Tensor, clusters: None) -> StepOutput:
+            return StepOutput(self.image_encoder(image).square().mean(), {}, {})
 
     device = distributed.initialize()
     method: Any = OneTower()

@@ -213,8 +213,9 @@ def test_who_ends_with_an_error_of_its_own_says_no_goodbye(
     assert said == [goodbye]
 
 
+@pytest.mark.parametrize("launchers", [False, True])
 def test_a_store_that_does_not_answer_holds_nobody_up(
-    watchdog: Watchdog, monkeypatch: pytest.MonkeyPatch
+    launchers: bool, watchdog: Watchdog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That of a machine that is gone: a call of it may wait for as long as the run's own limits."""
 
@@ -230,9 +231,12 @@ def test_a_store_that_does_not_answer_holds_nobody_up(
     watchdog._neighbours._machines = ["here", "gone"]
     began = time.monotonic()
     watchdog._announce(1)  # it ended because it has lost rank 0 too
-    assert watchdog._await_name() == "rank 0, which kept the store of the process group"
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(launchers))
+    keeper = "the launcher" if launchers else "rank 0"
+    assert watchdog._await_name() == f"{keeper}, which kept the store of the process group"
     watchdog._announce(0)
-    assert watchdog._await_name() == "rank 0 on here, which is gone"
+    named = "the launcher, which kept the store of the process group"
+    assert watchdog._await_name() == (named if launchers else "rank 0 on here, which is gone")
     assert time.monotonic() - began < 30
 
 
