@@ -207,7 +207,7 @@ class Watchdog:
         if said:
             return said[0]
         # Without the store its keeper is lost: another that is gone has only followed it.
-        if not answers and (_is_launchers_store() or self._gone != 0):
+        if not answers and self._gone != 0:
             return _store_keeper()
         return "" if self._gone is None else self._gone_rank(self._gone)
 
@@ -332,14 +332,9 @@ class Watchdog:
         return head + "So have all ranks: the network between them, or a disk they share, does not answer"
 
 
-def _is_launchers_store() -> bool:
-    """Whether the ranks met in a store of their launcher (ours on one node), not of rank 0."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
 def _store_keeper() -> str:
-    """Who is lost where the store does not answer."""
-    keeper = "the launcher" if _is_launchers_store() else "rank 0"
+    """Who is lost where the store does not answer; a launcher: ours on one node, or an agent of torchrun."""
+    keeper = "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
     return f"{keeper}, which kept the store of the process group"
 
 
